@@ -1,0 +1,35 @@
+"""Point-wise DPO and ULMA for TRL: learn from ratings, thumbs, votes and demonstrations, one answer at a time."""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl_ulma.collator import DataCollatorForPointwisePreference
+    from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+    from trl_ulma.trainer import PointwiseDPOTrainer, ULMATrainer
+
+__version__ = metadata.version("trl-ulma")
+
+__all__ = [
+    "DataCollatorForPointwisePreference",
+    "PointwiseDPOConfig",
+    "PointwiseDPOTrainer",
+    "ULMAConfig",
+    "ULMATrainer",
+    "__version__",
+]
+
+# Loaded on first use, so that the command line answers without waiting for torch.
+_MODULES = {
+    "DataCollatorForPointwisePreference": "collator",
+    "PointwiseDPOConfig": "config",
+    "ULMAConfig": "config",
+    "PointwiseDPOTrainer": "trainer",
+    "ULMATrainer": "trainer",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

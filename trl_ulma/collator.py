@@ -1,0 +1,105 @@
+"""Rows of token ids and labels as the tensors of a batch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.data.data_collator import DataCollatorMixin
+from trl.trainer.utils import pad
+
+from trl_ulma.labels import LabelRules
+
+
+@dataclass
+class DataCollatorForPointwisePreference(DataCollatorMixin):
+    r"""Collates rows of `prompt_ids`, `completion_ids` and `label` into a batch, padded on the right.
+
+    Returns a dictionary of
+
+    - `input_ids`, `attention_mask`, `completion_mask`: `(B, T)`;
+    - `label`: `(B,)` float32;
+    - `sft_mask`: `(B,)` bool; rows without one are demonstrations where their label is 1 ("binary"), or at least
+      `sft_threshold` ("continuous");
+    - where the rows have them: `continuous` `(B,)` bool (from `label_type`), `log_z` (nats), `weight`, `ref_logps` (nats,
+      summed over the completion) `(B,)` float32, `row` `(B,)` int64.
+
+    Args:
+        pad_token_id: token to pad with.
+        max_length: longest sequence; longer ones are cut before padding. None cuts nothing.
+        truncation_mode: "keep_start" or "keep_end".
+        pad_to_multiple_of: pad the length to a multiple of this.
+        label_type: "binary" or "continuous", for rows without a `label_type` of their own.
+        sft_threshold: see `sft_mask`.
+        return_tensors: "pt".
+
+    Raises:
+        ValueError: for an unknown `truncation_mode`.
+
+    Example:
+        >>> collator = DataCollatorForPointwisePreference(pad_token_id=0)
+        >>> batch = collator(
+        ...     [
+        ...         {"prompt_ids": [1, 2, 3], "completion_ids": [4, 5], "label": 1.0},
+        ...         {"prompt_ids": [7, 8], "completion_ids": [9], "label": 0.0},
+        ...     ]
+        ... )
+        >>> batch["input_ids"]
+        tensor([[1, 2, 3, 4, 5],
+                [7, 8, 9, 0, 0]])
+        >>> batch["attention_mask"]
+        tensor([[1, 1, 1, 1, 1],
+                [1, 1, 1, 0, 0]])
+        >>> batch["completion_mask"]
+        tensor([[0, 0, 0, 1, 1],
+                [0, 0, 1, 0, 0]])
+        >>> batch["label"], batch["sft_mask"]
+        (tensor([1., 0.]), tensor([ True, False]))
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    label_type: str = "binary"
+    sft_threshold: float | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of `examples`."""
+        kept = slice(None)
+        if self.max_length is not None:
+            if self.truncation_mode not in ("keep_start", "keep_end"):
+                raise ValueError(
+                    f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}."
+                )
+            kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+        input_ids, completion_mask = [], []
+        for example in examples:
+            prompt, completion = example["prompt_ids"], example["completion_ids"]
+            input_ids.append(torch.tensor([*prompt, *completion][kept]))
+            completion_mask.append(torch.tensor([*[0] * len(prompt), *[1] * len(completion)][kept]))
+        batch = {
+            "input_ids": self._pad(input_ids, self.pad_token_id),
+            "attention_mask": self._pad([torch.ones_like(ids) for ids in input_ids], 0),
+            "completion_mask": self._pad(completion_mask, 0),
+            "label": torch.tensor([float(example["label"]) for example in examples], dtype=torch.float32),
+            "sft_mask": torch.tensor([self._is_demonstration(example) for example in examples], dtype=torch.bool),
+        }
+        first = examples[0]
+        if "label_type" in first:
+            batch["continuous"] = torch.tensor([example["label_type"] == "continuous" for example in examples])
+        for name in ("log_z", "weight", "ref_logps"):
+            if name in first:
+                batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
+        if "row" in first:
+            batch["row"] = torch.tensor([example["row"] for example in examples])
+        return batch
+
+    def _pad(self, tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+        return pad(tensors, padding_value=value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+    def _is_demonstration(self, example: dict[str, Any]) -> bool:
+        if "sft_mask" in example:
+            return bool(example["sft_mask"])
+        rules = LabelRules(self.label_type, self.sft_threshold)
+        return rules.is_demonstration(float(example["label"]), example.get("label_type"))

@@ -1,0 +1,212 @@
+"""Settings of the trainers: TRL's `DPOConfig` less what only pairs have, plus what only points have."""
+
+import argparse
+import copy
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
+
+from transformers.trainer_pt_utils import AcceleratorConfig
+from trl import DPOConfig
+
+from trl_ulma.labels import LABEL_TYPES
+from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
+
+_INSTEAD = {
+    "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
+    "loss_weights": "weigh demonstrations with sft_weight, classes with desirable_weight and undesirable_weight",
+    "ld_alpha": "length_normalize=True divides by the completion's length",
+    "f_divergence_type": "only the reverse KL divergence has an implicit reward for single rows",
+    "f_alpha_divergence_coef": "only the reverse KL divergence has an implicit reward for single rows",
+    "label_smoothing": "soften the labels in the data: 0.9 and 0.1 in place of 1 and 0",
+    "use_weighting": "give the rows a weight column",
+    "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
+}
+
+
+def _hidden(name: str) -> Any:
+    """TRL's field `name`, left out of `--help` and still settable, so that a YAML that repeats its default runs."""
+    original = DPOConfig.__dataclass_fields__[name]
+    metadata = {**original.metadata, "help": argparse.SUPPRESS}
+    if original.default_factory is not MISSING:
+        return field(default_factory=original.default_factory, metadata=metadata)
+    return field(default=original.default, metadata=metadata)
+
+
+@dataclass
+class PointwiseDPOConfig(DPOConfig):
+    r"""Settings of `PointwiseDPOTrainer`; every other setting is `trl.DPOConfig`'s.
+
+    Parameters:
+        label_type: "binary" reads labels in [0, 1] (thumbs, soft labels) and takes the loss of Eq. 8; "continuous" reads
+            any number as a reward, higher is better, and takes the loss of Eq. 9. A column `label_type` decides per row.
+        log_z: log Z(x) in nats, added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). The paper's choice is 0.
+            A column `log_z` decides per row.
+        length_normalize: divide every log-probability by its completion's number of tokens, as the authors' code does.
+            The log-ratio is then about as many times smaller as a completion has tokens: raise β by that factor.
+        desirable_weight: weight of rows with a label of ½ and above (continuous labels: of demonstrations).
+        undesirable_weight: weight of the other rows.
+
+    Settings of DPOConfig that exist for pairs only (`loss_type`, `label_smoothing`, …) are refused away from their
+    default. Batch sizes count rows: a pair takes two.
+
+    Raises:
+        ValueError: for a value out of range, or a pair-only setting away from its default.
+
+    Example:
+        >>> PointwiseDPOConfig("out", label_type="continuous", beta=0.05, bf16=False, report_to="none").beta
+        0.05
+    """
+
+    label_type: str = field(
+        default="binary",
+        metadata={
+            "help": "What labels are: 'binary' (in [0, 1], soft labels too) or 'continuous' (any number, higher is "
+            "better). A column `label_type` decides per row.",
+            "choices": LABEL_TYPES,
+        },
+    )
+    log_z: float = field(
+        default=0.0,
+        metadata={"help": "log Z(x) in nats, added to every log-ratio. A column `log_z` decides per row."},
+    )
+    length_normalize: bool = field(
+        default=False,
+        metadata={
+            "help": "Divide every log-probability by its completion's number of tokens, as the paper's authors' code "
+            "does. Raise `beta` by about that factor."
+        },
+    )
+    desirable_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of rows with a label of 1/2 and above (continuous labels: of demonstrations)."},
+    )
+    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of the other rows."})
+
+    loss_type: list[str] = _hidden("loss_type")
+    loss_weights: list[float] | None = _hidden("loss_weights")
+    ld_alpha: float | None = _hidden("ld_alpha")
+    f_divergence_type: str = _hidden("f_divergence_type")
+    f_alpha_divergence_coef: float = _hidden("f_alpha_divergence_coef")
+    label_smoothing: float = _hidden("label_smoothing")
+    use_weighting: bool = _hidden("use_weighting")
+    discopop_tau: float = _hidden("discopop_tau")
+
+    def __post_init__(self):
+        self.check()
+        super().__post_init__()
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The cell of the grid of methods: (positive_loss, negative_loss)."""
+        return "pointwise_dpo", "pointwise_dpo"
+
+    def check(self) -> None:
+        """Raise ValueError on a value that these trainers cannot take."""
+        for name, instead in _INSTEAD.items():
+            original = DPOConfig.__dataclass_fields__[name]
+            default = original.default if original.default is not MISSING else original.default_factory()
+            value = getattr(self, name)
+            if value != default and [value] != default:
+                raise ValueError(
+                    f"{name}={value!r} is a setting of pair-wise losses, which {type(self).__name__} does not have. "
+                    f"Leave it at {default!r}; {instead}."
+                )
+        if self.label_type not in LABEL_TYPES:
+            raise ValueError(f"label_type must be one of {LABEL_TYPES}; got {self.label_type!r}.")
+        _check_number("beta", self.beta, above=0)
+        _check_number("log_z", self.log_z)
+        _check_number("desirable_weight", self.desirable_weight, least=0)
+        _check_number("undesirable_weight", self.undesirable_weight, least=0)
+        if self.padding_free:
+            raise ValueError("padding_free=True is not supported by these trainers. Leave it at False.")
+
+    @classmethod
+    def from_dpo_config(cls, args: DPOConfig) -> Self:
+        """`args`' values in a config of this class, and this class's defaults for the rest.
+
+        `args` stays as it is, and its `__post_init__`, which reads the environment and warns, is not run again.
+
+        Raises:
+            ValueError: for a pair-only setting of `args` away from its default.
+        """
+        config = object.__new__(cls)
+        for f in fields(cls):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            object.__setattr__(config, f.name, default)
+        for name, value in vars(args).items():
+            # TRL writes into these while it sets up
+            own = copy.deepcopy(value) if isinstance(value, list | dict | AcceleratorConfig) else value
+            object.__setattr__(config, name, own)
+        config.check()
+        return config
+
+
+@dataclass
+class ULMAConfig(PointwiseDPOConfig):
+    r"""Settings of `ULMATrainer`; those of `PointwiseDPOConfig`, and:
+
+    Parameters:
+        sft_weight: weight of −log π_θ(y|x) on demonstrations, ≥ 0.
+        sft_threshold: where the data has no `sft_mask`, rows with a continuous label of this and above are
+            demonstrations. (With binary labels, rows with label 1 are.)
+        positive_loss: loss of demonstrations: "sft", "pointwise_dpo" or "none".
+        negative_loss: loss of rows with a label below 1 that are no demonstrations: "pointwise_dpo", "unlearning"
+            (+log π_θ) or "none".
+
+    `positive_loss` × `negative_loss` is the paper's grid of methods: ULMA ("sft" × "pointwise_dpo"), point-wise DPO
+    ("pointwise_dpo" × "pointwise_dpo"), SFT ("sft" × "none"), unlikelihood ("sft" × "unlearning"), unlearning
+    ("none" × "unlearning"), positive DPO ("pointwise_dpo" × "none"), negative DPO ("none" × "pointwise_dpo").
+
+    Raises:
+        ValueError: for a value out of range, a cell that is no method, or a pair-only setting away from its default.
+
+    Example:
+        >>> ULMAConfig("out", positive_loss="sft", negative_loss="none", bf16=False, report_to="none").cell
+        ('sft', 'none')
+    """
+
+    sft_weight: float = field(default=1.0, metadata={"help": "Weight of the SFT term of demonstrations."})
+    sft_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where the data has no `sft_mask`, rows with a continuous label of this and above are "
+            "demonstrations. With binary labels, rows with label 1 are."
+        },
+    )
+    positive_loss: str = field(
+        default="sft",
+        metadata={"help": "Loss of demonstrations.", "choices": POSITIVE_LOSSES},
+    )
+    negative_loss: str = field(
+        default="pointwise_dpo",
+        metadata={
+            "help": "Loss of rows with a label below 1 that are no demonstrations.",
+            "choices": NEGATIVE_LOSSES,
+        },
+    )
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """The cell of the grid of methods: (positive_loss, negative_loss)."""
+        return self.positive_loss, self.negative_loss
+
+    def check(self) -> None:
+        """Raise ValueError on a value that these trainers cannot take."""
+        super().check()
+        check_cell(*self.cell)
+        _check_number("sft_weight", self.sft_weight, least=0)
+        if self.sft_threshold is not None:
+            _check_number("sft_threshold", self.sft_threshold)
+        if self.label_type == "continuous" and self.negative_loss == "unlearning":
+            raise ValueError(
+                "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not "
+                "that it is to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'."
+            )
+
+
+def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (above is not None and value <= above) or (least is not None and value < least):
+        needed = "a number" if above is least is None else f"above {above}" if above is not None else f"{least} or above"
+        raise ValueError(f"{name} must be {needed}; got {value!r}.")

@@ -1,0 +1,116 @@
+"""Preference pairs, with or without a prompt, as point-wise rows: two a pair, side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_ulma.labels import is_empty
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+
+
+def is_transcript(text: str) -> bool:
+    r"""Whether a text is a transcript of `\n\nHuman:` and `\n\nAssistant:` turns."""
+    return ASSISTANT in text and HUMAN in text
+
+
+def split_transcript(text: str) -> tuple[str, str]:
+    r"""A transcript cut at its last assistant turn: (prompt up to and with the marker, completion).
+
+    Raises:
+        ValueError: where the text has no assistant turn, or ends in a human one.
+
+    Example:
+        >>> split_transcript("\n\nHuman: Hi\n\nAssistant: Hello!")
+        ('\n\nHuman: Hi\n\nAssistant:', ' Hello!')
+    """
+    start = text.rfind(ASSISTANT)
+    if start < 0:
+        raise ValueError("no assistant turn in it")
+    if text.rfind(HUMAN) > start:
+        raise ValueError("it ends in a human turn")
+    cut = start + len(ASSISTANT)
+    return text[:cut], text[cut:]
+
+
+def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
+    """A conversation cut before its last run of turns that are not the user's: (prompt, completion).
+
+    Raises:
+        ValueError: where the conversation does not end in an assistant turn (or what follows one, as tool calls do).
+
+    Example:
+        >>> split_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
+        ([{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': 'Hello!'}])
+    """
+    cut = len(messages)
+    while cut > 0 and messages[cut - 1]["role"] not in ("user", "system", "developer"):
+        cut -= 1
+    if cut == len(messages):
+        raise ValueError("it does not end in an assistant turn")
+    return list(messages[:cut]), list(messages[cut:])
+
+
+def split_answer(answer: Any, other: Any) -> tuple[Any, Any]:
+    r"""(prompt, completion) of one half of a pair that has no prompt; `other` is the other half.
+
+    Conversations and transcripts are cut at the last assistant turn, each half at its own, so that what two answers
+    have in common at their start stays in the answers. Other texts have no marker to cut at; there the words that both
+    begin with are the prompt, as in TRL's `extract_prompt`.
+
+    Raises:
+        ValueError: where the half has no answer.
+
+    Example:
+        >>> split_answer("\n\nHuman: Hi\n\nAssistant: I do.", "\n\nHuman: Hi\n\nAssistant: I don't.")
+        ('\n\nHuman: Hi\n\nAssistant:', ' I do.')
+        >>> split_answer("The sky is blue.", "The sky is green.")
+        ('The sky is', ' blue.')
+    """
+    if not isinstance(answer, str):
+        return split_messages(answer)
+    if is_transcript(answer) or not isinstance(other, str):
+        return split_transcript(answer)
+    differ = (i for i, (a, b) in enumerate(zip(answer, other, strict=False)) if a != b)
+    alike = next(differ, min(len(answer), len(other)))
+    cut = max(answer.rfind(" ", 0, alike), 0)
+    return answer[:cut], answer[cut:]
+
+
+def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
+    r"""Point-wise rows of a batch of pairs: chosen (label 1), rejected (label 0), chosen, …
+
+    Columns `sft_mask` (which speaks of the chosen half), `log_z`, `weight`, `tools` and `chat_template_kwargs` go with
+    both halves, all others are dropped. `pair` is the pair's place in the batch, `left_out` says why a half can not be
+    learned from, or is None.
+
+    Example:
+        >>> rows = pairs_to_rows({"prompt": ["Hi"], "chosen": [" Hello!"], "rejected": [""]})
+        >>> rows["completion"], rows["label"], rows["left_out"]
+        ([' Hello!', ''], [1.0, 0.0], [None, 'its answer is empty'])
+    """
+    along = [name for name in ("sft_mask", "log_z", "weight", "tools", "chat_template_kwargs") if name in batch]
+    names = ("prompt", "completion", "label", "pair", "left_out", *along)
+    rows: dict[str, list] = {name: [] for name in names}
+    for pair, (chosen, rejected) in enumerate(zip(batch["chosen"], batch["rejected"], strict=True)):
+        for answer, other, label in ((chosen, rejected, 1.0), (rejected, chosen, 0.0)):
+            left_out = None
+            if "prompt" in batch:
+                prompt, completion = batch["prompt"][pair], answer
+            elif not isinstance(answer, str | list):
+                prompt, completion = "", answer
+            else:
+                try:
+                    prompt, completion = split_answer(answer, other)
+                except ValueError as error:
+                    prompt, completion, left_out = answer, answer, str(error)
+            if left_out is None and isinstance(completion, str | list) and is_empty(completion):
+                left_out = "its answer is empty"
+            values = {"prompt": prompt, "completion": completion, "label": label, "pair": pair, "left_out": left_out}
+            for name in along:
+                values[name] = batch[name][pair]
+            if label == 0 and "sft_mask" in values:
+                values["sft_mask"] = False
+            for name, into in rows.items():
+                into.append(values[name])
+    return rows

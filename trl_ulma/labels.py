@@ -1,0 +1,189 @@
+"""What a point-wise row is, and the errors that say what is wrong with one."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LABEL_TYPES = ("binary", "continuous")
+OPTIONAL_COLUMNS = ("sft_mask", "label_type", "log_z", "weight")
+
+
+@dataclass(frozen=True)
+class LabelRules:
+    """How labels are read.
+
+    Attributes:
+        label_type: "binary" or "continuous", for rows that do not say it themselves.
+        sft_threshold: continuous labels of this and above are demonstrations where rows do not say it themselves.
+        need_mask: whether it must be known which rows with continuous labels are demonstrations.
+    """
+
+    label_type: str = "binary"
+    sft_threshold: float | None = None
+    need_mask: bool = False
+
+    def is_demonstration(self, label: float, label_type: str | None = None) -> bool:
+        """Whether a row without an `sft_mask` is a demonstration.
+
+        Example:
+            >>> LabelRules().is_demonstration(1.0), LabelRules("continuous", 0.5).is_demonstration(0.7)
+            (True, True)
+        """
+        if (label_type or self.label_type) == "binary":
+            return label == 1
+        return self.sft_threshold is not None and label >= self.sft_threshold
+
+
+def check_columns(names: Sequence[str], where: str) -> bool:
+    """Raise ValueError unless the columns are those of point-wise or paired rows; True for paired ones."""
+    found = f"found {', '.join(sorted(names)) or 'none'}"
+    if "image" in names or "images" in names:
+        raise ValueError(f"The {where} dataset has images, which are not supported yet ({found}). Remove the column.")
+    paired = "chosen" in names or "rejected" in names
+    if paired and "completion" in names:
+        raise ValueError(
+            f"The {where} dataset has `completion` together with `chosen` or `rejected`, so it is not clear which are "
+            f"its answers ({found}). Remove the one or the others."
+        )
+    needed = ("chosen", "rejected") if paired else ("prompt", "completion", "label")
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(
+            f"The {where} dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; {found}. "
+            "Needed are prompt, completion and label (one answer a row), or chosen and rejected (pairs)."
+        )
+    return paired
+
+
+def read_labels(
+    columns: Mapping[str, Sequence[Any]], rows: Sequence[int], where: str, rules: LabelRules
+) -> dict[str, list]:
+    """The checked values of `label` and the optional columns; `sft_mask` is filled in where it is absent.
+
+    Args:
+        columns: column name → values; `label`, and where present `sft_mask`, `label_type`, `log_z`, `weight`.
+        rows: the rows' numbers, for errors.
+        where: the data set's name, for errors.
+        rules: how labels are read.
+
+    Raises:
+        ValueError: naming the first row that is wrong, what was found and what is needed.
+
+    Example:
+        >>> read_labels({"label": [True, 0]}, [0, 1], "train", LabelRules())
+        {'label': [1.0, 0.0], 'sft_mask': [True, False]}
+    """
+    present = [name for name in OPTIONAL_COLUMNS if name in columns]
+    read: dict[str, list] = {name: [] for name in ("label", "sft_mask", *present)}
+    for i, row in enumerate(rows):
+        at = f"Row {row} of the {where} dataset"
+        label_type = columns["label_type"][i] if "label_type" in columns else rules.label_type
+        if label_type not in LABEL_TYPES:
+            raise ValueError(f"{at}: label_type is {label_type!r}; it must be one of {LABEL_TYPES}.")
+        label = _number(columns["label"][i], f"{at}: label")
+        if label_type == "binary" and not 0 <= label <= 1:
+            raise ValueError(f'{at}: label is {label}, outside [0, 1]. Rescale it, or set label_type="continuous".')
+        if "sft_mask" in columns:
+            sft_mask = columns["sft_mask"][i]
+            if not isinstance(sft_mask, bool | np.bool_):
+                raise ValueError(f"{at}: sft_mask is {sft_mask!r}; it must be True or False.")
+            if sft_mask and label_type == "binary" and label == 0:
+                raise ValueError(
+                    f"{at} is marked sft_mask=True but has label 0.0. A demonstration is learned from as it is: drop "
+                    "the mark or the row."
+                )
+        elif rules.need_mask and label_type == "continuous" and rules.sft_threshold is None:
+            raise ValueError(
+                f"{at} has a continuous label, and nothing says which of such rows are demonstrations. Add a boolean "
+                "column sft_mask, or set sft_threshold: labels of that and above are demonstrations."
+            )
+        else:
+            sft_mask = rules.is_demonstration(label, label_type)
+        values = {"label": label, "sft_mask": bool(sft_mask), "label_type": label_type}
+        if "log_z" in columns:
+            values["log_z"] = _number(columns["log_z"][i], f"{at}: log_z")
+        if "weight" in columns:
+            values["weight"] = _number(columns["weight"][i], f"{at}: weight")
+            if values["weight"] < 0:
+                raise ValueError(f"{at}: weight is {values['weight']}; it must be 0 or above.")
+        for name, into in read.items():
+            into.append(values[name])
+    return read
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, list | tuple | np.ndarray):
+        raise ValueError(f"{what} is a list of {len(value)}; it must be one number a row.")
+    if not isinstance(value, bool | int | float | np.number | np.bool_):
+        kind = "None" if value is None else f"{value!r}, a {type(value).__name__}"
+        raise ValueError(f"{what} is {kind}; it must be a number{' or a bool' if what.endswith('label') else ''}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{what} is {float(value)}; it must be finite.")
+    return float(value)
+
+
+def check_texts(prompt: Any, completion: Any, at: str) -> None:
+    """Raise ValueError unless prompt and completion are both text or both messages, and the completion is not empty.
+
+    Args:
+        prompt: text, or a list of messages.
+        completion: the same.
+        at: the row's name, for errors.
+    """
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if isinstance(value, str):
+            continue
+        is_messages = isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
+        if not is_messages:
+            shown = repr(value)
+            raise ValueError(
+                f"{at}: {name} is {shown[:60]}{'…' if len(shown) > 60 else ''}; it must be text, or a list of "
+                'messages such as {"role": "user", "content": "Hi"}.'
+            )
+        if not value:
+            raise ValueError(f"{at}: {name} is an empty list; it must hold at least one message.")
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise ValueError(
+            f"{at}: prompt is {'text' if isinstance(prompt, str) else 'a list of messages'} and completion is not; "
+            "both must be text, or both messages."
+        )
+    if is_empty(completion):
+        raise ValueError(f"{at}: completion is empty, so there is nothing to learn from. Drop the row.")
+
+
+def is_empty(completion: Any) -> bool:
+    """Whether a completion, text or messages, says nothing.
+
+    Example:
+        >>> is_empty("  "), is_empty([{"role": "assistant", "content": "Hello!"}])
+        (True, False)
+    """
+    if isinstance(completion, str):
+        return not completion.strip()
+    said = ("content", "tool_calls", "thinking", "reasoning_content")
+    return not any(
+        value.strip() if isinstance(value, str) else value
+        for turn in completion
+        for value in (turn.get(key) for key in said)
+    )
+
+
+def one_class(label: np.ndarray, continuous: np.ndarray) -> str | None:
+    """What is the same in all rows, where labels tell nothing apart; None where they do.
+
+    Args:
+        label: `(N,)` float.
+        continuous: `(N,)` bool.
+
+    Example:
+        >>> one_class(np.array([1.0, 1.0]), np.array([False, False]))
+        'every label is 1/2 or above'
+    """
+    if continuous.any():
+        return f"every label is {label[0]:g}" if continuous.all() and (label == label[0]).all() else None
+    if (label >= 0.5).all():
+        return "every label is 1/2 or above"
+    return "every label is below 1/2" if (label < 0.5).all() else None

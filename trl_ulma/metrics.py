@@ -1,0 +1,193 @@
+"""Sums and counts in, named figures out.
+
+A figure is a ratio of two sums over rows, whatever micro-batch or process the rows fell into. A figure over no row is
+left out.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+ROW_FIGURES = (
+    "loss",
+    "loss/sft",
+    "loss/unlearning",
+    "loss/preference",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/mse",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "entropy",
+    "mean_token_accuracy",
+    "kl",
+    "log_z",
+    "aux_loss",
+    "num_tokens",
+)
+
+Ratios = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def masked(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(numerator, denominator) of the mean of `values` over the rows in `mask`, each `(B,)`; others may hold NaN.
+
+    Example:
+        >>> import torch
+        >>> masked(torch.tensor([2.0, float("nan")]), torch.tensor([True, False]))
+        (tensor([2., 0.]), tensor([1., 0.]))
+    """
+    return torch.where(mask, values, torch.zeros_like(values)), mask.to(values.dtype)
+
+
+def reward_ratios(
+    rewards: torch.Tensor,
+    log_ratio: torch.Tensor,
+    log_z: torch.Tensor,
+    label: torch.Tensor,
+    chosen: torch.Tensor,
+    continuous: torch.Tensor,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The figures of the implicit reward, of the rows whose reward is known (not NaN).
+
+    Args:
+        rewards: `(B,)` r, NaN where the reference's log-probability was not computed.
+        log_ratio: `(B,)` log π_θ − log π_ref, nats.
+        log_z: `(B,)` log Z, nats.
+        label: `(B,)`.
+        chosen: `(B,)` bool: label of ½ and above, for continuous labels the demonstrations.
+        continuous: `(B,)` bool.
+
+    Returns:
+        name → (numerator, denominator), each `(B,)`. `rewards/accuracies` is the share of rows with binary labels whose
+        reward has its label's sign; `kl` the mean log-ratio, an estimate of KL(π_θ‖π_ref) as far as the rows are what
+        the policy would say.
+    """
+    known = ~rewards.isnan()
+    right = ((rewards > 0) == (label >= 0.5)).to(rewards.dtype)
+    return {
+        "rewards/chosen": masked(rewards, known & chosen),
+        "rewards/rejected": masked(rewards, known & ~chosen),
+        "rewards/accuracies": masked(right, known & ~continuous),
+        "rewards/mse": masked((label - rewards) ** 2, known & continuous),
+        "kl": masked(log_ratio, known),
+        "log_z": masked(log_z, known),
+    }
+
+
+class RatioSums:
+    """Running numerators and denominators of `ROW_FIGURES`, kept on the device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._sums = torch.zeros(len(ROW_FIGURES), 2, dtype=dtype, device=self.device)
+
+    def add(self, ratios: Ratios, real: torch.Tensor) -> None:
+        """Add a micro-batch's rows; those where `real` is False are repeated ones and count for nothing.
+
+        Raises:
+            KeyError: for a name that is not in `ROW_FIGURES`.
+        """
+        where = torch.tensor([ROW_FIGURES.index(name) for name in ratios], device=self.device)
+        pairs = torch.stack([torch.stack(pair) for pair in ratios.values()]).detach()
+        pairs = torch.where(real, pairs, torch.zeros_like(pairs))
+        self._sums[where] += pairs.sum(-1, dtype=self._sums.dtype)
+
+    def totals(self) -> torch.Tensor:
+        """`(len(ROW_FIGURES), 2)` sums, to be added over processes."""
+        return self._sums
+
+
+def figures(totals: torch.Tensor) -> dict[str, float]:
+    """Named figures of the sums; `num_tokens` is the sum itself, `rewards/margins` the difference of two figures.
+
+    Example:
+        >>> import torch
+        >>> sums = RatioSums(torch.device("cpu"))
+        >>> sums.add({"loss": (torch.tensor([1.0, 2.0]), torch.ones(2))}, torch.tensor([True, True]))
+        >>> figures(sums.totals())
+        {'loss': 1.5}
+    """
+    named = {}
+    for name, (numerator, denominator) in zip(ROW_FIGURES, totals.tolist(), strict=True):
+        if denominator > 0:
+            named[name] = numerator if name == "num_tokens" else numerator / denominator
+    if "rewards/chosen" in named and "rewards/rejected" in named:
+        named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
+    return named
+
+
+def auc(rewards: torch.Tensor, positive: torch.Tensor) -> float | None:
+    """Probability that a positive row has a higher reward than a negative one, ties counted half; None without both.
+
+    Args:
+        rewards: `(N,)`.
+        positive: `(N,)` bool.
+
+    Example:
+        >>> import torch
+        >>> auc(torch.tensor([0.1, 0.4, 0.8]), torch.tensor([False, True, True]))
+        1.0
+    """
+    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
+    if not n_positive or not n_negative:
+        return None
+    wins = _ranks(rewards)[positive].sum() - n_positive * (n_positive + 1) / 2
+    return float(wins / (n_positive * n_negative))
+
+
+def pearson(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Linear correlation of two `(N,)` tensors; None where either is constant.
+
+    Example:
+        >>> import torch
+        >>> round(pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])), 6)
+        1.0
+    """
+    if len(a) < 2 or (a == a[0]).all() or (b == b[0]).all():
+        return None
+    return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1])
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Rank correlation of two `(N,)` tensors, ties given their mean rank; None where either is constant.
+
+    Example:
+        >>> import torch
+        >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 4.0, 9.0])), 6)
+        1.0
+    """
+    return pearson(_ranks(a), _ranks(b))
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks from 1, equal values given their mean rank."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def ranking_figures(rewards: torch.Tensor, label: torch.Tensor, continuous: torch.Tensor) -> dict[str, float]:
+    """Figures that need all rows at once: `rewards/auc` over binary labels, correlations over continuous ones.
+
+    Args:
+        rewards: `(N,)` r, NaN where unknown.
+        label: `(N,)`.
+        continuous: `(N,)` bool.
+    """
+    known = ~rewards.isnan()
+    binary, continuous = known & ~continuous, known & continuous
+    found = {
+        "rewards/auc": auc(rewards[binary], label[binary] >= 0.5),
+        "rewards/pearson": pearson(rewards[continuous], label[continuous]),
+        "rewards/spearman": spearman(rewards[continuous], label[continuous]),
+    }
+    return {name: value for name, value in found.items() if value is not None}

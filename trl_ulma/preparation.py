@@ -1,0 +1,275 @@
+"""From raw rows to checked rows of token ids: what runs once, before training."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
+from transformers.utils import logging
+
+from trl_ulma import __version__
+from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.labels import OPTIONAL_COLUMNS, LabelRules, check_columns, check_texts, one_class, read_labels
+
+logger = logging.get_logger(__name__)
+
+PROMPT_FILLS = "its prompt alone fills max_length"
+NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion a single token"
+
+_TYPES = {
+    "prompt_ids": List(Value("int32")),
+    "completion_ids": List(Value("int32")),
+    "label": Value("float64"),
+    "sft_mask": Value("bool"),
+    "label_type": Value("string"),
+    "log_z": Value("float64"),
+    "weight": Value("float64"),
+    "row": Value("int64"),
+    "length": Value("int32"),
+}
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to raw rows: pairs become rows, rows are checked, rendered, tokenised and cut.
+
+    Attributes:
+        tokenizer: the policy's.
+        rules: how labels are read.
+        max_length: longest sequence in tokens, or None.
+        truncation_mode: "keep_start" or "keep_end".
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rules: LabelRules
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+
+    def __call__(
+        self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
+    ) -> Dataset | IterableDataset:
+        """The rows of `dataset` as `prompt_ids`, `completion_ids`, `label`, `sft_mask`, the optional columns that it
+        has, `row` (the raw row's number) and `length` (tokens). Rows without anything to learn from are left out, and
+        counted in a warning. A data set that has been through here is returned as it is.
+
+        Raises:
+            ValueError: naming the row or column that is wrong; also where no row is left.
+        """
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
+        names = list(first)
+        if {"prompt_ids", "completion_ids", "row"} <= set(names):
+            return dataset
+        paired = check_columns(names, name)
+        if paired and "label" in names:
+            logger.warning(f"The {name} dataset is paired: its column `label` says nothing about pairs and is not read.")
+        self._check_tokenizer(first)
+        encode = _Encode(self, name, paired)
+        optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
+        kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
+        features = Features({c: _TYPES[c] for c in (*kept, "row", "length")})
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(
+                encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
+            )
+
+        encoded = dataset.map(
+            encode,
+            with_indices=True,
+            batched=True,
+            remove_columns=names,
+            features=Features({**features, "left_out": Value("string"), "cut": Value("bool")}),
+            num_proc=num_proc,
+            desc=f"Tokenizing {name} dataset",
+            new_fingerprint=Hasher.hash((dataset._fingerprint, name, self._key())),
+        )
+        return _report(encoded, name)
+
+    def _check_tokenizer(self, first: Mapping[str, Any]) -> None:
+        text = first["prompt"] if "prompt" in first else first["chosen"]
+        if isinstance(text, str):
+            if self.tokenizer.eos_token is None:
+                raise ValueError(
+                    "The tokenizer has no EOS token, so completions of text could not be ended. Set "
+                    "tokenizer.eos_token and pass the tokenizer as processing_class."
+                )
+        elif self.tokenizer.chat_template is None:
+            raise ValueError(
+                "The rows are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template (or "
+                "use an instruction-tuned model's tokenizer) and pass it as processing_class."
+            )
+
+    def _key(self) -> str:
+        """What a cached result depends on, besides the rows."""
+        if self.tokenizer.is_fast:
+            # `to_str` tells the last call's padding and truncation too, which are not ours
+            state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            state.update(padding=None, truncation=None)
+        else:
+            state = Hasher.hash(self.tokenizer)
+        tokenizer = (type(self.tokenizer).__name__, state, self.tokenizer.chat_template, self.tokenizer.eos_token)
+        versions = (__version__, transformers_version)
+        return Hasher.hash((tokenizer, self.rules, self.max_length, self.truncation_mode, versions))
+
+
+@dataclass(frozen=True)
+class _Encode:
+    """The function that `datasets.map` runs over batches of raw rows."""
+
+    how: Preparation
+    name: str
+    paired: bool
+
+    def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        rows = list(indices)
+        left_out: list[str | None] = [None] * len(rows)
+        columns: Mapping[str, list] = batch
+        halves = [""] * len(rows)
+        if self.paired:
+            columns = pairs_to_rows(batch)
+            left_out = columns["left_out"]
+            rows = [rows[pair] for pair in columns["pair"]]
+            halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
+        labels = read_labels(columns, rows, self.name, self.how.rules)
+        texts = []
+        for i, row in enumerate(rows):
+            prompt, completion = columns["prompt"][i], columns["completion"][i]
+            if left_out[i] is None:
+                check_texts(prompt, completion, f"Row {row}{halves[i]} of the {self.name} dataset")
+                texts.append((prompt, completion, self._template_kwargs(columns, i)))
+        tokenised = iter(self._tokenise(texts))
+
+        prompt_ids, completion_ids, cut = [], [], []
+        for i in range(len(rows)):
+            prompt, completion, is_cut = [], [], False
+            if left_out[i] is None:
+                prompt, completion = next(tokenised)
+                prompt, completion, is_cut, left_out[i] = self._truncate(prompt, completion)
+            prompt_ids.append(prompt)
+            completion_ids.append(completion)
+            cut.append(is_cut)
+        length = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            **labels,
+            "row": rows,
+            "length": length,
+            "left_out": left_out,
+            "cut": cut,
+        }
+
+    def stream(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        """As `__call__`, for a stream: rows to leave out are dropped here, and said as they come."""
+        encoded = self(batch, indices)
+        left_out = encoded.pop("left_out")
+        encoded.pop("cut")
+        for row, reason in zip(encoded["row"], left_out, strict=True):
+            if reason is not None:
+                logger.warning(f"Left out row {row} of the {self.name} dataset: {reason}.")
+        return {
+            name: [value for value, reason in zip(values, left_out, strict=True) if reason is None]
+            for name, values in encoded.items()
+        }
+
+    @staticmethod
+    def _template_kwargs(columns: Mapping[str, list], i: int) -> dict[str, Any]:
+        tools = columns["tools"][i] if "tools" in columns else None
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        kwargs = columns["chat_template_kwargs"][i] if "chat_template_kwargs" in columns else None
+        return {"tools": tools, **(kwargs or {})}
+
+    def _tokenise(self, texts: list[tuple[Any, Any, dict[str, Any]]]) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, completion ids) of each row; a batch's texts are tokenised together, each once."""
+        tokenizer = self.how.tokenizer
+        prompts: list[str] = []
+        wholes: list[str] = []
+        for prompt, completion, kwargs in texts:
+            if isinstance(prompt, str):
+                eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+                prompts.append(prompt)
+                wholes.append(prompt + completion + eos)
+            else:
+                prompt, completion = _without_nones(prompt), _without_nones(completion)
+                prompts.append(
+                    tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **kwargs)
+                )
+                wholes.append(tokenizer.apply_chat_template(prompt + completion, tokenize=False, **kwargs))
+        unique = list(dict.fromkeys([*prompts, *wholes]))
+        if not unique:
+            return []
+        # A chat template writes the special tokens itself
+        is_text = isinstance(texts[0][0], str)
+        ids = tokenizer(unique, add_special_tokens=is_text, return_attention_mask=False, verbose=False)["input_ids"]
+        ids_of = dict(zip(unique, ids, strict=True))
+        return [self._split(ids_of[p], ids_of[w]) for p, w in zip(prompts, wholes, strict=True)]
+
+    def _split(self, prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+        """`whole` cut where it and the prompt's own tokens part, which can be before the prompt's end."""
+        cut = len(prompt)
+        if whole[:cut] != prompt:
+            cut = next(i for i, (a, b) in enumerate(zip([*prompt, -1], [*whole, -2], strict=False)) if a != b)
+            logger.warning_once(
+                "A tokenized prompt is not how its tokenized prompt and completion begin, since the chat template "
+                "renders the prompt alone in another way or tokens merge across the boundary. The completion starts "
+                f"where the two part, and {self.how.tokenizer.decode(prompt[cut:])!r} is no part of the prompt that is "
+                "trained on. End prompts on a token boundary to avoid it. (Said once; other rows may be alike.)"
+            )
+        return whole[:cut], whole[cut:]
+
+    def _truncate(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int], bool, str | None]:
+        """(prompt, completion, whether anything was cut, why the row is to be left out or None)."""
+        excess = len(prompt) + len(completion) - self.how.max_length if self.how.max_length is not None else 0
+        if excess > 0 and self.how.truncation_mode == "keep_end":
+            completion = completion[max(excess - len(prompt), 0) :]
+            prompt = prompt[excess:]
+        elif excess > 0:
+            completion = completion[:-excess] if excess < len(completion) else []
+        if not completion:
+            return [], [], False, PROMPT_FILLS
+        if not prompt and len(completion) == 1:
+            return [], [], False, NOTHING_TO_SCORE
+        return prompt, completion, excess > 0, None
+
+
+def _without_nones(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages without the keys that Arrow fills with None because other messages have them."""
+    return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+
+
+def _report(encoded: Dataset, name: str) -> Dataset:
+    """The rows that can be learned from; says what was left out, what was cut, and what the labels lack."""
+    reasons = encoded["left_out"][:]
+    total = len(reasons)
+    counts = Counter(reason for reason in reasons if reason is not None)
+    why = "; ".join(f"{count} because {reason}" for reason, count in counts.most_common())
+    if sum(counts.values()) == total:
+        raise ValueError(
+            f"All {total} rows of the {name} dataset were left out: {why}. "
+            + ("Raise max_length." if PROMPT_FILLS in counts else "Look at the rows.")
+        )
+    if counts:
+        logger.warning(f"Left out {sum(counts.values())} of {total} rows of the {name} dataset: {why}.")
+        encoded = encoded.select([i for i, reason in enumerate(reasons) if reason is None])
+    cut = sum(encoded["cut"][:])
+    if cut:
+        logger.warning(f"Cut {cut} of {len(encoded)} rows of the {name} dataset at max_length.")
+    rows = encoded.remove_columns(["left_out", "cut"])
+    label = np.asarray(rows["label"][:])
+    continuous = np.zeros(len(label), dtype=bool)
+    if "label_type" in rows.column_names:
+        continuous = np.asarray(rows["label_type"][:]) == "continuous"
+    alike = one_class(label, continuous)
+    if alike:
+        logger.warning(
+            f"The {name} dataset has one class: {alike}. That is right for SFT or unlearning; to compare answers, "
+            "good and bad ones are needed."
+        )
+    return rows

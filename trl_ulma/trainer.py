@@ -1,0 +1,523 @@
+"""PointwiseDPOTrainer and ULMATrainer: where point-wise learning meets TRL's `DPOTrainer`."""
+
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoProcessor,
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+
+from trl_ulma.collator import DataCollatorForPointwisePreference
+from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.labels import LabelRules
+from trl_ulma.losses import Terms, grid_loss, route
+from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward_ratios
+from trl_ulma.preparation import Preparation
+
+logger = get_logger(__name__)
+
+# What a batch holds about rows, and is not for the model's forward
+ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "asked")
+
+_PAPER = {
+    "title": "Unified Language Model Alignment with Demonstration and Point-wise Human Preference",
+    "id": "2312.02554",
+    "citation": textwrap.dedent("""\
+        @article{cai2023ulma,
+            title   = {{ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference}},
+            author  = {Tianchi Cai and Xierui Song and Jiyan Jiang and Fei Teng and Jinjie Gu and Guannan Zhang},
+            year    = 2023,
+            journal = {arXiv preprint arXiv:2312.02554},
+        }"""),
+}
+
+
+class PointwiseDPOTrainer(DPOTrainer):
+    r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
+
+    The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
+    processes: ℓ the row loss (`trl_ulma.losses`), w the row's `weight`, v its class weight.
+
+    A drop-in for `trl.DPOTrainer`, with the same arguments, of which differ:
+
+    Args:
+        args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over.
+        train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
+            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `tools`, `chat_template_kwargs`. Or pairs
+            (`chosen`, `rejected`, with or without `prompt`), which become two rows each.
+        eval_dataset: the same, or a dict of such data sets.
+        compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
+
+    Raises:
+        ValueError: before any training, for rows or settings that can not be learned from.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> rows = Dataset.from_dict({"prompt": ["Hi"], "completion": [" Hello!"], "label": [True]})
+        >>> trainer = PointwiseDPOTrainer(model="Qwen/Qwen3-0.6B", train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["trl", "trl-ulma", "pointwise-dpo"]
+    _name = "Point-wise DPO"
+    _paper = _PAPER
+    _config_class: type[PointwiseDPOConfig] = PointwiseDPOConfig
+    _needs_mask = False
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+    ):
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "model and ref_model are the same object, so the reference would be trained along. Leave ref_model "
+                "out: the model as it is before training is the reference then."
+            )
+        args = self._own_config(model, args)
+        if not isinstance(train_dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a "
+                "dict of splits, pass one, as dataset['train']."
+            )
+        tokenizer = self._own_tokenizer(model, args, processing_class)
+
+        # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
+        self._rules = LabelRules(args.label_type, getattr(args, "sft_threshold", None), self._needs_mask)
+        self._cell = args.cell
+        self._has_reference = True
+        train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_dataset(dataset, tokenizer, args, name) for name, dataset in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        datasets = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
+        self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
+        self._check_settings(args, ref_model, datasets)
+
+        if data_collator is None:
+            data_collator = DataCollatorForPointwisePreference(
+                pad_token_id=tokenizer.pad_token_id,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                label_type=args.label_type,
+                sft_threshold=self._rules.sft_threshold,
+            )
+        precompute = args.precompute_ref_log_probs
+        if not self._has_reference:
+            # What keeps DPOTrainer from loading a reference model; `_precompute_ref_logps` computes nothing then
+            args.precompute_ref_log_probs = True
+            ref_model = None
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        args.precompute_ref_log_probs = precompute
+        self.precompute_ref_logps = precompute and self._has_reference
+        self._sums = RatioSums(self.accelerator.device)
+        self._evaluated: list[torch.Tensor] = []
+        self._rows_in_step: torch.Tensor | int | None = None
+        self._last_row = -1
+        self._epoch_iterator: Iterator | None = None
+
+    # What is checked and made before DPOTrainer's own set-up
+
+    def _own_config(self, model: Any, args: DPOConfig | None) -> PointwiseDPOConfig:
+        own = self._config_class
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            return own(f"{name.split('/')[-1]}-{own.__name__.removesuffix('Config')}")
+        if isinstance(args, ULMAConfig) and not issubclass(own, ULMAConfig):
+            raise TypeError(
+                f"{type(self).__name__} has one method and takes a PointwiseDPOConfig; got a ULMAConfig, which chooses "
+                "between methods. Use ULMATrainer."
+            )
+        if isinstance(args, own):
+            args.check()  # attributes may have been set since it was made
+            return args
+        if isinstance(args, DPOConfig):
+            return own.from_dpo_config(args)
+        raise TypeError(f"args must be a {own.__name__} or a trl.DPOConfig; got {type(args).__name__}.")
+
+    @staticmethod
+    def _own_tokenizer(model: Any, args: PointwiseDPOConfig, processing_class: Any) -> PreTrainedTokenizerBase:
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                model if isinstance(model, str) else get_config_model_id(model.config),
+                revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+                trust_remote_code=args.trust_remote_code,
+            )
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"processing_class must be a tokenizer; got {type(processing_class).__name__}. Vision-language models "
+                "are not supported yet; to train one on text, pass its processor's `tokenizer`."
+            )
+        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
+        if pad_token is None:
+            raise ValueError("The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token.")
+        if pad_token not in processing_class.get_vocab():
+            raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Choose one that is.")
+        processing_class.pad_token = pad_token
+        return processing_class
+
+    def _check_settings(self, args: PointwiseDPOConfig, ref_model: Any, datasets: list) -> None:
+        """Raise ValueError on settings that contradict one another or the data."""
+        weighted = args.desirable_weight != 1 or args.undesirable_weight != 1
+        masked_rows = any("sft_mask" in (ds.column_names or []) and _any_true(ds, "sft_mask") for ds in datasets)
+        if weighted and args.label_type == "continuous" and not masked_rows:
+            raise ValueError(
+                "desirable_weight and undesirable_weight weigh continuous labels by the SFT mask, and no row is "
+                "marked. Add a boolean column sft_mask, or weigh rows with a column weight."
+            )
+        if self._has_reference:
+            return
+        method = f"positive_loss={args.cell[0]!r} with negative_loss={args.cell[1]!r}"
+        best = args.metric_for_best_model or ""
+        if "rewards/" in best or best.removeprefix("eval_") in ("kl", "log_z"):
+            raise ValueError(
+                f"metric_for_best_model={best!r} needs a reference model, and with {method} no row is compared with "
+                "one, so that none is loaded. Use eval_loss or eval_loss/sft."
+            )
+        if args.sync_ref_model:
+            raise ValueError(f"sync_ref_model=True has nothing to synchronise: with {method} there is no reference.")
+        if ref_model is not None:
+            logger.warning(f"ref_model is not used: with {method} no row is compared with a reference.")
+
+    def _terms(self, label: torch.Tensor, sft_mask: torch.Tensor, continuous: torch.Tensor | None) -> Terms:
+        if continuous is None:
+            continuous = torch.full_like(sft_mask, self._rules.label_type == "continuous")
+        positive, negative = self._cell
+        return route(label, sft_mask, continuous, positive_loss=positive, negative_loss=negative)
+
+    def _compared(self, dataset: Dataset) -> np.ndarray:
+        """`(N,)` bool: the rows of a prepared data set whose loss needs the reference."""
+        label = torch.tensor(dataset["label"][:], dtype=torch.float32)
+        sft_mask = torch.tensor(dataset["sft_mask"][:], dtype=torch.bool)
+        continuous = None
+        if "label_type" in dataset.column_names:
+            continuous = torch.from_numpy(np.asarray(dataset["label_type"][:]) == "continuous")
+            if continuous.any() and self._cell[1] == "unlearning":
+                raise ValueError(
+                    "negative_loss='unlearning' needs binary labels, and the data has rows with label_type "
+                    "'continuous'. Use negative_loss='pointwise_dpo'."
+                )
+        return self._terms(label, sft_mask, continuous).compared.numpy()
+
+    def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
+        """Whether a row's loss needs the reference. Rows of a stream are not known: whether one could."""
+        if isinstance(dataset, Dataset):
+            return bool(self._compared(dataset).any())
+        return "pointwise_dpo" in self._cell or self._stream_has_mask
+
+    # Data
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        prepare = Preparation(processing_class, self._rules, args.max_length, args.truncation_mode)
+        with global_then_local_main_first():
+            if isinstance(dataset, IterableDataset):
+                # Where the rows themselves name the demonstrations, a liked one may come that is compared
+                self._stream_has_mask = "sft_mask" in (next(iter(dataset), None) or {})
+            prepared = prepare(dataset, dataset_name, args.dataset_num_proc)
+        if not self._has_reference and isinstance(prepared, Dataset) and self._compared(prepared).any():
+            raise ValueError(
+                f"The {dataset_name} dataset has liked rows (label 1, sft_mask False), which are compared with the "
+                "reference, and there is none, since no row seen at the start needed it. Pass this data set to the "
+                "trainer as an eval_dataset."
+            )
+        return prepared
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = [
+                *("prompt_ids", "completion_ids", "label", "sft_mask", "label_type"),
+                *("log_z", "weight", "ref_logps", "row", "length"),
+            ]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not self._has_reference:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
+        if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+            raise ValueError(
+                "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
+                f"the {name} dataset can not be compared with it. Pass it to the trainer as an eval_dataset, or pass "
+                "a ref_model, or set precompute_ref_log_probs=False."
+            )
+        asked = self._compared(dataset) if name == "train" else np.ones(len(dataset), dtype=bool)
+        ref_logps = np.full(len(dataset), np.nan)
+        if asked.any():
+            part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))
+            part = super()._precompute_ref_logps(part, name, batch_size)
+            ref_logps[asked] = part["ref_chosen_logps"][:]
+        return dataset.add_column("ref_logps", ref_logps.tolist())
+
+    def compute_ref_log_probs(self, model, inputs):
+        """Reference log-probabilities of a batch's rows, `(B,)` nats, summed over the completion; twice the same, since
+        DPOTrainer's precomputation stores one for each half of a pair."""
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        ref_logps = torch.cat(super().compute_ref_log_probs(model, inputs))
+        return ref_logps, ref_logps
+
+    # The loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimiser step, and the number of its real rows over all processes."""
+        if epoch_iterator is not self._epoch_iterator:
+            self._epoch_iterator, self._last_row = epoch_iterator, -1
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for i, batch in enumerate(batches):
+            batch["real"] = self._real_rows(batch, is_last=i == len(batches) - 1)
+        rows = sum(int(batch["real"].sum()) for batch in batches)
+        if self.accelerator.num_processes == 1:
+            return batches, rows
+        count = torch.tensor(float(rows), device=self.accelerator.device)
+        return batches, self.accelerator.reduce(count, "sum") / self.get_tp_size()
+
+    def _real_rows(self, batch: dict[str, torch.Tensor], is_last: bool) -> torch.Tensor:
+        """`(B,)` bool: False for the rows that the sampler repeats so that all processes have as many."""
+        size = len(batch["label"])
+        real = torch.ones(size, dtype=torch.bool)
+        if self.accelerator.num_processes > 1:
+            state = self.accelerator.gradient_state
+            if state.remainder > 0 and is_last and state.end_of_dataloader:
+                real = torch.arange(size) + self.accelerator.process_index * size < state.remainder
+            elif state.remainder < 0 and "row" in batch:
+                # A stream's rows come in their order, and what comes again is a repetition
+                for i, row in enumerate(batch["row"].tolist()):
+                    real[i] = row > self._last_row
+                    self._last_row = max(row, self._last_row)
+        return real.to(batch["label"].device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._rows_in_step = num_items_in_batch
+        return super().compute_loss(model, inputs, return_outputs)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        inputs = dict(inputs)
+        rows = {name: inputs.pop(name) for name in ROW_KEYS if name in inputs}
+        label, sft_mask = rows["label"], rows["sft_mask"]
+        continuous = rows.get("continuous", torch.full_like(sft_mask, self._rules.label_type == "continuous"))
+        terms = self._terms(label, sft_mask, continuous)
+        completion_mask = inputs["completion_mask"]
+        tokens = completion_mask[:, 1:].sum(1)
+
+        outputs = self._forward(model, inputs)
+        policy_logps = _row_sums(outputs.log_probs, tokens)
+        ref_logps = self._ref_logps(inputs, rows, terms.compared).to(policy_logps)
+        if self.args.length_normalize:
+            policy_logps, ref_logps = policy_logps / tokens.clamp(min=1), ref_logps / tokens.clamp(min=1)
+        log_z = rows.get("log_z", torch.full_like(policy_logps, self.args.log_z)).to(policy_logps)
+        losses = grid_loss(
+            policy_logps,
+            ref_logps,
+            label,
+            terms,
+            continuous,
+            beta=self.beta,
+            log_z=log_z,
+            sft_weight=getattr(self.args, "sft_weight", 1.0),
+        )
+
+        chosen = torch.where(continuous, sft_mask, label >= 0.5)
+        weight = torch.where(chosen, self.args.desirable_weight, self.args.undesirable_weight)
+        weighted = losses.total * weight * rows.get("weight", 1.0)
+        real = rows.get("real", torch.ones_like(sft_mask))
+        loss = torch.where(real, weighted, torch.zeros_like(weighted)).sum()
+        size = real.sum()
+        aux_loss = None
+        if self.aux_loss_enabled:
+            aux_loss = outputs.aux_loss.expand_as(policy_logps)
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * size
+            weighted = weighted + self.router_aux_loss_coef * aux_loss
+        if self._rows_in_step is None:
+            loss = loss / size.clamp(min=1)
+        else:
+            # Gradients are averaged over the processes, and the sum is wanted
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size()) / self._rows_in_step
+
+        with torch.no_grad():
+            ratios = {
+                "loss": (weighted, torch.ones_like(weighted)),
+                "loss/sft": masked(losses.sft, terms.imitated),
+                "loss/unlearning": masked(losses.unlearning, terms.unlearned),
+                "loss/preference": masked(losses.preference, terms.compared),
+                "logps/chosen": masked(policy_logps, chosen),
+                "logps/rejected": masked(policy_logps, ~chosen),
+                **reward_ratios(losses.rewards, policy_logps - ref_logps, log_z, label, chosen, continuous),
+                **_token_ratios(outputs, completion_mask[:, 1:], chosen),
+                "num_tokens": (inputs["attention_mask"].sum(1).to(policy_logps), torch.ones_like(policy_logps)),
+            }
+            if aux_loss is not None:
+                ratios["aux_loss"] = (aux_loss, torch.ones_like(aux_loss))
+            if not self.model.training:
+                found = torch.stack([losses.rewards.double(), label.double(), continuous.double()], 1)
+                self._evaluated.append(found[real].cpu())
+            self._sums.add(ratios, real)
+        predicted = losses.rewards if self._has_reference else policy_logps
+        return (loss, {"predictions": predicted.detach(), "label": label}) if return_outputs else loss
+
+    def _forward(self, model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        """The policy's forward through the fused LM head: per-token log-probabilities, no logits."""
+        kwargs = {name: value for name, value in inputs.items() if name != "completion_mask"}
+        if self.aux_loss_enabled:
+            kwargs["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        # Prompt-learning PEFT prepends virtual tokens to the outputs: the real ones' positions are the last
+        outputs = model(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
+        width = labels.size(1) - 1
+        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+            outputs[name] = outputs[name][:, -width:]
+        return outputs
+
+    def _ref_logps(self, inputs: dict, rows: dict, compared: torch.Tensor) -> torch.Tensor:
+        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for."""
+        if "ref_logps" in rows:
+            return rows["ref_logps"]
+        if not self._has_reference:
+            return torch.full_like(rows["label"], torch.nan)
+        return self.compute_ref_log_probs(self.ref_model or self.model, inputs)[0]
+
+    # Evaluation and logs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
+        inputs = self._prepare_inputs(inputs)
+        inputs["real"] = self._real_rows(inputs, is_last=True)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs["predictions"], outputs["label"]
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As `Trainer.evaluation_loop`; every figure is a ratio of sums over the whole data set."""
+        training, self._sums = self._sums, RatioSums(self.accelerator.device)
+        self._evaluated, self._last_row = [], -1
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+        found.pop("num_tokens", None)
+        everything = torch.cat(gather_object([torch.cat(self._evaluated)]))
+        rewards, label, continuous = everything.unbind(1)
+        found.update(ranking_figures(rewards, label, continuous.bool()))
+        if output.metrics is not None:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        self._sums = training
+        return output
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Implicit rewards (`predictions`, `(N,)`; without a reference log π_θ), labels (`label_ids`) and `metrics`.
+
+        Args:
+            test_dataset: raw rows, as the trainer takes them.
+            ignore_keys: as in `Trainer.predict`.
+            metric_key_prefix: begins the metrics' names.
+        """
+        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        if self.precompute_ref_logps:
+            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+            test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
+        return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and ("loss" in logs or "train_loss" in logs):
+            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+            found.pop("loss", None)  # Trainer's own figure is the same sum
+            self._total_train_tokens += int(found.pop("num_tokens", 0)) // self.get_tp_size()
+            self._metrics["train"].update({name: [value] for name, value in found.items()})
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._sums.reset()
+        super().log(logs, start_time)
+
+
+class ULMATrainer(PointwiseDPOTrainer):
+    r"""Trainer for ULMA: learns demonstrations (SFT) and noisy feedback (KL-regularised) in one loss.
+
+    Demonstrations are the rows whose `sft_mask` is True; in data without that column, the rows with label 1, or with a
+    continuous label of `sft_threshold` and above. `positive_loss` and `negative_loss` of `ULMAConfig` choose any other
+    method of the paper's tables. Arguments are those of `PointwiseDPOTrainer`, with a `ULMAConfig`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> rows = Dataset.from_dict({"prompt": ["Hi"], "completion": [" Hello!"], "label": [1]})
+        >>> trainer = ULMATrainer(model="Qwen/Qwen3-0.6B", train_dataset=rows)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    _tag_names = ["trl", "trl-ulma", "ulma"]
+    _name = "ULMA"
+    _config_class = ULMAConfig
+    _needs_mask = True
+
+
+def _row_sums(per_token: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(B,)` sums of `(B, T)` values, in at least float32; positions without a label hold 0."""
+    return per_token.sum(1, dtype=torch.promote_types(per_token.dtype, torch.float32))
+
+
+def _token_ratios(outputs: Any, mask: torch.Tensor, chosen: torch.Tensor) -> dict:
+    """Figures that are means over completion tokens, as (sum, count) of each row."""
+    tokens = mask.sum(1).double()
+
+    def sums(per_token: torch.Tensor) -> torch.Tensor:
+        return (per_token.detach().double() * mask).sum(1)
+
+    zero = torch.zeros_like(tokens)
+    of_chosen, of_rejected = torch.where(chosen, tokens, zero), torch.where(chosen, zero, tokens)
+    logits = sums(outputs.mean_logits)
+    return {
+        "entropy": (sums(outputs.entropy), tokens),
+        "logits/chosen": (torch.where(chosen, logits, zero), of_chosen),
+        "logits/rejected": (torch.where(chosen, zero, logits), of_rejected),
+        "mean_token_accuracy": (torch.where(chosen, sums(outputs.is_top1), zero), of_chosen),
+    }
+
+
+def _any_true(dataset: Dataset | IterableDataset, column: str) -> bool:
+    """Whether a column holds True; of a stream, whose rows are not known, True."""
+    return bool(np.any(dataset[column][:])) if isinstance(dataset, Dataset) else True
