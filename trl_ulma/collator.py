@@ -20,8 +20,8 @@ class DataCollatorForPointwisePreference(DataCollatorMixin):
     - `label`: `(B,)` float32;
     - `sft_mask`: `(B,)` bool; rows without one are demonstrations where their label is 1 ("binary"), or at least
       `sft_threshold` ("continuous");
-    - where the rows have them: `continuous` `(B,)` bool (from `label_type`), `log_z` (nats), `weight`, `ref_logps` (nats,
-      summed over the completion) `(B,)` float32, `row` `(B,)` int64.
+    - where the rows have them: `log_z` (nats), `weight`, `ref_logps` (nats, summed over the completion) `(B,)` float32,
+      `continuous` `(B,)` bool (from `label_type`), `row` `(B,)` int64.
 
     Args:
         pad_token_id: token to pad with.
@@ -69,9 +69,7 @@ class DataCollatorForPointwisePreference(DataCollatorMixin):
         kept = slice(None)
         if self.max_length is not None:
             if self.truncation_mode not in ("keep_start", "keep_end"):
-                raise ValueError(
-                    f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}."
-                )
+                raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}.")
             kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
         input_ids, completion_mask = [], []
         for example in examples:

@@ -38,8 +38,9 @@ class PointwiseDPOConfig(DPOConfig):
     r"""Settings of `PointwiseDPOTrainer`; every other setting is `trl.DPOConfig`'s.
 
     Parameters:
-        label_type: "binary" reads labels in [0, 1] (thumbs, soft labels) and takes the loss of Eq. 8; "continuous" reads
-            any number as a reward, higher is better, and takes the loss of Eq. 9. A column `label_type` decides per row.
+        label_type: "binary" reads labels in [0, 1] (thumbs, soft labels) and takes the loss of Eq. 8; "continuous"
+            reads any number as a reward, higher is better, and takes the loss of Eq. 9. A column `label_type` decides
+            per row.
         log_z: log Z(x) in nats, added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). The paper's choice is 0.
             A column `log_z` decides per row.
         length_normalize: divide every log-probability by its completion's number of tokens, as the authors' code does.
@@ -120,6 +121,38 @@ class PointwiseDPOConfig(DPOConfig):
         _check_number("undesirable_weight", self.undesirable_weight, least=0)
         if self.padding_free:
             raise ValueError("padding_free=True is not supported by these trainers. Leave it at False.")
+
+    def check_with_data(self, *, needs_reference: bool, has_mask: bool) -> None:
+        """Raise ValueError on a setting that the data contradicts.
+
+        Args:
+            needs_reference: whether the loss of any row contains the reference.
+            has_mask: whether any row is marked as a demonstration.
+        """
+        weighted = self.desirable_weight != 1 or self.undesirable_weight != 1
+        if weighted and self.label_type == "continuous" and not has_mask:
+            raise ValueError(
+                "desirable_weight and undesirable_weight weigh continuous labels by the SFT mask, and no row is "
+                "marked. Add a boolean column sft_mask, or weigh rows with a column weight."
+            )
+        if needs_reference:
+            return
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if best.startswith("rewards/") or best in ("kl", "log_z"):
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} needs a reference model; with {self.method} no "
+                "row is compared with one, so that none is loaded. Use eval_loss or eval_loss/sft."
+            )
+        if self.sync_ref_model:
+            raise ValueError(
+                f"sync_ref_model=True has nothing to synchronise: with {self.method} no row is compared with a "
+                "reference. Leave it at False."
+            )
+
+    @property
+    def method(self) -> str:
+        """The cell of the grid of methods, in words."""
+        return "positive_loss={!r} and negative_loss={!r}".format(*self.cell)
 
     @classmethod
     def from_dpo_config(cls, args: DPOConfig) -> Self:
@@ -208,5 +241,5 @@ class ULMAConfig(PointwiseDPOConfig):
 def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or (above is not None and value <= above) or (least is not None and value < least):
-        needed = "a number" if above is least is None else f"above {above}" if above is not None else f"{least} or above"
+        needed = f"above {above}" if above is not None else "a number" if least is None else f"{least} or above"
         raise ValueError(f"{name} must be {needed}; got {value!r}.")

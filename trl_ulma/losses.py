@@ -1,8 +1,8 @@
 """The row losses of point-wise DPO and ULMA: pure functions of log-probabilities, unreduced.
 
 Every function takes tensors of shape `(B,)` and returns row losses of shape `(B,)`. Log-probabilities are in nats,
-summed over the completion's tokens. Whatever the dtype of the log-probabilities, the arithmetic is done, and the losses
-are returned, in at least float32.
+summed over the completion's tokens. Whatever the dtype of the log-probabilities, the arithmetic is done, and the
+losses are returned, in at least float32.
 """
 
 from typing import NamedTuple

@@ -62,9 +62,9 @@ def reward_ratios(
         continuous: `(B,)` bool.
 
     Returns:
-        name → (numerator, denominator), each `(B,)`. `rewards/accuracies` is the share of rows with binary labels whose
-        reward has its label's sign; `kl` the mean log-ratio, an estimate of KL(π_θ‖π_ref) as far as the rows are what
-        the policy would say.
+        name → (numerator, denominator), each `(B,)`. `rewards/accuracies` is the share of rows with binary labels
+        whose reward has its label's sign; `kl` the mean log-ratio, an estimate of KL(π_θ‖π_ref) as far as the rows are
+        what the policy would say.
     """
     known = ~rewards.isnan()
     right = ((rewards > 0) == (label >= 0.5)).to(rewards.dtype)
@@ -75,6 +75,34 @@ def reward_ratios(
         "rewards/mse": masked((label - rewards) ** 2, known & continuous),
         "kl": masked(log_ratio, known),
         "log_z": masked(log_z, known),
+    }
+
+
+def token_ratios(
+    entropy: torch.Tensor, mean_logits: torch.Tensor, is_top1: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The figures that are means over completion tokens.
+
+    Args:
+        entropy, mean_logits, is_top1: `(B, T)` of the next-token distribution, as TRL's fused LM head gives them.
+        mask: `(B, T)`, 1 at completion tokens.
+        chosen: `(B,)` bool.
+
+    Returns:
+        name → (sum over the row's tokens, their number), each `(B,)`.
+    """
+    tokens = mask.sum(1).float()
+    zero = torch.zeros_like(tokens)
+
+    def of(rows: torch.Tensor, per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = (per_token.float() * mask).sum(1)
+        return torch.where(rows, sums, zero), torch.where(rows, tokens, zero)
+
+    return {
+        "entropy": of(torch.ones_like(chosen), entropy),
+        "logits/chosen": of(chosen, mean_logits),
+        "logits/rejected": of(~chosen, mean_logits),
+        "mean_token_accuracy": of(chosen, is_top1),
     }
 
 
@@ -97,9 +125,9 @@ class RatioSums:
             KeyError: for a name that is not in `ROW_FIGURES`.
         """
         where = torch.tensor([ROW_FIGURES.index(name) for name in ratios], device=self.device)
-        pairs = torch.stack([torch.stack(pair) for pair in ratios.values()]).detach()
+        pairs = torch.stack([value.to(self._sums.dtype) for pair in ratios.values() for value in pair]).detach()
         pairs = torch.where(real, pairs, torch.zeros_like(pairs))
-        self._sums[where] += pairs.sum(-1, dtype=self._sums.dtype)
+        self._sums[where] += pairs.sum(-1).view(-1, 2)
 
     def totals(self) -> torch.Tensor:
         """`(len(ROW_FIGURES), 2)` sums, to be added over processes."""

@@ -1,15 +1,19 @@
 """From raw rows to checked rows of token ids: what runs once, before training."""
 
+# transformers declares a tokenizer's tokens and backend to be of many kinds
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
@@ -33,6 +37,31 @@ _TYPES = {
     "row": Value("int64"),
     "length": Value("int32"),
 }
+
+
+def own_tokenizer(
+    processing_class: Any, source: str, pad_token: str | None, *, revision: str | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer to prepare rows with, that of the model at `source` where none is given; it has a pad token.
+
+    Raises:
+        TypeError: for what is no tokenizer, such as a processor.
+        ValueError: where no pad token can be found.
+    """
+    if processing_class is None:
+        processing_class = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class must be a tokenizer; got {type(processing_class).__name__}. Vision-language models are "
+            "not supported yet; to train one on text, pass its processor's `tokenizer`."
+        )
+    pad_token = pad_token or processing_class.pad_token or processing_class.eos_token
+    if pad_token is None:
+        raise ValueError("The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token.")
+    if pad_token not in processing_class.get_vocab():
+        raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Choose one that is.")
+    processing_class.pad_token = pad_token
+    return processing_class
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,9 @@ class Preparation:
             return dataset
         paired = check_columns(names, name)
         if paired and "label" in names:
-            logger.warning(f"The {name} dataset is paired: its column `label` says nothing about pairs and is not read.")
+            logger.warning(
+                f"The {name} dataset is paired: its column `label` says nothing about pairs and is not read."
+            )
         self._check_tokenizer(first)
         encode = _Encode(self, name, paired)
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
@@ -198,10 +229,9 @@ class _Encode:
                 wholes.append(prompt + completion + eos)
             else:
                 prompt, completion = _without_nones(prompt), _without_nones(completion)
-                prompts.append(
-                    tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **kwargs)
-                )
-                wholes.append(tokenizer.apply_chat_template(prompt + completion, tokenize=False, **kwargs))
+                render = partial(tokenizer.apply_chat_template, tokenize=False, **kwargs)
+                prompts.append(str(render(prompt, add_generation_prompt=True)))
+                wholes.append(str(render(prompt + completion)))
         unique = list(dict.fromkeys([*prompts, *wholes]))
         if not unique:
             return []

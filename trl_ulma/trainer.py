@@ -1,6 +1,10 @@
 """PointwiseDPOTrainer and ULMATrainer: where point-wise learning meets TRL's `DPOTrainer`."""
 
+# transformers declares the model, the dataset and the processing class of a trainer optional or of many kinds
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +14,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
-    AutoProcessor,
     BitsAndBytesConfig,
     DataCollator,
     PreTrainedModel,
@@ -18,7 +21,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
@@ -26,13 +29,14 @@ from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.labels import LabelRules
 from trl_ulma.losses import Terms, grid_loss, route
-from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward_ratios
-from trl_ulma.preparation import Preparation
+from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward_ratios, token_ratios
+from trl_ulma.preparation import Preparation, own_tokenizer
+from trl_ulma.steps import RepeatedRows, plan_references
 
 logger = get_logger(__name__)
 
 # What a batch holds about rows, and is not for the model's forward
-ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "asked")
+ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real")
 
 _PAPER = {
     "title": "Unified Language Model Alignment with Demonstration and Point-wise Human Preference",
@@ -107,7 +111,11 @@ class PointwiseDPOTrainer(DPOTrainer):
                 f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a "
                 "dict of splits, pass one, as dataset['train']."
             )
-        tokenizer = self._own_tokenizer(model, args, processing_class)
+        source = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        tokenizer = own_tokenizer(
+            processing_class, source, args.pad_token, revision=revision, trust_remote_code=args.trust_remote_code
+        )
 
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
         self._rules = LabelRules(args.label_type, getattr(args, "sft_threshold", None), self._needs_mask)
@@ -123,7 +131,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
-        self._check_settings(args, ref_model, datasets)
+        has_mask = any(_any_true(dataset, "sft_mask") for dataset in datasets)
+        args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        if ref_model is not None and not self._has_reference:
+            warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 
         if data_collator is None:
             data_collator = DataCollatorForPointwisePreference(
@@ -158,7 +169,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
         self._rows_in_step: torch.Tensor | int | None = None
-        self._last_row = -1
+        self._repeats = RepeatedRows(self.accelerator)
         self._epoch_iterator: Iterator | None = None
 
     # What is checked and made before DPOTrainer's own set-up
@@ -179,50 +190,6 @@ class PointwiseDPOTrainer(DPOTrainer):
         if isinstance(args, DPOConfig):
             return own.from_dpo_config(args)
         raise TypeError(f"args must be a {own.__name__} or a trl.DPOConfig; got {type(args).__name__}.")
-
-    @staticmethod
-    def _own_tokenizer(model: Any, args: PointwiseDPOConfig, processing_class: Any) -> PreTrainedTokenizerBase:
-        if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
-                model if isinstance(model, str) else get_config_model_id(model.config),
-                revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
-                trust_remote_code=args.trust_remote_code,
-            )
-        if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise TypeError(
-                f"processing_class must be a tokenizer; got {type(processing_class).__name__}. Vision-language models "
-                "are not supported yet; to train one on text, pass its processor's `tokenizer`."
-            )
-        pad_token = args.pad_token or processing_class.pad_token or processing_class.eos_token
-        if pad_token is None:
-            raise ValueError("The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token.")
-        if pad_token not in processing_class.get_vocab():
-            raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Choose one that is.")
-        processing_class.pad_token = pad_token
-        return processing_class
-
-    def _check_settings(self, args: PointwiseDPOConfig, ref_model: Any, datasets: list) -> None:
-        """Raise ValueError on settings that contradict one another or the data."""
-        weighted = args.desirable_weight != 1 or args.undesirable_weight != 1
-        masked_rows = any("sft_mask" in (ds.column_names or []) and _any_true(ds, "sft_mask") for ds in datasets)
-        if weighted and args.label_type == "continuous" and not masked_rows:
-            raise ValueError(
-                "desirable_weight and undesirable_weight weigh continuous labels by the SFT mask, and no row is "
-                "marked. Add a boolean column sft_mask, or weigh rows with a column weight."
-            )
-        if self._has_reference:
-            return
-        method = f"positive_loss={args.cell[0]!r} with negative_loss={args.cell[1]!r}"
-        best = args.metric_for_best_model or ""
-        if "rewards/" in best or best.removeprefix("eval_") in ("kl", "log_z"):
-            raise ValueError(
-                f"metric_for_best_model={best!r} needs a reference model, and with {method} no row is compared with "
-                "one, so that none is loaded. Use eval_loss or eval_loss/sft."
-            )
-        if args.sync_ref_model:
-            raise ValueError(f"sync_ref_model=True has nothing to synchronise: with {method} there is no reference.")
-        if ref_model is not None:
-            logger.warning(f"ref_model is not used: with {method} no row is compared with a reference.")
 
     def _terms(self, label: torch.Tensor, sft_mask: torch.Tensor, continuous: torch.Tensor | None) -> Terms:
         if continuous is None:
@@ -305,30 +272,36 @@ class PointwiseDPOTrainer(DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimiser step, and the number of its real rows over all processes."""
         if epoch_iterator is not self._epoch_iterator:
-            self._epoch_iterator, self._last_row = epoch_iterator, -1
+            self._epoch_iterator, self._repeats = epoch_iterator, RepeatedRows(self.accelerator)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = 0
         for i, batch in enumerate(batches):
-            batch["real"] = self._real_rows(batch, is_last=i == len(batches) - 1)
-        rows = sum(int(batch["real"].sum()) for batch in batches)
+            real = self._repeats.real(batch, is_last=i == len(batches) - 1)
+            rows += int(real.sum())
+            batch["real"] = real.to(batch["label"].device)
+        # Where demonstrations have no log-ratio, their rewards are computed for the logs alone
+        compares_all = self._cell == ("pointwise_dpo", "pointwise_dpo")
+        if self._has_reference and not (self.precompute_ref_logps or compares_all or self._step_is_logged()):
+            compared = [self._terms(b["label"], b["sft_mask"], b.get("continuous")).compared for b in batches]
+            plan_references(batches, compared, at_least_one=self._is_sharded)
         if self.accelerator.num_processes == 1:
             return batches, rows
         count = torch.tensor(float(rows), device=self.accelerator.device)
         return batches, self.accelerator.reduce(count, "sum") / self.get_tp_size()
 
-    def _real_rows(self, batch: dict[str, torch.Tensor], is_last: bool) -> torch.Tensor:
-        """`(B,)` bool: False for the rows that the sampler repeats so that all processes have as many."""
-        size = len(batch["label"])
-        real = torch.ones(size, dtype=torch.bool)
-        if self.accelerator.num_processes > 1:
-            state = self.accelerator.gradient_state
-            if state.remainder > 0 and is_last and state.end_of_dataloader:
-                real = torch.arange(size) + self.accelerator.process_index * size < state.remainder
-            elif state.remainder < 0 and "row" in batch:
-                # A stream's rows come in their order, and what comes again is a repetition
-                for i, row in enumerate(batch["row"].tolist()):
-                    real[i] = row > self._last_row
-                    self._last_row = max(row, self._last_row)
-        return real.to(batch["label"].device)
+    def _step_is_logged(self) -> bool:
+        """Whether the optimiser step that begins will be logged; alike on all processes."""
+        if self.args.logging_strategy == IntervalStrategy.EPOCH:
+            return self.accelerator.gradient_state.end_of_dataloader
+        step = self.state.global_step + 1
+        first = self.args.logging_first_step and step == 1
+        return first or (self.args.logging_strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether a forward is a collective of all processes."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._rows_in_step = num_items_in_batch
@@ -336,6 +309,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)
+        asked = inputs.pop("asked", None)
         rows = {name: inputs.pop(name) for name in ROW_KEYS if name in inputs}
         label, sft_mask = rows["label"], rows["sft_mask"]
         continuous = rows.get("continuous", torch.full_like(sft_mask, self._rules.label_type == "continuous"))
@@ -344,8 +318,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         tokens = completion_mask[:, 1:].sum(1)
 
         outputs = self._forward(model, inputs)
-        policy_logps = _row_sums(outputs.log_probs, tokens)
-        ref_logps = self._ref_logps(inputs, rows, terms.compared).to(policy_logps)
+        # Positions without a label hold 0
+        per_token_logps = outputs.log_probs
+        policy_logps = per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
+        ref_logps = self._ref_logps(inputs, rows, asked).to(policy_logps)
         if self.args.length_normalize:
             policy_logps, ref_logps = policy_logps / tokens.clamp(min=1), ref_logps / tokens.clamp(min=1)
         log_z = rows.get("log_z", torch.full_like(policy_logps, self.args.log_z)).to(policy_logps)
@@ -385,10 +361,13 @@ class PointwiseDPOTrainer(DPOTrainer):
                 "loss/preference": masked(losses.preference, terms.compared),
                 "logps/chosen": masked(policy_logps, chosen),
                 "logps/rejected": masked(policy_logps, ~chosen),
-                **reward_ratios(losses.rewards, policy_logps - ref_logps, log_z, label, chosen, continuous),
-                **_token_ratios(outputs, completion_mask[:, 1:], chosen),
+                **token_ratios(outputs.entropy, outputs.mean_logits, outputs.is_top1, completion_mask[:, 1:], chosen),
                 "num_tokens": (inputs["attention_mask"].sum(1).to(policy_logps), torch.ones_like(policy_logps)),
             }
+            # Where only some rows are asked for their reference, their rewards would stand for all
+            if asked is None:
+                log_ratio = policy_logps - ref_logps
+                ratios.update(reward_ratios(losses.rewards, log_ratio, log_z, label, chosen, continuous))
             if aux_loss is not None:
                 ratios["aux_loss"] = (aux_loss, torch.ones_like(aux_loss))
             if not self.model.training:
@@ -411,20 +390,30 @@ class PointwiseDPOTrainer(DPOTrainer):
             outputs[name] = outputs[name][:, -width:]
         return outputs
 
-    def _ref_logps(self, inputs: dict, rows: dict, compared: torch.Tensor) -> torch.Tensor:
-        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for."""
+    def _ref_logps(self, inputs: dict, rows: dict, asked: tuple[list[int], int] | None) -> torch.Tensor:
+        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for.
+
+        `asked` are the rows that need it and their width; all rows where it is None.
+        """
         if "ref_logps" in rows:
             return rows["ref_logps"]
-        if not self._has_reference:
-            return torch.full_like(rows["label"], torch.nan)
-        return self.compute_ref_log_probs(self.ref_model or self.model, inputs)[0]
+        unknown = torch.full_like(rows["label"], torch.nan)
+        if not self._has_reference or (asked is not None and not asked[0]):
+            return unknown
+        model = self.ref_model or self.model
+        if asked is None:
+            return self.compute_ref_log_probs(model, inputs)[0]
+        index = torch.tensor(asked[0], device=unknown.device)
+        part = {name: value[index, : asked[1]] for name, value in inputs.items()}
+        ref_logps = self.compute_ref_log_probs(model, part)[0]
+        return unknown.to(ref_logps).index_copy(0, index, ref_logps)
 
     # Evaluation and logs
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
         inputs = self._prepare_inputs(inputs)
-        inputs["real"] = self._real_rows(inputs, is_last=True)
+        inputs["real"] = self._repeats.real(inputs, is_last=True).to(self.accelerator.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
@@ -436,18 +425,20 @@ class PointwiseDPOTrainer(DPOTrainer):
     ):
         """As `Trainer.evaluation_loop`; every figure is a ratio of sums over the whole data set."""
         training, self._sums = self._sums, RatioSums(self.accelerator.device)
-        self._evaluated, self._last_row = [], -1
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+        self._evaluated, self._repeats = [], RepeatedRows(self.accelerator)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
+            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+        finally:
+            self._sums = training
         found.pop("num_tokens", None)
         everything = torch.cat(gather_object([torch.cat(self._evaluated)]))
         rewards, label, continuous = everything.unbind(1)
         found.update(ranking_figures(rewards, label, continuous.bool()))
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        self._sums = training
         return output
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
@@ -493,29 +484,6 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
-
-
-def _row_sums(per_token: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`(B,)` sums of `(B, T)` values, in at least float32; positions without a label hold 0."""
-    return per_token.sum(1, dtype=torch.promote_types(per_token.dtype, torch.float32))
-
-
-def _token_ratios(outputs: Any, mask: torch.Tensor, chosen: torch.Tensor) -> dict:
-    """Figures that are means over completion tokens, as (sum, count) of each row."""
-    tokens = mask.sum(1).double()
-
-    def sums(per_token: torch.Tensor) -> torch.Tensor:
-        return (per_token.detach().double() * mask).sum(1)
-
-    zero = torch.zeros_like(tokens)
-    of_chosen, of_rejected = torch.where(chosen, tokens, zero), torch.where(chosen, zero, tokens)
-    logits = sums(outputs.mean_logits)
-    return {
-        "entropy": (sums(outputs.entropy), tokens),
-        "logits/chosen": (torch.where(chosen, logits, zero), of_chosen),
-        "logits/rejected": (torch.where(chosen, zero, logits), of_rejected),
-        "mean_token_accuracy": (torch.where(chosen, sums(outputs.is_top1), zero), of_chosen),
-    }
 
 
 def _any_true(dataset: Dataset | IterableDataset, column: str) -> bool:
