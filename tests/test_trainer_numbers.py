@@ -84,7 +84,7 @@ def test_a_step_has_the_oracles_loss_and_gradient(tiny_gpt2, tmp_path, cell, row
     )
     loss = first_step_loss(trainer)
     loss.backward()
-    kinds = dict(positive_loss=positive, negative_loss=negative, length_normalize=length_normalize)
+    kinds = {"positive_loss": positive, "negative_loss": negative, "length_normalize": length_normalize}
     wanted, by_row = expected(rows, policy, reference, counts, **kinds)
     assert loss.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 

@@ -160,6 +160,7 @@ def ulma_loss(
     """
     if label_type not in ("binary", "continuous"):
         raise ValueError(f"label_type must be 'binary' or 'continuous'; got {label_type!r}.")
+    _checked(policy_logps, label=label)
     continuous = torch.full_like(sft_mask, label_type == "continuous", dtype=torch.bool)
     terms = route(label, sft_mask, continuous)
     return grid_loss(
@@ -318,7 +319,8 @@ def grid_loss(
     """
     if not sft_weight >= 0:
         raise ValueError(f"sft_weight must be 0 or above; got {sft_weight}.")
-    policy, ref, z, log_z = _checked(policy_logps, ref_logps=ref_logps, label=label, log_z=log_z)
+    flags = {"continuous": continuous, **terms._asdict()}
+    policy, ref, z, log_z, *_ = _checked(policy_logps, ref_logps=ref_logps, label=label, log_z=log_z, **flags)
     # A row that is not compared may have no reference: its NaN is replaced before the arithmetic, not after, since the
     # gradient of a NaN that `where` discards is NaN still.
     ref = torch.where(terms.compared, ref, policy.detach())
