@@ -47,6 +47,12 @@ class PointwiseDPOConfig(DPOConfig):
             The log-ratio is then about as many times smaller as a completion has tokens: raise β by that factor.
         desirable_weight: weight of rows with a label of ½ and above (continuous labels: of demonstrations).
         undesirable_weight: weight of the other rows.
+        share_prompts: run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a
+            prompt's rows together. Exact, which is tried out at the start; with attention other than "sdpa" and
+            "eager", sliding windows or recurrent layers rows are padded, and that is said.
+
+    Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
+    tried out at the start whether the model computes the same, and refused where it does not.
 
     Settings of DPOConfig that exist for pairs only (`loss_type`, `label_smoothing`, …) are refused away from their
     default. Batch sizes count rows: a pair takes two.
@@ -83,6 +89,20 @@ class PointwiseDPOConfig(DPOConfig):
         metadata={"help": "Weight of rows with a label of 1/2 and above (continuous labels: of demonstrations)."},
     )
     undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of the other rows."})
+    share_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a "
+            "prompt's rows together. Needs 'sdpa' or 'eager' attention."
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Pack the rows of a micro-batch into one sequence without padding. Whether the model computes the "
+            "same is tried out at the start."
+        },
+    )
 
     loss_type: list[str] = _hidden("loss_type")
     loss_weights: list[float] | None = _hidden("loss_weights")
@@ -119,8 +139,8 @@ class PointwiseDPOConfig(DPOConfig):
         _check_number("log_z", self.log_z)
         _check_number("desirable_weight", self.desirable_weight, least=0)
         _check_number("undesirable_weight", self.undesirable_weight, least=0)
-        if self.padding_free:
-            raise ValueError("padding_free=True is not supported by these trainers. Leave it at False.")
+        if self.padding_free and self.share_prompts:
+            raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
 
     def check_with_data(self, *, needs_reference: bool, has_mask: bool) -> None:
         """Raise ValueError on a setting that the data contradicts.

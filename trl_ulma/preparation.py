@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,21 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from trl_ulma import __version__
 from trl_ulma.data.pairs import pairs_to_rows
-from trl_ulma.labels import OPTIONAL_COLUMNS, LabelRules, check_columns, check_texts, one_class, read_labels
+from trl_ulma.labels import (
+    OPTIONAL_COLUMNS,
+    LabelRules,
+    check_columns,
+    check_texts,
+    is_messages,
+    one_class,
+    read_labels,
+    shown,
+)
 
 logger = logging.get_logger(__name__)
 
+NO_TOKENS = "nothing of its completion is left in its tokens, as where a chat template leaves it out"
 PROMPT_FILLS = "its prompt alone fills max_length"
 NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion a single token"
 
@@ -37,6 +47,9 @@ _TYPES = {
     "row": Value("int64"),
     "length": Value("int32"),
 }
+_PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
+_READ = {"prompt", "completion", "chosen", "rejected", "label", *OPTIONAL_COLUMNS}
+_OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 def own_tokenizer(
@@ -90,40 +103,50 @@ class Preparation:
         Raises:
             ValueError: naming the row or column that is wrong; also where no row is left.
         """
-        first = next(iter(dataset), None)
+        # Rows are read as plain values; only a transform of the caller's stays, since it is what makes them
+        is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+        raw = dataset if is_transformed else dataset.with_format(None)
+        first = next(iter(raw), None)
         if first is None:
             raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
+        if not isinstance(first, Mapping):
+            raise ValueError(
+                f"Row 0 of the {name} dataset is {shown(first)}; it must be a dict of columns, such as prompt, "
+                "completion and label."
+            )
         names = list(first)
-        if {"prompt_ids", "completion_ids", "row"} <= set(names):
+        if set(names) >= _PREPARED and set(names) <= {*_TYPES, "ref_logps"}:
             return dataset
         paired = check_columns(names, name)
-        if paired and "label" in names:
-            logger.warning(
-                f"The {name} dataset is paired: its column `label` says nothing about pairs and is not read."
-            )
-        self._check_tokenizer(first)
-        encode = _Encode(self, name, paired)
+        for column in ("label", "label_type") if paired else ():
+            if column in names:
+                logger.warning(
+                    f"The {name} dataset is paired: its column `{column}` says nothing about pairs and is not read."
+                )
+        is_text = self._check_tokenizer(first)
+        encode = _Encode(self, name, paired, is_text, tuple(sorted(_READ.intersection(names))))
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
         features = Features({c: _TYPES[c] for c in (*kept, "row", "length")})
-        if isinstance(dataset, IterableDataset):
-            return dataset.map(
+        if isinstance(raw, IterableDataset):
+            return raw.map(
                 encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
             )
 
-        encoded = dataset.map(
+        encoded = raw.map(
             encode,
             with_indices=True,
             batched=True,
-            remove_columns=names,
+            remove_columns=raw.column_names,
             features=Features({**features, "left_out": Value("string"), "cut": Value("bool")}),
             num_proc=num_proc,
             desc=f"Tokenizing {name} dataset",
-            new_fingerprint=Hasher.hash((dataset._fingerprint, name, self._key())),
+            new_fingerprint=Hasher.hash((raw._fingerprint, name, self._key())),
         )
-        return _report(encoded, name)
+        return _report(encoded.with_format(None), name)
 
-    def _check_tokenizer(self, first: Mapping[str, Any]) -> None:
+    def _check_tokenizer(self, first: Mapping[str, Any]) -> bool:
+        """Whether the rows are text, as the first one is; raises ValueError where the tokenizer cannot take it."""
         text = first["prompt"] if "prompt" in first else first["chosen"]
         if isinstance(text, str):
             if self.tokenizer.eos_token is None:
@@ -131,11 +154,12 @@ class Preparation:
                     "The tokenizer has no EOS token, so completions of text could not be ended. Set "
                     "tokenizer.eos_token and pass the tokenizer as processing_class."
                 )
-        elif self.tokenizer.chat_template is None:
+        elif is_messages(text) and self.tokenizer.chat_template is None:
             raise ValueError(
                 "The rows are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template (or "
                 "use an instruction-tuned model's tokenizer) and pass it as processing_class."
             )
+        return isinstance(text, str)
 
     def _key(self) -> str:
         """What a cached result depends on, besides the rows."""
@@ -146,7 +170,7 @@ class Preparation:
         else:
             state = Hasher.hash(self.tokenizer)
         tokenizer = (type(self.tokenizer).__name__, state, self.tokenizer.chat_template, self.tokenizer.eos_token)
-        versions = (__version__, transformers_version)
+        versions = (version("trl-ulma"), transformers_version)
         return Hasher.hash((tokenizer, self.rules, self.max_length, self.truncation_mode, versions))
 
 
@@ -157,9 +181,17 @@ class _Encode:
     how: Preparation
     name: str
     paired: bool
+    is_text: bool
+    columns: tuple[str, ...]
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         rows = list(indices)
+        found = tuple(sorted(_READ.intersection(batch)))
+        if found != self.columns:
+            raise ValueError(
+                f"Rows {rows[0]} to {rows[-1]} of the {self.name} dataset have the columns {', '.join(found) or 'none'}"
+                f"; its first row has {', '.join(self.columns)}. All rows need the same."
+            )
         left_out: list[str | None] = [None] * len(rows)
         columns: Mapping[str, list] = batch
         halves = [""] * len(rows)
@@ -173,8 +205,9 @@ class _Encode:
         for i, row in enumerate(rows):
             prompt, completion = columns["prompt"][i], columns["completion"][i]
             if left_out[i] is None:
-                check_texts(prompt, completion, f"Row {row}{halves[i]} of the {self.name} dataset")
-                texts.append((prompt, completion, self._template_kwargs(columns, i)))
+                at = f"Row {row}{halves[i]} of the {self.name} dataset"
+                check_texts(prompt, completion, at)
+                texts.append(self._render(prompt, completion, columns, i, at))
         tokenised = iter(self._tokenise(texts))
 
         prompt_ids, completion_ids, cut = [], [], []
@@ -210,36 +243,65 @@ class _Encode:
             for name, values in encoded.items()
         }
 
+    def _render(self, prompt: Any, completion: Any, columns: Mapping[str, list], i: int, at: str) -> tuple[str, str]:
+        """(prompt, prompt and completion) of row `i` as text, the special tokens of a conversation included."""
+        tokenizer = self.how.tokenizer
+        if isinstance(prompt, str) != self.is_text:
+            kind = (
+                "a list of messages and the first row's is text" if self.is_text else "text and the first row's is not"
+            )
+            raise ValueError(f"{at}: prompt is {kind}. Train on one kind, or write the messages out as text.")
+        if self.is_text:
+            eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+            texts = prompt, prompt + completion + eos
+        else:
+            render = partial(tokenizer.apply_chat_template, tokenize=False, **self._template_kwargs(columns, i, at))
+            prompt, completion = _without_nones(prompt), _without_nones(completion)
+            try:
+                texts = str(render(prompt, add_generation_prompt=True)), str(render(prompt + completion))
+            except Exception as error:  # a template is a program
+                raise ValueError(
+                    f"{at}: the chat template fails on it ({type(error).__name__}: {error}). Mend the row, or set "
+                    "another tokenizer.chat_template."
+                ) from error
+        for text in texts:
+            if not _is_unicode(text):
+                raise ValueError(
+                    f"{at}: its text holds half of a surrogate pair, which is no character. Drop the row, or mend the "
+                    'text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
+                )
+        return texts
+
     @staticmethod
-    def _template_kwargs(columns: Mapping[str, list], i: int) -> dict[str, Any]:
+    def _template_kwargs(columns: Mapping[str, list], i: int, at: str) -> dict[str, Any]:
         tools = columns["tools"][i] if "tools" in columns else None
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        if isinstance(tools, str):
+            try:
+                tools = json.loads(tools)
+            except ValueError as error:
+                raise ValueError(f"{at}: tools is text that is not JSON ({error}).") from error
+        are_tools = isinstance(tools, list) and all(isinstance(tool, dict) or callable(tool) for tool in tools)
+        if tools is not None and not are_tools:
+            raise ValueError(f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or that list as JSON.")
         kwargs = columns["chat_template_kwargs"][i] if "chat_template_kwargs" in columns else None
+        if not isinstance(kwargs, dict | None):
+            raise ValueError(f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.")
+        set_by_us = sorted(_OURS.intersection(kwargs or {}))
+        if set_by_us:
+            raise ValueError(f"{at}: chat_template_kwargs sets {', '.join(set_by_us)}, as only the trainer may.")
         return {"tools": tools, **(kwargs or {})}
 
-    def _tokenise(self, texts: list[tuple[Any, Any, dict[str, Any]]]) -> list[tuple[list[int], list[int]]]:
+    def _tokenise(self, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, completion ids) of each row; a batch's texts are tokenised together, each once."""
-        tokenizer = self.how.tokenizer
-        prompts: list[str] = []
-        wholes: list[str] = []
-        for prompt, completion, kwargs in texts:
-            if isinstance(prompt, str):
-                eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-                prompts.append(prompt)
-                wholes.append(prompt + completion + eos)
-            else:
-                prompt, completion = _without_nones(prompt), _without_nones(completion)
-                render = partial(tokenizer.apply_chat_template, tokenize=False, **kwargs)
-                prompts.append(str(render(prompt, add_generation_prompt=True)))
-                wholes.append(str(render(prompt + completion)))
-        unique = list(dict.fromkeys([*prompts, *wholes]))
+        unique = list(dict.fromkeys(text for both in texts for text in both))
         if not unique:
             return []
         # A chat template writes the special tokens itself
-        is_text = isinstance(texts[0][0], str)
-        ids = tokenizer(unique, add_special_tokens=is_text, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = self.how.tokenizer(unique, add_special_tokens=self.is_text, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         ids_of = dict(zip(unique, ids, strict=True))
-        return [self._split(ids_of[p], ids_of[w]) for p, w in zip(prompts, wholes, strict=True)]
+        return [self._split(ids_of[prompt], ids_of[whole]) for prompt, whole in texts]
 
     def _split(self, prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
         """`whole` cut where it and the prompt's own tokens part, which can be before the prompt's end."""
@@ -256,6 +318,8 @@ class _Encode:
 
     def _truncate(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int], bool, str | None]:
         """(prompt, completion, whether anything was cut, why the row is to be left out or None)."""
+        if not completion:
+            return [], [], False, NO_TOKENS
         excess = len(prompt) + len(completion) - self.how.max_length if self.how.max_length is not None else 0
         if excess > 0 and self.how.truncation_mode == "keep_end":
             completion = completion[max(excess - len(prompt), 0) :]
@@ -272,6 +336,15 @@ class _Encode:
 def _without_nones(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages without the keys that Arrow fills with None because other messages have them."""
     return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded, which one with half a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _report(encoded: Dataset, name: str) -> Dataset:
@@ -292,6 +365,11 @@ def _report(encoded: Dataset, name: str) -> Dataset:
     if cut:
         logger.warning(f"Cut {cut} of {len(encoded)} rows of the {name} dataset at max_length.")
     rows = encoded.remove_columns(["left_out", "cut"])
+    if "weight" in rows.column_names and not any(rows["weight"][:]):
+        raise ValueError(
+            f"Every row of the {name} dataset has weight 0, so that nothing would be learned. Remove the column "
+            "weight, or set some of it above 0."
+        )
     label = np.asarray(rows["label"][:])
     continuous = np.zeros(len(label), dtype=bool)
     if "label_type" in rows.column_names:

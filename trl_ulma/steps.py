@@ -49,6 +49,8 @@ def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor],
         compared: of each, `(B,)` bool: whether the row's loss contains the reference.
         at_least_one: ask for a row even where none needs it, since other processes' forwards wait for this one's.
     """
+    if not batches:  # a stream that ended with the last step
+        return
     plans = []
     for batch, rows in zip(batches, compared, strict=True):
         positions = torch.arange(1, batch["attention_mask"].size(1) + 1, device=rows.device)

@@ -3,6 +3,8 @@
 # transformers declares the model, the dataset and the processing class of a trainer optional or of many kinds
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
+import contextlib
+import functools
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +25,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
@@ -31,6 +34,8 @@ from trl_ulma.labels import LabelRules
 from trl_ulma.losses import Terms, grid_loss, route
 from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward_ratios, token_ratios
 from trl_ulma.preparation import Preparation, own_tokenizer
+from trl_ulma.sampler import PromptSampler
+from trl_ulma.scoring import Scorer
 from trl_ulma.steps import RepeatedRows, plan_references
 
 logger = get_logger(__name__)
@@ -145,11 +150,14 @@ class PointwiseDPOTrainer(DPOTrainer):
                 label_type=args.label_type,
                 sft_threshold=self._rules.sft_threshold,
             )
-        precompute = args.precompute_ref_log_probs
+        self._layout = "packed" if args.padding_free else "shared" if args.share_prompts else "padded"
+        precompute, padding_free = args.precompute_ref_log_probs, args.padding_free
+        args.padding_free = False  # DPOTrainer's own is switched off, and it would say so
         if not self._has_reference:
             # What keeps DPOTrainer from loading a reference model; `_precompute_ref_logps` computes nothing then
             args.precompute_ref_log_probs = True
             ref_model = None
+        self._probe_rows = [row for row, _ in zip(train_dataset, range(4), strict=False)]
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -164,7 +172,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        args.precompute_ref_log_probs = precompute
+        args.precompute_ref_log_probs, args.padding_free = precompute, padding_free
         self.precompute_ref_logps = precompute and self._has_reference
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
@@ -241,6 +249,14 @@ class PointwiseDPOTrainer(DPOTrainer):
                 *("log_z", "weight", "ref_logps", "row", "length"),
             ]
 
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self._layout != "shared" or not isinstance(rows, Dataset) or self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PromptSampler(prompts, [label >= 0.5 for label in rows["label"]], seed)
+
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if not self._has_reference:
             return dataset
@@ -260,11 +276,25 @@ class PointwiseDPOTrainer(DPOTrainer):
             ref_logps[asked] = part["ref_chosen_logps"][:]
         return dataset.add_column("ref_logps", ref_logps.tolist())
 
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        def collate(rows):
+            return self._prepare_inputs(self.data_collator(rows))
+
+        return Scorer(self.accelerator, self._layout, self._probe_rows, collate)
+
     def compute_ref_log_probs(self, model, inputs):
-        """Reference log-probabilities of a batch's rows, `(B,)` nats, summed over the completion; twice the same, since
-        DPOTrainer's precomputation stores one for each half of a pair."""
+        """Reference log-probabilities of a batch's rows, `(B,)` nats, summed over the completion; twice the same,
+        since DPOTrainer's precomputation stores one for each half of a pair."""
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        ref_logps = torch.cat(super().compute_ref_log_probs(model, inputs))
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+            log_probs = self._scorer(model, inputs).log_probs
+        ref_logps = _summed(log_probs)
         return ref_logps, ref_logps
 
     # The loss
@@ -317,10 +347,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         completion_mask = inputs["completion_mask"]
         tokens = completion_mask[:, 1:].sum(1)
 
-        outputs = self._forward(model, inputs)
-        # Positions without a label hold 0
-        per_token_logps = outputs.log_probs
-        policy_logps = per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
+        # MoE models return their auxiliary loss where they are asked for router logits
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = self._scorer(model, inputs, **router)
+        policy_logps = _summed(outputs.log_probs)
         ref_logps = self._ref_logps(inputs, rows, asked).to(policy_logps)
         if self.args.length_normalize:
             policy_logps, ref_logps = policy_logps / tokens.clamp(min=1), ref_logps / tokens.clamp(min=1)
@@ -376,19 +406,6 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._sums.add(ratios, real)
         predicted = losses.rewards if self._has_reference else policy_logps
         return (loss, {"predictions": predicted.detach(), "label": label}) if return_outputs else loss
-
-    def _forward(self, model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-        """The policy's forward through the fused LM head: per-token log-probabilities, no logits."""
-        kwargs = {name: value for name, value in inputs.items() if name != "completion_mask"}
-        if self.aux_loss_enabled:
-            kwargs["output_router_logits"] = True
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        # Prompt-learning PEFT prepends virtual tokens to the outputs: the real ones' positions are the last
-        outputs = model(**kwargs, labels=labels, use_cache=False, fused_lm_head=True)
-        width = labels.size(1) - 1
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
-            outputs[name] = outputs[name][:, -width:]
-        return outputs
 
     def _ref_logps(self, inputs: dict, rows: dict, asked: tuple[list[int], int] | None) -> torch.Tensor:
         """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for.
@@ -484,6 +501,11 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
+
+
+def _summed(per_token_logps: torch.Tensor) -> torch.Tensor:
+    """`(B,)` sums of `(B, T)`, in at least float32; positions without a label hold 0."""
+    return per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
 
 
 def _any_true(dataset: Dataset | IterableDataset, column: str) -> bool:

@@ -1,0 +1,96 @@
+"""Whether a model computes the same when its rows are laid out in another way: tried out before training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from trl_ulma.forward import Layout, packed, padded, shared
+
+Batch = Mapping[str, torch.Tensor]
+Scores = Callable[[Layout, Batch], torch.Tensor]
+
+# Nats a token by which a log-probability may differ in fp32
+TOLERANCE = 1e-4
+# Share of a contaminated layout's error that an exact one may have
+CONTAMINATION = 0.01
+LONGEST_COMPLETION = 64
+
+
+def probe_packed(scores: Scores, batch: Batch, *, exact: bool) -> None:
+    """Raise ValueError unless rows packed into one sequence keep apart.
+
+    Args:
+        scores: per-token log-probabilities `(B, T − 1)` of a layout of a batch, with dropout off.
+        batch: at least two rows.
+        exact: whether the forward computes in fp32 or better.
+    """
+    layout = packed(batch)
+    places = torch.arange(layout.inputs["input_ids"].size(1), device=layout.positions.device)
+    contaminated = layout._replace(inputs={**layout.inputs, "position_ids": places[None]})
+    _compare(scores, batch, layout, contaminated, "padding_free", exact)
+
+
+def probe_shared(scores: Scores, batch: Batch, *, exact: bool, dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless branches of a shared prompt keep apart.
+
+    Args:
+        scores: as for `probe_packed`.
+        batch: at least two rows with the same prompt.
+        exact: whether the forward computes in fp32 or better.
+        dtype: as for `trl_ulma.forward.shared`.
+    """
+    layout = shared(batch, dtype)
+    allowed = layout.inputs["attention_mask"]
+    everything = torch.ones_like(allowed, dtype=torch.bool).tril()
+    if dtype is not None:
+        everything = torch.zeros_like(allowed).masked_fill(~everything, torch.finfo(dtype).min)
+    contaminated = layout._replace(inputs={**layout.inputs, "attention_mask": everything})
+    _compare(scores, batch, layout, contaminated, "share_prompts", exact)
+
+
+def _compare(scores: Scores, batch: Batch, layout: Layout, contaminated: Layout, option: str, exact: bool) -> None:
+    wanted = scores(padded(batch), batch)
+    remedy = f"Set {option}=False, or load the model with attn_implementation='sdpa' or 'flash_attention_2'."
+    try:
+        found = scores(layout, batch) - wanted
+    except (IndexError, RuntimeError, TypeError, ValueError) as failure:
+        raise ValueError(
+            f"{option}=True is not exact with this model, which does not run ({failure}). {remedy}"
+        ) from failure
+    error, wrong = found.abs().max().item(), (scores(contaminated, batch) - wanted).abs()
+    allowed, measure = TOLERANCE, "the fp32 bound"
+    if not exact:
+        # In half precision the width of the padding alone changes the sums' order
+        wider = [scores(padded(_wider(batch, by)), batch) for by in (1, 7, 64)]
+        allowed = max(TOLERANCE, 2 * max((one - wanted).abs().max().item() for one in wider))
+        measure = "twice the difference between two paddings"
+        contamination, error_of_contamination = found.pow(2).mean().sqrt().item(), wrong.pow(2).mean().sqrt().item()
+    else:
+        contamination, error_of_contamination = error, wrong.max().item()
+    if error > allowed or contamination > CONTAMINATION * error_of_contamination:
+        raise ValueError(
+            f"{option}=True is not exact with this model: log-probabilities differ from the padded ones by up to "
+            f"{error:.2g} nats a token ({measure} is {allowed:.2g}), where rows that see one another differ by "
+            f"{wrong.max().item():.2g}. {remedy}"
+        )
+
+
+def _wider(batch: Batch, by: int) -> dict[str, torch.Tensor]:
+    """The batch with `by` more columns of padding."""
+    return {name: torch.nn.functional.pad(value, (0, by)) for name, value in batch.items()}
+
+
+def probe_rows(examples: Sequence[Mapping[str, Any]], *, same_prompt: bool) -> list[dict[str, Any]]:
+    """Rows to probe with: four of `examples` cut short, over and over where there are fewer, with the first's prompt
+    where `same_prompt`."""
+    chosen = [examples[i % len(examples)] for i in range(4)]
+    longest = [LONGEST_COMPLETION - 7 * i for i in range(4)]  # rows of one length would hide much
+    return [
+        {
+            "prompt_ids": list((chosen[0] if same_prompt else row)["prompt_ids"])[-LONGEST_COMPLETION:],
+            "completion_ids": list(row["completion_ids"])[: max(length, 2)],
+            "label": 1.0,
+        }
+        for row, length in zip(chosen, longest, strict=True)
+    ]
