@@ -1,0 +1,314 @@
+"""Files, folders and the hub by name; the split by prompt."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_ulma.data.files import load_rows, split_by_prompt
+
+ROWS = [{"prompt": f"question {i}", "completion": f" answer {i}", "label": i % 2 == 0} for i in range(5)]
+LINES = "\n".join(json.dumps(row) for row in ROWS) + "\n"
+CSV = "prompt,completion,label\n" + "".join(f"question {i}, answer {i},{i % 2 == 0}\n" for i in range(5))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path, text):
+    content = text.encode() if isinstance(text, str) else text
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl", LINES),
+        ("rows.jsonl.gz", LINES),
+        ("rows.JSONL", LINES),
+        ("rows.json", json.dumps(ROWS)),
+        ("rows.json.gz", json.dumps(ROWS, indent=1)),
+        ("rows.csv", CSV),
+    ],
+)
+def test_a_file_is_one_split(tmp_path, name, text, streaming):
+    splits = load_rows(write(tmp_path / name, text), streaming=streaming)
+    assert isinstance(splits, IterableDatasetDict if streaming else DatasetDict)
+    assert list(splits) == ["train"]
+    assert list(splits["train"]) == ROWS
+
+
+def test_parquet(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "rows.parquet")
+    assert list(load_rows(str(tmp_path / "rows.parquet"))["train"]) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("array.jsonl", json.dumps(ROWS)),
+        ("array.jsonl.gz", "\n " + json.dumps(ROWS, indent=2)),
+        ("lines.json", LINES),
+        ("lines.json.gz", "\ufeff" + LINES.replace("\n", "\n\n")),
+    ],
+)
+def test_json_is_recognised_by_content(tmp_path, name, text):
+    assert list(load_rows(write(tmp_path / name, text))["train"]) == ROWS
+
+
+def test_a_folder_of_files(tmp_path):
+    write(tmp_path / "train.jsonl.gz", LINES)
+    write(tmp_path / "test.jsonl.gz", LINES)
+    splits = load_rows(tmp_path)
+    assert list(splits) == ["train", "test"]
+    assert list(splits["test"]) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_saved_to_disk(tmp_path, streaming):
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "two")
+    one, two = (load_rows(tmp_path / name, streaming=streaming) for name in ("one", "two"))
+    assert isinstance(one, IterableDatasetDict if streaming else DatasetDict)
+    assert list(one) == ["train"]
+    assert list(one["train"]) == ROWS
+    assert list(two) == ["train", "test"]
+    assert list(two["test"]) == ROWS[:1]
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "rows.jsonl", LINES)
+    assert list(load_rows("~/rows.jsonl")["train"]) == ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", b"", r"empty\.jsonl is empty; at least one row is needed"),
+        ("blank.jsonl", b"\n \n", r"blank\.jsonl is empty; at least one row"),
+        ("empty.csv", b"", r"empty\.csv is empty; at least one row"),
+        ("header.csv", b"prompt,completion,label\n", r"header\.csv holds no rows; at least one is needed"),
+        ("none.json", b"[]", r"none\.json holds no rows; at least one is needed"),
+        ("rows.txt", b"hello", r"rows\.txt ends in '\.txt'; a data file must be \.jsonl\[\.gz\], .* or \.parquet"),
+        ("rows", b"hello", r"rows ends in 'nothing'; a data file must be"),
+        ("rows.csv.gz", b"hello", r"ends in '\.csv\.gz'; a data file must be"),
+        ("plain.jsonl.gz", b"hello", r"plain\.jsonl\.gz is a broken gzip file \(.*\)\. Write or copy it anew"),
+        ("cut.json.gz", gzip.compress(LINES.encode())[:-20], r"cut\.json\.gz is a broken gzip file"),
+        (
+            "cut.jsonl",
+            LINES[:-9].encode(),
+            r"cut\.jsonl is broken JSON in line 5, column \d+: .* Mend or remove that row",
+        ),
+        ("bad.jsonl", b'{"prompt": "a"}\n\n{oops}\n', r"bad\.jsonl is broken JSON in line 3, column 2: "),
+        ("bad.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', r"bad\.json is broken JSON in line 2, column 11: "),
+        ("object.json", b'{\n"prompt": "a"\n"label": 1}', r"object\.json is broken JSON in line 3, column 1: "),
+        ("numbers.jsonl", b"1\n2\n", r"numbers\.jsonl holds '1' in line 1, where an object .* is needed"),
+        ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"latin\.jsonl is not UTF-8 text: byte 0xe9 in line 2\. Save it"),
+        ("bad.parquet", b"PAR1", r"bad\.parquet cannot be read as parquet: "),
+        ("ragged.csv", b"prompt,label\na,1\nb,2,3\n", r"ragged\.csv cannot be read as csv: .*line 3"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path, name, content, message, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path / name, streaming=streaming)
+
+
+def test_a_corrupt_gzip_file(tmp_path):
+    content = bytearray(gzip.compress(LINES.encode() * 500))
+    content[30:60] = bytes(30)
+    (tmp_path / "rows.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz is a broken gzip file"):
+        load_rows(tmp_path / "rows.jsonl.gz")
+
+
+def test_a_broken_file_in_a_folder(tmp_path):
+    write(tmp_path / "train.jsonl", LINES)
+    write(tmp_path / "test.jsonl", '{"prompt": }\n')
+    with pytest.raises(ValueError, match=r"test\.jsonl is broken JSON in line 1, column 12"):
+        load_rows(tmp_path)
+
+
+def test_a_folder_without_data(tmp_path):
+    write(tmp_path / "notes.txt", "hello")
+    with pytest.raises(FileNotFoundError, match=r"holds no data file; at least one \.jsonl"):
+        load_rows(tmp_path)
+
+
+def test_other_faults_in_a_folder_are_told_as_they_are(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="Parquet"):
+        load_rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["row.jsonl", "./row", "nowhere/row.csv"])
+def test_a_file_that_does_not_exist(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", LINES)
+    (tmp_path / "nowhere2").mkdir()
+    near = "nowhere2" if name.startswith("nowhere") else r"rows\.jsonl"
+    with pytest.raises(FileNotFoundError, match=rf"There is no file or folder .*row.* Did you mean .*{near}\?"):
+        load_rows(name)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "thumbs.jsonl", LINES)
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'thumbs' on the Hub")
+
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"no file or folder thumbs .*thumbs\.jsonl.*from the hub: Couldn't"):
+        load_rows("thumbs")
+
+
+def test_a_hub_name_goes_to_the_hub(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset", lambda path, **kwargs: seen.update(kwargs, path=path))
+    load_rows("trl-lib/kto-mix-14k", config="main", streaming=True)
+    assert seen == {"path": "trl-lib/kto-mix-14k", "name": "main", "streaming": True}
+
+
+def test_a_configuration_is_for_data_sets_that_have_some(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"is a file, which has no configurations\. Leave the configuration 'main'"):
+        load_rows(write(tmp_path / "rows.jsonl", LINES), config="main")
+    with pytest.raises(ValueError, match=r"was written by save_to_disk, and has no configurations"):
+        load_rows(tmp_path / "saved", config="main")
+
+
+# The split by prompt
+
+
+def by_prompt(splits):
+    return {name: {json.dumps(prompt) for prompt in rows["prompt"]} for name, rows in splits.items()}
+
+
+@given(
+    prompts=st.lists(st.integers(0, 20), min_size=2, max_size=60).filter(lambda p: len(set(p)) > 1),
+    seed=st.integers(0, 5),
+    messages=st.booleans(),
+    shuffle=st.randoms(use_true_random=False),
+)
+def test_no_prompt_is_on_both_sides_and_order_does_not_matter(prompts, seed, messages, shuffle):
+    texts = [[{"role": "user", "content": str(p)}] if messages else f"p{p}" for p in prompts]
+    splits = split_by_prompt(Dataset.from_dict({"prompt": texts}), test_size=0.3, seed=seed)
+    sides = by_prompt(splits)
+    assert sides["train"]
+    assert sides["test"]
+    assert not sides["train"] & sides["test"]
+    assert len(splits["train"]) + len(splits["test"]) == len(prompts)
+    shuffle.shuffle(texts)
+    assert by_prompt(split_by_prompt(Dataset.from_dict({"prompt": texts}), test_size=0.3, seed=seed)) == sides
+
+
+def test_the_size_is_as_asked_and_rows_keep_their_order():
+    rows = Dataset.from_dict({"prompt": [f"p{i // 3}" for i in range(300)], "row": list(range(300))})
+    for test_size, expected in ((0.1, 30), (0.5, 150), (60.0, 60)):
+        splits = split_by_prompt(rows, test_size=test_size, seed=0)
+        assert len(splits["test"]) == expected
+        assert all(splits[name]["row"][:] == sorted(splits[name]["row"][:]) for name in splits)
+
+
+def test_a_prompt_with_most_of_the_rows_stays_in_training():
+    rows = Dataset.from_dict({"prompt": ["much"] * 90 + [f"p{i}" for i in range(10)]})
+    for seed in range(10):
+        assert len(split_by_prompt(rows, test_size=0.05, seed=seed)["test"]) == 5
+
+
+def test_the_seed_matters():
+    rows = Dataset.from_dict({"prompt": [f"p{i}" for i in range(100)]})
+    sides = [tuple(split_by_prompt(rows, test_size=0.1, seed=seed)["test"]["prompt"]) for seed in (0, 0, 1)]
+    assert sides[0] == sides[1] != sides[2]
+
+
+def test_every_process_finds_the_same():
+    code = (
+        "from datasets import Dataset; from trl_ulma.data.files import split_by_prompt\n"
+        "rows = Dataset.from_dict({'prompt': [f'p{i % 40}' for i in range(100)]})\n"
+        "print(split_by_prompt(rows, test_size=0.2, seed=3)['test']['prompt'][:])"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+
+
+def transcripts(number):
+    prompts = [f"\n\nHuman: question {i % 7}\n\nAssistant:" for i in range(number)]
+    return prompts, [f"{p} Yes {i}." for i, p in enumerate(prompts)], [f"{p} No {i}." for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_pairs_without_a_prompt_are_split_by_what_comes_before_the_answer(messages):
+    prompts, chosen, rejected = transcripts(40)
+    if messages:
+        chosen, rejected = (
+            [
+                [{"role": "user", "content": p}, {"role": "assistant", "content": text.removeprefix(p)}]
+                for p, text in zip(prompts, side, strict=True)
+            ]
+            for side in (chosen, rejected)
+        )
+    rows = Dataset.from_dict({"chosen": chosen, "rejected": rejected, "prompt_": prompts})
+    splits = split_by_prompt(rows, test_size=0.3, seed=1)
+    assert len(splits["test"]) + len(splits["train"]) == 40
+    assert not set(splits["train"]["prompt_"]) & set(splits["test"]["prompt_"])
+
+
+def test_both_halves_of_a_pair_count():
+    number = 30
+    prompts = [f"\n\nHuman: {i}\n\nAssistant:" for i in range(number + 1)]
+    rows = Dataset.from_dict(
+        {"chosen": [f"{p} Yes." for p in prompts[:-1]], "rejected": [f"{p} No." for p in prompts[1:]]}
+    )
+    with pytest.raises(ValueError, match=r"needs two different prompts; the 30 rows have 1"):
+        split_by_prompt(rows, test_size=0.1, seed=0)
+    order = list(range(number))
+    random.Random(0).shuffle(order)
+    half = rows.select([i for i in order if i != 14])
+    splits = split_by_prompt(half, test_size=0.5, seed=0)
+    assert {len(splits["train"]), len(splits["test"])} == {14, 15}
+
+
+def test_real_transcripts(shared_data):
+    rows = load_rows(shared_data / "hh_harmless.jsonl.gz")["train"]
+    splits = split_by_prompt(rows, test_size=0.1, seed=42)
+    assert (len(splits["train"]), len(splits["test"])) == (1620, 180)
+    opening = {name: {text.rpartition("\n\nAssistant:")[0] for text in splits[name]["chosen"]} for name in splits}
+    assert not opening["train"] & opening["test"]
+
+
+@pytest.mark.parametrize("test_size", [0, -0.1, 1.5, 4, 40, float("nan")])
+def test_a_size_that_is_none(test_size):
+    rows = Dataset.from_dict({"prompt": list("abcd")})
+    with pytest.raises(ValueError, match=r"test_split_size is .*; it must be a fraction between 0 and 1, or a whole"):
+        split_by_prompt(rows, test_size=test_size, seed=0)
+
+
+def test_one_prompt_cannot_be_split():
+    with pytest.raises(ValueError, match=r"needs two different prompts; the 3 rows have 1\. Bring a test split along"):
+        split_by_prompt(Dataset.from_dict({"prompt": ["a"] * 3}), test_size=0.5, seed=0)
+
+
+def test_rows_without_a_prompt():
+    with pytest.raises(ValueError, match=r"needs a column `prompt`, or `chosen` and `rejected`; .* text, label"):
+        split_by_prompt(Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}), test_size=0.5, seed=0)

@@ -1,0 +1,81 @@
+"""The console command `trl-ulma`: finds the sub-command, which is imported only when it runs."""
+
+import difflib
+import sys
+from importlib import import_module
+
+from trl_ulma import __version__
+
+# name: (module, what it does, an example)
+COMMANDS = {
+    "ulma": (
+        "trl_ulma.scripts.ulma",
+        "imitate demonstrations, and learn from the ratings of all other answers (ULMA)",
+        "trl-ulma ulma --model_name_or_path Qwen/Qwen3-0.6B --dataset_name feedback.jsonl --output_dir out",
+    ),
+    "pointwise-dpo": (
+        "trl_ulma.scripts.pointwise_dpo",
+        "learn from thumbs, votes and ratings, one answer at a time (point-wise DPO)",
+        "trl-ulma pointwise-dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name thumbs.csv --output_dir out",
+    ),
+    "demo": (
+        "trl_ulma.scripts.demo",
+        "fine-tune a small language model on a small mixture, and show what has changed",
+        "trl-ulma demo --tiny",
+    ),
+}
+
+
+def help_text() -> str:
+    """What `trl-ulma --help` prints."""
+    lines = [
+        "usage: trl-ulma COMMAND [options]",
+        "",
+        "Learn from ratings, thumbs, votes and demonstrations, one answer at a time.",
+        "",
+        "commands:",
+    ]
+    for name, (_, what, example) in COMMANDS.items():
+        lines += [f"  {name:<14} {what}", f"  {'':<14} $ {example}"]
+    lines += [
+        "",
+        "trl-ulma COMMAND --help shows a command's options, trl-ulma --version the version.",
+        "Training commands take `--config run.yaml`, `--accelerate_config zero3` and accelerate launch's options too.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `trl-ulma`, and return its exit code: 2 for what is wrong with the command itself."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        print(help_text(), file=sys.stderr)
+        return 2
+    name, *rest = argv
+    if name in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if name == "--version":
+        print(f"trl-ulma {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
+        print(f"trl-ulma: error: {name} is not a command. {hint}", file=sys.stderr)
+        return 2
+    module = COMMANDS[name][0]
+    try:
+        if name == "demo":
+            return import_module(module).main(rest) or 0
+        parser = import_module(module).make_parser()
+        return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
+    except SystemExit as stop:  # argparse leaves by it, also after --help
+        if isinstance(stop.code, str):
+            raise
+        return stop.code or 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,253 @@
+"""The options of the training commands: exact ones only, and errors of one line."""
+
+import argparse
+import difflib
+import sys
+from functools import cached_property
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl.scripts.utils import DatasetConfig
+
+from trl_ulma.data.files import missing
+
+EPILOG = (
+    "--config FILE reads options from a YAML file; those of the command line come first. --accelerate_config takes "
+    "single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 or a file. Options of accelerate launch, as "
+    "--num_processes, are taken too. Options cannot be abbreviated."
+)
+# These say what is launched, which is ours to say
+_NOT_FOR_USERS = {"help", "module", "no_python"}
+
+
+class OptionParser(TrlParser):
+    """A `TrlParser` that takes exact options only, and answers what is wrong in one line with exit code 2.
+
+    What it does not know itself, on the command line or in the YAML file, must be an option of `accelerate launch`.
+
+    Args:
+        config_class: the trainer's config.
+        prog: the command's name.
+        description: the command in a sentence.
+    """
+
+    def __init__(self, config_class: type, prog: str, description: str):
+        types: Any = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+        super().__init__(
+            types,
+            prog=prog,
+            usage=f"{prog} --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER [options]",
+            description=description,
+            epilog=EPILOG,
+            allow_abbrev=False,
+        )
+        hints = {name: hint for each in types for name, hint in get_type_hints(each).items()}
+        # A boolean has two actions, --flag and --no_flag: the first is the one that takes a value
+        actions = {action.dest: action for action in reversed(self._actions)}
+        self._own = {name: (actions[name], hint) for name, hint in hints.items() if name in actions}
+        self._file = ""
+        # TRL's default is bf16, which a machine without support for it refuses
+        if not is_torch_bf16_gpu_available() and not is_torch_xla_available():
+            self.set_defaults(bf16=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, without the usage of 200 options, and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def parse_for_launch(self, argv: list[str]) -> tuple[list[str], list[str]]:
+        """(options of `accelerate launch`, options of the script); exits where one of them is wrong."""
+        argv = self._check_config_file(argv)
+        _, from_file, left = self._parse(argv)
+        script_options, unclaimed = [], list(left)
+        for token in argv:
+            if unclaimed and token == unclaimed[0]:
+                unclaimed.pop(0)
+            else:
+                script_options.append(token)
+        chosen = {**self._launch_options(from_file), **self._launch_options(left)}
+        return [token for tokens in chosen.values() for token in tokens], script_options
+
+    def parse_settings(self, argv: list[str] | None = None) -> tuple[Any, ...]:
+        """(script_args, training_args, model_args, dataset_args) of a launched script; exits where one is wrong."""
+        settings, _, left = self._parse(self._check_config_file(sys.argv[1:] if argv is None else argv))
+        for option in self._launch_options(left).values():
+            self.error(f"{option[0]} is an option of accelerate launch: give it before the script's name.")
+        return settings
+
+    def _parse(self, argv: list[str]) -> tuple[tuple[Any, ...], list[str], list[str]]:
+        try:
+            *settings, from_file, left = self.parse_args_and_config(
+                argv, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as problem:
+            self.error(str(problem))
+        return tuple(settings), from_file, left
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse's; exits where an option is unknown or missing, before settings are made of them."""
+        namespace, left = super().parse_known_args(*args, **kwargs)
+        self._launch_options(left)
+        if namespace.model_name_or_path is None:
+            self.error("--model_name_or_path is missing: a checkpoint's folder, or its name on the hub.")
+        if namespace.dataset_name is None and not namespace.datasets:
+            self.error(
+                "--dataset_name is missing: a file, a folder or a name on the hub. (A mixture is the list `datasets` "
+                "in the YAML file.)"
+            )
+        return namespace, left
+
+    def _check_config_file(self, argv: list[str]) -> list[str]:
+        """`argv` with `--config=FILE` as two words, which is how TRL looks for it."""
+        argv = [word for token in argv for word in (token.split("=", 1) if token.startswith("--config=") else [token])]
+        if "--config" in argv:
+            place = argv.index("--config")
+            if place + 1 == len(argv):
+                self.error("--config needs the name of a YAML file.")
+            if "--config" in argv[place + 1 :]:
+                self.error("--config is given twice. Put all options in one file.")
+            self._file = argv[place + 1]
+            if not Path(self._file).exists():
+                self.error(f"--config: {missing(Path(self._file))}")
+        return argv
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """The YAML file's values as defaults, each checked as if it stood on the command line.
+
+        Returns:
+            The options of `accelerate launch` among them.
+        """
+        super().set_defaults_with_config(**{key: self._value(key, config[key]) for key in config if key in self._own})
+        options = []
+        for key, value in config.items():
+            if key in self._own:
+                continue
+            action = self._launcher_actions.get(f"--{key}")
+            if action is None:
+                hint = self._nearest(key, [*self._own, *(option[2:] for option in self._launcher_actions)])
+                self.error(f"{self._file}: {key} is not an option. {hint}")
+            if action.nargs != 0:
+                options += [f"--{key}", str(value)]
+            elif not isinstance(value, bool):
+                self.error(f"{self._file}: {key} is {value!r}; it must be true or false.")
+            elif value:
+                options.append(f"--{key}")
+        return options
+
+    def _value(self, key: str, value: Any) -> Any:
+        action, hint = self._own[key]
+        if key == "datasets":
+            return self._mixture(value)
+        if value is False and "no" in (action.choices or ()):
+            return "no"  # `no` is false in YAML
+        if _fits(value, hint) and not isinstance(value, str):
+            return value
+        many = action.nargs == "+"
+        try:
+            converted = self._as_on_command_line(action, value if many and isinstance(value, list) else [value])
+        except (argparse.ArgumentTypeError, TypeError, ValueError):
+            name = f"one of {', '.join(map(str, action.choices))}" if action.choices else _name(hint)
+            self.error(f"{self._file}: {key} is {value!r}; it must be {name}.")
+        return converted if many else converted[0]
+
+    @staticmethod
+    def _as_on_command_line(action: argparse.Action, values: list) -> list:
+        if any(value is None or isinstance(value, list | dict) for value in values):
+            raise TypeError("not a scalar")
+        convert: Any = action.type or str
+        converted = [convert(str(value)) for value in values]
+        if action.choices is not None and any(value not in action.choices for value in converted):
+            raise ValueError("not a choice")
+        return converted
+
+    def _mixture(self, value: Any) -> Any:
+        hints = get_type_hints(DatasetConfig)
+        where = f"{self._file}: datasets"
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            self.error(f"{where} is {value!r}; it must be a list of data sets, each with a `path`.")
+        for number, entry in enumerate(value, start=1):
+            if "path" not in entry:
+                self.error(f"{where}, entry {number}, has no `path`: a folder, a builder (json) or a hub name.")
+            for key, each in entry.items():
+                if key not in hints:
+                    self.error(f"{where}, entry {number}: {key} is not an option. {self._nearest(str(key), [*hints])}")
+                if not _fits(each, hints[key]):
+                    self.error(f"{where}, entry {number}: {key} is {each!r}; it must be {_name(hints[key])}.")
+        return value
+
+    @cached_property
+    def _launcher_actions(self) -> dict[str, argparse.Action]:
+        from accelerate.commands.launch import launch_command_parser
+
+        parser = launch_command_parser()
+        parser.add_argument("--accelerate_config")
+        return {
+            option: action
+            for action in parser._actions
+            if action.dest not in _NOT_FOR_USERS
+            for option in action.option_strings
+        }
+
+    def _launch_options(self, tokens: list[str]) -> dict[str, list[str]]:
+        """The words of each option of `accelerate launch`, the last where one is given twice."""
+        chosen = {}
+        words = list(tokens)
+        while words:
+            option, equals, value = words.pop(0).partition("=")
+            action = self._launcher_actions.get(option)
+            if action is None:
+                known = [*self._option_string_actions, *self._launcher_actions, "--config"]
+                self.error(f"{option} is not an option. {self._nearest(option, known)}")
+            if action.nargs == 0:
+                if equals or (words and not words[0].startswith("-")):
+                    self.error(f"{option} takes no value; got {value or words[0]!r}.")
+                chosen[action.dest] = [option]
+                continue
+            if not equals:
+                if not words or words[0].startswith("--"):
+                    self.error(f"{option} needs a value.")
+                value = words.pop(0)
+            chosen[action.dest] = [option, value]
+        return chosen
+
+    def _nearest(self, name: str, known: list[str]) -> str:
+        """A hint at what `name` may have been meant to be."""
+        words = sorted({option.lstrip("-") for option in known if "-" not in option.lstrip("-")})
+        word = name.lstrip("-").replace("-", "_")
+        near = [each for each in words if each.startswith(word)][:3] if word else []
+        near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.65)
+        dashes = name[: len(name) - len(name.lstrip("-"))]
+        return f"Did you mean {' or '.join(dashes + each for each in near)}?" if near else f"See {self.prog} --help."
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML is of a field's type."""
+    origin = get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, origin or hint)
+
+
+def _name(hint: Any) -> str:
+    names = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text"}
+    if hint is type(None):
+        return "null"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_name, get_args(hint)))
+    if get_origin(hint) is list:
+        return f"a list ({_name(get_args(hint)[0])} each)"
+    name = getattr(hint, "__name__", str(hint))
+    return names.get(name, name)

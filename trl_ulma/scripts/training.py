@@ -1,0 +1,150 @@
+"""What the training commands do: the launch, the data, and the run itself."""
+
+import dataclasses
+import sys
+from typing import Any
+
+from datasets import Dataset
+
+from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.scripts.options import OptionParser
+
+TEST_SPLIT_SIZE = 0.1
+
+
+def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
+    """Run a training script's module by `accelerate launch`, and return its exit code."""
+    launch_options, script_options = parser.parse_for_launch(argv)
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    try:
+        launch_options = resolve_accelerate_config_argument(launch_options)
+    except ValueError as problem:
+        parser.error(str(problem))
+    launcher = launch_command_parser()
+    launcher.error = parser.error
+    # --quiet: the script has printed its own traceback, and the launcher's says nothing more
+    args = launcher.parse_args([*launch_options, "--quiet", "--module", module, *script_options])
+    try:
+        launch_command(args)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except ChildFailedError as failure:
+        print(failure, file=sys.stderr)
+        return failure.get_first_failure()[1].exitcode or 1
+    return 0
+
+
+def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any, str]:
+    """(training rows, evaluation rows or None, what to say on screen of how they came about).
+
+    Where evaluation is wanted and there is no test split, one is split off by prompt.
+
+    Raises:
+        FileNotFoundError: where the data set does not exist.
+        ValueError: where it cannot be read, or has not the splits that are asked for.
+    """
+    said = ""
+    if dataset_args.datasets:
+        from trl import get_dataset
+
+        if script_args.dataset_name is not None:
+            said = f"The mixture `datasets` is trained on; dataset_name={script_args.dataset_name} is not read.\n"
+        name, train_split, test_split = "the mixture", "train", "test"
+        # TRL's own split is unseeded, so that processes can disagree about it
+        splits = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
+    else:
+        name = script_args.dataset_name
+        train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+        splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    there = ", ".join(map(str, splits))
+    if train_split not in splits:
+        raise ValueError(f"{name} has no split {train_split!r}, but {there}. Set --dataset_train_split to one of them.")
+    train = splits[train_split]
+    if not training_args.do_eval and dataset_args.test_split_size is None:
+        return train, None, said
+    if test_split in splits:
+        return train, splits[test_split], said
+    if test_split != "test":
+        raise ValueError(f"{name} has no split {test_split!r}, but {there}. Set --dataset_test_split to one of them.")
+    if not isinstance(train, Dataset):
+        raise ValueError(
+            f"{name} has no test split, but {there}, and rows that are streamed cannot be split. Set "
+            "--dataset_test_split to a split that there is, switch the evaluation off (--eval_strategy no), or do not "
+            "stream."
+        )
+    size = TEST_SPLIT_SIZE if dataset_args.test_split_size is None else dataset_args.test_split_size
+    halves = split_by_prompt(train, test_size=size, seed=training_args.seed)
+    said += (
+        f"{name} has no test split: {len(halves['test']):,} of its {len(train):,} rows are held out for evaluation, "
+        f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are trained on."
+    )
+    return halves["train"], halves["test"], said
+
+
+def last_checkpoint_or(resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    """What `Trainer.train` takes: True for the last checkpoint, None for none, or a checkpoint's folder."""
+    words = {"true": True, "false": None, "none": None}
+    return words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+
+
+def train(trainer_class: type, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+    """Load, train, save, evaluate: the whole of a training command, on every process."""
+    from accelerate import PartialState
+    from peft import PeftModel
+    from trl import get_peft_config, get_quantization_config
+
+    try:
+        train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
+    except (OSError, ValueError) as problem:
+        raise SystemExit(f"error: {problem}") from problem
+    if said:
+        PartialState().print(said)
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    say = trainer.accelerator.print
+    if script_args.ignore_bias_buffers:
+        import torch
+
+        # https://github.com/huggingface/transformers/issues/22482
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+
+    trainer.train(resume_from_checkpoint=last_checkpoint_or(training_args.resume_from_checkpoint))
+
+    folder = training_args.output_dir
+    trainer.save_model(folder)
+    if eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    is_adapter = isinstance(trainer.model, PeftModel)
+    library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+    say(
+        f"The model is in {folder}. Load it with:\n"
+        f"    from {library} import {loader}\n"
+        f'    model = {loader}.from_pretrained("{folder}")'
+    )
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        say(f"It is on the hub, too: https://huggingface.co/{trainer.hub_model_id}")
+    # All that `trainer.end()` does, which transformers below 5.18 does not have
+    trainer.accelerator.end_training()
