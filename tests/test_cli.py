@@ -311,13 +311,6 @@ def test_yaml_values_are_read_as_on_the_command_line(tmp_path):
     assert script_args.dataset_name is None
 
 
-def test_bf16_is_the_default_where_there_is_support_for_it(monkeypatch):
-    *_, training_args, _, _ = ulma.make_parser().parse_settings(NEEDED)
-    assert training_args.bf16 is False
-    monkeypatch.setattr("trl_ulma.scripts.options.is_torch_bf16_gpu_available", lambda: True)
-    assert ulma.make_parser().get_default("bf16") is None  # TRL makes True of it
-
-
 def test_a_script_that_is_run_by_hand_takes_no_launch_options(capsys):
     with pytest.raises(SystemExit):
         ulma.make_parser().parse_settings([*NEEDED, "--num_processes", "2"])

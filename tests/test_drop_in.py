@@ -81,6 +81,16 @@ def test_a_pair_only_option_at_its_default_is_no_error(tmp_path):
     assert ULMAConfig(str(tmp_path), bf16=False, loss_type="sigmoid").loss_type == ["sigmoid"]
 
 
+def test_bf16_is_the_default_where_there_is_support_for_it(tmp_path, monkeypatch):
+    assert ULMAConfig(str(tmp_path)).bf16 is False
+    assert ULMAConfig(str(tmp_path), use_cpu=True).bf16 is True  # TRL's default
+    with pytest.raises(ValueError, match="bf16"):
+        ULMAConfig(str(tmp_path), bf16=True)
+    monkeypatch.setattr("trl_ulma.config.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    assert ULMAConfig(str(tmp_path)).bf16 is True
+
+
 def test_pairs_become_two_rows_side_by_side(tiny_gpt2, tmp_path):
     trainer = make_trainer(
         tiny_gpt2, make_pairs(4), tmp_path, per_device_train_batch_size=2, train_sampling_strategy="sequential"

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DPOConfig
 
 from trl_ulma.labels import LABEL_TYPES
@@ -61,7 +62,7 @@ class PointwiseDPOConfig(DPOConfig):
         ValueError: for a value out of range, or a pair-only setting away from its default.
 
     Example:
-        >>> PointwiseDPOConfig("out", label_type="continuous", beta=0.05, bf16=False, report_to="none").beta
+        >>> PointwiseDPOConfig("out", label_type="continuous", beta=0.05, report_to="none").beta
         0.05
     """
 
@@ -115,6 +116,9 @@ class PointwiseDPOConfig(DPOConfig):
 
     def __post_init__(self):
         self.check()
+        # TRL's default is bf16, which a machine without support for it refuses
+        if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+            self.bf16 = False
         super().__post_init__()
 
     @property
@@ -215,7 +219,7 @@ class ULMAConfig(PointwiseDPOConfig):
         ValueError: for a value out of range, a cell that is no method, or a pair-only setting away from its default.
 
     Example:
-        >>> ULMAConfig("out", positive_loss="sft", negative_loss="none", bf16=False, report_to="none").cell
+        >>> ULMAConfig("out", positive_loss="sft", negative_loss="none", report_to="none").cell
         ('sft', 'none')
     """
 

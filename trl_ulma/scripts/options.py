@@ -9,7 +9,6 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
@@ -50,9 +49,6 @@ class OptionParser(TrlParser):
         actions = {action.dest: action for action in reversed(self._actions)}
         self._own = {name: (actions[name], hint) for name, hint in hints.items() if name in actions}
         self._file = ""
-        # TRL's default is bf16, which a machine without support for it refuses
-        if not is_torch_bf16_gpu_available() and not is_torch_xla_available():
-            self.set_defaults(bf16=False)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage of 200 options, and exit with code 2."""

@@ -1,0 +1,30 @@
+"""What README says, runs as it is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+MODEL = "HuggingFaceTB/SmolLM2-135M"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["thumbs", "ratings", "demonstrations and thumbs", "pairs"])
+def test_an_example_runs_with_a_model_that_is_at_hand(example, tiny_gpt2, tmp_path, monkeypatch, capsys):
+    assert MODEL in example
+    assert len(example.strip().splitlines()) <= 18
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.replace(MODEL, tiny_gpt2), "README.md", "exec"), {})
+    assert "'train_loss'" in capsys.readouterr().out
+
+
+def test_the_commands_of_readme_are_commands(tiny_gpt2):
+    from trl_ulma.scripts import pointwise_dpo, ulma
+
+    text = README.read_text(encoding="utf-8")
+    options = re.findall(r"^trl-ulma ulma (.*)$", text, re.MULTILINE)[0].split()
+    assert ulma.make_parser().parse_settings(options)[1].eval_strategy == "steps"
+    options = re.findall(r"^trl-ulma pointwise-dpo --config run.yaml (.*)$", text, re.MULTILINE)[0].split()
+    needed = ["--model_name_or_path", tiny_gpt2, "--dataset_name", "x.jsonl"]
+    assert pointwise_dpo.make_parser().parse_settings([*options, *needed])[2].load_in_4bit
