@@ -312,3 +312,19 @@ def test_predict_gives_rewards_and_labels_row_by_row(tiny_gpt2, tmp_path):
     wanted = 0.5 * (policy - reference + np.array(rows["log_z"][:]))
     assert found.predictions == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     assert found.label_ids == pytest.approx(np.array(rows["label"][:], dtype=np.float32))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_rows(tiny_gpt2, tmp_path, accumulation):
+    rows = make_rows(12, label=[0.5, -0.5, 1e30, 0.1] * 3, sft_mask=[False] * 12)
+    trainer = make_trainer(
+        tiny_gpt2,
+        rows,
+        tmp_path,
+        label_type="continuous",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+    )
+    with pytest.raises(FloatingPointError, match=r"loss of step 1 is inf; rows of the train dataset .*: \[2\]\."):
+        trainer.train()

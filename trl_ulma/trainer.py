@@ -44,7 +44,7 @@ logger = get_logger(__name__)
 ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real")
 
 _PAPER = {
-    "title": "Unified Language Model Alignment with Demonstration and Point-wise Human Preference",
+    "title": "ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference",
     "id": "2312.02554",
     "citation": textwrap.dedent("""\
         @article{cai2023ulma,
@@ -333,6 +333,23 @@ class PointwiseDPOTrainer(DPOTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
+    def training_step(self, *args, **kwargs):
+        """As `Trainer.training_step`; a loss that is not finite ends the run.
+
+        Raises:
+            FloatingPointError: naming the rows.
+        """
+        loss = super().training_step(*args, **kwargs)
+        # Reading the loss waits for the device, as Trainer does right after anyway, to leave such losses out of its logs
+        if not torch.isfinite(loss):
+            rows, losses = self._row_losses
+            wrong = rows[~losses.isfinite()].tolist() or "unknown"
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}; rows of the train dataset with a loss "
+                f"that is not finite: {wrong}. Look at these rows, lower the learning rate, or train in fp32 or bf16."
+            )
+        return loss
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._rows_in_step = num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs)
@@ -369,6 +386,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         chosen = torch.where(continuous, sft_mask, label >= 0.5)
         weight = torch.where(chosen, self.args.desirable_weight, self.args.undesirable_weight)
         weighted = losses.total * weight * rows.get("weight", 1.0)
+        self._row_losses = (rows.get("row", torch.full_like(label, -1)), weighted.detach())
         real = rows.get("real", torch.ones_like(sft_mask))
         loss = torch.where(real, weighted, torch.zeros_like(weighted)).sum()
         size = real.sum()
