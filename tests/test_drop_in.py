@@ -415,6 +415,13 @@ def test_length_grouping_reads_the_rows_lengths(tiny_gpt2, tmp_path):
     trainer.train()
 
 
+def test_rows_are_prepared_by_several_processes(tiny_gpt2, tmp_path):
+    rows = mixed_rows(30)
+    one = make_trainer(tiny_gpt2, rows, tmp_path).train_dataset
+    two = make_trainer(tiny_gpt2, rows, tmp_path, dataset_num_proc=2).train_dataset
+    assert one.to_dict() == two.to_dict()
+
+
 def test_the_real_transcripts_train_as_they_are(tiny_gpt2, tmp_path, shared_data, caplog):
     pairs = load_dataset("json", data_files=str(shared_data / "hh_harmless.jsonl.gz"), split="train[:60]")
     assert set(pairs.column_names) == {"chosen", "rejected"}

@@ -340,13 +340,13 @@ class PointwiseDPOTrainer(DPOTrainer):
             FloatingPointError: naming the rows.
         """
         loss = super().training_step(*args, **kwargs)
-        # Reading the loss waits for the device, as Trainer does right after anyway, to leave such losses out of its logs
+        # Reading the loss waits for the device, as Trainer does right after to leave such losses out of its logs
         if not torch.isfinite(loss):
             rows, losses = self._row_losses
             wrong = rows[~losses.isfinite()].tolist() or "unknown"
             raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}; rows of the train dataset with a loss "
-                f"that is not finite: {wrong}. Look at these rows, lower the learning rate, or train in fp32 or bf16."
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}; rows of the train dataset with a "
+                f"loss that is not finite: {wrong}. Look at these rows, lower the learning rate, or train in fp32."
             )
         return loss
 
