@@ -1,0 +1,77 @@
+"""Runs that are broken off go on where they were, from what was written to its end."""
+
+import os
+import signal
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from world import make_rows, make_trainer, weights
+
+from trl_ulma.checkpoints import checkpoints, last_whole
+
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+
+
+def run(folder, tmp_path, *, resume=None, **kwargs):
+    trainer = make_trainer(folder, make_rows(12), tmp_path, max_steps=5, **EVERY_STEP | kwargs)
+    trainer.train(resume_from_checkpoint=resume)
+    return weights(trainer.model)
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_a_whole_one(tiny_gpt2, tmp_path):
+    whole = run(tiny_gpt2, tmp_path)
+    newest = tmp_path / "checkpoint-5"
+    (newest / "whole").unlink()  # as if killed while it was written
+    (newest / "model.safetensors").write_bytes(b"half")
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-4"
+    assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), whole)
+    assert last_whole(tmp_path) == newest
+
+
+def test_without_a_whole_checkpoint_training_starts_afresh(tiny_gpt2, tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    fresh = run(tiny_gpt2, tmp_path, resume=True)
+    assert torch.equal(run(tiny_gpt2, tmp_path / "other"), fresh)
+
+
+def test_older_checkpoints_go_only_when_the_newer_is_whole(tiny_gpt2, tmp_path):
+    run(tiny_gpt2, tmp_path, save_total_limit=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5"]
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tiny_gpt2, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_gpt2, make_rows(12), tmp_path, max_steps=5, save_total_limit=1, **EVERY_STEP)
+    save = trainer._save_optimizer_and_scheduler
+
+    def full_from_the_third(output_dir):
+        if trainer.state.global_step == 3:
+            raise OSError(28, "No space left on device")
+        save(output_dir)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full_from_the_third)
+    with pytest.raises(OSError, match=r"could not be written .*No space left.*The last whole one is .*checkpoint-2"):
+        trainer.train()
+    assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), run(tiny_gpt2, tmp_path / "other"))
+
+
+class PressCtrlC(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_with_a_saved_state_that_goes_on(tiny_gpt2, tmp_path):
+    trainer = make_trainer(
+        tiny_gpt2, make_rows(12), tmp_path, max_steps=5, callbacks=[PressCtrlC(2)], **EVERY_STEP | {"save_steps": 100}
+    )
+    trainer.train()
+    # The step that was running when it came, or the next one: its rows were chosen already
+    assert trainer.state.global_step in (3, 4)
+    assert last_whole(tmp_path) == tmp_path / f"checkpoint-{trainer.state.global_step}"
+    assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), run(tiny_gpt2, tmp_path / "other"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
