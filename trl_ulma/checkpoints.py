@@ -8,7 +8,9 @@ from types import FrameType
 from typing import Any
 
 from accelerate.logging import get_logger
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 logger = get_logger(__name__)
 
@@ -50,7 +52,7 @@ def last_whole(output_dir: str | Path) -> Path | None:
 
 
 class Interruption(TrainerCallback):
-    """Ends training after the optimiser step in which Ctrl-C came, with its state saved; the second one ends it at once.
+    """Ends training after the optimiser step in which Ctrl-C came, with its state saved; a second one ends it at once.
 
     Use as a context around the training. Processes may notice in different steps, so that they have to agree:
     `noticed` is what this one knows, `agreed` what all do.
@@ -84,4 +86,56 @@ class Interruption(TrainerCallback):
             logger.warning(
                 f"Interrupted: step {state.global_step} is saved in {args.output_dir}/checkpoint-{state.global_step}. "
                 "Go on with resume_from_checkpoint=True (on the command line --resume_from_checkpoint True)."
+            )
+
+
+class KeepsCheckpoints(Trainer):
+    """A `Trainer` that resumes only from checkpoints that were written to their end, and leaves one when interrupted.
+
+    Attributes:
+        interruption: whether Ctrl-C came; whoever knows of all processes sets its `agreed`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.interruption = Interruption()
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.interruption)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end,
+        and where there is none, training starts afresh. Ctrl-C ends the run after a step, with a checkpoint."""
+        if resume_from_checkpoint is True:
+            output_dir = str(self.args.output_dir)
+            whole = last_whole(output_dir)
+            if whole is None:
+                logger.warning(f"There is no whole checkpoint in {output_dir}: training starts afresh.")
+            resume_from_checkpoint = None if whole is None else str(whole)
+        with self.interruption:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        limit = self.args.save_total_limit
+        # Older checkpoints go only after this one is whole
+        self.args.save_total_limit = None
+        try:
+            if self.args.should_save:
+                unmark(folder)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = next((path for path in checkpoints(folder.parent) if (path / WHOLE).exists()), "none")
+            raise OSError(
+                f"The checkpoint {folder} could not be written ({error}). The last whole one is {last}: make room, and "
+                "go on with resume_from_checkpoint=True."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_whole(folder)
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
             )

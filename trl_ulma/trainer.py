@@ -8,7 +8,6 @@ import functools
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
-from safetensors import SafetensorError
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -25,12 +23,12 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalPrediction, IntervalStrategy, rotate_checkpoints
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from trl_ulma.checkpoints import WHOLE, Interruption, checkpoints, last_whole, mark_whole, unmark
+from trl_ulma.checkpoints import KeepsCheckpoints
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.labels import LabelRules
@@ -59,7 +57,7 @@ _PAPER = {
 }
 
 
-class PointwiseDPOTrainer(DPOTrainer):
+class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
     r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
 
     The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
@@ -177,8 +175,6 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
         args.precompute_ref_log_probs, args.padding_free = precompute, padding_free
         self.precompute_ref_logps = precompute and self._has_reference
-        self._interruption = Interruption()
-        self.add_callback(self._interruption)
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
         self._rows_in_step: torch.Tensor | int | None = None
@@ -320,12 +316,12 @@ class PointwiseDPOTrainer(DPOTrainer):
             compared = [self._terms(b["label"], b["sft_mask"], b.get("continuous")).compared for b in batches]
             plan_references(batches, compared, at_least_one=self._is_sharded)
         if self.accelerator.num_processes == 1:
-            self._interruption.agreed = self._interruption.noticed
+            self.interruption.agreed = self.interruption.noticed
             return batches, rows
-        count = torch.tensor([float(rows), float(self._interruption.noticed)], device=self.accelerator.device)
+        count = torch.tensor([float(rows), float(self.interruption.noticed)], device=self.accelerator.device)
         count = self.accelerator.reduce(count, "sum")
         # A process that was interrupted must not leave the others waiting
-        self._interruption.agreed = bool(count[1] > 0)
+        self.interruption.agreed = bool(count[1] > 0)
         return batches, count[0] / self.get_tp_size()
 
     def _step_is_logged(self) -> bool:
@@ -451,47 +447,6 @@ class PointwiseDPOTrainer(DPOTrainer):
         part = {name: value[index, : asked[1]] for name, value in inputs.items()}
         ref_logps = self.compute_ref_log_probs(model, part)[0]
         return unknown.to(ref_logps).index_copy(0, index, ref_logps)
-
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end, and
-        where there is none, training starts afresh. Ctrl-C ends the run after a step, with a checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no whole checkpoint in {self.args.output_dir}: training starts afresh.")
-            else:
-                resume_from_checkpoint = str(resume_from_checkpoint)
-        with self._interruption:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        limit = self.args.save_total_limit
-        # Older checkpoints go only after this one is whole
-        self.args.save_total_limit = None
-        try:
-            if self.args.should_save:
-                unmark(folder)
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            last = next((path for path in checkpoints(folder.parent) if (path / WHOLE).exists()), "none")
-            raise OSError(
-                f"The checkpoint {folder} could not be written ({error}). The last whole one is {last}: make room, and "
-                "go on with resume_from_checkpoint=True."
-            ) from error
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_whole(folder)
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
 
     # Evaluation and logs
 
