@@ -1,42 +1,54 @@
 """What is decided about the micro-batches of an optimiser step before they are run."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import torch
 from accelerate import Accelerator
+from torch.utils.data import IterableDataset
 
 
-class RepeatedRows:
-    """Tells the rows that a sampler repeats, so that all processes have as many, from the real ones; one an epoch.
+class EvenStream(IterableDataset):
+    """The prepared rows of a stream, filled up to a multiple of `size` with rows that count for nothing (`row` -1).
+
+    All processes read the same rows in the same order, each takes its part, and none runs out before the others, as
+    they do where accelerate gives each of them shards of a `datasets.IterableDataset`.
 
     Args:
-        accelerator: of the trainer.
+        rows: the stream.
+        size: rows in a micro-batch of all processes together.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self._last_row = -1
+    def __init__(self, rows: datasets.IterableDataset, size: int):
+        self.rows = rows
+        self.size = size
 
-    def real(self, batch: dict[str, Any], *, is_last: bool) -> torch.Tensor:
-        """`(B,)` bool on the CPU, False for repeated rows.
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        missing, row = 0, {}
+        for row in self.rows:
+            missing = (missing - 1) % self.size
+            yield row
+        yield from [{**row, "row": -1}] * missing
 
-        Args:
-            batch: a micro-batch, with `label` and, of a stream, `row`.
-            is_last: whether it is the newest that the data loader gave.
-        """
-        size = len(batch["label"])
-        real = torch.ones(size, dtype=torch.bool)
-        if self.accelerator.num_processes == 1:
-            return real
-        state = self.accelerator.gradient_state
-        if state.remainder > 0 and is_last and state.end_of_dataloader:
-            return torch.arange(size) + self.accelerator.process_index * size < state.remainder
-        if state.remainder < 0 and "row" in batch:
-            # A stream's rows come in their order, and what comes again is a repetition
-            for i, row in enumerate(batch["row"].tolist()):
-                real[i] = row > self._last_row
-                self._last_row = max(row, self._last_row)
-        return real
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to the stream, which shuffles by it."""
+        self.rows.set_epoch(epoch)
+
+
+def real_rows(batch: dict[str, Any], accelerator: Accelerator, *, is_last: bool) -> torch.Tensor:
+    """`(B,)` bool on the CPU, False for rows that were only added so that all processes have as many.
+
+    Args:
+        batch: a micro-batch, with `label` and, of a stream, `row`.
+        accelerator: of the trainer.
+        is_last: whether it is the newest that the data loader gave.
+    """
+    size = len(batch["label"])
+    state = accelerator.gradient_state
+    if state.remainder > 0 and is_last and state.end_of_dataloader:
+        return torch.arange(size) + accelerator.process_index * size < state.remainder
+    return batch["row"].cpu() >= 0 if "row" in batch else torch.ones(size, dtype=torch.bool)
 
 
 def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor], *, at_least_one: bool) -> None:
@@ -49,8 +61,6 @@ def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor],
         compared: of each, `(B,)` bool: whether the row's loss contains the reference.
         at_least_one: ask for a row even where none needs it, since other processes' forwards wait for this one's.
     """
-    if not batches:  # a stream that ended with the last step
-        return
     plans = []
     for batch, rows in zip(batches, compared, strict=True):
         positions = torch.arange(1, batch["attention_mask"].size(1) + 1, device=rows.device)

@@ -5,6 +5,8 @@
 
 import contextlib
 import functools
+import shutil
+import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -37,7 +39,7 @@ from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward
 from trl_ulma.preparation import Preparation, own_tokenizer
 from trl_ulma.sampler import PromptSampler
 from trl_ulma.scoring import Scorer
-from trl_ulma.steps import RepeatedRows, plan_references
+from trl_ulma.steps import EvenStream, plan_references, real_rows
 
 logger = get_logger(__name__)
 
@@ -178,8 +180,6 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
         self._rows_in_step: torch.Tensor | int | None = None
-        self._repeats = RepeatedRows(self.accelerator)
-        self._epoch_iterator: Iterator | None = None
 
     # What is checked and made before DPOTrainer's own set-up
 
@@ -258,6 +258,12 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return PromptSampler(prompts, [label >= 0.5 for label in rows["label"]], seed)
 
+    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
+        processes = self.accelerator.num_processes
+        if isinstance(dataset, IterableDataset) and processes > 1:
+            dataset = EvenStream(dataset, batch_size * processes)
+        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if not self._has_reference:
             return dataset
@@ -273,9 +279,26 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         ref_logps = np.full(len(dataset), np.nan)
         if asked.any():
             part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))
-            part = super()._precompute_ref_logps(part, name, batch_size)
-            ref_logps[asked] = part["ref_chosen_logps"][:]
+            with self._same_file_for_all(part) as part:
+                ref_logps[asked] = super()._precompute_ref_logps(part, name, batch_size)["ref_chosen_logps"][:]
         return dataset.add_column("ref_logps", ref_logps.tolist())
+
+    @contextlib.contextmanager
+    def _same_file_for_all(self, rows: Dataset) -> Iterator[Dataset]:
+        """The rows in a file that all processes read: DPOTrainer hands on what it computes in a file beside it, and of
+        rows made in memory each process has a folder of its own."""
+        if self.accelerator.num_processes == 1 or rows.cache_files:
+            yield rows
+            return
+        folder = broadcast_object_list([tempfile.mkdtemp(prefix="trl-ulma-")])[0]
+        try:
+            if self.accelerator.is_main_process:
+                rows.save_to_disk(folder)
+            self.accelerator.wait_for_everyone()
+            yield Dataset.load_from_disk(folder)
+            self.accelerator.wait_for_everyone()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
@@ -302,14 +325,19 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimiser step, and the number of its real rows over all processes."""
-        if epoch_iterator is not self._epoch_iterator:
-            self._epoch_iterator, self._repeats = epoch_iterator, RepeatedRows(self.accelerator)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None  # the stream has ended, for all processes
         rows = 0
         for i, batch in enumerate(batches):
-            real = self._repeats.real(batch, is_last=i == len(batches) - 1)
+            real = real_rows(batch, self.accelerator, is_last=i == len(batches) - 1)
             rows += int(real.sum())
             batch["real"] = real.to(batch["label"].device)
+        if len(batches) < num_batches:
+            # Trainer steps only after as many micro-batches as asked: what a stream ends with would be left to the
+            # first step of its next epoch
+            nothing = {**batches[-1], "real": torch.zeros_like(batches[-1]["real"])}
+            batches += [nothing] * (num_batches - len(batches))
         # Where demonstrations have no log-ratio, their rewards are computed for the logs alone
         compares_all = self._cell == ("pointwise_dpo", "pointwise_dpo")
         if self._has_reference and not (self.precompute_ref_logps or compares_all or self._step_is_logged()):
@@ -453,7 +481,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
         inputs = self._prepare_inputs(inputs)
-        inputs["real"] = self._repeats.real(inputs, is_last=True).to(self.accelerator.device)
+        inputs["real"] = real_rows(inputs, self.accelerator, is_last=True).to(self.accelerator.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
@@ -465,7 +493,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
     ):
         """As `Trainer.evaluation_loop`; every figure is a ratio of sums over the whole data set."""
         training, self._sums = self._sums, RatioSums(self.accelerator.device)
-        self._evaluated, self._repeats = [], RepeatedRows(self.accelerator)
+        self._evaluated = []
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
