@@ -24,6 +24,18 @@ _INSTEAD = {
     "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
 }
 
+# Whole numbers, and their least values
+_WHOLE = {
+    "max_length": 2,
+    "pad_to_multiple_of": 1,
+    "dataset_num_proc": 0,
+    "precompute_ref_batch_size": 1,
+    "ref_model_sync_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+
 
 def _hidden(name: str) -> Any:
     """TRL's field `name`, left out of `--help` and still settable, so that a YAML that repeats its default runs."""
@@ -143,6 +155,26 @@ class PointwiseDPOConfig(DPOConfig):
         _check_number("log_z", self.log_z)
         _check_number("desirable_weight", self.desirable_weight, least=0)
         _check_number("undesirable_weight", self.undesirable_weight, least=0)
+        if self.desirable_weight == self.undesirable_weight == 0:
+            raise ValueError(
+                "desirable_weight and undesirable_weight are both 0: no row would be learned from. Set one of them."
+            )
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if value is None or (name == "pad_to_multiple_of" and isinstance(value, str)):  # text, which TRL reads
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number, {least} or above; got {value!r}.")
+        if self.truncation_mode not in ("keep_start", "keep_end"):
+            raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}.")
+        for name in ("length_normalize", "share_prompts", "padding_free"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model=True moves the reference while training, and precompute_ref_log_probs=True asks it "
+                "once, before. Set one of them."
+            )
         if self.padding_free and self.share_prompts:
             raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
 
@@ -253,6 +285,8 @@ class ULMAConfig(PointwiseDPOConfig):
         super().check()
         check_cell(*self.cell)
         _check_number("sft_weight", self.sft_weight, least=0)
+        if self.sft_weight == 0 and self.cell == ("sft", "none"):
+            raise ValueError("sft_weight is 0 and negative_loss 'none': no row would be learned from. Set one of them.")
         if self.sft_threshold is not None:
             _check_number("sft_threshold", self.sft_threshold)
         if self.label_type == "continuous" and self.negative_loss == "unlearning":

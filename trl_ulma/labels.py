@@ -1,6 +1,5 @@
 """What a point-wise row is, and the errors that say what is wrong with one."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,11 @@ import numpy as np
 
 LABEL_TYPES = ("binary", "continuous")
 OPTIONAL_COLUMNS = ("sft_mask", "label_type", "log_z", "weight")
+# Of turns that a prompt ends in
+ASKING_ROLES = ("user", "system", "developer")
+
+# Labels, weights and log Z are float32 in a batch
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,13 @@ class LabelRules:
         label_type: "binary" or "continuous", for rows that do not say it themselves.
         sft_threshold: continuous labels of this and above are demonstrations where rows do not say it themselves.
         need_mask: whether it must be known which rows with continuous labels are demonstrations.
+        binary_only: whether continuous labels are refused, as unlearning does.
     """
 
     label_type: str = "binary"
     sft_threshold: float | None = None
     need_mask: bool = False
+    binary_only: bool = False
 
     def is_demonstration(self, label: float, label_type: str | None = None) -> bool:
         """Whether a row without an `sft_mask` is a demonstration.
@@ -39,7 +45,7 @@ class LabelRules:
 
 def check_columns(names: Sequence[str], where: str) -> bool:
     """Raise ValueError unless the columns are those of point-wise or paired rows; True for paired ones."""
-    found = f"found {', '.join(sorted(names)) or 'none'}"
+    found = f"found {', '.join(sorted(map(str, names))) or 'none'}"
     if "image" in names or "images" in names:
         raise ValueError(f"The {where} dataset has images, which are not supported yet ({found}). Remove the column.")
     paired = "chosen" in names or "rejected" in names
@@ -81,15 +87,20 @@ def read_labels(
     for i, row in enumerate(rows):
         at = f"Row {row} of the {where} dataset"
         label_type = columns["label_type"][i] if "label_type" in columns else rules.label_type
-        if label_type not in LABEL_TYPES:
-            raise ValueError(f"{at}: label_type is {label_type!r}; it must be one of {LABEL_TYPES}.")
+        if not isinstance(label_type, str) or label_type not in LABEL_TYPES:
+            raise ValueError(f"{at}: label_type is {shown(label_type)}; it must be one of {LABEL_TYPES}.")
+        if label_type == "continuous" and rules.binary_only:
+            raise ValueError(
+                f"{at} has a continuous label, and negative_loss='unlearning' needs binary ones, since a "
+                "continuous label does not say that an answer is to be unlearned. Use negative_loss='pointwise_dpo'."
+            )
         label = _number(columns["label"][i], f"{at}: label")
         if label_type == "binary" and not 0 <= label <= 1:
             raise ValueError(f'{at}: label is {label}, outside [0, 1]. Rescale it, or set label_type="continuous".')
         if "sft_mask" in columns:
             sft_mask = columns["sft_mask"][i]
             if not isinstance(sft_mask, bool | np.bool_):
-                raise ValueError(f"{at}: sft_mask is {sft_mask!r}; it must be True or False.")
+                raise ValueError(f"{at}: sft_mask is {shown(sft_mask)}; it must be True or False.")
             if sft_mask and label_type == "binary" and label == 0:
                 raise ValueError(
                     f"{at} is marked sft_mask=True but has label 0.0. A demonstration is learned from as it is: drop "
@@ -115,14 +126,46 @@ def read_labels(
 
 
 def _number(value: Any, what: str) -> float:
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
         raise ValueError(f"{what} is a list of {len(value)}; it must be one number a row.")
-    if not isinstance(value, bool | int | float | np.number | np.bool_):
-        kind = "None" if value is None else f"{value!r}, a {type(value).__name__}"
+    if not isinstance(value, bool | int | float):
+        kind = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
         raise ValueError(f"{what} is {kind}; it must be a number{' or a bool' if what.endswith('label') else ''}.")
-    if not math.isfinite(value):
-        raise ValueError(f"{what} is {float(value)}; it must be finite.")
+    if not abs(value) <= _LARGEST:
+        found = "an int of many digits" if isinstance(value, int) else float(value)
+        raise ValueError(f"{what} is {found}; it must be finite, and within ±3.4e38, the range of float32.")
     return float(value)
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it: its `repr`, 60 characters of it at most.
+
+    Example:
+        >>> shown("no")
+        "'no'"
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more than 4,300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, each with a role and, where it has any, content that is text or its parts.
+
+    Example:
+        >>> is_messages([{"role": "user", "content": "Hi"}]), is_messages(["Hi"])
+        (True, False)
+    """
+    return isinstance(value, list) and all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str | list | dict | None)
+        for turn in value
+    )
 
 
 def check_texts(prompt: Any, completion: Any, at: str) -> None:
@@ -136,19 +179,29 @@ def check_texts(prompt: Any, completion: Any, at: str) -> None:
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str):
             continue
-        is_messages = isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)
-        if not is_messages:
-            shown = repr(value)
+        if not is_messages(value):
             raise ValueError(
-                f"{at}: {name} is {shown[:60]}{'…' if len(shown) > 60 else ''}; it must be text, or a list of "
-                'messages such as {"role": "user", "content": "Hi"}.'
+                f"{at}: {name} is {shown(value)}; it must be text, or a list of messages such as "
+                '{"role": "user", "content": "Hi"}.'
             )
         if not value:
             raise ValueError(f"{at}: {name} is an empty list; it must hold at least one message.")
+        for turn in value:
+            for part in turn["content"] if isinstance(turn.get("content"), list) else ():
+                kind = part.get("type") if isinstance(part, dict) else None
+                if kind in ("image", "image_url", "video", "audio", "input_audio"):
+                    raise ValueError(f"{at}: {name} has a message with {kind!r} in it, which is not supported yet.")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise ValueError(
             f"{at}: prompt is {'text' if isinstance(prompt, str) else 'a list of messages'} and completion is not; "
-            "both must be text, or both messages."
+            "both must be text, or both messages. (The halves of a pair may be whole conversations: remove the column "
+            "prompt then.)"
+        )
+    if not isinstance(completion, str) and completion[0]["role"] in ASKING_ROLES:
+        raise ValueError(
+            f"{at}: completion begins with a turn of {completion[0]['role']!r}; it must begin with the assistant's. "
+            "Cut off what belongs to the prompt. (Where a pair's halves are whole conversations, remove the column "
+            "prompt.)"
         )
     if is_empty(completion):
         raise ValueError(f"{at}: completion is empty, so there is nothing to learn from. Drop the row.")
@@ -163,11 +216,9 @@ def is_empty(completion: Any) -> bool:
     """
     if isinstance(completion, str):
         return not completion.strip()
-    said = ("content", "tool_calls", "thinking", "reasoning_content")
+    said = (turn.get(key) for turn in completion for key in ("content", "tool_calls", "thinking", "reasoning_content"))
     return not any(
-        value.strip() if isinstance(value, str) else value
-        for turn in completion
-        for value in (turn.get(key) for key in said)
+        value.strip() if isinstance(value, str) else isinstance(value, list | dict) and value for value in said
     )
 
 

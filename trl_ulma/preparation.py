@@ -33,6 +33,7 @@ from trl_ulma.labels import (
 logger = logging.get_logger(__name__)
 
 NO_TOKENS = "nothing of its completion is left in its tokens, as where a chat template leaves it out"
+SAME_ANSWERS = "chosen and rejected are the same"
 PROMPT_FILLS = "its prompt alone fills max_length"
 NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion a single token"
 
@@ -86,12 +87,14 @@ class Preparation:
         rules: how labels are read.
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
+        positions: how many tokens the model can read at most, or None where that has no end.
     """
 
     tokenizer: PreTrainedTokenizerBase
     rules: LabelRules
     max_length: int | None = None
     truncation_mode: str = "keep_start"
+    positions: int | None = None
 
     def __call__(
         self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
@@ -100,9 +103,30 @@ class Preparation:
         has, `row` (the raw row's number) and `length` (tokens). Rows without anything to learn from are left out, and
         counted in a warning. A data set that has been through here is returned as it is.
 
+        Of a stream the first rows are read at once; the others are checked as they come.
+
         Raises:
+            TypeError: for what is no data set.
             ValueError: naming the row or column that is wrong; also where no row is left.
         """
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"The {name} dataset must be a Dataset or an IterableDataset; got {type(dataset).__name__}. "
+                "Dataset.from_list makes one of a list of rows."
+            )
+        try:
+            return self._prepare(dataset, name, num_proc)
+        except UnicodeDecodeError as error:
+            if isinstance(dataset, IterableDataset):
+                raise
+            raise ValueError(
+                f"Row {_first_unreadable(dataset)} of the {name} dataset holds text that is not UTF-8 ({error}). Write "
+                "the file anew, reading the text in the encoding that it has."
+            ) from error
+
+    def _prepare(
+        self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None
+    ) -> Dataset | IterableDataset:
         # Rows are read as plain values; only a transform of the caller's stays, since it is what makes them
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         raw = dataset if is_transformed else dataset.with_format(None)
@@ -124,14 +148,17 @@ class Preparation:
                     f"The {name} dataset is paired: its column `{column}` says nothing about pairs and is not read."
                 )
         is_text = self._check_tokenizer(first)
-        encode = _Encode(self, name, paired, is_text, tuple(sorted(_READ.intersection(names))))
+        encode = _Encode(self, name, paired, is_text, tuple(names))
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
         features = Features({c: _TYPES[c] for c in (*kept, "row", "length")})
         if isinstance(raw, IterableDataset):
-            return raw.map(
+            stream = raw.map(
                 encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
             )
+            if next(iter(stream), None) is None:
+                raise ValueError(f"All rows of the {name} dataset were left out; a warning for each row says why.")
+            return stream
 
         encoded = raw.map(
             encode,
@@ -143,7 +170,7 @@ class Preparation:
             desc=f"Tokenizing {name} dataset",
             new_fingerprint=Hasher.hash((raw._fingerprint, name, self._key())),
         )
-        return _report(encoded.with_format(None), name)
+        return _report(encoded.with_format(None), name, self.rules.label_type)
 
     def _check_tokenizer(self, first: Mapping[str, Any]) -> bool:
         """Whether the rows are text, as the first one is; raises ValueError where the tokenizer cannot take it."""
@@ -171,7 +198,7 @@ class Preparation:
             state = Hasher.hash(self.tokenizer)
         tokenizer = (type(self.tokenizer).__name__, state, self.tokenizer.chat_template, self.tokenizer.eos_token)
         versions = (version("trl-ulma"), transformers_version)
-        return Hasher.hash((tokenizer, self.rules, self.max_length, self.truncation_mode, versions))
+        return Hasher.hash((tokenizer, self.rules, self.max_length, self.truncation_mode, self.positions, versions))
 
 
 @dataclass(frozen=True)
@@ -182,15 +209,15 @@ class _Encode:
     name: str
     paired: bool
     is_text: bool
-    columns: tuple[str, ...]
+    names: tuple[str, ...]
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         rows = list(indices)
-        found = tuple(sorted(_READ.intersection(batch)))
-        if found != self.columns:
+        found, needed = sorted(_READ.intersection(batch)), sorted(_READ.intersection(self.names))
+        if found != needed:
             raise ValueError(
                 f"Rows {rows[0]} to {rows[-1]} of the {self.name} dataset have the columns {', '.join(found) or 'none'}"
-                f"; its first row has {', '.join(self.columns)}. All rows need the same."
+                f"; its first row has {', '.join(needed)}. All rows need the same."
             )
         left_out: list[str | None] = [None] * len(rows)
         columns: Mapping[str, list] = batch
@@ -201,25 +228,32 @@ class _Encode:
             rows = [rows[pair] for pair in columns["pair"]]
             halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
         labels = read_labels(columns, rows, self.name, self.how.rules)
-        texts = []
+        texts: dict[int, tuple[str, str]] = {}
         for i, row in enumerate(rows):
-            prompt, completion = columns["prompt"][i], columns["completion"][i]
             if left_out[i] is None:
                 at = f"Row {row}{halves[i]} of the {self.name} dataset"
-                check_texts(prompt, completion, at)
-                texts.append(self._render(prompt, completion, columns, i, at))
-        tokenised = iter(self._tokenise(texts))
+                check_texts(columns["prompt"][i], columns["completion"][i], at)
+                texts[i] = self._render(columns, i, at)
+        for i in range(0, len(rows) if self.paired else 0, 2):
+            if i in texts and texts[i] == texts.get(i + 1):
+                left_out[i] = left_out[i + 1] = SAME_ANSWERS
+        tokenised = dict(zip(texts, self._tokenise(list(texts.values())), strict=True))
 
         prompt_ids, completion_ids, cut = [], [], []
         for i in range(len(rows)):
             prompt, completion, is_cut = [], [], False
             if left_out[i] is None:
-                prompt, completion = next(tokenised)
-                prompt, completion, is_cut, left_out[i] = self._truncate(prompt, completion)
+                prompt, completion, is_cut, left_out[i] = self._truncate(*tokenised[i])
             prompt_ids.append(prompt)
             completion_ids.append(completion)
             cut.append(is_cut)
         length = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        for i, tokens in enumerate(length):
+            if self.how.positions is not None and tokens > self.how.positions:
+                raise ValueError(
+                    f"Row {rows[i]}{halves[i]} of the {self.name} dataset has {tokens:,} tokens, and the model only "
+                    f"{self.how.positions:,} positions. Set max_length={self.how.positions}, or drop the row."
+                )
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,
@@ -238,13 +272,17 @@ class _Encode:
         for row, reason in zip(encoded["row"], left_out, strict=True):
             if reason is not None:
                 logger.warning(f"Left out row {row} of the {self.name} dataset: {reason}.")
-        return {
+        kept = {
             name: [value for value, reason in zip(values, left_out, strict=True) if reason is None]
             for name, values in encoded.items()
         }
+        # Other columns that come late are not among those to remove, and must not differ in length
+        late = set(batch).difference(self.names)
+        return dict.fromkeys(late, [None] * len(kept["row"])) | kept
 
-    def _render(self, prompt: Any, completion: Any, columns: Mapping[str, list], i: int, at: str) -> tuple[str, str]:
+    def _render(self, columns: Mapping[str, list], i: int, at: str) -> tuple[str, str]:
         """(prompt, prompt and completion) of row `i` as text, the special tokens of a conversation included."""
+        prompt, completion = columns["prompt"][i], columns["completion"][i]
         tokenizer = self.how.tokenizer
         if isinstance(prompt, str) != self.is_text:
             kind = (
@@ -338,6 +376,16 @@ def _without_nones(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
 
 
+def _first_unreadable(dataset: Dataset) -> int:
+    """The row at which Arrow's bytes, which it does not check, are not the text that they are said to be."""
+    for row in range(len(dataset)):
+        try:
+            dataset[row]
+        except UnicodeDecodeError:
+            return row
+    return len(dataset)
+
+
 def _is_unicode(text: str) -> bool:
     """Whether a text can be encoded, which one with half a surrogate pair cannot."""
     try:
@@ -347,7 +395,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _report(encoded: Dataset, name: str) -> Dataset:
+def _report(encoded: Dataset, name: str, label_type: str) -> Dataset:
     """The rows that can be learned from; says what was left out, what was cut, and what the labels lack."""
     reasons = encoded["left_out"][:]
     total = len(reasons)
@@ -371,7 +419,7 @@ def _report(encoded: Dataset, name: str) -> Dataset:
             "weight, or set some of it above 0."
         )
     label = np.asarray(rows["label"][:])
-    continuous = np.zeros(len(label), dtype=bool)
+    continuous = np.full(len(label), label_type == "continuous")
     if "label_type" in rows.column_names:
         continuous = np.asarray(rows["label_type"][:]) == "continuous"
     alike = one_class(label, continuous)

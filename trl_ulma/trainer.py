@@ -18,6 +18,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
+    AutoConfig,
     BitsAndBytesConfig,
     DataCollator,
     PreTrainedModel,
@@ -42,6 +43,9 @@ from trl_ulma.scoring import Scorer
 from trl_ulma.steps import EvenStream, plan_references, real_rows
 
 logger = get_logger(__name__)
+
+# Of `model_init_kwargs`, what says where a model's configuration is
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
 
 # What a batch holds about rows, and is not for the model's forward
 ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real")
@@ -119,6 +123,13 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
                 f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a "
                 "dict of splits, pass one, as dataset['train']."
             )
+        self._check_streams(args, train_dataset, eval_dataset)
+        has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if args.sync_ref_model and has_peft:
+            raise ValueError(
+                "sync_ref_model=True needs a reference model of its own; with PEFT the reference is the model without "
+                "its adapter. Leave it at False, or fine-tune the whole model."
+            )
         source = model if isinstance(model, str) else get_config_model_id(model.config)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         tokenizer = own_tokenizer(
@@ -126,9 +137,12 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         )
 
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
-        self._rules = LabelRules(args.label_type, getattr(args, "sft_threshold", None), self._needs_mask)
         self._cell = args.cell
+        threshold = getattr(args, "sft_threshold", None)
+        self._rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        self._positions = _positions(model, args, peft_config)
         self._has_reference = True
+        self._stream_has_mask = False
         train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -139,7 +153,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
-        has_mask = any(_any_true(dataset, "sft_mask") for dataset in datasets)
+        has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
@@ -213,11 +227,6 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         continuous = None
         if "label_type" in dataset.column_names:
             continuous = torch.from_numpy(np.asarray(dataset["label_type"][:]) == "continuous")
-            if continuous.any() and self._cell[1] == "unlearning":
-                raise ValueError(
-                    "negative_loss='unlearning' needs binary labels, and the data has rows with label_type "
-                    "'continuous'. Use negative_loss='pointwise_dpo'."
-                )
         return self._terms(label, sft_mask, continuous).compared.numpy()
 
     def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
@@ -226,14 +235,32 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
             return bool(self._compared(dataset).any())
         return "pointwise_dpo" in self._cell or self._stream_has_mask
 
+    def _may_have_mask(self, dataset: Dataset | IterableDataset) -> bool:
+        """Whether a row is marked as a demonstration. Rows of a stream are not known: whether one could be."""
+        if isinstance(dataset, Dataset):
+            return bool(np.any(dataset["sft_mask"][:]))
+        return self._stream_has_mask or self._rules.sft_threshold is not None
+
+    @staticmethod
+    def _check_streams(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+            raise ValueError("train_dataset is a stream, whose length is not known. Set max_steps.")
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        if args.precompute_ref_log_probs and any(isinstance(d, IterableDataset) for d in (train_dataset, *evaluated)):
+            raise ValueError(
+                "precompute_ref_log_probs=True needs all rows at the start, which a stream does not have. Leave it at "
+                "False, or load the data set without streaming."
+            )
+
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        prepare = Preparation(processing_class, self._rules, args.max_length, args.truncation_mode)
+        prepare = Preparation(processing_class, self._rules, args.max_length, args.truncation_mode, self._positions)
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):
                 # Where the rows themselves name the demonstrations, a liked one may come that is compared
-                self._stream_has_mask = "sft_mask" in (next(iter(dataset), None) or {})
+                first = next(iter(dataset.with_format(None)), None)
+                self._stream_has_mask |= isinstance(first, dict) and "sft_mask" in first
             prepared = prepare(dataset, dataset_name, args.dataset_num_proc)
         if not self._has_reference and isinstance(prepared, Dataset) and self._compared(prepared).any():
             raise ValueError(
@@ -559,6 +586,16 @@ def _summed(per_token_logps: torch.Tensor) -> torch.Tensor:
     return per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
 
 
-def _any_true(dataset: Dataset | IterableDataset, column: str) -> bool:
-    """Whether a column holds True; of a stream, whose rows are not known, True."""
-    return bool(np.any(dataset[column][:])) if isinstance(dataset, Dataset) else True
+def _positions(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> int | None:
+    """How many tokens the model can read at most; None where that has no end, as with rotary positions."""
+    if isinstance(model, str):
+        loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in _WHERE}
+        loading.setdefault("trust_remote_code", args.trust_remote_code)
+        config = AutoConfig.from_pretrained(model, **loading)
+    else:
+        config = model.config
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or getattr(config, "rope_parameters", None):
+        return None
+    return positions - (getattr(peft_config, "num_virtual_tokens", None) or 0)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trl_ulma.labels import is_empty
+from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -44,7 +44,7 @@ def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
         ([{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': 'Hello!'}])
     """
     cut = len(messages)
-    while cut > 0 and messages[cut - 1]["role"] not in ("user", "system", "developer"):
+    while cut > 0 and messages[cut - 1]["role"] not in ASKING_ROLES:
         cut -= 1
     if cut == len(messages):
         raise ValueError("it does not end in an assistant turn")
@@ -69,7 +69,8 @@ def split_answer(answer: Any, other: Any) -> tuple[Any, Any]:
     """
     if not isinstance(answer, str):
         return split_messages(answer)
-    if is_transcript(answer) or not isinstance(other, str):
+    other = other if isinstance(other, str) else ""
+    if is_transcript(answer) or is_transcript(other):
         return split_transcript(answer)
     differ = (i for i, (a, b) in enumerate(zip(answer, other, strict=False)) if a != b)
     alike = next(differ, min(len(answer), len(other)))
@@ -97,14 +98,14 @@ def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
             left_out = None
             if "prompt" in batch:
                 prompt, completion = batch["prompt"][pair], answer
-            elif not isinstance(answer, str | list):
+            elif not _is_answer(answer):
                 prompt, completion = "", answer
             else:
                 try:
                     prompt, completion = split_answer(answer, other)
                 except ValueError as error:
                     prompt, completion, left_out = answer, answer, str(error)
-            if left_out is None and isinstance(completion, str | list) and is_empty(completion):
+            if left_out is None and _is_answer(completion) and is_empty(completion):
                 left_out = "its answer is empty"
             values = {"prompt": prompt, "completion": completion, "label": label, "pair": pair, "left_out": left_out}
             for name in along:
@@ -114,3 +115,7 @@ def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
             for name, into in rows.items():
                 into.append(values[name])
     return rows
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str) or is_messages(value)
