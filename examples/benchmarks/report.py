@@ -1,0 +1,218 @@
+"""python examples/benchmarks/report.py examples/benchmarks/results/*.json > examples/benchmarks/RESULTS.md
+
+Writes the results of throughput.py and scaling.py as a page: the targets beside what was measured, the tables, the
+pictures, and what bounds each end of the scaling curves.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scaling import AXES, growth
+from throughput import MEBIBYTE, ratio, summary
+
+Result = dict[str, Any]
+
+# (what is compared, a method, the one it is compared with, the ratio it is to have at most, whether on HH pairs)
+STEP_TARGETS = (
+    ("ULMA, half demonstrations, LoRA : TRL KTO", "ulma", "kto", 0.50, False),
+    ("ULMA, half demonstrations, LoRA : TRL DPO", "ulma", "dpo", 0.75, False),
+    ("ULMA with precomputed reference : TRL SFT", "ulma-precomputed", "sft", 0.95, False),
+    ("point-wise DPO : TRL DPO on the same rows", "pointwise-dpo", "dpo", 0.95, False),
+    ("point-wise DPO with shared prompts : TRL DPO, HH pairs", "pointwise-dpo-shared", "dpo", 0.65, True),
+    ("ULMA with shared prompts : TRL DPO, HH pairs", "ulma-shared", "dpo", 0.55, True),
+)
+INTRODUCTION = """\
+# Results
+
+Written by `report.py` from the JSON files beside the pictures. In a run all methods get the same rows in the same order
+and take turns, one step or a few at a time, each through its own trainer's `train()`; the first turn warms up. A step
+includes collation, metrics and logging. Ratios are taken round by round: the median, and in brackets where 95 % of the
+rounds lie. CPU time is that of all threads of the process; `around` is what the training thread spends in
+`compute_loss` and in fetching the batch, less the models' forwards. Memory is measured with each method in a process of
+its own: what the peak adds to what is in use before the first step.
+"""
+
+
+def clock_of(result: Result) -> str:
+    """The clock that counts: CPU time without a GPU, since machines are noisy."""
+    return "wall" if result["machine"]["is_gpu"] else "cpu"
+
+
+def judged(measured: str, is_met: bool) -> str:
+    """A measured value with whether it meets its target."""
+    return f"{measured} {'met' if is_met else '**missed**'}"
+
+
+def compared(result: Result, method: str, other: str, most: float) -> str | None:
+    """The ratio of two methods' steps, and whether it is at most `most`; None where one was not measured."""
+    if method not in result["laps"] or other not in result["laps"]:
+        return None
+    laps = [[lap[clock_of(result)] for lap in result["laps"][name]] for name in (method, other)]
+    median, low, high = ratio(*laps, result["options"]["steps"])
+    return judged(f"{median:.2f} [{low:.2f}, {high:.2f}]", median <= most)
+
+
+def memory(result: Result) -> str | None:
+    """The ratio of ULMA's peak memory to DPO's, above the start."""
+    above = {method: found["peak"] - found["before"] for method, found in result["memory"].items()}
+    if not above.keys() >= {"ulma", "dpo"}:
+        return None
+    found = above["ulma"] / above["dpo"]
+    whole = result["memory"]["ulma"]["peak"] / result["memory"]["dpo"]["peak"]
+    return judged(f"{found:.2f} (whole process {whole:.2f})", found <= 1)
+
+
+def preparation(result: Result) -> str | None:
+    """The ratio of our rows a second to KTO's."""
+    if not result["preparation"]:
+        return None
+    spent = result["preparation"]["seconds"]
+    median, low, high = ratio(spent["kto"]["cpu"], spent["ulma"]["cpu"])
+    wall, *_ = ratio(spent["kto"]["wall"], spent["ulma"]["wall"])
+    return judged(f"{median:.2f} [{low:.2f}, {high:.2f}] (wall {wall:.2f})", median >= 2)
+
+
+def around(result: Result) -> str | None:
+    """The share of ULMA's step that is spent around the forwards."""
+    if "ulma" not in result["laps"]:
+        return None
+    found = summary(result, "ulma")
+    return judged(f"{found['around_share']:.2%} ({found['around'] * 1e3:.1f} ms)", found["around_share"] <= 0.01)
+
+
+def packed(result: Result) -> str | None:
+    """The ratio of ULMA's tokens a second without padding to those with it, on a GPU."""
+    if not result["machine"]["is_gpu"] or not {"ulma", "ulma-packed"} <= set(result["laps"]):
+        return None
+    speeds = [summary(result, method)["tokens_per_second"] for method in ("ulma-packed", "ulma")]
+    return judged(f"{speeds[0] / speeds[1]:.2f}", speeds[0] >= 1.4 * speeds[1])
+
+
+def targets(runs: dict[str, Result]) -> str:
+    """The table of targets, a column a run."""
+    lines = [f"| | target | {' | '.join(runs)} |", f"|---|---|{'---|' * len(runs)}"]
+
+    def line(what: str, target: str, measure: Callable[[Result], str | None]) -> None:
+        lines.append(f"| {what} | {target} | {' | '.join(measure(result) or '–' for result in runs.values())} |")
+
+    for what, method, other, most, on_pairs in STEP_TARGETS:
+
+        def step(result: Result, names=(method, other, most), on_pairs=on_pairs) -> str | None:
+            return None if on_pairs and result["settings"]["data"] != "hh" else compared(result, *names)
+
+        line(what, f"≤ {most:.2f}", step)
+    line("peak memory, ULMA : TRL DPO", "≤ 1.00", memory)
+    line("preparation rows/s, one process : TRL KTO's", "≥ 2", preparation)
+    line("our Python around the forwards, share of a step", "≤ 1 %", around)
+    line("padding-free : padded, HH lengths, batch 16, GPU, tokens/s", "≥ 1.4", packed)
+    return "\n".join(lines)
+
+
+def facts(result: Result) -> str:
+    """The command, the machine, the versions and the rows of a run."""
+    machine, rows, settings = result["machine"], result["rows"], result["settings"]
+    layers = f" (first {settings['layers']} layers)" if settings["layers"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lora = f"LoRA of rank {settings['lora_rank']}" if settings["lora_rank"] else "all weights trained"
+    return (
+        f"`{result['command']}`\n\n"
+        f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{machine['system']}; {versions}. {settings['model']}{layers}, weights in {settings['dtype']}, autocast to "
+        f"bf16 {'on' if settings['bf16'] else 'off'}, {settings['attn_implementation']} attention, gradient "
+        f"checkpointing {'on' if settings['gradient_checkpointing'] else 'off'}, {lora}, a log every "
+        f"{settings['logging_steps']} steps, seed {settings['seed']}. {rows['count']} rows, "
+        f"{settings['batch_size']} a step, prompts of {rows['prompt_tokens']:.0f} and completions of "
+        f"{rows['completion_tokens']:.0f} tokens on average, {settings['demonstrations']:.0%} demonstrations for ULMA."
+    )
+
+
+def throughput_page(name: str, result: Result) -> str:
+    """The table and picture of a run of throughput.py."""
+    head = ("method", "CPU s a step", "wall s a step", "tokens/s", "tokens/CPU s", "padding", "policy", "forward only")
+    head += ("reference", "around", "peak MiB", "above start")
+    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
+    for method in result["laps"]:
+        found = summary(result, method)
+        cells = [method, f"{found['cpu']:.3g}", f"{found['wall']:.3g}"]
+        cells += [f"{found['tokens_per_second']:.0f}", f"{found['tokens_per_cpu_second']:.0f}"]
+        cells += [f"{found['padding']:.1%}"]
+        cells += [f"{found[run]:.0f}" for run in ("policy", "policy_no_grad", "reference")]
+        cells += [f"{found['around_share']:.2%}"]
+        has_memory = "peak" in found
+        cells += [f"{found['peak'] / MEBIBYTE:.0f}" if has_memory else "–"]
+        cells += [f"{(found['peak'] - found['before']) / MEBIBYTE:.0f}" if has_memory else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "Medians a step. `policy`, `forward only` and `reference` are positions run a step: by the policy with a "
+        "backward, by the policy without, and by the reference; `padding` is the share among the first."
+    )
+    table = "\n".join(lines)
+    return f"## {name}\n\n{facts(result)}\n\n{table}\n\n{note}\n\n![{name}](results/{name}.png)\n"
+
+
+def scaling_page(name: str, result: Result) -> str:
+    """The tables and picture of a run of scaling.py, and what bounds each end of the curves."""
+    parts = [f"## {name}", facts(result), f"![{name}](results/{name}.png)"]
+    for axis, label in AXES.items():
+        points = [point for point in result["points"] if point["axis"] == axis]
+        if not points:
+            continue
+        methods = list(points[0]["methods"])
+        head = [label, *(f"{method}, CPU s" for method in methods)]
+        has_memory = "peak" in points[0]["methods"][methods[0]]
+        head += [f"{method}, MiB above start" for method in methods if has_memory]
+        lines = [f"| {' | '.join(head)} |", f"|{'--:|' * len(head)}"]
+        for point in points:
+            found = point["methods"]
+            cells = [f"{point['value']:g}", *(f"{found[method]['cpu']:.3g}" for method in methods)]
+            if has_memory:
+                cells += [f"{(found[method]['peak'] - found[method]['before']) / MEBIBYTE:.0f}" for method in methods]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts += ["\n".join(lines), bounds(result, axis, points)]
+    return "\n\n".join(parts) + "\n"
+
+
+def bounds(result: Result, axis: str, points: list[dict[str, Any]]) -> str:
+    """What bounds each end of an axis's curve, with the numbers that say so."""
+    last = next(reversed(points[0]["methods"]))
+    first_point, last_point = points[0]["methods"][last], points[-1]["methods"][last]
+    if axis == "demonstrations":
+        saved = 1 - last_point["cpu"] / first_point["cpu"]
+        return (
+            f"Of {last}'s step {saved:.0%} goes from the first share to the last, with the reference's positions from "
+            f"{first_point['reference']:.0f} to {last_point['reference']:.0f} a step: without demonstrations the step "
+            "is bound by both models' forwards, with nothing else by the policy's forward and backward, as SFT is."
+        )
+    if len(points) < 3:
+        return ""
+    powers = growth(result, axis, last)
+    start = (
+        f"{last}'s step grows by the power {powers[0]:.2f} from {points[0]['value']:g} to {points[1]['value']:g}, and "
+        f"by {powers[-1]:.2f} from {points[-2]['value']:g} to {points[-1]['value']:g}."
+    )
+    share = f"{first_point['around_share']:.1%}"
+    low = f"The low end is bound by what every step costs alike (of it, around the forwards: {share} of the step)"
+    if axis == "length":
+        return (
+            f"{start} {low}; the high end by attention, which is quadratic in the length where the layers are linear."
+        )
+    return f"{start} {low}; the high end by the layers' matrix products, which are linear in the rows."
+
+
+def main(paths: list[str]) -> None:
+    """Print the page of these JSON files."""
+    results = {Path(path).stem: json.loads(Path(path).read_text(encoding="utf-8")) for path in paths}
+    runs = {name: result for name, result in results.items() if result["benchmark"] == "throughput"}
+    parts = [INTRODUCTION]
+    if runs:
+        parts += ["## Targets\n", targets(runs), ""]
+    pages = {"throughput": throughput_page, "scaling": scaling_page}
+    parts += [pages[result["benchmark"]](name, result) for name, result in results.items()]
+    print("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
