@@ -18,6 +18,11 @@ COMMANDS = {
         "learn from thumbs, votes and ratings, one answer at a time (point-wise DPO)",
         "trl-ulma pointwise-dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name thumbs.csv --output_dir out",
     ),
+    "prepare": (
+        "trl_ulma.scripts.prepare",
+        "turn a data set of a known kind (pairs, votes, red-team, …) into rows to train on, and say what was left out",
+        "trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh",
+    ),
     "demo": (
         "trl_ulma.scripts.demo",
         "fine-tune a small language model on a small mixture, and show what has changed",
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        if name == "demo":
+        if name in ("demo", "prepare"):
             return import_module(module).main(rest) or 0
         parser = import_module(module).make_parser()
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
