@@ -191,9 +191,10 @@ class Preparation:
     def _key(self) -> str:
         """What a cached result depends on, besides the rows."""
         if self.tokenizer.is_fast:
-            # `to_str` tells the last call's padding and truncation too, which are not ours
-            state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            state.update(padding=None, truncation=None)
+            # Which the last call left, and each call of the tokenizer sets anew
+            self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.backend_tokenizer.no_truncation()
+            state = self.tokenizer.backend_tokenizer.to_str()
         else:
             state = Hasher.hash(self.tokenizer)
         tokenizer = (type(self.tokenizer).__name__, state, self.tokenizer.chat_template, self.tokenizer.eos_token)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 
 from trl_ulma.forward import PER_TOKEN, CompletionHead, Layout, packed, padded, shared, shares_prompts, why_not_shared
 from trl_ulma.probe import probe_packed, probe_rows, probe_shared
@@ -40,6 +41,7 @@ class Scorer:
         self._examples = examples
         self._collate = collate
         self._is_probed = layout == "padded"
+        self._bare: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._heads: dict[int, CompletionHead] = {}
 
     def __call__(self, model: Any, batch: Batch, **kwargs: Any) -> Any:
@@ -59,13 +61,18 @@ class Scorer:
         if self.layout == "packed":
             return self._forward(model, packed(batch), batch, **kwargs)
         if self.layout == "shared" and shares_prompts(batch):
-            mask_dtype = _mask_dtype(self.accelerator.unwrap_model(model))
-            return self._forward(model, shared(batch, mask_dtype), batch, **kwargs)
+            return self._forward(model, shared(batch, _mask_dtype(self._unwrapped(model))), batch, **kwargs)
         return self._forward(model, padded(batch), batch, **kwargs)
 
+    def _unwrapped(self, model: Any) -> Any:
+        """The model without wrappers; looked for once, since accelerate goes through all its modules."""
+        if model not in self._bare:
+            self._bare[model] = self.accelerator.unwrap_model(model)
+        return self._bare[model]
+
     def _forward(self, model: Any, layout: Layout, batch: Batch, **kwargs: Any) -> Any:
-        bare: Any = self.accelerator.unwrap_model(model)
-        if is_peft_model(bare):
+        bare = self._unwrapped(model)
+        if isinstance(bare, PeftModel):
             if bare.active_peft_config.is_prompt_learning:
                 return _after_virtual_tokens(model, batch, **kwargs)
             bare = bare.get_base_model()
@@ -74,9 +81,9 @@ class Scorer:
         return self._heads[id(bare)](model, layout, batch, **kwargs)
 
     def _probe(self, model: Any) -> None:
-        bare: Any = self.accelerator.unwrap_model(model)
+        bare = self._unwrapped(model)
         reason = why_not_shared(bare.config) if self.layout == "shared" else None
-        if is_peft_model(bare) and bare.active_peft_config.is_prompt_learning:
+        if isinstance(bare, PeftModel) and bare.active_peft_config.is_prompt_learning:
             reason = "adapters that put virtual tokens before the rows need padded rows"
         if reason:
             logger.warning(f"Rows are padded, and not {self.layout} as set: {reason}.")

@@ -17,6 +17,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -296,7 +297,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
             return dataset
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
-        if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
             raise ValueError(
                 "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
                 f"the {name} dataset can not be compared with it. Pass it to the trainer as an eval_dataset, or pass "
@@ -339,7 +340,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         since DPOTrainer's precomputation stores one for each half of a pair."""
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
         adapter = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
+        if self.ref_model is None and isinstance(self.model, PeftModel):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
