@@ -35,6 +35,8 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from trl_ulma.checkpoints import KeepsCheckpoints
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.dataset_labels import show_report, with_transform
+from trl_ulma.judge import Judges
 from trl_ulma.labels import LabelRules
 from trl_ulma.losses import Terms, grid_loss, route
 from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward_ratios, token_ratios
@@ -64,7 +66,7 @@ _PAPER = {
 }
 
 
-class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
+class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
     r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
 
     The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
@@ -75,7 +77,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
     Args:
         args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over.
         train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
-            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `tools`, `chat_template_kwargs`. Or pairs
+            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`,
+            `chat_template_kwargs`. Or pairs
             (`chosen`, `rejected`, with or without `prompt`), which become two rows each.
         eval_dataset: the same, or a dict of such data sets.
         compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
@@ -140,7 +143,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
         self._cell = args.cell
         threshold = getattr(args, "sft_threshold", None)
-        self._rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        self._rules = with_transform(rules, args.label_transform, train_dataset)
         self._positions = _positions(model, args, peft_config)
         self._has_reference = True
         self._stream_has_mask = False
@@ -156,6 +160,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        show_report(train_dataset, args)
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 

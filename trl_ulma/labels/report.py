@@ -30,6 +30,7 @@ def label_report(
     weight: np.ndarray | None = None,
     log_z: np.ndarray | float | None = 0.0,
     beta: float = 0.1,
+    length_normalize: bool = False,
     class_weights: tuple[float, float] = (1.0, 1.0),
 ) -> dict[str, Any]:
     r"""Counts, shares and warnings about a training set, as JSON can hold them.
@@ -44,6 +45,7 @@ def label_report(
         weight: `(N,)` the rows' weights; None where all are 1.
         log_z: log Z in nats, one number or `(N,)`; None where it is not known before training.
         beta: β.
+        length_normalize: whether log-ratios are divided by the completion's tokens: u is then as many times greater.
         class_weights: `desirable_weight` and `undesirable_weight` as they are set.
 
     Returns:
@@ -81,7 +83,7 @@ def label_report(
         report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
     if "continuous" in report:
         shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
-        targets = np.abs(label[continuous] / beta - shift)
+        targets = np.abs(label[continuous] / beta - shift) * (tokens[continuous] if length_normalize else 1)
         report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, warnings)
     report["weight"] = _weights(weights, weight is not None, sft_mask)
     report.update(_repeats(label, continuous, answer, warnings))
