@@ -84,6 +84,13 @@ SETTINGS = {
     "the last rows dropped": Setting("ddp 2x2", {"dataloader_drop_last": True}, rows=33, test_rows=16),
     "rows without padding": Setting("one 2x4, ddp 2x2", {"padding_free": True}),
     "prompts run once": Setting("one 2x4, ddp 2x2", {"share_prompts": True}, ("few prompts",)),
+    "learned log Z": Setting(
+        "one 2x4, ddp 2x2, fsdp2 1x4",
+        {"log_z": "learned", "log_z_learning_rate": 0.1},
+        ("sft_mask", "label_type"),
+    ),
+    "running mean of log Z": Setting("one 1x8, ddp 2x2", {"log_z": "running_mean", "beta": 0.5}, ("sft_mask",)),
+    "prior log Z": Setting("ddp 2x2", {"log_z": "prior"}, ("sft_mask", "weight")),
     "float32": Setting("one 1x8, ddp 2x2", run={"dtype": "float32"}),
     "a stream": Setting("one 1x8, ddp 4x1, ddp 1x4, fsdp2 2x2", {"max_steps": 8}, run={"stream": 1}),
     "a stream of pairs": Setting("ddp 2x2", {"max_steps": 8}, ("pairs",), run={"stream": 1}),

@@ -4,13 +4,14 @@ import argparse
 import copy
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DPOConfig
 
 from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
+from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
 
 _INSTEAD = {
@@ -37,6 +38,20 @@ _WHOLE = {
 }
 
 
+if TYPE_CHECKING:
+    LogZ = float | str
+else:
+
+    class LogZ:
+        """How `HfArgumentParser`, which takes no union, reads log_z: a number, or the name of a choice."""
+
+        def __new__(cls, text):
+            try:
+                return float(text)
+            except ValueError:
+                return text
+
+
 def _hidden(name: str) -> Any:
     """TRL's field `name`, left out of `--help` and still settable, so that a YAML that repeats its default runs."""
     original = DPOConfig.__dataclass_fields__[name]
@@ -61,8 +76,12 @@ class PointwiseDPOConfig(DPOConfig):
             `label_type`; rows that a column `label_type` gives the other type are taken as they are.
         label_report: print what the training labels look like before training, and write it into
             `output_dir`/label_report.json (not of a stream).
-        log_z: log Z(x) in nats, added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). The paper's choice is 0.
-            A column `log_z` decides per row.
+        log_z: log Z(x), added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). A number of nats (the paper's
+            is 0; where the data has a column `log_z`, that decides), or the name of a choice of
+            `trl_ulma.log_partition`: "column" (every row must carry it), "prior" (the start is calibrated to the
+            training labels' mean), "running_mean" (the moving average of the log-ratio), "batch_kl" (KTO's reference
+            point), "learned_constant" (trained by the loss), "learned" (a read-out of the prompt, trained by the loss).
+        log_z_learning_rate: of the learned ones, in units of the reward a step; follows the schedule.
         length_normalize: divide every log-probability by its completion's number of tokens, as the authors' code does.
             The log-ratio is then about as many times smaller as a completion has tokens: raise β by that factor.
         desirable_weight: weight of rows with a label of ½ and above (continuous labels: of demonstrations).
@@ -104,9 +123,15 @@ class PointwiseDPOConfig(DPOConfig):
         default=True,
         metadata={"help": "Print a report on the training labels, and write it into output_dir/label_report.json."},
     )
-    log_z: float = field(
+    log_z: LogZ = field(
         default=0.0,
-        metadata={"help": "log Z(x) in nats, added to every log-ratio. A column `log_z` decides per row."},
+        metadata={
+            "help": "log Z(x), added to every log-ratio: a number of nats, or one of " + ", ".join(LOG_Z_CHOICES) + "."
+        },
+    )
+    log_z_learning_rate: float = field(
+        default=0.01,
+        metadata={"help": "Learning rate of log_z='learned' and 'learned_constant', in units of the reward a step."},
     )
     length_normalize: bool = field(
         default=False,
@@ -172,7 +197,11 @@ class PointwiseDPOConfig(DPOConfig):
         if self.label_transform is not None:
             parse_transform(self.label_transform, self.label_type)
         _check_number("beta", self.beta, above=0)
-        _check_number("log_z", self.log_z)
+        if isinstance(self.log_z, str) and self.log_z not in LOG_Z_CHOICES:
+            raise ValueError(f"log_z must be a number, or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
+        if not isinstance(self.log_z, str):
+            _check_number("log_z", self.log_z)
+        _check_number("log_z_learning_rate", self.log_z_learning_rate, above=0)
         _check_number("desirable_weight", self.desirable_weight, least=0)
         _check_number("undesirable_weight", self.undesirable_weight, least=0)
         if self.desirable_weight == self.undesirable_weight == 0:
@@ -195,6 +224,16 @@ class PointwiseDPOConfig(DPOConfig):
                 "sync_ref_model=True moves the reference while training, and precompute_ref_log_probs=True asks it "
                 "once, before. Set one of them."
             )
+        if self.log_z == "batch_kl" and self.precompute_ref_log_probs:
+            raise ValueError(
+                "log_z='batch_kl' asks the reference about new rows in each step, and precompute_ref_log_probs=True "
+                "asks it once, before. Set precompute_ref_log_probs=False, or another log_z."
+            )
+        if self.log_z == "batch_kl" and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "log_z='batch_kl' needs two rows in a micro-batch, to pair one's prompt with the other's completion. "
+                "Raise per_device_train_batch_size, or set another log_z."
+            )
         if self.padding_free and self.share_prompts:
             raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
 
@@ -213,6 +252,11 @@ class PointwiseDPOConfig(DPOConfig):
             )
         if needs_reference:
             return
+        if isinstance(self.log_z, str):
+            raise ValueError(
+                f"log_z={self.log_z!r} is for rows that are compared with the reference; with {self.method} none is. "
+                "Leave it at 0."
+            )
         best = (self.metric_for_best_model or "").removeprefix("eval_")
         if best.startswith("rewards/") or best in ("kl", "log_z"):
             raise ValueError(

@@ -100,7 +100,8 @@ def _read(dataset: Dataset, rules: LabelRules) -> dict[str, list]:
     if rules.transform is not None and rules.transform.needs_prompts:
         wanted.add("prompt")
     if dataset.format["type"] == "custom":  # rows are made as they are read
-        rows = [{name: row[name] for name in wanted & set(row)} for row in dataset]
+        made: list[Any] = list(dataset)
+        rows = [{name: row[name] for name in wanted & set(row)} for row in made]
         return {name: [row.get(name) for row in rows] for name in rows[0]}
     found = [name for name in dataset.column_names if name in wanted]
     return dict(dataset.select_columns(found).with_format(None)[:]) if found else {}
@@ -160,7 +161,7 @@ def show_report(rows: Dataset | IterableDataset, args: Any) -> None:
 def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(hash of the prompt, hash of prompt and completion, completion's tokens) of each row, `(N,)` each."""
     prompts, answers, tokens = [], [], []
-    table = rows.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    table: Any = rows.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
     for batch in table.iter(10_000):
         prompt, completion = (_lists(batch[name]) for name in ("prompt_ids", "completion_ids"))
         prompts += map(hash, prompt)

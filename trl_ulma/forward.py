@@ -133,34 +133,54 @@ class CompletionHead:
 
     def __init__(self, model: Any):
         self._index: torch.Tensor | None = None
+        self._first: torch.Tensor | None = None
+        self._states: torch.Tensor | None = None
         model.base_model.register_forward_hook(self._select)
 
     def _select(self, backbone: nn.Module, args: Any, output: Any) -> Any:
         if self._index is not None:
             hidden = output.last_hidden_state.flatten(0, 1)
             output.last_hidden_state = hidden[self._index.to(hidden.device)][None]
+            if self._first is not None:
+                self._states = hidden.detach()[self._first.to(hidden.device)]
         return output
 
-    def __call__(self, model: Any, layout: Layout, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        model: Any,
+        layout: Layout,
+        batch: Mapping[str, torch.Tensor],
+        *,
+        prompt_states: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """The fused head's output of the completion tokens, each field of `PER_TOKEN` `(B, T − 1)`, 0 elsewhere.
+
+        With `prompt_states` also that: `(B, H)`, the backbone's hidden state before each row's first completion token,
+        detached.
 
         Args:
             model: the model, wrapped or not.
             layout: of `batch`.
             batch: `input_ids` and `completion_mask` `(B, T)`.
+            prompt_states: whether they are wanted.
             **kwargs: for the forward.
         """
         rows, columns = completion_tokens(batch)
         targets = batch["input_ids"][rows, columns + 1]
         self._index = layout.positions
+        if prompt_states:
+            first = torch.searchsorted(rows, torch.arange(len(batch["input_ids"]), device=rows.device))
+            self._first = layout.positions[first.clamp(max=len(rows) - 1)]
         try:
             output = model(**layout.inputs, shift_labels=targets[None], use_cache=False, fused_lm_head=True, **kwargs)
         finally:
-            self._index = None
+            self._index = self._first = None
         rows, columns = rows.to(output.log_probs.device), columns.to(output.log_probs.device)
         for name in PER_TOKEN:
             values = getattr(output, name)
             if values is not None:
                 dense = values.new_zeros(batch["input_ids"][:, 1:].shape)
                 output[name] = dense.index_put((rows, columns), values[0])
+        output.prompt_states, self._states = self._states, None
         return output

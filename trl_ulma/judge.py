@@ -1,7 +1,7 @@
 """The model as a judge: what a trained policy thinks of rows, and what must be kept beside it to know that later."""
 
 # transformers declares the model and the processing class of a trainer optional or of many kinds
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,11 @@ from typing import Any, Self
 
 import numpy as np
 from datasets import Dataset, Value
+from safetensors.torch import load_file
 from trl import DPOTrainer
 
 from trl_ulma.labels import LabelRules, LabelTransform
+from trl_ulma.log_partition import Learned, LogPartition
 from trl_ulma.preparation import Preparation
 
 # Beside the model's weights
@@ -67,6 +69,39 @@ class JudgeSettings:
             raise ValueError(f"{path} does not hold the settings of a point-wise model ({error}).") from error
 
 
+def saved_log_partition(settings: JudgeSettings, state: str | Path | None, device: Any) -> LogPartition:
+    """log Z as a saved model has it.
+
+    Args:
+        settings: saved with the model.
+        state: the file `log_z.safetensors`; None where there is none.
+        device: of the rows.
+
+    Raises:
+        ValueError: where the choice has a state and there is no file.
+
+    Example:
+        >>> saved_log_partition(JudgeSettings(beta=0.1, log_z=0.5), None, "cpu").log_z
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    if not isinstance(settings.log_z, str) or settings.log_z == "column":
+        return LogPartition(0.0 if settings.log_z == "column" else float(settings.log_z), device)
+    if state is None:
+        raise ValueError(
+            f"The model was trained with log_z={settings.log_z!r}, and its state, log_z.safetensors, is not beside it. "
+            "Copy it there from the folder that training wrote."
+        )
+    found = load_file(state)
+    if "weights" not in found:
+        fixed = LogPartition(0.0, device)
+        fixed.log_z.copy_(found["log_z"])
+        return fixed
+    # The weights are of a prompt's state and of two kinds of labels
+    learned = Learned(len(found["weights"]) - 2, beta=settings.beta, learning_rate=0.0, device=device)
+    learned.load_state_dict(found)
+    return learned
+
+
 def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> dict[str, np.ndarray]:
     r"""What an implicit reward says of rows.
 
@@ -109,6 +144,7 @@ class Judges(DPOTrainer):
     _rules: LabelRules
     _has_reference: bool
     _positions: int | None
+    log_partition: LogPartition
 
     def score(self, dataset: Dataset) -> Dataset:
         r"""What the policy thinks of each row: the row as it was, and
@@ -138,13 +174,20 @@ class Judges(DPOTrainer):
                 "was loaded."
             )
         if dataset.format["type"] == "custom":  # rows are made as they are read
-            dataset = Dataset.from_list(list(dataset))
+            dataset = Dataset.from_list([dict(row) for row in dataset])
         names = dataset.column_names
         if "prompt_ids" in names:
             raise ValueError("score takes raw rows, and these are prepared already. Pass the rows that they came from.")
         taken = [name for name in COLUMNS if name in names]
         if taken:
             raise ValueError(f"The rows have columns that score writes: {', '.join(taken)}. Rename or remove them.")
+        choice: Any = self.args.log_z
+        if choice == "column" and "log_z" not in names:
+            raise ValueError("log_z='column' needs a column log_z in the scored rows, in nats; there is none.")
+        if isinstance(choice, str) and choice != "column" and "log_z" in names:
+            raise ValueError(
+                f"The scored rows have a column log_z, and the model its own ({choice}). Remove the column."
+            )
         is_labelled = "label" in names or "chosen" in names
         rows = dataset.remove_columns([name for name in ("sft_mask", "weight") if name in names])
         if not is_labelled:
@@ -162,8 +205,6 @@ class Judges(DPOTrainer):
         )
         with self.accelerator.main_process_first():
             prepared: Any = prepare(rows, "scored", self.args.dataset_num_proc)
-        if self.args.log_z == "column" and "log_z" not in prepared.column_names:
-            raise ValueError("log_z='column' needs a column log_z in the scored rows, in nats; there is none.")
         reward = self._rewards(prepared)
 
         label = np.asarray(prepared["label"][:])
@@ -204,6 +245,12 @@ class Judges(DPOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.judge_settings().write(str(self.args.output_dir if output_dir is None else output_dir))
+
+    def use_settings(self, settings: JudgeSettings, log_partition: LogPartition) -> None:
+        """Score with the label transform and the log Z of a saved model; the rest must be in `args` already."""
+        self._rules = replace(self._rules, transform=settings.label_transform)
+        self.args.log_z = settings.log_z
+        self.log_partition = log_partition
 
     def judge_settings(self) -> JudgeSettings:
         """What scores depend on besides the weights."""

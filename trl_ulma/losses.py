@@ -117,6 +117,27 @@ def pointwise_mse_loss(
     return (z - beta * (policy - ref + log_z)) ** 2
 
 
+def reward_slope(rewards: torch.Tensor, label: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
+    r"""∂ℓ/∂r of the losses of Eq. 8 and Eq. 9: σ(r) − z for binary labels, −2·(z − r) for continuous ones.
+
+    With c = β·log Z, ∂ℓ/∂c is the same, and ∂ℓ/∂log π_θ is β times it.
+
+    Args:
+        rewards: `(B,)` r.
+        label: `(B,)` z.
+        continuous: `(B,)` bool, True where the label is continuous.
+
+    Returns:
+        `(B,)` slopes.
+
+    Example:
+        >>> import torch
+        >>> reward_slope(torch.zeros(2), torch.tensor([1.0, 3.0]), torch.tensor([False, True]))
+        tensor([-0.5000, -6.0000])
+    """
+    return torch.where(continuous, 2 * (rewards - label), torch.sigmoid(rewards) - label)
+
+
 def ulma_loss(
     policy_logps: torch.Tensor,
     ref_logps: torch.Tensor,

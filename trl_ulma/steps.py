@@ -69,3 +69,32 @@ def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor],
     for batch, (needed, widths) in zip(batches, torch.cat(plans, 1).cpu().split(sizes, 1), strict=True):
         asked = needed.nonzero()[:, 0].tolist() or ([0] if at_least_one else [])
         batch["asked"] = (asked, int(widths[asked].max()) if asked else 0)
+
+
+def mismatched(batch: dict[str, torch.Tensor], real: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Each row's prompt with the completion of the next row that has another prompt, and which rows count, `(B,)` bool.
+
+    A row without such a partner keeps its own completion and does not count, so that all processes run as many rows.
+    Completions are cut where a row would become wider than the batch.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, padded on the right.
+        real: `(B,)` bool, False for rows that are repeated.
+    """
+    ids, width = batch["input_ids"].tolist(), batch["input_ids"].size(1)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    starts = batch["completion_mask"].argmax(1).tolist()
+    prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
+    completions = [row[start:length] for row, start, length in zip(ids, starts, lengths, strict=True)]
+    is_real = real.tolist()
+    made = {name: torch.zeros_like(value) for name, value in batch.items()}
+    counts = []
+    for row, prompt in enumerate(prompts):
+        others = [(row + by) % len(prompts) for by in range(1, len(prompts))]
+        partner = next((other for other in others if is_real[other] and prompts[other] != prompt), None)
+        counts.append(partner is not None and is_real[row])
+        tokens = (prompt + completions[row if partner is None else partner])[:width]
+        made["input_ids"][row, : len(tokens)] = torch.tensor(tokens, device=made["input_ids"].device)
+        made["attention_mask"][row, : len(tokens)] = 1
+        made["completion_mask"][row, len(prompt) : len(tokens)] = 1
+    return made, torch.tensor(counts, device=real.device)

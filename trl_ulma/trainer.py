@@ -36,9 +36,11 @@ from trl_ulma.checkpoints import KeepsCheckpoints
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.dataset_labels import show_report, with_transform
+from trl_ulma.estimating import EstimatesLogZ
 from trl_ulma.judge import Judges
 from trl_ulma.labels import LabelRules
-from trl_ulma.losses import Terms, grid_loss, route
+from trl_ulma.log_partition import Observed
+from trl_ulma.losses import Terms, grid_loss, reward_slope, route
 from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward_ratios, token_ratios
 from trl_ulma.preparation import Preparation, own_tokenizer
 from trl_ulma.sampler import PromptSampler
@@ -66,7 +68,7 @@ _PAPER = {
 }
 
 
-class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
+class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, Judges, DPOTrainer):
     r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
 
     The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
@@ -78,8 +80,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
         args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over.
         train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
             `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`,
-            `chat_template_kwargs`. Or pairs
-            (`chosen`, `rejected`, with or without `prompt`), which become two rows each.
+            `chat_template_kwargs`. Or pairs (`chosen`, `rejected`, with or without `prompt`), which become two rows
+            each.
         eval_dataset: the same, or a dict of such data sets.
         compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
 
@@ -196,6 +198,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
             peft_config=peft_config,
         )
         args.precompute_ref_log_probs, args.padding_free = precompute, padding_free
+        self._make_log_partition(train_dataset, self._compared)
         self.precompute_ref_logps = precompute and self._has_reference
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
@@ -414,6 +417,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}; rows of the train dataset with a "
                 f"loss that is not finite: {wrong}. Look at these rows, lower the learning rate, or train in fp32."
             )
+        if self.accelerator.sync_gradients:
+            self._update_log_partition()
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -432,12 +437,18 @@ class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
 
         # MoE models return their auxiliary loss where they are asked for router logits
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = self._scorer(model, inputs, **router)
+        real = rows.get("real", torch.ones_like(sft_mask))
+        if self.args.log_z == "batch_kl" and self.model.training:
+            self._set_batch_kl(model, inputs, real)
+        outputs = self._scorer(model, inputs, prompt_states=self.log_partition.needs_prompt_states, **router)
         policy_logps = _summed(outputs.log_probs)
         ref_logps = self._ref_logps(inputs, rows, asked).to(policy_logps)
         if self.args.length_normalize:
             policy_logps, ref_logps = policy_logps / tokens.clamp(min=1), ref_logps / tokens.clamp(min=1)
-        log_z = rows.get("log_z", torch.full_like(policy_logps, self.args.log_z)).to(policy_logps)
+        log_z = rows.get("log_z")
+        if log_z is None:
+            log_z = self.log_partition(continuous, outputs.prompt_states)
+        log_z = log_z.to(policy_logps)
         losses = grid_loss(
             policy_logps,
             ref_logps,
@@ -453,7 +464,6 @@ class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
         weight = torch.where(chosen, self.args.desirable_weight, self.args.undesirable_weight)
         weighted = losses.total * weight * rows.get("weight", 1.0)
         self._row_losses = (rows.get("row", torch.full_like(label, -1)), weighted.detach())
-        real = rows.get("real", torch.ones_like(sft_mask))
         loss = torch.where(real, weighted, torch.zeros_like(weighted)).sum()
         size = real.sum()
         aux_loss = None
@@ -484,7 +494,11 @@ class PointwiseDPOTrainer(KeepsCheckpoints, Judges, DPOTrainer):
                 ratios.update(reward_ratios(losses.rewards, log_ratio, log_z, label, chosen, continuous))
             if aux_loss is not None:
                 ratios["aux_loss"] = (aux_loss, torch.ones_like(aux_loss))
-            if not self.model.training:
+            if self.model.training:
+                slope = reward_slope(losses.rewards, label, continuous) * weight * rows.get("weight", 1.0)
+                seen = Observed(terms.compared & real, policy_logps - ref_logps, slope)
+                self.log_partition.observe(seen, continuous, outputs.prompt_states)
+            else:
                 found = torch.stack([losses.rewards.double(), label.double(), continuous.double()], 1)
                 self._evaluated.append(found[real].cpu())
             self._sums.add(ratios, real)
