@@ -18,12 +18,19 @@ COMMANDS = {
         "learn from thumbs, votes and ratings, one answer at a time (point-wise DPO)",
         "trl-ulma pointwise-dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name thumbs.csv --output_dir out",
     ),
+    "score": (
+        "trl_ulma.scripts.score",
+        "score answers with a trained model: rank them, find labels that are wrong",
+        "trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl",
+    ),
     "demo": (
         "trl_ulma.scripts.demo",
         "fine-tune a small language model on a small mixture, and show what has changed",
         "trl-ulma demo --tiny",
     ),
 }
+# Run in this process; all others are launched, on every process
+CALLED = ("score", "demo")
 
 
 def help_text() -> str:
@@ -65,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        if name == "demo":
+        if name in CALLED:
             return import_module(module).main(rest) or 0
         parser = import_module(module).make_parser()
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
