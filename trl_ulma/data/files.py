@@ -25,6 +25,9 @@ _BUILDERS = {
 }
 ACCEPTED = ".jsonl[.gz], .json[.gz], .csv or .parquet"
 
+# Bytes of JSON that are read at once where a smaller chunk does not tell the types
+_WHOLE = 1 << 30
+
 # What the builders of `datasets` raise on a file that they cannot read; StopIteration is an empty array's
 _UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, ValueError, zlib.error)
 
@@ -60,6 +63,11 @@ def load_rows(
         raise FileNotFoundError(f"{missing(path)} Nor could it be had from the hub: {error}") from error
 
 
+def data_files(folder: Path) -> list[Path]:
+    """The files in a folder, and in folders below, that are read as its data."""
+    return [file for file in sorted(folder.rglob("*")) if _suffix(file) in _BUILDERS]
+
+
 def missing(path: Path) -> str:
     """A sentence that says that `path` does not exist, with the names nearest to it that do."""
     name, folder = path.name, path.parent
@@ -90,7 +98,13 @@ def _load_file(path: Path, config: str | None, streaming: bool) -> DatasetDict |
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; at least one row is needed.")
     try:
-        splits = load_dataset(builder, data_files=str(path), streaming=streaming)
+        try:
+            splits = load_dataset(builder, data_files=str(path), streaming=streaming)
+        except DatasetGenerationError as error:
+            if builder != "json" or "Couldn't cast" not in str(error.__cause__):
+                raise
+            # The first 10 MB decide on the types, so that a column that is null there and a list further on is refused
+            splits = load_dataset(builder, data_files=str(path), chunksize=_WHOLE)
         if streaming:
             next(iter(splits["train"]))  # else nothing has been read yet
     except _UNREADABLE as error:
@@ -107,7 +121,7 @@ def _load_folder(path: Path, config: str | None, streaming: bool) -> DatasetDict
         if not streaming:
             return splits
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-    files = [file for file in sorted(path.rglob("*")) if _suffix(file) in _BUILDERS]
+    files = data_files(path)
     if not files:
         raise FileNotFoundError(f"The folder {path} holds no data file; at least one {ACCEPTED} file is needed.")
     try:

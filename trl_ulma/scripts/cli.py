@@ -18,6 +18,11 @@ COMMANDS = {
         "learn from thumbs, votes and ratings, one answer at a time (point-wise DPO)",
         "trl-ulma pointwise-dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name thumbs.csv --output_dir out",
     ),
+    "prepare": (
+        "trl_ulma.scripts.prepare",
+        "turn a data set of a known kind (pairs, votes, red-team, …) into rows to train on, and say what was left out",
+        "trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh",
+    ),
     "score": (
         "trl_ulma.scripts.score",
         "score answers with a trained model: rank them, find labels that are wrong",
@@ -30,7 +35,7 @@ COMMANDS = {
     ),
 }
 # Run in this process; all others are launched, on every process
-CALLED = ("score", "demo")
+CALLED = ("prepare", "score", "demo")
 
 
 def help_text() -> str:
