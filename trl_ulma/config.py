@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DPOConfig
 
-from trl_ulma.labels import LABEL_TYPES
+from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
 
@@ -69,6 +69,13 @@ class PointwiseDPOConfig(DPOConfig):
         label_type: "binary" reads labels in [0, 1] (thumbs, soft labels) and takes the loss of Eq. 8; "continuous"
             reads any number as a reward, higher is better, and takes the loss of Eq. 9. A column `label_type` decides
             per row.
+        label_transform: what is done to labels first, fitted on the training set, saved with the model and applied to
+            what is evaluated or scored: names divided by commas, a name's numbers after a colon, as in
+            "lower_is_better,standardise", "threshold:0.5" or "votes:1,1"; `trl_ulma.labels.TRANSFORMS` says what there
+            is. `label_type`, `sft_threshold` and the check of `sft_mask` speak of labels after it. It is for rows of
+            `label_type`; rows that a column `label_type` gives the other type are taken as they are.
+        label_report: print what the training labels look like before training, and write it into
+            `output_dir`/label_report.json (not of a stream).
         log_z: log Z(x), added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). A number of nats (the paper's
             is 0; where the data has a column `log_z`, that decides), or the name of a choice of
             `trl_ulma.log_partition`: "column" (every row must carry it), "prior" (the start is calibrated to the
@@ -104,6 +111,17 @@ class PointwiseDPOConfig(DPOConfig):
             "better). A column `label_type` decides per row.",
             "choices": LABEL_TYPES,
         },
+    )
+    label_transform: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is done to labels first: names divided by commas, numbers after a colon, as in "
+            f"'lower_is_better,standardise' or 'threshold:0.5'. There are {', '.join(TRANSFORMS)}."
+        },
+    )
+    label_report: bool = field(
+        default=True,
+        metadata={"help": "Print a report on the training labels, and write it into output_dir/label_report.json."},
     )
     log_z: LogZ = field(
         default=0.0,
@@ -176,6 +194,8 @@ class PointwiseDPOConfig(DPOConfig):
                 )
         if self.label_type not in LABEL_TYPES:
             raise ValueError(f"label_type must be one of {LABEL_TYPES}; got {self.label_type!r}.")
+        if self.label_transform is not None:
+            parse_transform(self.label_transform, self.label_type)
         _check_number("beta", self.beta, above=0)
         if isinstance(self.log_z, str) and self.log_z not in LOG_Z_CHOICES:
             raise ValueError(f"log_z must be a number, or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
@@ -196,7 +216,7 @@ class PointwiseDPOConfig(DPOConfig):
                 raise ValueError(f"{name} must be a whole number, {least} or above; got {value!r}.")
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}.")
-        for name in ("length_normalize", "share_prompts", "padding_free"):
+        for name in ("label_report", "length_normalize", "share_prompts", "padding_free"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         if self.sync_ref_model and self.precompute_ref_log_probs:

@@ -35,7 +35,9 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from trl_ulma.checkpoints import KeepsCheckpoints
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.dataset_labels import show_report, with_transform
 from trl_ulma.estimating import EstimatesLogZ
+from trl_ulma.judge import Judges
 from trl_ulma.labels import LabelRules
 from trl_ulma.log_partition import Observed
 from trl_ulma.losses import Terms, grid_loss, reward_slope, route
@@ -66,7 +68,7 @@ _PAPER = {
 }
 
 
-class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
+class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, Judges, DPOTrainer):
     r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
 
     The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
@@ -77,8 +79,9 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
     Args:
         args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over.
         train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
-            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `tools`, `chat_template_kwargs`. Or pairs
-            (`chosen`, `rejected`, with or without `prompt`), which become two rows each.
+            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`,
+            `chat_template_kwargs`. Or pairs (`chosen`, `rejected`, with or without `prompt`), which become two rows
+            each.
         eval_dataset: the same, or a dict of such data sets.
         compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
 
@@ -142,7 +145,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
         self._cell = args.cell
         threshold = getattr(args, "sft_threshold", None)
-        self._rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        self._rules = with_transform(rules, args.label_transform, train_dataset)
         self._positions = _positions(model, args, peft_config)
         self._has_reference = True
         self._stream_has_mask = False
@@ -158,6 +162,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        show_report(train_dataset, args)
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 

@@ -23,12 +23,19 @@ COMMANDS = {
         "turn a data set of a known kind (pairs, votes, red-team, …) into rows to train on, and say what was left out",
         "trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh",
     ),
+    "score": (
+        "trl_ulma.scripts.score",
+        "score answers with a trained model: rank them, find labels that are wrong",
+        "trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl",
+    ),
     "demo": (
         "trl_ulma.scripts.demo",
         "fine-tune a small language model on a small mixture, and show what has changed",
         "trl-ulma demo --tiny",
     ),
 }
+# Run in this process; all others are launched, on every process
+CALLED = ("prepare", "score", "demo")
 
 
 def help_text() -> str:
@@ -70,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        if name in ("demo", "prepare"):
+        if name in CALLED:
             return import_module(module).main(rest) or 0
         parser = import_module(module).make_parser()
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
