@@ -18,12 +18,20 @@ COMMANDS = {
         "learn from thumbs, votes and ratings, one answer at a time (point-wise DPO)",
         "trl-ulma pointwise-dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name thumbs.csv --output_dir out",
     ),
+    "evaluate": (
+        "trl_ulma.scripts.evaluate",
+        "say how good models are on held-out rows: perplexity, implicit rewards, judged answers",
+        "trl-ulma evaluate --model out --dataset feedback.jsonl --output report",
+    ),
     "demo": (
         "trl_ulma.scripts.demo",
         "fine-tune a small language model on a small mixture, and show what has changed",
         "trl-ulma demo --tiny",
     ),
 }
+
+# The commands that `accelerate launch` starts, on as many processes as it is told to; the others are called
+LAUNCHED = ("ulma", "pointwise-dpo")
 
 
 def help_text() -> str:
@@ -65,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        if name == "demo":
+        if name not in LAUNCHED:
             return import_module(module).main(rest) or 0
         parser = import_module(module).make_parser()
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
