@@ -1,15 +1,17 @@
-"""What the implicit reward is worth on held-out rows: ranking, calibration, correlation."""
+"""What the implicit reward is worth on held-out rows: ranking, calibration, correlation.
+
+AUC and correlations are those of `trl_ulma.metrics`, which the trainers log.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import torch
 from scipy.special import expit
-from sklearn.metrics import mean_squared_error, roc_auc_score
 
 from trl_ulma.evaluation.intervals import Estimate, bootstrap
-from trl_ulma.labels import one_class
+from trl_ulma.metrics import auc, pearson, spearman
 
 BINS = 10
 
@@ -102,18 +104,14 @@ def binary_figures(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *
         raise ValueError('Binary figures need labels in [0, 1]. Set label_type="continuous" for others.')
     good = label >= 0.5
     right = np.where(rewards == 0, 0.5, (rewards > 0) == good)
-    probability = expit(rewards)
-
-    def auc(rows: np.ndarray) -> float:
-        both = good[rows].any() and not good[rows].all()
-        return float(roc_auc_score(good[rows], rewards[rows])) if both else float("nan")
-
+    squares = (expit(rewards) - label) ** 2
+    ranked, is_good = torch.from_numpy(rewards), torch.from_numpy(good)
     found = {
         "accuracy": bootstrap(lambda rows: right[rows].mean(), prompt, seed),
-        "brier": bootstrap(lambda rows: mean_squared_error(label[rows], probability[rows]), prompt, seed),
+        "brier": bootstrap(lambda rows: squares[rows].mean(), prompt, seed),
     }
-    if one_class(label, np.zeros(len(label), dtype=bool)) is None:
-        found = {"auc": bootstrap(auc, prompt, seed), **found}
+    if good.any() and not good.all():
+        found = {"auc": bootstrap(lambda rows: _number(auc(ranked[rows], is_good[rows])), prompt, seed), **found}
     return found
 
 
@@ -140,18 +138,20 @@ def continuous_figures(
     """
     _check(rewards, label, prompt)
 
-    def constant(rows: np.ndarray) -> bool:
-        return bool(np.ptp(rewards[rows]) == 0 or np.ptp(label[rows]) == 0)
-
-    def correlation(of: Any, rows: np.ndarray) -> float:
-        return float("nan") if constant(rows) else float(of(rewards[rows], label[rows]).statistic)
-
+    squares = (rewards - label) ** 2
+    one, other = torch.from_numpy(rewards), torch.from_numpy(label)
     found = {}
-    if not constant(np.arange(len(label))):
-        found["spearman"] = bootstrap(lambda rows: correlation(stats.spearmanr, rows), prompt, seed)
-        found["pearson"] = bootstrap(lambda rows: correlation(stats.pearsonr, rows), prompt, seed)
-    found["mse"] = bootstrap(lambda rows: mean_squared_error(label[rows], rewards[rows]), prompt, seed)
-    return found
+    if np.ptp(rewards) > 0 and np.ptp(label) > 0:
+        found = {
+            name: bootstrap(lambda rows, of=of: _number(of(one[rows], other[rows])), prompt, seed)
+            for name, of in (("spearman", spearman), ("pearson", pearson))
+        }
+    return {**found, "mse": bootstrap(lambda rows: squares[rows].mean(), prompt, seed)}
+
+
+def _number(value: float | None) -> float:
+    """A figure of a resample; NaN where it is undefined."""
+    return float("nan") if value is None else value
 
 
 def _check(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> None:

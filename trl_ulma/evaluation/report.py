@@ -17,7 +17,7 @@ from trl_ulma.evaluation.judging import is_above_chance
 
 _LIBRARIES = (
     *("trl-ulma", "trl", "transformers", "torch", "peft", "datasets"),
-    *("numpy", "scipy", "scikit-learn", "openai", "matplotlib"),
+    *("numpy", "scipy", "openai", "matplotlib"),
 )
 
 

@@ -106,11 +106,9 @@ class Server:
                 choices = answer.choices
                 text = choices[0].message.content if choices else None
         except openai.OpenAIError as error:
-            problem = self._explain(error)
+            problem = self._explain(error, tries=self.retries + 1)
         except (AttributeError, TypeError, ValueError) as error:  # an answer of another form
-            problem = (
-                f"{self.base_url} answered with something else than OpenAI's protocol has ({type(error).__name__})."
-            )
+            problem = f"{self.base_url} answered with what is not in OpenAI's protocol ({type(error).__name__})."
         else:
             if choices:
                 return Reply(self.without_key(text or ""), choices[0].finish_reason != "length")
@@ -124,9 +122,9 @@ class Server:
         A server that does not tell them is not faulted for it.
         """
         try:
-            self._client.models.list()
+            self._client.with_options(max_retries=0).models.list()
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            problem = self._explain(error)
+            problem = self._explain(error, tries=1)
         except Exception:  # no such list, or one of another form: asking will tell
             return
         else:
@@ -153,18 +151,18 @@ class Server:
         """A server's text, the key in it replaced."""
         return text.replace(self._key, f"[{self.key_variable}]") if self._key else text
 
-    def _explain(self, error: openai.OpenAIError) -> str:
-        tries = f"{self.retries + 1} tries" if self.retries else "1 try"
+    def _explain(self, error: openai.OpenAIError, *, tries: int) -> str:
+        asked = f"{tries} tries" if tries > 1 else "1 try"
         again = "Then run the same command again: the answers so far are kept."
         if isinstance(error, openai.APITimeoutError):
             return (
-                f"{self.base_url} gave no answer within {self.timeout:g} seconds, in {tries}. Allow more time, or ask "
+                f"{self.base_url} gave no answer within {self.timeout:g} seconds, in {asked}. Allow more time, or ask "
                 f"for less at once (concurrency {self.concurrency}). {again}"
             )
         if isinstance(error, openai.APIConnectionError):
             cause = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else "no connection"
             said = self.without_key(" ".join(cause.split()))[:200]
-            return f"{self.base_url} cannot be reached, in {tries} ({said}). Start the server or mend its URL. {again}"
+            return f"{self.base_url} cannot be reached, in {asked} ({said}). Start the server or mend its URL. {again}"
         if not isinstance(error, openai.APIStatusError):
             return f"{self.base_url}: {self.without_key(str(error))[:200]}"
         said = f'{self.base_url} answered {error.status_code}: "{self._said(error)}".'
@@ -174,12 +172,12 @@ class Server:
         if error.status_code == 404:
             return f"{said} It has no model {self.model!r}, or its URL is another: most end in /v1."
         if error.status_code == 429:
-            return f"{said} It still limits requests after {tries}: wait, or ask for less at once. {again}"
+            return f"{said} It still limits requests after {asked}: wait, or ask for less at once. {again}"
         if error.status_code >= 500:
-            return f"{said} It failed in {tries}; its own log says why. {again}"
+            return f"{said} It failed in {asked}; its own log says why. {again}"
         return f"{said} The request is not to its liking; its documentation says what the model takes."
 
     def _said(self, error: openai.APIStatusError) -> str:
         body: Any = error.body
         message = body.get("message") if isinstance(body, dict) else None
-        return self.without_key(" ".join(str(message or error.message).split()))[:200]
+        return self.without_key(" ".join(str(message or error.response.text).split()))[:200]

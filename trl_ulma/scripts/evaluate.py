@@ -37,7 +37,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--ref_model",
-        help="the model that training began with, for implicit rewards; an adapter has its own",
+        help="the model that training began with, for implicit rewards (default: of an adapter, its base)",
     )
     what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
     what.add_argument("--dataset_config", help="of a data set that has several configurations")
