@@ -10,7 +10,6 @@ BATCH = {
     "attention_mask": torch.ones(3, 12, dtype=torch.long),
     "completion_mask": torch.cat([torch.zeros(3, 4), torch.ones(3, 8)], 1).long(),
 }
-PLACES = torch.zeros(3, 11, dtype=torch.bool).index_fill(1, torch.arange(3, 11), True)
 
 
 def forward(*, noise=0.0, packed=0.0, contaminated=2.0):
@@ -22,8 +21,8 @@ def forward(*, noise=0.0, packed=0.0, contaminated=2.0):
         off = 0.0
         if positions is not None:
             off = packed if (positions == 0).sum() > 1 else contaminated
-        values = -3.0 + (noise + off) * torch.randn(3, 11, generator=generator, dtype=torch.float64)
-        return torch.where(PLACES, values, 0.0)
+        values = -3.0 + (noise + off) * torch.randn(batch["input_ids"][:, 1:].shape, generator=generator).double()
+        return torch.where(batch["completion_mask"][:, 1:] == 1, values, 0.0)
 
     return scores
 
