@@ -35,7 +35,9 @@ def pictures(models: Sequence[Mapping[str, Any]], held_out: HeldOut) -> dict[str
         shares = {model["name"]: model["judged"].get(judge, {}).get(criterion, {}).get("rates") for model in models}
         shares = {name: each for name, each in shares.items() if each}
         if shares:
-            title = f"{criterion.capitalize()}, judged by {judge}: against the chosen answers"
+            # Of a checkpoint's folder the end tells more
+            name = judge if len(judge) <= 60 else f"…{judge[-59:]}"
+            title = f"{criterion.capitalize()}: answers against the chosen ones\njudge: {name}"
             found[f"verdicts-{number}-{criterion}"] = figures.win_rates(shares, title)
     return found
 
