@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset, IterableDataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_ulma.data.adapters import FAMILIES, LeftOut, Noted, find
@@ -86,11 +86,13 @@ MESSAGES = st.lists(
 )
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(MESSAGES)
 def test_any_transcript_built_from_turns_parses_back_to_them(messages):
     assert parse_transcript(as_transcript(messages)) == messages
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(MESSAGES)
 def test_the_cut_is_where_the_trainers_cut(messages):
     transcript = as_transcript(messages)
@@ -189,6 +191,7 @@ def test_empty_answers_and_missing_prompts_are_left_out_and_counted():
 ODD_HALVES = st.none() | st.sampled_from(["", "x", HI, f"{HI} A"]) | MESSAGES.map(as_transcript)
 
 
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.fixed_dictionaries({"chosen": ODD_HALVES, "rejected": ODD_HALVES}), min_size=1, max_size=8))
 def test_every_half_is_a_row_or_counted_and_no_text_is_changed(raw):
     raw.append({"chosen": f"{HI} Yes", "rejected": f"{HI} No"})
@@ -577,6 +580,12 @@ def test_the_summary():
     }
     assert summary["characters"]["prompt"]["0.5"] == 2
     assert [summary["characters"]["completion"][q] for q in ("0", "0.25", "0.5", "1")] == [1, 2.5, 4, 7]
+
+
+def test_label_types_are_counted_apart():
+    rows, _ = convert("qa-feedback", Dataset.from_list([QUESTION]), wins=True)
+    labels = summarise(rows)["labels"]
+    assert {kind: sum(each["rows"] for each in bins) for kind, bins in labels.items()} == {"binary": 2, "continuous": 3}
 
 
 def test_many_labels_are_binned():
