@@ -131,7 +131,7 @@ def _load_folder(path: Path, config: str | None, streaming: bool) -> DatasetDict
             fault = _json_fault(file)
             if fault is not None:
                 raise ValueError(f"{file} {fault}") from error
-        raise
+        raise ValueError(f"The folder {path} cannot be read: {error.__cause__ or error}") from error
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
