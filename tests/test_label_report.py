@@ -157,7 +157,7 @@ def test_text_has_80_columns_at_most_and_json_holds_all():
 def test_it_takes_seconds_for_as_many_rows_as_hh_has():
     rng = np.random.default_rng(0)
     n = 320_000
-    start = time.monotonic()
+    start = time.process_time()
     label_report(
         rng.normal(size=n),
         np.ones(n, dtype=bool),
@@ -166,4 +166,4 @@ def test_it_takes_seconds_for_as_many_rows_as_hh_has():
         answer=rng.integers(-(2**62), 2**62, n),
         tokens=rng.integers(1, 999, n),
     )
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10

@@ -234,3 +234,29 @@ def test_class_weights_that_are_set_are_known_to_the_report(tiny_gpt2, tmp_path)
     assert any("weigh 7 to 1" in warning for warning in report_labels(trainer.train_dataset, trainer.args)["warnings"])
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, undesirable_weight=7.0)
     assert not any("weigh" in warning for warning in report_labels(trainer.train_dataset, trainer.args)["warnings"])
+
+
+# The command line
+
+
+@pytest.mark.parametrize("spec", ["votes:1,1", "lower_is_better,min_max:0,4", "threshold:0.5"])
+def test_yaml_and_options_carry_a_transform(tmp_path, spec):
+    from trl_ulma.scripts import ulma
+
+    needed = ["--model_name_or_path", "m", "--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path)]
+    settings = ulma.make_parser().parse_settings([*needed, "--label_transform", spec, "--no_label_report"])[1]
+    assert (settings.label_transform, settings.label_report) == (spec, False)
+    (tmp_path / "run.yaml").write_text(f"label_transform: {spec}\nlabel_report: false\n")
+    settings = ulma.make_parser().parse_settings([*needed, "--config", str(tmp_path / "run.yaml")])[1]
+    assert (settings.label_transform, settings.label_report) == (spec, False)
+
+
+def test_a_wrong_transform_on_the_command_line_is_one_line(tmp_path, capsys):
+    from trl_ulma.scripts import ulma
+
+    needed = ["--model_name_or_path", "m", "--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        ulma.make_parser().parse_settings([*needed, "--label_transform", "threshhold:1"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'threshhold' is not a transform; known are centre" in line
+    assert line.endswith("Did you mean threshold?")
