@@ -110,6 +110,11 @@ class KeepsCheckpoints(Trainer):
             if whole is None:
                 logger.warning(f"There is no whole checkpoint in {output_dir}: training starts afresh.")
             resume_from_checkpoint = None if whole is None else str(whole)
+        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / WHOLE).exists():
+            logger.warning(
+                f"{resume_from_checkpoint} has no mark that it was written to its end: it is half-written, or another "
+                "trainer's. Training goes on from it as it is."
+            )
         with self.interruption:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -306,7 +306,9 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         ref_logps = np.full(len(dataset), np.nan)
         if asked.any():
             part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))
-            with self._same_file_for_all(part) as part:
+            # Whether they are computed or read from the cache, training draws the same random numbers: a data loader
+            # takes its seed from torch's
+            with self._same_file_for_all(part) as part, torch.random.fork_rng(devices=[]):
                 ref_logps[asked] = super()._precompute_ref_logps(part, name, batch_size)["ref_chosen_logps"][:]
         return dataset.add_column("ref_logps", ref_logps.tolist())
 
