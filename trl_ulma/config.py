@@ -67,6 +67,11 @@ class PointwiseDPOConfig(DPOConfig):
     Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
     tried out at the start whether the model computes the same, and refused where it does not.
 
+    Random numbers: `seed` (42) decides dropout, which is off unless `disable_dropout=False`, the first weights of
+    adapters, and the order of rows, which `data_seed` decides where it is set. The same seeds on the same machine, with
+    the same versions and number of threads and processes, give the same numbers, bit for bit on CPU; on a GPU
+    `full_determinism=True` asks for it. `split_by_prompt` and the order of a stream have seeds of their own.
+
     Settings of DPOConfig that exist for pairs only (`loss_type`, `label_smoothing`, …) are refused away from their
     default. Batch sizes count rows: a pair takes two.
 
