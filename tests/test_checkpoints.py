@@ -79,9 +79,10 @@ def test_ctrl_c_ends_with_a_saved_state_that_goes_on(tiny_gpt2, tmp_path):
     trainer = make_trainer(
         tiny_gpt2, make_rows(12), tmp_path, max_steps=5, callbacks=[PressCtrlC(2)], **EVERY_STEP | {"save_steps": 100}
     )
+    handler = signal.getsignal(signal.SIGINT)
     trainer.train()
+    assert signal.getsignal(signal.SIGINT) is handler
     # The step that was running when it came, or the next one: its rows were chosen already
     assert trainer.state.global_step in (3, 4)
     assert last_whole(tmp_path) == tmp_path / f"checkpoint-{trainer.state.global_step}"
     assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), run(tiny_gpt2, tmp_path / "other"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -31,7 +31,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from trl_ulma.checkpoints import KeepsCheckpoints
+from trl_ulma.checkpoints import KeepsCheckpoints, refuse_pickle
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.labels import LabelRules
@@ -124,6 +124,10 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
                 "dict of splits, pass one, as dataset['train']."
             )
         self._check_streams(args, train_dataset, eval_dataset)
+        if isinstance(model, str):
+            refuse_pickle(model, args.model_init_kwargs)
+            if not (args.model_init_kwargs or {}).get("gguf_file"):
+                args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if args.sync_ref_model and has_peft:
             raise ValueError(
