@@ -61,7 +61,7 @@ def _hidden(name: str) -> Any:
     return field(default=original.default, metadata=metadata)
 
 
-@dataclass
+@dataclass(repr=False)
 class PointwiseDPOConfig(DPOConfig):
     r"""Settings of `PointwiseDPOTrainer`; every other setting is `trl.DPOConfig`'s.
 
@@ -92,6 +92,11 @@ class PointwiseDPOConfig(DPOConfig):
 
     Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
     tried out at the start whether the model computes the same, and refused where it does not.
+
+    Random numbers: `seed` (42) decides dropout, which is off unless `disable_dropout=False`, the first weights of
+    adapters, and the order of rows, which `data_seed` decides where it is set. The same seeds on the same machine, with
+    the same versions and number of threads and processes, give the same numbers, bit for bit on CPU; on a GPU
+    `full_determinism=True` asks for it. `split_by_prompt` and the order of a stream have seeds of their own.
 
     Settings of DPOConfig that exist for pairs only (`loss_type`, `label_smoothing`, …) are refused away from their
     default. Batch sizes count rows: a pair takes two.
@@ -269,6 +274,32 @@ class PointwiseDPOConfig(DPOConfig):
                 "reference. Leave it at False."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `DPOConfig.to_dict`, which blanks out `hub_token`; without the token in `model_init_kwargs`, too."""
+        found = super().to_dict()
+        found["model_init_kwargs"] = _without_tokens(found["model_init_kwargs"])
+        return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its settings beside every checkpoint, and uploads them with it
+        tokens = {"hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}
+        return {**vars(self), **tokens}
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     @property
     def method(self) -> str:
         """The cell of the grid of methods, in words."""
@@ -295,7 +326,7 @@ class PointwiseDPOConfig(DPOConfig):
         return config
 
 
-@dataclass
+@dataclass(repr=False)
 class ULMAConfig(PointwiseDPOConfig):
     r"""Settings of `ULMATrainer`; those of `PointwiseDPOConfig`, and:
 
@@ -358,6 +389,10 @@ class ULMAConfig(PointwiseDPOConfig):
                 "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not "
                 "that it is to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'."
             )
+
+
+def _without_tokens(loading: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {k: v for k, v in loading.items() if "token" not in k} if loading else loading
 
 
 def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:

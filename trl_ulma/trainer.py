@@ -32,7 +32,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from trl_ulma.checkpoints import KeepsCheckpoints
+from trl_ulma.checkpoints import KeepsCheckpoints, refuse_pickle
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.dataset_labels import show_report, with_transform
@@ -130,6 +130,10 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, Judges, DPOTrainer):
                 "dict of splits, pass one, as dataset['train']."
             )
         self._check_streams(args, train_dataset, eval_dataset)
+        if isinstance(model, str):
+            refuse_pickle(model, args.model_init_kwargs)
+            if not (args.model_init_kwargs or {}).get("gguf_file"):
+                args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
         has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if args.sync_ref_model and has_peft:
             raise ValueError(
@@ -315,7 +319,9 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, Judges, DPOTrainer):
         ref_logps = np.full(len(dataset), np.nan)
         if asked.any():
             part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))
-            with self._same_file_for_all(part) as part:
+            # Whether they are computed or read from the cache, training draws the same random numbers: a data loader
+            # takes its seed from torch's
+            with self._same_file_for_all(part) as part, torch.random.fork_rng(devices=[]):
                 ref_logps[asked] = super()._precompute_ref_logps(part, name, batch_size)["ref_chosen_logps"][:]
         return dataset.add_column("ref_logps", ref_logps.tolist())
 
