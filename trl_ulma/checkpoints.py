@@ -60,7 +60,7 @@ def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
         folder: of a model or a checkpoint; what is no folder is left to whoever loads it.
         loading: the settings' `model_init_kwargs`.
     """
-    folder = Path(folder) / (loading or {}).get("subfolder", "")
+    folder = Path(folder, (loading or {}).get("subfolder", ""))
     pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
     if pickled is None or any(folder.glob("*.safetensors")) or (loading or {}).get("use_safetensors") is False:
         return

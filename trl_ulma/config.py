@@ -391,8 +391,8 @@ class ULMAConfig(PointwiseDPOConfig):
             )
 
 
-def _without_tokens(loading: dict[str, Any] | None) -> dict[str, Any] | None:
-    return {k: v for k, v in loading.items() if "token" not in k} if loading else loading
+def _without_tokens(loading: Any) -> Any:
+    return {k: v for k, v in loading.items() if "token" not in k} if isinstance(loading, dict) else loading
 
 
 def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
