@@ -94,7 +94,8 @@ def test_no_command_is_answered_with_the_help(capsys):
 def test_an_unknown_command_is_named_with_the_nearest(capsys):
     assert error_of(capsys, ["ulms"]) == "trl-ulma: error: ulms is not a command. Did you mean ulma?"
     assert error_of(capsys, ["frobnicate", "--help"]) == (
-        "trl-ulma: error: frobnicate is not a command. The commands are ulma, pointwise-dpo, prepare, score, demo."
+        "trl-ulma: error: frobnicate is not a command. The commands are ulma, pointwise-dpo, prepare, score, evaluate, "
+        "demo."
     )
 
 

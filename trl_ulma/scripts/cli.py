@@ -28,14 +28,20 @@ COMMANDS = {
         "score answers with a trained model: rank them, find labels that are wrong",
         "trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl",
     ),
+    "evaluate": (
+        "trl_ulma.scripts.evaluate",
+        "say how good models are on held-out rows: perplexity, implicit rewards, judged answers",
+        "trl-ulma evaluate --model out --dataset feedback.jsonl --output report",
+    ),
     "demo": (
         "trl_ulma.scripts.demo",
         "fine-tune a small language model on a small mixture, and show what has changed",
         "trl-ulma demo --tiny",
     ),
 }
-# Run in this process; all others are launched, on every process
-CALLED = ("prepare", "score", "demo")
+
+# The commands that `accelerate launch` starts, on as many processes as it is told to; the others are called
+LAUNCHED = ("ulma", "pointwise-dpo")
 
 
 def help_text() -> str:
@@ -77,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        if name in CALLED:
+        if name not in LAUNCHED:
             return import_module(module).main(rest) or 0
         parser = import_module(module).make_parser()
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
