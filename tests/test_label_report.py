@@ -98,6 +98,8 @@ def test_weights_and_shares():
     assert weight["effective_rows"] == pytest.approx(36 / 14, rel=1e-5)
     assert "50.0% of weights" in render_report(report)
     assert "of weights" not in render_report(report_of([1, 0]))
+    (line,) = (line for line in render_report(report).splitlines() if line.lstrip().startswith("1 █"))
+    assert line.split() == ["1", "█" * 24, "2", "50.0%", "66.7%", "1"]
 
 
 def test_repeated_and_contradicting_rows():
@@ -107,6 +109,10 @@ def test_repeated_and_contradicting_rows():
     assert (report["repeated"], report["contradicting"]) == (4, 3)
     assert any(warning.startswith("3 rows contradict one another") for warning in report["warnings"])
     assert report_of([1, 0, 0.5])["contradicting"] == 0
+    later = report_of([1, 1, 1, 0, 0, 1], answer=np.array([5, 5, 6, 6, 7, 7]))
+    assert (later["repeated"], later["contradicting"]) == (3, 4)
+    apart = report_of([1, 0, 0, 1], [0, 1, 0, 1], answer=np.array([5, 5, 6, 6]))
+    assert apart["contradicting"] == 0
 
 
 def test_answers_per_prompt():
