@@ -50,6 +50,11 @@ _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_rem
 # What a batch holds about rows, and is not for the model's forward
 ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real")
 
+_NO_REFERENCE = (
+    "The {} dataset has liked rows (label 1, sft_mask False), which are compared with the reference, and there is "
+    "none, since no row seen at the start needed it. Pass this data set to the trainer as an eval_dataset."
+)
+
 _PAPER = {
     "title": "ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference",
     "id": "2312.02554",
@@ -125,9 +130,10 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
             )
         self._check_streams(args, train_dataset, eval_dataset)
         if isinstance(model, str):
-            refuse_pickle(model, args.model_init_kwargs)
-            if not (args.model_init_kwargs or {}).get("gguf_file"):
-                args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+            loading: Any = args.model_init_kwargs or {}
+            refuse_pickle(model, loading)
+            if "gguf_file" not in loading:
+                args.model_init_kwargs = {"use_safetensors": True, **loading}
         has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if args.sync_ref_model and has_peft:
             raise ValueError(
@@ -159,6 +165,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        if compute_metrics is None and args.metric_for_best_model is not None:
+            args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 
@@ -267,11 +275,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
                 self._stream_has_mask |= isinstance(first, dict) and "sft_mask" in first
             prepared = prepare(dataset, dataset_name, args.dataset_num_proc)
         if not self._has_reference and isinstance(prepared, Dataset) and self._compared(prepared).any():
-            raise ValueError(
-                f"The {dataset_name} dataset has liked rows (label 1, sft_mask False), which are compared with the "
-                "reference, and there is none, since no row seen at the start needed it. Pass this data set to the "
-                "trainer as an eval_dataset."
-            )
+            raise ValueError(_NO_REFERENCE.format(dataset_name))
         return prepared
 
     def _set_signature_columns_if_needed(self):
@@ -515,6 +519,10 @@ class PointwiseDPOTrainer(KeepsCheckpoints, DPOTrainer):
         """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
         inputs = self._prepare_inputs(inputs)
         inputs["real"] = real_rows(inputs, self.accelerator, is_last=True).to(self.accelerator.device)
+        if not self._has_reference:  # a stream's rows are seen only now
+            compared = self._terms(inputs["label"], inputs["sft_mask"], inputs.get("continuous")).compared
+            if compared.any():
+                raise ValueError(_NO_REFERENCE.format("evaluated"))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
