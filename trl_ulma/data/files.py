@@ -29,7 +29,7 @@ _NAME_FILES = ("README.md", ".huggingface.yaml")
 ACCEPTED = ".jsonl[.gz], .json[.gz], .csv or .parquet"
 
 # What the builders of `datasets` raise on a file that they cannot read; StopIteration is an empty array's
-_UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, ValueError, zlib.error)
+_UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, TypeError, ValueError, zlib.error)
 
 
 def load_rows(
