@@ -587,3 +587,15 @@ def test_real_transcripts_as_they_are(shared_data, tmp_path, tiny_gpt2, capsys):
     out = capsys.readouterr().out
     assert "40 of its 1,800 rows are held out for evaluation, by prompt (seed 42); 1,760 rows are trained on." in out
     assert "eval_rewards/auc" in out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["ulma", "--help"]])
+def test_a_reader_that_has_had_enough_is_no_error(argv):
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "trl_ulma", *argv]
+    found = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert found.returncode in (0, 141)  # argparse itself lets it pass
+    assert "BrokenPipe" not in found.stderr
+    assert "Traceback" not in found.stderr

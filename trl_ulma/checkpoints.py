@@ -60,12 +60,13 @@ def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
         folder: of a model or a checkpoint; what is no folder is left to whoever loads it.
         loading: the settings' `model_init_kwargs`.
     """
-    folder = Path(folder, (loading or {}).get("subfolder", ""))
-    pickled = next((name for name in _PICKLED if (folder / name).exists()), None)
-    if pickled is None or any(folder.glob("*.safetensors")) or (loading or {}).get("use_safetensors") is False:
+    loading = loading or {}
+    weights = Path(folder) / loading.get("subfolder", "")
+    pickled = next((name for name in _PICKLED if (weights / name).exists()), None)
+    if pickled is None or any(weights.glob("*.safetensors")) or loading.get("use_safetensors") is False:
         return
     raise ValueError(
-        f"The weights in {folder} are a pickle ({pickled}), which can hold programs, and are not loaded. Save them as "
+        f"The weights in {weights} are a pickle ({pickled}), which can hold programs, and are not loaded. Save them as "
         'safetensors, or, where you trust them, set model_init_kwargs={"use_safetensors": False}.'
     )
 

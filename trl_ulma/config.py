@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import difflib
 import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -13,6 +14,7 @@ from trl import DPOConfig
 from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
+from trl_ulma.metrics import EVALUATED
 
 _INSTEAD = {
     "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
@@ -274,6 +276,20 @@ class PointwiseDPOConfig(DPOConfig):
                 "reference. Leave it at False."
             )
 
+    def check_best_metric(self, eval_sets: list[str]) -> None:
+        """Raise ValueError where `metric_for_best_model` is a misspelt figure, before an evaluation shows it.
+
+        Args:
+            eval_sets: names of the evaluated data sets, where there are several.
+        """
+        known = [f"{name}_{figure}" for name in eval_sets for figure in EVALUATED] if eval_sets else list(EVALUATED)
+        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        near = difflib.get_close_matches(best, known, n=1, cutoff=0.75)
+        is_own = best.split("/")[0] in {figure.split("/")[0] for figure in EVALUATED if "/" in figure}
+        if best not in known and (near or is_own):
+            hint = f"Did you mean eval_{near[0]}?" if near else f"There are {', '.join(known)}."
+            raise ValueError(f"metric_for_best_model={self.metric_for_best_model!r} is no figure of evaluation. {hint}")
+
     def to_dict(self) -> dict[str, Any]:
         """As `DPOConfig.to_dict`, which blanks out `hub_token`; without the token in `model_init_kwargs`, too."""
         found = super().to_dict()
@@ -287,7 +303,7 @@ class PointwiseDPOConfig(DPOConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its settings beside every checkpoint, and uploads them with it
-        tokens = {"hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}
+        tokens = {"hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}  # nosec B105
         return {**vars(self), **tokens}
 
     def __copy__(self) -> Self:

@@ -50,6 +50,11 @@ _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_rem
 # What a batch holds about rows, and is not for the model's forward
 ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real")
 
+_NO_REFERENCE = (
+    "The {} dataset has liked rows (label 1, sft_mask False), which are compared with the reference, and there is "
+    "none, since no row seen at the start needed it. Pass this data set to the trainer as an eval_dataset."
+)
+
 _PAPER = {
     "title": "ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference",
     "id": "2312.02554",
@@ -128,7 +133,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ
         if isinstance(model, str):
             loading: Any = args.model_init_kwargs or {}
             refuse_pickle(model, loading)
-            if not loading.get("gguf_file"):
+            if "gguf_file" not in loading:
                 args.model_init_kwargs = {"use_safetensors": True, **loading}
         has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if args.sync_ref_model and has_peft:
@@ -163,6 +168,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
         show_report(train_dataset, args)
+        if compute_metrics is None and args.metric_for_best_model is not None:
+            args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 
@@ -272,11 +279,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ
                 self._stream_has_mask |= isinstance(first, dict) and "sft_mask" in first
             prepared = prepare(dataset, dataset_name, args.dataset_num_proc)
         if not self._has_reference and isinstance(prepared, Dataset) and self._compared(prepared).any():
-            raise ValueError(
-                f"The {dataset_name} dataset has liked rows (label 1, sft_mask False), which are compared with the "
-                "reference, and there is none, since no row seen at the start needed it. Pass this data set to the "
-                "trainer as an eval_dataset."
-            )
+            raise ValueError(_NO_REFERENCE.format(dataset_name))
         return prepared
 
     def _set_signature_columns_if_needed(self):
@@ -369,6 +372,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ
         label, sft_mask = rows["label"], rows["sft_mask"]
         continuous = rows.get("continuous", torch.full_like(sft_mask, self._rules.label_type == "continuous"))
         terms = self._terms(label, sft_mask, continuous)
+        if not (self._has_reference or self.model.training) and terms.compared.any():  # of a stream, seen only now
+            raise ValueError(_NO_REFERENCE.format("evaluated"))
         completion_mask = inputs["completion_mask"]
         tokens = completion_mask[:, 1:].sum(1)
 

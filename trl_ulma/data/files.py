@@ -32,7 +32,7 @@ ACCEPTED = ".jsonl[.gz], .json[.gz], .csv or .parquet"
 _WHOLE = 1 << 30
 
 # What the builders of `datasets` raise on a file that they cannot read; StopIteration is an empty array's
-_UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, ValueError, zlib.error)
+_UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, TypeError, ValueError, zlib.error)
 
 
 def load_rows(

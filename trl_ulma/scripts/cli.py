@@ -1,6 +1,8 @@
 """The console command `trl-ulma`: finds the sub-command, which is imported only when it runs."""
 
 import difflib
+import os
+import signal
 import sys
 from importlib import import_module
 
@@ -65,6 +67,16 @@ def help_text() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `trl-ulma`, and return its exit code: 2 for what is wrong with the command itself."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has had enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
         print(help_text(), file=sys.stderr)
