@@ -2,7 +2,7 @@
 
 import json
 import platform
-import subprocess
+import subprocess  # nosec B404
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
@@ -31,7 +31,8 @@ def commit() -> str | None:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)  # nosec B603 B607
+        return found.stdout.strip()
 
     try:
         # Site-packages can lie in somebody else's checkout
