@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from servers import LoopbackServer, make_parrot, said, transformers_serve
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
+from world import make_rows, make_trainer
 
 from trl_ulma.data.files import load_rows
 from trl_ulma.data.pairs import pairs_to_rows
@@ -253,3 +254,40 @@ def test_a_missing_library_names_the_extra():
         "trl-ulma evaluate: error: trl_ulma.evaluation needs openai, which is not installed. Run: pip install "
         "'trl-ulma[evaluation]'"
     )
+
+
+@pytest.mark.parametrize(("log_z", "normalize"), [("learned_constant", False), (0.7, True), ("learned", False)])
+def test_rewards_are_on_the_scale_of_the_training(tiny_llama, tmp_path, log_z, normalize):
+    rows = make_rows(12, label=[float(i % 4 > 0) for i in range(12)])
+    trainer = make_trainer(
+        tiny_llama,
+        rows,
+        tmp_path / "trainer",
+        pointwise=True,
+        beta=0.4,
+        log_z=log_z,
+        log_z_learning_rate=0.1,
+        length_normalize=normalize,
+        learning_rate=1e-3,
+        max_steps=6,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    file = tmp_path / "rows.jsonl"
+    rows.to_json(file)
+    argv = ["evaluate", "--model", str(tmp_path / "model"), "--dataset", str(file), "--split", "train"]
+    assert main([*argv, "--output", str(tmp_path)]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    found = facts["models"][0]
+    assert found["reward"] == {"beta": 0.4, "length_normalize": normalize}
+    if log_z == "learned":
+        assert "reads log Z out of its hidden states: `trl-ulma score` does, and here it is 0." in facts["notes"][0]
+        return
+    predicted = trainer.predict(rows)
+    brier = ((1 / (1 + np.exp(-predicted.predictions)) - predicted.label_ids) ** 2).mean()
+    assert found["implicit_reward"]["brier"]["value"] == pytest.approx(brier, abs=1e-4)
+    # The options come first
+    assert main([*argv, "--output", str(tmp_path), "--beta", "0.1", "--log_z", "0"]) == 0
+    other = json.loads((tmp_path / "report.json").read_text())["models"][0]
+    assert other["implicit_reward"]["brier"]["value"] != pytest.approx(brier, abs=1e-4)

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOTrainer
 from world import binary_rows, make_rows, make_trainer, mixed_rows, plain_logps, weights
 
+from trl_ulma import DataCollatorForPointwisePreference
+
 BINARY_CELLS = oracle.CELLS
 CONTINUOUS_CELLS = [cell for cell in oracle.CELLS if cell[1] != "unlearning"]
 
@@ -327,4 +329,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_its_rows(tiny_gpt2, tm
         train_sampling_strategy="sequential",
     )
     with pytest.raises(FloatingPointError, match=r"loss of step 1 is inf; rows of the train dataset .*: \[2\]\."):
+        trainer.train()
+
+
+def test_a_collator_that_drops_the_precomputed_reference_is_refused(tiny_gpt2, tmp_path):
+    class Drops(DataCollatorForPointwisePreference):
+        def torch_call(self, examples):
+            batch = super().torch_call(examples)
+            batch.pop("ref_logps", None)
+            return batch
+
+    trainer = make_trainer(
+        tiny_gpt2,
+        make_rows(4),
+        tmp_path,
+        precompute_ref_log_probs=True,
+        data_collator=Drops(pad_token_id=0),
+        max_steps=1,
+    )
+    with pytest.raises(ValueError, match="data_collator leaves it out"):
         trainer.train()

@@ -102,6 +102,11 @@ class AsksReference(DPOTrainer):
         """
         if "ref_logps" in rows:
             return rows["ref_logps"]
+        if self.precompute_ref_logps:
+            raise ValueError(
+                "precompute_ref_log_probs=True has put the log-probabilities into the column ref_logps, and the "
+                "data_collator leaves it out. Have it pass ref_logps on, as DataCollatorForPointwisePreference does."
+            )
         unknown = torch.full_like(rows["label"], torch.nan)
         if not self._has_reference or (asked is not None and not asked[0]):
             return unknown

@@ -14,6 +14,7 @@ from scipy.special import expit
 
 from trl_ulma.data.files import load_rows, split_by_prompt
 from trl_ulma.evaluation import report
+from trl_ulma.evaluation.as_trained import reward_scale
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import HeldOut, Question
 from trl_ulma.evaluation.implicit_reward import binary_figures, calibration_curve, continuous_figures, implicit_reward
@@ -218,8 +219,13 @@ class _Run:
         ref_logps = self._reference(run, source, model, tokenizer, rows)
         if ref_logps is None:
             return facts
-        log_z = np.asarray(rows["log_z"][:]) if "log_z" in rows.column_names else args.log_z
-        rewards = implicit_reward(logps, ref_logps, args.beta, log_z)
+        scale = reward_scale(source, continuous, beta=args.beta, log_z=args.log_z)
+        for note in scale.notes:
+            self._note(note)
+        log_z = np.asarray(rows["log_z"][:]) if "log_z" in rows.column_names else scale.log_z
+        per = tokens.clip(min=1) if scale.length_normalize else 1
+        rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
+        facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
         facts["implicit_reward"] = {
             name: estimate
             for which, of in ((~continuous, binary_figures), (continuous, continuous_figures))

@@ -53,8 +53,12 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     rows = parser.add_argument_group("how rows are read and scored")
     rows.add_argument("--label_type", choices=("binary", "continuous"), default="binary", help="default: binary")
     rows.add_argument("--sft_threshold", type=float, help="continuous labels of this and above are demonstrations")
-    rows.add_argument("--beta", type=_positive(float), default=0.1, help="of the implicit reward (default: 0.1)")
-    rows.add_argument("--log_z", type=float, default=0.0, help="nats; a column log_z comes first (default: 0)")
+    rows.add_argument(
+        "--beta", type=_positive(float), help="of the implicit reward (default: the training's; 0.1 if not known)"
+    )
+    rows.add_argument(
+        "--log_z", type=float, help="nats; a column log_z comes first (default: the training's; 0 if not known)"
+    )
     rows.add_argument("--max_length", type=_positive(int), help="longest sequence in tokens; cut as in training")
     rows.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), default="keep_start")
     rows.add_argument("--batch_size", type=_positive(int), default=8, help="rows at once (default: 8)")
