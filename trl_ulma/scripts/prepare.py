@@ -264,6 +264,8 @@ def show(facts: dict[str, Any]) -> None:
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in lines:
         table.add_row(Text(name, style="bold"), Text(value))
     Console().print(table)
