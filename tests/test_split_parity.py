@@ -79,7 +79,7 @@ SETTINGS = {
         "ddp 4x1, fsdp2 4x1", {"train_sampling_strategy": "sequential", "logging_steps": 2}, ("four by four",)
     ),
     # Rows are grouped by the rows of one process's step, and 37 rows make the same groups for 8 and for 4 of them
-    "grouped by length": Setting("one 2x4, ddp 2x2", {"train_sampling_strategy": "group_by_length"}),
+    "grouped by length": Setting("one 2x4, ddp 2x2, fsdp2 2x2", {"train_sampling_strategy": "group_by_length"}),
     "fewer rows than a step": Setting("one 1x8, ddp 4x1, fsdp2 2x2", rows=3, test_rows=3),
     "the last rows dropped": Setting("ddp 2x2", {"dataloader_drop_last": True}, rows=33, test_rows=16),
     "rows without padding": Setting("one 2x4, ddp 2x2", {"padding_free": True}),
