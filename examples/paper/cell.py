@@ -4,7 +4,6 @@ Does one cell whose settings are in FOLDER/settings.json: trains its stages, eac
 measures the model that came out. `reproduce.py` calls it; on several GPUs, trains by `accelerate launch`.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,42 +11,9 @@ from typing import Any
 
 import measuring
 import stages
+from stored import differing, load, public, write
 
 from trl_ulma.evaluation.report import commit
-
-
-def write(file: Path, value: Any) -> None:
-    """JSON in a file that is there as a whole or not at all.
-
-    Raises:
-        ValueError: for a number that is not finite.
-    """
-    part = file.with_name(f"{file.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=measuring.plain)
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, file)
-
-
-def load(file: Path) -> Any:
-    """What `write` has written."""
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def public(value: Any) -> Any:
-    """Settings as they are stored: files and folders of this machine by their names alone."""
-    if isinstance(value, dict):
-        return {name: public(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [public(each) for each in value]
-    is_here = isinstance(value, str) and os.sep in value and Path(value).expanduser().exists()
-    return Path(value).name if is_here else value
-
-
-def differing(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """The settings that are others than the stored ones."""
-    now = public(settings)
-    return [name for name in now if stored.get(name) != now[name]]
 
 
 def train(folder: Path) -> None:
@@ -95,8 +61,8 @@ def prepare(folder: Path, job: dict[str, Any], rows: Path) -> None:
         ValueError: where the folder holds another cell's.
     """
     file = folder / "settings.json"
-    if file.exists() and load(file) != job:
-        differ = differing(public(load(file)["settings"]), job["settings"]) or ["files"]
+    if file.exists() and differing(load(file)["settings"], job["settings"]):
+        differ = differing(load(file)["settings"], job["settings"])
         raise ValueError(f"{folder} was begun with other settings ({', '.join(differ)}). Choose another --output.")
     for number, stage in enumerate(job["settings"]["stages"], start=1):
         name = f"{number}-{stage['trainer']}"

@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +159,6 @@ def judged(judge: Judge, criterion: str, questions: Sequence[Question], answers:
     ]
     verdicts: list[Verdict] = judge(comparisons, criterion)
     return {"criterion": criterion, "verdicts": [verdict.value for verdict in verdicts]}
-
-
-def plain(value: Any) -> Any:
-    """For `json.dumps`: an `Estimate` as a dictionary."""
-    return asdict(value)
 
 
 def _free() -> None:

@@ -4,17 +4,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
+from grid import CONFIGS, read
+from stored import differing, load, write
 from transformers import AutoTokenizer
 
 from trl_ulma.data.convert import Account, convert
 from trl_ulma.data.files import load_rows, split_by_prompt
-
-from grid import CONFIGS, read  # isort: skip
 
 SPLIT_SEED = 42
 FILES = ("train", "test", "pairs", "prompts")
@@ -48,9 +48,9 @@ def prepare(folder: Path, chosen: Mapping[str, Any], model: str, inputs: Mapping
         settings["ordinary_input"] = source("hh", read("data", "hh")["input"], inputs)
     done = folder / "facts.json"
     if done.exists():
-        facts = json.loads(done.read_text(encoding="utf-8"))
-        if facts["settings"] != settings:
-            differ = [name for name in settings if facts["settings"].get(name) != settings[name]]
+        facts = load(done)
+        differ = differing(facts["settings"], settings)
+        if differ:
             raise ValueError(
                 f"The rows in {folder} were prepared with another {', '.join(differ)}. Choose another --output."
             )
@@ -59,7 +59,8 @@ def prepare(folder: Path, chosen: Mapping[str, Any], model: str, inputs: Mapping
     left_out = {why: found.count for why, found in account.left_out.items()}
     by_prompt = _by_prompt(rows)
     if settings["pairs"]:
-        kept = [each for prompt in by_prompt.values() for each in _partners(rows, prompt)]
+        label = rows["label"][:]
+        kept = [each for numbers in by_prompt.values() for each in _partners(label, numbers)]
         rows = _kept(rows, kept, left_out, NOT_BOTH)
     tokenizer = AutoTokenizer.from_pretrained(model)
     template = settings["chat_template"]
@@ -117,9 +118,8 @@ def _by_prompt(rows: Dataset) -> dict[str, list[int]]:
     return found
 
 
-def _partners(rows: Dataset, numbers: list[int]) -> list[int]:
+def _partners(label: Sequence[float], numbers: list[int]) -> list[int]:
     """A prompt's rows as good and bad ones in turn, as many of each."""
-    label = rows["label"]
     good, bad = ([i for i in numbers if (label[i] >= 0.5) is wanted] for wanted in (True, False))
     return [i for pair in zip(good, bad, strict=False) for i in pair]
 
@@ -217,7 +217,8 @@ def _ordinary(settings: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         label = {i: value for i, value in enumerate(rows["label"]) if value == 1}
     else:
         rows, _ = _converted(settings["family"], settings["input"], {**settings["options"], "wins": True})
-        label = {i: rows["label"][i] for i, kind in enumerate(rows["label_type"]) if kind == "continuous"}
+        kinds = zip(rows["label_type"], rows["label"], strict=True)
+        label = {i: value for i, (kind, value) in enumerate(kinds) if kind == "continuous"}
     if settings["chat_template"] is not None:
         rows = as_text(rows, tokenizer, (CONFIGS / settings["chat_template"]).read_text(encoding="utf-8"))
     best: dict[str, int] = {}
@@ -243,13 +244,13 @@ def _write(folder: Path, train: Dataset, test: Dataset, facts: dict[str, Any]) -
         part / "prompts.parquet"
     )
     if facts["settings"]["pairs"]:
-        pairs = []
+        pairs, label = [], train["label"][:]
         for numbers in by_prompt.values():
-            found = [train[i] for i in _partners(train, numbers)]
+            found = [train[i] for i in _partners(label, numbers)]
             pairs += [
                 {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
                 for good, bad in zip(found[::2], found[1::2], strict=True)
             ]
         Dataset.from_list(pairs).to_parquet(part / "pairs.parquet")
-    (part / "facts.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(part / "facts.json", facts)
     os.replace(part, folder)

@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm import tqdm
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
 
 import grid
+from stored import differing, load, write
 
 HERE = Path(__file__).parent
 
@@ -178,7 +180,7 @@ class Run:
                 "reference": None if cell.method == "base" else str(self.record(base).resolve()),
             }
             if self.record(cell).exists():
-                differ = work.differing(work.load(self.record(cell))["settings"], settings)
+                differ = differing(load(self.record(cell))["settings"], settings)
                 if differ:
                     raise ValueError(
                         f"{self.record(cell)} was made with another {', '.join(differ)}. Choose another --output."
@@ -188,13 +190,12 @@ class Run:
 
     def remember(self, argv: Sequence[str]) -> None:
         """Keep the command, without the folders of files, for the results."""
-        import cell as work
 
         file = self.output / "commands.json"
         words = [re.sub(r"(^|=).*/", r"\1", word) if Path(word.split("=")[-1]).is_absolute() else word for word in argv]
         command = " ".join(["python examples/paper/reproduce.py", *words])
-        known = work.load(file) if file.exists() else []
-        work.write(file, [*known, *([] if command in known else [command])])
+        known = load(file) if file.exists() else []
+        write(file, [*known, *([] if command in known else [command])])
 
     def rows(self, cell: grid.Cell) -> Path:
         """The folder of a cell's rows."""
@@ -254,8 +255,12 @@ class Run:
             import cell as work
 
             with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-                work.train(folder)
-                work.measure(folder)
+                try:
+                    work.train(folder)
+                    work.measure(folder)
+                except Exception:  # as in a process of its own: said in the log, and the next cell's turn
+                    traceback.print_exc()
+                    return False
             return True
         script = [str(HERE / "cell.py"), str(folder)]
         if several > 1:
@@ -268,12 +273,11 @@ class Run:
 
     def _judge(self, cell: grid.Cell) -> None:
         """Have the answers of a cell judged by those who have not judged them."""
-        import cell as work
         import measuring
 
         if not self.judges:
             return
-        record, settings = work.load(self.record(cell)), self.settings[cell]
+        record, settings = load(self.record(cell)), self.settings[cell]
         rows, criterion = settings["rows"], settings["criterion"]
         _, questions = measuring.held_out(self.rows(cell) / "test.parquet", rows["label_type"])
         for judge in self.judges:
@@ -282,9 +286,9 @@ class Run:
             fold = "" if rows["fold"] is None else f"-fold-{rows['fold']}"
             file = self.output / "agreement" / cell.scale / (cell.data + fold) / f"{_slug(judge.name)}.json"
             if not file.exists():
-                work.write(file, measuring.agreement(judge, criterion, questions))
+                write(file, measuring.agreement(judge, criterion, questions))
             record["judged"][judge.name] = measuring.judged(judge, criterion, questions, record["measured"]["answers"])
-            work.write(self.record(cell), record)
+            write(self.record(cell), record)
 
     def results(self) -> None:
         """Write the tables and figures of all that is in the folder."""
