@@ -1,0 +1,170 @@
+"""Stored records of cells, grouped into runs that differ in their seed alone, and figures of such groups."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, over_seeds, wilson
+from trl_ulma.evaluation.judges import Verdict
+from trl_ulma.evaluation.rates import POINTS
+
+ENOUGH_ROWS, ENOUGH_PROMPTS = 400, 200
+# What a verdict counts for, of each share that is shown
+SHARES: dict[str, Mapping[Verdict, float]] = {
+    "win": {Verdict.WIN: 1.0, Verdict.TIE: 0.0, Verdict.LOSE: 0.0},
+    "tie": {Verdict.WIN: 0.0, Verdict.TIE: 1.0, Verdict.LOSE: 0.0},
+    "lose": {Verdict.WIN: 0.0, Verdict.TIE: 0.0, Verdict.LOSE: 1.0},
+    "win or tie": {Verdict.WIN: 1.0, Verdict.TIE: 1.0, Verdict.LOSE: 0.0},
+    "points": POINTS,
+}
+# A held-out row of a fold
+Unit = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of a method on a data set that differ in their seed alone.
+
+    Attributes:
+        title: of the method.
+        runs: seed → record.
+    """
+
+    title: str
+    runs: Mapping[int, dict[str, Any]]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """One of the runs' records, for what all have in common."""
+        return next(iter(self.runs.values()))
+
+    def over_seeds(self, figure: Callable[[dict[str, Any]], Estimate | None]) -> Estimate | None:
+        """A figure's mean over seeds with Student's t interval; of a single run with the run's own interval."""
+        found = [each for each in map(figure, self.runs.values()) if each is not None]
+        if len(found) < len(self.runs):
+            return None
+        return found[0] if len(found) == 1 else over_seeds([each.value for each in found])
+
+    def points(self, judge: str, worth: Mapping[Verdict, float]) -> dict[Unit, float]:
+        """Held-out prompt → what its verdicts are worth, the mean over seeds; without those that cannot be parsed."""
+        found: dict[Unit, list[float]] = {}
+        for run in self.runs.values():
+            fold = run["settings"]["rows"]["fold"] or 0
+            verdicts = run["judged"].get(judge, {"verdicts": []})["verdicts"]
+            for answer, verdict in zip(run["measured"]["answers"], verdicts, strict=False):
+                if verdict in worth:
+                    found.setdefault((fold, answer["row"]), []).append(worth[Verdict(verdict)])
+        return {unit: float(np.mean(values)) for unit, values in found.items()}
+
+    def share(self, judge: str, name: str) -> Estimate | None:
+        """A share of the verdicts: over seeds as `over_seeds`, of a single run with Wilson's interval."""
+        return self.over_seeds(lambda run: _share(run, judge, SHARES[name]))
+
+    def share_of_prompts(self, judge: str, name: str) -> Estimate | None:
+        """A share of the verdicts, the mean over seeds, with an interval over prompts."""
+        values = np.array(list(self.points(judge, SHARES[name]).values()))
+        if len(self.runs) == 1 or not len(values):
+            return self.share(judge, name)
+        return bootstrap(lambda rows: values[rows].mean(), np.arange(len(values)), 0)
+
+    def demonstrations(self) -> dict[Unit, tuple[float, int, int]]:
+        """Held-out demonstration → (log π, the mean over seeds; tokens; the prompt's number)."""
+        found: dict[Unit, tuple[list[float], int, int]] = {}
+        for run in self.runs.values():
+            fold, measured = run["settings"]["rows"]["fold"] or 0, run["measured"]
+            columns = (measured[name] for name in ("logps", "tokens", "prompt", "demonstration"))
+            for row, (logp, tokens, prompt, is_demonstration) in enumerate(zip(*columns, strict=True)):
+                if is_demonstration:
+                    found.setdefault((fold, row), ([], tokens, prompt))[0].append(logp)
+        return {unit: (float(np.mean(logps)), tokens, prompt) for unit, (logps, tokens, prompt) in found.items()}
+
+    def too_few(self) -> str | None:
+        """Why nothing can be concluded from these runs."""
+        rows = self.first["rows"]["train_rows"]
+        prompts = {(fold, prompt) for (fold, _), (_, _, prompt) in self.demonstrations().items()}
+        if rows < ENOUGH_ROWS:
+            return f"{rows} training rows, where {ENOUGH_ROWS} are needed"
+        if len(prompts) < ENOUGH_PROMPTS:
+            return f"{len(prompts)} held-out prompts, where {ENOUGH_PROMPTS} are needed"
+        return None
+
+
+def _share(run: Mapping[str, Any], judge: str, worth: Mapping[Verdict, float]) -> Estimate | None:
+    verdicts = run["judged"].get(judge, {"verdicts": []})["verdicts"]
+    values = [worth[Verdict(verdict)] for verdict in verdicts if verdict in worth]
+    return wilson(round(sum(values)), len(values)) if values else None
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records in a run's folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    files = sorted((folder / "records").rglob("*.json"))
+    if not files:
+        raise FileNotFoundError(f"There is no record in {folder / 'records'}. Run reproduce.py with --output {folder}.")
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def groups(records: Iterable[dict[str, Any]], **wanted: Any) -> dict[str, Group]:
+    """Method → its runs, of the records whose cells are as wanted, in the order of the methods' names in the grid.
+
+    Example:
+        >>> cell = {"scale": "small", "data": "hh", "method": "ulma", "seed": 1, "beta": None, "quality": None}
+        >>> found = groups([{"cell": cell, "settings": {"title": "ULMA"}}], data="hh", beta=None)
+        >>> found["ulma"].title, list(found["ulma"].runs)
+        ('ULMA', [1])
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for record in records:
+        cell = record["cell"]
+        if all(cell[name] == value for name, value in wanted.items()):
+            found.setdefault(cell["method"], {})[cell["seed"]] = record
+    return {
+        method: Group(next(iter(runs.values()))["settings"]["title"], dict(sorted(runs.items())))
+        for method, runs in found.items()
+    }
+
+
+def estimate(stored: Mapping[str, Any] | None) -> Estimate | None:
+    """An `Estimate` as it was stored."""
+    return None if stored is None else Estimate(**stored)
+
+
+def gained(one: Group, other: Group, judge: str) -> Estimate | None:
+    """How many more points (1 a win, ½ a tie) one method's answers get than another's, paired by prompt.
+
+    The mean over seeds of each, with a bootstrap interval over prompts. None without a common prompt.
+    """
+    points, others = one.points(judge, POINTS), other.points(judge, POINTS)
+    values = np.array([points[unit] - others[unit] for unit in points if unit in others])
+    if not len(values):
+        return None
+    return bootstrap(lambda rows: values[rows].mean(), np.arange(len(values)), 0)
+
+
+def log_perplexity_saved(one: Group, other: Group) -> Estimate | None:
+    """ln of the other's perplexity over one's, on held-out demonstrations: above 0 where one's is lower.
+
+    Of log-probabilities that are means over seeds, with a bootstrap interval over prompts. None without common rows.
+    """
+    logps, others = one.demonstrations(), other.demonstrations()
+    common = [unit for unit in logps if unit in others]
+    if not common:
+        return None
+    saved = np.array([logps[unit][0] - others[unit][0] for unit in common])
+    tokens = np.array([logps[unit][1] for unit in common])
+    prompts = [(unit[0], logps[unit][2]) for unit in common]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    of_prompt = np.array([number[prompt] for prompt in prompts])
+    return bootstrap(lambda rows: saved[rows].sum() / tokens[rows].sum(), of_prompt, 0)
+
+
+def judges_of(found: Mapping[str, Group]) -> Sequence[str]:
+    """The judges that have judged a run of these methods."""
+    return sorted({judge for group in found.values() for run in group.runs.values() for judge in run["judged"]})

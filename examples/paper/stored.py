@@ -1,0 +1,41 @@
+"""Files that are there as a whole or not at all, and settings as they are kept in them."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def write(file: Path, value: Any) -> None:
+    """JSON in a file that is there as a whole or not at all.
+
+    Raises:
+        ValueError: for a number that is not finite.
+    """
+    part = file.with_name(f"{file.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=asdict)
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def load(file: Path) -> Any:
+    """What `write` has written."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def public(value: Any) -> Any:
+    """Settings as they are stored: files and folders of this machine by their names alone."""
+    if isinstance(value, dict):
+        return {name: public(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each) for each in value]
+    is_here = isinstance(value, str) and os.sep in value and Path(value).expanduser().exists()
+    return Path(value).name if is_here else value
+
+
+def differing(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """The settings that are others than the stored ones."""
+    before, now = public(stored), public(settings)
+    return [name for name in now if before.get(name) != now[name]]

@@ -1,0 +1,299 @@
+"""python examples/paper/tables.py paper-runs [RESULTS.md]
+
+Writes the paper's tables and figures from the records in a run's folder, the same to the last digit each time.
+"""
+
+import functools
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grid
+from records import Group, estimate, gained, groups, judges_of, log_perplexity_saved, read
+
+from trl_ulma.evaluation import figures
+from trl_ulma.evaluation.intervals import Estimate
+from trl_ulma.evaluation.judging import is_above_chance
+from trl_ulma.evaluation.report import shown, table
+
+TABLES = (
+    ("Table 1: preference learning, harmlessness", ("hh", "golden-hh")),
+    ("Table 2: preference learning, QA-feedback", ("qa-feedback",)),
+    ("Table 4: continuous labels, red-team", ("red-team",)),
+)
+MAIN = (
+    *("base", "sft", "unlearning", "unlikelihood", "rlhf", "pointwise-rlhf"),
+    *("dpo", "pointwise-dpo", "ulma", "authors-code"),
+)
+ABLATION = ("base", "sft", "positive-dpo", "unlearning", "negative-dpo")
+FIGURE_1 = "golden-hh"
+# What the paper says: (data sets, better, worse, where)
+CLAIMS = (
+    *((grid.DATA, "ulma", other, "5.2 (ii)") for other in MAIN if other not in ("ulma", "authors-code")),
+    (("hh", "golden-hh"), "dpo", "pointwise-dpo", "5.2 (i)"),
+    (("qa-feedback",), "pointwise-dpo", "dpo", "5.2 (i)"),
+    (("red-team",), "pointwise-dpo", "sft", "5.2 (i)"),
+    (grid.DATA, "sft", "positive-dpo", "ablation (i)"),
+    (grid.DATA, "negative-dpo", "unlearning", "ablation (ii)"),
+)
+DEPARTURES = """\
+Departures from the paper: its PPO is REINFORCE leave-one-out here (TRL's `RLOOTrainer`), as TRL has no PPO any more;
+its judge was GPT-4; all methods begin with the same model, without a stage of SFT before; prompts with a row that is
+too long are left out for all methods alike. The numbers of Table 4 and of Figures 2 and 3 are ours."""
+
+
+def write(folder: Path, file: Path | None = None) -> Path:
+    """Write RESULTS.md and the figures (into `figures` beside it), and return its name.
+
+    Raises:
+        FileNotFoundError: where the folder holds no record.
+    """
+    file = folder / "RESULTS.md" if file is None else file
+    found = read(folder)
+    pictures = file.parent / "figures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    parts = ["# The paper's experiments", "Written by `tables.py` from stored records, by one command:"]
+    parts += ["    python examples/paper/tables.py FOLDER RESULTS.md", _how(folder, found), DEPARTURES]
+    for scale in grid.SCALES:
+        of_scale = [record for record in found if record["cell"]["scale"] == scale]
+        if of_scale:
+            parts += [f"## At the {scale} scale", *_Scale(folder, scale, of_scale, pictures).parts()]
+    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return file
+
+
+class _Scale:
+    """The tables and figures of one scale."""
+
+    def __init__(self, folder: Path, scale: str, found: Sequence[dict[str, Any]], pictures: Path):
+        self.folder, self.scale, self.found, self.pictures = folder, scale, found, pictures
+
+    def parts(self) -> Iterator[str]:
+        """The paragraphs, each after its figures are written."""
+        for title, data in (*TABLES[:2], ("Table 3: ablation", grid.DATA), *TABLES[2:]):
+            methods = ABLATION if title.startswith("Table 3") else MAIN
+            for each in data:
+                chosen = {m: g for m, g in self.groups(each).items() if m in methods}
+                if set(chosen) - {"base"}:
+                    yield from self._table(title, each, {m: chosen[m] for m in methods if m in chosen})
+        for each in grid.DATA:
+            yield from self._verdicts(each)
+        yield from self._sweep("quality", "Figure 2", "share of good demonstrations")
+        yield from self._sweep("beta", "Figure 3", "β")
+        for each in grid.DATA:
+            yield from self._training(each)
+
+    def groups(self, data: str, **varied: Any) -> dict[str, Group]:
+        """The runs on a data set that are in no sweep, or at one of a sweep's points."""
+        return groups(self.found, data=data, **({"beta": None, "quality": None} | varied))
+
+    def agreement(self, data: str, judge: str) -> Estimate | None:
+        """A judge's agreement with the data's labels: over folds, that of the fold with the lowest."""
+        stored = []
+        for file in sorted((self.folder / "agreement" / self.scale).glob(f"{data}*/*.json")):
+            told = json.loads(file.read_text(encoding="utf-8"))
+            if told["judge"] == judge and re.fullmatch(rf"{data}(-fold-\d+)?", file.parent.name):
+                stored.append(estimate(told["agreement"]))
+        if not stored or any(each is None for each in stored):
+            return None
+        return min(stored, key=lambda each: (each.low is not None, each.low))
+
+    def _table(self, title: str, data: str, chosen: dict[str, Group]) -> Iterator[str]:
+        first = next(iter(chosen.values())).first
+        yield f"### {title}: {first['settings']['data_title']}"
+        continuous = first["settings"]["rows"]["label_type"] == "continuous"
+        figures_shown = {"spearman": "Spearman", "mse": "MSE"} if continuous else {"auc": "AUC", "brier": "Brier"}
+        judges = judges_of(chosen)
+        header = ["method", "seeds", "perplexity", *(f"{name}, implicit reward" for name in figures_shown.values())]
+        header += [f"{name}, {judge}" for judge in judges for name in ("win or tie", "win")]
+        rows = []
+        for group in chosen.values():
+            cells = [group.title, str(len(group.runs)), shown(group.over_seeds(_perplexity), ".2f")]
+            cells += [shown(group.over_seeds(functools.partial(_reward, name=name))) for name in figures_shown]
+            cells += [shown(group.share(judge, name), ".1%") for judge in judges for name in ("win or tie", "win")]
+            rows.append(cells)
+        yield table(header, rows)
+        yield _rows_said(chosen)
+        why = {reason for group in chosen.values() if (reason := group.too_few()) is not None}
+        if why:
+            yield f"**Inconclusive**: {'; '.join(sorted(why))}. No ranking is claimed."
+        for judge in judges:
+            yield self._judge_said(data, judge, chosen)
+        if not why:
+            yield from self._claims(data, chosen, judges)
+
+    def _judge_said(self, data: str, judge: str, chosen: Mapping[str, Group]) -> str:
+        agreed = self.agreement(data, judge)
+        runs = [run for group in chosen.values() for run in group.runs.values() if judge in run["judged"]]
+        verdicts = [verdict for run in runs for verdict in run["judged"][judge]["verdicts"]]
+        unparsable = verdicts.count("unparsable")
+        criterion = runs[0]["judged"][judge]["criterion"]
+        counted = f" {unparsable} of its {len(verdicts)} verdicts could not be parsed and are in no share."
+        if agreed is None:
+            return f"{judge} ({criterion}): its agreement with known labels is not known, so no ranking is claimed." + (
+                counted if unparsable else ""
+            )
+        said = (
+            f"{judge} ({criterion}) agrees with the data's own labels on {shown(agreed, '.1%')} of {agreed.n} pairs of "
+            "held-out answers, a tie counted half"
+        )
+        said += "." if is_above_chance(agreed) else ": near chance, so no ranking by it is claimed."
+        return said + (counted if unparsable else "")
+
+    def _claims(self, data: str, chosen: Mapping[str, Group], judges: Sequence[str]) -> Iterator[str]:
+        trusted = [judge for judge in judges if is_above_chance(self.agreement(data, judge))]
+        rows = []
+        for where, better, worse, source in CLAIMS:
+            if data not in where or better not in chosen or worse not in chosen:
+                continue
+            one, other = chosen[better], chosen[worse]
+            measures = {"ln perplexity saved": log_perplexity_saved(one, other)}
+            measures |= {f"points, {judge}": gained(one, other, judge) for judge in trusted}
+            rows += [
+                [f"{one.title} better than {other.title} ({source})", name, shown(found, "+.4f"), verdict(found)]
+                for name, found in measures.items()
+                if found is not None
+            ]
+        if rows:
+            yield "What the paper says, paired by prompt (means over seeds, bootstrap intervals over prompts):"
+            yield table(["the paper", "measured by", "difference", "here"], rows)
+
+    def _verdicts(self, data: str) -> Iterator[str]:
+        chosen = {method: group for method, group in self.groups(data).items() if method in MAIN}
+        name = "Figure 1" if data == FIGURE_1 else "Appendix D"
+        for number, judge in enumerate(judges_of(chosen), start=1):
+            shares = {
+                chosen[method].title: {
+                    verdict: chosen[method].share_of_prompts(judge, verdict) for verdict in ("win", "tie", "lose")
+                }
+                for method in MAIN
+                if method in chosen and chosen[method].share(judge, "win") is not None
+            }
+            if not shares:
+                continue
+            first = next(iter(chosen.values())).first
+            title = f"{first['settings']['criterion'].capitalize()} on {first['settings']['data_title']}, by {judge}"
+            file = f"{name.lower().replace(' ', '-')}-{self.scale}-{data}-{number}"
+            figures.save(figures.win_rates(shares, title), self.pictures, file)  # type: ignore[arg-type]
+            yield f"### {name}: win, tie and lose rates, {first['settings']['data_title']}, {judge}"
+            yield f"![{file}](figures/{file}.png)"
+
+    def _sweep(self, varied: str, name: str, label: str) -> Iterator[str]:
+        for data in grid.DATA:
+            values = {r["cell"][varied] for r in self.found if r["cell"]["data"] == data} - {None}
+            at = {value: self.groups(data, **{varied: value}) for value in sorted(values)}
+            if not at:
+                continue
+            judges = judges_of({f"{v}{m}": g for v, found in at.items() for m, g in found.items()})
+            measures = [("perplexity", _perplexity, None), *((f"win or tie, {each}", None, each) for each in judges)]
+            first = next(iter(next(iter(at.values())).values())).first
+            title = f"{name}: against {label}, {first['settings']['data_title']}"
+            yield f"### {title}"
+            for number, (measure, figure, judge) in enumerate(measures):
+                series: dict[str, dict[float, Estimate]] = {}
+                for value, found in at.items():
+                    for group in found.values():
+                        point = group.over_seeds(figure) if figure else group.share(judge or "", "win or tie")
+                        if point is not None:
+                            series.setdefault(group.title, {})[value] = point
+                form = ".2f" if figure else ".1%"
+                lines = [[t, *(shown(points.get(value), form) for value in at)] for t, points in series.items()]
+                if not lines:
+                    continue
+                yield table([f"{measure}, {label} =", *(f"{value:g}" for value in at)], lines)
+                drawn = figures.sweep(series, x_label=label, y_label=measure, title=title, log_x=varied == "beta")
+                file = f"{name.lower().replace(' ', '-')}-{self.scale}-{data}-{number}"
+                figures.save(drawn, self.pictures, file)
+                yield f"![{file}](figures/{file}.png)"
+            why = {reason for found in at.values() for group in found.values() if (reason := group.too_few())}
+            if why:
+                yield f"**Inconclusive**: {'; '.join(sorted(why))}."
+            for judge in judges:
+                yield self._judge_said(data, judge, {f"{v}{m}": g for v, found in at.items() for m, g in found.items()})
+
+    def _training(self, data: str) -> Iterator[str]:
+        """The last stage's loss, of the first seed."""
+        history = {}
+        for group in self.groups(data).values():
+            if group.first["trained"]:
+                log = group.first["trained"][-1]["log"]
+                history[group.title] = [each for each in log if isinstance(each.get("loss"), int | float)]
+        history = {title: log for title, log in history.items() if log}
+        if history:
+            file = f"training-{self.scale}-{data}"
+            figures.save(figures.training_curves(history, ["loss"]), self.pictures, file)
+            yield f"### Training, {data}, the first seed's last stage (losses of different methods are not comparable)"
+            yield f"![{file}](figures/{file}.png)"
+
+
+def verdict(difference: Estimate) -> str:
+    """What a difference says of the paper's ordering.
+
+    Example:
+        >>> verdict(Estimate(0.2, 0.1, 0.3, 200)), verdict(Estimate(0.2, -0.1, 0.3, 200))
+        ('as in the paper', 'undecided')
+    """
+    if difference.low is None or difference.high is None:
+        return "undecided"
+    if difference.low > 0:
+        return "as in the paper"
+    return "**against the paper**" if difference.high < 0 else "undecided"
+
+
+def _perplexity(run: Mapping[str, Any]) -> Estimate | None:
+    return estimate(run["measured"].get("perplexity"))
+
+
+def _reward(run: Mapping[str, Any], name: str) -> Estimate | None:
+    return estimate(run["measured"].get("implicit_reward", {}).get(name))
+
+
+def _rows_said(chosen: Mapping[str, Group]) -> str:
+    rows = [run["rows"] for group in chosen.values() for run in group.runs.values()]
+    train, prompts = ({each[name] for each in rows} for name in ("train_rows", "test_prompts"))
+    settings = rows[0]["settings"]
+    said = f"{_range(train)} training rows, {_range(prompts)} held-out prompts"
+    if settings["folds"]:
+        said += f", another {settings['folds']}th part of the prompts for each seed"
+    said += f". Of {rows[0]['answers']:,} answers were left out: "
+    said += "; ".join(f"{count:,} as {why}" for why, count in rows[0]["left_out"].items()) or "none"
+    options = ", ".join(f"{name} {value}" for name, value in settings["options"].items())
+    return said + (f". Adapter's options: {options}." if options else ".")
+
+
+def _range(values: set[int]) -> str:
+    return f"{min(values):,}" if len(values) == 1 else f"{min(values):,} to {max(values):,}"
+
+
+def _how(folder: Path, found: Sequence[dict[str, Any]]) -> str:
+    models = sorted({Path(record["settings"]["model"]).name for record in found})
+    machines = sorted({json.dumps(record["hardware"], sort_keys=True) for record in found})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in record["versions"].items()) for record in found})
+    commits = sorted({record["commit"] or "unknown" for record in found})
+    seconds = sum(
+        sum(record["measured"]["seconds"].values()) + sum(stage["seconds"] for stage in record["trained"])
+        for record in found
+    )
+    lines = [
+        f"- {len(found)} cells; model: {', '.join(models)}; {seconds / 3600:.1f} h in all",
+        f"- hardware: {'; '.join(machines)}",
+        f"- versions: {'; '.join(versions)}; commit {', '.join(commits)}",
+        "- in brackets are 95 % intervals: Student's t over seeds; of a single run the bootstrap over prompts, for "
+        "shares Wilson's",
+    ]
+    changed = folder / "commands.json"
+    if changed.exists():
+        lines += [f"- `{command}`" for command in json.loads(changed.read_text(encoding="utf-8"))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    try:
+        print(write(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) == 3 else None))
+    except FileNotFoundError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,565 @@
+"""The paper's experiments: every cell's settings, two steps of some, and tables that follow from stored records."""
+
+import doctest
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from sklearn.metrics import roc_auc_score
+
+PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
+sys.path.append(str(PAPER))
+
+import grid  # noqa: E402
+import preparing  # noqa: E402
+import reproduce  # noqa: E402
+import stages  # noqa: E402
+import tables  # noqa: E402
+import trial  # noqa: E402
+
+LOSSES = {
+    "sft": ("sft", "none"),
+    "unlearning": ("none", "unlearning"),
+    "unlikelihood": ("sft", "unlearning"),
+    "positive-dpo": ("pointwise_dpo", "none"),
+    "negative-dpo": ("none", "pointwise_dpo"),
+    "pointwise-dpo": ("pointwise_dpo", "pointwise_dpo"),
+    "ulma": ("sft", "pointwise_dpo"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(trial.make_model(tmp_path_factory.mktemp("paper") / "model"))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    return trial.write_rows(tmp_path_factory.mktemp("raw"))
+
+
+def run(*options):
+    return reproduce.main([*options])
+
+
+def record(folder, name):
+    return json.loads((folder / "records" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("module", ["grid", "records", "tables", "estimating_time"])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+# The grid
+
+
+def test_which_cells_there_are():
+    for scale in grid.SCALES:
+        red_team = grid.methods_of(scale, "red-team")
+        assert not {"dpo", "rlhf", "unlearning", "unlikelihood", "authors-code"} & set(red_team)
+        assert {"sft", "pointwise-rlhf", "ulma"} <= set(red_team)
+        for data in ("hh", "golden-hh", "qa-feedback"):
+            assert set(grid.METHODS) <= set(grid.methods_of(scale, data))
+    assert "authors-code" in grid.methods_of("paper", "hh")
+    assert "authors-code" not in grid.methods_of("small", "hh")
+    found = grid.cells("small", ["hh"], ["ulma", "base"], 3)
+    assert [(cell.method, cell.seed) for cell in found] == [("base", 0), ("ulma", 0), ("ulma", 1), ("ulma", 2)]
+
+
+def test_each_fold_has_its_untrained_model():
+    found = grid.cells("small", ["qa-feedback"], ["sft"], 2)
+    assert [(cell.method, cell.seed) for cell in found] == [("base", 0), ("base", 1), ("sft", 0), ("sft", 1)]
+    assert [grid.settings(cell)["rows"]["fold"] for cell in found] == [0, 1, 0, 1]
+
+
+def test_a_sweep_over_beta_leaves_out_what_has_none():
+    found = grid.cells("small", ["hh"], ["sft", "dpo", "rlhf"], 1, betas=[0.05, 0.5])
+    assert [cell.name for cell in found if cell.method != "base"] == [
+        "small/hh/sft/beta-0.05_seed-0",
+        "small/hh/sft/beta-0.5_seed-0",
+        "small/hh/dpo/beta-0.05_seed-0",
+        "small/hh/dpo/beta-0.5_seed-0",
+        "small/hh/rlhf/beta-0.05_seed-0",
+        "small/hh/rlhf/beta-0.5_seed-0",
+    ]
+    betas = [[stage["options"].get("beta") for stage in grid.settings(cell)["stages"]] for cell in found]
+    assert betas == [[], [0.05], [0.5], [0.05], [0.5], [None, 0.05], [None, 0.5]]
+
+
+@pytest.mark.parametrize("scale", grid.SCALES)
+def test_every_cell_is_parsed(scale, tmp_path):
+    for cell in grid.cells(scale, grid.DATA, None, 1):
+        settings = grid.settings(cell)
+        for stage in settings["stages"]:
+            file = tmp_path / f"{cell.data}-{cell.method}.yaml"
+            stages.write_options(stage, file, tmp_path / "rows", tmp_path / "out")
+            _, training, model, _ = stages.parse(stage["trainer"], file)
+            if stage["trainer"] == "ulma":
+                losses = LOSSES[cell.method.replace("authors-code", "ulma")]
+                assert (training.positive_loss, training.negative_loss) == losses
+                assert training.label_type == ("continuous" if cell.data == "red-team" else "binary")
+            if stage["trainer"] in ("ulma", "dpo", "rloo"):
+                assert training.beta == 0.1
+            answers = training.per_device_train_batch_size * (1 + (stage["trainer"] in ("dpo", "reward")))
+            batch = settings["processes"] * training.per_device_train_batch_size * training.gradient_accumulation_steps
+            if scale == "paper":
+                assert (batch, training.learning_rate, training.lr_scheduler_type) == (64, 1e-5, "cosine")
+                assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (8, 32, 0.1)
+                assert training.num_train_epochs == (3 if cell.method == "authors-code" else 1)
+            else:
+                assert answers == 8
+            assert model.lora_task_type == ("SEQ_CLS" if "reward" in stage["trainer"] else "CAUSAL_LM")
+
+
+def test_the_authors_settings_are_those_of_their_code():
+    from trl_ulma.scripts.ulma import make_parser
+
+    file = str(grid.CONFIGS / "authors-code.yaml")
+    command = ["--config", file, "--dataset_name", "rows", "--output_dir", "out"]
+    options = command if torch.cuda.is_available() else [*command, "--use_cpu", "true", "--fp16", "false"]
+    _, training, model, _ = make_parser().parse_settings(options)
+    assert (training.length_normalize, training.beta, training.log_z) == (True, 0.1, 0.0)
+    assert (training.desirable_weight, training.undesirable_weight, training.num_train_epochs) == (2.0, 2.0, 3)
+    assert (model.lora_target_modules, training.disable_dropout) == (["q_proj", "v_proj"], True)
+    assert "What remains different" in Path(file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "hhh"], "There is no data 'hhh'. Did you mean hh?"),
+        (["--methods", "umla"], "There is no method 'umla'. Did you mean ulma?"),
+        (["--data", "red-team", "--methods", "dpo"], "dpo is not for red-team at the small scale."),
+        (["--seeds", "0"], "seeds must be 1 or above; got 0."),
+        (["--betas", "0.1", "--qualities", "1"], "One sweep at a time"),
+        (["--qualities", "1.5"], "A share of demonstrations is between 0 and 1; got 1.5."),
+        (["--qualities", "0.5"], "hh has no ordinary demonstrations"),
+        (["--set", "beta=0.3"], "--set beta is not possible"),
+        (["--input", "hhh=x"], "--input hhh is no family"),
+        (["--dry_run", "--judge", "gpt"], "'gpt' is no judge; it must be llm:MODEL"),
+        (["--dry_run", "--data", "qa-feedback", "--judge", "profanity"], "judges harmless, which no data ask for"),
+        (["--dry_run", "--data", "hh,qa-feedback", "--judge", "reward:x"], "A reward model judges by one thing"),
+        (["--dry_run", "--held_out_prompts", "24"], "too few to hold 24 of them out"),
+        (["--dry_run", "--max_length", "3"], "No row is left of 48, each because a row of its prompt is longer"),
+        (["--data", "red-team", "--model", "x"], "give --input red-team=FILE"),
+    ],
+)
+def test_what_is_wrong_is_said_before_work_starts(options, message, tmp_path, capsys):
+    assert run(*options, "--output", str(tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "records").exists()
+
+
+def test_a_misspelt_option_ends_in_its_name(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--dry_run", "--methods", "ulma", "--set", "sft_wieght=1", "--output", str(tmp_path))
+    assert stop.value.code == 2
+    assert "sft_wieght is not an option. Did you mean sft_weight?" in capsys.readouterr().err
+
+
+def test_settings_are_printed_and_nothing_is_run(tmp_path, capsys):
+    assert run("--print", "--methods", "ulma", "--seeds", "1", "--output", str(tmp_path / "out")) == 0
+    assert "positive_loss: sft" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+# Rows
+
+
+def prepared(folder, tiny, raw, scale, data, *, cell=None, **rows):
+    chosen = grid.settings(cell or grid.Cell(scale, data, "ulma"), rows={**trial.ROWS_TAKEN, **rows})["rows"]
+    facts = preparing.prepare(folder, chosen, tiny, raw)
+    files = {name: folder / f"{name}.parquet" for name in preparing.FILES}
+    found = {n: load_dataset("parquet", data_files=str(f))["train"] for n, f in files.items() if f.exists()}
+    return facts, found
+
+
+def keys(rows):
+    return [json.dumps(prompt, sort_keys=True) for prompt in rows["prompt"]]
+
+
+@pytest.mark.parametrize("scale", grid.SCALES)
+def test_rows_of_all_trainers_have_the_same_prompts_and_none_is_held_out(scale, tiny, raw, tmp_path):
+    facts, rows = prepared(tmp_path / "rows", tiny, raw, scale, "hh")
+    assert set(keys(rows["train"])) == set(keys(rows["pairs"])) == set(keys(rows["prompts"]))
+    assert not set(keys(rows["train"])) & set(keys(rows["test"]))
+    assert (facts["train_rows"], facts["test_rows"], facts["train_prompts"]) == (16, 10, 8)
+    assert facts["answers"] == 48 == 16 + 10 + sum(facts["left_out"].values())
+    answers = {
+        (key, row["label"]): row["completion"] for key, row in zip(keys(rows["train"]), rows["train"], strict=True)
+    }
+    for key, pair in zip(keys(rows["pairs"]), rows["pairs"], strict=True):
+        assert (pair["chosen"], pair["rejected"]) == (answers[key, 1.0], answers[key, 0.0])
+    assert isinstance(rows["train"][0]["prompt"], str) == (scale == "paper")
+    if scale == "paper":
+        row = next(row for row in rows["train"] if row["label"] == 0)
+        assert row["prompt"].startswith("A chat between a curious user")
+        assert row["prompt"].endswith("words. ASSISTANT:")
+        assert row["completion"] == " Go away."
+
+
+def test_folds_hold_every_prompt_out_once(tiny, raw, tmp_path):
+    held_out = []
+    for fold in range(3):
+        cell = grid.Cell("small", "qa-feedback", "ulma", seed=fold)
+        _, rows = prepared(tmp_path / str(fold), tiny, raw, "small", "qa-feedback", cell=cell, folds=3, train_rows=None)
+        assert not set(keys(rows["train"])) & set(keys(rows["test"]))
+        held_out += sorted(set(keys(rows["test"])))
+    assert len(held_out) == len(set(held_out)) == trial.ROWS
+
+
+@pytest.mark.parametrize(
+    ("data", "ordinary", "bad"),
+    [("golden-hh", "Gladly", "Go away."), ("qa-feedback", "It is thing 2.", "It is thing 1.")],
+)
+def test_a_share_of_the_demonstrations_is_good(data, ordinary, bad, tiny, raw, tmp_path):
+    kept, tests = [], []
+    for share in (0.0, 0.25, 1.0):
+        cell = grid.Cell("small", data, "ulma", quality=share)
+        _, rows = prepared(tmp_path / str(share), tiny, raw, "small", data, cell=cell, train_rows=None, folds=None)
+        train = rows["train"]
+        texts = [
+            (key, row["sft_mask"], row["completion"][0]["content"]) for key, row in zip(keys(train), train, strict=True)
+        ]
+        demonstrations = {key: text for key, is_demonstration, text in texts if is_demonstration}
+        kept.append({key for key, text in demonstrations.items() if ordinary not in text})
+        assert len(kept[-1]) == round(share * len(demonstrations))
+        assert {text for _, is_demonstration, text in texts if not is_demonstration} == {bad}
+        tests.append(rows["test"][:])
+    assert kept[0] < kept[1] < kept[2]
+    assert tests[0] == tests[1] == tests[2]
+
+
+def test_rows_of_other_settings_are_not_taken_for_these(tiny, raw, tmp_path):
+    prepared(tmp_path / "rows", tiny, raw, "small", "hh")
+    with pytest.raises(ValueError, match="were prepared with another max_length"):
+        prepared(tmp_path / "rows", tiny, raw, "small", "hh", max_length=100)
+
+
+def test_the_real_samples_give_enough_rows(shared_data, tiny, tmp_path):
+    chosen = grid.settings(grid.Cell("small", "hh", "ulma"))["rows"] | {"max_length": 1500}
+    facts = preparing.prepare(tmp_path / "hh", chosen, tiny, {"hh": str(shared_data / "hh_harmless.jsonl.gz")})
+    assert (facts["train_rows"], facts["test_prompts"]) == (1200, 200)
+    assert facts["answers"] == 3600 == facts["train_rows"] + facts["test_rows"] + sum(facts["left_out"].values())
+
+
+# Trainings
+
+
+@pytest.mark.parametrize("kind", ["binary", "continuous"])
+def test_the_pointwise_reward_model_has_equations_7_and_9(kind, tiny, raw, tmp_path):
+    data = "hh" if kind == "binary" else "red-team"
+    _, rows = prepared(tmp_path / "rows", tiny, raw, "small", data)
+    args = stages.RewardConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_length=200)
+    args.model_init_kwargs = {}
+    trainer = stages.PointwiseRewardTrainer(tiny, args, rows["train"].select(range(5)))
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch)).item()
+        r = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].numpy()
+    z = batch["labels"][:, 0].numpy()
+    assert len(set(z)) > 1
+    if kind == "binary":
+        probability = 1 / (1 + np.exp(-r.astype(float)))
+        wanted = -np.mean(z * np.log(probability) + (1 - z) * np.log(1 - probability))
+    else:
+        wanted = np.mean((z - r) ** 2)
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    tokens = trainer.processing_class
+    assert tokens.decode(batch["input_ids"][0][batch["attention_mask"][0].bool()]).endswith("</s>")
+
+
+def test_the_pointwise_reward_model_refuses_labels_of_two_types(tiny, raw, tmp_path):
+    _, rows = prepared(tmp_path / "rows", tiny, raw, "small", "hh")
+    mixed = rows["train"].map(lambda row, i: {"label_type": ["binary", "continuous"][i % 2]}, with_indices=True)
+    args = stages.RewardConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="needs labels of one type; the rows have binary and continuous"):
+        stages.PointwiseRewardTrainer(tiny, args, mixed)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """A dry run of a few cells."""
+    folder = tmp_path_factory.mktemp("dry")
+    options = ["--dry_run", "--seeds", "1", "--output", str(folder)]
+    assert run(*options, "--methods", "ulma,dpo,rlhf") == 0
+    assert run(*options, "--scale", "paper", "--data", "red-team", "--methods", "pointwise-rlhf") == 0
+    return folder
+
+
+def test_two_steps_of_a_cell_are_stored_with_all_that_the_tables_need(dry):
+    found = record(dry, "small/hh/ulma/seed-0")
+    measured = found["measured"]
+    logps, tokens = np.array(measured["logps"]), np.array(measured["tokens"])
+    mask = np.array(measured["demonstration"])
+    assert measured["perplexity"]["value"] == pytest.approx(math.exp(-logps[mask].sum() / tokens[mask].sum()))
+    assert measured["perplexity"]["low"] < measured["perplexity"]["value"] < measured["perplexity"]["high"]
+    gained = logps - np.array(record(dry, "small/hh/base/seed-0")["measured"]["logps"])
+    assert abs(gained).max() > 0
+    assert measured["implicit_reward"]["auc"]["value"] == pytest.approx(roc_auc_score(mask, gained))
+    assert [stage["trainer"] for stage in found["trained"]] == ["ulma"]
+    assert found["trained"][0]["steps"] == 2
+    assert [entry["step"] for entry in found["trained"][0]["log"] if "loss" in entry] == [1, 2]
+    assert len(measured["answers"]) == found["rows"]["test_prompts"] == 5
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"machine", "gpus", "threads"} == set(found["hardware"])
+    # Files by their names: records are made to be handed on
+    assert str(dry) not in json.dumps(found)
+    pairwise, pointwise = (record(dry, f"{name}/seed-0") for name in ("small/hh/rlhf", "paper/red-team/pointwise-rlhf"))
+    assert [stage["trainer"] for stage in pairwise["trained"]] == ["reward", "rloo"]
+    assert [stage["trainer"] for stage in pointwise["trained"]] == ["pointwise-reward", "rloo"]
+    assert {"spearman", "mse"} <= set(pointwise["measured"]["implicit_reward"])
+
+
+def test_what_is_finished_is_not_run_again_but_a_judge_can_come_later(dry, tmp_path, capsys):
+    folder = shutil.copytree(dry, tmp_path / "run")
+    shutil.rmtree(folder / "work" / "cells")
+    before = record(folder, "small/hh/ulma/seed-0")
+    shutil.rmtree(folder / "work" / "rows")
+    options = ["--dry_run", "--seeds", "1", "--methods", "ulma,dpo", "--output", str(folder), "--judge", "profanity"]
+    assert run(*options) == 0
+    assert "3 cells, 3 of them finished." in capsys.readouterr().out
+    after = record(folder, "small/hh/ulma/seed-0")
+    assert before.pop("judged") == {}
+    assert after.pop("judged")["alt-profanity-check"]["verdicts"] == ["tie"] * 5
+    assert after == before
+    assert not (folder / "work" / "cells" / "small" / "hh" / "ulma" / "seed-0" / "1-ulma").exists()
+    stored = json.loads((folder / "agreement/small/hh/alt-profanity-check.json").read_text())
+    assert stored["agreement"]["n"] == 5
+    text = (folder / "RESULTS.md").read_text()
+    assert "near chance, so no ranking by it is claimed" in text
+    assert "**Inconclusive**: 16 training rows, where 400 are needed. No ranking is claimed." in text
+    assert run(*options, "--set", "learning_rate=0.5") == 2
+    assert "was made with another stages. Choose another --output." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "stage"), [("ulma", "1-ulma"), ("dpo", "1-dpo")])
+def test_training_goes_on_from_the_last_whole_checkpoint(method, stage, dry, tmp_path):
+    folder = shutil.copytree(dry, tmp_path / "run")
+    work = folder / "work" / "cells" / "small" / "hh" / method / "seed-0"
+    wanted = record(folder, f"small/hh/{method}/seed-0")
+    for file in (folder / "records" / "small" / "hh" / method / "seed-0.json", work / f"{stage}.json"):
+        file.unlink()
+    # As if it had been killed while the second checkpoint was written
+    (work / stage / "checkpoint-2" / "whole").unlink()
+    (work / stage / "checkpoint-2" / "trainer_state.json").unlink()
+    (work / stage / "adapter_model.safetensors").unlink()
+    first = (work / stage / "checkpoint-1" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert run("--dry_run", "--seeds", "1", "--methods", method, "--output", str(folder)) == 0
+    assert (work / stage / "checkpoint-1" / "adapter_model.safetensors").stat().st_mtime_ns == first
+    found = record(folder, f"small/hh/{method}/seed-0")
+    np.testing.assert_allclose(found["measured"]["logps"], wanted["measured"]["logps"], rtol=1e-5)
+    assert found["trained"][0]["steps"] == 2
+
+
+def test_a_cell_that_fails_leaves_the_others_their_turn(dry, tmp_path, capsys):
+    folder = shutil.copytree(dry, tmp_path / "run")
+    shutil.rmtree(folder / "work" / "cells")
+    for method in ("ulma", "dpo"):
+        (folder / "records" / "small" / "hh" / method / "seed-0.json").unlink()
+    broken = folder / "work" / "cells" / "small" / "hh" / "dpo" / "seed-0" / "1-dpo"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("a file where a folder is to be")
+    assert run("--dry_run", "--seeds", "1", "--methods", "dpo,ulma", "--output", str(folder)) == 1
+    assert "small/hh/dpo/seed-0 failed; see" in capsys.readouterr().err
+    assert (folder / "records" / "small" / "hh" / "ulma" / "seed-0.json").exists()
+    assert not (folder / "records" / "small" / "hh" / "dpo" / "seed-0.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", grid.SCALES)
+def test_two_steps_of_every_cell(scale, tmp_path):
+    options = ["--dry_run", "--scale", scale, "--data", ",".join(grid.DATA), "--seeds", "1", "--output", str(tmp_path)]
+    assert run(*options) == 0
+    assert len(list((tmp_path / "records").rglob("*.json"))) == len(grid.cells(scale, grid.DATA, None, 1))
+    sweep = ["--dry_run", "--scale", scale, "--data", "golden-hh,qa-feedback", "--seeds", "1", "--methods", "ulma"]
+    assert run(*sweep, "--qualities", "0,1", "--output", str(tmp_path)) == 0
+    assert run(*sweep, "--betas", "0.05,0.5", "--output", str(tmp_path)) == 0
+    assert "Figure 3: against β, Golden HH" in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tiny, raw, tmp_path):
+    def command(folder):
+        options = ["--model", tiny, "--input", f"hh={raw['hh']}", "--methods", "ulma", "--seeds", "1"]
+        options += ["--train_rows", "32", "--held_out_prompts", "5", "--max_new_tokens", "4", "--max_length", "192"]
+        for name in ("bf16=false", "save_steps=1", "logging_steps=1", "per_device_train_batch_size=2"):
+            options += ["--set", name]
+        return [sys.executable, str(PAPER / "reproduce.py"), *options, "--output", str(folder)]
+
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command(tmp_path / "whole"), check=True, timeout=300, **quiet)
+    process = subprocess.Popen(command(tmp_path / "killed"), start_new_session=True, **quiet)
+    output = tmp_path / "killed" / "work" / "cells" / "small" / "hh" / "ulma" / "seed-0" / "1-ulma"
+    deadline = time.monotonic() + 200
+    while not list(output.glob("checkpoint-[3-9]/whole")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "records" / "small" / "hh" / "ulma").exists()
+    subprocess.run(command(tmp_path / "killed"), check=True, timeout=300, **quiet)
+    wanted, found = (record(tmp_path / name, "small/hh/ulma/seed-0")["measured"] for name in ("whole", "killed"))
+    np.testing.assert_allclose(found["logps"], wanted["logps"], rtol=1e-5)
+    assert found["answers"] == wanted["answers"]
+
+
+# Tables
+
+
+def stored(folder, method, seed, *, shift=0.0, verdicts=None, data="hh", prompts=250, train_rows=500, **varied):
+    """A record of `prompts` prompts with a demonstration of 10 tokens and another answer each; `shift` in nats."""
+    from trl_ulma.evaluation.intervals import Estimate
+
+    rng = np.random.default_rng(0)
+    logps = -20 + rng.normal(0, 2, 2 * prompts) + shift
+    value = math.exp(-logps[::2].sum() / (10 * prompts))
+    settings = grid.settings(grid.Cell("small", data, method, seed, **varied))
+    settings["rows"] |= {"folds": None, "fold": None}
+    answers = [{"row": 2 * i, "answer": "x", "finished": True} for i in range(prompts)]
+    found = {
+        "cell": settings["cell"],
+        "settings": settings,
+        "rows": {
+            "settings": settings["rows"],
+            "answers": 2000,
+            "left_out": {"a reason": 3},
+            "train_rows": train_rows,
+            "test_prompts": prompts,
+        },
+        "trained": []
+        if method == "base"
+        else [{"seconds": 1.0, "log": [{"loss": 2.0 - i, "step": i} for i in (1, 2)]}],
+        "measured": {
+            "logps": logps.tolist(),
+            "tokens": [10] * (2 * prompts),
+            "demonstration": [True, False] * prompts,
+            "prompt": [i // 2 for i in range(2 * prompts)],
+            "perplexity": vars(Estimate(value, value - 1, value + 1, prompts)),
+            "answers": answers,
+            "seconds": {"scoring": 1.0, "answering": 1.0},
+        },
+        "judged": {} if verdicts is None else {"a judge": {"criterion": "harmless", "verdicts": verdicts}},
+        "versions": {"torch": "0"},
+        "commit": "c",
+        "hardware": {"machine": "m"},
+    }
+    cell = grid.Cell(**settings["cell"])
+    file = folder / "records" / f"{cell.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found))
+    return value
+
+
+def agreed(folder, value, low, data="hh"):
+    file = folder / "agreement" / "small" / data / "a-judge.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    estimate = {"value": value, "low": low, "high": min(1.0, 2 * value - low), "n": 250}
+    file.write_text(json.dumps({"judge": "a judge", "criterion": "harmless", "agreement": estimate}))
+
+
+def line(text, start):
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two seeds: ULMA is better than SFT by perplexity, and worse by the judge."""
+    wins = ["win"] * 150 + ["tie"] * 50 + ["lose"] * 49 + ["unparsable"]
+    losses = ["lose"] * 200 + ["tie"] * 50
+    perplexities = [stored(tmp_path, "ulma", seed, shift=seed + 1.0, verdicts=losses) for seed in range(2)]
+    for seed in range(2):
+        stored(tmp_path, "sft", seed, verdicts=wins)
+    stored(tmp_path, "base", 0, shift=-5.0)
+    agreed(tmp_path, 0.7, 0.62)
+    return tmp_path, perplexities
+
+
+def test_tables_have_means_over_seeds_and_say_whether_the_paper_is_met(results):
+    folder, perplexities = results
+    text = tables.write(folder).read_text()
+    mean = np.mean(perplexities)
+    half = 12.706204736 * np.std(perplexities, ddof=1) / math.sqrt(2)  # Student's t, one degree of freedom
+    assert f"| ULMA | 2 | {mean:.2f} [{mean - half:.2f}, {mean + half:.2f}] |" in text
+    assert "| 20.0% [20.0%, 20.0%] | 0.0% [0.0%, 0.0%] |" in line(text, "| ULMA | 2")
+    assert f"{200 / 249:.1%}" in line(text, "| SFT | 2")
+    claims = [each for each in text.splitlines() if each.startswith("| ULMA better than SFT")]
+    # ULMA's log-probabilities are 1 and 2 nats above SFT's, of 10 tokens
+    assert "| ln perplexity saved | +0.1500 [+0.1500, +0.1500] | as in the paper |" in claims[0]
+    assert "| points, a judge |" in claims[1]
+    assert claims[1].endswith("**against the paper** |")
+    assert "a judge (harmless) agrees with the data's own labels on 70.0% [62.0%, 78.0%] of 250 pairs" in text
+    assert "2 of its 1000 verdicts could not be parsed and are in no share." in text
+    assert "Inconclusive" not in text
+
+
+def test_no_ranking_by_a_judge_near_chance(results):
+    folder, _ = results
+    agreed(folder, 0.55, 0.49)
+    text = tables.write(folder).read_text()
+    assert "near chance, so no ranking by it is claimed." in text
+    assert "points, a judge" not in text
+    assert "ln perplexity saved" in text
+    shutil.rmtree(folder / "agreement")
+    text = tables.write(folder).read_text()
+    assert "its agreement with known labels is not known, so no ranking is claimed." in text
+    assert "points, a judge" not in text
+
+
+@pytest.mark.parametrize(
+    ("few", "why"),
+    [
+        ({"prompts": 199}, "199 held-out prompts, where 200 are needed"),
+        ({"train_rows": 399}, "399 training rows, where 400 are needed"),
+    ],
+)
+def test_few_rows_are_inconclusive(few, why, tmp_path):
+    for method in ("base", "sft", "ulma"):
+        stored(tmp_path, method, 0, shift=3.0 if method == "ulma" else 0.0, **few)
+    text = tables.write(tmp_path).read_text()
+    assert f"**Inconclusive**: {why}. No ranking is claimed." in text
+    assert "better than" not in text
+
+
+def test_results_regenerate_digit_for_digit(results):
+    folder, _ = results
+    for beta in (0.05, 0.5):
+        stored(folder, "ulma", 0, shift=beta, beta=beta)
+    for quality in (0.0, 1.0):
+        stored(folder, "ulma", 0, shift=quality, quality=quality, data="qa-feedback")
+    stored(folder, "base", 0, data="qa-feedback")
+    command = [sys.executable, str(PAPER / "tables.py"), str(folder), str(folder / "again" / "RESULTS.md")]
+    (folder / "again").mkdir()
+    text = tables.write(folder).read_text()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "again" / "RESULTS.md").read_text() == text
+    pictures = sorted((folder / "figures").iterdir())
+    assert {"appendix-d-small-hh-1.svg", "figure-2-small-qa-feedback-0.png", "figure-3-small-hh-0.svg"} <= {
+        each.name for each in pictures
+    }
+    for picture in pictures:
+        assert picture.read_bytes() == (folder / "again" / "figures" / picture.name).read_bytes()
+    assert line(text, "| perplexity, β =").startswith("| perplexity, β = | 0.05 | 0.5 |")
+
+
+def test_golden_hh_is_figure_1(tmp_path):
+    for method in ("base", "ulma"):
+        stored(tmp_path, method, 0, data="golden-hh", verdicts=["win"] * 250)
+    assert "### Figure 1: win, tie and lose rates, Golden HH" in tables.write(tmp_path).read_text()
+
+
+def test_without_records_there_are_no_results(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no record in"):
+        tables.write(tmp_path)
