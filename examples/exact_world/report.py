@@ -160,7 +160,9 @@ def frontier_table(rows: list[Row], regime: str) -> str:
     lines.append(f"| (the optimum) | {' | '.join(optimum)} | |")
     for key in CONTENDERS:
         if key not in found:
-            lines.append(f"| {named(*key)} | {' | '.join('–' for _ in BUDGETS)} | no pair to learn from |")
+            is_run = any(r["regime"] == regime and (r["method"], r["log_z"]) == key for r in rows)
+            why = "no pair to learn from" if is_run else "not measured yet"
+            lines.append(f"| {named(*key)} | {' | '.join('–' for _ in BUDGETS)} | {why} |")
             continue
         cells = [shown([within(points, budget) for points in found[key].values()]) for budget in BUDGETS]
         sweep = []
@@ -247,7 +249,8 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
             fmt="s" if key[0] == "sft" else "o-" if key[0] == "pointwise_dpo" else "^--",
             color=f"C{i}",
             label=named(*key),
-            markersize=4,
+            markersize=8 if key[0] == "sft" else 4,
+            zorder=3 if key[0] == "sft" else 2,
             linewidth=1.2,
             elinewidth=0.5,
         )
@@ -288,7 +291,7 @@ def page(results: Path) -> str:
             f"Four prompts, β = 0.5; every completion is in the data, weighted by π_ref, with its expected label: "
             f"{recipe.steps} steps of AdamW on all rows. Total variation from π*, "
             f"{len({row['seed'] for row in rows})} seeds. The running mean and batch KL average rows as they come, "
-            "not by their weight.\n",
+            "not by their weight: here, uniformly over completions.\n",
             approximation_table(rows),
             "",
             approximation_words(rows),
@@ -316,7 +319,7 @@ def page(results: Path) -> str:
             seeds = len({row["seed"] for row in own})
             parts += [
                 f"### {regime.capitalize()}\n",
-                f"{SAYS[regime]} {seeds} seeds.\n",
+                f"{SAYS[regime]} {seeds} seed{'s' * (seeds > 1)}.\n",
                 frontier_words(rows, regime),
                 "",
                 frontier_table(rows, regime),
