@@ -116,7 +116,7 @@ def approximation_picture(rows: list[Row], path: Path) -> None:
     axes.set_ylabel("total variation from π*")
     axes.set_title("The population as data: what is left is the choice of log Z (points are seeds)")
     axes.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -194,6 +194,8 @@ def frontier_words(rows: list[Row], regime: str, budget: float = 1.0) -> str:
     found = curves(rows, regime)
     if {(row["method"], row["log_z"]) for row in rows if row["regime"] == regime} != set(CONTENDERS):
         return "Not all methods are measured yet."
+    if any(len(seeds) < 2 for seeds in found.values()):
+        return "One seed is measured: without intervals, nothing is said of what is better."
     # The exact column can not be had outside such a world
     usable = [key for key in CONTENDERS if key in found and key != ("pointwise_dpo", "column")]
     mean = {key: np.mean([within(points, budget) for points in found[key].values()]) for key in usable}
@@ -260,7 +262,7 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
