@@ -224,7 +224,7 @@ def frontier_words(rows: list[Row], regime: str, budget: float = 1.0) -> str:
 
 def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
     """Reward against KL: the optimum, and each contender's sweep with its intervals."""
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     found = curves(rows, regime)
     top = max(points[-1, 0] for seeds in found.values() for points in seeds.values())
     grid = np.linspace(0, top, 100)
@@ -260,7 +260,7 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
     axes.set_ylabel("E[r*], gained over the reference")
     axes.set_title(regime)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
     plt.close(figure)
