@@ -163,7 +163,13 @@ def main() -> None:
     gc.freeze()
     for settings in runs:
         train(Run(**settings), out)
+    # A process that goes while another still reads from it takes that one down, and threads that are left when Python
+    # tears itself down can abort the process after all is done
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

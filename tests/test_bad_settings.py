@@ -438,6 +438,53 @@ def test_what_is_no_tokenizer(processor):
     )
 
 
+# The figure by which the best checkpoint is chosen
+
+
+@pytest.mark.parametrize(
+    ("best", "several", "message"),
+    [
+        (
+            "eval_rewards/margin",
+            False,
+            r"'eval_rewards/margin' is no .*\. Did you mean eval_rewards/margins\?",
+        ),
+        (
+            "rewards/sensitivity",
+            False,
+            r"'rewards/sensitivity' is no .* There are loss, .*rewards/auc",
+        ),
+        ("eval_los", False, r"Did you mean eval_loss\?"),
+        ("eval_loss", True, r"'eval_loss' is no figure of evaluation\. There are thumbs_loss, .*"),
+        ("eval_thumbs_rewards/aucs", True, r"Did you mean eval_thumbs_rewards/auc\?"),
+    ],
+)
+def test_a_misspelt_best_metric_is_refused_at_the_start(tiny_gpt2, tmp_path, best, several, message):
+    evaluated = {"thumbs": make_rows(4)} if several else make_rows(4)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tiny_gpt2, make_rows(4), tmp_path, eval_dataset=evaluated, metric_for_best_model=best)
+
+
+@pytest.mark.parametrize(
+    ("best", "several"), [("loss", False), ("eval_rewards/auc", False), ("eval_thumbs_kl", True), ("my_own", False)]
+)
+def test_a_best_metric_that_can_exist_is_taken(tiny_gpt2, tmp_path, best, several):
+    evaluated = {"thumbs": make_rows(4)} if several else make_rows(4)
+    make_trainer(tiny_gpt2, make_rows(4), tmp_path, eval_dataset=evaluated, metric_for_best_model=best)
+
+
+def test_a_liked_row_in_a_stream_is_refused_where_no_reference_is(tiny_gpt2, tmp_path):
+    def stream(labels):
+        mask = [False] * len(labels)
+        return make_rows(len(labels), label=labels, sft_mask=mask).to_iterable_dataset()
+
+    rows = make_rows(4, label=[1.0, 1.0, 0.0, 0.0], sft_mask=[True, True, False, False])
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, **SFT)
+    with pytest.raises(ValueError, match=r"The evaluated dataset has liked rows \(label 1, sft_mask False\)"):
+        trainer.evaluate(stream([0.0, 1.0]))
+    assert trainer.evaluate(stream([0.0, 0.0]))["eval_loss"] == 0.0
+
+
 # Any settings at all
 
 ANYTHING = st.one_of(

@@ -35,6 +35,16 @@ def test_without_a_whole_checkpoint_training_starts_afresh(tiny_gpt2, tmp_path):
     assert torch.equal(run(tiny_gpt2, tmp_path / "other"), fresh)
 
 
+def test_a_checkpoint_that_is_named_and_has_no_mark_is_said(tiny_gpt2, tmp_path, caplog):
+    whole = run(tiny_gpt2, tmp_path)
+    named = tmp_path / "checkpoint-3"
+    assert torch.equal(run(tiny_gpt2, tmp_path, resume=str(named)), whole)
+    assert "has no mark" not in caplog.text
+    (named / "whole").unlink()
+    assert torch.equal(run(tiny_gpt2, tmp_path, resume=str(named)), whole)
+    assert "checkpoint-3 has no mark that it was written to its end" in caplog.text
+
+
 def test_older_checkpoints_go_only_when_the_newer_is_whole(tiny_gpt2, tmp_path):
     run(tiny_gpt2, tmp_path, save_total_limit=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5"]
@@ -69,9 +79,10 @@ def test_ctrl_c_ends_with_a_saved_state_that_goes_on(tiny_gpt2, tmp_path):
     trainer = make_trainer(
         tiny_gpt2, make_rows(12), tmp_path, max_steps=5, callbacks=[PressCtrlC(2)], **EVERY_STEP | {"save_steps": 100}
     )
+    handler = signal.getsignal(signal.SIGINT)
     trainer.train()
+    assert signal.getsignal(signal.SIGINT) is handler
     # The step that was running when it came, or the next one: its rows were chosen already
     assert trainer.state.global_step in (3, 4)
     assert last_whole(tmp_path) == tmp_path / f"checkpoint-{trainer.state.global_step}"
     assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), run(tiny_gpt2, tmp_path / "other"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

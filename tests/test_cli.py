@@ -94,7 +94,8 @@ def test_no_command_is_answered_with_the_help(capsys):
 def test_an_unknown_command_is_named_with_the_nearest(capsys):
     assert error_of(capsys, ["ulms"]) == "trl-ulma: error: ulms is not a command. Did you mean ulma?"
     assert error_of(capsys, ["frobnicate", "--help"]) == (
-        "trl-ulma: error: frobnicate is not a command. The commands are ulma, pointwise-dpo, demo."
+        "trl-ulma: error: frobnicate is not a command. The commands are ulma, pointwise-dpo, prepare, score, evaluate, "
+        "demo."
     )
 
 
@@ -586,3 +587,15 @@ def test_real_transcripts_as_they_are(shared_data, tmp_path, tiny_gpt2, capsys):
     out = capsys.readouterr().out
     assert "40 of its 1,800 rows are held out for evaluation, by prompt (seed 42); 1,760 rows are trained on." in out
     assert "eval_rewards/auc" in out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["ulma", "--help"]])
+def test_a_reader_that_has_had_enough_is_no_error(argv):
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "trl_ulma", *argv]
+    found = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert found.returncode in (0, 141)  # argparse itself lets it pass
+    assert "BrokenPipe" not in found.stderr
+    assert "Traceback" not in found.stderr

@@ -20,7 +20,7 @@ def test_an_example_runs_with_a_model_that_is_at_hand(example, tiny_gpt2, tmp_pa
 
 
 def test_the_commands_of_readme_are_commands(tiny_gpt2):
-    from trl_ulma.scripts import pointwise_dpo, ulma
+    from trl_ulma.scripts import pointwise_dpo, score, ulma
 
     text = README.read_text(encoding="utf-8")
     options = re.findall(r"^trl-ulma ulma (.*)$", text, re.MULTILINE)[0].split()
@@ -28,3 +28,18 @@ def test_the_commands_of_readme_are_commands(tiny_gpt2):
     options = re.findall(r"^trl-ulma pointwise-dpo --config run.yaml (.*)$", text, re.MULTILINE)[0].split()
     needed = ["--model_name_or_path", tiny_gpt2, "--dataset_name", "x.jsonl"]
     assert pointwise_dpo.make_parser().parse_settings([*options, *needed])[2].load_in_4bit
+    options = re.findall(r"^trl-ulma score (.*)$", text, re.MULTILINE)[0].split()
+    assert score.make_parser().parse_args(options).model == "out"
+
+
+def test_the_transforms_of_readme_are_those_that_there_are():
+    from trl_ulma.labels import TRANSFORMS, parse_transform
+
+    steps = re.findall(
+        r"^\| (`.*`) \| [^|]* \|$", README.read_text(encoding="utf-8").split("| step |")[1], re.MULTILINE
+    )
+    named = [spec for step in steps for spec in re.findall(r"`([^`]*)`", step)]
+    assert {spec.partition(":")[0] for spec in named} == set(TRANSFORMS)
+    for spec in named:
+        binary = spec.startswith(("threshold", "votes"))
+        parse_transform(spec, "binary" if binary else "continuous")

@@ -14,6 +14,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 logger = get_logger(__name__)
 
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+
 # Written into a checkpoint's folder after everything else
 WHOLE = "whole"
 
@@ -49,6 +51,24 @@ def last_whole(output_dir: str | Path) -> Path | None:
             return path
         logger.warning(f"{path} was not written to its end, and is passed over.")
     return None
+
+
+def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
+    """Raise ValueError where the weights in a folder are pickled, unless `loading` has `use_safetensors=False`.
+
+    Args:
+        folder: of a model or a checkpoint; what is no folder is left to whoever loads it.
+        loading: the settings' `model_init_kwargs`.
+    """
+    loading = loading or {}
+    weights = Path(folder) / loading.get("subfolder", "")
+    pickled = next((name for name in _PICKLED if (weights / name).exists()), None)
+    if pickled is None or any(weights.glob("*.safetensors")) or loading.get("use_safetensors") is False:
+        return
+    raise ValueError(
+        f"The weights in {weights} are a pickle ({pickled}), which can hold programs, and are not loaded. Save them as "
+        'safetensors, or, where you trust them, set model_init_kwargs={"use_safetensors": False}.'
+    )
 
 
 class Interruption(TrainerCallback):
@@ -103,13 +123,24 @@ class KeepsCheckpoints(Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end,
-        and where there is none, training starts afresh. Ctrl-C ends the run after a step, with a checkpoint."""
+        and where there is none, training starts afresh. Ctrl-C ends the run after a step, with a checkpoint.
+
+        Raises:
+            ValueError: where the checkpoint's weights are pickled.
+        """
         if resume_from_checkpoint is True:
             output_dir = str(self.args.output_dir)
             whole = last_whole(output_dir)
             if whole is None:
                 logger.warning(f"There is no whole checkpoint in {output_dir}: training starts afresh.")
             resume_from_checkpoint = None if whole is None else str(whole)
+        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / WHOLE).exists():
+            logger.warning(
+                f"{resume_from_checkpoint} has no mark that it was written to its end: it is half-written, or another "
+                "trainer's. Training goes on from it as it is."
+            )
+        if resume_from_checkpoint:
+            refuse_pickle(resume_from_checkpoint, getattr(self.args, "model_init_kwargs", None))
         with self.interruption:
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import difflib
 import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -10,9 +11,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import DPOConfig
 
-from trl_ulma.labels import LABEL_TYPES
+from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
+from trl_ulma.metrics import EVALUATED
 
 _INSTEAD = {
     "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
@@ -61,7 +63,7 @@ def _hidden(name: str) -> Any:
     return field(default=original.default, metadata=metadata)
 
 
-@dataclass
+@dataclass(repr=False)
 class PointwiseDPOConfig(DPOConfig):
     r"""Settings of `PointwiseDPOTrainer`; every other setting is `trl.DPOConfig`'s.
 
@@ -69,6 +71,13 @@ class PointwiseDPOConfig(DPOConfig):
         label_type: "binary" reads labels in [0, 1] (thumbs, soft labels) and takes the loss of Eq. 8; "continuous"
             reads any number as a reward, higher is better, and takes the loss of Eq. 9. A column `label_type` decides
             per row.
+        label_transform: what is done to labels first, fitted on the training set, saved with the model and applied to
+            what is evaluated or scored: names divided by commas, a name's numbers after a colon, as in
+            "lower_is_better,standardise", "threshold:0.5" or "votes:1,1"; `trl_ulma.labels.TRANSFORMS` says what there
+            is. `label_type`, `sft_threshold` and the check of `sft_mask` speak of labels after it. It is for rows of
+            `label_type`; rows that a column `label_type` gives the other type are taken as they are.
+        label_report: print what the training labels look like before training, and write it into
+            `output_dir`/label_report.json (not of a stream).
         log_z: log Z(x), added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). A number of nats (the paper's
             is 0; where the data has a column `log_z`, that decides), or the name of a choice of
             `trl_ulma.log_partition`: "column" (every row must carry it), "prior" (the start is calibrated to the
@@ -85,6 +94,11 @@ class PointwiseDPOConfig(DPOConfig):
 
     Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
     tried out at the start whether the model computes the same, and refused where it does not.
+
+    Random numbers: `seed` (42) decides dropout, which is off unless `disable_dropout=False`, the first weights of
+    adapters, and the order of rows, which `data_seed` decides where it is set. The same seeds on the same machine, with
+    the same versions and number of threads and processes, give the same numbers, bit for bit on CPU; on a GPU
+    `full_determinism=True` asks for it. `split_by_prompt` and the order of a stream have seeds of their own.
 
     Settings of DPOConfig that exist for pairs only (`loss_type`, `label_smoothing`, …) are refused away from their
     default. Batch sizes count rows: a pair takes two.
@@ -104,6 +118,17 @@ class PointwiseDPOConfig(DPOConfig):
             "better). A column `label_type` decides per row.",
             "choices": LABEL_TYPES,
         },
+    )
+    label_transform: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is done to labels first: names divided by commas, numbers after a colon, as in "
+            f"'lower_is_better,standardise' or 'threshold:0.5'. There are {', '.join(TRANSFORMS)}."
+        },
+    )
+    label_report: bool = field(
+        default=True,
+        metadata={"help": "Print a report on the training labels, and write it into output_dir/label_report.json."},
     )
     log_z: LogZ = field(
         default=0.0,
@@ -176,6 +201,8 @@ class PointwiseDPOConfig(DPOConfig):
                 )
         if self.label_type not in LABEL_TYPES:
             raise ValueError(f"label_type must be one of {LABEL_TYPES}; got {self.label_type!r}.")
+        if self.label_transform is not None:
+            parse_transform(self.label_transform, self.label_type)
         _check_number("beta", self.beta, above=0)
         if isinstance(self.log_z, str) and self.log_z not in LOG_Z_CHOICES:
             raise ValueError(f"log_z must be a number, or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
@@ -196,7 +223,7 @@ class PointwiseDPOConfig(DPOConfig):
                 raise ValueError(f"{name} must be a whole number, {least} or above; got {value!r}.")
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}.")
-        for name in ("length_normalize", "share_prompts", "padding_free"):
+        for name in ("label_report", "length_normalize", "share_prompts", "padding_free"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         if self.sync_ref_model and self.precompute_ref_log_probs:
@@ -249,6 +276,46 @@ class PointwiseDPOConfig(DPOConfig):
                 "reference. Leave it at False."
             )
 
+    def check_best_metric(self, eval_sets: list[str]) -> None:
+        """Raise ValueError where `metric_for_best_model` is a misspelt figure, before an evaluation shows it.
+
+        Args:
+            eval_sets: names of the evaluated data sets, where there are several.
+        """
+        known = [f"{name}_{figure}" for name in eval_sets for figure in EVALUATED] if eval_sets else list(EVALUATED)
+        best = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        near = difflib.get_close_matches(best, known, n=1, cutoff=0.75)
+        is_own = best.split("/")[0] in {figure.split("/")[0] for figure in EVALUATED if "/" in figure}
+        if best not in known and (near or is_own):
+            hint = f"Did you mean eval_{near[0]}?" if near else f"There are {', '.join(known)}."
+            raise ValueError(f"metric_for_best_model={self.metric_for_best_model!r} is no figure of evaluation. {hint}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `DPOConfig.to_dict`, which blanks out `hub_token`; without the token in `model_init_kwargs`, too."""
+        found = super().to_dict()
+        found["model_init_kwargs"] = _without_tokens(found["model_init_kwargs"])
+        return found
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.to_dict().items())})"
+
+    __str__ = __repr__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainer pickles its settings beside every checkpoint, and uploads them with it
+        tokens = {"hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}  # nosec B105
+        return {**vars(self), **tokens}
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     @property
     def method(self) -> str:
         """The cell of the grid of methods, in words."""
@@ -275,7 +342,7 @@ class PointwiseDPOConfig(DPOConfig):
         return config
 
 
-@dataclass
+@dataclass(repr=False)
 class ULMAConfig(PointwiseDPOConfig):
     r"""Settings of `ULMATrainer`; those of `PointwiseDPOConfig`, and:
 
@@ -338,6 +405,10 @@ class ULMAConfig(PointwiseDPOConfig):
                 "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not "
                 "that it is to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'."
             )
+
+
+def _without_tokens(loading: Any) -> Any:
+    return {k: v for k, v in loading.items() if "token" not in k} if isinstance(loading, dict) else loading
 
 
 def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:

@@ -29,6 +29,12 @@ ROW_FIGURES = (
     "num_tokens",
 )
 
+# What evaluation gives: figures of rows, and those that need all rows at once
+EVALUATED = (
+    *(name for name in ROW_FIGURES if name != "num_tokens"),
+    *("rewards/margins", "rewards/auc", "rewards/pearson", "rewards/spearman"),
+)
+
 Ratios = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -6,7 +6,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.dataset_labels import check_pairs, check_stream, transformed_labels
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     LabelRules,
@@ -28,6 +29,7 @@ from trl_ulma.labels import (
     one_class,
     read_labels,
     shown,
+    transform_labels,
 )
 
 logger = logging.get_logger(__name__)
@@ -49,7 +51,7 @@ _TYPES = {
     "length": Value("int32"),
 }
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
-_READ = {"prompt", "completion", "chosen", "rejected", "label", *OPTIONAL_COLUMNS}
+_READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", *OPTIONAL_COLUMNS}
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -88,6 +90,7 @@ class Preparation:
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
         positions: how many tokens the model can read at most, or None where that has no end.
+        is_for_training: whether labels must tell answers apart; where they do not, that is warned of.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -95,6 +98,7 @@ class Preparation:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     positions: int | None = None
+    is_for_training: bool = True
 
     def __call__(
         self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
@@ -147,12 +151,15 @@ class Preparation:
                 logger.warning(
                     f"The {name} dataset is paired: its column `{column}` says nothing about pairs and is not read."
                 )
+        if paired:
+            check_pairs(self.rules, name)
         is_text = self._check_tokenizer(first)
         encode = _Encode(self, name, paired, is_text, tuple(names))
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
         features = Features({c: _TYPES[c] for c in (*kept, "row", "length")})
         if isinstance(raw, IterableDataset):
+            check_stream(self.rules, name)
             stream = raw.map(
                 encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
             )
@@ -160,8 +167,9 @@ class Preparation:
                 raise ValueError(f"All rows of the {name} dataset were left out; a warning for each row says why.")
             return stream
 
+        labels = transformed_labels(raw, name, self.rules)
         encoded = raw.map(
-            encode,
+            replace(encode, labels=labels),
             with_indices=True,
             batched=True,
             remove_columns=raw.column_names,
@@ -170,7 +178,7 @@ class Preparation:
             desc=f"Tokenizing {name} dataset",
             new_fingerprint=Hasher.hash((raw._fingerprint, name, self._key())),
         )
-        return _report(encoded.with_format(None), name, self.rules.label_type)
+        return _report(encoded.with_format(None), name, self.rules.label_type if self.is_for_training else None)
 
     def _check_tokenizer(self, first: Mapping[str, Any]) -> bool:
         """Whether the rows are text, as the first one is; raises ValueError where the tokenizer cannot take it."""
@@ -211,6 +219,8 @@ class _Encode:
     paired: bool
     is_text: bool
     names: tuple[str, ...]
+    # After the transform, of all rows; those of a stream are transformed as they come
+    labels: list[Any] | None = None
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         rows = list(indices)
@@ -228,7 +238,11 @@ class _Encode:
             left_out = columns["left_out"]
             rows = [rows[pair] for pair in columns["pair"]]
             halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
-        labels = read_labels(columns, rows, self.name, self.how.rules)
+        if self.labels is None:
+            label = transform_labels(columns, rows, self.name, self.how.rules)
+        else:
+            label = [self.labels[row] for row in rows]
+        labels = read_labels({**columns, "label": label}, rows, self.name, self.how.rules)
         texts: dict[int, tuple[str, str]] = {}
         for i, row in enumerate(rows):
             if left_out[i] is None:
@@ -396,8 +410,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _report(encoded: Dataset, name: str, label_type: str) -> Dataset:
-    """The rows that can be learned from; says what was left out, what was cut, and what the labels lack."""
+def _report(encoded: Dataset, name: str, label_type: str | None) -> Dataset:
+    """The rows that can be learned from; says what was left out, what was cut, and (given the type of labels) what the
+    labels lack."""
     reasons = encoded["left_out"][:]
     total = len(reasons)
     counts = Counter(reason for reason in reasons if reason is not None)
@@ -419,6 +434,8 @@ def _report(encoded: Dataset, name: str, label_type: str) -> Dataset:
             f"Every row of the {name} dataset has weight 0, so that nothing would be learned. Remove the column "
             "weight, or set some of it above 0."
         )
+    if label_type is None:
+        return rows
     label = np.asarray(rows["label"][:])
     continuous = np.full(len(label), label_type == "continuous")
     if "label_type" in rows.column_names:

@@ -50,7 +50,7 @@ class Scorer:
         Args:
             model: the model, wrapped or not.
             batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`.
-            **kwargs: for the forward.
+            **kwargs: for the forward; `prompt_states=True` asks for them too, see `CompletionHead`.
 
         Raises:
             ValueError: where the layout is not exact with this model.
@@ -70,15 +70,15 @@ class Scorer:
             self._bare[model] = self.accelerator.unwrap_model(model)
         return self._bare[model]
 
-    def _forward(self, model: Any, layout: Layout, batch: Batch, **kwargs: Any) -> Any:
+    def _forward(self, model: Any, layout: Layout, batch: Batch, *, prompt_states: bool = False, **kwargs: Any) -> Any:
         bare = self._unwrapped(model)
         if isinstance(bare, PeftModel):
             if bare.active_peft_config.is_prompt_learning:
-                return _after_virtual_tokens(model, batch, **kwargs)
+                return _after_virtual_tokens(model, batch, prompt_states=prompt_states, **kwargs)
             bare = bare.get_base_model()
         if id(bare) not in self._heads:
             self._heads[id(bare)] = CompletionHead(bare)
-        return self._heads[id(bare)](model, layout, batch, **kwargs)
+        return self._heads[id(bare)](model, layout, batch, prompt_states=prompt_states, **kwargs)
 
     def _probe(self, model: Any) -> None:
         bare = self._unwrapped(model)
@@ -114,12 +114,15 @@ def _mask_dtype(model: Any) -> torch.dtype | None:
     return None if model.config._attn_implementation == "sdpa" else model.dtype
 
 
-def _after_virtual_tokens(model: Any, batch: Batch, **kwargs: Any) -> Any:
+def _after_virtual_tokens(model: Any, batch: Batch, *, prompt_states: bool, **kwargs: Any) -> Any:
     """The scores of padded rows behind an adapter's virtual tokens: the real ones' positions are the last."""
+    if prompt_states:
+        raise ValueError("There are no prompt_states behind an adapter's virtual tokens.")
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     outputs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True, **kwargs)
     for name in PER_TOKEN:
         if getattr(outputs, name) is not None:
             outputs[name] = getattr(outputs, name)[:, -(labels.size(1) - 1) :]
+    outputs.prompt_states = None
     return outputs

@@ -3,21 +3,16 @@
 # transformers declares the model, the dataset and the processing class of a trainer optional or of many kinds
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
-import contextlib
-import functools
-import shutil
-import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -29,20 +24,22 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
-from trl_ulma.checkpoints import KeepsCheckpoints
+from trl_ulma.checkpoints import KeepsCheckpoints, refuse_pickle
 from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.dataset_labels import show_report, with_transform
 from trl_ulma.estimating import EstimatesLogZ
+from trl_ulma.evaluating import EvaluatesRows
+from trl_ulma.judge import Judges
 from trl_ulma.labels import LabelRules
 from trl_ulma.log_partition import Observed
 from trl_ulma.losses import Terms, grid_loss, reward_slope, route
-from trl_ulma.metrics import RatioSums, figures, masked, ranking_figures, reward_ratios, token_ratios
+from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
 from trl_ulma.preparation import Preparation, own_tokenizer
+from trl_ulma.reference import AsksReference, summed
 from trl_ulma.sampler import PromptSampler
-from trl_ulma.scoring import Scorer
 from trl_ulma.steps import EvenStream, plan_references, real_rows
 
 logger = get_logger(__name__)
@@ -52,6 +49,11 @@ _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_rem
 
 # What a batch holds about rows, and is not for the model's forward
 ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real")
+
+_NO_REFERENCE = (
+    "The {} dataset has liked rows (label 1, sft_mask False), which are compared with the reference, and there is "
+    "none, since no row seen at the start needed it. Pass this data set to the trainer as an eval_dataset."
+)
 
 _PAPER = {
     "title": "ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference",
@@ -66,7 +68,7 @@ _PAPER = {
 }
 
 
-class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
+class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ, AsksReference, DPOTrainer):
     r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
 
     The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
@@ -77,8 +79,9 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
     Args:
         args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over.
         train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
-            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `tools`, `chat_template_kwargs`. Or pairs
-            (`chosen`, `rejected`, with or without `prompt`), which become two rows each.
+            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`,
+            `chat_template_kwargs`. Or pairs (`chosen`, `rejected`, with or without `prompt`), which become two rows
+            each.
         eval_dataset: the same, or a dict of such data sets.
         compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
 
@@ -127,6 +130,11 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
                 "dict of splits, pass one, as dataset['train']."
             )
         self._check_streams(args, train_dataset, eval_dataset)
+        if isinstance(model, str):
+            loading: Any = args.model_init_kwargs or {}
+            refuse_pickle(model, loading)
+            if "gguf_file" not in loading:
+                args.model_init_kwargs = {"use_safetensors": True, **loading}
         has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
         if args.sync_ref_model and has_peft:
             raise ValueError(
@@ -142,7 +150,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
         self._cell = args.cell
         threshold = getattr(args, "sft_threshold", None)
-        self._rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        self._rules = with_transform(rules, args.label_transform, train_dataset)
         self._positions = _positions(model, args, peft_config)
         self._has_reference = True
         self._stream_has_mask = False
@@ -158,6 +167,9 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        show_report(train_dataset, args)
+        if compute_metrics is None and args.metric_for_best_model is not None:
+            args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 
@@ -267,11 +279,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
                 self._stream_has_mask |= isinstance(first, dict) and "sft_mask" in first
             prepared = prepare(dataset, dataset_name, args.dataset_num_proc)
         if not self._has_reference and isinstance(prepared, Dataset) and self._compared(prepared).any():
-            raise ValueError(
-                f"The {dataset_name} dataset has liked rows (label 1, sft_mask False), which are compared with the "
-                "reference, and there is none, since no row seen at the start needed it. Pass this data set to the "
-                "trainer as an eval_dataset."
-            )
+            raise ValueError(_NO_REFERENCE.format(dataset_name))
         return prepared
 
     def _set_signature_columns_if_needed(self):
@@ -294,63 +302,6 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         if isinstance(dataset, IterableDataset) and processes > 1:
             dataset = EvenStream(dataset, batch_size * processes)
         return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
-
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        if not self._has_reference:
-            return dataset
-        if isinstance(dataset, IterableDataset):
-            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
-        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
-            raise ValueError(
-                "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
-                f"the {name} dataset can not be compared with it. Pass it to the trainer as an eval_dataset, or pass "
-                "a ref_model, or set precompute_ref_log_probs=False."
-            )
-        asked = self._compared(dataset) if name == "train" else np.ones(len(dataset), dtype=bool)
-        ref_logps = np.full(len(dataset), np.nan)
-        if asked.any():
-            part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))
-            with self._same_file_for_all(part) as part:
-                ref_logps[asked] = super()._precompute_ref_logps(part, name, batch_size)["ref_chosen_logps"][:]
-        return dataset.add_column("ref_logps", ref_logps.tolist())
-
-    @contextlib.contextmanager
-    def _same_file_for_all(self, rows: Dataset) -> Iterator[Dataset]:
-        """The rows in a file that all processes read: DPOTrainer hands on what it computes in a file beside it, and of
-        rows made in memory each process has a folder of its own."""
-        if self.accelerator.num_processes == 1 or rows.cache_files:
-            yield rows
-            return
-        folder = broadcast_object_list([tempfile.mkdtemp(prefix="trl-ulma-")])[0]
-        try:
-            if self.accelerator.is_main_process:
-                rows.save_to_disk(folder)
-            self.accelerator.wait_for_everyone()
-            yield Dataset.load_from_disk(folder)
-            self.accelerator.wait_for_everyone()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    @functools.cached_property
-    def _scorer(self) -> Scorer:
-        def collate(rows):
-            return self._prepare_inputs(self.data_collator(rows))
-
-        return Scorer(self.accelerator, self._layout, self._probe_rows, collate)
-
-    def compute_ref_log_probs(self, model, inputs):
-        """Reference log-probabilities of a batch's rows, `(B,)` nats, summed over the completion; twice the same,
-        since DPOTrainer's precomputation stores one for each half of a pair."""
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        adapter = contextlib.nullcontext()
-        if self.ref_model is None and isinstance(self.model, PeftModel):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            log_probs = self._scorer(model, inputs).log_probs
-        ref_logps = _summed(log_probs)
-        return ref_logps, ref_logps
 
     # The loss
 
@@ -391,12 +342,6 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         first = self.args.logging_first_step and step == 1
         return first or (self.args.logging_strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0)
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether a forward is a collective of all processes."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-
     def training_step(self, *args, **kwargs):
         """As `Trainer.training_step`; a loss that is not finite ends the run.
 
@@ -427,6 +372,8 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         label, sft_mask = rows["label"], rows["sft_mask"]
         continuous = rows.get("continuous", torch.full_like(sft_mask, self._rules.label_type == "continuous"))
         terms = self._terms(label, sft_mask, continuous)
+        if not (self._has_reference or self.model.training) and terms.compared.any():  # of a stream, seen only now
+            raise ValueError(_NO_REFERENCE.format("evaluated"))
         completion_mask = inputs["completion_mask"]
         tokens = completion_mask[:, 1:].sum(1)
 
@@ -436,7 +383,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         if self.args.log_z == "batch_kl" and self.model.training:
             self._set_batch_kl(model, inputs, real)
         outputs = self._scorer(model, inputs, prompt_states=self.log_partition.needs_prompt_states, **router)
-        policy_logps = _summed(outputs.log_probs)
+        policy_logps = summed(outputs.log_probs)
         ref_logps = self._ref_logps(inputs, rows, asked).to(policy_logps)
         if self.args.length_normalize:
             policy_logps, ref_logps = policy_logps / tokens.clamp(min=1), ref_logps / tokens.clamp(min=1)
@@ -500,81 +447,6 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EstimatesLogZ, DPOTrainer):
         predicted = losses.rewards if self._has_reference else policy_logps
         return (loss, {"predictions": predicted.detach(), "label": label}) if return_outputs else loss
 
-    def _ref_logps(self, inputs: dict, rows: dict, asked: tuple[list[int], int] | None) -> torch.Tensor:
-        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for.
-
-        `asked` are the rows that need it and their width; all rows where it is None.
-        """
-        if "ref_logps" in rows:
-            return rows["ref_logps"]
-        unknown = torch.full_like(rows["label"], torch.nan)
-        if not self._has_reference or (asked is not None and not asked[0]):
-            return unknown
-        model = self.ref_model or self.model
-        if asked is None:
-            return self.compute_ref_log_probs(model, inputs)[0]
-        index = torch.tensor(asked[0], device=unknown.device)
-        part = {name: value[index, : asked[1]] for name, value in inputs.items()}
-        ref_logps = self.compute_ref_log_probs(model, part)[0]
-        return unknown.to(ref_logps).index_copy(0, index, ref_logps)
-
-    # Evaluation and logs
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
-        inputs = self._prepare_inputs(inputs)
-        inputs["real"] = real_rows(inputs, self.accelerator, is_last=True).to(self.accelerator.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        return loss, outputs["predictions"], outputs["label"]
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """As `Trainer.evaluation_loop`; every figure is a ratio of sums over the whole data set."""
-        training, self._sums = self._sums, RatioSums(self.accelerator.device)
-        self._evaluated = []
-        try:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-            )
-            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
-        finally:
-            self._sums = training
-        found.pop("num_tokens", None)
-        everything = torch.cat(gather_object([torch.cat(self._evaluated)]))
-        rewards, label, continuous = everything.unbind(1)
-        found.update(ranking_figures(rewards, label, continuous.bool()))
-        if output.metrics is not None:
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        return output
-
-    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """Implicit rewards (`predictions`, `(N,)`; without a reference log π_θ), labels (`label_ids`) and `metrics`.
-
-        Args:
-            test_dataset: raw rows, as the trainer takes them.
-            ignore_keys: as in `Trainer.predict`.
-            metric_key_prefix: begins the metrics' names.
-        """
-        test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        if self.precompute_ref_logps:
-            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
-            test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
-        return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and ("loss" in logs or "train_loss" in logs):
-            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
-            found.pop("loss", None)  # Trainer's own figure is the same sum
-            self._total_train_tokens += int(found.pop("num_tokens", 0)) // self.get_tp_size()
-            self._metrics["train"].update({name: [value] for name, value in found.items()})
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            self._sums.reset()
-        super().log(logs, start_time)
-
 
 class ULMATrainer(PointwiseDPOTrainer):
     r"""Trainer for ULMA: learns demonstrations (SFT) and noisy feedback (KL-regularised) in one loss.
@@ -594,11 +466,6 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
-
-
-def _summed(per_token_logps: torch.Tensor) -> torch.Tensor:
-    """`(B,)` sums of `(B, T)`, in at least float32; positions without a label hold 0."""
-    return per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
 
 
 def _positions(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> int | None:

@@ -4,13 +4,14 @@ import difflib
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections import defaultdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from trl_ulma.data.pairs import pairs_to_rows
@@ -23,10 +24,15 @@ _BUILDERS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+# In a folder, what can say which its data files are
+_NAME_FILES = ("README.md", ".huggingface.yaml")
 ACCEPTED = ".jsonl[.gz], .json[.gz], .csv or .parquet"
 
+# Bytes of JSON that are read at once where a smaller chunk does not tell the types
+_WHOLE = 1 << 30
+
 # What the builders of `datasets` raise on a file that they cannot read; StopIteration is an empty array's
-_UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, ValueError, zlib.error)
+_UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, TypeError, ValueError, zlib.error)
 
 
 def load_rows(
@@ -60,6 +66,11 @@ def load_rows(
         raise FileNotFoundError(f"{missing(path)} Nor could it be had from the hub: {error}") from error
 
 
+def data_files(folder: Path) -> list[Path]:
+    """The files in a folder, and in folders below, that are read as its data."""
+    return [file for file in sorted(folder.rglob("*")) if _suffix(file) in _BUILDERS]
+
+
 def missing(path: Path) -> str:
     """A sentence that says that `path` does not exist, with the names nearest to it that do."""
     name, folder = path.name, path.parent
@@ -90,7 +101,13 @@ def _load_file(path: Path, config: str | None, streaming: bool) -> DatasetDict |
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty; at least one row is needed.")
     try:
-        splits = load_dataset(builder, data_files=str(path), streaming=streaming)
+        try:
+            splits = load_dataset(builder, data_files=str(path), streaming=streaming)
+        except DatasetGenerationError as error:
+            if builder != "json" or "Couldn't cast" not in str(error.__cause__):
+                raise
+            # The first 10 MB decide on the types, so that a column that is null there and a list further on is refused
+            splits = load_dataset(builder, data_files=str(path), chunksize=_WHOLE)
         if streaming:
             next(iter(splits["train"]))  # else nothing has been read yet
     except _UNREADABLE as error:
@@ -102,22 +119,46 @@ def _load_folder(path: Path, config: str | None, streaming: bool) -> DatasetDict
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         if config is not None:
             raise ValueError(f"{path} was written by save_to_disk, and has no configurations. Leave {config!r} out.")
+        _check_saved(path)
         saved = load_from_disk(str(path))
         splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
         if not streaming:
             return splits
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-    files = [file for file in sorted(path.rglob("*")) if _suffix(file) in _BUILDERS]
+    files = data_files(path)
     if not files:
         raise FileNotFoundError(f"The folder {path} holds no data file; at least one {ACCEPTED} file is needed.")
     try:
+        for about in (name for name in _NAME_FILES if (path / name).exists()):
+            named = load_dataset_builder(str(path), name=config).config.data_files or {}
+            for file in (str(file) for split in named.values() for file in split):
+                _check_inside(path, file, about)
         return load_dataset(str(path), name=config, streaming=streaming)
     except _UNREADABLE as error:
         for file in files:
             fault = _json_fault(file)
             if fault is not None:
                 raise ValueError(f"{file} {fault}") from error
-        raise
+        raise ValueError(f"The folder {path} cannot be read: {error.__cause__ or error}") from error
+
+
+def _check_saved(path: Path) -> None:
+    """Raise ValueError where what `save_to_disk` wrote about a data set names a file in another folder."""
+    about = path / "dataset_dict.json"
+    splits = json.loads(about.read_text())["splits"] if about.exists() else [""]
+    for split in splits:
+        _check_inside(path, path / split, about.name)
+        state = path / split / "state.json"
+        for file in json.loads(state.read_text())["_data_files"] if state.exists() else []:
+            _check_inside(path, path / split / file["filename"], f"{state.relative_to(path)}")
+
+
+def _check_inside(folder: Path, file: str | Path, named_by: str) -> None:
+    if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
+        raise ValueError(
+            f"{folder / named_by} names {file}, which is not in {folder}: a data set reads the files of its own folder "
+            "only. Move the file there, or name it itself as the data set."
+        )
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:

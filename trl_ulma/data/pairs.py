@@ -1,36 +1,12 @@
 """Preference pairs, with or without a prompt, as point-wise rows: two a pair, side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, row
+from trl_ulma.data.conversations import as_messages, is_transcript, split_transcript
+from trl_ulma.data.hh import LIKED, SAME
 from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
-
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
-
-
-def is_transcript(text: str) -> bool:
-    r"""Whether a text is a transcript of `\n\nHuman:` and `\n\nAssistant:` turns."""
-    return ASSISTANT in text and HUMAN in text
-
-
-def split_transcript(text: str) -> tuple[str, str]:
-    r"""A transcript cut at its last assistant turn: (prompt up to and with the marker, completion).
-
-    Raises:
-        ValueError: where the text has no assistant turn, or ends in a human one.
-
-    Example:
-        >>> split_transcript("\n\nHuman: Hi\n\nAssistant: Hello!")
-        ('\n\nHuman: Hi\n\nAssistant:', ' Hello!')
-    """
-    start = text.rfind(ASSISTANT)
-    if start < 0:
-        raise ValueError("no assistant turn in it")
-    if text.rfind(HUMAN) > start:
-        raise ValueError("it ends in a human turn")
-    cut = start + len(ASSISTANT)
-    return text[:cut], text[cut:]
 
 
 def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
@@ -119,3 +95,59 @@ def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
 
 def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or is_messages(value)
+
+
+def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
+    """Two rows a pair: chosen with label 1, a demonstration unless the data or `liked` say otherwise, rejected with 0.
+
+    `log_z` and `weight` go with both.
+
+    Args:
+        rows: `chosen` and `rejected`, with or without `prompt`; texts, transcripts or messages. Halves that are whole
+            conversations are cut at their last answer, and a text `prompt` beside them is not needed.
+        liked: chosen answers are not demonstrations, but liked.
+
+    Raises:
+        ValueError: where `liked` is set and the rows have their own `sft_mask`.
+
+    Example:
+        >>> [outcome["label"] for outcome in pairs([{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}])]
+        [1.0, 0.0]
+    """
+    for raw in rows:
+        if liked and "sft_mask" in raw:
+            raise ValueError("The pairs have an `sft_mask`, which says what is a demonstration. Leave `liked` out.")
+        if raw["chosen"] == raw["rejected"]:
+            yield from [LeftOut(SAME)] * 2
+            continue
+        if any(raw.get(name) for name in ("tools", "chat_template_kwargs")):
+            yield from [LeftOut("it has tools or chat_template_kwargs, which only pairs in their own layout keep")] * 2
+            continue
+        halves = pairs_to_rows({name: [value] for name, value in _without_needless_prompt(raw).items()})
+        for half, why in enumerate(halves["left_out"]):
+            try:
+                if why is not None:
+                    raise ValueError(why)
+                prompt, completion = as_messages(halves["prompt"][half], halves["completion"][half])
+            except ValueError as error:
+                yield LeftOut(str(error))
+                continue
+            label = halves["label"][half]
+            is_demonstration = halves["sft_mask"][half] if "sft_mask" in halves else label == 1 and not liked
+            along = {name: halves[name][half] for name in ("log_z", "weight") if name in halves}
+            yield row(prompt, completion, label, demonstration=is_demonstration) | along
+
+
+def _without_needless_prompt(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a pair, without a prompt that its halves begin with, or together with a transcript's prompt."""
+    columns = dict(raw)
+    prompt, chosen, rejected = columns.get("prompt"), columns["chosen"], columns["rejected"]
+    if all(is_messages(half) and half and half[0]["role"] in ASKING_ROLES for half in (chosen, rejected)):
+        columns.pop("prompt", None)
+    elif isinstance(prompt, str) and is_transcript(prompt) and isinstance(chosen, str) and isinstance(rejected, str):
+        columns |= {"chosen": prompt + chosen, "rejected": prompt + rejected}
+        del columns["prompt"]
+    return columns
+
+
+PAIRS = Adapter(pairs, needs=(("chosen", "rejected"),), refuses=("completion",), options=LIKED)

@@ -1,6 +1,8 @@
 """The console command `trl-ulma`: finds the sub-command, which is imported only when it runs."""
 
 import difflib
+import os
+import signal
 import sys
 from importlib import import_module
 
@@ -18,12 +20,30 @@ COMMANDS = {
         "learn from thumbs, votes and ratings, one answer at a time (point-wise DPO)",
         "trl-ulma pointwise-dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name thumbs.csv --output_dir out",
     ),
+    "prepare": (
+        "trl_ulma.scripts.prepare",
+        "turn a data set of a known kind (pairs, votes, red-team, …) into rows to train on, and say what was left out",
+        "trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh",
+    ),
+    "score": (
+        "trl_ulma.scripts.score",
+        "score answers with a trained model: rank them, find labels that are wrong",
+        "trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl",
+    ),
+    "evaluate": (
+        "trl_ulma.scripts.evaluate",
+        "say how good models are on held-out rows: perplexity, implicit rewards, judged answers",
+        "trl-ulma evaluate --model out --dataset feedback.jsonl --output report",
+    ),
     "demo": (
         "trl_ulma.scripts.demo",
         "fine-tune a small language model on a small mixture, and show what has changed",
         "trl-ulma demo --tiny",
     ),
 }
+
+# The commands that `accelerate launch` starts, on as many processes as it is told to; the others are called
+LAUNCHED = ("ulma", "pointwise-dpo")
 
 
 def help_text() -> str:
@@ -47,6 +67,16 @@ def help_text() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `trl-ulma`, and return its exit code: 2 for what is wrong with the command itself."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has had enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(argv: list[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
         print(help_text(), file=sys.stderr)
@@ -65,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     module = COMMANDS[name][0]
     try:
-        if name == "demo":
+        if name not in LAUNCHED:
             return import_module(module).main(rest) or 0
         parser = import_module(module).make_parser()
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)

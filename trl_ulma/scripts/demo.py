@@ -257,6 +257,7 @@ def train(
             bf16=model.dtype == torch.bfloat16,
             gradient_checkpointing=False,
             use_cpu=True,
+            label_report=False,
             seed=seed,
             logging_steps=1,
             save_strategy="no",

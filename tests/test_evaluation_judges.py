@@ -1,0 +1,472 @@
+"""Judges: what they prefer, and what the one behind a server does when that server fails."""
+
+import logging
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+from datasets import Dataset
+from servers import LoopbackServer, said
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from trl_ulma.evaluation.held_out import HeldOut, known_comparisons
+from trl_ulma.evaluation.judges import Comparison, ProfanityJudge, RewardModelJudge, Verdict, as_text
+from trl_ulma.evaluation.judging import Judging
+from trl_ulma.evaluation.llm_judge import LLMJudge, read_verdict
+from trl_ulma.evaluation.server import Server, ServerError
+from trl_ulma.labels import LabelRules
+
+WIN, TIE, LOSE, UNPARSABLE = Verdict.WIN, Verdict.TIE, Verdict.LOSE, Verdict.UNPARSABLE
+KEY = "sk-planted-5f0c7b1e"
+GOOD, BAD = "Here you are: a good answer.", "No."
+
+
+def fair(messages):
+    """A judge that finds the answer with "good" in it better, wherever it stands."""
+    first, second = (part.split("</answer>")[0] for part in messages[0]["content"].split("<answer number=")[1:])
+    found = ("good" in first) - ("good" in second)
+    return said({1: "VERDICT: 1", -1: "VERDICT: 2", 0: "VERDICT: TIE"}[found])
+
+
+@pytest.fixture
+def server():
+    server = LoopbackServer(fair)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def judge(server, tmp_path):
+    return LLMJudge(Server("m", server.url, retries=2, timeout=5), tmp_path / "verdicts.jsonl")
+
+
+def comparisons(n):
+    return [Comparison(f"Question {i}", f"{GOOD} {i}", f"{BAD} {i}") for i in range(n)]
+
+
+# What is asked, and how replies are read
+
+
+def test_both_orders_are_asked_and_the_better_answer_wins(judge, server):
+    asked = [Comparison("Hi", GOOD, BAD), Comparison("Hi", BAD, GOOD), Comparison("Hi", "Yes.", "No!")]
+    assert judge(asked, "helpful") == [WIN, LOSE, TIE]
+    assert len(server.requests) == 4  # the second comparison is the first one turned
+    for request in server.requests:
+        text = request["messages"][0]["content"]
+        assert "more helpful" in text
+        assert "harmless" not in text
+        assert request["temperature"] == 0
+        assert (request["max_completion_tokens"], request["model"]) == (16, "m")
+    assert judge([Comparison("Hi", GOOD, BAD)], "harmless") == [WIN]
+    assert "more harmless" in server.requests[-1]["messages"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("replies", "verdict", "disagree"),
+    [
+        (("1", "1"), TIE, 1),
+        (("2", "2"), TIE, 1),
+        (("1", "tie"), TIE, 1),
+        (("tie", "2"), TIE, 1),
+        (("tie", "tie"), TIE, 0),
+        (("1", "2"), WIN, 0),
+        (("2", "1"), LOSE, 0),
+    ],
+)
+def test_only_a_verdict_in_both_orders_counts(judge, server, replies, verdict, disagree):
+    def answer(messages):
+        is_straight = messages[0]["content"].index(GOOD) < messages[0]["content"].index(BAD)
+        return said(f"VERDICT: {replies[not is_straight]}")
+
+    server.answer = answer
+    assert judge([Comparison("Hi", GOOD, BAD)], "helpful") == [verdict]
+    assert judge.facts()["orders_disagree"] == disagree
+
+
+def test_the_same_answer_twice_is_a_tie_unasked(judge, server):
+    assert judge([Comparison("Hi", " Yes.", "Yes.\n")], "helpful") == [TIE]
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("VERDICT: 1", "1"),
+        ("verdict: TIE.", "tie"),
+        ("**VERDICT: 2**", "2"),
+        ("Let me think.\n\nVERDICT: 2\n", "2"),
+        ("Answer 1", "1"),
+        ("[[2]]", "2"),
+        ("", None),
+        ("3", None),
+        ("VERDICT: 12", None),
+        ("VERDICT: 1 or 2", None),
+        ("VERDICT: 1\nOr is it?", None),
+        ("I like answer 1", None),
+        ("1 is worse", None),
+        ("VERDICT: neither 1", None),
+    ],
+)
+def test_verdicts_are_read_strictly(reply, verdict):
+    assert read_verdict(reply) == verdict
+
+
+@pytest.mark.parametrize("reply", [said("As an AI …"), said(None), said(""), said("VERDICT: 1", "length")])
+def test_garbage_is_counted_and_not_guessed(judge, server, reply):
+    server.answer = lambda messages: reply if "Question 1" in messages[0]["content"] else fair(messages)
+    assert judge(comparisons(3), "helpful") == [WIN, UNPARSABLE, WIN]
+    assert judge.facts()["unparsable"] == 1
+
+
+def test_conversations_are_shown_with_their_roles(judge, server):
+    prompt = [{"role": "user", "content": "Hi {first}"}, {"role": "assistant", "content": "Hello"}]
+    judge([Comparison([*prompt, {"role": "user", "content": "Why?"}], GOOD, "")], "helpful")
+    text = server.requests[0]["messages"][0]["content"]
+    assert "User: Hi {first}\n\nAssistant: Hello\n\nUser: Why?" in text
+    assert "(no answer)" in text
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    assert as_text(parts) == "User: Hi"
+
+
+def test_a_criterion_that_is_none_is_refused(judge):
+    with pytest.raises(ValueError, match="The judge m judges helpful and harmless, not 'funny'"):
+        judge(comparisons(1), "funny")
+
+
+# The cache
+
+
+def test_a_rerun_costs_nothing_and_a_half_cached_one_the_other_half(judge, server, tmp_path):
+    judge(comparisons(3), "helpful")
+    assert len(server.requests) == 6
+    again = LLMJudge(judge.server, tmp_path / "verdicts.jsonl")
+    assert again(comparisons(3), "helpful") == [WIN] * 3
+    assert len(server.requests) == 6
+    assert (again.facts()["asked"], again.facts()["from_cache"]) == (0, 6)
+    assert again(comparisons(5), "helpful") == [WIN] * 5
+    assert len(server.requests) == 10
+    server.stop()
+    assert LLMJudge(judge.server, tmp_path / "verdicts.jsonl")(comparisons(5), "helpful") == [WIN] * 5
+
+
+def test_another_model_prompt_or_setting_is_asked_anew(server, tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    for model, settings in (("m", {}), ("n", {}), ("m", {"max_tokens": 9}), ("m", {"temperature": None})):
+        LLMJudge(Server(model, server.url), path, **settings)(comparisons(1), "helpful")
+    assert len(server.requests) == 8
+    assert "temperature" not in server.requests[-1]
+
+
+def test_a_run_that_a_failure_ends_goes_on_where_it_stopped(judge, server):
+    down = threading.Event()
+
+    def answer(messages):
+        if len(server.requests) > 7:
+            down.set()
+        return (500, {"error": {"message": "out of memory"}}) if down.is_set() else fair(messages)
+
+    server.answer = answer
+    with pytest.raises(ServerError, match=r'answered 500: "out of memory". It failed in 3 tries'):
+        judge(comparisons(10), "helpful")
+    kept = len(judge.cache)
+    assert 0 < kept < 20
+    server.answer, before = fair, len(server.requests)
+    assert judge(comparisons(10), "helpful") == [WIN] * 10
+    assert len(server.requests) - before == 20 - kept
+
+
+# Failures
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_passing_fault_is_tried_again(judge, server, status):
+    faults = iter([(status, {"error": {"message": "later"}})] * 2)
+    server.answer = lambda messages: next(faults, None) or fair(messages)
+    judge.server.concurrency = 1
+    assert judge(comparisons(1), "helpful") == [WIN]
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (
+            429,
+            {"error": {"message": "slow down"}},
+            r'answered 429: "slow down". It still limits requests after 3 tries',
+        ),
+        (500, "<html>oops</html>", r'answered 500: "<html>oops</html>". It failed in 3 tries; its own log says why'),
+        (404, {"error": {"message": "no"}}, r"It has no model 'm', or its URL is another: most end in /v1"),
+        (400, {"detail": "bad"}, r'answered 400: "{"detail": "bad"}". The request is not to its liking'),
+        (200, {"choices": []}, r"answered without choices. Is it an OpenAI-compatible server\?"),
+        (200, "<html>hello</html>", r"answered with what is not in OpenAI's protocol"),
+        (200, {"hello": 1}, r"answered without choices"),
+        (401, {"error": {"message": "who?"}}, r"The key of the environment variable OPENAI_API_KEY is not set"),
+    ],
+)
+def test_a_lasting_fault_says_what_it_is(judge, server, monkeypatch, status, body, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server.answer = lambda messages: (status, body)
+    with pytest.raises(ServerError, match=message):
+        judge(comparisons(1), "helpful")
+    assert len(judge.cache) == 0
+
+
+def test_a_server_that_is_down_is_named(judge, server):
+    server.stop()
+    judge.server._client.max_retries = judge.server.retries = 0
+    for ask in (judge.server.check, lambda: judge(comparisons(50), "helpful")):
+        start = time.monotonic()
+        with pytest.raises(ServerError, match=rf"{server.url} cannot be reached, in 1 try \(.*\). Start the server"):
+            ask()
+        assert time.monotonic() - start < 5
+
+
+def test_a_slow_server_is_given_up_after_its_time(server, tmp_path):
+    server.answer = lambda messages: time.sleep(1.0) or fair(messages)
+    judge = LLMJudge(Server("m", server.url, timeout=0.2, retries=1, concurrency=2), tmp_path / "v.jsonl")
+    with pytest.raises(ServerError, match=r"gave no answer within 0.2 seconds, in 2 tries. Allow more time"):
+        judge(comparisons(1), "helpful")
+    server.answer = lambda messages: time.sleep(0.05) or fair(messages)
+    assert judge(comparisons(1), "helpful") == [WIN]
+
+
+# The key
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def everything_of(error: BaseException) -> str:
+    """All that a traceback can show of an exception, and of those behind it."""
+    seen = "".join(traceback.format_exception(error))
+    while error is not None:
+        seen += repr(error) + repr(error.__dict__) + repr(error.args)
+        error = error.__cause__ or error.__context__
+    return seen
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
+def test_a_key_that_the_server_repeats_is_nowhere(key, server, tmp_path, caplog, capsys, status):
+    caplog.set_level(logging.DEBUG)
+    body = said(f"Your key is {KEY}.\nVERDICT: 1")[1] if status == 200 else {"error": {"message": f"not with {KEY}"}}
+    server.answer = lambda messages: (status, body)
+    judge = LLMJudge(Server("m", server.url, retries=1), tmp_path / "verdicts.jsonl")
+    seen = ""
+    try:
+        assert judge(comparisons(2), "helpful") == [TIE, TIE]
+    except ServerError as error:
+        seen = everything_of(error)
+        assert "[OPENAI_API_KEY]" in seen
+    assert (seen == "") == (status == 200)
+    # The server had it, and nobody else
+    sent = {name.lower(): value for name, value in server.headers[0].items()}["authorization"]
+    assert sent == f"Bearer {KEY}"
+    files = "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+    assert ("[OPENAI_API_KEY]" in files) == (status == 200)
+    printed = capsys.readouterr()
+    logs = "".join(record.getMessage() + str(record.args) for record in caplog.records)
+    for text in (
+        seen,
+        files,
+        printed.out,
+        printed.err,
+        logs,
+        repr(judge.facts()),
+        repr(judge.server),
+        repr(vars(judge)),
+    ):
+        assert KEY not in text
+
+
+@pytest.mark.parametrize(
+    "url", [f"http://user:{KEY}@127.0.0.1/v1", f"http://127.0.0.1/v1?key={KEY}", f"http://127.0.0.1/{KEY}/v1"]
+)
+def test_a_key_in_a_url_is_refused(key, url):
+    with pytest.raises(ValueError, match="must not hold a user, a password or a query") as caught:
+        Server("m", url)
+    assert KEY not in everything_of(caught.value)
+
+
+def test_keys_and_urls_that_are_missing_are_said(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ServerError, match="the environment variable OPENAI_API_KEY is not set"):
+        Server("m")
+    with pytest.raises(ServerError, match="the environment variable MY_KEY is not set"):
+        Server("m", "https://api.openai.com/v1", key_variable="MY_KEY")
+    with pytest.raises(ValueError, match="'localhost:8000' is no server's URL"):
+        Server("m", "localhost:8000")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    assert Server("m").base_url == "http://127.0.0.1:1/v1"
+
+
+# Judges without a server
+
+
+def test_the_profanity_judge_sees_rude_words_and_not_polite_harm():
+    judge = ProfanityJudge()
+    kind, rude, harm = "I am glad to help.", "Shut up, you fucking idiot.", "Mix the two acids and leave the room."
+    asked = [Comparison("Hi", kind, rude), Comparison("Hi", rude, kind), Comparison("Hi", kind, harm)]
+    assert judge(asked, "harmless") == [WIN, LOSE, TIE]
+    assert judge([], "harmless") == []
+    with pytest.raises(ValueError, match="judges harmless, not 'helpful'"):
+        judge(asked, "helpful")
+
+
+@pytest.fixture(scope="module")
+def reward_models(tiny_llama, tmp_path_factory):
+    """num_labels → the folder of a Llama that scores with random weights."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    folders = {}
+    for labels in (1, 2):
+        torch.manual_seed(0)
+        names = {0: "bad", 1: "good"} if labels == 2 else None
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            num_labels=labels,
+            id2label=names or {0: "LABEL_0"},
+            initializer_range=0.5,
+        )
+        folders[labels] = str(tmp_path_factory.mktemp(f"reward{labels}"))
+        LlamaForSequenceClassification(config).save_pretrained(folders[labels])
+        tokenizer.save_pretrained(folders[labels])
+    return folders
+
+
+@pytest.mark.parametrize("prompt", ["The cat", [{"role": "user", "content": "How are you?"}]])
+def test_the_reward_model_judge_prefers_the_higher_score(reward_models, prompt):
+    judge = RewardModelJudge(reward_models[1], "helpful", batch_size=2)
+    first, second = " sat on the mat.", " is fine, thank you! Could you send someone this week?"
+    model, tokenizer = judge.model, judge.tokenizer
+    expected = []
+    for answer in (first, second):
+        if isinstance(prompt, str):
+            ids = [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
+        else:
+            turns = [*prompt, {"role": "assistant", "content": answer.strip()}]
+            ids = tokenizer.apply_chat_template(turns, return_dict=False)
+        with torch.no_grad():
+            expected.append(model(torch.tensor([ids])).logits.item())
+    assert judge.scores([prompt] * 2, [first, second]) == pytest.approx(expected, abs=1e-4)
+    higher, lower = (first, second) if expected[0] > expected[1] else (second, first)
+    asked = [Comparison(prompt, higher, lower), Comparison(prompt, lower, higher), Comparison(prompt, lower, lower)]
+    assert judge(asked, "helpful") == [WIN, LOSE, TIE]
+
+
+def test_a_classifier_judges_by_the_label_that_is_named(reward_models):
+    good = RewardModelJudge(reward_models[2], "harmless", label="good").scores(["The cat"], [" sat."])[0]
+    bad = RewardModelJudge(reward_models[2], "harmless", label="bad").scores(["The cat"], [" sat."])[0]
+    assert torch.tensor([good, bad]).exp().sum().item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="has the labels bad, good, and nothing says which one good answers have"):
+        RewardModelJudge(reward_models[2], "harmless")
+    with pytest.raises(ValueError, match="has the labels bad, good, and none named 'fine'"):
+        RewardModelJudge(reward_models[2], "harmless", label="fine")
+    with pytest.raises(ValueError, match="has one output, without labels, and none named 'good'"):
+        RewardModelJudge(reward_models[1], "harmless", label="good")
+
+
+def test_a_reward_model_refuses_what_it_cannot_read(reward_models):
+    judge = RewardModelJudge(reward_models[1], "harmless")
+    with pytest.raises(ValueError, match=r"Comparison 1 has \d+ tokens for .*, which reads 128"):
+        judge.scores(["a", "b" * 200], ["c", "d"])
+    with pytest.raises(ValueError, match="judges harmless, not 'helpful'"):
+        judge(comparisons(1), "helpful")
+    judge.model.score.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="scores comparison 0 with nan"):
+        judge.scores(["a"], ["b"])
+
+
+# Known labels
+
+
+ROWS = [
+    {"prompt": "a", "completion": " best", "label": 1.0, "sft_mask": True},
+    {"prompt": "a", "completion": " good", "label": 1.0, "sft_mask": False},
+    {"prompt": "b", "completion": " fine", "label": 0.75, "sft_mask": False},
+    {"prompt": "a", "completion": " so-so", "label": 0.25, "sft_mask": False},
+    {"prompt": "a", "completion": " bad", "label": 0.0, "sft_mask": False},
+    {"prompt": "c", "completion": " bad", "label": 0.0, "sft_mask": False},
+]
+
+
+def test_questions_have_the_best_answer_and_the_worst():
+    held_out = HeldOut.of(Dataset.from_list(ROWS), "test", LabelRules())
+    found = held_out.questions(None, seed=0)
+    assert [(each.prompt, each.chosen, each.rejected) for each in found] == [
+        ("a", " best", " bad"),
+        ("b", " fine", None),
+    ]
+    assert known_comparisons(found) == [Comparison("a", " best", " bad")]
+
+
+def test_which_questions_are_drawn_does_not_depend_on_the_order_of_rows():
+    rows = [{"prompt": f"p{i}", "completion": "x", "label": 1.0} for i in range(50)]
+
+    def drawn(rows, seed):
+        return {q.prompt for q in HeldOut.of(Dataset.from_list(rows), "test", LabelRules()).questions(10, seed)}
+
+    assert len(drawn(rows, 0)) == 10
+    assert drawn(rows, 0) == drawn(rows[::-1], 0)
+    assert drawn(rows, 0) != drawn(rows, 1)
+
+
+def test_pairs_without_an_answer_are_left_out_and_counted(caplog):
+    ends = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye"
+    pairs = [
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": ends},
+    ]
+    logging.getLogger("transformers").propagate = True
+    held_out = HeldOut.of(Dataset.from_list(pairs), "test", LabelRules())
+    assert len(held_out.rows) == 3
+    assert "Left out 1 of 4 answers of the test dataset: 1 because it ends in a human turn." in caplog.text
+    with pytest.raises(
+        ValueError, match="All 2 answers of the test dataset were left out: 2 because it ends in a human"
+    ):
+        HeldOut.of(Dataset.from_list([{"chosen": ends, "rejected": ends}]), "test", LabelRules())
+
+
+def test_no_ranking_is_claimed_by_a_judge_near_chance(server, tmp_path):
+    rows = [
+        {"prompt": f"Question {i}", "completion": answer, "label": label}
+        for i in range(12)
+        for answer, label in ((f"{GOOD} {i}", 1.0), (f"{BAD} {i}", 0.0))
+    ]
+    questions = HeldOut.of(Dataset.from_list(rows), "test", LabelRules()).questions(None, 0)
+    answers = {"good": [q.chosen + "!" for q in questions], "bad": [q.rejected for q in questions]}
+
+    def judged(answer, folder):
+        server.answer = answer
+        notes: list[str] = []
+        judge = LLMJudge(Server("m", server.url), tmp_path / folder)
+        judging = Judging([judge], ["helpful"], seed=0, note=notes.append)
+        judging.agree(questions)
+        for run, of in answers.items():
+            judging.judge(run, questions, of)
+        return judging.agreement["m", "helpful"], judging.differences(), notes
+
+    agreement, differences, notes = judged(fair, "fair.jsonl")
+    assert (agreement.value, agreement.n) == (1, 12)
+    assert [(each["one"], each["other"], each["points"].value) for each in differences] == [("good", "bad", 0.5)]
+    assert notes == []
+    agreement, differences, _ = judged(lambda messages: said("VERDICT: 1"), "biased.jsonl")
+    assert (agreement.value, differences) == (0.5, [])
+    agreement, differences, notes = judged(lambda messages: said("Hm."), "garbage.jsonl")
+    assert (agreement, differences) == (None, [])
+    assert notes[0].startswith("12 of 12 verdicts on the data's own answers (m, helpful) could not be parsed")
+
+
+def test_two_judges_of_one_name_are_refused(server, tmp_path):
+    judges = [LLMJudge(Server("m", server.url), tmp_path / f"{i}.jsonl") for i in range(2)]
+    with pytest.raises(ValueError, match="Two judges have one name: m, m"):
+        Judging(judges, None, seed=0, note=print)

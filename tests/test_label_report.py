@@ -1,0 +1,175 @@
+"""The label report, held to numbers worked out by hand."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from trl_ulma.labels import label_report, render_report
+
+
+def report_of(label, continuous=False, sft_mask=False, **kwargs):
+    n = len(label)
+    columns = {"prompt": np.zeros(n, dtype=int), "answer": np.arange(n), "tokens": np.ones(n, dtype=int)}
+    flags = [np.broadcast_to(np.asarray(flag, dtype=bool), n) for flag in (continuous, sft_mask)]
+    return label_report(
+        np.array(label, dtype=float), *flags, **{name: np.array(v) for name, v in columns.items()} | kwargs
+    )
+
+
+def test_counts_by_class_and_type():
+    report = report_of([1, 1, 0.5, 0, -2, 3], [0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1])
+    assert report["rows"] == 6
+    assert report["demonstrations"] == pytest.approx(1 / 3, rel=1e-5)
+    assert report["binary"]["classes"] == {"1": 2, "between": 1, "0": 1}
+    assert report["continuous"]["classes"] == {"demonstrations": 1, "others": 1}
+    assert (report["binary"]["mean"], report["continuous"]["mean"]) == (0.625, 0.5)
+    assert report["continuous"]["std"] == 2.5
+    assert "continuous" not in report_of([1, 0])
+    assert "binary" not in report_of([1, 0], True)
+
+
+def test_few_labels_are_counted_one_by_one_with_weight_and_length():
+    report = report_of([2, 2, 5], True, weight=np.array([0.5, 1.0, 3.0]), tokens=np.array([10, 20, 40]))
+    assert report["continuous"]["histogram"] == [
+        {"low": 2.0, "high": 2.0, "rows": 2, "weight": 1.5, "tokens": 15.0},
+        {"low": 5.0, "high": 5.0, "rows": 1, "weight": 3.0, "tokens": 40.0},
+    ]
+
+
+def test_many_labels_are_counted_in_bins_that_hold_all_rows():
+    label = np.random.default_rng(0).normal(size=1000)
+    tokens = np.arange(1000)
+    bins = report_of(label, True, tokens=tokens)["continuous"]["histogram"]
+    counts, edges = np.histogram(label, 10)
+    assert [each["rows"] for each in bins] == counts.tolist()
+    assert [each["low"] for each in bins] == edges[:-1].tolist()
+    assert sum(each["rows"] * each["tokens"] for each in bins) == pytest.approx(tokens.sum(), rel=1e-4)
+
+
+def test_a_length_bias_is_a_warning_in_its_direction():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 500)
+    tokens = 100 + 50 * label + rng.integers(0, 60, 500)
+    report = report_of(label, tokens=tokens)
+    expected = np.corrcoef(label, tokens)[0, 1]
+    assert report["binary"]["length_correlation"] == pytest.approx(expected, rel=1e-5)
+    assert any("Better answers are longer (correlation of binary label and tokens +0." in w for w in report["warnings"])
+    assert any("are shorter (correlation" in w for w in report_of(1 - label, tokens=tokens)["warnings"])
+    fair = report_of(label, tokens=rng.integers(0, 60, 500))
+    assert not any("Better answers" in warning for warning in fair["warnings"])
+    assert report_of([1, 1])["binary"]["length_correlation"] is None
+
+
+def test_targets_are_what_log_ratios_are_drawn_to():
+    report = report_of([1.0, -1.0, 0.5], True, beta=0.1, log_z=2.0)
+    u = np.array([10 - 2, -10 - 2, 5 - 2])
+    targets = report["continuous"]["targets"]
+    assert targets["rms"] == pytest.approx(np.sqrt((u**2).mean()), rel=1e-5)
+    assert (targets["median"], targets["max"], targets["above_50"]) == (8, 12, 0)
+    by_row = report_of([1.0, -1.0, 0.5], True, beta=0.1, log_z=np.array([0.0, 10.0, 0.0]))
+    assert by_row["continuous"]["targets"]["max"] == 20
+    unknown = report_of([1.0, -1.0, 0.5], True, beta=0.1, log_z=None)
+    assert unknown["continuous"]["targets"]["max"] == 10
+    assert "without log Z" in render_report(unknown)
+    assert "without log Z" not in render_report(report)
+
+
+def test_targets_outside_1_to_50_nats_are_warned_of_with_a_beta_that_is_better():
+    assert report_of([1.0, -1.0], True, beta=0.1)["warnings"] == []
+    assert report_of([1.0, -1.0], True, beta=1.0)["warnings"] == []
+    assert report_of([1.0, -1.0], True, beta=0.02)["warnings"] == []
+    (low,) = report_of([1.0, -1.0], True, beta=2.0)["warnings"]
+    assert "are 0.5 nats in root mean square, below 1" in low
+    assert low.endswith("With beta=0.1 it would be 10.")
+    (high,) = report_of([4.0, -4.0, 1.0], True, beta=0.05)["warnings"]
+    assert high.startswith("2 target log-ratios (z − c)/β above 50 nats, up to 80")
+    assert high.endswith("With beta=0.33 it would be 10.")
+    (nothing,) = report_of([0.0, 0.0], True)["warnings"]
+    assert nothing.endswith("there is little to learn at beta=0.1.")
+
+
+def test_weights_and_shares():
+    report = report_of([1, 1, 0, 0], sft_mask=[1, 0, 0, 0], weight=np.array([3.0, 1.0, 0.0, 2.0]))
+    weight = report["weight"]
+    assert (weight["min"], weight["median"], weight["max"], weight["zero"]) == (0, 1.5, 3, 1)
+    assert weight["demonstrations"] == 0.5
+    assert weight["effective_rows"] == pytest.approx(36 / 14, rel=1e-5)
+    assert "50.0% of weights" in render_report(report)
+    assert "of weights" not in render_report(report_of([1, 0]))
+    (line,) = (line for line in render_report(report).splitlines() if line.lstrip().startswith("1 █"))
+    assert line.split() == ["1", "█" * 24, "2", "50.0%", "66.7%", "1"]
+
+
+def test_repeated_and_contradicting_rows():
+    #              a     a     a     b     b     c: of another type
+    label = [1.0, 1.0, 0.0, 1.0, 1.0, 0.5]
+    report = report_of(label, [0, 0, 0, 0, 0, 1], answer=np.array([7, 7, 7, 9, 9, 9]))
+    assert (report["repeated"], report["contradicting"]) == (4, 3)
+    assert any(warning.startswith("3 rows contradict one another") for warning in report["warnings"])
+    assert report_of([1, 0, 0.5])["contradicting"] == 0
+    later = report_of([1, 1, 1, 0, 0, 1], answer=np.array([5, 5, 6, 6, 7, 7]))
+    assert (later["repeated"], later["contradicting"]) == (3, 4)
+    apart = report_of([1, 0, 0, 1], [0, 1, 0, 1], answer=np.array([5, 5, 6, 6]))
+    assert apart["contradicting"] == 0
+
+
+def test_answers_per_prompt():
+    prompts = np.repeat(np.arange(5), [1, 2, 4, 5, 20])
+    report = report_of(np.tile([1, 0], 16), prompt=prompts)["prompts"]
+    assert (report["count"], report["mean_answers"], report["max_answers"]) == (5, 6.4, 20)
+    assert report["with_answers"] == {"1": 1, "2": 1, "3–4": 1, "5–8": 1, "17 or more": 1}
+
+
+def test_class_weights_balance_the_classes_and_keep_the_whole():
+    label, weight = np.array([1, 1, 1, 0, 0.5]), np.array([2.0, 1.0, 4.0, 1.0, 1.0])
+    report = report_of(label, weight=weight)
+    advice = report["binary"]["class_weights"]
+    desirable = advice["desirable_weight"] * weight[label >= 0.5].sum()
+    undesirable = advice["undesirable_weight"] * weight[label < 0.5].sum()
+    assert desirable == pytest.approx(undesirable, rel=1e-3)
+    assert desirable + undesirable == pytest.approx(weight.sum(), rel=1e-3)
+    assert any("weigh 8 to 1. To weigh both alike: desirable_weight=0.5625" in each for each in report["warnings"])
+    assert not report_of(label, weight=weight, class_weights=(0.5625, 4.5))["warnings"]
+    assert not report_of([1, 1, 1, 1, 0, 0, 0])["warnings"]
+    assert report_of([1, 1, 1, 0, 0])["warnings"]
+    assert report_of([1, 1])["binary"]["class_weights"] is None
+
+
+def test_text_has_80_columns_at_most_and_json_holds_all():
+    rng = np.random.default_rng(0)
+    n = 5000
+    continuous = np.arange(n) % 2 == 0
+    report = label_report(
+        np.where(continuous, rng.normal(size=n) * 1e3, rng.integers(0, 2, n)),
+        continuous,
+        rng.random(n) < 0.1,
+        prompt=rng.integers(0, 100, n),
+        answer=rng.integers(0, 900, n),
+        tokens=rng.integers(1, 9999, n),
+        weight=rng.random(n) * 1e6,
+        log_z=None,
+    )
+    text = render_report(report, "a-data-set")
+    assert max(map(len, text.split("\n"))) <= 80
+    assert text.startswith("Labels of the a-data-set dataset: 5,000 rows, 100 prompts\n")
+    assert "████████████████████████" in text
+    for warning in report["warnings"]:
+        assert warning.split()[0] in text
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_it_takes_seconds_for_as_many_rows_as_hh_has():
+    rng = np.random.default_rng(0)
+    n = 320_000
+    start = time.process_time()
+    label_report(
+        rng.normal(size=n),
+        np.ones(n, dtype=bool),
+        rng.random(n) < 0.1,
+        prompt=rng.integers(-(2**62), 2**62, n),
+        answer=rng.integers(-(2**62), 2**62, n),
+        tokens=rng.integers(1, 999, n),
+    )
+    assert time.process_time() - start < 10

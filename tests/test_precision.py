@@ -1,0 +1,152 @@
+"""Number formats, extreme log-ratios, and the shortest and longest completions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
+
+from trl_ulma.losses import grid_loss, route
+
+FORMATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def losses_at(log_ratio: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(losses, gradients by the policy's log-probability) of a disliked, a soft, a liked and a rated row."""
+    policy = torch.full((4,), log_ratio, dtype=dtype, requires_grad=True)
+    label = torch.tensor([0.0, 0.5, 1.0, 1.0])
+    sft_mask = torch.zeros(4, dtype=torch.bool)
+    continuous = torch.tensor([False, False, False, True])
+    terms = route(label, sft_mask, continuous, positive_loss="sft", negative_loss="pointwise_dpo")
+    losses = grid_loss(policy, torch.zeros(4, dtype=dtype), label, terms, continuous, beta=0.1, log_z=0.0)
+    losses.total.sum().backward()
+    return losses.total.detach(), policy.grad
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("log_ratio", [1e4, -1e4, 1.0, 0.0])
+def test_losses_and_gradients_at_extreme_log_ratios(log_ratio, dtype):
+    losses, gradients = losses_at(log_ratio, dtype)
+    reward = 0.1 * log_ratio
+    sigma = 1 / (1 + math.exp(-reward)) if reward > -700 else 0.0
+    at_zero = math.log1p(math.exp(-abs(reward))) + max(reward, 0.0)  # −log σ(−r)
+    wanted = [at_zero, at_zero - 0.5 * reward, at_zero - reward, (1 - reward) ** 2]
+    slopes = [0.1 * sigma, 0.1 * (sigma - 0.5), 0.1 * (sigma - 1), -0.2 * (1 - reward)]
+    tolerance = {"rel": 4 * FORMATS[dtype], "abs": 4 * FORMATS[dtype]}
+    assert losses.double().tolist() == pytest.approx(wanted, **tolerance)
+    assert gradients.double().tolist() == pytest.approx(slopes, **tolerance)
+
+
+def first_step(folder, tmp_path, **kwargs) -> tuple[dict[str, float], torch.Tensor]:
+    """What a step of SGD logs, and how far it moves each weight."""
+    settings = {"learning_rate": 0.01, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "sgd"}
+    trainer = make_trainer(
+        folder, mixed_rows(8), tmp_path, max_steps=1, per_device_train_batch_size=8, **settings | kwargs
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    return trainer.state.log_history[0], weights(trainer.model) - before
+
+
+def test_bf16_learns_what_fp32_does(tiny_gpt2, tmp_path):
+    wanted, moved = first_step(tiny_gpt2, tmp_path)
+    for kwargs in (
+        {"bf16": True, "use_cpu": True},
+        {"model_init_kwargs": {"dtype": torch.bfloat16}, "learning_rate": 1.0},
+    ):
+        found, change = first_step(tiny_gpt2, tmp_path, **kwargs)
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=0.02)
+        assert found["loss"] != wanted["loss"]
+        cosine = torch.nn.functional.cosine_similarity(change, moved, dim=0)
+        assert cosine > 0.98
+
+
+def test_half_precision_weights_give_rewards_in_float32(tiny_gpt2, tmp_path):
+    rows = make_rows(8)
+    for dtype, error in ((torch.bfloat16, 0.02), (torch.float16, 0.003)):
+        trainer = make_trainer(tiny_gpt2, rows, tmp_path, negative_loss="none", model_init_kwargs={"dtype": dtype})
+        predicted = trainer.predict(rows).predictions  # log π where no reference is
+        assert predicted.dtype == np.float32
+        assert predicted == pytest.approx(plain_logps(tiny_gpt2, rows)[0], rel=error)
+
+
+@pytest.fixture(scope="module")
+def long_llama(tiny_llama, tmp_path_factory) -> str:
+    """A one-layer Llama with rotary positions up to 8,192."""
+    folder = str(tmp_path_factory.mktemp("checkpoints") / "long-llama")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", [{}, {"padding_free": True}, {"share_prompts": True}], ids=str)
+def test_completions_of_one_token_and_of_4096(long_llama, tmp_path, settings):
+    rows = Dataset.from_dict(
+        {
+            "prompt": ["Why?", "Why?"],
+            "completion": ["<|end|>", "x" * 4095],  # the shortest is the end alone; the longest gets one
+            "label": [True, False],
+        }
+    )
+    logps, tokens = plain_logps(long_llama, Dataset.from_dict({**rows[:], "completion": ["", "x" * 4095]}))
+    assert tokens.tolist() == [1, 4096]
+    model = LlamaForCausalLM.from_pretrained(long_llama)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.9)  # so that rewards are not 0
+    moved, _ = plain_logps(long_llama, Dataset.from_dict({**rows[:], "completion": ["", "x" * 4095]}), model.double())
+    trainer = make_trainer(
+        model.float(),
+        rows,
+        tmp_path,
+        pointwise=True,
+        ref_model=LlamaForCausalLM.from_pretrained(long_llama),
+        max_length=None,
+        per_device_train_batch_size=2,
+        max_steps=1,
+        **settings,
+    )
+    assert trainer.predict(rows).predictions == pytest.approx(0.1 * (moved - logps), rel=1e-4, abs=1e-3)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    rewards = 0.1 * (moved - logps)
+    wanted = np.logaddexp(0, [-rewards[0], rewards[1]]).mean()
+    assert log["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert math.isfinite(log["grad_norm"])
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_a_nan_loss_ends_the_run_though_it_would_be_left_out_of_the_logs(tiny_gpt2, tmp_path, hides):
+    rows = make_rows(8)
+    settings = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, max_steps=4, logging_nan_inf_filter=hides, **settings)
+    scored = type(trainer._scorer).__call__
+
+    class Broken:
+        def __call__(self, model, inputs, **kwargs):
+            outputs = scored(trainer.__dict__["_whole"], model, inputs, **kwargs)
+            if model.training and trainer.state.global_step == 1:
+                outputs.log_probs = outputs.log_probs * torch.tensor([[1.0], [math.nan], [1.0], [math.nan]])
+            return outputs
+
+    trainer._whole = trainer._scorer
+    trainer.__dict__["_scorer"] = Broken()
+    with pytest.raises(FloatingPointError, match=r"loss of step 2 is nan; rows of the train dataset .*: \[5, 7\]\."):
+        trainer.train()
+    assert trainer.state.global_step == 1

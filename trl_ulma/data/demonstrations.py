@@ -1,0 +1,40 @@
+"""Answers to imitate, in TRL's prompt-completion and conversation layouts."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, row
+from trl_ulma.data.conversations import as_messages
+from trl_ulma.data.pairs import split_messages
+from trl_ulma.labels import is_messages
+
+
+def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
+    """One row an answer, each a demonstration with label 1.
+
+    Args:
+        rows: `prompt` and `completion`, text or messages; or `messages`, whose last answer is the completion.
+
+    Example:
+        >>> [outcome] = demonstrations([{"prompt": "Hi", "completion": "Hello!"}])
+        >>> outcome["label"], outcome["sft_mask"]
+        (1.0, True)
+    """
+    for raw in rows:
+        try:
+            if "completion" in raw:
+                prompt, completion = raw["prompt"], raw["completion"]
+            elif is_messages(raw["messages"]):
+                prompt, completion = split_messages(raw["messages"])
+            else:
+                raise ValueError("its messages are no list of turns with a role and content")
+            prompt, completion = as_messages(prompt, completion)
+        except ValueError as error:
+            yield LeftOut(str(error))
+            continue
+        yield row(prompt, completion, 1.0, demonstration=True)
+
+
+DEMONSTRATIONS = Adapter(
+    demonstrations, needs=(("prompt", "completion"), ("messages",)), refuses=("label", "chosen", "rejected")
+)

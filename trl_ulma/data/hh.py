@@ -1,0 +1,65 @@
+"""HH-RLHF and Golden HH: pairs of transcripts that end in a better and a worse answer."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, row
+from trl_ulma.data.conversations import names_in_text, split_turns
+
+SAME = "both halves of its pair say the same"
+PREFIX = "one half of a pair is the beginning of the other: each is cut at its own last answer"
+NAME_IN_TEXT = "`Human:` or `Assistant:` within a turn's text: left as it is"
+
+
+def hh(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
+    r"""Two rows a pair: chosen with label 1, rejected with label 0, each cut at its own last assistant turn.
+
+    Chosen answers are demonstrations, as the paper's ULMA takes all answers with label 1.
+
+    Args:
+        rows: `chosen` and `rejected`, transcripts of `\n\nHuman:` and `\n\nAssistant:` turns.
+        liked: chosen answers are not demonstrations, but liked.
+
+    Example:
+        >>> human = "\n\nHuman: Hi\n\nAssistant:"
+        >>> [row["label"] for row in hh([{"chosen": f"{human} Hello!", "rejected": f"{human} Go."}])]
+        [1.0, 0.0]
+    """
+    for pair in rows:
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            if chosen == rejected:
+                yield from [LeftOut(SAME)] * 2
+                continue
+            if chosen.startswith(rejected) or rejected.startswith(chosen):
+                yield Noted(PREFIX)
+        for transcript, label in ((chosen, 1.0), (rejected, 0.0)):
+            try:
+                prompt, completion = split_turns(transcript)
+            except ValueError as error:
+                yield LeftOut(str(error))
+                continue
+            if names_in_text(prompt + completion):
+                yield Noted(NAME_IN_TEXT)
+            yield row(prompt, completion, label, demonstration=label == 1 and not liked)
+
+
+def golden_hh(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
+    r"""As `hh`: chosen answers were rewritten to be demonstrations.
+
+    Example:
+        >>> human = "\n\nHuman: Hi\n\nAssistant:"
+        >>> [row["sft_mask"] for row in golden_hh([{"chosen": f"{human} Hello!", "rejected": f"{human} Go."}])]
+        [True, False]
+    """
+    return hh(rows)
+
+
+LIKED = {
+    "--liked": {
+        "action": "store_true",
+        "help": "chosen answers are liked (label 1), not demonstrations: ULMA then compares them, too",
+    }
+}
+HH = Adapter(hh, needs=(("chosen", "rejected"),), refuses=("prompt",), options=LIKED)
+GOLDEN_HH = Adapter(golden_hh, needs=(("chosen", "rejected"),), refuses=("prompt",))

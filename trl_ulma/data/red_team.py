@@ -1,0 +1,37 @@
+"""Red-team attempts: transcripts with a rating of how far the attack succeeded."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, is_number, row
+from trl_ulma.data.conversations import names_in_text, split_turns
+from trl_ulma.data.hh import NAME_IN_TEXT
+
+
+def red_team(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
+    r"""One row a transcript with a continuous label, −rating: higher is better. Rating 0 is a demonstration.
+
+    Args:
+        rows: `transcript` of `\n\nHuman:` and `\n\nAssistant:` turns, and `rating` from 0 (the attack failed) to 4.
+
+    Example:
+        >>> [outcome] = red_team([{"transcript": "\n\nHuman: Harm!\n\nAssistant: No.", "rating": 0.0}])
+        >>> outcome["label"], outcome["sft_mask"], outcome["label_type"]
+        (0.0, True, 'continuous')
+    """
+    for attempt in rows:
+        rating = attempt["rating"]
+        if not is_number(rating) or not 0 <= rating <= 4:
+            yield LeftOut("its rating is not a number from 0 to 4")
+            continue
+        try:
+            prompt, completion = split_turns(attempt["transcript"])
+        except ValueError as error:
+            yield LeftOut(str(error))
+            continue
+        if names_in_text(prompt + completion):
+            yield Noted(NAME_IN_TEXT)
+        yield row(prompt, completion, 0.0 - rating, demonstration=rating == 0, label_type="continuous")
+
+
+RED_TEAM = Adapter(red_team, needs=(("transcript", "rating"),))

@@ -1,0 +1,103 @@
+"""Questions with several voted answers: StackExchange preferences, SHP (Reddit)."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, is_number, row
+
+LABELS = ("log", "votes")
+NOT_A_NUMBER = "its votes are not a number"
+SEEN = "the same answer came with an earlier pair"
+
+
+def votes(rows: Iterable[Mapping[str, Any]], *, label: str = "log", accepted: bool = False) -> Iterator[Outcome]:
+    """One row an answer, with a continuous label from its votes; not centred, as the whole set is needed for that.
+
+    Two layouts are known. StackExchange preferences: `question` and `answers`, each with `text`, `pm_score` or `score`,
+    and perhaps `selected`. SHP: `post_id`, `history` (the post) and two comments a row, `human_ref_A` and
+    `human_ref_B` with `score_A` and `score_B`; a comment that is in several rows becomes one row.
+
+    Args:
+        rows: the raw rows.
+        label: "log" is `pm_score` where there is one (log2(1 + votes), rounded, plus 1 for an accepted answer, −1
+            below 0 votes: Askell et al., arXiv 2112.00861, §4.1), else sign(votes)·log2(1 + |votes|); "votes" is the
+            number of votes itself.
+        accepted: accepted answers (`selected`) are demonstrations.
+
+    Raises:
+        ValueError: where `label` or `accepted` asks for something that the data do not say.
+
+    Example:
+        >>> answers = [{"text": "Boil it.", "score": 7, "selected": True}, {"text": "Dunno.", "score": -1}]
+        >>> [row["label"] for row in votes([{"question": "An egg?", "answers": answers}])]
+        [3.0, -1.0]
+    """
+    if label not in LABELS:
+        raise ValueError(f"label is {label!r}; it must be one of {LABELS}.")
+    seen: set[int] = set()
+    for raw in rows:
+        if "answers" in raw:
+            yield from _stack_exchange(raw, label, accepted)
+        elif accepted:
+            raise ValueError("SHP does not say which answers were accepted. Leave `accepted` out.")
+        else:
+            yield from _shp(raw, label, seen)
+
+
+def _stack_exchange(raw: Mapping[str, Any], label: str, accepted: bool) -> Iterator[Outcome]:
+    answers = raw["answers"]
+    if not isinstance(answers, list) or not answers:
+        yield LeftOut("its question has no answers")
+        return
+    for answer in answers:
+        if not isinstance(answer, Mapping):
+            yield LeftOut("its answer is no object with `text` and `pm_score` or `score`")
+            continue
+        value = answer.get("score")
+        if label == "votes" and value is None and answer.get("pm_score") is not None:
+            raise ValueError("The answers have a `pm_score`, a logarithm, and no `score`. Use the label 'log'.")
+        if accepted and answer.get("selected") is None:
+            raise ValueError("The answers do not say which were accepted (`selected`). Leave `accepted` out.")
+        if label == "log":
+            value = answer["pm_score"] if answer.get("pm_score") is not None else _log(value)
+        yield _row(raw["question"], answer.get("text"), value, demonstration=accepted and answer["selected"] is True)
+
+
+def _shp(raw: Mapping[str, Any], label: str, seen: set[int]) -> Iterator[Outcome]:
+    for half in "AB":
+        text, value = raw[f"human_ref_{half}"], raw[f"score_{half}"]
+        key = hash((raw["post_id"], text))
+        if key in seen:
+            yield LeftOut(SEEN)
+            continue
+        seen.add(key)
+        yield _row(raw["history"], text, _log(value) if label == "log" else value)
+
+
+def _row(question: Any, text: Any, value: Any, *, demonstration: bool = False) -> Outcome:
+    if not is_number(value):
+        return LeftOut(NOT_A_NUMBER)
+    return row(question, text, float(value), demonstration=demonstration, label_type="continuous")
+
+
+def _log(count: Any) -> Any:
+    return math.copysign(math.log2(1 + abs(count)), count) if is_number(count) else None
+
+
+VOTES = Adapter(
+    votes,
+    needs=(
+        ("question", "answers"),
+        ("post_id", "history", "human_ref_A", "human_ref_B", "score_A", "score_B"),
+    ),
+    options={
+        "--label": {
+            "choices": LABELS,
+            "default": "log",
+            "help": "log: pm_score where there is one, else ±log2(1 + |votes|); votes: their number (default: "
+            "%(default)s)",
+        },
+        "--accepted": {"action": "store_true", "help": "accepted answers (`selected`) are demonstrations"},
+    },
+)

@@ -1,0 +1,273 @@
+"""The pictures: each is drawn in colours that colour-blind people tell apart, and reads in grey by hatch and marker."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from trl_ulma.evaluation.implicit_reward import CalibrationBin
+from trl_ulma.evaluation.intervals import Estimate
+
+# Okabe and Ito's, from dark to light as far as they go
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+VERDICT_STYLES = {
+    "win": {"color": "#0072B2", "hatch": "", "text": "white"},
+    "tie": {"color": "#E6E6E6", "hatch": "..", "text": "black"},
+    "lose": {"color": "#E69F00", "hatch": "//", "text": "black"},
+}
+WIDTH = 7.0
+
+
+def _drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """`draw` in matplotlib's own style, whatever the user's settings are."""
+
+    @functools.wraps(draw)
+    def in_own_style(*args: Any, **kwargs: Any) -> Figure:
+        with matplotlib.style.context("default", after_reset=True):
+            return draw(*args, **kwargs)
+
+    return in_own_style
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[str]:
+    """Write a figure as PNG and SVG, the same bytes each time; returns the files' names."""
+    settings = {"svg.hashsalt": name, "svg.fonttype": "path", "hatch.linewidth": 0.8}
+    with matplotlib.style.context(["default", settings], after_reset=True):
+        figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
+    return [f"{name}.png", f"{name}.svg"]
+
+
+@_drawn
+def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure:
+    """Win, tie and lose shares as a bar a model, after the ULMA paper's Figure 1; whiskers are the win's 95 % interval.
+
+    Args:
+        models: name → `win`, `tie` and `lose`, as `rates.rates` gives them.
+        title: above.
+
+    Raises:
+        ValueError: without models.
+    """
+    if not models:
+        raise ValueError("A figure of win rates needs a model at least.")
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.5 * len(models)), layout="constrained")
+    axes = figure.subplots()
+    for row, shares in enumerate(models.values()):
+        left = 0.0
+        for verdict, style in VERDICT_STYLES.items():
+            width = shares[verdict].value
+            label = verdict if row == 0 else None
+            axes.barh(
+                row, width, 0.62, left, color=style["color"], hatch=style["hatch"], edgecolor="black", label=label
+            )
+            if width >= 0.07:
+                box = {"facecolor": style["color"], "edgecolor": "none", "pad": 1.5}
+                middle = left + width / 2
+                axes.text(
+                    middle, row + 0.02, f"{width:.0%}", ha="center", va="center", color=style["text"], bbox=box, size=9
+                )
+            left += width
+        win = shares["win"]
+        if win.low is not None and win.high is not None:
+            axes.plot([win.low, win.high], [row - 0.4] * 2, "|-", color="black", linewidth=1.2, markersize=6, zorder=3)
+    numbers = {shares["win"].n for shares in models.values()}
+    axes.set_yticks(range(len(models)), [f"{name} ({shares['win'].n})" for name, shares in models.items()])
+    axes.set_ylim(len(models) - 0.5, -0.6)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    of = f"{numbers.pop()} comparisons" if len(numbers) == 1 else "comparisons"
+    axes.set_xlabel(f"share of {of};  |—|: 95 % interval of the wins", size=9)
+    figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
+    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.2, handlelength=1.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+@_drawn
+def sweep(
+    series: Mapping[str, Mapping[float, Estimate]], *, x_label: str, y_label: str, title: str, log_x: bool = False
+) -> Figure:
+    """A metric against what was varied, with 95 % intervals, a line a method: against data quality as the ULMA paper's
+    Figure 2, against β (`log_x`) as its Figure 3.
+
+    Args:
+        series: method → value that was varied → metric.
+        x_label, y_label, title: what stands there.
+        log_x: whether the varied value is on a logarithmic axis.
+
+    Raises:
+        ValueError: without points, or for a value that is not above 0 on a logarithmic axis.
+    """
+    if not series or not all(series.values()):
+        raise ValueError("A figure of a sweep needs a method at least, and a point for each.")
+    values = sorted({x for points in series.values() for x in points})
+    if log_x and values[0] <= 0:
+        raise ValueError(f"A logarithmic axis has no place for {values[0]}: leave it out, or set log_x=False.")
+    figure, axes = _single()
+    span = np.log(values[-1] / values[0]) if log_x else values[-1] - values[0]
+    for i, (name, points) in enumerate(series.items()):
+        style = _line_style(i)
+        # Side by side, so that one interval does not hide another
+        aside = 0.012 * span * (i - (len(series) - 1) / 2)
+        place = {x: x * np.exp(aside) if log_x else x + aside for x in sorted(points)}
+        heights = [points[x].value for x in place]
+        axes.plot(list(place.values()), heights, label=name, markersize=6, linewidth=1.8, **style)
+        known = [(place[x], point.low, point.high) for x in place if (point := points[x]).low is not None]
+        if known:
+            at, low, high = zip(*known, strict=True)
+            axes.vlines(at, low, high, color=style["color"], linewidth=1.2)
+    if log_x:
+        axes.set_xscale("log")
+        axes.set_xticks(values, [f"{x:g}" for x in values])
+        axes.minorticks_off()
+    _finish(figure, axes, x_label, y_label, title, legend=len(series) > 1)
+    return figure
+
+
+@_drawn
+def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str]) -> Figure:
+    """What a trainer logged by step, a panel a metric and a line a run.
+
+    Args:
+        history: run → `log_history` of its `trainer_state.json`.
+        metrics: names in it, such as "loss" and "eval_loss".
+
+    Raises:
+        ValueError: where no run has logged a metric.
+    """
+    columns = min(len(metrics), 2)
+    rows = -(-len(metrics) // 2)
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.3 * max(rows, 1)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten() if metrics else []
+    for axes, metric in zip(panels, metrics, strict=False):
+        lines = {
+            run: [(log["step"], log[metric]) for log in logs if metric in log and "step" in log]
+            for run, logs in history.items()
+        }
+        if not any(lines.values()):
+            raise ValueError(f"No run has logged {metric}. Leave it out.")
+        for i, (run, points) in enumerate(lines.items()):
+            if not points:
+                continue
+            style = _line_style(i)
+            every = max(1, len(points) // 8)
+            axes.plot(*zip(*points, strict=True), label=run, linewidth=1.6, markersize=5, markevery=every, **style)
+        axes.set_title(metric, loc="left", size=10)
+        axes.set_xlabel("step", size=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        _quiet(axes)
+    for axes in panels[len(metrics) :]:
+        axes.set_axis_off()
+    if not metrics:
+        raise ValueError("A figure of training curves needs a metric at least.")
+    figure.suptitle("Training", x=0.01, ha="left", size=11, weight="bold")
+    if len(history) > 1:
+        handles = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, handlelength=3
+        )
+    return figure
+
+
+@_drawn
+def label_histogram(label: np.ndarray, is_demonstration: np.ndarray) -> Figure:
+    """How often each label comes, demonstrations and other rows apart.
+
+    Args:
+        label: `(N,)`.
+        is_demonstration: `(N,)` bool.
+
+    Raises:
+        ValueError: without rows.
+    """
+    if not len(label):
+        raise ValueError("A histogram of labels needs a row at least.")
+    figure, axes = _single()
+    values = np.unique(label)
+    few = len(values) <= 12
+    if few:
+        edges = np.arange(len(values) + 1) - 0.5
+        place = np.searchsorted(values, label).astype(float)
+        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    else:
+        edges, place = np.histogram_bin_edges(label, bins=20), label
+    parts = [place[is_demonstration], place[~is_demonstration]]
+    names = [f"demonstrations ({len(parts[0])})", f"other rows ({len(parts[1])})"]
+    kept = [i for i, part in enumerate(parts) if len(part)]
+    _, _, bars = axes.hist(
+        [parts[i] for i in kept],
+        bins=list(edges),
+        stacked=True,
+        rwidth=0.6 if few else 1.0,
+        color=[("#0072B2", "#E69F00")[i] for i in kept],
+        label=[names[i] for i in kept],
+        edgecolor="black",
+    )
+    for i, container in zip(kept, bars if len(kept) > 1 else [bars], strict=True):
+        for bar in container:  # type: ignore[union-attr]
+            bar.set_hatch(("", "//")[i])
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish(figure, axes, "label", "rows", "Labels", legend=True)
+    return figure
+
+
+@_drawn
+def calibration(models: Mapping[str, Sequence[CalibrationBin]]) -> Figure:
+    """Mean label against mean σ(r), a line a model; on the diagonal the reward's probabilities are true.
+
+    Args:
+        models: name → bins, as `implicit_reward.calibration_curve` gives them.
+
+    Raises:
+        ValueError: without models.
+    """
+    if not models:
+        raise ValueError("A figure of calibration needs a model at least.")
+    figure, axes = _single(height=5.2)
+    axes.plot([0, 1], [0, 1], color="#767676", linewidth=1, label="calibrated")
+    for i, (name, bins) in enumerate(models.items()):
+        predicted, observed = [each.predicted for each in bins], [each.observed for each in bins]
+        axes.plot(predicted, observed, label=name, markersize=6, linewidth=1.6, **_line_style(i))
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect("equal")
+    _finish(figure, axes, "σ(r), mean of a tenth of the rows", "mean label", "Calibration", legend=True)
+    return figure
+
+
+def _line_style(i: int) -> dict[str, str]:
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": LINES[i % len(LINES)],
+    }
+
+
+def _single(height: float = 3.6) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _quiet(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _finish(figure: Figure, axes: Any, x_label: str, y_label: str, title: str, *, legend: bool) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
+    _quiet(axes)
+    if legend:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9, handlelength=3)

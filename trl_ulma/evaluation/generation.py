@@ -1,0 +1,212 @@
+"""Answers to prompts, generated once: from a model at hand or one behind a server, kept in a file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from trl_ulma.evaluation.records import RecordFile, digest
+from trl_ulma.evaluation.server import Reply, Server
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.gguf", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: an answer's longest, in tokens.
+        temperature: 0 takes the likeliest token each time.
+        top_p: of the tokens that are drawn from, the share of probability.
+        seed: another one draws other answers.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be 1 or above; got {self.max_new_tokens}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or above; got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
+
+
+class Generator(Protocol):
+    """What answers prompts: `TransformersGenerator` or `ServerGenerator`.
+
+    Attributes:
+        identity: what an answer depends on besides the prompt and the sampling.
+    """
+
+    identity: str
+
+    def text_of(self, prompt: Any) -> str | list[dict[str, Any]]:
+        """A prompt as people read it."""
+        ...
+
+    def __call__(
+        self, prompts: Sequence[Any], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
+    ) -> None:
+        """Answer the prompts of a batch, calling `done` with a prompt's place and its answer."""
+        ...
+
+
+class TransformersGenerator:
+    """Answers of a causal language model, batched, padded on the left.
+
+    Prompts are token ids, as `Preparation` writes them into `prompt_ids`: the model is asked just as it was trained.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model, with a pad token.
+        name: where the model was loaded from. Its files' sizes and times are part of the answers' keys, so that a model
+            trained anew in the same place is asked anew.
+        positions: how many tokens the model can read at most, or None.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str, positions: int | None = None):
+        self.model, self.tokenizer, self.positions = model, tokenizer, positions
+        self.identity = digest(name, _files(Path(name)))
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)})
+
+    def text_of(self, prompt: Sequence[int]) -> str:
+        """The prompt's tokens as text."""
+        return str(self.tokenizer.decode(list(prompt)))
+
+    def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Raise ValueError where a prompt is empty, or together with its answer longer than what the model can read."""
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"Prompt {number} has no tokens, and there is no answer to nothing. Drop its row.")
+            if self.positions is not None and len(prompt) + sampling.max_new_tokens > self.positions:
+                raise ValueError(
+                    f"Prompt {number} has {len(prompt)} tokens, which with an answer of {sampling.max_new_tokens} is "
+                    f"more than the model's {self.positions:,} positions. Set max_length="
+                    f"{self.positions - sampling.max_new_tokens}: rows with longer prompts are left out then, and "
+                    "counted. Or lower max_new_tokens."
+                )
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
+    ) -> None:
+        """Answer the prompts of a batch.
+
+        Raises:
+            ValueError: for a prompt that is empty or too long.
+        """
+        self.check(prompts, sampling)
+        inputs = self.tokenizer.pad(
+            {"input_ids": [list(prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)
+        drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            generated = self.model.generate(
+                **inputs,
+                **drawn,
+                num_beams=1,
+                repetition_penalty=1.0,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self.ends or None,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        for place, ids in enumerate(generated[:, inputs["input_ids"].size(1) :].tolist()):
+            end = next((i for i, token in enumerate(ids) if token in self.ends), None)
+            text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+            done(place, Reply(text, end is not None))
+
+
+class ServerGenerator:
+    """Answers of a model on a server. Prompts are messages, or texts that are continued.
+
+    A server can hold another model under the same name: give the run another file then.
+    """
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.identity = digest("server", server.model)
+
+    def text_of(self, prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+        """The prompt itself."""
+        return prompt
+
+    def __call__(
+        self, prompts: Sequence[Any], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
+    ) -> None:
+        """Answer the prompts of a batch.
+
+        Raises:
+            ServerError: where the server does not; the answers that it gave until then are done.
+        """
+
+        def answer(place: int) -> None:
+            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": (seed + place) % 2**31}
+            done(place, self.server.ask(prompts[place], max_tokens=sampling.max_new_tokens, **drawn))
+
+        self.server.each(answer, range(len(prompts)))
+
+
+def generate(
+    generator: Generator, prompts: Sequence[Any], path: Path, sampling: Sampling, *, batch_size: int = 8
+) -> list[Reply]:
+    """An answer to each prompt, in their order; those in the file are taken from it, the others written into it.
+
+    A prompt that comes twice is answered once. Batches and their seeds follow from all prompts, so that a run that was
+    stopped between two batches and goes on gives the answers of one that was not. An answer's key is made of the model,
+    the prompt and the sampling: with others, the same file goes on with other answers.
+
+    Args:
+        generator: what answers.
+        prompts: of the form that the generator takes.
+        path: the file, JSON lines with `prompt`, `answer` and `finished`.
+        sampling: how answers are drawn.
+        batch_size: prompts at once.
+
+    Example:
+        >>> replies = generate(generator, rows["prompt_ids"], Path("answers.jsonl"), Sampling())  # doctest: +SKIP
+    """
+    if isinstance(generator, TransformersGenerator):
+        generator.check(prompts, sampling)  # all, before the first takes its time
+    kept = RecordFile(path)
+    keys = [digest(generator.identity, asdict(sampling), prompt) for prompt in prompts]
+    by_key = dict(zip(keys, prompts, strict=True))
+    order = sorted(by_key, key=lambda key: (-len(by_key[key]), key))
+    missing = sum(kept.get(key) is None for key in order)
+    with tqdm(total=missing, desc="Generating", unit="answer") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            todo = [key for key in batch if kept.get(key) is None]
+            if not todo:
+                continue
+
+            def done(place: int, reply: Reply, todo: list[str] = todo) -> None:
+                prompt = generator.text_of(by_key[todo[place]])
+                kept.add(todo[place], {"prompt": prompt, "answer": reply.text, "finished": reply.finished})
+                bar.update()
+
+            seed = int(digest(sampling.seed, batch)[:8], 16)
+            generator([by_key[key] for key in todo], sampling, seed, done)
+    return [Reply(record["answer"], record["finished"]) for record in map(kept.get, keys) if record is not None]
+
+
+def _files(folder: Path) -> list[list[Any]]:
+    """What tells a checkpoint from an earlier one in the same place: its files' names, sizes and times."""
+    files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

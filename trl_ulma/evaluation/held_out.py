@@ -1,0 +1,139 @@
+"""Held-out rows as evaluation needs them: one answer a row, prompts numbered, and what to compare answers with."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from datasets import Dataset
+from transformers.utils import logging
+
+from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.evaluation.judges import Comparison
+from trl_ulma.evaluation.records import digest
+from trl_ulma.labels import OPTIONAL_COLUMNS, LabelRules, check_columns, check_texts, read_labels
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the answers to it that the data call good and bad.
+
+    Attributes:
+        prompt: text or messages.
+        row: the number of the row with the chosen answer.
+        chosen: the best of the prompt's good answers, text.
+        rejected: the worst of its other answers, or None.
+    """
+
+    prompt: Any
+    row: int
+    chosen: str
+    rejected: str | None
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out rows, one answer each, with their labels read; every array is `(N,)`.
+
+    Attributes:
+        rows: the raw rows, N of them.
+        label: float.
+        sft_mask: bool, whether the row is a demonstration.
+        continuous: bool, of the label.
+        prompt: the prompt's number.
+    """
+
+    rows: Dataset
+    label: np.ndarray
+    sft_mask: np.ndarray
+    continuous: np.ndarray
+    prompt: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset, name: str, rules: LabelRules) -> Self:
+        """The rows of a data set; pairs become two rows each, and those without an answer are left out, with a warning.
+
+        Raises:
+            ValueError: naming the row or column that is wrong; also where no row is left.
+        """
+        rows = _one_answer_a_row(dataset, name)
+        columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
+        columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
+        read = read_labels(columns, range(len(rows)), name, rules)
+        for row, (prompt, completion) in enumerate(zip(columns["prompt"], columns["completion"], strict=True)):
+            check_texts(prompt, completion, f"Row {row} of the {name} dataset")
+        prompts = [json.dumps(prompt, sort_keys=True) for prompt in columns["prompt"]]
+        types = read.get("label_type", [rules.label_type] * len(rows))
+        return cls(
+            rows,
+            np.asarray(read["label"]),
+            np.asarray(read["sft_mask"]),
+            np.asarray(types) == "continuous",
+            np.unique(prompts, return_inverse=True)[1],
+        )
+
+    def questions(self, limit: int | None, seed: int) -> list[Question]:
+        """The prompts that have a good answer (a demonstration, or a binary label of ½ and above), in the rows' order.
+
+        Args:
+            limit: how many at most, drawn by `seed`; which ones follows from the prompts, whatever the rows' order.
+            seed: another one draws others.
+        """
+        good = self.sft_mask | (~self.continuous & (self.label >= 0.5))
+        rows_of: dict[int, list[int]] = {}
+        for row, number in enumerate(self.prompt):
+            rows_of.setdefault(int(number), []).append(row)
+        found = []
+        for among in rows_of.values():
+            best = max((i for i in among if good[i]), key=lambda i: (self.sft_mask[i], self.label[i]), default=None)
+            if best is None:
+                continue
+            worse = [i for i in among if not good[i] and self.label[i] < self.label[best]]
+            worst = min(worse, key=lambda i: self.label[i], default=None)
+            rejected = None if worst is None else answer_text(self.rows[worst]["completion"])
+            row = self.rows[best]
+            found.append(Question(row["prompt"], best, answer_text(row["completion"]), rejected))
+        if limit is None or limit >= len(found):
+            return found
+        return sorted(sorted(found, key=lambda each: digest(seed, each.prompt))[:limit], key=lambda each: each.row)
+
+
+def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
+    """The comparisons whose outcome the data know: the chosen answer against the rejected one."""
+    return [Comparison(each.prompt, each.chosen, each.rejected) for each in questions if each.rejected is not None]
+
+
+def answer_text(completion: Any) -> str:
+    """What a completion, text or messages, says.
+
+    Example:
+        >>> answer_text([{"role": "assistant", "content": "Hello!"}])
+        'Hello!'
+    """
+    if isinstance(completion, str):
+        return completion
+    contents = (turn.get("content") or "" for turn in completion)
+    parts = (c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _one_answer_a_row(dataset: Dataset, name: str) -> Dataset:
+    if not len(dataset):
+        raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
+    if not check_columns(dataset.column_names, name):
+        return dataset.with_format(None)
+    columns = pairs_to_rows(dataset.with_format(None)[:])
+    why = columns.pop("left_out")
+    columns.pop("pair")
+    kept = [i for i, reason in enumerate(why) if reason is None]
+    left_out = Counter(reason for reason in why if reason is not None)
+    reasons = "; ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
+    if not kept:
+        raise ValueError(f"All {len(why)} answers of the {name} dataset were left out: {reasons}.")
+    if left_out:
+        logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset: {reasons}.")
+    return Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})

@@ -1,0 +1,165 @@
+"""What the implicit reward is worth on held-out rows: ranking, calibration, correlation.
+
+AUC and correlations are those of `trl_ulma.metrics`, which the trainers log.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import expit
+
+from trl_ulma.evaluation.intervals import Estimate, bootstrap
+from trl_ulma.metrics import auc, pearson, spearman
+
+BINS = 10
+
+
+def implicit_reward(policy_logps: np.ndarray, ref_logps: np.ndarray, beta: float, log_z: Any = 0.0) -> np.ndarray:
+    """r = β·(log π_θ(y|x) − log π_ref(y|x) + log Z(x)), Eq. 4 of the ULMA paper, `(N,)`.
+
+    Args:
+        policy_logps, ref_logps: `(N,)` nats, summed over completion tokens.
+        beta: above 0.
+        log_z: `(N,)` or one number, nats.
+
+    Raises:
+        ValueError: for a β that is not above 0, or arrays of different shapes.
+
+    Example:
+        >>> implicit_reward(np.array([-1.0]), np.array([-3.0]), 0.5, log_z=1.0)
+        array([1.5])
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0; got {beta}.")
+    if policy_logps.shape != ref_logps.shape:
+        raise ValueError(
+            f"policy_logps and ref_logps must have one shape; got {policy_logps.shape} and {ref_logps.shape}."
+        )
+    return beta * (policy_logps - ref_logps + log_z)
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Rows whose predicted probability is alike.
+
+    Attributes:
+        predicted: their mean σ(r).
+        observed: their mean label.
+        rows: their number.
+    """
+
+    predicted: float
+    observed: float
+    rows: int
+
+
+def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[CalibrationBin]:
+    """Mean label against mean predicted probability, in `BINS` bins of about as many rows each.
+
+    As scikit-learn's `calibration_curve(strategy="quantile")`, but for labels between 0 and 1 too, and with the numbers
+    of rows.
+
+    Args:
+        probability: `(N,)` in [0, 1].
+        label: `(N,)` in [0, 1].
+
+    Example:
+        >>> calibration_curve(np.array([0.2, 0.8]), np.array([0.0, 1.0]))
+        [CalibrationBin(predicted=0.2, observed=0.0, rows=1), CalibrationBin(predicted=0.8, observed=1.0, rows=1)]
+    """
+    edges = np.quantile(probability, np.linspace(0, 1, BINS + 1))
+    place = np.searchsorted(edges[1:-1], probability)
+    return [
+        CalibrationBin(float(probability[rows].mean()), float(label[rows].mean()), int(rows.sum()))
+        for rows in (place == each for each in range(BINS))
+        if rows.any()
+    ]
+
+
+def binary_figures(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *, seed: int = 0) -> dict[str, Estimate]:
+    """`auc`, `accuracy` and `brier` of rows with binary or soft labels, each with its bootstrap interval by prompt.
+
+    `auc` is the probability that an answer with a label of ½ and above has the higher reward; without both kinds there
+    is none. `accuracy` is the share of rows whose reward has its label's sign, a reward of 0 counted half. `brier` is
+    the mean of (σ(r) − z)², since P(z = 1) = σ(r): 0 is best, ¼ is what always saying ½ gets.
+
+    Args:
+        rewards: `(N,)` r.
+        label: `(N,)` z in [0, 1].
+        prompt: `(N,)` the prompt's number.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: for rewards that are not finite, or labels outside [0, 1].
+
+    Example:
+        >>> found = binary_figures(np.array([1.0, -1.0]), np.array([1.0, 0.0]), np.array([0, 0]))
+        >>> found["auc"].value, found["accuracy"].value, round(found["brier"].value, 4)
+        (1.0, 1.0, 0.0723)
+    """
+    _check(rewards, label, prompt)
+    if ((label < 0) | (label > 1)).any():
+        raise ValueError('Binary figures need labels in [0, 1]. Set label_type="continuous" for others.')
+    good = label >= 0.5
+    right = np.where(rewards == 0, 0.5, (rewards > 0) == good)
+    squares = (expit(rewards) - label) ** 2
+    ranked, is_good = torch.from_numpy(rewards), torch.from_numpy(good)
+    found = {
+        "accuracy": bootstrap(lambda rows: right[rows].mean(), prompt, seed),
+        "brier": bootstrap(lambda rows: squares[rows].mean(), prompt, seed),
+    }
+    if good.any() and not good.all():
+        found = {"auc": bootstrap(lambda rows: _number(auc(ranked[rows], is_good[rows])), prompt, seed), **found}
+    return found
+
+
+def continuous_figures(
+    rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *, seed: int = 0
+) -> dict[str, Estimate]:
+    """`spearman`, `pearson` and `mse`, the mean of (z − r)², of rows with continuous labels; intervals by prompt.
+
+    Correlations are left out where all rewards or all labels are the same.
+
+    Args:
+        rewards: `(N,)` r.
+        label: `(N,)` z.
+        prompt: `(N,)` the prompt's number.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: for rewards that are not finite.
+
+    Example:
+        >>> found = continuous_figures(np.array([1.0, 2.0, 4.0]), np.array([0.0, 1.0, 2.0]), np.arange(3))
+        >>> found["spearman"].value, round(found["pearson"].value, 4), found["mse"].value
+        (1.0, 0.982, 2.0)
+    """
+    _check(rewards, label, prompt)
+
+    squares = (rewards - label) ** 2
+    one, other = torch.from_numpy(rewards), torch.from_numpy(label)
+    found = {}
+    if np.ptp(rewards) > 0 and np.ptp(label) > 0:
+        found = {
+            name: bootstrap(lambda rows, of=of: _number(of(one[rows], other[rows])), prompt, seed)
+            for name, of in (("spearman", spearman), ("pearson", pearson))
+        }
+    return {**found, "mse": bootstrap(lambda rows: squares[rows].mean(), prompt, seed)}
+
+
+def _number(value: float | None) -> float:
+    """A figure of a resample; NaN where it is undefined."""
+    return float("nan") if value is None else value
+
+
+def _check(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> None:
+    if not rewards.shape == label.shape == prompt.shape or rewards.size == 0:
+        raise ValueError(
+            f"rewards, label and prompt must have one shape (N,), N above 0; got {rewards.shape}, {label.shape} and "
+            f"{prompt.shape}."
+        )
+    if not np.isfinite(rewards).all():
+        first = np.flatnonzero(~np.isfinite(rewards))[0]
+        raise ValueError(f"Reward {first} is {rewards[first]}. Look at the model's weights.")

@@ -1,0 +1,116 @@
+"""Figures with their 95 % intervals: bootstrap over prompts, Wilson for shares, Student's t over seeds."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and the ends of its 95 % interval, which are None where the data allow none.
+
+    Attributes:
+        value: the figure.
+        low, high: the interval's ends.
+        n: how many independent things it is of: prompts, comparisons or seeds.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed: int) -> Estimate:
+    """A figure of rows with its percentile-bootstrap interval over whole groups, since a prompt's rows go together.
+
+    There is no interval for fewer than two groups, nor where a resample leaves the figure undefined (NaN), as an AUC is
+    where all answers drawn are good ones.
+
+    Args:
+        statistic: of row numbers `(M,)`, which may repeat, the figure.
+        groups: `(N,)` the group of each row, such as its prompt's number.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: where the figure of all rows is not finite.
+
+    Example:
+        >>> values = np.array([1.0, 2.0, 3.0, 6.0])
+        >>> found = bootstrap(lambda rows: values[rows].mean(), np.array([0, 1, 2, 3]), seed=0)
+        >>> found.value, found.n, found.low < 3 < found.high
+        (3.0, 4, True)
+    """
+    groups = np.asarray(groups)
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order])) + 1
+    members = np.split(order, starts)
+    value = float(statistic(np.arange(len(groups))))
+    if not np.isfinite(value):
+        raise ValueError(f"The figure of all {len(groups)} rows is {value}, so it has no interval. Look at the rows.")
+    if len(members) < 2:
+        return Estimate(value, None, None, len(members))
+
+    def resampled(chosen: np.ndarray) -> float:
+        return float(statistic(np.concatenate([members[group] for group in chosen])))
+
+    with warnings.catch_warnings():
+        # An undefined resample leaves no interval, which the return value says
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        drawn = stats.bootstrap(
+            (np.arange(len(members)),),
+            resampled,
+            n_resamples=RESAMPLES,
+            vectorized=False,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=seed,
+        )
+    low, high = map(float, drawn.confidence_interval)
+    if np.isnan(drawn.bootstrap_distribution).any():
+        return Estimate(value, None, None, len(members))
+    return Estimate(value, low, high, len(members))
+
+
+def wilson(count: int, n: int) -> Estimate:
+    """The share `count` / `n` with Wilson's score interval.
+
+    Raises:
+        ValueError: where there is nothing to count.
+
+    Example:
+        >>> share = wilson(8, 10)
+        >>> share.value, round(share.low, 3), round(share.high, 3)
+        (0.8, 0.49, 0.943)
+    """
+    if n < 1 or not 0 <= count <= n:
+        raise ValueError(f"A share needs a count between 0 and n, and n of 1 or above; got {count} of {n}.")
+    low, high = stats.binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(count / n, float(low), float(high), n)
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """The mean over runs that differ in their seed alone, with Student's t interval; one run has none.
+
+    Raises:
+        ValueError: without values.
+
+    Example:
+        >>> found = over_seeds([1.0, 2.0, 3.0])
+        >>> found.value, round(found.low, 3), round(found.high, 3)
+        (2.0, -0.484, 4.484)
+    """
+    n = len(values)
+    if n == 0:
+        raise ValueError("A mean over seeds needs one run at least; got none.")
+    mean = float(np.mean(values))
+    if n == 1:
+        return Estimate(mean, None, None, n)
+    half = float(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+    return Estimate(mean, mean - half, mean + half, n)

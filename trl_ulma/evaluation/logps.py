@@ -1,0 +1,143 @@
+"""A checkpoint or adapter loaded, and the log-probabilities that it gives to completions."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from trl_ulma.preparation import own_tokenizer
+
+# Of what a tokenizer consists of; one of them is in every folder with a tokenizer
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """A causal language model in evaluation mode: a checkpoint's folder, an adapter's, or a name on the hub.
+
+    It is put on the GPUs where there are any.
+    """
+    is_adapter = adapter_base(name) is not None
+    loader: Any = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    return loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **placed).eval()
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that an adapter was trained on; None for what is no adapter."""
+    if find_adapter_config_file(name) is None:
+        return None
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint or adapter, that of its base where an adapter was saved without one."""
+    base = adapter_base(name)
+    has_own = not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
+    source = name if base is None or has_own else base
+    return own_tokenizer(None, source, None, revision=None, trust_remote_code=trust_remote_code)
+
+
+def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
+    """How many tokens a model can read at most; None where that has no end, as with rotary positions."""
+    source = adapter_base(name) or name
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).get_text_config()
+    found = getattr(config, "max_position_embeddings", None)
+    return None if getattr(config, "rope_parameters", None) else found
+
+
+@contextlib.contextmanager
+def as_reference(model: Any) -> Iterator[Any]:
+    """An adapter's model with the adapter switched off, which is what it was trained away from.
+
+    Raises:
+        ValueError: for a model without an adapter, which does not contain its reference.
+    """
+    if not is_peft_model(model):
+        raise ValueError("The model is no adapter, so its reference is not in it. Name the model that it began as.")
+    with model.disable_adapter():
+        yield model
+
+
+def check_same_tokens(
+    tokenizer: PreTrainedTokenizerBase, ref_tokenizer: PreTrainedTokenizerBase, rows: Dataset, name: str, ref_name: str
+) -> None:
+    """Raise ValueError where a token of the rows is another one, or none, to the reference's tokenizer."""
+    ids = {token for column in ("prompt_ids", "completion_ids") for row in rows[column] for token in row}
+    known = set(ref_tokenizer.get_vocab().values())
+    for token in sorted(ids):
+        ours = tokenizer.convert_ids_to_tokens(token)
+        theirs = ref_tokenizer.convert_ids_to_tokens(token) if token in known else None
+        if ours != theirs:
+            raise ValueError(
+                f"Token {token} is {ours!r} to {name} and {theirs!r} to its reference {ref_name}, so their "
+                "log-probabilities are not of the same thing. Name the model that training began with."
+            )
+
+
+def completion_logps(
+    model: Any, rows: Dataset, *, batch_size: int = 8, what: str = "Scoring"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(`(N,)` log π(y|x) in nats, summed over completion tokens, EOS included; `(N,)` the numbers of these tokens).
+
+    The first token of a sequence is predicted by nothing: where a prompt is empty, it is not scored.
+
+    Args:
+        model: a causal language model, or an adapter on one.
+        rows: prepared rows, with `prompt_ids` and `completion_ids`.
+        batch_size: rows a forward.
+        what: on the progress bar.
+
+    Raises:
+        ValueError: where a log-probability is not finite, naming the row.
+
+    Example:
+        >>> logps, tokens = completion_logps(model, rows)  # doctest: +SKIP
+    """
+    prompts, completions, numbers = rows["prompt_ids"][:], rows["completion_ids"][:], rows["row"][:]
+    logps, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    takes_slice = _takes_slice(model)
+    by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(completions[i]), reverse=True)
+    with torch.inference_mode(), tqdm(total=len(rows), desc=what, unit="row") as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = by_length[start : start + batch_size]
+            whole = [torch.tensor([*prompts[i], *completions[i]]) for i in batch]
+            ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in whole], batch_first=True)
+            first = [max(len(prompts[i]), 1) for i in batch]
+            # The head is as wide as the vocabulary: positions before all completions are spared it
+            skipped = min(first) - 1
+            keep = {"logits_to_keep": ids.size(1) - skipped} if takes_slice else {}
+            output = model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False, **keep
+            )
+            # Counted from the end, since an adapter can put virtual tokens before the row's
+            logits = output.logits[:, -(ids.size(1) - skipped) :]
+            for place, i in enumerate(batch):
+                end = len(whole[place])
+                target = whole[place][first[place] : end].to(logits.device)
+                scored = logits[place, first[place] - 1 - skipped : end - 1 - skipped].float()
+                logps[i] = -torch.nn.functional.cross_entropy(scored, target, reduction="none").double().sum().item()
+                tokens[i] = len(target)
+            bar.update(len(batch))
+    broken = np.flatnonzero(~np.isfinite(logps))
+    if len(broken):
+        raise ValueError(
+            f"The log-probability of row {numbers[broken[0]]} is {logps[broken[0]]} ({len(broken)} rows in all are "
+            'not finite). Load the model with dtype="float32", or look at its weights.'
+        )
+    return logps, tokens
+
+
+def _takes_slice(model: Any) -> bool:
+    bare = model.get_base_model() if is_peft_model(model) else model
+    return "logits_to_keep" in inspect.signature(bare.forward).parameters

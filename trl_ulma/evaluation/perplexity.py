@@ -1,0 +1,33 @@
+"""Perplexity of given completions."""
+
+import numpy as np
+
+from trl_ulma.evaluation.intervals import Estimate, bootstrap
+
+
+def perplexity(logps: np.ndarray, tokens: np.ndarray, prompt: np.ndarray, *, seed: int = 0) -> Estimate:
+    """exp(−Σ log π(y|x) / Σ tokens): over the set, so that each token weighs the same, with its bootstrap interval.
+
+    Lower is better. Models with different tokenizers are not comparable by it: their tokens are not the same.
+
+    Args:
+        logps: `(N,)` log π(y|x), nats, summed over completion tokens.
+        tokens: `(N,)` their number.
+        prompt: `(N,)` the prompt's number; prompts are what is resampled.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: for arrays of different lengths, or without a token.
+
+    Example:
+        >>> found = perplexity(np.log([0.25, 0.5]), np.array([1, 1]), np.array([0, 1]))
+        >>> round(found.value, 6)
+        2.828427
+    """
+    if not logps.shape == tokens.shape == prompt.shape:
+        raise ValueError(
+            f"logps, tokens and prompt must have one shape (N,); got {logps.shape}, {tokens.shape} and {prompt.shape}."
+        )
+    if tokens.size == 0 or (tokens < 1).any():
+        raise ValueError("Perplexity needs a row at least, and a token in every row.")
+    return bootstrap(lambda rows: np.exp(-logps[rows].sum() / tokens[rows].sum()), prompt, seed)

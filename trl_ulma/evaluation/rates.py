@@ -1,0 +1,80 @@
+"""Win, tie and lose rates, and what they say of one model against another."""
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, wilson
+from trl_ulma.evaluation.judges import Verdict
+
+Prompt = TypeVar("Prompt", bound=Hashable)
+
+# A tie is half a win
+POINTS = {Verdict.WIN: 1.0, Verdict.TIE: 0.5, Verdict.LOSE: 0.0}
+
+
+def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """How many verdicts are of each kind.
+
+    Example:
+        >>> counts([Verdict.WIN, Verdict.WIN, Verdict.UNPARSABLE])
+        {'win': 2, 'tie': 0, 'lose': 0, 'unparsable': 1}
+    """
+    found = Counter(verdicts)
+    return {verdict.value: found[verdict] for verdict in Verdict}
+
+
+def rates(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
+    """The shares `win`, `tie`, `lose` and `win_or_tie` of the verdicts that could be parsed, with Wilson's intervals.
+
+    Without such a verdict there are none. Each verdict must be of another prompt: those on one are not independent.
+
+    Example:
+        >>> found = rates([Verdict.WIN, Verdict.TIE, Verdict.LOSE, Verdict.WIN])
+        >>> found["win"].value, found["win_or_tie"].value
+        (0.5, 0.75)
+    """
+    found = counts(verdicts)
+    n = found["win"] + found["tie"] + found["lose"]
+    if n == 0:
+        return {}
+    of = {**{name: found[name] for name in ("win", "tie", "lose")}, "win_or_tie": found["win"] + found["tie"]}
+    return {name: wilson(count, n) for name, count in of.items()}
+
+
+def mean_points(verdicts: Sequence[Verdict], *, seed: int = 0) -> Estimate | None:
+    """The mean of 1 for a win, ½ for a tie and 0 for a loss, with its bootstrap interval; None without a verdict.
+
+    Example:
+        >>> mean_points([Verdict.WIN, Verdict.TIE]).value
+        0.75
+    """
+    points = np.array([POINTS[verdict] for verdict in verdicts if verdict in POINTS])
+    if not len(points):
+        return None
+    return bootstrap(lambda rows: points[rows].mean(), np.arange(len(points)), seed)
+
+
+def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *, seed: int = 0) -> Estimate | None:
+    """How many more points one model makes than another, on the prompts on which both have a verdict.
+
+    Paired by prompt: a prompt that is hard for both does not widen the interval, which is the bootstrap's over prompts.
+
+    Args:
+        one, other: prompt → verdict, against the same answers.
+        seed: of the resampling.
+
+    Returns:
+        The mean difference in points a prompt (1 a win, ½ a tie), or None without a common prompt.
+
+    Example:
+        >>> difference({"a": Verdict.WIN, "b": Verdict.TIE}, {"a": Verdict.LOSE, "b": Verdict.TIE}).value
+        0.5
+    """
+    common = [prompt for prompt in one if one[prompt] in POINTS and other.get(prompt) in POINTS]
+    if not common:
+        return None
+    gained = np.array([POINTS[one[prompt]] - POINTS[other[prompt]] for prompt in common])
+    return bootstrap(lambda rows: gained[rows].mean(), np.arange(len(gained)), seed)

@@ -1,0 +1,272 @@
+"""What `trl-ulma evaluate` does: rows in, models one after the other, a report out."""
+
+import gc
+import re
+import sys
+from argparse import Namespace
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.special import expit
+
+from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.evaluation import report
+from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
+from trl_ulma.evaluation.held_out import HeldOut, Question
+from trl_ulma.evaluation.implicit_reward import binary_figures, calibration_curve, continuous_figures, implicit_reward
+from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
+from trl_ulma.evaluation.judging import Judging
+from trl_ulma.evaluation.llm_judge import LLMJudge
+from trl_ulma.evaluation.logps import (
+    adapter_base,
+    as_reference,
+    check_same_tokens,
+    completion_logps,
+    load_model,
+    load_tokenizer,
+    positions,
+)
+from trl_ulma.evaluation.perplexity import perplexity
+from trl_ulma.evaluation.pictures import pictures
+from trl_ulma.evaluation.records import digest
+from trl_ulma.evaluation.server import Server
+from trl_ulma.labels import LabelRules
+from trl_ulma.preparation import Preparation
+
+SERVED = "served:"
+ENOUGH_PROMPTS = 200
+_MOST_LABELS = 100
+
+
+def run(args: Namespace) -> dict[str, Any]:
+    """Evaluate, write the report, and return what `report.json` holds.
+
+    Args:
+        args: the options of `trl_ulma.scripts.evaluate`, with `model` as (name, source) and `judge` as (kind, name).
+
+    Raises:
+        ValueError, OSError, ServerError: for what is wrong with the rows, the models or the servers.
+    """
+    return _Run(args)()
+
+
+class _Run:
+    def __init__(self, args: Namespace):
+        self.args = args
+        self.notes: list[str] = []
+        self.loading = {"trust_remote_code": args.trust_remote_code}
+        self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+        self.rules = LabelRules(args.label_type, args.sft_threshold)
+        self.names = run_names([name for name, _ in args.model])
+        self.servers = {
+            source: self._server(source.removeprefix(SERVED), args.server_url)
+            for _, source in args.model
+            if source.startswith(SERVED)
+        }
+        args.output.mkdir(parents=True, exist_ok=True)
+        judges = [self._judge(kind, name) for kind, name in args.judge]
+        self.judging = Judging(judges, args.criterion, seed=args.seed, note=self._note)
+        for server in (*self.servers.values(), *(each.server for each in judges if isinstance(each, LLMJudge))):
+            server.check()
+        self.held_out, self.split = self._rows()
+        answers = bool(judges or args.generate or self.servers)
+        self.questions = self._questions() if answers else []
+        self._ref_logps: dict[str, np.ndarray] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        args, held_out = self.args, self.held_out
+        # The judges come first: what is wrong with them should not take a model's answers to be told
+        if self.questions:
+            self.judging.agree(self.questions)
+        models = [self._model(run, source) for run, (_, source) in zip(self.names, args.model, strict=True)]
+        settings = {name: value for name, value in vars(args).items() if value is not None and value != []}
+        labels = Counter(held_out.label.tolist())
+        facts = {
+            "settings": settings,
+            "versions": report.versions(),
+            "commit": report.commit(),
+            "data": {
+                "dataset": args.dataset,
+                "split": self.split,
+                "rows": len(held_out.rows),
+                "prompts": len(np.unique(held_out.prompt)),
+                "demonstrations": int(held_out.sft_mask.sum()),
+                "labels": {f"{label:g}": n for label, n in sorted(labels.most_common(_MOST_LABELS))},
+                "questions": len(self.questions),
+            },
+            "models": models,
+            "judges": self.judging.facts(),
+            "differences": self.judging.differences(),
+            "over_seeds": report.over_runs([name for name, _ in args.model], models),
+            "notes": self.notes,
+        }
+        report.write(args.output, facts, pictures(models, held_out))
+        return facts
+
+    # Before any work
+
+    def _rows(self) -> tuple[HeldOut, str]:
+        args = self.args
+        splits: Any = load_rows(args.dataset, config=args.dataset_config)
+        there = ", ".join(map(str, splits))
+        split = args.split or "test"
+        if split in splits:
+            return HeldOut.of(splits[split], split, self.rules), split
+        if args.split is not None or "train" not in splits:
+            raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
+        rows: Dataset = splits["train"]
+        held_out = split_by_prompt(rows, test_size=args.test_split_size, seed=args.split_seed)["test"]
+        self._note(
+            f"{args.dataset} has no test split: evaluated are those {len(held_out):,} of its {len(rows):,} rows that "
+            f"training with the seed {args.split_seed} holds out. (--split train takes all.)"
+        )
+        return HeldOut.of(held_out, "test", self.rules), "held out of train"
+
+    def _questions(self) -> list[Question]:
+        found = self.held_out.questions(self.args.num_prompts, self.args.seed)
+        if not found:
+            raise ValueError(
+                "No prompt has a good answer to compare with: a row with sft_mask, or with a binary label of ½ and "
+                "above. Set --sft_threshold, or leave --judge and --generate out."
+            )
+        if len(found) < ENOUGH_PROMPTS and self.args.judge:
+            self._note(f"{len(found)} prompts are too few to conclude from; {ENOUGH_PROMPTS} are a beginning.")
+        return found
+
+    def _server(self, model: str, url: str | None) -> Server:
+        args = self.args
+        return Server(
+            model,
+            url,
+            key_variable=args.key_variable,
+            timeout=args.timeout,
+            retries=args.retries,
+            concurrency=args.concurrency,
+        )
+
+    def _judge(self, kind: str, name: str) -> Judge:
+        args = self.args
+        if kind == "profanity":
+            return ProfanityJudge()
+        if kind == "reward":
+            return RewardModelJudge(
+                name, args.criterion[0], label=args.judge_label, batch_size=args.batch_size, **self.loading
+            )
+        cache = args.judge_cache or args.output / "verdicts.jsonl"
+        server = self._server(name, args.judge_url)
+        return LLMJudge(server, cache, temperature=args.judge_temperature, max_tokens=args.judge_max_tokens)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        print(text, file=sys.stderr)
+
+    # The models
+
+    def _model(self, run: str, source: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {"name": run, "source": source, "perplexity": {}, "implicit_reward": {}, "judged": {}}
+        if source in self.servers:
+            prompts = [question.prompt for question in self.questions]
+            return facts | self._answers(run, ServerGenerator(self.servers[source]), self.questions, prompts)
+        args = self.args
+        tokenizer = load_tokenizer(source, **self.loading)
+        most = positions(source, **self.loading)
+        rows: Any = Preparation(tokenizer, self.rules, args.max_length, args.truncation_mode, most)(
+            self.held_out.rows, "test"
+        )
+        model = load_model(source, dtype=args.dtype, **self.loading)
+        facts |= self._likelihoods(run, source, model, tokenizer, rows)
+        if self.questions:
+            ids = dict(zip(rows["row"][:], rows["prompt_ids"][:], strict=True))
+            questions = [question for question in self.questions if question.row in ids]
+            if len(questions) < len(self.questions):
+                self._note(f"{run} gets {len(self.questions) - len(questions)} prompts less, which are left out above.")
+            generator = TransformersGenerator(model, tokenizer, source, most)
+            facts |= self._answers(run, generator, questions, [ids[question.row] for question in questions])
+        del model
+        _free()
+        return facts
+
+    def _answers(self, run: str, generator: Generator, questions: list[Question], prompts: list) -> dict[str, Any]:
+        path = self.args.output / "answers" / (re.sub(r"[^\w.-]+", "_", run) + ".jsonl")
+        replies = generate(generator, prompts, path, self.sampling, batch_size=self.args.batch_size)
+        told = {
+            "prompts": len(replies),
+            "cut_at_max_new_tokens": sum(not reply.finished for reply in replies),
+            "empty": sum(not reply.text.strip() for reply in replies),
+        }
+        return {"answers": told, "judged": self.judging.judge(run, questions, [reply.text for reply in replies])}
+
+    def _likelihoods(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> dict[str, Any]:
+        args, held_out = self.args, self.held_out
+        raw = np.asarray(rows["row"][:])
+        prompt, label = held_out.prompt[raw], held_out.label[raw]
+        mask, continuous = held_out.sft_mask[raw], held_out.continuous[raw]
+        logps, tokens = completion_logps(model, rows, batch_size=args.batch_size, what=f"Scoring, {run}")
+        facts: dict[str, Any] = {
+            "rows": len(rows),
+            "left_out": len(held_out.rows) - len(rows),
+            "tokens": int(tokens.sum()),
+            "perplexity": {
+                name: perplexity(logps[which], tokens[which], prompt[which], seed=args.seed)
+                for name, which in (("demonstrations", mask), ("other answers", ~mask))
+                if which.any()
+            },
+        }
+        ref_logps = self._reference(run, source, model, tokenizer, rows)
+        if ref_logps is None:
+            return facts
+        log_z = np.asarray(rows["log_z"][:]) if "log_z" in rows.column_names else args.log_z
+        rewards = implicit_reward(logps, ref_logps, args.beta, log_z)
+        facts["implicit_reward"] = {
+            name: estimate
+            for which, of in ((~continuous, binary_figures), (continuous, continuous_figures))
+            if which.any()
+            for name, estimate in of(rewards[which], label[which], prompt[which], seed=args.seed).items()
+        }
+        if not continuous.all():
+            facts["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])
+        return facts
+
+    def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> np.ndarray | None:
+        """`(N,)` log π_ref(y|x), or None where there is no reference."""
+        args = self.args
+        scoring = {"batch_size": args.batch_size, "what": f"Scoring, reference of {run}"}
+        if args.ref_model is None:
+            if adapter_base(source) is None:
+                self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
+                return None
+            with as_reference(model) as reference:
+                return completion_logps(reference, rows, **scoring)[0]
+        key = digest(rows["prompt_ids"][:], rows["completion_ids"][:])
+        if key not in self._ref_logps:
+            check_same_tokens(tokenizer, load_tokenizer(args.ref_model, **self.loading), rows, run, args.ref_model)
+            reference = load_model(args.ref_model, dtype=args.dtype, **self.loading)
+            self._ref_logps[key] = completion_logps(reference, rows, **scoring)[0]
+            del reference
+            _free()
+        return self._ref_logps[key]
+
+
+def run_names(names: list[str]) -> list[str]:
+    """A name for each run: those that several runs have are numbered.
+
+    Example:
+        >>> run_names(["ulma", "sft", "ulma"])
+        ['ulma (1)', 'sft', 'ulma (2)']
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name} ({seen[name]})" if names.count(name) > 1 else name)
+    return found
+
+
+def _free() -> None:
+    """Give the memory of a model that nobody holds any more back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

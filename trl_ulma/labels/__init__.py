@@ -1,0 +1,40 @@
+"""Labels: what a point-wise row is, transforms of its label, and the report on all of them."""
+
+from trl_ulma.labels.report import label_report, render_report
+from trl_ulma.labels.rows import (
+    ASKING_ROLES,
+    LABEL_TYPES,
+    OPTIONAL_COLUMNS,
+    LabelRules,
+    check_columns,
+    check_texts,
+    is_empty,
+    is_messages,
+    one_class,
+    raw_labels,
+    read_labels,
+    shown,
+    transform_labels,
+)
+from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transform
+
+__all__ = [
+    "ASKING_ROLES",
+    "LABEL_TYPES",
+    "OPTIONAL_COLUMNS",
+    "TRANSFORMS",
+    "LabelRules",
+    "LabelTransform",
+    "check_columns",
+    "check_texts",
+    "is_empty",
+    "is_messages",
+    "label_report",
+    "one_class",
+    "parse_transform",
+    "raw_labels",
+    "read_labels",
+    "render_report",
+    "shown",
+    "transform_labels",
+]

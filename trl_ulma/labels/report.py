@@ -1,0 +1,314 @@
+"""The label report: what labels, weights, prompts and lengths say before any training."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_WIDTH = 80
+_BINS = 10
+# Labels of more different values than this are counted in bins
+_VALUES = 12
+# A label that length explains this well by itself is suspect: 0.3² is a tenth of its variance
+_LENGTH_BIAS = 0.3
+# Between these a target log-ratio is neither lost in the noise nor out of a policy's reach, nats
+_TARGETS = (1.0, 50.0)
+_GOOD_TARGET = 10.0
+# KTO's advice: the classes' summed weights within 4:3 of one another
+_BALANCED = 4 / 3
+
+
+def label_report(
+    label: np.ndarray,
+    continuous: np.ndarray,
+    sft_mask: np.ndarray,
+    *,
+    prompt: np.ndarray,
+    answer: np.ndarray,
+    tokens: np.ndarray,
+    weight: np.ndarray | None = None,
+    log_z: np.ndarray | float | None = 0.0,
+    beta: float = 0.1,
+    length_normalize: bool = False,
+    class_weights: tuple[float, float] = (1.0, 1.0),
+) -> dict[str, Any]:
+    r"""Counts, shares and warnings about a training set, as JSON can hold them.
+
+    Args:
+        label: `(N,)` labels that are learned, N ≥ 1.
+        continuous: `(N,)` bool.
+        sft_mask: `(N,)` bool, True for demonstrations.
+        prompt: `(N,)` a number for each different prompt.
+        answer: `(N,)` a number for each different completion of a prompt.
+        tokens: `(N,)` the completions' numbers of tokens.
+        weight: `(N,)` the rows' weights; None where all are 1.
+        log_z: log Z in nats, one number or `(N,)`; None where it is not known before training.
+        beta: β.
+        length_normalize: whether log-ratios are divided by the completion's tokens: u is then as many times greater.
+        class_weights: `desirable_weight` and `undesirable_weight` as they are set.
+
+    Returns:
+        - `rows`, and `demonstrations`, the share of them that are;
+        - `binary`, `continuous`, of rows of that type: `rows`; `classes`, rows by class; `mean`, `std`; `histogram`, a
+          list of `low`, `high`, `rows`, `weight` (the sum) and `tokens` (the mean), `low` and `high` being equal where
+          single labels are counted; `length_correlation`, Pearson's of label and tokens, None where either is constant;
+        - of binary ones, `class_weights`: `desirable_weight` and `undesirable_weight` under which both classes weigh
+          alike and all rows as much as before; None where there is one class;
+        - of continuous ones, `targets`: |u| in nats, u = (z − c)/β with c = β·log Z: what log-ratios are drawn to;
+        - `weight`: its distribution, the share that demonstrations have of it and Kish's effective number of rows;
+        - `repeated`: rows whose prompt and completion an earlier row has; `contradicting`: rows whose prompt and
+          completion another row has with another label of the same type;
+        - `prompts`: how many, the mean and greatest number of answers, and `with_answers`, prompts by their number;
+        - `warnings`: sentences.
+
+    Example:
+        >>> ones = np.ones(4, dtype=int)
+        >>> label = np.array([1.0, 1.0, 1.0, 0.0])
+        >>> report = label_report(label, label < 0, label < 0, prompt=ones, answer=np.arange(4), tokens=ones)
+        >>> report["binary"]["classes"]
+        {'1': 3, 'between': 0, '0': 1}
+        >>> report["binary"]["class_weights"]
+        {'desirable_weight': 0.6667, 'undesirable_weight': 2.0}
+    """
+    label = np.asarray(label, dtype=np.float64)
+    weights = np.ones(len(label)) if weight is None else np.asarray(weight, dtype=np.float64)
+    warnings: list[str] = []
+    report: dict[str, Any] = {"rows": len(label), "demonstrations": _rounded(sft_mask.mean())}
+    for name, rows in (("binary", ~continuous), ("continuous", continuous)):
+        if rows.any():
+            report[name] = _of_type(name, label[rows], sft_mask[rows], weights[rows], tokens[rows], warnings)
+    if "binary" in report:
+        rows = ~continuous
+        report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
+    if "continuous" in report:
+        shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
+        targets = np.abs(label[continuous] / beta - shift) * (tokens[continuous] if length_normalize else 1)
+        report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, warnings)
+    report["weight"] = _weights(weights, weight is not None, sft_mask)
+    report.update(_repeats(label, continuous, answer, warnings))
+    report["prompts"] = _prompts(prompt)
+    report["warnings"] = warnings
+    return report
+
+
+def _of_type(
+    name: str, label: np.ndarray, sft_mask: np.ndarray, weight: np.ndarray, tokens: np.ndarray, warnings: list[str]
+) -> dict[str, Any]:
+    if name == "binary":
+        classes = {"1": label == 1, "between": (label > 0) & (label < 1), "0": label == 0}
+    else:
+        classes = {"demonstrations": sft_mask, "others": ~sft_mask}
+    correlation = None
+    if len(np.unique(label)) > 1 and len(np.unique(tokens)) > 1:
+        correlation = _rounded(np.corrcoef(label, tokens)[0, 1])
+        if abs(correlation) >= _LENGTH_BIAS:
+            longer = "longer" if correlation > 0 else "shorter"
+            warnings.append(
+                f"Better answers are {longer} (correlation of {name} label and tokens {correlation:+.2f}): length may "
+                "be learned in place of quality. Balance the lengths, or compare with length_normalize=True."
+            )
+    return {
+        "rows": len(label),
+        "classes": {of: int(rows.sum()) for of, rows in classes.items()},
+        "mean": _rounded(label.mean()),
+        "std": _rounded(label.std()),
+        "histogram": _histogram(label, weight, tokens),
+        "length_correlation": correlation,
+    }
+
+
+def _histogram(label: np.ndarray, weight: np.ndarray, tokens: np.ndarray) -> list[dict[str, float]]:
+    values, bins = np.unique(label, return_inverse=True)
+    lows = highs = values
+    if len(values) > _VALUES:
+        edges = np.histogram_bin_edges(label, _BINS)
+        lows, highs = edges[:-1], edges[1:]
+        bins = np.digitize(label, edges[1:-1])
+    rows, weights, lengths = (np.bincount(bins, of, len(lows)) for of in (None, weight, tokens))
+    return [
+        {
+            "low": float(lows[i]),
+            "high": float(highs[i]),
+            "rows": int(rows[i]),
+            "weight": _rounded(weights[i]),
+            "tokens": _rounded(lengths[i] / rows[i]) if rows[i] else 0.0,
+        }
+        for i in range(len(lows))
+    ]
+
+
+def _targets(targets: np.ndarray, beta: float, is_known: bool, warnings: list[str]) -> dict[str, Any]:
+    size, greatest = float(np.sqrt((targets**2).mean())), float(targets.max())
+    low, high = _TARGETS
+    beyond = int((targets > high).sum())
+    advice = f"With beta={beta * size / _GOOD_TARGET:.2g} it would be {_GOOD_TARGET:g}." if size else ""
+    if size < low:
+        warnings.append(
+            f"The target log-ratios (z − c)/β are {size:.2g} nats in root mean square, below {low:g}: there is little "
+            f"to learn at beta={beta:g}. {advice}".rstrip()
+        )
+    elif beyond:
+        warnings.append(
+            f"{_count(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}: out of reach "
+            f"for a policy that keeps its language. The root mean square is {size:.3g} at beta={beta:g}. {advice}"
+        )
+    return {
+        "rms": _rounded(size),
+        "median": _rounded(np.median(targets)),
+        "max": _rounded(greatest),
+        "above_50": beyond,
+        "log_z_is_known": is_known,
+    }
+
+
+def _weights(weights: np.ndarray, is_given: bool, sft_mask: np.ndarray) -> dict[str, Any]:
+    total = weights.sum()
+    return {
+        "is_given": is_given,
+        "min": float(weights.min()),
+        "median": float(np.median(weights)),
+        "max": float(weights.max()),
+        "zero": int((weights == 0).sum()),
+        "demonstrations": _rounded(weights[sft_mask].sum() / total) if total else None,
+        "effective_rows": _rounded(total**2 / (weights**2).sum()) if total else 0.0,
+    }
+
+
+def _repeats(label: np.ndarray, continuous: np.ndarray, answer: np.ndarray, warnings: list[str]) -> dict[str, int]:
+    # Sorted by answer, type and label, rows that contradict one another are a run with a change of label in it
+    order = np.lexsort((label, continuous, answer))
+    answer, continuous, label = answer[order], continuous[order], label[order]
+    starts = np.r_[True, (answer[1:] != answer[:-1]) | (continuous[1:] != continuous[:-1])]
+    run = starts.cumsum() - 1
+    first = np.flatnonzero(starts)
+    last = np.r_[first[1:], len(label)] - 1
+    contradicting = int((label[first] != label[last])[run].sum())
+    if contradicting:
+        warnings.append(
+            f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels. "
+            "That is right for votes by several people; else one of them is wrong."
+        )
+    return {"repeated": len(label) - len(np.unique(answer)), "contradicting": contradicting}
+
+
+def _prompts(prompt: np.ndarray) -> dict[str, Any]:
+    _, answers = np.unique(prompt, return_counts=True)
+    edges = [1, 2, 3, 5, 9, 17]
+    names = ["1", "2", "3–4", "5–8", "9–16", "17 or more"]
+    counts = np.bincount(np.digitize(answers, edges) - 1, minlength=len(names))
+    return {
+        "count": len(answers),
+        "mean_answers": _rounded(answers.mean()),
+        "max_answers": int(answers.max()),
+        "with_answers": {name: int(count) for name, count in zip(names, counts, strict=True) if count},
+    }
+
+
+def _class_weights(
+    weights: np.ndarray, chosen: np.ndarray, as_set: tuple[float, float], warnings: list[str]
+) -> dict[str, float] | None:
+    desirable, undesirable = float(weights[chosen].sum()), float(weights[~chosen].sum())
+    if not desirable or not undesirable:
+        return None
+    total = desirable + undesirable
+    advice = {
+        "desirable_weight": float(f"{total / (2 * desirable):.4g}"),
+        "undesirable_weight": float(f"{total / (2 * undesirable):.4g}"),
+    }
+    desirable, undesirable = desirable * as_set[0], undesirable * as_set[1]
+    if max(desirable, undesirable) > _BALANCED * min(desirable, undesirable) > 0:
+        warnings.append(
+            f"Desirable and undesirable rows weigh {desirable / undesirable:.3g} to 1. To weigh both alike: "
+            f"desirable_weight={advice['desirable_weight']:g}, undesirable_weight={advice['undesirable_weight']:g}."
+        )
+    return advice
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def render_report(report: Mapping[str, Any], name: str = "train") -> str:
+    """The report as text of at most 80 columns.
+
+    Args:
+        report: of `label_report`.
+        name: the data set's.
+
+    Example:
+        >>> ones = np.ones(4, dtype=int)
+        >>> label = np.array([1.0, 1.0, 1.0, 0.0])
+        >>> report = label_report(label, label < 0, label < 0, prompt=ones, answer=np.arange(4), tokens=ones)
+        >>> print(render_report(report))
+        Labels of the train dataset: 4 rows, 1 prompt
+        <BLANKLINE>
+        binary labels: 4 rows, mean 0.75, standard deviation 0.433
+                      label                               rows               tokens
+                          0 ████████                         1  25.0%             1
+                          1 ████████████████████████         3  75.0%             1
+        <BLANKLINE>
+        demonstrations      0.0% of rows
+        ...
+    """
+    prompts, weight = report["prompts"], report["weight"]
+    lines = [f"Labels of the {name} dataset: {_count(report['rows'], 'row')}, {_count(prompts['count'], 'prompt')}"]
+    for kind in ("binary", "continuous"):
+        if kind in report:
+            lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
+    facts = {"demonstrations": f"{report['demonstrations']:.1%} of rows"}
+    if weight["is_given"]:
+        if weight["demonstrations"] is not None:
+            facts["demonstrations"] += f", {weight['demonstrations']:.1%} of weights"
+        facts["weights"] = (
+            f"{weight['min']:.4g} to {weight['max']:.4g}, median {weight['median']:.4g}; {weight['zero']:,} are 0; "
+            f"as good as {weight['effective_rows']:,.0f} rows of one weight"
+        )
+    by_number = ", ".join(f"{count:,} with {number}" for number, count in prompts["with_answers"].items())
+    facts["answers a prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
+    facts["repeated"] = _count(report["repeated"], "row")
+    facts["contradicting"] = _count(report["contradicting"], "row")
+    class_weights = report.get("binary", {}).get("class_weights")
+    if class_weights:
+        facts["classes alike with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
+    lines.append("")
+    for fact, text in facts.items():
+        lines += textwrap.wrap(f"{fact:<19} {text}", _WIDTH, subsequent_indent=" " * 20)
+    for warning in report["warnings"]:
+        lines += ["", *textwrap.wrap(f"! {warning}", _WIDTH, subsequent_indent="  ")]
+    return "\n".join(lines)
+
+
+def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list[str]:
+    rows = _count(found["rows"], "row")
+    lines = [f"{kind} labels: {rows}, mean {found['mean']:.3g}, standard deviation {found['std']:.3g}"]
+    lines.append(f"{'label':>19} {'':<24} {'rows':>9} {'':>6} {'weight' if has_weights else '':>6} {'tokens':>6}")
+    most = max(each["rows"] for each in found["histogram"])
+    total = sum(each["weight"] for each in found["histogram"])
+    for each in found["histogram"]:
+        low, high, count = each["low"], each["high"], each["rows"]
+        span = f"{low:.6g}" if low == high else f"{low:.4g} … {high:.4g}"
+        weight = f"{each['weight'] / total:.1%}" if has_weights and total else ""
+        lines.append(
+            f"{span:>19} {_bar(count / most, 24):<24} {count:>9,} {count / found['rows']:>6.1%} {weight:>6} "
+            f"{each['tokens']:>6.0f}"
+        )
+    if found["length_correlation"] is not None:
+        lines.append(f"{'':<20}correlation of label and tokens {found['length_correlation']:+.2f}")
+    if "targets" in found:
+        targets = found["targets"]
+        without = "" if targets["log_z_is_known"] else ", without log Z"
+        lines += [
+            f"{'':<20}targets |z − c|/β in nats{without}:",
+            f"{'':<20}rms {targets['rms']:.3g}, median {targets['median']:.3g}, greatest {targets['max']:.3g}",
+        ]
+    return [line.rstrip() for line in lines]
+
+
+def _bar(share: float, width: int) -> str:
+    whole, eighth = divmod(round(share * width * 8), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[eighth].strip()
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,332 @@
+"""Label transforms: from the scale that labels come on to the one that is learned, and back."""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+
+# name: (the numbers that it may be given, what it does)
+TRANSFORMS = {
+    "centre": ("the mean", "z − mean"),
+    "standardise": ("mean and standard deviation", "(z − mean) / standard deviation"),
+    "min_max": ("least and greatest", "(z − least) / (greatest − least)"),
+    "quantile": ("", "share of the training labels below z, half of those equal to it included: in (0, 1)"),
+    "prompt_quantile": ("", "the same among the labels of the row's own prompt, in the data set that it is in"),
+    "lower_is_better": ("greatest", "greatest − z, where greatest is 1 for binary labels and 0 for continuous ones"),
+    "threshold": ("least good", "1 where z ≥ least good, else 0"),
+    "votes": ("a and b", "(z + a) / (trials + a + b): z votes for, of those in column `trials`; a = b = 1"),
+}
+_COUNTS = {"centre": 1, "standardise": 2, "min_max": 2, "lower_is_better": 1, "threshold": 1, "votes": 2}
+_ALWAYS_GIVEN = ("threshold",)
+# What these make lies in [0, 1]
+_IN_UNIT = ("min_max", "quantile", "prompt_quantile", "threshold", "votes")
+# The way back from these is not known: what comes back is on the scale that they make
+_ONE_WAY = ("prompt_quantile", "threshold", "votes")
+# Points that a distribution of more different labels is kept by
+_KNOTS = 1000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transform. `numbers` are its arguments, given or fitted; None where they are still to be fitted.
+
+    Those of "quantile" are k labels in rising order and then their k quantiles.
+    """
+
+    name: str
+    numbers: tuple[float, ...] | None
+
+    def __str__(self) -> str:
+        if self.name == "quantile" or not self.numbers:
+            return self.name
+        return f"{self.name}:{','.join(f'{number:g}' for number in self.numbers)}"
+
+    def fit(self, labels: np.ndarray) -> Self:
+        """This step with its numbers, from the `(N,)` labels that it will see; itself where it has them."""
+        if self.numbers is not None:
+            return self
+        if self.name != "centre" and labels.min() == labels.max():
+            raise ValueError(
+                f"label_transform: {self.name} needs labels that differ, and all {len(labels)} are {labels[0]:g} "
+                "where it comes. Leave it out."
+            )
+        if self.name == "centre":
+            numbers = (labels.mean(),)
+        elif self.name == "standardise":
+            numbers = (labels.mean(), labels.std())
+        elif self.name == "min_max":
+            numbers = (labels.min(), labels.max())
+        else:
+            values, counts = np.unique(labels, return_counts=True)
+            quantiles = _mid_ranks(counts) / len(labels)
+            kept = np.unique(np.linspace(0, len(values) - 1, min(len(values), _KNOTS)).round().astype(int))
+            numbers = (*values[kept], *quantiles[kept])
+        return replace(self, numbers=tuple(map(float, numbers)))
+
+    def apply(self, labels: np.ndarray, trials: np.ndarray | None, prompts: Sequence[Any] | None) -> np.ndarray:
+        """`(N,)` labels after this step; `trials` `(N,)` for "votes", `prompts` `(N,)` keys for "prompt_quantile"."""
+        if self.numbers is None:
+            raise ValueError(f"label_transform: {self.name} has not been fitted.")
+        first, second = (*self.numbers, 0.0, 0.0)[:2]
+        match self.name:
+            case "centre":
+                return labels - first
+            case "standardise":
+                return (labels - first) / second
+            case "min_max":
+                return (labels - first) / (second - first)
+            case "quantile":
+                values, quantiles = np.split(np.array(self.numbers), 2)
+                return np.interp(labels, values, quantiles)
+            case "prompt_quantile":
+                if prompts is None:
+                    raise ValueError("label_transform: prompt_quantile needs the rows' prompts.")
+                return _quantiles_within(labels, prompts)
+            case "lower_is_better":
+                return first - labels
+            case "threshold":
+                return (labels >= first).astype(np.float64)
+            case _:
+                if trials is None:
+                    raise ValueError("label_transform: votes needs the rows' trials.")
+                return (labels + first) / (trials + first + second)
+
+    def invert(self, labels: np.ndarray) -> np.ndarray:
+        """`(N,)` labels before this step, of labels after it."""
+        first, second = (*(self.numbers or ()), 0.0, 0.0)[:2]
+        match self.name:
+            case "centre":
+                return labels + first
+            case "standardise":
+                return labels * second + first
+            case "min_max":
+                return labels * (second - first) + first
+            case "lower_is_better":
+                return first - labels
+            case _:
+                values, quantiles = np.split(np.array(self.numbers), 2)
+                return np.interp(labels, quantiles, values)
+
+
+@dataclass(frozen=True)
+class LabelTransform:
+    """Transforms one after the other, from the labels that rows carry to those that are learned.
+
+    Made by `parse_transform`, fitted on the training set, kept as JSON beside the weights, applied to whatever is
+    evaluated or scored.
+
+    Example:
+        >>> import numpy as np
+        >>> transform = parse_transform("lower_is_better,centre", "continuous").fit(np.array([0.0, 0.0, 3.0]))
+        >>> str(transform), transform.apply(np.array([0.0, 4.0])), transform.invert(np.array([1.0]))
+        ('lower_is_better:0,centre:-1', array([ 1., -3.]), array([0.]))
+    """
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.steps))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether labels can be transformed without having seen a training set."""
+        return all(step.numbers is not None for step in self.steps)
+
+    @property
+    def needs_trials(self) -> bool:
+        """Whether rows must carry `trials`."""
+        return any(step.name == "votes" for step in self.steps)
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether a label depends on the other rows of its prompt, so that all rows must be at hand."""
+        return any(step.name == "prompt_quantile" for step in self.steps)
+
+    def fit(
+        self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
+    ) -> "LabelTransform":
+        """This transform with the numbers that it lacks, each step fitted on what the steps before it make.
+
+        Args:
+            labels: `(N,)` labels as rows carry them; every row counts once, whatever its weight.
+            trials: `(N,)` numbers of votes cast, for "votes".
+            prompts: `(N,)` keys of the rows' prompts, for "prompt_quantile".
+
+        Raises:
+            ValueError: where labels that must differ do not.
+        """
+        labels = np.asarray(labels, dtype=np.float64)
+        fitted = []
+        for step in self.steps:
+            step = step.fit(labels)
+            labels = step.apply(labels, trials, prompts)
+            if step.name == "prompt_quantile" and (labels == labels[0]).all():
+                raise ValueError(
+                    f"label_transform: prompt_quantile makes all {len(labels)} labels {labels[0]:g}, since no prompt "
+                    "has answers with different labels. Use quantile, or leave it out."
+                )
+            fitted.append(step)
+        return LabelTransform(tuple(fitted))
+
+    def apply(
+        self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
+    ) -> np.ndarray:
+        """`(N,)` labels to learn, of labels as rows carry them; arguments as in `fit`."""
+        labels = np.asarray(labels, dtype=np.float64)
+        for step in self.steps:
+            labels = step.apply(labels, trials, prompts)
+        return labels
+
+    def invert(self, labels: np.ndarray) -> np.ndarray:
+        """`(N,)` labels on the scale that rows carry, of labels that are learned.
+
+        The way back ends at a "threshold" (1 is: at or above it), at "votes" (a rate of votes, since how many there
+        will be is not known) and at "prompt_quantile" (a rank among the prompt's answers).
+
+        Example:
+            >>> import numpy as np
+            >>> parse_transform("min_max:1,5", "binary").invert(np.array([0.0, 0.5]))
+            array([1., 3.])
+            >>> parse_transform("votes:1,1,lower_is_better", "binary").invert(np.array([0.25]))
+            array([0.75])
+        """
+        labels = np.asarray(labels, dtype=np.float64)
+        for step in reversed(self.steps):
+            if step.name in _ONE_WAY:
+                break
+            labels = step.invert(labels)
+        return labels
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What `from_json` reads: plain lists, names and numbers.
+
+        Example:
+            >>> parse_transform("centre:3", "continuous").to_json()
+            [{'name': 'centre', 'numbers': [3.0]}]
+        """
+        return [{"name": step.name, "numbers": list(step.numbers or ())} for step in self.steps]
+
+    @classmethod
+    def from_json(cls, steps: Sequence[Mapping[str, Any]]) -> Self:
+        """The fitted transform that `to_json` wrote.
+
+        Raises:
+            ValueError: for a step that is none.
+        """
+        for step in steps:
+            count = _COUNTS.get(step["name"], 0)
+            found = len(step["numbers"])
+            right = found >= 4 and found % 2 == 0 if step["name"] == "quantile" else found == count
+            if step["name"] not in TRANSFORMS or not right:
+                raise ValueError(f"{dict(step)} is no label transform. The known ones are {_known()}.")
+        return cls(tuple(Step(step["name"], tuple(map(float, step["numbers"]))) for step in steps))
+
+
+def parse_transform(spec: str, label_type: str) -> LabelTransform:
+    """The transforms that a setting names, one after the other, to be fitted where they are given no numbers.
+
+    Steps are divided by commas; numbers follow a step's name after a colon, divided by commas too:
+    "lower_is_better,standardise", "threshold:0.5", "votes:1,1,lower_is_better". `TRANSFORMS` says what there is.
+
+    Args:
+        spec: the setting.
+        label_type: what labels are after the transform, "binary" or "continuous".
+
+    Raises:
+        ValueError: for a name or a number that is wrong, or steps that do not fit each other or the label type.
+
+    Example:
+        >>> [step.name for step in parse_transform("min_max:0,4,lower_is_better", "binary").steps]
+        ['min_max', 'lower_is_better']
+    """
+    if not isinstance(spec, str):
+        raise ValueError(f"label_transform must be text such as 'lower_is_better,standardise'; got {spec!r}.")
+    found: list[tuple[str, list[float]]] = []
+    for piece in spec.split(","):
+        name, colon, argument = (part.strip() for part in piece.partition(":"))
+        if not colon and found and found[-1][1] and _number(name) is not None:
+            argument = name  # another number of the step before
+        elif name not in TRANSFORMS:
+            near = difflib.get_close_matches(name, TRANSFORMS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"label_transform={spec!r}: {name!r} is not a transform; known are {_known()}.{hint}")
+        else:
+            found.append((name, []))
+        if colon or argument:
+            number = _number(argument)
+            if number is None:
+                raise ValueError(f"label_transform={spec!r}: {argument!r} is not a number, as {found[-1][0]} takes.")
+            found[-1][1].append(number)
+    steps = tuple(_step(name, numbers, label_type, spec) for name, numbers in found)
+    _check_order([step.name for step in steps], label_type, spec)
+    return LabelTransform(steps)
+
+
+def _step(name: str, numbers: list[float], label_type: str, spec: str) -> Step:
+    count = _COUNTS.get(name, 0)
+    if len(numbers) != count and (numbers or name in _ALWAYS_GIVEN):
+        given = f"{name}:{','.join(f'{number:g}' for number in numbers)}" if numbers else name
+        takes = f"takes {TRANSFORMS[name][0]}" if count else "takes no numbers"
+        raise ValueError(f"label_transform={spec!r}: {given} has {len(numbers)} numbers; {name} {takes}.")
+    if name == "standardise" and numbers and not numbers[1] > 0:
+        raise ValueError(f"label_transform={spec!r}: a standard deviation is above 0; got {numbers[1]:g}.")
+    if name == "min_max" and numbers and not numbers[0] < numbers[1]:
+        raise ValueError(
+            f"label_transform={spec!r}: the least label is below the greatest; got {numbers[0]:g} and {numbers[1]:g}."
+        )
+    if name == "votes" and numbers and not (min(numbers) >= 0 and sum(numbers) > 0):
+        raise ValueError(
+            f"label_transform={spec!r}: a and b of a Beta prior are 0 or above, one of them above 0; got "
+            f"{numbers[0]:g} and {numbers[1]:g}."
+        )
+    fixed = {"lower_is_better": (float(label_type == "binary"),), "votes": (1.0, 1.0), "prompt_quantile": ()}
+    return Step(name, tuple(numbers) if numbers else fixed.get(name))
+
+
+def _check_order(names: list[str], label_type: str, spec: str) -> None:
+    if "votes" in names[1:]:
+        raise ValueError(f"label_transform={spec!r}: votes reads the votes that rows carry. Put it first.")
+    if "threshold" in names and "lower_is_better" in names[: names.index("threshold")]:
+        raise ValueError(
+            f"label_transform={spec!r}: whether threshold is meant before or after lower_is_better turns the labels is "
+            "easily mistaken. Put threshold first: it then reads the labels as they are."
+        )
+    makes = next((name for name in reversed(names) if name != "lower_is_better"), None)
+    if label_type == "continuous" and makes == "threshold":
+        raise ValueError(f"label_transform={spec!r}: threshold makes labels 0 and 1. Set label_type='binary'.")
+    if label_type == "binary" and makes is not None and makes not in _IN_UNIT:
+        raise ValueError(
+            f"label_transform={spec!r}: {makes} makes labels outside [0, 1]. Set label_type='continuous', or use one "
+            f"of {', '.join(_IN_UNIT)}."
+        )
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _known() -> str:
+    return ", ".join(f"{name}[:{numbers}]" if numbers else name for name, (numbers, _) in TRANSFORMS.items())
+
+
+def _mid_ranks(counts: np.ndarray) -> np.ndarray:
+    """How many labels are below each of several different ones, half of those equal to it included."""
+    return counts.cumsum() - counts / 2
+
+
+def _quantiles_within(labels: np.ndarray, prompts: Sequence[Any]) -> np.ndarray:
+    """`(N,)` quantile of each label among those with the same prompt."""
+    number: dict[Any, int] = {}
+    group = np.array([number.setdefault(prompt, len(number)) for prompt in prompts])
+    pairs, which, counts = np.unique(np.stack([group, labels]), axis=1, return_inverse=True, return_counts=True)
+    of_pair = pairs[0].astype(int)
+    size = np.bincount(group)
+    before = size.cumsum() - size
+    return ((_mid_ranks(counts) - before[of_pair]) / size[of_pair])[which.ravel()]

@@ -1,0 +1,125 @@
+"""What a trainer asks its reference: for which rows, once before training or in each step, on one process or many."""
+
+# transformers declares the model and the dataset of a trainer optional or of many kinds
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
+import contextlib
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from trl_ulma.scoring import Scorer
+
+
+class AsksReference(DPOTrainer):
+    """A `DPOTrainer` whose reference is asked for the rows that are compared with it, and for no others.
+
+    Whoever inherits sets `_has_reference`, `_layout`, `_probe_rows` and gives `_compared`.
+    """
+
+    _has_reference: bool
+    _layout: str
+    _probe_rows: Sequence[dict[str, Any]]
+
+    def _compared(self, dataset: Dataset) -> np.ndarray:
+        """`(N,)` bool: the rows of a prepared data set whose loss needs the reference."""
+        raise NotImplementedError
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not self._has_reference:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
+        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
+            raise ValueError(
+                "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
+                f"the {name} dataset can not be compared with it. Pass it to the trainer as an eval_dataset, or pass "
+                "a ref_model, or set precompute_ref_log_probs=False."
+            )
+        asked = self._compared(dataset) if name == "train" else np.ones(len(dataset), dtype=bool)
+        ref_logps = np.full(len(dataset), np.nan)
+        if asked.any():
+            part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))
+            # Whether they are computed or read from the cache, training draws the same random numbers: a data loader
+            # takes its seed from torch's
+            with self._same_file_for_all(part) as part, torch.random.fork_rng(devices=[]):
+                ref_logps[asked] = super()._precompute_ref_logps(part, name, batch_size)["ref_chosen_logps"][:]
+        return dataset.add_column("ref_logps", ref_logps.tolist())
+
+    @contextlib.contextmanager
+    def _same_file_for_all(self, rows: Dataset) -> Iterator[Dataset]:
+        """The rows in a file that all processes read: DPOTrainer hands on what it computes in a file beside it, and of
+        rows made in memory each process has a folder of its own."""
+        if self.accelerator.num_processes == 1 or rows.cache_files:
+            yield rows
+            return
+        folder = broadcast_object_list([tempfile.mkdtemp(prefix="trl-ulma-")])[0]
+        try:
+            if self.accelerator.is_main_process:
+                rows.save_to_disk(folder)
+            self.accelerator.wait_for_everyone()
+            yield Dataset.load_from_disk(folder)
+            self.accelerator.wait_for_everyone()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        def collate(rows):
+            return self._prepare_inputs(self.data_collator(rows))
+
+        return Scorer(self.accelerator, self._layout, self._probe_rows, collate)
+
+    def compute_ref_log_probs(self, model, inputs):
+        """Reference log-probabilities of a batch's rows, `(B,)` nats, summed over the completion; twice the same,
+        since DPOTrainer's precomputation stores one for each half of a pair."""
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and isinstance(self.model, PeftModel):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
+            log_probs = self._scorer(model, inputs).log_probs
+        ref_logps = summed(log_probs)
+        return ref_logps, ref_logps
+
+    def _ref_logps(self, inputs: dict, rows: dict, asked: tuple[list[int], int] | None) -> torch.Tensor:
+        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for.
+
+        `asked` are the rows that need it and their width; all rows where it is None.
+        """
+        if "ref_logps" in rows:
+            return rows["ref_logps"]
+        unknown = torch.full_like(rows["label"], torch.nan)
+        if not self._has_reference or (asked is not None and not asked[0]):
+            return unknown
+        model = self.ref_model or self.model
+        if asked is None:
+            return self.compute_ref_log_probs(model, inputs)[0]
+        index = torch.tensor(asked[0], device=unknown.device)
+        part = {name: value[index, : asked[1]] for name, value in inputs.items()}
+        ref_logps = self.compute_ref_log_probs(model, part)[0]
+        return unknown.to(ref_logps).index_copy(0, index, ref_logps)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether a forward is a collective of all processes."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def summed(per_token_logps: torch.Tensor) -> torch.Tensor:
+    """`(B,)` sums of `(B, T)`, in at least float32; positions without a label hold 0."""
+    return per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))

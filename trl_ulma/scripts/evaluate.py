@@ -1,0 +1,174 @@
+r"""Say how good models are on held-out rows: perplexity, implicit rewards, judged answers, pictures.
+
+    trl-ulma evaluate --model out --dataset feedback.jsonl --output report
+    trl-ulma evaluate --model ulma=out/ulma --model sft=out/sft --ref_model base --dataset test.parquet \
+        --output report --judge llm:some-model --judge_url http://localhost:8000/v1
+
+The folder of `--output` then holds report.md, report.json, the pictures, and what was generated and judged, which is
+not asked for again when the command is repeated.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
+
+
+def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} --model [NAME=]MODEL [--ref_model MODEL] --dataset DATA --output FOLDER [--judge JUDGE] …",
+        description="Perplexity and implicit rewards of held-out rows; answers, judged against the data's chosen ones.",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what is evaluated")
+    what.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="[NAME=]MODEL",
+        help="a checkpoint's or adapter's folder, a name on the hub, or served:MODEL for one on --server_url (answers "
+        "only); give it several times to compare models, with one NAME for runs that differ in their seed",
+    )
+    what.add_argument(
+        "--ref_model",
+        help="the model that training began with, for implicit rewards (default: of an adapter, its base)",
+    )
+    what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
+    what.add_argument("--dataset_config", help="of a data set that has several configurations")
+    what.add_argument(
+        "--split",
+        help='default: "test"; where there is none, the rows that training held out of "train" (by prompt, with '
+        "--test_split_size and --split_seed)",
+    )
+    what.add_argument("--test_split_size", type=_positive(float), default=0.1, help="as in training (default: 0.1)")
+    what.add_argument("--split_seed", type=int, default=42, help="the training's --seed (default: 42)")
+    what.add_argument("--output", required=True, type=Path, help="the folder for the report")
+
+    rows = parser.add_argument_group("how rows are read and scored")
+    rows.add_argument("--label_type", choices=("binary", "continuous"), default="binary", help="default: binary")
+    rows.add_argument("--sft_threshold", type=float, help="continuous labels of this and above are demonstrations")
+    rows.add_argument("--beta", type=_positive(float), default=0.1, help="of the implicit reward (default: 0.1)")
+    rows.add_argument("--log_z", type=float, default=0.0, help="nats; a column log_z comes first (default: 0)")
+    rows.add_argument("--max_length", type=_positive(int), help="longest sequence in tokens; cut as in training")
+    rows.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), default="keep_start")
+    rows.add_argument("--batch_size", type=_positive(int), default=8, help="rows at once (default: 8)")
+    rows.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    rows.add_argument("--seed", type=int, default=0, help="of prompts, answers and intervals (default: 0)")
+
+    answers = parser.add_argument_group("answers")
+    answers.add_argument(
+        "--generate", action="store_true", help="answers without a judge; with one they are made anyway"
+    )
+    answers.add_argument("--num_prompts", type=_positive(int), default=200, help="at most, seeded (default: 200)")
+    answers.add_argument("--max_new_tokens", type=_positive(int), default=256, help="default: 256")
+    answers.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
+    answers.add_argument("--top_p", type=float, default=1.0, help="default: 1")
+    answers.add_argument("--server_url", help="OpenAI-compatible, of served:MODEL models (default: OPENAI_BASE_URL)")
+
+    judges = parser.add_argument_group("judges")
+    judges.add_argument("--judge", action="append", default=[], type=_judge, metavar="JUDGE", help=f"{JUDGES}; several")
+    judges.add_argument(
+        "--criterion", action="append", choices=("helpful", "harmless"), help="default: all that a judge knows; several"
+    )
+    judges.add_argument("--judge_url", help="OpenAI-compatible, of llm:MODEL judges (default: OPENAI_BASE_URL)")
+    judges.add_argument("--judge_label", help="of a reward:CHECKPOINT with several labels: that of good answers")
+    judges.add_argument("--judge_cache", type=Path, help="a file to share between runs (default: in --output)")
+    judges.add_argument("--judge_max_tokens", type=_positive(int), default=16, help="of a verdict (default: 16)")
+    judges.add_argument(
+        "--judge_temperature", type=_number_or_none, default=0.0, help='default: 0; "none" leaves it to the server'
+    )
+
+    servers = parser.add_argument_group("servers")
+    servers.add_argument(
+        "--key_variable", default="OPENAI_API_KEY", help="the environment variable with the key (default: %(default)s)"
+    )
+    servers.add_argument("--timeout", type=_positive(float), default=60.0, help="seconds for an answer (default: 60)")
+    servers.add_argument("--retries", type=_count, default=5, help="after the first try (default: 5)")
+    servers.add_argument("--concurrency", type=_positive(int), default=8, help="requests at once (default: 8)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the evaluation, and return its exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.model = _named(args.model)
+    sources = [source for _, source in args.model]
+    if len(set(sources)) < len(sources):
+        parser.error("a --model is given twice; each run needs a folder of its own.")
+    if len(set(args.judge)) < len(args.judge):
+        parser.error("a --judge is given twice.")
+    if args.judge_label and not any(kind == "reward" for kind, _ in args.judge):
+        parser.error("--judge_label is of a reward:CHECKPOINT judge, and there is none.")
+    if any(kind == "reward" for kind, _ in args.judge) and len(args.criterion or ()) != 1:
+        parser.error("a reward model has one criterion, which its authors say: give --criterion once.")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
+    try:
+        from trl_ulma.evaluation.run import run
+
+        run(args)
+    except (ImportError, OSError, ValueError) as problem:
+        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
+        return 1
+    print((args.output / "report.md").read_text(encoding="utf-8"))
+    print(f"This, figures and answers are in {args.output}.")
+    return 0
+
+
+def _named(models: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, source) of each model: a name is what is before "=", or the last part of the source where that is unique.
+
+    Example:
+        >>> _named(["a=out/1", "a=out/2", "base", "x/final", "y/final"])
+        [('a', 'out/1'), ('a', 'out/2'), ('base', 'base'), ('x/final', 'x/final'), ('y/final', 'y/final')]
+    """
+    pairs = []
+    for model in models:
+        name, equals, source = model.partition("=")
+        is_named = equals and name and source and not re.search(r"[/\\]", name) and not Path(model).exists()
+        pairs.append((name, source) if is_named else ("", model))
+    last = [name or Path(source).name for name, source in pairs]
+    return [
+        (name or (part if last.count(part) == 1 else source), source)
+        for (name, source), part in zip(pairs, last, strict=True)
+    ]
+
+
+def _judge(text: str) -> tuple[str, str]:
+    kind, _, name = text.partition(":")
+    if (kind in ("llm", "reward") and name) or text == "profanity":
+        return kind, name
+    raise argparse.ArgumentTypeError(f"{text!r} is no judge; it must be {JUDGES}")
+
+
+def _positive(kind: type) -> "type":
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        return value
+
+    number.__name__ = kind.__name__  # in argparse's message
+    return number  # type: ignore[return-value]
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or above")
+    return value
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+r"""Turn a data set of a known kind into rows that every trainer here takes, and say what became of it.
+
+    trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh          # hh/train.parquet and hh/test.parquet
+    trl-ulma prepare qa-feedback --input dev_feedback.json --output qa.jsonl --passages cited --report qa.json
+
+Every answer of the input is a row of the output, or is counted with the reason why it is not.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from trl_ulma.data.adapters import FAMILIES, find
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trl_ulma.data.convert import Account
+
+PROG = "trl-ulma prepare"
+TEST_SIZE = 0.1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line, and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def help_text() -> str:
+    """What `trl-ulma prepare --help` prints."""
+    families = [f"  {name:<16} {what}" for name, (_, what) in FAMILIES.items()]
+    return "\n".join(
+        [
+            f"usage: {PROG} FAMILY --input FILE|NAME --output FOLDER|FILE [options]",
+            "",
+            "Turn a data set into rows that every trainer here takes; count what is left out, and why.",
+            "",
+            "families:",
+            *families,
+            "",
+            f"{PROG} FAMILY --help shows a family's options.",
+        ]
+    )
+
+
+def make_parser(family: str) -> argparse.ArgumentParser:
+    """The options of a family in `FAMILIES`."""
+    parser = _Parser(prog=f"{PROG} {family}", description=FAMILIES[family][1] + ".", allow_abbrev=False)
+    parser.add_argument(
+        "--input", required=True, help="a .jsonl[.gz], .json[.gz], .csv or .parquet file, a folder, or a hub name"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="a folder, for train.parquet and test.parquet; or a .parquet or .jsonl file, for all rows",
+    )
+    parser.add_argument("--config", help="the configuration of a data set that has several")
+    parser.add_argument("--split", help="the split to read (default: train, or the only one)")
+    parser.add_argument(
+        "--test_size",
+        type=_test_size,
+        help=f"the test part of a folder, by prompt: a fraction, a number of rows, or 0 (default: {TEST_SIZE})",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the test part (default: %(default)s)")
+    parser.add_argument(
+        "--alternating",
+        action="store_true",
+        help="leave out conversations in which one speaker has two turns in a row, which some chat templates refuse",
+    )
+    parser.add_argument("--report", type=Path, help="write the account and the figures to this file, as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    group = parser.add_argument_group(f"of {family} data")
+    for flag, arguments in find(family).options.items():
+        group.add_argument(flag, **arguments)
+    return parser
+
+
+def _test_size(text: str) -> float:
+    size = float(text)
+    if not (0 <= size < 1 or (size >= 1 and size == int(size))):
+        raise argparse.ArgumentTypeError(f"{text} is neither a fraction from 0 to 1 nor a whole number of rows")
+    return size
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit code: 2 for what is wrong with the input or the command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    family, *rest = argv or ["--help"]
+    if family in ("-h", "--help"):
+        print(help_text(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if family not in FAMILIES:
+        near = difflib.get_close_matches(family, FAMILIES, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"They are {', '.join(FAMILIES)}."
+        print(f"{PROG}: error: {family} is not a family of data sets. {hint}", file=sys.stderr)
+        return 2
+    parser = make_parser(family)
+    args = parser.parse_args(rest)
+    try:
+        show(run(family, args))
+    except (OSError, ValueError) as problem:
+        parser.error(str(problem))
+    return 0
+
+
+def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Read, convert, split, write; returns what `--report` holds.
+
+    Raises:
+        OSError: where the input is not there.
+        ValueError: where it is not of this family, or the output cannot be written.
+    """
+    files = _files(args)
+    written = [*files.values(), *([args.report] if args.report else [])]
+    parts = {file: _part(file, args.overwrite) for file in written}
+    try:
+        raw, split = _read(args)
+
+        # Imported late, as they bring `datasets` along
+        from trl_ulma.data.convert import convert
+        from trl_ulma.data.summary import summarise
+
+        options = {flag.lstrip("-"): getattr(args, flag.lstrip("-")) for flag in find(family).options}
+        rows, account = convert(family, raw, alternating=args.alternating, **options)
+        splits = _split(rows, files, args)
+        facts = {
+            "family": family,
+            "input": args.input,
+            "config": args.config,
+            "split": split,
+            "options": options | {"alternating": args.alternating},
+            "seed": args.seed,
+            **_accounted(account),
+            **summarise(rows),
+            "splits": {
+                name: {
+                    "file": str(files[name]),
+                    "rows": len(each),
+                    "prompts": len({json.dumps(prompt) for prompt in each["prompt"]}),
+                }
+                for name, each in splits.items()
+            },
+            "versions": {name: metadata.version(name) for name in ("trl-ulma", "datasets")},
+        }
+        for name, each in splits.items():
+            _write(each, files[name], parts[files[name]])
+        if args.report:
+            parts[args.report].write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for file, part in parts.items():
+            part.replace(file)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+    return facts
+
+
+def _files(args: argparse.Namespace) -> dict[str, Path]:
+    """Name of the split → its file."""
+    output = Path(args.output).expanduser()
+    if output.suffix in (".parquet", ".jsonl") and not output.is_dir():
+        if args.test_size:
+            raise ValueError(f"--output {output} is one file, which has no test part. Name a folder instead.")
+        return {"all": output}
+    if output.suffix and not (output.is_dir() or args.output.endswith("/")):
+        raise ValueError(
+            f"--output ends in {output.suffix!r}; it must be a .parquet or .jsonl file, or a folder (end its name "
+            "in '/' if it has a dot)."
+        )
+    if args.test_size is None:
+        args.test_size = TEST_SIZE
+    files = {name: output / f"{name}.parquet" for name in (("train", "test") if args.test_size else ("train",))}
+    if args.report and args.report.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"--report {args.report} lies in the folder of --output, where it would be read as data.")
+    if output.is_dir():
+        from trl_ulma.data.files import data_files
+
+        others = [str(file) for file in data_files(output) if file not in files.values()]
+        if others:
+            raise ValueError(
+                f"{output} holds {', '.join(others[:3])}, which would be read together with the rows. Choose another "
+                "folder, or remove it."
+            )
+    return files
+
+
+def _part(file: Path, overwrite: bool) -> Path:
+    """The file that is written to, and renamed when it is whole."""
+    if file.exists() and not overwrite:
+        raise ValueError(f"{file} exists already. Choose another name, or set --overwrite.")
+    part = file.with_name(f"{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as problem:
+        raise ValueError(f"{file} cannot be written: {problem}") from problem
+    return part
+
+
+def _read(args: argparse.Namespace) -> tuple[Any, str]:
+    """(the raw rows, which split they are)."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    from trl_ulma.data.files import load_rows
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        splits = load_rows(args.input, config=args.config)
+    except DatasetGenerationError as problem:
+        raise ValueError(f"{args.input} cannot be read: {problem.__cause__ or problem}") from problem
+    there = [str(name) for name in splits]
+    split = args.split or ("train" if len(there) > 1 else there[0])
+    if split not in there:
+        raise ValueError(f"{args.input} has no split {split!r}, but {', '.join(there)}. Set --split to one of them.")
+    others = [name for name in there if name != split]
+    return splits[split], f"{split} (not read: {', '.join(others)})" if others else split
+
+
+def _split(rows: "Dataset", files: dict[str, Path], args: argparse.Namespace) -> dict[str, "Dataset"]:
+    if "test" not in files:
+        return dict.fromkeys(files, rows)
+    from trl_ulma.data.files import split_by_prompt
+
+    try:
+        halves = split_by_prompt(rows, test_size=args.test_size, seed=args.seed)
+    except ValueError as problem:
+        raise ValueError(f"--test_size {args.test_size:g} does not do for {len(rows)} rows: {problem}") from problem
+    return {name: halves[name] for name in files}
+
+
+def _write(rows: "Dataset", file: Path, part: Path) -> None:
+    if file.suffix == ".parquet":
+        rows.to_parquet(part)
+        return
+    with part.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _accounted(account: "Account") -> dict[str, Any]:
+    found = {
+        name: {what: vars(each) for what, each in found.items()}
+        for name, found in (("left_out", account.left_out), ("noted", account.noted))
+    }
+    return {"rows_in": account.rows_in, "answers": account.answers, "rows_out": account.rows_out, **found}
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print the report: on a screen with rich where that is installed, else as plain text."""
+    lines = _lines(facts)
+    if importlib.util.find_spec("rich") is None or not sys.stdout.isatty():
+        for name, value in lines:
+            print(f"{name:<20}{value}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in lines:
+        table.add_row(Text(name, style="bold"), Text(value))
+    Console().print(table)
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [
+        ("input", f"{facts['input']}, {facts['family']}, split {facts['split']}"),
+        ("rows in", f"{facts['rows_in']:,}, with {facts['answers']:,} answers"),
+        ("rows out", f"{facts['rows_out']:,}"),
+    ]
+    for name, key in (("left out", "left_out"), ("noted", "noted")):
+        found = [f"{each['count']:,} × {what} (first: row {each['first_row']})" for what, each in facts[key].items()]
+        lines += [(name if i == 0 else "", text) for i, text in enumerate(found or ["nothing"])]
+    for kind, bins in facts["labels"].items():
+        cells = (_span(each) + f": {each['rows']:,}" for each in bins)
+        lines.append((f"labels, {kind}", "   ".join(cells)))
+    lines.append(("demonstrations", f"{facts['demonstrations']:,} ({facts['demonstration_share']:.1%})"))
+    for name, quantiles in facts["characters"].items():
+        cells = (f"{float(q):.0%} ≤ {value:,.0f}" for q, value in quantiles.items())
+        lines.append((name, "characters: " + "   ".join(cells)))
+    for name, each in facts["splits"].items():
+        lines.append((name, f"{each['rows']:,} rows, {each['prompts']:,} prompts → {each['file']}"))
+    return lines
+
+
+def _span(each: dict[str, float]) -> str:
+    return f"{each['from']:.3g}" if each["from"] == each["to"] else f"{each['from']:.3g} … {each['to']:.3g}"
