@@ -305,11 +305,11 @@ def test_every_regime_is_measured_with_every_method_and_beta():
     assert len(list(run.approximation_cells(5))) == 5 * 3 * 7
 
 
-def stored_frontier(folder: Path, gains: dict[tuple, float]) -> None:
-    """Three seeds of the first and second regime: reward is `gains` × KL plus a seed's own; the second has no pairs."""
+def stored_frontier(folder: Path, gains: dict[tuple, float], seeds: int = 3) -> None:
+    """Seeds of the first and second regime: reward is `gains` × KL plus a seed's own; the second has no pairs."""
     rows = []
     random = np.random.default_rng(0)
-    for regime, seed in itertools.product(list(run.REGIMES)[:2], range(3)):
+    for regime, seed in itertools.product(list(run.REGIMES)[:2], range(seeds)):
         for key in run.CONTENDERS:
             for beta in run.BETAS:
                 row = {"regime": regime, "method": key[0], "log_z": key[1], "beta": beta, "seed": seed}
@@ -335,6 +335,14 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     assert "there are none: no prompt has two answers" in single
     assert re.search(r"ULMA\*\* is not told apart from SFT \([+-]0\.00", single)
     assert (tmp_path / "frontier-1.png").stat().st_size > 10_000
+
+
+def test_nothing_is_concluded_from_one_seed(tmp_path):
+    stored_frontier(tmp_path, {("dpo", 0.0): 0.6}, seeds=1)
+    page = report.page(tmp_path)
+    assert "One seed is measured: without intervals, nothing is said" in page
+    assert "What to use" not in page
+    assert "| DPO (TRL) | 0.30 | 0.60 |" in page
 
 
 def test_the_report_of_the_approximation(tmp_path):

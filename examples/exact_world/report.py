@@ -116,7 +116,7 @@ def approximation_picture(rows: list[Row], path: Path) -> None:
     axes.set_ylabel("total variation from π*")
     axes.set_title("The population as data: what is left is the choice of log Z (points are seeds)")
     axes.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -160,7 +160,9 @@ def frontier_table(rows: list[Row], regime: str) -> str:
     lines.append(f"| (the optimum) | {' | '.join(optimum)} | |")
     for key in CONTENDERS:
         if key not in found:
-            lines.append(f"| {named(*key)} | {' | '.join('–' for _ in BUDGETS)} | no pair to learn from |")
+            is_run = any(r["regime"] == regime and (r["method"], r["log_z"]) == key for r in rows)
+            why = "no pair to learn from" if is_run else "not measured yet"
+            lines.append(f"| {named(*key)} | {' | '.join('–' for _ in BUDGETS)} | {why} |")
             continue
         cells = [shown([within(points, budget) for points in found[key].values()]) for budget in BUDGETS]
         sweep = []
@@ -192,6 +194,8 @@ def frontier_words(rows: list[Row], regime: str, budget: float = 1.0) -> str:
     found = curves(rows, regime)
     if {(row["method"], row["log_z"]) for row in rows if row["regime"] == regime} != set(CONTENDERS):
         return "Not all methods are measured yet."
+    if any(len(seeds) < 2 for seeds in found.values()):
+        return "One seed is measured: without intervals, nothing is said of what is better."
     # The exact column can not be had outside such a world
     usable = [key for key in CONTENDERS if key in found and key != ("pointwise_dpo", "column")]
     mean = {key: np.mean([within(points, budget) for points in found[key].values()]) for key in usable}
@@ -220,7 +224,7 @@ def frontier_words(rows: list[Row], regime: str, budget: float = 1.0) -> str:
 
 def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
     """Reward against KL: the optimum, and each contender's sweep with its intervals."""
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     found = curves(rows, regime)
     top = max(points[-1, 0] for seeds in found.values() for points in seeds.values())
     grid = np.linspace(0, top, 100)
@@ -247,7 +251,8 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
             fmt="s" if key[0] == "sft" else "o-" if key[0] == "pointwise_dpo" else "^--",
             color=f"C{i}",
             label=named(*key),
-            markersize=4,
+            markersize=8 if key[0] == "sft" else 4,
+            zorder=3 if key[0] == "sft" else 2,
             linewidth=1.2,
             elinewidth=0.5,
         )
@@ -255,9 +260,9 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
     axes.set_ylabel("E[r*], gained over the reference")
     axes.set_title(regime)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -288,7 +293,7 @@ def page(results: Path) -> str:
             f"Four prompts, β = 0.5; every completion is in the data, weighted by π_ref, with its expected label: "
             f"{recipe.steps} steps of AdamW on all rows. Total variation from π*, "
             f"{len({row['seed'] for row in rows})} seeds. The running mean and batch KL average rows as they come, "
-            "not by their weight.\n",
+            "not by their weight: here, uniformly over completions.\n",
             approximation_table(rows),
             "",
             approximation_words(rows),
@@ -316,7 +321,7 @@ def page(results: Path) -> str:
             seeds = len({row["seed"] for row in own})
             parts += [
                 f"### {regime.capitalize()}\n",
-                f"{SAYS[regime]} {seeds} seeds.\n",
+                f"{SAYS[regime]} {seeds} seed{'s' * (seeds > 1)}.\n",
                 frontier_words(rows, regime),
                 "",
                 frontier_table(rows, regime),
