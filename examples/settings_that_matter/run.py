@@ -44,7 +44,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft_weight=0.1": ("ulma", {"sft_weight": 0.1}),
     "sft_weight=1": ("ulma", {"sft_weight": 1.0}),
 }
-UNBALANCED = ("log_z=0", "log_z=prior", "log_z=running_mean", "log_z=learned_constant", "log_z=learned")
+UNBALANCED = ("untrained", "log_z=0", "log_z=prior", "log_z=running_mean", "log_z=learned_constant", "log_z=learned")
 
 
 @dataclass
