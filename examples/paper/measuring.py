@@ -112,7 +112,9 @@ def _figures(
     per = tokens if scale.length_normalize else 1
     rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, scale.log_z)
     figures = continuous_figures if rows.continuous.all() else binary_figures
-    return found | {"implicit_reward": figures(rewards, rows.label, rows.prompt), "notes": [note.replace(source, "A model") for note in scale.notes]}
+    # Without the folder: records are made to be handed on
+    notes = [note.replace(source, "A model") for note in scale.notes]
+    return found | {"implicit_reward": figures(rewards, rows.label, rows.prompt), "notes": notes}
 
 
 def make_judge(spec: str, criterion: str, cache: Path, options: Mapping[str, Any]) -> Judge:
