@@ -309,12 +309,14 @@ def test_two_steps_of_a_cell_are_stored_with_all_that_the_tables_need(dry):
     gained = logps - np.array(record(dry, "small/hh/base/seed-0")["measured"]["logps"])
     assert abs(gained).max() > 0
     assert measured["implicit_reward"]["auc"]["value"] == pytest.approx(roc_auc_score(mask, gained))
+    brier = np.mean((1 / (1 + np.exp(-0.1 * gained)) - mask) ** 2)  # β = 0.1
+    assert measured["implicit_reward"]["brier"]["value"] == pytest.approx(brier)
     assert [stage["trainer"] for stage in found["trained"]] == ["ulma"]
     assert found["trained"][0]["steps"] == 2
     assert [entry["step"] for entry in found["trained"][0]["log"] if "loss" in entry] == [1, 2]
     assert len(measured["answers"]) == found["rows"]["test_prompts"] == 5
     assert found["versions"]["torch"] == torch.__version__
-    assert {"machine", "gpus", "threads"} == set(found["hardware"])
+    assert {"machine", "cores", "threads", "gpus"} == set(found["hardware"])
     # Files by their names: records are made to be handed on
     assert str(dry) not in json.dumps(found)
     pairwise, pointwise = (record(dry, f"{name}/seed-0") for name in ("small/hh/rlhf", "paper/red-team/pointwise-rlhf"))
@@ -447,6 +449,7 @@ def stored(folder, method, seed, *, shift=0.0, verdicts=None, data="hh", prompts
             "demonstration": [True, False] * prompts,
             "prompt": [i // 2 for i in range(2 * prompts)],
             "perplexity": vars(Estimate(value, value - 1, value + 1, prompts)),
+            "notes": ["log Z is 0 here."] if method == "ulma" else [],
             "answers": answers,
             "seconds": {"scoring": 1.0, "answering": 1.0},
         },
@@ -502,6 +505,7 @@ def test_tables_have_means_over_seeds_and_say_whether_the_paper_is_met(results):
     assert "a judge (harmless) agrees with the data's own labels on 70.0% [62.0%, 78.0%] of 250 pairs" in text
     assert "2 of its 1000 verdicts could not be parsed and are in no share." in text
     assert "Inconclusive" not in text
+    assert text.count("ULMA: log Z is 0 here.") == 1
 
 
 def test_no_ranking_by_a_judge_near_chance(results):

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from trl_ulma.data.files import load_rows
+from trl_ulma.evaluation.as_trained import reward_scale
 from trl_ulma.evaluation.generation import Sampling, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import HeldOut, Question, known_comparisons
 from trl_ulma.evaluation.implicit_reward import binary_figures, continuous_figures, implicit_reward
@@ -47,7 +48,7 @@ def measure(
 
     Returns:
         `logps`, `tokens`, `demonstration` and `prompt` (of each row), `perplexity`, `perplexity_others`,
-        `implicit_reward`, `answers` (`row`, `answer`, `finished`), `seconds`.
+        `implicit_reward` and `notes` on it, `answers` (`row`, `answer`, `finished`), `seconds`.
     """
     started = time.perf_counter()
     rows, questions = held_out(test, settings["rows"]["label_type"])
@@ -69,7 +70,7 @@ def measure(
         "tokens": tokens.tolist(),
         "demonstration": rows.sft_mask.tolist(),
         "prompt": rows.prompt.tolist(),
-        **_figures(rows, logps, tokens, reference, settings["beta"]),
+        **_figures(rows, logps, tokens, reference, source, settings["beta"]),
     }
     generating = load_model(source, dtype="bfloat16" if settings["bf16"] else "float32")
     generator = TransformersGenerator(generating, tokenizer, source, most)
@@ -88,7 +89,12 @@ def measure(
 
 
 def _figures(
-    rows: HeldOut, logps: np.ndarray, tokens: np.ndarray, reference: Mapping[str, Any] | None, beta: float
+    rows: HeldOut,
+    logps: np.ndarray,
+    tokens: np.ndarray,
+    reference: Mapping[str, Any] | None,
+    source: str,
+    beta: float,
 ) -> dict[str, Any]:
     mask = rows.sft_mask
     found: dict[str, Any] = {
@@ -101,9 +107,14 @@ def _figures(
     ref_logps = np.array(reference["logps"])
     if reference["tokens"] != tokens.tolist():
         raise ValueError("The untrained model was measured on other rows. Choose another --output.")
-    rewards = implicit_reward(logps, ref_logps, beta)
+    # The log Z that it was trained with, and means over tokens where it was trained with means
+    scale = reward_scale(source, rows.continuous, beta=beta, log_z=None)
+    per = tokens if scale.length_normalize else 1
+    rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, scale.log_z)
     figures = continuous_figures if rows.continuous.all() else binary_figures
-    return found | {"implicit_reward": figures(rewards, rows.label, rows.prompt)}
+    # Without the folder: records are made to be handed on
+    notes = [note.replace(source, "A model") for note in scale.notes]
+    return found | {"implicit_reward": figures(rewards, rows.label, rows.prompt), "notes": notes}
 
 
 def make_judge(spec: str, criterion: str, cache: Path, options: Mapping[str, Any]) -> Judge:

@@ -1,6 +1,7 @@
 """The trainings that cells are made of: each reads its options, as a YAML file, and leaves a model and its log."""
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -222,7 +223,11 @@ def _maker(trainer: str, scorer: Path | None) -> Callable[..., Trainer]:
 def hardware() -> dict[str, Any]:
     """What the numbers of seconds depend on."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"machine": platform.machine(), "gpus": gpus, "threads": torch.get_num_threads()}
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    machine = named[0] if named else platform.machine()
+    return {"machine": machine, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": gpus}
 
 
 def versions() -> dict[str, str]:

@@ -19,9 +19,7 @@ OPTIONS: dict[str, Any] = {
     "max_steps": 2,
     "save_steps": 1,
     "logging_steps": 1,
-    # Half precision's noise is of the size of so small a model's figures, which the trial of shared prompts refuses
-    "fp16": False,
-    "bf16": False,
+    "fp16": False,  # needs a GPU
     "gradient_accumulation_steps": 1,
     "disable_tqdm": True,
 }
