@@ -47,8 +47,9 @@ def judged(measured: str, is_met: bool) -> str:
 
 
 def compared(result: Result, method: str, other: str, most: float) -> str | None:
-    """The ratio of two methods' steps, and whether it is at most `most`; None where one was not measured."""
-    if method not in result["laps"] or other not in result["laps"]:
+    """The ratio of two methods' steps, and whether it is at most `most`; None where one was not measured whole."""
+    # A model cut to its first layers is mostly its head, which says little of the whole
+    if method not in result["laps"] or other not in result["laps"] or result["settings"]["layers"]:
         return None
     laps = [[lap[clock_of(result)] for lap in result["laps"][name]] for name in (method, other)]
     median, low, high = ratio(*laps, result["options"]["steps"])
@@ -77,7 +78,7 @@ def preparation(result: Result) -> str | None:
 
 def around(result: Result) -> str | None:
     """The share of ULMA's step that is spent around the forwards."""
-    if "ulma" not in result["laps"]:
+    if "ulma" not in result["laps"] or result["settings"]["layers"]:
         return None
     found = summary(result, "ulma")
     return judged(f"{found['around_share']:.2%} ({found['around'] * 1e3:.1f} ms)", found["around_share"] <= 0.01)
