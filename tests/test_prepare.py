@@ -134,8 +134,6 @@ def test_what_is_left_out_is_said(raw, capsys):
 
 def test_the_report_with_rich_and_without(raw, capsys, monkeypatch):
     assert importlib.util.find_spec("rich")
-    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal has 80 columns
-    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert prepare("red-team", raw / "red-team.jsonl", raw / "a.jsonl") == 0
     rich = capsys.readouterr().out
@@ -144,7 +142,8 @@ def test_the_report_with_rich_and_without(raw, capsys, monkeypatch):
     assert prepare("red-team", raw / "red-team.jsonl", raw / "a.jsonl", "--overwrite") == 0
     plain = capsys.readouterr().out
     assert "\x1b[1minput" in rich
-    assert re.sub(r"\x1b\[\d*m", "", rich).split() == plain.split()
+    # A narrow terminal folds long paths
+    assert re.sub(r"\x1b\[\d*m|\s", "", rich) == re.sub(r"\s", "", plain)
     assert "labels, continuous  -4: 4   -3: 4   -2: 4   -1: 4   0: 4" in plain
 
 
