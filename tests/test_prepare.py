@@ -134,6 +134,7 @@ def test_what_is_left_out_is_said(raw, capsys):
 
 def test_the_report_with_rich_and_without(raw, capsys, monkeypatch):
     assert importlib.util.find_spec("rich")
+    monkeypatch.setenv("TERM", "xterm")  # a dumb terminal has no bold type
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert prepare("red-team", raw / "red-team.jsonl", raw / "a.jsonl") == 0
     rich = capsys.readouterr().out
