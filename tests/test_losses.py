@@ -13,7 +13,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from trl_ulma.losses import Terms, grid_loss, pointwise_dpo_loss, pointwise_mse_loss, route, ulma_loss
+from trl_ulma.losses import (
+    Terms,
+    grid_loss,
+    pointwise_dpo_loss,
+    pointwise_mse_loss,
+    reward_slope,
+    route,
+    ulma_loss,
+)
 
 # flip_signs.py runs this file once a mutation: there, few and always the same examples, none of them shrunk.
 if os.environ.get("TRL_ULMA_FEW_EXAMPLES"):
@@ -624,3 +632,15 @@ def test_the_two_cells_that_are_no_method_are_refused(positive_loss, negative_lo
     assert (positive_loss, negative_loss) in oracle.REFUSED_CELLS
     with pytest.raises(ValueError, match=message):
         route(label, mask, ~mask, positive_loss=positive_loss, negative_loss=negative_loss)
+
+
+@pytest.mark.parametrize("loss", [pointwise_dpo_loss, pointwise_mse_loss])
+def test_the_slope_is_the_losses_derivative(loss):
+    torch.manual_seed(0)
+    policy, ref, label = torch.randn(3, 9, dtype=torch.float64)
+    label = label.abs().clamp(max=1)
+    log_z = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(policy, ref, label, beta=0.3, log_z=log_z).sum(), log_z)
+    continuous = torch.full((9,), loss is pointwise_mse_loss)
+    slope = reward_slope(0.3 * (policy - ref + log_z.detach()), label, continuous)
+    torch.testing.assert_close(0.3 * slope, gradient)

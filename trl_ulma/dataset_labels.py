@@ -114,6 +114,18 @@ def _prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
     ]
 
 
+def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
+    """`(N,)` bool: whether a prepared row's label is continuous, by its own `label_type` or the settings'.
+
+    Example:
+        >>> is_continuous(Dataset.from_dict({"label": [0.5, 1.0]}), "binary")
+        array([False, False])
+    """
+    if "label_type" in rows.column_names:
+        return np.asarray(rows["label_type"][:]) == "continuous"
+    return np.full(len(rows), label_type == "continuous")
+
+
 def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
     """The label report of prepared rows, see `trl_ulma.labels.label_report`.
 
@@ -121,16 +133,13 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
         rows: prepared.
         args: the trainer's config.
     """
-    label = np.asarray(rows["label"][:])
-    continuous = np.full(len(label), args.label_type == "continuous")
-    if "label_type" in rows.column_names:
-        continuous = np.asarray(rows["label_type"][:]) == "continuous"
+    continuous = is_continuous(rows, args.label_type)
     log_z = None if isinstance(args.log_z, str) else args.log_z
     if "log_z" in rows.column_names:
         log_z = np.asarray(rows["log_z"][:])
     prompt, answer, tokens = _identities(rows)
     return label_report(
-        label,
+        np.asarray(rows["label"][:]),
         continuous,
         np.asarray(rows["sft_mask"][:]),
         prompt=prompt,

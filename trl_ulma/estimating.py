@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from trl import DPOTrainer
 
+from trl_ulma.dataset_labels import is_continuous
 from trl_ulma.log_partition import NEED_CLASSES, BatchKL, Learned, LogPartition, Prior, RunningMean
 from trl_ulma.steps import mismatched
 
@@ -134,9 +135,7 @@ class EstimatesLogZ(DPOTrainer):
 def _labels_of(rows: Dataset, args: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(label, continuous, weight in the loss) of prepared rows, each `(N,)`."""
     label = np.asarray(rows["label"][:])
-    continuous = np.full(len(label), args.label_type == "continuous")
-    if "label_type" in rows.column_names:
-        continuous = np.asarray(rows["label_type"][:]) == "continuous"
+    continuous = is_continuous(rows, args.label_type)
     chosen = np.where(continuous, np.asarray(rows["sft_mask"][:]), label >= 0.5)
     weight = np.where(chosen, args.desirable_weight, args.undesirable_weight)
     if "weight" in rows.column_names:

@@ -121,6 +121,12 @@ def why_not_shared(config: Any) -> str | None:
     return None
 
 
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model of this configuration reads at most; None where that has no end, as with rotary ones."""
+    text = config.get_text_config()
+    return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)
+
+
 class CompletionHead:
     """Has a model's fused LM head score the positions of a layout, and no others.
 

@@ -15,6 +15,7 @@ from datasets import Dataset, Value
 from safetensors.torch import load_file
 from trl import DPOTrainer
 
+from trl_ulma.dataset_labels import is_continuous
 from trl_ulma.labels import LabelRules, LabelTransform
 from trl_ulma.log_partition import Learned, LogPartition
 from trl_ulma.preparation import Preparation
@@ -208,9 +209,7 @@ class Judges(DPOTrainer):
         reward = self._rewards(prepared)
 
         label = np.asarray(prepared["label"][:])
-        continuous = np.full(len(label), self._rules.label_type == "continuous")
-        if "label_type" in prepared.column_names:
-            continuous = np.asarray(prepared["label_type"][:]) == "continuous"
+        continuous = is_continuous(prepared, self._rules.label_type)
         found: Mapping[str, Any] = judged(reward, label, continuous, self._rules)
         scored = dataset.with_format(None).select(prepared["row"][:])
         if is_labelled and "label" not in names:

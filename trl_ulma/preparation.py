@@ -19,7 +19,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
-from trl_ulma.dataset_labels import check_pairs, check_stream, transformed_labels
+from trl_ulma.dataset_labels import check_pairs, check_stream, is_continuous, transformed_labels
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     LabelRules,
@@ -437,10 +437,7 @@ def _report(encoded: Dataset, name: str, label_type: str | None) -> Dataset:
     if label_type is None:
         return rows
     label = np.asarray(rows["label"][:])
-    continuous = np.full(len(label), label_type == "continuous")
-    if "label_type" in rows.column_names:
-        continuous = np.asarray(rows["label_type"][:]) == "continuous"
-    alike = one_class(label, continuous)
+    alike = one_class(label, is_continuous(rows, label_type))
     if alike:
         logger.warning(
             f"The {name} dataset has one class: {alike}. That is right for SFT or unlearning; to compare answers, "

@@ -19,22 +19,43 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from trl_ulma.dataset_labels import is_continuous
+from trl_ulma.labels import LabelRules
+from trl_ulma.losses import Terms, route
 from trl_ulma.scoring import Scorer
 
 
 class AsksReference(DPOTrainer):
     """A `DPOTrainer` whose reference is asked for the rows that are compared with it, and for no others.
 
-    Whoever inherits sets `_has_reference`, `_layout`, `_probe_rows` and gives `_compared`.
+    Whoever inherits sets the attributes below.
     """
 
+    _rules: LabelRules
+    _cell: tuple[str, str]
     _has_reference: bool
+    _stream_has_mask: bool
     _layout: str
     _probe_rows: Sequence[dict[str, Any]]
 
+    def _terms(self, label: torch.Tensor, sft_mask: torch.Tensor, continuous: torch.Tensor | None) -> Terms:
+        if continuous is None:
+            continuous = torch.full_like(sft_mask, self._rules.label_type == "continuous")
+        positive, negative = self._cell
+        return route(label, sft_mask, continuous, positive_loss=positive, negative_loss=negative)
+
     def _compared(self, dataset: Dataset) -> np.ndarray:
         """`(N,)` bool: the rows of a prepared data set whose loss needs the reference."""
-        raise NotImplementedError
+        label = torch.tensor(dataset["label"][:], dtype=torch.float32)
+        sft_mask = torch.tensor(dataset["sft_mask"][:], dtype=torch.bool)
+        continuous = torch.from_numpy(is_continuous(dataset, self._rules.label_type))
+        return self._terms(label, sft_mask, continuous).compared.numpy()
+
+    def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
+        """Whether a row's loss needs the reference. Rows of a stream are not known: whether one could."""
+        if isinstance(dataset, Dataset):
+            return bool(self._compared(dataset).any())
+        return "pointwise_dpo" in self._cell or self._stream_has_mask
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if not self._has_reference:

@@ -32,10 +32,11 @@ from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.dataset_labels import show_report, with_transform
 from trl_ulma.estimating import EstimatesLogZ
 from trl_ulma.evaluating import EvaluatesRows
+from trl_ulma.forward import positions_of
 from trl_ulma.judge import Judges
 from trl_ulma.labels import LabelRules
 from trl_ulma.log_partition import Observed
-from trl_ulma.losses import Terms, grid_loss, reward_slope, route
+from trl_ulma.losses import grid_loss, reward_slope
 from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
 from trl_ulma.preparation import Preparation, own_tokenizer
 from trl_ulma.reference import AsksReference, summed
@@ -229,27 +230,6 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ
         if isinstance(args, DPOConfig):
             return own.from_dpo_config(args)
         raise TypeError(f"args must be a {own.__name__} or a trl.DPOConfig; got {type(args).__name__}.")
-
-    def _terms(self, label: torch.Tensor, sft_mask: torch.Tensor, continuous: torch.Tensor | None) -> Terms:
-        if continuous is None:
-            continuous = torch.full_like(sft_mask, self._rules.label_type == "continuous")
-        positive, negative = self._cell
-        return route(label, sft_mask, continuous, positive_loss=positive, negative_loss=negative)
-
-    def _compared(self, dataset: Dataset) -> np.ndarray:
-        """`(N,)` bool: the rows of a prepared data set whose loss needs the reference."""
-        label = torch.tensor(dataset["label"][:], dtype=torch.float32)
-        sft_mask = torch.tensor(dataset["sft_mask"][:], dtype=torch.bool)
-        continuous = None
-        if "label_type" in dataset.column_names:
-            continuous = torch.from_numpy(np.asarray(dataset["label_type"][:]) == "continuous")
-        return self._terms(label, sft_mask, continuous).compared.numpy()
-
-    def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether a row's loss needs the reference. Rows of a stream are not known: whether one could."""
-        if isinstance(dataset, Dataset):
-            return bool(self._compared(dataset).any())
-        return "pointwise_dpo" in self._cell or self._stream_has_mask
 
     def _may_have_mask(self, dataset: Dataset | IterableDataset) -> bool:
         """Whether a row is marked as a demonstration. Rows of a stream are not known: whether one could be."""
@@ -476,8 +456,5 @@ def _positions(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> int | 
         config = AutoConfig.from_pretrained(model, **loading)
     else:
         config = model.config
-    config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or getattr(config, "rope_parameters", None):
-        return None
-    return positions - (getattr(peft_config, "num_virtual_tokens", None) or 0)
+    positions = positions_of(config)
+    return None if positions is None else positions - (getattr(peft_config, "num_virtual_tokens", None) or 0)

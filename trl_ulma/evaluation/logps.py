@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_ulma.forward import positions_of
 from trl_ulma.preparation import own_tokenizer
 
 # Of what a tokenizer consists of; one of them is in every folder with a tokenizer
@@ -48,11 +49,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a model can read at most; None where that has no end, as with rotary positions."""
-    source = adapter_base(name) or name
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).get_text_config()
-    found = getattr(config, "max_position_embeddings", None)
-    return None if getattr(config, "rope_parameters", None) else found
+    """How many tokens a model, or an adapter's, can read at most; see `trl_ulma.forward.positions_of`."""
+    return positions_of(AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code))
 
 
 @contextlib.contextmanager
