@@ -14,16 +14,29 @@ from trl_ulma.preparation import Preparation
 
 PREPARE = textwrap.dedent(
     """
-    import resource, sys
+    import sys, threading
+    import psutil
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl_ulma.labels import LabelRules
     from trl_ulma.preparation import Preparation
 
+    peak, done = 0, threading.Event()
+
+    def watch():
+        global peak
+        while not done.wait(0.02):
+            memory = psutil.Process().memory_info()
+            peak = max(peak, memory.rss - memory.shared)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     rows, tokenizer = Dataset.load_from_disk(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
     prepared = Preparation(tokenizer, LabelRules(), 1024)(rows, "train")
     assert len(prepared) == len(rows)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    done.set()
+    watcher.join()
+    print(peak)
     """
 )
 
@@ -42,7 +55,10 @@ def on_disk(folder: Path, number: int, words: int = 40) -> Dataset:
 
 
 def peak(folder: Path, number: int, model: str, **kwargs) -> int:
-    """The resident set, in bytes, of a process that prepares `number` rows, at its largest."""
+    """Bytes that a process that prepares `number` rows holds at its largest.
+
+    Pages of the mapped Arrow files are not counted: they are the system's cache, and given back when memory is short.
+    """
     on_disk(folder, number, **kwargs)
     command = [sys.executable, "-c", PREPARE, str(folder / f"rows-{number}"), model]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
