@@ -153,18 +153,19 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
     )
 
 
-def show_report(rows: Dataset | IterableDataset, args: Any) -> None:
-    """Print the label report of the training set, and write it into the output folder; the main process does.
+def show_report(rows: Dataset | IterableDataset, args: Any) -> dict[str, Any] | None:
+    """Print the label report of the training set, write it into the output folder, and return it.
 
-    Of a stream, whose rows are not known, there is none.
+    The main process does; of a stream, whose rows are not known, there is none.
     """
     if not args.label_report or not args.should_save or isinstance(rows, IterableDataset):
-        return
+        return None
     report = report_labels(rows, args)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"\n{render_report(report)}\n\nAs JSON: {folder / REPORT_FILE}\n", flush=True)
+    return report
 
 
 def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

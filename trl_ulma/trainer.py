@@ -38,6 +38,7 @@ from trl_ulma.labels import LabelRules
 from trl_ulma.log_partition import Observed
 from trl_ulma.losses import grid_loss, reward_slope
 from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
+from trl_ulma.model_card import WritesModelCard
 from trl_ulma.preparation import Preparation, own_tokenizer
 from trl_ulma.reference import AsksReference, summed
 from trl_ulma.sampler import PromptSampler
@@ -69,7 +70,9 @@ _PAPER = {
 }
 
 
-class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ, AsksReference, DPOTrainer):
+class PointwiseDPOTrainer(
+    KeepsCheckpoints, WritesModelCard, EvaluatesRows, Judges, EstimatesLogZ, AsksReference, DPOTrainer
+):
     r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
 
     The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
@@ -168,7 +171,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
-        show_report(train_dataset, args)
+        self._label_report = show_report(train_dataset, args)
         if compute_metrics is None and args.metric_for_best_model is not None:
             args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
         if ref_model is not None and not self._has_reference:

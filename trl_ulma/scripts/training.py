@@ -136,6 +136,7 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     say(

@@ -1,0 +1,167 @@
+"""The model card: on which labels a model was trained, by which formulas, and how to use it, as a judge too."""
+
+# transformers declares the model of a trainer optional
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
+import dataclasses
+import importlib
+import importlib.resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from transformers.integrations import is_wandb_available
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
+
+from trl_ulma.labels import render_report
+
+# (positive_loss, negative_loss): the method's name in the paper
+METHODS = {
+    ("sft", "pointwise_dpo"): "ULMA",
+    ("pointwise_dpo", "pointwise_dpo"): "point-wise DPO",
+    ("sft", "unlearning"): "unlikelihood training",
+    ("sft", "none"): "SFT",
+    ("pointwise_dpo", "none"): "positive DPO",
+    ("none", "pointwise_dpo"): "negative DPO",
+    ("none", "unlearning"): "unlearning",
+}
+_SHARED = ("learning_rate", "lr_scheduler_type", "optim", "num_train_epochs", "max_steps", "max_length", "seed")
+
+
+class WritesModelCard(DPOTrainer):
+    """A `DPOTrainer` with a model card of its own: data, label report, formulas, settings, figures, both citations.
+
+    Whoever inherits sets `_cell`, `_has_reference` and `_label_report`.
+    """
+
+    _cell: tuple[str, str]
+    _has_reference: bool
+    _label_report: dict[str, Any] | None
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Write README.md into `output_dir`, on the main process.
+
+        Args:
+            model_name: the title; default: the hub's or the folder's name.
+            dataset_name: what the rows are called.
+            tags: besides TRL's and the method's.
+        """
+        if not self.is_world_process_zero():
+            return
+        # The head links to data sets of the hub, which a file is not
+        hub_dataset = None if dataset_name is None or Path(dataset_name).exists() else dataset_name
+        super().create_model_card(model_name=model_name, dataset_name=hub_dataset, tags=tags)
+        file = Path(self.args.output_dir) / "README.md"
+        head = ModelCard.load(file, ignore_metadata_errors=True).data
+        is_adapter = is_peft_model(self.accelerator.unwrap_model(self.model))
+        name = model_name or (self.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
+        location = self.hub_model_id or name
+        metrics_of, metrics = _last_figures(self.state.log_history)
+        template = importlib.resources.files("trl_ulma") / "templates" / "model_card.md.jinja"
+        with importlib.resources.as_file(template) as path:
+            card = ModelCard.from_template(
+                head,
+                template_path=str(path),
+                model_name=name,
+                base_model=head.base_model,
+                dataset_name=dataset_name,
+                method=METHODS[self._cell],
+                paper_title=self._paper["title"],
+                paper_id=self._paper["id"],
+                is_adapter=is_adapter,
+                is_chat=getattr(self.processing_class, "chat_template", None) is not None,
+                location=location,
+                has_reference=self._has_reference,
+                reference=None if is_adapter else head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
+                data=self._data_in_words(),
+                report=self._label_report and render_report(self._label_report),
+                length_normalize=self.args.length_normalize,
+                formulas=formulas(self._cell),
+                settings=self._settings(),
+                metrics=metrics,
+                metrics_of=metrics_of,
+                versions=[(each, version(each)) for each in ("trl-ulma", "trl", "transformers", "torch", "datasets")],
+                citation=self._paper["citation"],
+                wandb_url=_wandb_url(),
+                trackio_url=get_trackio_space_url(),
+                comet_url=get_comet_experiment_url(),
+            )
+        card.save(file)
+
+    def _data_in_words(self) -> str:
+        rows = self.train_dataset
+        said = f"{len(rows):,} rows of one answer each" if isinstance(rows, Dataset) else "A stream of rows"
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        held_out = sum(len(each) for each in evaluated if isinstance(each, Dataset))
+        return said + (f"; evaluated on {held_out:,} others." if held_out else ".")
+
+    def _settings(self) -> list[tuple[str, Any]]:
+        theirs = {f.name for f in dataclasses.fields(DPOConfig)} - {"beta"}
+        own = [f.name for f in dataclasses.fields(self.args) if f.name not in theirs]
+        processes = self.accelerator.num_processes
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
+        found = [(name, getattr(self.args, name)) for name in (*own, *_SHARED)]
+        found.append(("rows a step", batch))
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(model):
+            adapter = model.active_peft_config
+            found.append(("adapter", str(getattr(adapter.peft_type, "value", adapter.peft_type))))
+            found += [
+                (name, getattr(adapter, name)) for name in ("r", "lora_alpha", "lora_dropout") if hasattr(adapter, name)
+            ]
+        return [(name, getattr(value, "value", value)) for name, value in found]
+
+
+def formulas(cell: tuple[str, str]) -> str:
+    """What each kind of row adds to the loss, as Markdown.
+
+    Args:
+        cell: (positive_loss, negative_loss).
+
+    Example:
+        >>> print(formulas(("sft", "none")))
+        - demonstrations: −sft_weight · log π_θ(y|x)
+        - bad answers: nothing
+    """
+    positive, negative = cell
+    lines = []
+    if "pointwise_dpo" in cell:
+        lines += [
+            "- r = β · (log π_θ(y|x) − log π_ref(y|x) + log Z(x)), the implicit reward",
+            "- rows that are compared: −z·log σ(r) − (1 − z)·log σ(−r), or (z − r)² where the label z is continuous",
+        ]
+    if positive == "sft":
+        both = ", added to (z − r)² where the label is continuous" if negative == "pointwise_dpo" else ""
+        lines.append(f"- demonstrations: −sft_weight · log π_θ(y|x){both}")
+    if negative == "unlearning":
+        lines.append("- bad answers: +log π_θ(y|x)")
+    if positive == "none":
+        lines.append("- good answers: nothing")
+    if negative == "none":
+        lines.append("- bad answers: nothing")
+    return "\n".join(lines)
+
+
+def _last_figures(history: list[dict[str, Any]]) -> tuple[str, list[tuple[str, str]]]:
+    """(of what, name and value of each figure) of the last evaluation, or else of the last steps that were logged."""
+    for words, prefix in (("last evaluation, step {}", "eval_"), ("last logged steps, to step {}", "")):
+        for logs in reversed(history):
+            if f"{prefix}loss" in logs:
+                found = {name: value for name, value in logs.items() if name.startswith(prefix)}
+                return words.format(logs.get("step", "?")), [
+                    (name, f"{float(value):.4g}")
+                    for name, value in found.items()
+                    if name != "step" and not name.endswith(("_runtime", "_per_second"))
+                ]
+    return "", []
+
+
+def _wandb_url() -> str | None:
+    if not is_wandb_available():
+        return None
+    run = importlib.import_module("wandb").run
+    return None if run is None else run.url
