@@ -15,7 +15,7 @@ from trl_ulma.data.adapters import FAMILIES
 from trl_ulma.data.convert import FEATURES
 from trl_ulma.data.files import load_rows
 from trl_ulma.scripts.cli import main
-from trl_ulma.scripts.prepare import make_parser
+from trl_ulma.scripts.prepare import family_parser
 
 HI = "\n\nHuman: Hi {i}\n\nAssistant:"
 QUESTION = {
@@ -240,7 +240,7 @@ def test_the_commands_of_readme_are_commands():
     commands = re.findall(r"^trl-ulma prepare (\S+) (.*)$", text, re.MULTILINE)
     assert {family for family, _ in commands} == {"hh", "qa-feedback"}
     for family, options in commands:
-        assert make_parser(family).parse_args(options.split()).output
+        assert family_parser(family).parse_args(options.split()).output
     assert all(f"`{family}`" in text for family in FAMILIES)
 
 

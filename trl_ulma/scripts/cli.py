@@ -35,6 +35,16 @@ COMMANDS = {
         "say how good models are on held-out rows: perplexity, implicit rewards, judged answers",
         "trl-ulma evaluate --model out --dataset feedback.jsonl --output report",
     ),
+    "env": (
+        "trl_ulma.scripts.env",
+        "say what is installed, on what it would run, and what of it does not work together",
+        "trl-ulma env",
+    ),
+    "completion": (
+        "trl_ulma.scripts.completion",
+        "print a script with which a shell completes commands and options",
+        "trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma",
+    ),
     "demo": (
         "trl_ulma.scripts.demo",
         "fine-tune a small language model on a small mixture, and show what has changed",

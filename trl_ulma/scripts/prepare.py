@@ -50,7 +50,16 @@ def help_text() -> str:
     )
 
 
-def make_parser(family: str) -> argparse.ArgumentParser:
+def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The whole command: a sub-command for each family."""
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    families = parser.add_subparsers(dest="family")
+    for family, (_, what) in FAMILIES.items():
+        families.add_parser(family, parents=[family_parser(family)], add_help=False, help=what)
+    return parser
+
+
+def family_parser(family: str) -> argparse.ArgumentParser:
     """The options of a family in `FAMILIES`."""
     parser = _Parser(prog=f"{PROG} {family}", description=FAMILIES[family][1] + ".", allow_abbrev=False)
     parser.add_argument(
@@ -101,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"Did you mean {near[0]}?" if near else f"They are {', '.join(FAMILIES)}."
         print(f"{PROG}: error: {family} is not a family of data sets. {hint}", file=sys.stderr)
         return 2
-    parser = make_parser(family)
+    parser = family_parser(family)
     args = parser.parse_args(rest)
     try:
         show(run(family, args))

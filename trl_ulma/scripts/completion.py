@@ -1,0 +1,53 @@
+"""Print a script with which a shell completes commands, options and their choices.
+
+    trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma
+    trl-ulma completion zsh > ~/.zfunc/_trl-ulma     # a folder of $fpath
+
+It takes effect in the next shell.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def make_parser(prog: str = "trl-ulma completion") -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Print a script with which a shell completes commands, options and their choices.",
+        epilog="trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma",
+        allow_abbrev=False,
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the script."""
+    parser = make_parser()
+    shell = parser.parse_args(argv).shell
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        parser.error("shtab, which writes the script, is not installed: pip install 'trl-ulma[completion]'")
+    print(shtab.complete(whole_parser(), shell=shell))
+    return 0
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """One parser of all commands, with the options of each."""
+    from trl_ulma.scripts.cli import COMMANDS
+
+    whole = argparse.ArgumentParser(prog="trl-ulma", allow_abbrev=False)
+    whole.add_argument("--version", action="store_true", help="show the version")
+    commands = whole.add_subparsers(dest="command")
+    for name, (module, what, _) in COMMANDS.items():
+        commands.add_parser(name, parents=[import_module(module).make_parser()], add_help=False, help=what)
+    return whole
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,161 @@
+"""Say what is installed, on what it would run, and what of it is known not to work together.
+
+    trl-ulma env
+    trl-ulma env --json
+
+The exit code is 1 where something does not work together. Paste the output into an issue.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+NAME = "trl-ulma"
+NEEDED = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "tokenizers", "huggingface_hub", "numpy")
+OPTIONAL = ("bitsandbytes", "deepspeed", "flash-attn", "liger-kernel", "openai", "matplotlib", "tensorboard", "trackio")
+# Of these, an installation that does not fit torch or the driver is found only on import
+COMPILED = {"bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "flash-attn": "flash_attn"}
+
+
+def make_parser(prog: str = "trl-ulma env") -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Say what is installed, on what it would run, and what of it does not work together.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the environment; 1 where something in it does not work together."""
+    args = make_parser().parse_args(argv)
+    facts = gather()
+    found = problems(facts)
+    print(json.dumps({**facts, "problems": found}, indent=2) if args.json else render(facts, found))
+    return 1 if found else 0
+
+
+def gather() -> dict[str, Any]:
+    """What is installed and what there is to run on: JSON-ready."""
+    import psutil
+    import torch
+
+    packages = {name: _version(name) for name in (NAME, *NEEDED, *OPTIONAL)}
+    broken = {}
+    for name, module in COMPILED.items():
+        if packages[name] is not None:
+            try:
+                importlib.import_module(module)
+            except Exception as problem:
+                broken[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "broken": broken,
+        "requirements": list(requires(NAME) or []),
+        "torch_is_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip or "CPU",
+        "has_nvidia_driver": shutil.which("nvidia-smi") is not None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "devices": _devices(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    if torch.backends.mps.is_available():
+        return [{"name": "Apple GPU (MPS)", "memory_gib": None, "has_bf16": True}]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                # TRL's trainers compute in bf16 unless they are told otherwise, which older GPUs emulate slowly
+                "has_bf16": torch.version.hip is not None or properties.major >= 8,
+            }
+        )
+    return found
+
+
+def problems(facts: Mapping[str, Any]) -> list[str]:
+    """What does not work together, each with what to do.
+
+    Args:
+        facts: of `gather`.
+
+    Example:
+        >>> facts = {"packages": {"trl": "0.9"}, "requirements": ["trl<2,>=1.16"], "broken": {}, "devices": [],
+        ...          "has_nvidia_driver": False, "torch_is_built_for": "CPU"}
+        >>> problems(facts)
+        ['trl 0.9 is installed, and trl>=1.16,<2 is needed: pip install "trl>=1.16,<2"']
+    """
+    from packaging.requirements import Requirement
+
+    found, packages = [], facts["packages"]
+    for requirement in map(Requirement, facts["requirements"]):
+        there = packages.get(requirement.name)
+        if there is not None and not requirement.specifier.contains(there, prereleases=True):
+            # The greatest clause first, as one writes it
+            bounds = ",".join(sorted(map(str, requirement.specifier), reverse=True))
+            wanted = f"{requirement.name}{bounds}"
+            found.append(f'{requirement.name} {there} is installed, and {wanted} is needed: pip install "{wanted}"')
+    found += [
+        f"{name} cannot be imported ({problem}): reinstall it for this torch, or pip uninstall {name}"
+        for name, problem in facts["broken"].items()
+    ]
+    if facts["has_nvidia_driver"] and not facts["devices"]:
+        found.append(
+            f"There is an NVIDIA driver, and torch, built for {facts['torch_is_built_for']}, sees no GPU: install a "
+            "build of torch for this driver's CUDA (https://pytorch.org/get-started/locally)"
+        )
+    found += [
+        f"{device['name']} has no bfloat16, TRL's default: train with --bf16 False --fp16 True"
+        for device in facts["devices"]
+        if not device["has_bf16"]
+    ]
+    return found
+
+
+def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
+    """The facts as lines to read and to paste."""
+    packages = facts["packages"]
+    devices = ", ".join(_named(device) for device in facts["devices"]) or "none: training runs on the CPU"
+    lines = [
+        f"{NAME:<16} {packages[NAME] or 'not installed'}",
+        f"{'python':<16} {facts['python']}",
+        f"{'platform':<16} {facts['platform']}",
+        f"{'cores, memory':<16} {facts['cores']}, {facts['memory_gib']} GiB",
+        f"{'GPUs':<16} {devices}",
+        *(f"{name:<16} {packages[name] or 'not installed'}" for name in (*NEEDED, *OPTIONAL)),
+        f"{'torch is for':<16} {facts['torch_is_built_for']}",
+        "",
+        *(f"! {problem}" for problem in found),
+    ]
+    return "\n".join(lines if found else [*lines, "Nothing is known not to work together."])
+
+
+def _named(device: Mapping[str, Any]) -> str:
+    return device["name"] if device["memory_gib"] is None else f"{device['name']} ({device['memory_gib']} GiB)"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
