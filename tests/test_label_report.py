@@ -173,3 +173,26 @@ def test_it_takes_seconds_for_as_many_rows_as_hh_has():
         tokens=rng.integers(1, 999, n),
     )
     assert time.process_time() - start < 10
+
+
+def test_what_a_log_z_of_0_would_learn_is_a_warning():
+    def said(label, continuous=False, **kwargs):
+        found = report_of(label, continuous, **kwargs)["warnings"]
+        return [each for each in found if "log_z" in each]
+
+    (share,) = said([1, 1, 1, 0], log_z=0.0)
+    assert "good ones weigh 3 to 1. With log_z=0 most of what is learned is that share" in share
+    assert "good ones weigh 0.33 to 1" in said([0, 0, 0, 1], log_z=0.0)[0]
+    assert said([1, 1, 1, 0, 0], log_z=0.0) == []
+    assert said([1, 1, 1, 1], log_z=0.0) == []  # a class alone cannot be taken off
+    assert said([1, 1, 1, 0], log_z=1.5) == said([1, 1, 1, 0], log_z=None) == []
+    assert said([1, 1, 1, 0], log_z=0.0, class_weights=(1, 3)) == []
+    assert len(said([1, 0], log_z=0.0, weight=np.array([1.0, 4.0]))) == 1
+    # What is imitated is not compared
+    assert said([1, 1, 1, 0], sft_mask=[1, 1, 0, 0], log_z=0.0) == []
+
+    (shift,) = said([1, 2, 3], True, log_z=0.0)
+    assert "Continuous labels are 2 on average, 2.4 standard deviations from 0" in shift
+    assert "to become more likely" in shift
+    assert "to become less likely" in said([-1, -2, -3], True, log_z=0.0)[0]
+    assert said([-1, 0, 2], True, log_z=0.0) == said([1, 2, 3], True, log_z=None) == []

@@ -17,6 +17,8 @@ _TARGETS = (1.0, 50.0)
 _GOOD_TARGET = 10.0
 # KTO's advice: the classes' summed weights within 4:3 of one another
 _BALANCED = 4 / 3
+# From here up an estimate of log Z was better than 0 (examples/exact_world/RESULTS.md has 1 and 9)
+_LOPSIDED = 3
 
 
 def label_report(
@@ -74,6 +76,7 @@ def label_report(
     label = np.asarray(label, dtype=np.float64)
     weights = np.ones(len(label)) if weight is None else np.asarray(weight, dtype=np.float64)
     warnings: list[str] = []
+    is_zero = log_z is not None and not np.any(log_z)
     report: dict[str, Any] = {"rows": len(label), "demonstrations": _rounded(sft_mask.mean())}
     for name, rows in (("binary", ~continuous), ("continuous", continuous)):
         if rows.any():
@@ -81,10 +84,26 @@ def label_report(
     if "binary" in report:
         rows = ~continuous
         report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
+        compared = np.where(rows & ~sft_mask, weights, 0)
+        good = class_weights[0] * compared[label >= 0.5].sum()
+        bad = class_weights[1] * compared[label < 0.5].sum()
+        if is_zero and max(good, bad) >= _LOPSIDED * min(good, bad) > 0:
+            warnings.append(
+                f"Of the rows that are compared good ones weigh {good / bad:.2g} to 1. With log_z=0 most of what is "
+                'learned is that share; with log_z="prior" it is taken off.'
+            )
     if "continuous" in report:
         shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
         targets = np.abs(label[continuous] / beta - shift) * (tokens[continuous] if length_normalize else 1)
         report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, warnings)
+        mean, std = report["continuous"]["mean"], report["continuous"]["std"]
+        if is_zero and 0 < std < abs(mean):
+            warnings.append(
+                f"Continuous labels are {mean:.3g} on average, {abs(mean) / std:.2g} standard deviations from 0. With "
+                "log_z=0 that asks all answers alike to become "
+                f'{"more" if mean > 0 else "less"} likely, which they cannot. Take it off with log_z="prior", or with '
+                'label_transform="centre".'
+            )
     report["weight"] = _weights(weights, weight is not None, sft_mask)
     report.update(_repeats(label, continuous, answer, warnings))
     report["prompts"] = _prompts(prompt)
