@@ -1,13 +1,20 @@
-"""What one runs before anything else: `trl-ulma env`, `trl-ulma completion`."""
+"""What one runs before anything else: `trl-ulma env`, `trl-ulma check`, `trl-ulma completion`."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from world import make_rows, make_trainer
 
 from trl_ulma.scripts import env
 from trl_ulma.scripts.cli import COMMANDS, main
+from trl_ulma.scripts.memory import estimate_memory
 
 # Environment
 
@@ -58,6 +65,157 @@ def test_good_combinations_are_not_complained_about():
     good = {"packages": {"trl": "1.16.0", "bitsandbytes": None}, "requirements": ["trl<2,>=1.16", "bitsandbytes>=1"]}
     gpu = {"name": "A100", "memory_gib": 80.0, "has_bf16": True}
     assert env.problems(FACTS | good | {"has_nvidia_driver": True, "devices": [gpu]}) == []
+
+
+# A dry run
+
+
+@pytest.fixture
+def ratings(tmp_path) -> str:
+    """Rows of each kind: demonstrations, likes, dislikes."""
+    file = tmp_path / "ratings.jsonl"
+    rows = make_rows(20, sft_mask=[i % 4 == 0 for i in range(20)])
+    rows.to_json(file)
+    return str(file)
+
+
+@pytest.fixture
+def without_weights(tiny_llama, tmp_path) -> str:
+    """The checkpoint's configuration and tokenizer alone."""
+    folder = tmp_path / "configuration"
+    shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return str(folder)
+
+
+def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratings, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    assert main(["check", "--model", without_weights, "--dataset", ratings, "--bf16", "False"]) == 0
+    said = capfd.readouterr().out
+    assert "Labels of the train dataset: 20 rows" in said
+    assert "The rows" not in said
+    for kind in ("label 1, imitated", "label 0, compared", "label 1, compared"):
+        assert kind in said
+    rows = [json.loads(line) for line in Path(ratings).read_text().splitlines()]
+    for number in (0, 1, 2):
+        assert f"Row {number}: " in said
+        assert f"{rows[number]['prompt']}⟦{rows[number]['completion']}<|end|>⟧" in said.replace("\n  ", " ")
+    assert "20 rows are 3 steps an epoch; 9 steps in all, 3 epochs." in said
+    assert "Memory on one device, about" in said
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_a_terminal_shows_completions_in_colour(without_weights, ratings, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["check", "--model", without_weights, "--dataset", ratings]) == 0
+    said = capfd.readouterr().out
+    assert "⟦" not in said
+    assert "\x1b[1;32m" in said  # good answers are green
+    assert "\x1b[1;31m" in said
+
+
+def test_what_cannot_be_learned_from_is_told(without_weights, tmp_path, capfd):
+    file = tmp_path / "stars.csv"
+    file.write_text("prompt,completion,label\nHi, Hello!,5\n")
+    command = ["check", "--model", without_weights, "--dataset", str(file)]
+    assert main(command) == 1
+    assert "label is 5" in capfd.readouterr().err
+    assert main([*command, "--label_type", "continuous", "--sft_threshold", "5"]) == 0
+    assert main([*command, "--label_tipe", "continuous"]) == 2
+    assert "Did you mean --label_type" in capfd.readouterr().err
+    assert main([*command, "--method", "pointwise-dpo", "--sft_weight", "1"]) == 2
+    assert "--sft_weight is not an option" in capfd.readouterr().err
+
+
+def test_help_of_a_dry_run_has_its_own_options_and_those_of_training(capsys):
+    assert main(["check", "--help"]) == 0
+    said = capsys.readouterr().out
+    for option in ("--method", "--dataset ", "--dataset_name", "--sft_weight"):
+        assert option in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes"),
+    [
+        ({"per_device_train_batch_size": 3, "num_train_epochs": 2}, 1),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5}, 1),
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "num_train_epochs": 1}, 1),
+        ({"per_device_train_batch_size": 3, "max_steps": 4}, 1),
+    ],
+)
+def test_the_steps_are_those_that_training_makes(settings, processes, tiny_llama, ratings, tmp_path, capfd):
+    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    assert main(["check", "--model", tiny_llama, "--dataset", ratings, *options]) == 0
+    said = capfd.readouterr().out
+    trainer = make_trainer(tiny_llama, make_rows(20), tmp_path / "out", **settings)
+    trainer.train()
+    assert f" {trainer.state.global_step} steps in all" in said
+
+
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_memory_of_weights_gradients_and_optimizer_is_exact(is_adapter, tiny_llama, tmp_path):
+    peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if is_adapter else None
+    trainer = make_trainer(tiny_llama, make_rows(8), tmp_path / "out", max_steps=1, peft_config=peft_config)
+    estimated = estimate_memory(trainer.model, tokens=100, has_reference=not is_adapter)
+
+    kept = {}
+
+    def keep(optimizer, *_):
+        kept["gradients"] = [p.grad for group in optimizer.param_groups for p in group["params"]]
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim > 0]
+    for name, tensors in (
+        ("weights", trainer.model.parameters()),
+        ("gradients", kept["gradients"]),
+        ("optimizer", states),
+    ):
+        assert estimated[name] == sum(tensor.nbytes for tensor in tensors)
+    reference = [] if is_adapter else trainer.ref_model.parameters()
+    assert estimated["reference"] == sum(tensor.nbytes for tensor in reference)
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_memory_of_activations_is_about_what_autograd_keeps(width):
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(torch.zeros(2, 96, dtype=torch.long))
+    found = estimate_memory(model, tokens=2 * 96, gradient_checkpointing=False)["activations"]
+    assert 0.6 < found / sum(kept.values()) < 1.6
+    assert estimate_memory(model, tokens=2 * 96)["activations"] < 0.5 * found
+
+
+def test_memory_counts_four_bits_of_linear_layers_only(tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    linear = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
+    whole, four = (estimate_memory(model, tokens=1, bits=bits)["weights"] for bits in (None, 4))
+    assert whole - four == pytest.approx(linear * (2 - 0.5 - 4 / 64), abs=20)
 
 
 # Completion

@@ -6,6 +6,7 @@
 import textwrap
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,25 @@ _PAPER = {
 }
 
 
+@dataclass(frozen=True)
+class Start:
+    """What is known of a training before its model is loaded.
+
+    Attributes:
+        args: the trainer's config.
+        processing_class: with all tokens that are needed.
+        train_dataset: prepared rows.
+        eval_dataset: the same, or a dict of such, or None.
+        has_reference: whether a row is compared with the reference.
+    """
+
+    args: PointwiseDPOConfig
+    processing_class: Any
+    train_dataset: Dataset | IterableDataset
+    eval_dataset: Any
+    has_reference: bool
+
+
 class PointwiseDPOTrainer(
     KeepsCheckpoints, WritesModelCard, EvaluatesRows, Judges, EstimatesLogZ, AsksReference, DPOTrainer
 ):
@@ -127,50 +147,10 @@ class PointwiseDPOTrainer(
                 "model and ref_model are the same object, so the reference would be trained along. Leave ref_model "
                 "out: the model as it is before training is the reference then."
             )
-        args = self._own_config(model, args)
-        if not isinstance(train_dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a "
-                "dict of splits, pass one, as dataset['train']."
-            )
-        self._check_streams(args, train_dataset, eval_dataset)
-        if isinstance(model, str):
-            loading: Any = args.model_init_kwargs or {}
-            refuse_pickle(model, loading)
-            if "gguf_file" not in loading:
-                args.model_init_kwargs = {"use_safetensors": True, **loading}
-        has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-        if args.sync_ref_model and has_peft:
-            raise ValueError(
-                "sync_ref_model=True needs a reference model of its own; with PEFT the reference is the model without "
-                "its adapter. Leave it at False, or fine-tune the whole model."
-            )
-        source = model if isinstance(model, str) else get_config_model_id(model.config)
-        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        tokenizer = own_tokenizer(
-            processing_class, source, args.pad_token, revision=revision, trust_remote_code=args.trust_remote_code
-        )
-
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
-        self._cell = args.cell
-        threshold = getattr(args, "sft_threshold", None)
-        rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
-        self._rules = with_transform(rules, args.label_transform, train_dataset)
-        self._positions = _positions(model, args, peft_config)
-        self._has_reference = True
-        self._stream_has_mask = False
-        train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_dataset(dataset, tokenizer, args, name) for name, dataset in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
-        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        datasets = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
-        self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
-        has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
-        args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        start = self._start(model, args, train_dataset, eval_dataset, processing_class, peft_config)
+        args, tokenizer = start.args, start.processing_class
+        train_dataset, eval_dataset = start.train_dataset, start.eval_dataset
         self._label_report = show_report(train_dataset, args)
         if compute_metrics is None and args.metric_for_best_model is not None:
             args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
@@ -216,6 +196,79 @@ class PointwiseDPOTrainer(
         self._rows_in_step: torch.Tensor | int | None = None
 
     # What is checked and made before DPOTrainer's own set-up
+
+    @classmethod
+    def dry_run(
+        cls,
+        model: Any,
+        args: DPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        peft_config: Any = None,
+    ) -> "Start":
+        """What the constructor does before it loads a model: settings and rows are checked, and rows are prepared.
+
+        Arguments are the constructor's.
+
+        Raises:
+            ValueError: for rows or settings that can not be learned from.
+        """
+        return cls.__new__(cls)._start(model, args, train_dataset, eval_dataset, processing_class, peft_config)
+
+    def _start(
+        self,
+        model: Any,
+        args: DPOConfig | None,
+        train_dataset: Any,
+        eval_dataset: Any,
+        tokenizer: Any,
+        peft_config: Any,
+    ) -> "Start":
+        args = self._own_config(model, args)
+        if not isinstance(train_dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a "
+                "dict of splits, pass one, as dataset['train']."
+            )
+        self._check_streams(args, train_dataset, eval_dataset)
+        if isinstance(model, str):
+            loading: Any = args.model_init_kwargs or {}
+            refuse_pickle(model, loading)
+            if "gguf_file" not in loading:
+                args.model_init_kwargs = {"use_safetensors": True, **loading}
+        has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        if args.sync_ref_model and has_peft:
+            raise ValueError(
+                "sync_ref_model=True needs a reference model of its own; with PEFT the reference is the model without "
+                "its adapter. Leave it at False, or fine-tune the whole model."
+            )
+        source = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        tokenizer = own_tokenizer(
+            tokenizer, source, args.pad_token, revision=revision, trust_remote_code=args.trust_remote_code
+        )
+
+        self._cell = args.cell
+        threshold = getattr(args, "sft_threshold", None)
+        rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
+        self._rules = with_transform(rules, args.label_transform, train_dataset)
+        self._positions = _positions(model, args, peft_config)
+        self._has_reference = True
+        self._stream_has_mask = False
+        train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: self._prepare_dataset(dataset, tokenizer, args, name) for name, dataset in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        datasets = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
+        self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
+        has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
+        args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        return Start(args, tokenizer, train_dataset, eval_dataset, self._has_reference)
 
     def _own_config(self, model: Any, args: DPOConfig | None) -> PointwiseDPOConfig:
         own = self._config_class

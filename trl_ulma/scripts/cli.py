@@ -35,6 +35,11 @@ COMMANDS = {
         "say how good models are on held-out rows: perplexity, implicit rewards, judged answers",
         "trl-ulma evaluate --model out --dataset feedback.jsonl --output report",
     ),
+    "check": (
+        "trl_ulma.scripts.check",
+        "a dry run: check rows and settings, show what would be trained, its steps and its memory",
+        "trl-ulma check --model Qwen/Qwen3-0.6B --dataset feedback.jsonl",
+    ),
     "env": (
         "trl_ulma.scripts.env",
         "say what is installed, on what it would run, and what of it does not work together",

@@ -91,6 +91,17 @@ def last_checkpoint_or(resume_from_checkpoint: str | bool | None) -> str | bool 
     return words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
 
 
+def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
+    """What the model is loaded with."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
 def train(trainer_class: type, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Load, train, save, evaluate: the whole of a training command, on every process."""
     from accelerate import PartialState
@@ -104,13 +115,7 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     if said:
         PartialState().print(said)
 
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = loading(training_args, model_args)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -1,0 +1,238 @@
+r"""A dry run: everything that is known of a training before a model is loaded.
+
+    trl-ulma check --model Qwen/Qwen3-0.6B --dataset feedback.jsonl
+    trl-ulma check --method pointwise-dpo --config run.yaml --use_peft --num_processes 8
+
+Takes every option of `trl-ulma ulma`, or with --method of `trl-ulma pointwise-dpo`; `--model` and `--dataset` are short
+for `--model_name_or_path` and `--dataset_name`. Reads and checks all rows, and shows the label report, a few rows as
+the model will see them, the steps and the memory. Nothing is trained, and nothing is written.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from trl_ulma.scripts.memory import estimate_memory
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+METHODS = {"ulma": "ULMATrainer", "pointwise-dpo": "PointwiseDPOTrainer"}
+SHORT = {"--model": "--model_name_or_path", "--dataset": "--dataset_name"}
+CHARACTERS_SHOWN = 1_000  # of a prompt, and of a completion
+
+
+def make_parser(method: str = "ulma") -> Any:
+    """The options: those of the method's training command, and this one's own."""
+    parser = import_module(f"trl_ulma.scripts.{method.replace('-', '_')}").make_parser(prog="trl-ulma check")
+    parser.usage = "trl-ulma check --model MODEL --dataset DATA [--method METHOD] [options of training]"
+    parser.description = "A dry run: checks rows and settings, and shows what would be trained. Nothing is written."
+    parser.add_argument("--method", choices=METHODS, default="ulma", help="whose options are taken (default: ulma)")
+    for short, long in SHORT.items():
+        parser.add_argument(short, help=f"short for {long}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, and return the exit code: 2 for wrong options, 1 for rows or settings that cannot be learned from."""
+    chooser = argparse.ArgumentParser(prog="trl-ulma check", add_help=False, allow_abbrev=False)
+    chooser.add_argument("--method", choices=METHODS, default="ulma")
+    chosen, words = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"}.intersection(words):
+        make_parser(chosen.method).print_help()
+        return 0
+    words = ["=".join([SHORT.get(option, option), *value]) for option, *value in (word.split("=", 1) for word in words)]
+    script: Any = import_module(f"trl_ulma.scripts.{chosen.method.replace('-', '_')}")
+    parser = script.make_parser(prog="trl-ulma check")
+    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--num_processes", type=int, default=1)
+    with tempfile.TemporaryDirectory() as folder:
+        launch_options, words = parser.parse_for_launch([*words, "--output_dir", folder])
+        processes = launcher.parse_known_args(launch_options)[0].num_processes
+        settings = parser.parse_settings(words)
+        try:
+            check(METHODS[chosen.method], processes, *settings)
+        except (OSError, TypeError, ValueError) as problem:
+            print(f"{parser.prog}: error: {problem}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def check(
+    trainer: str, processes: int, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
+) -> None:
+    """Print all that is known before a model is loaded.
+
+    Raises:
+        ValueError: for rows or settings that cannot be learned from.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+    from trl import get_peft_config
+
+    import trl_ulma
+    from trl_ulma.dataset_labels import report_labels
+    from trl_ulma.labels import render_report
+    from trl_ulma.scripts.training import load_splits, loading
+
+    console = Console(highlight=False, soft_wrap=True)
+    train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
+    if said:
+        console.print(said, markup=False)
+    training_args.model_init_kwargs = loading(training_args, model_args)
+    peft_config = get_peft_config(model_args)
+    start = getattr(trl_ulma, trainer).dry_run(
+        model_args.model_name_or_path, training_args, train_dataset, eval_dataset, peft_config=peft_config
+    )
+    rows = start.train_dataset
+    if not hasattr(rows, "__len__"):
+        console.print("The rows are a stream: they are checked as they come, and there is no label report of them.")
+    else:
+        console.print(render_report(report_labels(rows, training_args)), markup=False)
+    console.print(f"\nRows as the model will see them, the completion {_LEGEND[console.is_terminal]}:", markup=False)
+    for title, text in rows_shown(start, training_args, in_colour=console.is_terminal):
+        console.print(f"\n{title}", markup=False)
+        console.print(Padding(text, (0, 2)), soft_wrap=False)
+    console.print("\n" + steps_in_words(start, training_args, processes), markup=False)
+    console.print("\n" + memory_in_words(start, training_args, model_args, peft_config), markup=False)
+
+
+_LEGEND = {True: "in colour", False: "between ⟦ and ⟧"}
+
+
+def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str, "Text"]]:
+    """(title, text) of the first row of each kind: what is imitated, what is good and what is bad."""
+    import torch
+    from rich.text import Text
+
+    from trl_ulma.losses import route
+
+    tokenizer = getattr(start.processing_class, "tokenizer", start.processing_class)
+    seen = set()
+    for row in itertools.islice(start.train_dataset, 2_000):
+        label, mask = torch.tensor([row["label"]]), torch.tensor([bool(row["sft_mask"])])
+        continuous = torch.tensor([row.get("label_type", args.label_type) == "continuous"])
+        positive, negative = args.cell
+        terms = route(label, mask, continuous, positive_loss=positive, negative_loss=negative)
+        what = [name for name in ("imitated", "unlearned", "compared") if getattr(terms, name).item()]
+        kind = (*what, row["label"] >= 0.5)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        prompt, completion = row["prompt_ids"], row["completion_ids"]
+        weight = f", weight {row['weight']:g}" if "weight" in row else ""
+        length = len(prompt) + len(completion)
+        cut = f", cut to {args.max_length}" if args.max_length and length > args.max_length else ""
+        title = (
+            f"Row {row['row']}: label {row['label']:g}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
+            f"{len(prompt)} + {len(completion)} tokens{cut}"
+        )
+        left, right = "", ""
+        if not in_colour:
+            left, right = "⟦", "⟧"
+        texts = [tokenizer.decode(ids) for ids in (prompt, completion)]
+        if len(texts[0]) > CHARACTERS_SHOWN:
+            texts[0] = "…" + texts[0][-CHARACTERS_SHOWN:]
+        if len(texts[1]) > CHARACTERS_SHOWN:
+            texts[1] = texts[1][:CHARACTERS_SHOWN] + "…"
+        style = "bold green" if "imitated" in what or row["label"] >= 0.5 else "bold red"
+        yield title, Text.assemble((texts[0], "dim"), left, (texts[1], style), right)
+        if len(seen) == 3:
+            return
+
+
+def steps_in_words(start: Any, args: Any, processes: int) -> str:
+    """How many steps of how many rows, and what is done when."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    rows = start.train_dataset
+    steps = args.max_steps
+    said = f"A step is {batch:,} rows: {args.per_device_train_batch_size} a micro-batch"
+    if args.gradient_accumulation_steps > 1:
+        said += f" × {args.gradient_accumulation_steps} micro-batches"
+    said += f" × {processes} processes. " if processes > 1 else ". "
+    if hasattr(rows, "__len__"):
+        micro = math.ceil(math.ceil(len(rows) / processes) / args.per_device_train_batch_size)
+        an_epoch = max(math.ceil(micro / args.gradient_accumulation_steps), 1)
+        if steps <= 0:
+            steps = math.ceil(an_epoch * args.num_train_epochs)
+        said += f"{len(rows):,} rows are {an_epoch:,} steps an epoch; "
+    epochs = "" if args.max_steps > 0 else f", {args.num_train_epochs:g} epochs"
+    said += f"{steps:,} steps in all{epochs}"
+    warmup = args.get_warmup_steps(steps)
+    said += f", of which {warmup:,} warm up." if warmup else "."
+    for what, strategy, every in (
+        ("evaluated", args.eval_strategy, args.eval_steps),
+        ("saved", args.save_strategy, args.save_steps),
+    ):
+        if strategy == "steps":
+            every = max(math.ceil(every * steps), 1) if every < 1 else int(every)
+            said += f" It is {what} every {every:,} steps."
+    return said
+
+
+def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) -> str:
+    """The estimate of memory beside what there is."""
+    import torch
+
+    model = empty_model(model_args, args)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+    longest = args.max_length or 0
+    if hasattr(start.train_dataset, "__len__"):
+        longest = max(start.train_dataset["length"][:])
+        longest = min(longest, args.max_length or longest)
+    found = estimate_memory(
+        model,
+        tokens=longest * args.per_device_train_batch_size,
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        has_reference=start.has_reference and peft_config is None and not args.precompute_ref_log_probs,
+        gradient_checkpointing=args.gradient_checkpointing,
+        autocast=bool(args.bf16 or args.fp16),
+        bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
+    )
+    total = sum(found.values())
+    if torch.cuda.is_available():
+        there, where = torch.cuda.get_device_properties(0).total_memory, f"A {torch.cuda.get_device_name(0)}"
+    else:
+        import psutil
+
+        there, where = psutil.virtual_memory().total, "This machine"
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size)
+    said = f"Memory on one device, about {_gib(total)}: {parts}. The longest row has {longest:,} tokens."
+    fits = "" if total < 0.9 * there else " That does not fit: see gradient_checkpointing, use_peft, load_in_4bit."
+    return f"{said} {where} has {_gib(there)}.{fits}"
+
+
+def empty_model(model_args: Any, args: Any) -> Any:
+    """The model without its weights, from its configuration alone."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    dtype = getattr(torch, model_args.dtype or "", None) or config.dtype or torch.float32
+    with torch.device("meta"):
+        if named is not None:
+            return named._from_config(config, dtype=dtype)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=args.trust_remote_code
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
