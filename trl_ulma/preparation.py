@@ -64,6 +64,7 @@ _TYPES = {
     "row": Value("int64"),
     "length": Value("int32"),
 }
+# Named otherwise than the raw column, by which DPOTrainer would know rows that are not prepared
 _OF_IMAGES = ("prompt_text", "prompt_images", "image_key")
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
 _READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "image", "images", *OPTIONAL_COLUMNS}
