@@ -92,3 +92,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real samples are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory) -> str:
+    """A folder with a two-layer Llava, whose images are 4 tokens each, and its processor."""
+    from vlm import make_llava
+
+    return make_llava(str(tmp_path_factory.mktemp("checkpoints") / "tiny-llava"))

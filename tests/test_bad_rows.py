@@ -276,13 +276,13 @@ COLUMNS = {
     ),
     "images": (
         [GOOD | {"images": ["a.png"]}],
-        "The train dataset has images, which are not supported yet (found completion, images, label, prompt). Remove "
-        "the column.",
+        "The train dataset has images (found completion, images, label, prompt), which only a trainer with a "
+        "vision-language model and its processor reads. Pass the processor as processing_class, or remove the column.",
     ),
     "images of pairs": (
         [PAIR | {"image": "a.png"}],
-        "The train dataset has images, which are not supported yet (found chosen, image, prompt, rejected). Remove the "
-        "column.",
+        "The train dataset has images (found chosen, image, prompt, rejected), which only a trainer with a "
+        "vision-language model and its processor reads. Pass the processor as processing_class, or remove the column.",
     ),
     "half prepared": (
         [{"prompt_ids": [5], "completion_ids": [6], "row": 0}],
@@ -392,7 +392,7 @@ TEXTS = {
     ),
     "content an image": (
         [CHAT | {"prompt": user([{"type": "image", "image": "a.png"}])}],
-        "Row 0 of the train dataset: prompt has a message with 'image' in it, which is not supported yet.",
+        "Row 0 of the train dataset: prompt has a message with 'image' in it; the column `images` is missing.",
     ),
     "text, then messages": (
         [GOOD | {"completion": assistant("Hello!")}],

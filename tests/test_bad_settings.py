@@ -14,7 +14,7 @@ from trl import DPOConfig, KTOConfig
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOTrainer, ULMAConfig, ULMATrainer
-from trl_ulma.preparation import own_tokenizer
+from trl_ulma.preparation import own_processing_class
 
 NAN, INFINITY = float("nan"), float("inf")
 QUIET = {"bf16": False, "report_to": "none"}
@@ -405,7 +405,7 @@ def test_a_reference_that_no_row_needs_is_a_warning(tiny_gpt2, tmp_path):
 
 
 def take(tokenizer: Any, pad_token: str | None = None) -> Any:
-    return own_tokenizer(tokenizer, "", pad_token, revision=None, trust_remote_code=False)
+    return own_processing_class(tokenizer, "", pad_token, revision=None, trust_remote_code=False)
 
 
 def test_a_tokenizer_without_pad_and_eos(tiny_gpt2):
@@ -433,8 +433,8 @@ def test_what_is_no_tokenizer(processor):
     with pytest.raises(TypeError) as error:
         take(processor)
     assert str(error.value) == (
-        f"processing_class must be a tokenizer; got {type(processor).__name__}. Vision-language models are not "
-        "supported yet; to train one on text, pass its processor's `tokenizer`."
+        "processing_class must be a tokenizer, or a processor of images and text; got "
+        f"{type(processor).__name__}. To train on text alone, pass the processor's `tokenizer`."
     )
 
 

@@ -7,15 +7,16 @@ import pytest
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-MODEL = "HuggingFaceTB/SmolLM2-135M"
+TINY = {"HuggingFaceTB/SmolLM2-135M": "tiny_gpt2", "Qwen/Qwen2.5-VL-3B-Instruct": "tiny_llava"}
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["thumbs", "ratings", "demonstrations and thumbs", "pairs"])
-def test_an_example_runs_with_a_model_that_is_at_hand(example, tiny_gpt2, tmp_path, monkeypatch, capsys):
-    assert MODEL in example
+@pytest.mark.parametrize("example", EXAMPLES, ids=["thumbs", "ratings", "demonstrations and thumbs", "pairs", "images"])
+def test_an_example_runs_with_a_model_that_is_at_hand(example, request, tmp_path, monkeypatch, capsys):
+    [model] = [name for name in TINY if name in example]
     assert len(example.strip().splitlines()) <= 18
     monkeypatch.chdir(tmp_path)
-    exec(compile(example.replace(MODEL, tiny_gpt2), "README.md", "exec"), {})
+    folder = request.getfixturevalue(TINY[model])
+    exec(compile(example.replace(model, folder), "README.md", "exec"), {})
     assert "'train_loss'" in capsys.readouterr().out
 
 

@@ -7,8 +7,9 @@ import torch
 from accelerate.state import GradientState
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.modeling_utils import PreTrainedModel
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, data_utils
 from trl.trainer import utils
+from vlm import image_rows
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOTrainer
@@ -30,6 +31,7 @@ def parameters(function) -> list[str]:
         (Trainer, "get_tp_size", ["self"]),
         (Trainer, "_get_train_sampler", ["self", "train_dataset"]),
         (Trainer, "predict", ["self", "test_dataset", "ignore_keys", "metric_key_prefix"]),
+        (data_utils, "prepare_multimodal_messages", ["messages", "images"]),
         (utils, "use_adapter", ["model", "adapter_name"]),
         (utils, "global_then_local_main_first", []),
     ],
@@ -55,6 +57,12 @@ def test_the_pair_only_settings_are_those_of_dpo_config():
     taken |= {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "pad_token"}
     own = set(DPOConfig.__annotations__)
     assert own == pair_only | taken, "DPOConfig has other settings: decide for each new one whether points have it"
+
+
+def test_rows_with_images_are_not_what_dpo_trainer_calls_vision(tiny_llava, tmp_path):
+    trainer = make_trainer(tiny_llava, image_rows(2), tmp_path)
+    assert trainer._is_vlm
+    assert not trainer._is_vision_dataset, "DPOTrainer finds images by another column, and would refuse our collator's"
 
 
 def test_training_divides_the_loss_unless_told_that_it_is_scaled():

@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from trl_ulma.collator import DataCollatorForPointwisePreference
     from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
     from trl_ulma.trainer import PointwiseDPOTrainer, ULMATrainer
+    from trl_ulma.vision import DataCollatorForVisionPointwisePreference
 
 __version__ = metadata.version("trl-ulma")
 
 __all__ = [
     "DataCollatorForPointwisePreference",
+    "DataCollatorForVisionPointwisePreference",
     "PointwiseDPOConfig",
     "PointwiseDPOTrainer",
     "ULMAConfig",
@@ -22,6 +24,7 @@ __all__ = [
 # Loaded on first use, so that the command line answers without waiting for torch.
 _MODULES = {
     "DataCollatorForPointwisePreference": "collator",
+    "DataCollatorForVisionPointwisePreference": "vision",
     "PointwiseDPOConfig": "config",
     "ULMAConfig": "config",
     "PointwiseDPOTrainer": "trainer",

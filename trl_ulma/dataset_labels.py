@@ -19,6 +19,7 @@ from trl_ulma.labels import (
     render_report,
     transform_labels,
 )
+from trl_ulma.vision import as_images, image_column, image_key
 
 # What is written into the output folder
 REPORT_FILE = "label_report.json"
@@ -47,11 +48,11 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
             f"The train dataset is prepared already, so its labels are not the raw ones that "
             f"label_transform={label_transform!r} reads. Pass the raw rows, or leave label_transform out."
         )
-    if check_columns(names, "train"):
+    if check_columns(names, "train", takes_images=True):
         check_pairs(rules, "train")
     if transform.is_fitted and not transform.needs_prompts:
         return rules
-    columns = _read(train_dataset, rules)
+    columns = _read(train_dataset, rules, "train")
     own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules)
     if not len(own):
         raise ValueError(
@@ -89,29 +90,44 @@ def transformed_labels(dataset: Dataset, name: str, rules: LabelRules) -> list[A
     """The label of each raw row after the fitted transform; None where there is no transform."""
     if rules.transform is None:
         return None
-    columns = _read(dataset, rules)
+    columns = _read(dataset, rules, name)
     keys = _prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
     return transform_labels(columns, range(len(dataset)), name, rules, keys)
 
 
-def _read(dataset: Dataset, rules: LabelRules) -> dict[str, list]:
-    """The columns that a transform reads, as plain values."""
+def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
+    """The columns that a transform reads, as plain values; of images their key, made one row after the other."""
     wanted = {"label", "label_type", "trials"}
     if rules.transform is not None and rules.transform.needs_prompts:
-        wanted.add("prompt")
+        wanted |= {"prompt", "image", "images"}
+    images = image_column([name for name in dataset[0] if name in wanted], where)
+    if images is not None:
+        wanted = wanted - {images}
     if dataset.format["type"] == "custom":  # rows are made as they are read
-        made: list[Any] = list(dataset)
-        rows = [{name: row[name] for name in wanted & set(row)} for row in made]
-        return {name: [row.get(name) for row in rows] for name in rows[0]}
-    found = [name for name in dataset.column_names if name in wanted]
-    return dict(dataset.select_columns(found).with_format(None)[:]) if found else {}
+        made: list[Any] = [{name: row[name] for name in row if name in wanted or name == images} for row in dataset]
+        found = {name: [row.get(name) for row in made] for name in made[0] if name in wanted}
+        raw = (row[images] for row in made) if images else ()
+    else:
+        names = [name for name in dataset.column_names if name in wanted]
+        found = dict(dataset.select_columns(names).with_format(None)[:]) if names else {}
+        tables: Any = dataset.select_columns([images]).with_format("arrow").iter(32) if images else ()
+        raw = (value for table in tables for value in table[images].to_pylist())
+    if images is not None:
+        found["image_key"] = [
+            image_key(as_images(value, f"Row {row} of the {where} dataset")) for row, value in enumerate(raw)
+        ]
+    return found
 
 
 def _prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
+    """What is the same for rows of one prompt: its text or messages, and its images."""
     prompts = columns["prompt"]
-    return [
+    keys = [
         prompts[i] if isinstance(prompts[i], str) else json.dumps(prompts[i], sort_keys=True, default=str) for i in rows
     ]
+    if "image_key" in columns:
+        keys = [f"{columns['image_key'][i]} {key}" for i, key in zip(rows, keys, strict=True)]
+    return keys
 
 
 def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
@@ -177,6 +193,10 @@ def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         prompts += map(hash, prompt)
         answers += map(hash, zip(prompt, completion, strict=True))
         tokens += [len(ids) // 4 for ids in completion]
+    if "image_key" in rows.column_names:  # one question about two images is two prompts
+        keys = rows["image_key"][:]
+        prompts = [hash(both) for both in zip(prompts, keys, strict=True)]
+        answers = [hash(both) for both in zip(answers, keys, strict=True)]
     return np.array(prompts), np.array(answers), np.array(tokens)
 
 

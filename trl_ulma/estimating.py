@@ -83,10 +83,13 @@ class EstimatesLogZ(DPOTrainer):
         else:
             self.log_partition = LogPartition(0.0 if choice == "column" else choice, device)
 
-    def _set_batch_kl(self, model: Any, inputs: dict[str, torch.Tensor], real: torch.Tensor) -> None:
+    def _set_batch_kl(
+        self, model: Any, inputs: dict[str, torch.Tensor], real: torch.Tensor, image_key: torch.Tensor | None
+    ) -> None:
         """Estimate KL(π_θ‖π_ref) on this micro-batch's prompts with other rows' completions, on all processes alike."""
         names = ("input_ids", "attention_mask", "completion_mask")
-        batch, counts = mismatched({name: inputs[name] for name in names}, real)
+        text, counts = mismatched({name: inputs[name] for name in names}, real, image_key)
+        batch = {**inputs, **text}  # the images stay with their prompts
         with torch.no_grad():
             policy_logps = self._scorer(model, batch).log_probs.sum(1)
         ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, batch)[0]

@@ -12,9 +12,9 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
@@ -31,6 +31,17 @@ from trl_ulma.labels import (
     shown,
     transform_labels,
 )
+from trl_ulma.vision import (
+    ImageTokens,
+    as_images,
+    check_mode,
+    check_text_places,
+    first_row,
+    image_column,
+    image_key,
+    undecoded,
+    with_placeholders,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +53,9 @@ NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the comple
 _TYPES = {
     "prompt_ids": List(Value("int32")),
     "completion_ids": List(Value("int32")),
+    "prompt_text": Value("string"),
+    "prompt_images": List(Image(decode=False)),
+    "image_key": Value("int64"),
     "label": Value("float64"),
     "sft_mask": Value("bool"),
     "label_type": Value("string"),
@@ -50,33 +64,48 @@ _TYPES = {
     "row": Value("int64"),
     "length": Value("int32"),
 }
+# Named otherwise than the raw column, by which DPOTrainer would know rows that are not prepared
+_OF_IMAGES = ("prompt_text", "prompt_images", "image_key")
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
-_READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", *OPTIONAL_COLUMNS}
+_READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "image", "images", *OPTIONAL_COLUMNS}
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
-def own_tokenizer(
+def own_processing_class(
     processing_class: Any, source: str, pad_token: str | None, *, revision: str | None, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    """The tokenizer to prepare rows with, that of the model at `source` where none is given; it has a pad token.
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer, or a vision-language model's processor, to prepare rows with, that of the model at `source` where
+    none is given; it has a pad token.
 
     Raises:
-        TypeError: for what is no tokenizer, such as a processor.
+        TypeError: for what is neither.
         ValueError: where no pad token can be found.
     """
     if processing_class is None:
         processing_class = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"processing_class must be a tokenizer; got {type(processing_class).__name__}. Vision-language models are "
-            "not supported yet; to train one on text, pass its processor's `tokenizer`."
-        )
-    pad_token = pad_token or processing_class.pad_token or processing_class.eos_token
+    tokenizer = tokenizer_of(processing_class)
+    pad_token = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if pad_token is None:
         raise ValueError("The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token.")
-    if pad_token not in processing_class.get_vocab():
+    if pad_token not in tokenizer.get_vocab():
         raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Choose one that is.")
-    processing_class.pad_token = pad_token
+    tokenizer.pad_token = pad_token
+    return processing_class
+
+
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, or that of a processor of images and text.
+
+    Raises:
+        TypeError: for what is neither.
+    """
+    if isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "image_processor"):
+        processing_class = processing_class.tokenizer
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            "processing_class must be a tokenizer, or a processor of images and text; got "
+            f"{type(processing_class).__name__}. To train on text alone, pass the processor's `tokenizer`."
+        )
     return processing_class
 
 
@@ -85,7 +114,7 @@ class Preparation:
     """What is done to raw rows: pairs become rows, rows are checked, rendered, tokenised and cut.
 
     Attributes:
-        tokenizer: the policy's.
+        processing_class: the policy's tokenizer, or its processor.
         rules: how labels are read.
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
@@ -93,12 +122,22 @@ class Preparation:
         is_for_training: whether labels must tell answers apart; where they do not, that is warned of.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin
     rules: LabelRules
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     positions: int | None = None
     is_for_training: bool = True
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the policy."""
+        return tokenizer_of(self.processing_class)
+
+    @property
+    def processor(self) -> ProcessorMixin | None:
+        """Of a policy that takes images, or None."""
+        return self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None
 
     def __call__(
         self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
@@ -106,6 +145,9 @@ class Preparation:
         """The rows of `dataset` as `prompt_ids`, `completion_ids`, `label`, `sft_mask`, the optional columns that it
         has, `row` (the raw row's number) and `length` (tokens). Rows without anything to learn from are left out, and
         counted in a warning. A data set that has been through here is returned as it is.
+
+        Of rows with images, `prompt_ids` has placeholders for them; the collator makes the prompt of `prompt_text` and
+        `prompt_images`. Images are not decoded here, `length` counts what their size makes of them.
 
         Of a stream the first rows are read at once; the others are checked as they come.
 
@@ -134,7 +176,7 @@ class Preparation:
         # Rows are read as plain values; only a transform of the caller's stays, since it is what makes them
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         raw = dataset if is_transformed else dataset.with_format(None)
-        first = next(iter(raw), None)
+        first = first_row(raw)
         if first is None:
             raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
         if not isinstance(first, Mapping):
@@ -145,7 +187,12 @@ class Preparation:
         names = list(first)
         if set(names) >= _PREPARED and set(names) <= {*_TYPES, "ref_logps"}:
             return dataset
-        paired = check_columns(names, name)
+        paired = check_columns(names, name, takes_images=self.processor is not None)
+        images = image_column(names, name)
+        if images is not None:
+            check_mode(raw, images, name)
+            if isinstance(raw, IterableDataset) and raw.features is not None:
+                raw = raw.decode(False)
         for column in ("label", "label_type") if paired else ():
             if column in names:
                 logger.warning(
@@ -154,10 +201,11 @@ class Preparation:
         if paired:
             check_pairs(self.rules, name)
         is_text = self._check_tokenizer(first)
-        encode = _Encode(self, name, paired, is_text, tuple(names))
+        image_tokens = None if images is None or self.processor is None else ImageTokens(self.processor)
+        encode = _Encode(self, name, paired, is_text, tuple(names), images, image_tokens)
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
-        features = Features({c: _TYPES[c] for c in (*kept, "row", "length")})
+        features = Features({c: _TYPES[c] for c in (*kept, "row", "length", *(_OF_IMAGES if images else ()))})
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)
             stream = raw.map(
@@ -172,6 +220,9 @@ class Preparation:
             replace(encode, labels=labels),
             with_indices=True,
             batched=True,
+            # What a batch holds of images is in memory
+            batch_size=1000 if images is None else 32,
+            writer_batch_size=1000 if images is None else 32,
             remove_columns=raw.column_names,
             features=Features({**features, "left_out": Value("string"), "cut": Value("bool")}),
             num_proc=num_proc,
@@ -189,10 +240,11 @@ class Preparation:
                     "The tokenizer has no EOS token, so completions of text could not be ended. Set "
                     "tokenizer.eos_token and pass the tokenizer as processing_class."
                 )
-        elif is_messages(text) and self.tokenizer.chat_template is None:
+        elif is_messages(text) and self.processing_class.chat_template is None:
+            kind = "tokenizer" if self.processor is None else "processor"
             raise ValueError(
-                "The rows are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template (or "
-                "use an instruction-tuned model's tokenizer) and pass it as processing_class."
+                f"The rows are conversations, and the {kind} has no chat template. Set {kind}.chat_template (or use an "
+                f"instruction-tuned model's {kind}) and pass it as processing_class."
             )
         return isinstance(text, str)
 
@@ -205,7 +257,14 @@ class Preparation:
             state = self.tokenizer.backend_tokenizer.to_str()
         else:
             state = Hasher.hash(self.tokenizer)
-        tokenizer = (type(self.tokenizer).__name__, state, self.tokenizer.chat_template, self.tokenizer.eos_token)
+        tokenizer = (
+            type(self.tokenizer).__name__,
+            state,
+            self.processing_class.chat_template,
+            self.tokenizer.eos_token,
+        )
+        if self.processor is not None:
+            tokenizer += (type(self.processor).__name__, self.processor.to_json_string())
         versions = (version("trl-ulma"), transformers_version)
         return Hasher.hash((tokenizer, self.rules, self.max_length, self.truncation_mode, self.positions, versions))
 
@@ -219,6 +278,9 @@ class _Encode:
     paired: bool
     is_text: bool
     names: tuple[str, ...]
+    # The column of images and what they add, where there is one
+    images: str | None = None
+    image_tokens: ImageTokens | None = None
     # After the transform, of all rows; those of a stream are transformed as they come
     labels: list[Any] | None = None
 
@@ -233,36 +295,49 @@ class _Encode:
         left_out: list[str | None] = [None] * len(rows)
         columns: Mapping[str, list] = batch
         halves = [""] * len(rows)
+        values = [None] * len(rows) if self.images is None else undecoded(batch, self.images)
+        images = [
+            as_images(value, f"Row {row} of the {self.name} dataset") for value, row in zip(values, rows, strict=True)
+        ]
         if self.paired:
             columns = pairs_to_rows(batch)
             left_out = columns["left_out"]
+            images = [images[pair] for pair in columns["pair"]]
             rows = [rows[pair] for pair in columns["pair"]]
             halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
         if self.labels is None:
             label = transform_labels(columns, rows, self.name, self.how.rules)
         else:
             label = [self.labels[row] for row in rows]
-        labels = read_labels({**columns, "label": label}, rows, self.name, self.how.rules)
+        # Only what is read: a batch decodes each column that is taken from it
+        optional = {name: columns[name] for name in OPTIONAL_COLUMNS if name in columns}
+        labels = read_labels({**optional, "label": label}, rows, self.name, self.how.rules)
         texts: dict[int, tuple[str, str]] = {}
         for i, row in enumerate(rows):
             if left_out[i] is None:
                 at = f"Row {row}{halves[i]} of the {self.name} dataset"
-                check_texts(columns["prompt"][i], columns["completion"][i], at)
-                texts[i] = self._render(columns, i, at)
+                check_texts(columns["prompt"][i], columns["completion"][i], at, takes_images=self.images is not None)
+                texts[i] = self._render(columns, i, len(images[i]), at)
         for i in range(0, len(rows) if self.paired else 0, 2):
             if i in texts and texts[i] == texts.get(i + 1):
                 left_out[i] = left_out[i + 1] = SAME_ANSWERS
-        tokenised = dict(zip(texts, self._tokenise(list(texts.values())), strict=True))
+        if self.images is None:
+            tokenised = dict(zip(texts, self._tokenise(list(texts.values())), strict=True))
+        else:
+            texts = {i: self._apart(*text) for i, text in texts.items()}
+            tokenised = dict(zip(texts, self._tokenise_apart(list(texts.values())), strict=True))
 
-        prompt_ids, completion_ids, cut = [], [], []
+        prompt_ids, completion_ids, cut, length = [], [], [], []
         for i in range(len(rows)):
-            prompt, completion, is_cut = [], [], False
+            prompt, completion, is_cut, added = [], [], False, 0
             if left_out[i] is None:
-                prompt, completion, is_cut, left_out[i] = self._truncate(*tokenised[i])
+                if self.image_tokens is not None:
+                    added = self.image_tokens(images[i], f"Row {rows[i]} of the {self.name} dataset")
+                prompt, completion, is_cut, left_out[i] = self._truncate(*tokenised[i], added)
             prompt_ids.append(prompt)
             completion_ids.append(completion)
             cut.append(is_cut)
-        length = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+            length.append(len(prompt) + len(completion) + added)
         for i, tokens in enumerate(length):
             if self.how.positions is not None and tokens > self.how.positions:
                 raise ValueError(
@@ -277,6 +352,15 @@ class _Encode:
             "length": length,
             "left_out": left_out,
             "cut": cut,
+            **(
+                {
+                    "prompt_text": [texts[i][0] if i in texts else "" for i in range(len(rows))],
+                    "prompt_images": images,
+                    "image_key": [image_key(each) for each in images],
+                }
+                if self.images is not None
+                else {}
+            ),
         }
 
     def stream(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
@@ -295,10 +379,10 @@ class _Encode:
         late = set(batch).difference(self.names)
         return dict.fromkeys(late, [None] * len(kept["row"])) | kept
 
-    def _render(self, columns: Mapping[str, list], i: int, at: str) -> tuple[str, str]:
+    def _render(self, columns: Mapping[str, list], i: int, images: int, at: str) -> tuple[str, str]:
         """(prompt, prompt and completion) of row `i` as text, the special tokens of a conversation included."""
         prompt, completion = columns["prompt"][i], columns["completion"][i]
-        tokenizer = self.how.tokenizer
+        tokenizer, processor = self.how.tokenizer, self.how.processor
         if isinstance(prompt, str) != self.is_text:
             kind = (
                 "a list of messages and the first row's is text" if self.is_text else "text and the first row's is not"
@@ -307,9 +391,15 @@ class _Encode:
         if self.is_text:
             eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
             texts = prompt, prompt + completion + eos
+            if processor is not None and self.images is not None:
+                check_text_places(processor, prompt, images, at)
         else:
-            render = partial(tokenizer.apply_chat_template, tokenize=False, **self._template_kwargs(columns, i, at))
+            render = partial(
+                self.how.processing_class.apply_chat_template, tokenize=False, **self._template_kwargs(columns, i, at)
+            )
             prompt, completion = _without_nones(prompt), _without_nones(completion)
+            if processor is not None:
+                prompt, completion = with_placeholders(prompt, images, at), with_placeholders(completion, 0, at)
             try:
                 texts = str(render(prompt, add_generation_prompt=True)), str(render(prompt + completion))
             except Exception as error:  # a template is a program
@@ -356,6 +446,35 @@ class _Encode:
         ids_of = dict(zip(unique, ids, strict=True))
         return [self._split(ids_of[prompt], ids_of[whole]) for prompt, whole in texts]
 
+    def _apart(self, prompt: str, whole: str) -> tuple[str, str]:
+        """(prompt, completion) of a row that may have images, with the token that begins a text. They are tokenised by
+        themselves, since the prompt's tokens are not known before its images are."""
+        differ = (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
+        begin = prompt[: next(differ, min(len(prompt), len(whole)))]
+        if begin != prompt:
+            logger.warning_once(
+                "The chat template renders a prompt alone in another way than with its completion. The completion "
+                f"starts where the two part, and {prompt[len(begin) :]!r} is no part of the prompt that is trained on. "
+                "(Said once; other rows may be alike.)"
+            )
+        tokenizer = self.how.tokenizer
+        bos = ""
+        if self.is_text and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+            bos = str(tokenizer.bos_token)
+        return (begin if begin.startswith(bos) else bos + begin), whole[len(begin) :]
+
+    def _tokenise_apart(self, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, completion ids) of each row, placeholders of images as they are written."""
+        if not texts:
+            return []
+        prompts, completions = (
+            self.how.tokenizer(list(part), add_special_tokens=False, return_attention_mask=False, verbose=False)[
+                "input_ids"
+            ]
+            for part in zip(*texts, strict=True)
+        )
+        return list(zip(prompts, completions, strict=True))
+
     def _split(self, prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
         """`whole` cut where it and the prompt's own tokens part, which can be before the prompt's end."""
         cut = len(prompt)
@@ -369,11 +488,16 @@ class _Encode:
             )
         return whole[:cut], whole[cut:]
 
-    def _truncate(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int], bool, str | None]:
-        """(prompt, completion, whether anything was cut, why the row is to be left out or None)."""
+    def _truncate(
+        self, prompt: list[int], completion: list[int], added: int
+    ) -> tuple[list[int], list[int], bool, str | None]:
+        """(prompt, completion, whether anything was cut, why the row is to be left out or None); images add `added`
+        tokens to the prompt."""
         if not completion:
             return [], [], False, NO_TOKENS
-        excess = len(prompt) + len(completion) - self.how.max_length if self.how.max_length is not None else 0
+        excess = 0
+        if self.how.max_length is not None:
+            excess = len(prompt) + added + len(completion) - self.how.max_length
         if excess > 0 and self.how.truncation_mode == "keep_end":
             completion = completion[max(excess - len(prompt), 0) :]
             prompt = prompt[excess:]

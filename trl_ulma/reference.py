@@ -24,6 +24,11 @@ from trl_ulma.labels import LabelRules
 from trl_ulma.losses import Terms, route
 from trl_ulma.scoring import Scorer
 
+# What a batch holds about rows, and is not for the model's forward
+ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "image_key")
+# Of which row by row a part can be taken
+_TEXT = {"input_ids", "attention_mask", "completion_mask"}
+
 
 class AsksReference(DPOTrainer):
     """A `DPOTrainer` whose reference is asked for the rows that are compared with it, and for no others.
@@ -105,7 +110,7 @@ class AsksReference(DPOTrainer):
     def compute_ref_log_probs(self, model, inputs):
         """Reference log-probabilities of a batch's rows, `(B,)` nats, summed over the completion; twice the same,
         since DPOTrainer's precomputation stores one for each half of a pair."""
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+        inputs = {name: value for name, value in inputs.items() if name not in ROW_KEYS}
         adapter = contextlib.nullcontext()
         if self.ref_model is None and isinstance(self.model, PeftModel):
             unwrapped = self.accelerator.unwrap_model(self.model)
@@ -133,6 +138,8 @@ class AsksReference(DPOTrainer):
             return unknown
         model = self.ref_model or self.model
         if asked is None:
+            return self.compute_ref_log_probs(model, inputs)[0]
+        if set(inputs) - _TEXT:  # where a row's images are among all of the batch, only its processor knows
             return self.compute_ref_log_probs(model, inputs)[0]
         index = torch.tensor(asked[0], device=unknown.device)
         part = {name: value[index, : asked[1]] for name, value in inputs.items()}

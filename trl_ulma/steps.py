@@ -71,7 +71,9 @@ def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor],
         batch["asked"] = (asked, int(widths[asked].max()) if asked else 0)
 
 
-def mismatched(batch: dict[str, torch.Tensor], real: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def mismatched(
+    batch: dict[str, torch.Tensor], real: torch.Tensor, image_key: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Each row's prompt with the completion of the next row that has another prompt, and which rows count, `(B,)` bool.
 
     A row without such a partner keeps its own completion and does not count, so that all processes run as many rows.
@@ -80,6 +82,7 @@ def mismatched(batch: dict[str, torch.Tensor], real: torch.Tensor) -> tuple[dict
     Args:
         batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, padded on the right.
         real: `(B,)` bool, False for rows that are repeated.
+        image_key: `(B,)` of the rows' images, where they have some: another image makes another prompt.
     """
     ids, width = batch["input_ids"].tolist(), batch["input_ids"].size(1)
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -87,11 +90,13 @@ def mismatched(batch: dict[str, torch.Tensor], real: torch.Tensor) -> tuple[dict
     prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
     completions = [row[start:length] for row, start, length in zip(ids, starts, lengths, strict=True)]
     is_real = real.tolist()
+    seen = [0] * len(prompts) if image_key is None else image_key.tolist()
     made = {name: torch.zeros_like(value) for name, value in batch.items()}
     counts = []
     for row, prompt in enumerate(prompts):
         others = [(row + by) % len(prompts) for by in range(1, len(prompts))]
-        partner = next((other for other in others if is_real[other] and prompts[other] != prompt), None)
+        differ = (o for o in others if is_real[o] and (prompts[o], seen[o]) != (prompt, seen[row]))
+        partner = next(differ, None)
         counts.append(partner is not None and is_real[row])
         tokens = (prompt + completions[row if partner is None else partner])[:width]
         made["input_ids"][row, : len(tokens)] = torch.tensor(tokens, device=made["input_ids"].device)

@@ -7,6 +7,8 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,18 +42,16 @@ from trl_ulma.log_partition import Observed
 from trl_ulma.losses import grid_loss, reward_slope
 from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
 from trl_ulma.model_card import WritesModelCard
-from trl_ulma.preparation import Preparation, own_tokenizer
-from trl_ulma.reference import AsksReference, summed
+from trl_ulma.preparation import Preparation, own_processing_class, tokenizer_of
+from trl_ulma.reference import ROW_KEYS, AsksReference, summed
 from trl_ulma.sampler import PromptSampler
 from trl_ulma.steps import EvenStream, plan_references, real_rows
+from trl_ulma.vision import DataCollatorForVisionPointwisePreference, check_settings, has_images
 
 logger = get_logger(__name__)
 
 # Of `model_init_kwargs`, what says where a model's configuration is
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
-
-# What a batch holds about rows, and is not for the model's forward
-ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real")
 
 _NO_REFERENCE = (
     "The {} dataset has liked rows (label 1, sft_mask False), which are compared with the reference, and there is "
@@ -78,6 +78,7 @@ class Start:
     Attributes:
         args: the trainer's config.
         processing_class: with all tokens that are needed.
+        data_collator: the one that is given, or else our own.
         train_dataset: prepared rows.
         eval_dataset: the same, or a dict of such, or None.
         has_reference: whether a row is compared with the reference.
@@ -85,6 +86,7 @@ class Start:
 
     args: PointwiseDPOConfig
     processing_class: Any
+    data_collator: Any
     train_dataset: Dataset | IterableDataset
     eval_dataset: Any
     has_reference: bool
@@ -105,8 +107,10 @@ class PointwiseDPOTrainer(
         train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
             `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`,
             `chat_template_kwargs`. Or pairs (`chosen`, `rejected`, with or without `prompt`), which become two rows
-            each.
+            each. With a vision-language model also `image` or `images` (PIL images, paths, or bytes), which are
+            decoded and processed batch by batch.
         eval_dataset: the same, or a dict of such data sets.
+        processing_class: the model's tokenizer, or its processor; rows with images need one.
         compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
 
     Raises:
@@ -148,8 +152,8 @@ class PointwiseDPOTrainer(
                 "out: the model as it is before training is the reference then."
             )
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
-        start = self._start(model, args, train_dataset, eval_dataset, processing_class, peft_config)
-        args, tokenizer = start.args, start.processing_class
+        start = self._start(model, args, train_dataset, eval_dataset, processing_class, peft_config, data_collator)
+        args, processing_class, data_collator = start.args, start.processing_class, start.data_collator
         train_dataset, eval_dataset = start.train_dataset, start.eval_dataset
         self._label_report = show_report(train_dataset, args)
         if compute_metrics is None and args.metric_for_best_model is not None:
@@ -157,15 +161,6 @@ class PointwiseDPOTrainer(
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 
-        if data_collator is None:
-            data_collator = DataCollatorForPointwisePreference(
-                pad_token_id=tokenizer.pad_token_id,
-                max_length=args.max_length,
-                truncation_mode=args.truncation_mode,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-                label_type=args.label_type,
-                sft_threshold=self._rules.sft_threshold,
-            )
         self._layout = "packed" if args.padding_free else "shared" if args.share_prompts else "padded"
         precompute, padding_free = args.precompute_ref_log_probs, args.padding_free
         args.padding_free = False  # DPOTrainer's own is switched off, and it would say so
@@ -173,7 +168,7 @@ class PointwiseDPOTrainer(
             # What keeps DPOTrainer from loading a reference model; `_precompute_ref_logps` computes nothing then
             args.precompute_ref_log_probs = True
             ref_model = None
-        self._probe_rows = [row for row, _ in zip(train_dataset, range(4), strict=False)]
+        self._probe_rows = [] if self._layout == "padded" else list(islice(train_dataset, 4))
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -181,7 +176,7 @@ class PointwiseDPOTrainer(
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=processing_class,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -222,8 +217,9 @@ class PointwiseDPOTrainer(
         args: DPOConfig | None,
         train_dataset: Any,
         eval_dataset: Any,
-        tokenizer: Any,
+        processing_class: Any,
         peft_config: Any,
+        data_collator: Any = None,
     ) -> "Start":
         args = self._own_config(model, args)
         if not isinstance(train_dataset, Dataset | IterableDataset):
@@ -245,8 +241,8 @@ class PointwiseDPOTrainer(
             )
         source = model if isinstance(model, str) else get_config_model_id(model.config)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-        tokenizer = own_tokenizer(
-            tokenizer, source, args.pad_token, revision=revision, trust_remote_code=args.trust_remote_code
+        processing_class = own_processing_class(
+            processing_class, source, args.pad_token, revision=revision, trust_remote_code=args.trust_remote_code
         )
 
         self._cell = args.cell
@@ -254,21 +250,42 @@ class PointwiseDPOTrainer(
         rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
         self._rules = with_transform(rules, args.label_transform, train_dataset)
         self._positions = _positions(model, args, peft_config)
+        self._peft_config = (
+            peft_config if isinstance(model, str) or not is_peft_model(model) else model.active_peft_config
+        )
         self._has_reference = True
         self._stream_has_mask = False
-        train_dataset = self._prepare_dataset(train_dataset, tokenizer, args, "train")
+        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: self._prepare_dataset(dataset, tokenizer, args, name) for name, dataset in eval_dataset.items()
+                name: self._prepare_dataset(dataset, processing_class, args, name)
+                for name, dataset in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = self._prepare_dataset(eval_dataset, tokenizer, args, "eval")
+            eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
-        return Start(args, tokenizer, train_dataset, eval_dataset, self._has_reference)
+        if data_collator is None:
+            data_collator = self._own_collator(processing_class, args)
+            for rows in filter(has_images, datasets):
+                data_collator(list(islice(rows, 2)))  # what the processor can not take is told before a model is loaded
+        return Start(args, processing_class, data_collator, train_dataset, eval_dataset, self._has_reference)
+
+    def _own_collator(self, processing_class: Any, args: PointwiseDPOConfig) -> DataCollator:
+        collator_class: Any = DataCollatorForPointwisePreference
+        if isinstance(processing_class, ProcessorMixin):
+            collator_class = partial(DataCollatorForVisionPointwisePreference, processor=processing_class)
+        return collator_class(
+            pad_token_id=tokenizer_of(processing_class).pad_token_id,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            label_type=args.label_type,
+            sft_threshold=self._rules.sft_threshold,
+        )
 
     def _own_config(self, model: Any, args: DPOConfig | None) -> PointwiseDPOConfig:
         own = self._config_class
@@ -307,6 +324,8 @@ class PointwiseDPOTrainer(
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if isinstance(processing_class, ProcessorMixin) and has_images(dataset):
+            check_settings(args, dataset_name, self._peft_config)
         prepare = Preparation(processing_class, self._rules, args.max_length, args.truncation_mode, self._positions)
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):
@@ -323,6 +342,7 @@ class PointwiseDPOTrainer(
             self._signature_columns = [
                 *("prompt_ids", "completion_ids", "label", "sft_mask", "label_type"),
                 *("log_z", "weight", "ref_logps", "row", "length"),
+                *("prompt_text", "prompt_images", "image_key"),
             ]
 
     def _get_train_sampler(self, train_dataset=None):
@@ -417,7 +437,7 @@ class PointwiseDPOTrainer(
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         real = rows.get("real", torch.ones_like(sft_mask))
         if self.args.log_z == "batch_kl" and self.model.training:
-            self._set_batch_kl(model, inputs, real)
+            self._set_batch_kl(model, inputs, real, rows.get("image_key"))
         outputs = self._scorer(model, inputs, prompt_states=self.log_partition.needs_prompt_states, **router)
         policy_logps = summed(outputs.log_probs)
         ref_logps = self._ref_logps(inputs, rows, asked).to(policy_logps)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_ulma.forward import positions_of
-from trl_ulma.preparation import own_tokenizer
+from trl_ulma.preparation import own_processing_class, tokenizer_of
 
 # Of what a tokenizer consists of; one of them is in every folder with a tokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -45,7 +45,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     base = adapter_base(name)
     has_own = not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
     source = name if base is None or has_own else base
-    return own_tokenizer(None, source, None, revision=None, trust_remote_code=trust_remote_code)
+    return tokenizer_of(own_processing_class(None, source, None, revision=None, trust_remote_code=trust_remote_code))
 
 
 def positions(name: str, *, trust_remote_code: bool = False) -> int | None:

@@ -47,11 +47,20 @@ class LabelRules:
         return self.sft_threshold is not None and label >= self.sft_threshold
 
 
-def check_columns(names: Sequence[str], where: str) -> bool:
-    """Raise ValueError unless the columns are those of point-wise or paired rows; True for paired ones."""
+def check_columns(names: Sequence[str], where: str, *, takes_images: bool = False) -> bool:
+    """Raise ValueError unless the columns are those of point-wise or paired rows; True for paired ones.
+
+    Args:
+        names: of the columns.
+        where: the data set's name, for errors.
+        takes_images: whether a column `image` or `images` is read.
+    """
     found = f"found {', '.join(sorted(map(str, names))) or 'none'}"
-    if "image" in names or "images" in names:
-        raise ValueError(f"The {where} dataset has images, which are not supported yet ({found}). Remove the column.")
+    if not takes_images and ("image" in names or "images" in names):
+        raise ValueError(
+            f"The {where} dataset has images ({found}), which only a trainer with a vision-language model and its "
+            "processor reads. Pass the processor as processing_class, or remove the column."
+        )
     paired = "chosen" in names or "rejected" in names
     if paired and "completion" in names:
         raise ValueError(
@@ -238,13 +247,14 @@ def is_messages(value: Any) -> bool:
     )
 
 
-def check_texts(prompt: Any, completion: Any, at: str) -> None:
+def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = False) -> None:
     """Raise ValueError unless prompt and completion are both text or both messages, and the completion is not empty.
 
     Args:
         prompt: text, or a list of messages.
         completion: the same.
         at: the row's name, for errors.
+        takes_images: whether the prompt's messages may have places for images.
     """
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str):
@@ -259,8 +269,15 @@ def check_texts(prompt: Any, completion: Any, at: str) -> None:
         for turn in value:
             for part in turn["content"] if isinstance(turn.get("content"), list) else ():
                 kind = part.get("type") if isinstance(part, dict) else None
-                if kind in ("image", "image_url", "video", "audio", "input_audio"):
-                    raise ValueError(f"{at}: {name} has a message with {kind!r} in it, which is not supported yet.")
+                if kind == "image" and takes_images and name == "prompt":
+                    continue
+                if kind == "image":
+                    needed = (
+                        "images of a row belong to its prompt" if takes_images else "the column `images` is missing"
+                    )
+                    raise ValueError(f"{at}: {name} has a message with 'image' in it; {needed}.")
+                if kind in ("image_url", "video", "audio", "input_audio"):
+                    raise ValueError(f"{at}: {name} has a message with {kind!r} in it, which is not supported.")
     if isinstance(prompt, str) != isinstance(completion, str):
         raise ValueError(
             f"{at}: prompt is {'text' if isinstance(prompt, str) else 'a list of messages'} and completion is not; "

@@ -111,8 +111,9 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
     from rich.text import Text
 
     from trl_ulma.losses import route
+    from trl_ulma.preparation import tokenizer_of
 
-    tokenizer = getattr(start.processing_class, "tokenizer", start.processing_class)
+    tokenizer = tokenizer_of(start.processing_class)
     seen = set()
     for row in itertools.islice(start.train_dataset, 2_000):
         label, mask = torch.tensor([row["label"]]), torch.tensor([bool(row["sft_mask"])])
