@@ -117,7 +117,7 @@ def test_the_settings_page_has_our_fields_their_defaults_and_no_other():
         if name not in _INSTEAD
     }
     found = re.findall(r"^### `(\w+)`\n\nDefault: `(.+)`$", page("settings"), re.M)
-    assert {name: default for name, default in found} == {name: repr(default) for name, default in own.items()}
+    assert dict(found) == {name: repr(default) for name, default in own.items()}
     assert page("settings").count("\n### ") == len(found)
 
 

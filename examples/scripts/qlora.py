@@ -4,7 +4,7 @@ r"""ULMA of a large model in four bits with adapters (QLoRA), and the full model
     python examples/scripts/qlora.py \
         --model_name_or_path Qwen/Qwen2.5-7B-Instruct \
         --dataset_name feedback.jsonl --sft_weight 0.1 \
-        --per_device_train_batch_size 2 --gradient_accumulation_steps 8 --share_prompts \
+        --per_device_train_batch_size 2 --gradient_accumulation_steps 8 \
         --learning_rate 1e-4 --merged_dir merged --output_dir qlora-out
 
 The reference is the model with its adapter switched off, and costs no memory.
