@@ -109,6 +109,23 @@ def test_the_quick_start_runs_and_leaves_what_it_says(files, tiny_gpt2, monkeypa
     assert "spearman" in Path("report/report.md").read_text()
 
 
+def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Your own ratings")[1].split("\n## ")[0]
+    [ratings] = re.findall(r"```csv\n(.*?)```", section, re.S)
+    [block] = re.findall(r"```bash\n(.*?)```", section, re.S)
+    Path("ratings.csv").write_text(ratings)
+    for command in commands(block.replace(MODEL, tiny_gpt2)):
+        run_command(command, monkeypatch)
+    said = capsys.readouterr().out
+    assert "10 rows" in said
+    assert "Memory on one device" in said
+    assert "trained with point-wise DPO" in Path("out/README.md").read_text()
+    assert "spearman" in Path("report/report.md").read_text()
+    assert len(Path("scored.jsonl").read_text().splitlines()) == 10
+
+
 def test_the_settings_page_has_our_fields_their_defaults_and_no_other():
     own = {
         name: config.__dataclass_fields__[name].default

@@ -48,6 +48,19 @@ def test_what_the_card_tells_people_to_do_works(model, is_adapter, tmp_path, req
     assert len(scored) == 8
 
 
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_the_card_of_a_model_that_takes_images_loads_it(is_adapter, tiny_llava, tmp_path, capsys, monkeypatch):
+    said = [[{"role": "assistant", "content": text}] for text in ("Yes.", "No.")]
+    rows = make_rows(2, prompt=[[{"role": "user", "content": "Is it red?"}]] * 2, completion=said)
+    peft_config = LoraConfig(target_modules=["q_proj"]) if is_adapter else None
+    trainer = make_trainer(tiny_llava, rows, tmp_path / "tuned", peft_config=peft_config, max_steps=1)
+    trainer.save_model()
+    code = re.search(r"```python\n(.*?)```", card_of(trainer), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("max_new_tokens=128", "max_new_tokens=3"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_the_card_says_what_was_done(tiny_gpt2, tmp_path):
     trainer = make_trainer(
         tiny_gpt2,

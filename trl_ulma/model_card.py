@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from transformers import ProcessorMixin
 from transformers.integrations import is_wandb_available
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
@@ -73,6 +74,7 @@ class WritesModelCard(DPOTrainer):
                 paper_title=self._paper["title"],
                 paper_id=self._paper["id"],
                 is_adapter=is_adapter,
+                takes_images=isinstance(self.processing_class, ProcessorMixin),
                 is_chat=getattr(self.processing_class, "chat_template", None) is not None,
                 location=location,
                 has_reference=self._has_reference,
