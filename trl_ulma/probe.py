@@ -16,6 +16,9 @@ TOLERANCE = 1e-4
 # what is allowed may have
 CONTAMINATION = 0.01
 CONTAMINATION_OF_NOISE = 0.2
+# What another exact layout may differ by in half precision, in units of what padding changes. Of a few rows the two are
+# measured loosely: with SmolLM2-135M in bf16 their ratio is now and then above 2, and a contaminated one's above 100.
+NOISES = 4
 LONGEST_COMPLETION = 64
 
 
@@ -63,9 +66,9 @@ def _compare(scores: Scores, batch: Batch, layout: Layout, contaminated: Layout,
     size, measure, allowed = _largest, "the fp32 bound", TOLERANCE
     if not exact:
         # In half precision the padding alone changes the sums' order, and the largest difference is chance
-        size, measure = _root_mean_square, "twice the difference between rows padded and by themselves"
+        size, measure = _root_mean_square, f"{NOISES} times the difference between rows padded and by themselves"
         wider = [scores(padded(_wider(batch, by)), batch) - wanted for by in (1, 7, 64)]
-        allowed = max(TOLERANCE, 2 * max(map(size, [*wider, _one_by_one(scores, batch) - wanted])))
+        allowed = max(TOLERANCE, NOISES * max(map(size, [*wider, _one_by_one(scores, batch) - wanted])))
     error, contamination = size(found), size(scores(contaminated, batch) - wanted)
     told_apart = error <= CONTAMINATION * contamination
     told_apart |= not exact and allowed <= CONTAMINATION_OF_NOISE * contamination

@@ -26,14 +26,17 @@ FIGURES = {
     "rejected": "Δ log π, bad answers (nats)",
     "perplexity": "perplexity, good answers",
 }
+# What the others are compared with, seed by seed
+BASELINE = "log_z=0"
 INTRODUCTION = """\
 # Settings that matter, on real data
 
 Written by `report.py` from the JSON files beside it, which `run.py` wrote. {model}, LoRA of rank 16, {rows} rows of
 training ({steps} steps of {batch} rows, learning rate {rate}, linear decay, β = 0.1), {held_out} held-out rows, good
 and bad answers of the same prompts; the reference is the model before training. Means over {seeds} seeds (rows, their
-order, adapters), with 95 % intervals (Student's t); Δ is the change in training of the log-probability of held-out
-answers. `log_z=…` is point-wise DPO; `mean` too, with the mean of the tokens' log-probabilities and β multiplied by the
+order, adapters), with 95 % intervals (Student's t), the last column's of differences within seeds; Δ is the change in
+training of the log-probability of held-out answers. `log_z=…` is point-wise DPO; `mean` too, with the mean of the
+tokens' log-probabilities and β multiplied by the
 mean length; `sft_weight=…` is ULMA, with the good answers as demonstrations.
 
     trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh.parquet
@@ -59,8 +62,12 @@ def read(folder: Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
 def figures(result: dict[str, Any], untrained: dict[str, Any]) -> dict[str, float]:
     """The figures of a run; changes are from the untrained model's on the same rows."""
     test, before = result["test"], untrained["test"]
+    found = {name: test[name] for name in ("auc", "pair_accuracy", "brier", "accuracy")}
+    if ARMS.get(result["arm"], ("", {}))[1].get("length_normalize"):
+        # What is stored are means over tokens, of which no sum can be made
+        return found | dict.fromkeys(("chosen", "rejected", "perplexity"), float("nan"))
     return {
-        **{name: test[name] for name in ("auc", "pair_accuracy", "brier", "accuracy")},
+        **found,
         "chosen": test["logps_chosen"] - before["logps_chosen"],
         "rejected": test["logps_rejected"] - before["logps_rejected"],
         "perplexity": float(np.exp(-test["logps_chosen"] / test["chosen_tokens"])),
@@ -69,6 +76,8 @@ def figures(result: dict[str, Any], untrained: dict[str, Any]) -> dict[str, floa
 
 def interval(values: list[float]) -> str:
     """The mean and its 95 % interval."""
+    if np.isnan(values).any():
+        return "–"
     if len(values) < 2:
         return f"{values[0]:.3g}"
     mean, half = np.mean(values), stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
@@ -77,7 +86,8 @@ def interval(values: list[float]) -> str:
 
 def table(arms: dict[str, dict[int, dict[str, Any]]]) -> tuple[str, dict[str, dict[str, list[float]]]]:
     """The figures of a data set's settings, and their values seed by seed."""
-    lines = ["| setting | seeds | " + " | ".join(FIGURES.values()) + " |", "|---|---|" + "---|" * len(FIGURES)]
+    heads = ["setting", "seeds", *FIGURES.values(), f"AUC less {BASELINE}'s"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     values: dict[str, dict[str, list[float]]] = {}
     for arm in ("untrained", *ARMS):
         seeds = sorted(set(arms.get(arm, {})) & set(arms["untrained"]))
@@ -85,7 +95,10 @@ def table(arms: dict[str, dict[int, dict[str, Any]]]) -> tuple[str, dict[str, di
             continue
         rows = [figures(arms[arm][seed], arms["untrained"][seed]) for seed in seeds]
         values[arm] = {name: [row[name] for row in rows] for name in FIGURES}
-        lines.append(f"| {arm} | {len(seeds)} | " + " | ".join(interval(values[arm][name]) for name in FIGURES) + " |")
+        beside = [seed for seed in seeds if seed in arms.get(BASELINE, {}) and arm not in ("untrained", BASELINE)]
+        gained = [arms[arm][seed]["test"]["auc"] - arms[BASELINE][seed]["test"]["auc"] for seed in beside]
+        cells = [arm, str(len(seeds)), *(interval(values[arm][name]) for name in FIGURES)]
+        lines.append(f"| {' | '.join([*cells, interval(gained) if gained else ''])} |")
     return "\n".join(lines), values
 
 
