@@ -7,8 +7,13 @@ import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils import (
+    is_liger_kernel_available,
+    is_torch_bf16_gpu_available,
+    is_torch_xla_available,
+)
 from trl import DPOConfig
 
 from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
@@ -243,6 +248,19 @@ class PointwiseDPOConfig(DPOConfig):
             )
         if self.padding_free and self.share_prompts:
             raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
+
+    def check_machine(self) -> None:
+        """Raise ValueError or ImportError on a setting that this machine can not carry out."""
+        if self.activation_offloading and torch.accelerator.current_accelerator() is None:
+            raise ValueError(
+                "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is "
+                "no accelerator. Leave it at False; gradient_checkpointing=True saves memory anywhere."
+            )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError(
+                "use_liger_kernel=True needs liger-kernel, which is not installed. Run `pip install liger-kernel`, or "
+                "leave it at False: TRL will remove it, and model_init_kwargs={'use_kernels': True} is its successor."
+            )
 
     def check_with_data(self, *, needs_reference: bool, has_mask: bool) -> None:
         """Raise ValueError on a setting that the data contradicts.

@@ -127,6 +127,7 @@ class PointwiseDPOTrainer(KeepsCheckpoints, EvaluatesRows, Judges, EstimatesLogZ
                 "out: the model as it is before training is the reference then."
             )
         args = self._own_config(model, args)
+        args.check_machine()
         if not isinstance(train_dataset, Dataset | IterableDataset):
             raise TypeError(
                 f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a "
