@@ -4,12 +4,14 @@ import argparse
 import copy
 import difflib
 import math
+import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import (
+    is_in_notebook,
     is_liger_kernel_available,
     is_torch_bf16_gpu_available,
     is_torch_xla_available,
@@ -100,6 +102,8 @@ class PointwiseDPOConfig(DPOConfig):
     Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
     tried out at the start whether the model computes the same, and refused where it does not.
 
+    `disable_tqdm` is True by itself where stderr is neither a terminal nor a notebook's.
+
     Random numbers: `seed` (42) decides dropout, which is off unless `disable_dropout=False`, the first weights of
     adapters, and the order of rows, which `data_seed` decides where it is set. The same seeds on the same machine, with
     the same versions and number of threads and processes, give the same numbers, bit for bit on CPU; on a GPU
@@ -186,6 +190,9 @@ class PointwiseDPOConfig(DPOConfig):
         # TRL's default is bf16, which a machine without support for it refuses
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             self.bf16 = False
+        # A bar in a log file is many lines a second
+        if self.disable_tqdm is None and not (sys.stderr.isatty() or is_in_notebook()):
+            self.disable_tqdm = True
         super().__post_init__()
 
     @property
