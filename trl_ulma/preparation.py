@@ -35,6 +35,7 @@ from trl_ulma.vision import (
     ImageTokens,
     as_images,
     check_mode,
+    check_stray,
     check_text_places,
     first_row,
     image_column,
@@ -331,6 +332,9 @@ class _Encode:
         for i in range(len(rows)):
             prompt, completion, is_cut, added = [], [], False, 0
             if left_out[i] is None:
+                if self.how.processor is not None:
+                    at = f"Row {rows[i]}{halves[i]} of the {self.name} dataset"
+                    check_stray(self.how.processor, *tokenised[i], len(images[i]), at)
                 if self.image_tokens is not None:
                     added = self.image_tokens(images[i], f"Row {rows[i]} of the {self.name} dataset")
                 prompt, completion, is_cut, left_out[i] = self._truncate(*tokenised[i], added)

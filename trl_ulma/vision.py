@@ -178,6 +178,18 @@ def check_text_places(processor: ProcessorMixin, prompt: str, images: int, at: s
         )
 
 
+def check_stray(
+    processor: ProcessorMixin, prompt_ids: Sequence[int], completion_ids: Sequence[int], images: int, at: str
+) -> None:
+    """Raise ValueError where a text has what stands for an image, and no image: the model would look for one."""
+    token = getattr(processor, "image_token_id", None)
+    if token is not None and (token in completion_ids or (not images and token in prompt_ids)):
+        raise ValueError(
+            f"{at}: its text has {processor.tokenizer.decode([token])!r}, which stands for an image, where there is "
+            "none. Take it out of the text."
+        )
+
+
 @dataclass
 class ImageTokens:
     """How many tokens an image adds to a prompt, of which its processor makes one placeholder's more.
