@@ -66,12 +66,10 @@ class TracksPictures(TrainerCallback):
                 callback.tb_writer.add_image(name, image, step, dataformats="HWC")
                 callback.tb_writer.flush()
             elif isinstance(callback, TrackioCallback):
-                import trackio
-
+                trackio = callback._trackio
                 trackio.log({name: trackio.Image(image), "train/global_step": step})
             elif isinstance(callback, WandbCallback):
-                import wandb
-
+                wandb: Any = callback._wandb
                 wandb.log({name: wandb.Image(image), "train/global_step": step})
 
 
