@@ -434,6 +434,19 @@ PLACE, TEXT = {"type": "image"}, {"type": "text", "text": "What is this?"}
             "belongs, or use messages, into which they are put.",
         ),
         (
+            one(asks(PLACE, TEXT), [picture(1)], [{"role": "assistant", "content": "An <image>."}]),
+            f"{AT}: its text has '<image>', which stands for an image, where there is none. Take it out of the text.",
+        ),
+        (
+            one("What is <image>?", [], " Paris.").remove_columns("images"),
+            f"{AT}: its text has '<image>', which stands for an image, where there is none. Take it out of the text.",
+        ),
+        (
+            one(asks(PLACE), [picture(1)]).cast_column("images", List(Image(mode="L"))),
+            "The train dataset has its column images decoded to the mode 'L', which the model's processor does not "
+            "keep. Cast the column to Image(), and have the processor do it.",
+        ),
+        (
             one(asks(PLACE), [picture(1)]).rename_column("images", "image").add_column("images", [["a.png"]]),
             "The train dataset has both `image` and `images`. Remove one: `image` holds one image a row, `images` a "
             "list of them.",

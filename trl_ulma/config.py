@@ -4,11 +4,18 @@ import argparse
 import copy
 import difflib
 import math
+import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+from transformers.utils import (
+    is_in_notebook,
+    is_liger_kernel_available,
+    is_torch_bf16_gpu_available,
+    is_torch_xla_available,
+)
 from trl import DPOConfig
 
 from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
@@ -94,6 +101,8 @@ class PointwiseDPOConfig(DPOConfig):
 
     Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
     tried out at the start whether the model computes the same, and refused where it does not.
+
+    `disable_tqdm` is True by itself where stderr is neither a terminal nor a notebook's.
 
     Random numbers: `seed` (42) decides dropout, which is off unless `disable_dropout=False`, the first weights of
     adapters, and the order of rows, which `data_seed` decides where it is set. The same seeds on the same machine, with
@@ -181,6 +190,9 @@ class PointwiseDPOConfig(DPOConfig):
         # TRL's default is bf16, which a machine without support for it refuses
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             self.bf16 = False
+        # A bar in a log file is many lines a second
+        if self.disable_tqdm is None and not (sys.stderr.isatty() or is_in_notebook()):
+            self.disable_tqdm = True
         super().__post_init__()
 
     @property
@@ -243,6 +255,19 @@ class PointwiseDPOConfig(DPOConfig):
             )
         if self.padding_free and self.share_prompts:
             raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
+
+    def check_machine(self) -> None:
+        """Raise ValueError or ImportError on a setting that this machine can not carry out."""
+        if self.activation_offloading and torch.accelerator.current_accelerator() is None:
+            raise ValueError(
+                "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is "
+                "no accelerator. Leave it at False; gradient_checkpointing=True saves memory anywhere."
+            )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ImportError(
+                "use_liger_kernel=True needs liger-kernel, which is not installed. Run `pip install liger-kernel`, or "
+                "leave it at False: TRL will remove it, and model_init_kwargs={'use_kernels': True} is its successor."
+            )
 
     def check_with_data(self, *, needs_reference: bool, has_mask: bool) -> None:
         """Raise ValueError on a setting that the data contradicts.

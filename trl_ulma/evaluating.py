@@ -3,6 +3,7 @@
 # transformers declares the model and the dataset of a trainer optional or of many kinds
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from trl import DPOTrainer
@@ -12,10 +13,22 @@ from trl_ulma.steps import real_rows
 
 
 class EvaluatesRows(DPOTrainer):
-    """A `DPOTrainer` that adds up its rows' figures in `_sums`, and keeps evaluated rows' rewards in `_evaluated`."""
+    """A `DPOTrainer` that adds up its rows' figures in `_sums`, and keeps evaluated rows' rewards in `_evaluated`.
 
+    Attributes:
+        evaluated: `(N, 3)` of the last evaluation's rows: implicit reward, label after the transform, and 1 where the
+            label is continuous.
+    """
+
+    evaluated: np.ndarray = np.empty((0, 3))
     _sums: RatioSums
     _evaluated: list[torch.Tensor]
+    _has_reference: bool
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether any row is compared with a reference; without one there are no rewards."""
+        return self._has_reference
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
@@ -42,6 +55,7 @@ class EvaluatesRows(DPOTrainer):
             self._sums = training
         found.pop("num_tokens", None)
         everything = torch.cat(gather_object([torch.cat(self._evaluated)]))
+        self.evaluated = everything.numpy()
         rewards, label, continuous = everything.unbind(1)
         found.update(ranking_figures(rewards, label, continuous.bool()))
         if output.metrics is not None:

@@ -35,6 +35,7 @@ from trl_ulma.vision import (
     ImageTokens,
     as_images,
     check_mode,
+    check_stray,
     check_text_places,
     first_row,
     image_column,
@@ -331,6 +332,9 @@ class _Encode:
         for i in range(len(rows)):
             prompt, completion, is_cut, added = [], [], False, 0
             if left_out[i] is None:
+                if self.how.processor is not None:
+                    at = f"Row {rows[i]}{halves[i]} of the {self.name} dataset"
+                    check_stray(self.how.processor, *tokenised[i], len(images[i]), at)
                 if self.image_tokens is not None:
                     added = self.image_tokens(images[i], f"Row {rows[i]} of the {self.name} dataset")
                 prompt, completion, is_cut, left_out[i] = self._truncate(*tokenised[i], added)
@@ -423,10 +427,12 @@ class _Encode:
                 tools = json.loads(tools)
             except ValueError as error:
                 raise ValueError(f"{at}: tools is text that is not JSON ({error}).") from error
+        else:
+            tools = _without_nones(tools)
         are_tools = isinstance(tools, list) and all(isinstance(tool, dict) or callable(tool) for tool in tools)
         if tools is not None and not are_tools:
             raise ValueError(f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or that list as JSON.")
-        kwargs = columns["chat_template_kwargs"][i] if "chat_template_kwargs" in columns else None
+        kwargs = _without_nones(columns["chat_template_kwargs"][i]) if "chat_template_kwargs" in columns else None
         if not isinstance(kwargs, dict | None):
             raise ValueError(f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.")
         set_by_us = sorted(_OURS.intersection(kwargs or {}))
@@ -510,9 +516,12 @@ class _Encode:
         return prompt, completion, excess > 0, None
 
 
-def _without_nones(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages without the keys that Arrow fills with None because other messages have them."""
-    return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+def _without_nones(value: Any) -> Any:
+    """Messages, tools or settings without the keys that Arrow fills with None because those of other rows have them, as
+    the arguments of another tool."""
+    if isinstance(value, dict):
+        return {key: _without_nones(each) for key, each in value.items() if each is not None}
+    return [_without_nones(each) for each in value] if isinstance(value, list) else value
 
 
 def _first_unreadable(dataset: Dataset) -> int:

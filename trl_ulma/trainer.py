@@ -151,6 +151,8 @@ class PointwiseDPOTrainer(
                 "model and ref_model are the same object, so the reference would be trained along. Leave ref_model "
                 "out: the model as it is before training is the reference then."
             )
+        args = self._own_config(model, args)
+        args.check_machine()
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
         start = self._start(model, args, train_dataset, eval_dataset, processing_class, peft_config, data_collator)
         args, processing_class, data_collator = start.args, start.processing_class, start.data_collator

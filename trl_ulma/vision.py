@@ -143,28 +143,21 @@ def with_placeholders(messages: list[dict[str, Any]], images: int, at: str) -> l
         >>> with_placeholders([{"role": "user", "content": "What is it?"}], 1, "Row 0")
         [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}]
     """
-    turns = []
-    for turn in messages:
-        content = turn.get("content")
-        if isinstance(content, list):  # Arrow fills the keys that other parts have
-            parts = [{key: value for key, value in part.items() if value is not None} for part in content]
-            turn = {**turn, "content": parts}
-        turns.append(turn)
-    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
     if any(set(part) - {"type"} for part in parts if part.get("type") == "image"):
         raise ValueError(
             f"{at}: a message holds an image itself. Put images into the column `images`, in their order, and leave "
             '{"type": "image"} in the message.'
         )
     places = sum(part.get("type") == "image" for part in parts)
-    if any(turn["role"] == "user" and isinstance(turn.get("content"), str) for turn in turns):
+    if any(turn["role"] == "user" and isinstance(turn.get("content"), str) for turn in messages):
         places += images
     if places != images:
         raise ValueError(
             f"{at}: {places} places for images in its messages, and {images} images. Give each image of the prompt one "
             'part {"type": "image"}, in order; or write contents as text: images then come before the first user turn.'
         )
-    made = prepare_multimodal_messages(turns, images=["image"] * images)
+    made = prepare_multimodal_messages(messages, images=["image"] * images)
     return [_without_payload(turn) for turn in made]
 
 
@@ -182,6 +175,18 @@ def check_text_places(processor: ProcessorMixin, prompt: str, images: int, at: s
         raise ValueError(
             f"{at}: {places} of the placeholder {tokens[0]!r} in its prompt, and {images} images. Write one for each "
             "image where it belongs, or use messages, into which they are put."
+        )
+
+
+def check_stray(
+    processor: ProcessorMixin, prompt_ids: Sequence[int], completion_ids: Sequence[int], images: int, at: str
+) -> None:
+    """Raise ValueError where a text has what stands for an image, and no image: the model would look for one."""
+    token = getattr(processor, "image_token_id", None)
+    if token is not None and (token in completion_ids or (not images and token in prompt_ids)):
+        raise ValueError(
+            f"{at}: its text has {processor.tokenizer.decode([token])!r}, which stands for an image, where there is "
+            "none. Take it out of the text."
         )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 
 from trl_ulma.data.files import load_rows, split_by_prompt
 from trl_ulma.scripts.options import OptionParser
@@ -106,8 +106,14 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     """Load, train, save, evaluate: the whole of a training command, on every process."""
     from accelerate import PartialState
     from peft import PeftModel
+    from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
+    from trl_ulma.tracking import add_pictures
+
+    if not sys.stderr.isatty():  # a bar in a log file is many lines a second
+        disable_progress_bars()
+        logging.disable_progress_bar()
     try:
         train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
     except (OSError, ValueError) as problem:
@@ -125,6 +131,8 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
         peft_config=get_peft_config(model_args),
     )
     say = trainer.accelerator.print
+    if said := add_pictures(trainer):
+        say(said)
     if script_args.ignore_bias_buffers:
         import torch
 
