@@ -136,7 +136,7 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
         left, right = "", ""
         if not in_colour:
             left, right = "⟦", "⟧"
-        texts = [tokenizer.decode(ids) for ids in (prompt, completion)]
+        texts = [str(tokenizer.decode(ids)) for ids in (prompt, completion)]
         if len(texts[0]) > CHARACTERS_SHOWN:
             texts[0] = "…" + texts[0][-CHARACTERS_SHOWN:]
         if len(texts[1]) > CHARACTERS_SHOWN:
