@@ -13,7 +13,9 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 # What the cell tagged "parameters" is replaced by, besides MODEL
 TINY = {
     "quickstart": "TRAIN_ROWS, TEST_ROWS = 16, 8\nLEARNING_RATE = 1e-3",
-    "ratings_and_demonstrations": "RATED, DEMONSTRATIONS, TEST_ROWS = 12, 4, 6\nLEARNING_RATE = 1e-3",
+    "ratings_and_demonstrations": (
+        'DTYPE = "float32"\nRATED, DEMONSTRATIONS, TEST_ROWS = 12, 4, 6\nLEARNING_RATE = 1e-3'
+    ),
     "from_dpo_to_ulma": "PAIRS, TEST_PAIRS = 8, 4\nLEARNING_RATE = 1e-3",
     "qlora_7b": "ROWS = 16\nMAX_LENGTH = 256\nBATCH, ACCUMULATION = 4, 1",
 }
