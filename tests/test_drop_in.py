@@ -271,18 +271,20 @@ def test_a_pretrained_adapter_is_its_own_reference(tiny_gpt2, tmp_path):
     assert np.abs(trainer.predict(make_rows(8)).predictions).max() > 1e-3
 
 
-def test_four_bit_qlora_trains_on_the_cpu(tiny_llama, tmp_path):
+@pytest.mark.parametrize("layout", [{}, {"share_prompts": True}, {"padding_free": True}], ids=str)
+def test_four_bit_qlora_trains_on_the_cpu(layout, tiny_llama, tmp_path):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
     trainer = make_trainer(
         tiny_llama,
-        make_rows(8),
+        make_rows(8, prompt=["Write a letter."] * 8),
         tmp_path,
         max_steps=3,
         learning_rate=1e-2,
         quantization_config=quantization,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        **layout,
     )
     assert trainer.model.is_loaded_in_4bit
     trainer.train()
@@ -290,6 +292,29 @@ def test_four_bit_qlora_trains_on_the_cpu(tiny_llama, tmp_path):
     assert np.isfinite(losses).all()
     rewards = trainer.predict(make_rows(8)).predictions
     assert np.abs(rewards).max() > 1e-3
+
+
+def test_four_bit_weights_have_gradients_after_an_evaluation(tiny_llama, tmp_path):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=quantization)
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.long))  # before the trainer has seen it
+    trainer = make_trainer(
+        model,
+        make_rows(8),
+        tmp_path,
+        max_steps=4,
+        learning_rate=1e-2,
+        eval_dataset=make_rows(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.evaluate()
+    trainer.train()
+    norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert len(norms) == 4
+    assert min(norms) > 0.1
 
 
 def test_a_stream_of_rows_trains_and_evaluates(tiny_gpt2, tmp_path):

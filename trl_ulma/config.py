@@ -376,8 +376,8 @@ class ULMAConfig(PointwiseDPOConfig):
         sft_threshold: where the data has no `sft_mask`, rows with a continuous label of this and above are
             demonstrations. (With binary labels, rows with label 1 are.)
         positive_loss: loss of demonstrations: "sft", "pointwise_dpo" or "none".
-        negative_loss: loss of rows with a label below 1 that are no demonstrations: "pointwise_dpo", "unlearning"
-            (+log π_θ) or "none".
+        negative_loss: loss of rows with a label below 1 that are no demonstrations (of continuous labels, of all rows
+            that are none): "pointwise_dpo", "unlearning" (+log π_θ) or "none".
 
     `positive_loss` × `negative_loss` is the paper's grid of methods: ULMA ("sft" × "pointwise_dpo"), point-wise DPO
     ("pointwise_dpo" × "pointwise_dpo"), SFT ("sft" × "none"), unlikelihood ("sft" × "unlearning"), unlearning
@@ -406,7 +406,8 @@ class ULMAConfig(PointwiseDPOConfig):
     negative_loss: str = field(
         default="pointwise_dpo",
         metadata={
-            "help": "Loss of rows with a label below 1 that are no demonstrations.",
+            "help": "Loss of rows with a label below 1 that are no demonstrations; of continuous labels, of all rows "
+            "that are none.",
             "choices": NEGATIVE_LOSSES,
         },
     )

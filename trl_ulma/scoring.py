@@ -68,6 +68,7 @@ class Scorer:
         """The model without wrappers; looked for once, since accelerate goes through all its modules."""
         if model not in self._bare:
             self._bare[model] = self.accelerator.unwrap_model(model)
+            _keep_gradients(self._bare[model])
         return self._bare[model]
 
     def _forward(self, model: Any, layout: Layout, batch: Batch, *, prompt_states: bool = False, **kwargs: Any) -> Any:
@@ -93,6 +94,8 @@ class Scorer:
         made = self._collate(rows)
         batch = {name: made[name] for name in ("input_ids", "attention_mask", "completion_mask")}
         exact = self.accelerator.mixed_precision == "no" and bare.dtype in (torch.float32, torch.float64)
+        # Products of quantised weights are rounded, whatever the others are in
+        exact = exact and getattr(bare.config, "quantization_config", None) is None
 
         def scores(layout: Layout, batch: Batch) -> torch.Tensor:
             return self._forward(model, layout, batch).log_probs.double()
@@ -107,6 +110,18 @@ class Scorer:
                     probe_shared(scores, batch, exact=exact, dtype=_mask_dtype(bare))
         finally:
             model.train(was_training)
+
+
+def _keep_gradients(model: Any) -> None:
+    """Have 4-bit weights stay as they are trained with.
+
+    On a CPU with AVX512-BF16 bitsandbytes (0.46 to 0.50) packs them at the first forward without gradients, for a
+    product that has none, and leaves them so: all training after an evaluation would change nothing, and not say so.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # unpacks what was packed before
 
 
 def _mask_dtype(model: Any) -> torch.dtype | None:
