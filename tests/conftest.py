@@ -1,10 +1,13 @@
 """Tiny checkpoints made in the session, and the real samples where they are at hand."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Read once, when trackio is imported, which any trainer may do
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import pytest
 import torch

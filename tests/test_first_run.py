@@ -1,6 +1,7 @@
 """What one runs before anything else: `trl-ulma env`, `trl-ulma check`, `trl-ulma completion`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,11 +106,10 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_a_terminal_shows_completions_in_colour(without_weights, ratings, capfd, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    assert main(["check", "--model", without_weights, "--dataset", ratings]) == 0
-    said = capfd.readouterr().out
+def test_a_terminal_shows_completions_in_colour(without_weights, ratings):
+    command = [sys.executable, "-m", "trl_ulma", "check", "--model", without_weights, "--dataset", ratings]
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert "⟦" not in said
     assert "\x1b[1;32m" in said  # good answers are green
     assert "\x1b[1;31m" in said

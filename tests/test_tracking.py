@@ -1,9 +1,11 @@
 """What trackers are given: figures by step, and pictures; and what a log file is not."""
 
 import json
+import os
 import sqlite3
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,12 +68,11 @@ def test_tensorboard_has_figures_by_step_and_pictures(tiny_gpt2, tmp_path, monke
     assert sum(each.rows * each.predicted for each in bins) == pytest.approx((1 / (1 + np.exp(-reward))).sum())
 
 
-def test_trackio_has_figures_and_pictures(tiny_gpt2, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_trackio_has_figures_and_pictures(tiny_gpt2, tmp_path):
     trackio = pytest.importorskip("trackio")
     trainer = run(tiny_gpt2, tmp_path / "out", report_to=["trackio"], project="pictures", run_name="one")
     trackio.finish()
-    [database] = (tmp_path / "trackio").glob("pictures*.db")
+    [database] = Path(os.environ["TRACKIO_DIR"]).glob("pictures*.db")
     with sqlite3.connect(database) as connection:
         entries = [json.loads(text) for (text,) in connection.execute("SELECT metrics FROM metrics ORDER BY id")]
     found = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]

@@ -152,7 +152,7 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
-    if trainer._is_vlm:
+    if getattr(trainer, "_is_vlm", False):
         library, loader = ("peft", "AutoPeftModel") if is_adapter else ("transformers", "AutoModelForImageTextToText")
     say(
         f"The model is in {folder}. Load it with:\n"
