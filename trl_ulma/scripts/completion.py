@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import shtab
     except ModuleNotFoundError:
         parser.error("shtab, which writes the script, is not installed: pip install 'trl-ulma[completion]'")
-    print(shtab.complete(whole_parser(), shell=shell))
+    print(shtab.complete(whole_parser(), shell))
     return 0
 
 
