@@ -109,6 +109,7 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
+    from trl_ulma.model_card import WritesModelCard
     from trl_ulma.tracking import add_pictures
 
     if not sys.stderr.isatty():  # a bar in a log file is many lines a second
@@ -149,7 +150,8 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
+    if isinstance(trainer, WritesModelCard):  # examples/paper trains reward models, too
+        trainer.create_model_card(dataset_name=script_args.dataset_name)
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     if getattr(trainer, "_is_vlm", False):
