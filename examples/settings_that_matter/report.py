@@ -46,7 +46,8 @@ mean length; `sft_weight=…` is ULMA, with the good answers as demonstrations.
 
 `hh` is from 1,800 pairs of HH (harmless), `hh 7:1` the same with seven good answers to a bad one in training (held-out
 rows stay even, so that a calibrated model is wrong about their share), `qa` QA-feedback's corrections and flawed
-predictions, asked without the passages. Prompts with a row of more than {max_tokens} tokens are left out.
+predictions, asked without the passages. Prompts with a row of more than {max_tokens} tokens are left out. Run with
+{threads} thread on CPU, torch {torch}.
 """
 
 
@@ -146,6 +147,8 @@ def main() -> None:
             held_out=settings["held_out"],
             seeds=seeds,
             max_tokens=settings["max_tokens"],
+            threads=settings["threads"],
+            torch=settings["torch"],
             options=options + (" --bf16 True" if settings["bf16"] else ""),
         )
     )
