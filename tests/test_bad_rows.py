@@ -995,10 +995,12 @@ def check_any_rows(tokenizer: Any, rows: list[dict], max_length: int | None, tru
 def quiet():
     """Without progress bars and warnings."""
     disable_progress_bars()
-    logger = logging.getLogger("trl_ulma.preparation")
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(f"trl_ulma.{module}") for module in ("preparation", "encoding")]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     yield
-    logger.setLevel(logging.NOTSET)
+    for logger in loggers:
+        logger.setLevel(logging.NOTSET)
     enable_progress_bars()
 
 

@@ -14,7 +14,7 @@ from trl import DPOConfig, KTOConfig
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOTrainer, ULMAConfig, ULMATrainer
-from trl_ulma.preparation import own_processing_class
+from trl_ulma.encoding import own_processing_class
 
 NAN, INFINITY = float("nan"), float("inf")
 QUIET = {"bf16": False, "report_to": "none"}

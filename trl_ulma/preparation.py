@@ -1,25 +1,24 @@
 """From raw rows to checked rows of token ids: what runs once, before training."""
 
 # transformers declares a tokenizer's tokens and backend to be of many kinds
-# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
-from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.dataset_labels import check_pairs, check_stream, is_continuous, transformed_labels
+from trl_ulma.encoding import PROMPT_FILLS, Encoder, tokenizer_of
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     LabelRules,
@@ -36,20 +35,15 @@ from trl_ulma.vision import (
     as_images,
     check_mode,
     check_stray,
-    check_text_places,
     first_row,
     image_column,
     image_key,
     undecoded,
-    with_placeholders,
 )
 
 logger = logging.get_logger(__name__)
 
-NO_TOKENS = "nothing of its completion is left in its tokens, as where a chat template leaves it out"
 SAME_ANSWERS = "chosen and rejected are the same"
-PROMPT_FILLS = "its prompt alone fills max_length"
-NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion a single token"
 
 _TYPES = {
     "prompt_ids": List(Value("int32")),
@@ -69,45 +63,6 @@ _TYPES = {
 _OF_IMAGES = ("prompt_text", "prompt_images", "image_key")
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
 _READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "image", "images", *OPTIONAL_COLUMNS}
-_OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
-
-
-def own_processing_class(
-    processing_class: Any, source: str, pad_token: str | None, *, revision: str | None, trust_remote_code: bool
-) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The tokenizer, or a vision-language model's processor, to prepare rows with, that of the model at `source` where
-    none is given; it has a pad token.
-
-    Raises:
-        TypeError: for what is neither.
-        ValueError: where no pad token can be found.
-    """
-    if processing_class is None:
-        processing_class = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    tokenizer = tokenizer_of(processing_class)
-    pad_token = pad_token or tokenizer.pad_token or tokenizer.eos_token
-    if pad_token is None:
-        raise ValueError("The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token.")
-    if pad_token not in tokenizer.get_vocab():
-        raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Choose one that is.")
-    tokenizer.pad_token = pad_token
-    return processing_class
-
-
-def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or that of a processor of images and text.
-
-    Raises:
-        TypeError: for what is neither.
-    """
-    if isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "image_processor"):
-        processing_class = processing_class.tokenizer
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(
-            "processing_class must be a tokenizer, or a processor of images and text; got "
-            f"{type(processing_class).__name__}. To train on text alone, pass the processor's `tokenizer`."
-        )
-    return processing_class
 
 
 @dataclass(frozen=True)
@@ -203,7 +158,8 @@ class Preparation:
             check_pairs(self.rules, name)
         is_text = self._check_tokenizer(first)
         image_tokens = None if images is None or self.processor is None else ImageTokens(self.processor)
-        encode = _Encode(self, name, paired, is_text, tuple(names), images, image_tokens)
+        encoder = Encoder(self.processing_class, is_text, images is not None, self.max_length, self.truncation_mode)
+        encode = _Encode(self, encoder, name, paired, tuple(names), images, image_tokens)
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
         features = Features({c: _TYPES[c] for c in (*kept, "row", "length", *(_OF_IMAGES if images else ()))})
@@ -275,9 +231,9 @@ class _Encode:
     """The function that `datasets.map` runs over batches of raw rows."""
 
     how: Preparation
+    encoder: Encoder
     name: str
     paired: bool
-    is_text: bool
     names: tuple[str, ...]
     # The column of images and what they add, where there is one
     images: str | None = None
@@ -318,15 +274,11 @@ class _Encode:
             if left_out[i] is None:
                 at = f"Row {row}{halves[i]} of the {self.name} dataset"
                 check_texts(columns["prompt"][i], columns["completion"][i], at, takes_images=self.images is not None)
-                texts[i] = self._render(columns, i, len(images[i]), at)
+                texts[i] = self.encoder.render(columns, i, len(images[i]), at)
         for i in range(0, len(rows) if self.paired else 0, 2):
             if i in texts and texts[i] == texts.get(i + 1):
                 left_out[i] = left_out[i + 1] = SAME_ANSWERS
-        if self.images is None:
-            tokenised = dict(zip(texts, self._tokenise(list(texts.values())), strict=True))
-        else:
-            texts = {i: self._apart(*text) for i, text in texts.items()}
-            tokenised = dict(zip(texts, self._tokenise_apart(list(texts.values())), strict=True))
+        tokenised = dict(zip(texts, self.encoder.tokenise(list(texts.values())), strict=True))
 
         prompt_ids, completion_ids, cut, length = [], [], [], []
         for i in range(len(rows)):
@@ -337,7 +289,7 @@ class _Encode:
                     check_stray(self.how.processor, *tokenised[i], len(images[i]), at)
                 if self.image_tokens is not None:
                     added = self.image_tokens(images[i], f"Row {rows[i]} of the {self.name} dataset")
-                prompt, completion, is_cut, left_out[i] = self._truncate(*tokenised[i], added)
+                prompt, completion, is_cut, left_out[i] = self.encoder.truncate(*tokenised[i], added)
             prompt_ids.append(prompt)
             completion_ids.append(completion)
             cut.append(is_cut)
@@ -383,146 +335,6 @@ class _Encode:
         late = set(batch).difference(self.names)
         return dict.fromkeys(late, [None] * len(kept["row"])) | kept
 
-    def _render(self, columns: Mapping[str, list], i: int, images: int, at: str) -> tuple[str, str]:
-        """(prompt, prompt and completion) of row `i` as text, the special tokens of a conversation included."""
-        prompt, completion = columns["prompt"][i], columns["completion"][i]
-        tokenizer, processor = self.how.tokenizer, self.how.processor
-        if isinstance(prompt, str) != self.is_text:
-            kind = (
-                "a list of messages and the first row's is text" if self.is_text else "text and the first row's is not"
-            )
-            raise ValueError(f"{at}: prompt is {kind}. Train on one kind, or write the messages out as text.")
-        if self.is_text:
-            eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-            texts = prompt, prompt + completion + eos
-            if processor is not None and self.images is not None:
-                check_text_places(processor, prompt, images, at)
-        else:
-            render = partial(
-                self.how.processing_class.apply_chat_template, tokenize=False, **self._template_kwargs(columns, i, at)
-            )
-            prompt, completion = _without_nones(prompt), _without_nones(completion)
-            if processor is not None:
-                prompt, completion = with_placeholders(prompt, images, at), with_placeholders(completion, 0, at)
-            try:
-                texts = str(render(prompt, add_generation_prompt=True)), str(render(prompt + completion))
-            except Exception as error:  # a template is a program
-                raise ValueError(
-                    f"{at}: the chat template fails on it ({type(error).__name__}: {error}). Mend the row, or set "
-                    "another tokenizer.chat_template."
-                ) from error
-        for text in texts:
-            if not _is_unicode(text):
-                raise ValueError(
-                    f"{at}: its text holds half of a surrogate pair, which is no character. Drop the row, or mend the "
-                    'text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
-                )
-        return texts
-
-    @staticmethod
-    def _template_kwargs(columns: Mapping[str, list], i: int, at: str) -> dict[str, Any]:
-        tools = columns["tools"][i] if "tools" in columns else None
-        if isinstance(tools, str):
-            try:
-                tools = json.loads(tools)
-            except ValueError as error:
-                raise ValueError(f"{at}: tools is text that is not JSON ({error}).") from error
-        else:
-            tools = _without_nones(tools)
-        are_tools = isinstance(tools, list) and all(isinstance(tool, dict) or callable(tool) for tool in tools)
-        if tools is not None and not are_tools:
-            raise ValueError(f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or that list as JSON.")
-        kwargs = _without_nones(columns["chat_template_kwargs"][i]) if "chat_template_kwargs" in columns else None
-        if not isinstance(kwargs, dict | None):
-            raise ValueError(f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.")
-        set_by_us = sorted(_OURS.intersection(kwargs or {}))
-        if set_by_us:
-            raise ValueError(f"{at}: chat_template_kwargs sets {', '.join(set_by_us)}, as only the trainer may.")
-        return {"tools": tools, **(kwargs or {})}
-
-    def _tokenise(self, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, completion ids) of each row; a batch's texts are tokenised together, each once."""
-        unique = list(dict.fromkeys(text for both in texts for text in both))
-        if not unique:
-            return []
-        # A chat template writes the special tokens itself
-        ids = self.how.tokenizer(unique, add_special_tokens=self.is_text, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        ids_of = dict(zip(unique, ids, strict=True))
-        return [self._split(ids_of[prompt], ids_of[whole]) for prompt, whole in texts]
-
-    def _apart(self, prompt: str, whole: str) -> tuple[str, str]:
-        """(prompt, completion) of a row that may have images, with the token that begins a text. They are tokenised by
-        themselves, since the prompt's tokens are not known before its images are."""
-        differ = (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
-        begin = prompt[: next(differ, min(len(prompt), len(whole)))]
-        if begin != prompt:
-            logger.warning_once(
-                "The chat template renders a prompt alone in another way than with its completion. The completion "
-                f"starts where the two part, and {prompt[len(begin) :]!r} is no part of the prompt that is trained on. "
-                "(Said once; other rows may be alike.)"
-            )
-        tokenizer = self.how.tokenizer
-        bos = ""
-        if self.is_text and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-            bos = str(tokenizer.bos_token)
-        return (begin if begin.startswith(bos) else bos + begin), whole[len(begin) :]
-
-    def _tokenise_apart(self, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, completion ids) of each row, placeholders of images as they are written."""
-        if not texts:
-            return []
-        prompts, completions = (
-            self.how.tokenizer(list(part), add_special_tokens=False, return_attention_mask=False, verbose=False)[
-                "input_ids"
-            ]
-            for part in zip(*texts, strict=True)
-        )
-        return list(zip(prompts, completions, strict=True))
-
-    def _split(self, prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
-        """`whole` cut where it and the prompt's own tokens part, which can be before the prompt's end."""
-        cut = len(prompt)
-        if whole[:cut] != prompt:
-            cut = next(i for i, (a, b) in enumerate(zip([*prompt, -1], [*whole, -2], strict=False)) if a != b)
-            logger.warning_once(
-                "A tokenized prompt is not how its tokenized prompt and completion begin, since the chat template "
-                "renders the prompt alone in another way or tokens merge across the boundary. The completion starts "
-                f"where the two part, and {self.how.tokenizer.decode(prompt[cut:])!r} is no part of the prompt that is "
-                "trained on. End prompts on a token boundary to avoid it. (Said once; other rows may be alike.)"
-            )
-        return whole[:cut], whole[cut:]
-
-    def _truncate(
-        self, prompt: list[int], completion: list[int], added: int
-    ) -> tuple[list[int], list[int], bool, str | None]:
-        """(prompt, completion, whether anything was cut, why the row is to be left out or None); images add `added`
-        tokens to the prompt."""
-        if not completion:
-            return [], [], False, NO_TOKENS
-        excess = 0
-        if self.how.max_length is not None:
-            excess = len(prompt) + added + len(completion) - self.how.max_length
-        if excess > 0 and self.how.truncation_mode == "keep_end":
-            completion = completion[max(excess - len(prompt), 0) :]
-            prompt = prompt[excess:]
-        elif excess > 0:
-            completion = completion[:-excess] if excess < len(completion) else []
-        if not completion:
-            return [], [], False, PROMPT_FILLS
-        if not prompt and len(completion) == 1:
-            return [], [], False, NOTHING_TO_SCORE
-        return prompt, completion, excess > 0, None
-
-
-def _without_nones(value: Any) -> Any:
-    """Messages, tools or settings without the keys that Arrow fills with None because those of other rows have them, as
-    the arguments of another tool."""
-    if isinstance(value, dict):
-        return {key: _without_nones(each) for key, each in value.items() if each is not None}
-    return [_without_nones(each) for each in value] if isinstance(value, list) else value
-
 
 def _first_unreadable(dataset: Dataset) -> int:
     """The row at which Arrow's bytes, which it does not check, are not the text that they are said to be."""
@@ -532,15 +344,6 @@ def _first_unreadable(dataset: Dataset) -> int:
         except UnicodeDecodeError:
             return row
     return len(dataset)
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded, which one with half a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _report(encoded: Dataset, name: str, label_type: str | None) -> Dataset:

@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from trl_ulma.encoding import own_processing_class, tokenizer_of
 from trl_ulma.forward import positions_of
-from trl_ulma.preparation import own_processing_class, tokenizer_of
 
 # Of what a tokenizer consists of; one of them is in every folder with a tokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+# Of a prepared row
+_IDS = ["prompt_ids", "completion_ids"]
 
 
 def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> Any:

@@ -110,8 +110,8 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
     import torch
     from rich.text import Text
 
+    from trl_ulma.encoding import tokenizer_of
     from trl_ulma.losses import route
-    from trl_ulma.preparation import tokenizer_of
 
     tokenizer = tokenizer_of(start.processing_class)
     seen = set()
