@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from scipy.stats import spearmanr
 from servers import LoopbackServer, make_parrot, said, transformers_serve
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
@@ -17,8 +18,9 @@ from world import make_rows, make_trainer
 
 from trl_ulma.data.files import load_rows
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.evaluation.logps import as_reference, completion_logps, load_model, load_tokenizer
-from trl_ulma.labels import LabelRules
+from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.preparation import Preparation
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.evaluate import make_parser
@@ -281,9 +283,6 @@ def test_rewards_are_on_the_scale_of_the_training(tiny_llama, tmp_path, log_z, n
     facts = json.loads((tmp_path / "report.json").read_text())
     found = facts["models"][0]
     assert found["reward"] == {"beta": 0.4, "length_normalize": normalize}
-    if log_z == "learned":
-        assert "reads log Z out of its hidden states: `trl-ulma score` does, and here it is 0." in facts["notes"][0]
-        return
     predicted = trainer.predict(rows)
     brier = ((1 / (1 + np.exp(-predicted.predictions)) - predicted.label_ids) ** 2).mean()
     assert found["implicit_reward"]["brier"]["value"] == pytest.approx(brier, abs=1e-4)
@@ -291,3 +290,55 @@ def test_rewards_are_on_the_scale_of_the_training(tiny_llama, tmp_path, log_z, n
     assert main([*argv, "--output", str(tmp_path), "--beta", "0.1", "--log_z", "0"]) == 0
     other = json.loads((tmp_path / "report.json").read_text())["models"][0]
     assert other["implicit_reward"]["brier"]["value"] != pytest.approx(brier, abs=1e-4)
+
+
+def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
+    stars = [float(1 + i % 5) for i in range(12)]
+    folders = {}
+    for name, transform in (("harm", "lower_is_better,standardise"), ("plain", None)):
+        trainer = make_trainer(
+            tiny_llama,
+            make_rows(12, label=stars),
+            tmp_path / "trainer",
+            pointwise=True,
+            label_type="continuous",
+            label_transform=transform,
+            learning_rate=1e-3,
+            max_steps=6,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        folders[name] = str(tmp_path / name)
+        trainer.save_model(folders[name])
+        if transform:
+            scored = trainer.score(make_rows(12, label=stars))
+    file = tmp_path / "rows.jsonl"
+    make_rows(12, label=stars).to_json(file)
+    argv = ["evaluate", "--dataset", str(file), "--split", "train", "--output", str(tmp_path)]
+    assert main([*argv, "--model", folders["harm"]]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["data"]["label_type"] == "continuous"
+    assert facts["data"]["label_transform"].startswith("lower_is_better:0,standardise:-2.75,")
+    found = facts["models"][0]["implicit_reward"]
+    transformed = (np.mean(stars) - np.array(stars)) / np.std(stars)
+    assert found["spearman"]["value"] == pytest.approx(spearmanr(scored["reward"], transformed)[0])
+    assert found["mse"]["value"] == pytest.approx(((scored["reward"] - transformed) ** 2).mean(), rel=1e-4)
+    assert found["mse"]["value"] == pytest.approx(np.mean(scored["surprise"]), rel=1e-4)
+
+    # Side by side they are compared with the same labels, and that is said
+    capsys.readouterr()
+    assert main([*argv, "--model", folders["harm"], "--model", folders["plain"]]) == 0
+    notes = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{folders['plain']} was trained on continuous labels as they are, and the rows here")
+    assert notes[0] in capsys.readouterr().err
+
+
+def test_held_out_votes_are_rates_as_in_the_training():
+    rows = make_rows(4, label=[9, 1, 0, 4]).add_column("trials", [10, 10, 3, 4])
+    rules = LabelRules("binary", transform=parse_transform("votes:1,1", "binary"))
+    held_out = HeldOut.of(rows, "test", rules)
+    assert held_out.label.tolist() == pytest.approx([10 / 12, 2 / 12, 1 / 5, 5 / 6])
+    assert held_out.rows["label"][:] == held_out.label.tolist()
+    pairs = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    assert HeldOut.of(pairs, "test", rules).label.tolist() == [1, 0]

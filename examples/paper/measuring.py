@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from trl_ulma.evaluation.held_out import HeldOut, Question, known_comparisons
 from trl_ulma.evaluation.implicit_reward import binary_figures, continuous_figures, implicit_reward
 from trl_ulma.evaluation.judges import Comparison, Judge, ProfanityJudge, RewardModelJudge, Verdict
 from trl_ulma.evaluation.llm_judge import LLMJudge
-from trl_ulma.evaluation.logps import completion_logps, load_model, load_tokenizer, positions
+from trl_ulma.evaluation.logps import completion_logps, load_model, load_tokenizer, positions, prompt_states
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.rates import mean_points
 from trl_ulma.evaluation.server import Server
@@ -48,7 +49,7 @@ def measure(
 
     Returns:
         `logps`, `tokens`, `demonstration` and `prompt` (of each row), `perplexity`, `perplexity_others`,
-        `implicit_reward` and `notes` on it, `answers` (`row`, `answer`, `finished`), `seconds`.
+        `implicit_reward`, `answers` (`row`, `answer`, `finished`), `seconds`.
     """
     started = time.perf_counter()
     rows, questions = held_out(test, settings["rows"]["label_type"])
@@ -62,7 +63,9 @@ def measure(
     scoring = load_model(source, dtype="float32")
     with torch.autocast(scoring.device.type, torch.bfloat16, enabled=settings["bf16"]):
         logps, tokens = completion_logps(scoring, prepared, batch_size=settings["scoring_batch_size"])
-    del scoring
+        states = partial(prompt_states, scoring, prepared, batch_size=settings["scoring_batch_size"])
+        figures = _figures(rows, logps, tokens, reference, source, settings["beta"], states)
+    del scoring, states
     _free()
     scored = time.perf_counter()
     found: dict[str, Any] = {
@@ -70,7 +73,7 @@ def measure(
         "tokens": tokens.tolist(),
         "demonstration": rows.sft_mask.tolist(),
         "prompt": rows.prompt.tolist(),
-        **_figures(rows, logps, tokens, reference, source, settings["beta"]),
+        **figures,
     }
     generating = load_model(source, dtype="bfloat16" if settings["bf16"] else "float32")
     generator = TransformersGenerator(generating, tokenizer, source, most)
@@ -95,6 +98,7 @@ def _figures(
     reference: Mapping[str, Any] | None,
     source: str,
     beta: float,
+    states: Callable[[], torch.Tensor],
 ) -> dict[str, Any]:
     mask = rows.sft_mask
     found: dict[str, Any] = {
@@ -108,13 +112,11 @@ def _figures(
     if reference["tokens"] != tokens.tolist():
         raise ValueError("The untrained model was measured on other rows. Choose another --output.")
     # The log Z that it was trained with, and means over tokens where it was trained with means
-    scale = reward_scale(source, rows.continuous, beta=beta, log_z=None)
+    scale = reward_scale(source, rows.continuous, beta=beta, log_z=None, prompt_states=states)
     per = tokens if scale.length_normalize else 1
     rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, scale.log_z)
     figures = continuous_figures if rows.continuous.all() else binary_figures
-    # Without the folder: records are made to be handed on
-    notes = [note.replace(source, "A model") for note in scale.notes]
-    return found | {"implicit_reward": figures(rewards, rows.label, rows.prompt), "notes": notes}
+    return found | {"implicit_reward": figures(rewards, rows.label, rows.prompt)}
 
 
 def make_judge(spec: str, criterion: str, cache: Path, options: Mapping[str, Any]) -> Judge:

@@ -117,8 +117,6 @@ class _Scale:
             rows.append(cells)
         yield table(header, rows)
         yield _rows_said(chosen)
-        runs = [(group.title, run) for group in chosen.values() for run in group.runs.values()]
-        yield from dict.fromkeys(f"{title}: {note}" for title, run in runs for note in run["measured"].get("notes", []))
         why = {reason for group in chosen.values() if (reason := group.too_few()) is not None}
         if why:
             yield f"**Inconclusive**: {'; '.join(sorted(why))}. No ranking is claimed."

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.dataset_labels import transformed_labels
 from trl_ulma.evaluation.judges import Comparison
 from trl_ulma.evaluation.records import digest
 from trl_ulma.labels import OPTIONAL_COLUMNS, LabelRules, check_columns, check_texts, read_labels
@@ -40,8 +41,8 @@ class HeldOut:
     """Held-out rows, one answer each, with their labels read; every array is `(N,)`.
 
     Attributes:
-        rows: the raw rows, N of them.
-        label: float.
+        rows: as they came, N of them, but for their labels.
+        label: float, after the transform.
         sft_mask: bool, whether the row is a demonstration.
         continuous: bool, of the label.
         prompt: the prompt's number.
@@ -63,7 +64,11 @@ class HeldOut:
         rows = _one_answer_a_row(dataset, name)
         columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
         columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
+        is_paired = "chosen" in dataset.column_names  # whose labels are 1 and 0 by themselves
+        if not is_paired and (transformed := transformed_labels(rows, name, rules)) is not None:
+            columns["label"] = transformed
         read = read_labels(columns, range(len(rows)), name, rules)
+        rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
         for row, (prompt, completion) in enumerate(zip(columns["prompt"], columns["completion"], strict=True)):
             check_texts(prompt, completion, f"Row {row} of the {name} dataset")
         prompts = [json.dumps(prompt, sort_keys=True) for prompt in columns["prompt"]]

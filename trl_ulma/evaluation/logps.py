@@ -72,7 +72,7 @@ def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, ref_tokenizer: PreTrainedTokenizerBase, rows: Dataset, name: str, ref_name: str
 ) -> None:
     """Raise ValueError where a token of the rows is another one, or none, to the reference's tokenizer."""
-    ids = {token for column in ("prompt_ids", "completion_ids") for row in rows[column] for token in row}
+    ids = {token for column in _IDS for row in rows[column] for token in row}
     known = set(ref_tokenizer.get_vocab().values())
     for token in sorted(ids):
         ours = tokenizer.convert_ids_to_tokens(token)
@@ -103,7 +103,7 @@ def completion_logps(
     Example:
         >>> logps, tokens = completion_logps(model, rows)  # doctest: +SKIP
     """
-    prompts, completions, numbers = rows["prompt_ids"][:], rows["completion_ids"][:], rows["row"][:]
+    (prompts, completions), numbers = (rows[name][:] for name in _IDS), rows["row"][:]
     logps, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     takes_slice = _takes_slice(model)
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(completions[i]), reverse=True)
@@ -136,6 +136,33 @@ def completion_logps(
             'not finite). Load the model with dtype="float32", or look at its weights.'
         )
     return logps, tokens
+
+
+def prompt_states(model: Any, rows: Dataset, *, batch_size: int = 8) -> torch.Tensor:
+    """`(N, H)`, the last hidden state at the token before each completion, which a learned log Z reads.
+
+    Args:
+        model: a causal language model, or an adapter on one.
+        rows: prepared rows; where a prompt is empty, it is the state of the completion's first token.
+        batch_size: rows a forward.
+
+    Example:
+        >>> prompt_states(model, rows)  # doctest: +SKIP
+    """
+    both = zip(*(rows[name][:] for name in _IDS), strict=True)
+    prompts = [prompt or completion[:1] for prompt, completion in both]
+    backbone = (model.get_base_model() if is_peft_model(model) else model).base_model
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    states = []
+    with torch.inference_mode(), tqdm(total=len(prompts), desc="Reading prompts", unit="row") as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = [torch.tensor(prompts[i]) for i in by_length[start : start + batch_size]]
+            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(model.device)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in batch], batch_first=True)
+            hidden = backbone(input_ids=ids, attention_mask=mask.to(ids), use_cache=False).last_hidden_state
+            states.append(hidden[torch.arange(len(batch)), mask.sum(1) - 1].float().cpu())
+            bar.update(len(batch))
+    return torch.cat(states)[np.argsort(by_length)]
 
 
 def _takes_slice(model: Any) -> bool:

@@ -5,6 +5,8 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from scipy.special import expit
 
 from trl_ulma.data.files import load_rows, split_by_prompt
 from trl_ulma.evaluation import report
-from trl_ulma.evaluation.as_trained import reward_scale
+from trl_ulma.evaluation.as_trained import label_rules, reward_scale
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import HeldOut, Question
 from trl_ulma.evaluation.implicit_reward import binary_figures, calibration_curve, continuous_figures, implicit_reward
@@ -29,12 +31,12 @@ from trl_ulma.evaluation.logps import (
     load_model,
     load_tokenizer,
     positions,
+    prompt_states,
 )
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.pictures import pictures
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Server
-from trl_ulma.labels import LabelRules
 from trl_ulma.preparation import Preparation
 
 SERVED = "served:"
@@ -60,7 +62,9 @@ class _Run:
         self.notes: list[str] = []
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-        self.rules = LabelRules(args.label_type, args.sft_threshold)
+        self.rules, told = label_rules(
+            [source for _, source in args.model], label_type=args.label_type, sft_threshold=args.sft_threshold
+        )
         self.names = run_names([name for name, _ in args.model])
         self.servers = {
             source: self._server(source.removeprefix(SERVED), args.server_url)
@@ -68,6 +72,8 @@ class _Run:
             if source.startswith(SERVED)
         }
         args.output.mkdir(parents=True, exist_ok=True)
+        for note in told:
+            self._note(note)
         judges = [self._judge(kind, name) for kind, name in args.judge]
         self.judging = Judging(judges, args.criterion, seed=args.seed, note=self._note)
         for server in (*self.servers.values(), *(each.server for each in judges if isinstance(each, LLMJudge))):
@@ -93,6 +99,8 @@ class _Run:
                 "dataset": args.dataset,
                 "split": self.split,
                 "rows": len(held_out.rows),
+                "label_type": self.rules.label_type,
+                "label_transform": None if self.rules.transform is None else str(self.rules.transform),
                 "prompts": len(np.unique(held_out.prompt)),
                 "demonstrations": int(held_out.sft_mask.sum()),
                 "labels": {f"{label:g}": n for label, n in sorted(labels.most_common(_MOST_LABELS))},
@@ -174,7 +182,8 @@ class _Run:
         args = self.args
         tokenizer = load_tokenizer(source, **self.loading)
         most = positions(source, **self.loading)
-        rows: Any = Preparation(tokenizer, self.rules, args.max_length, args.truncation_mode, most)(
+        rules = replace(self.rules, transform=None)  # which the held-out rows have been through
+        rows: Any = Preparation(tokenizer, rules, args.max_length, args.truncation_mode, most)(
             self.held_out.rows, "test"
         )
         model = load_model(source, dtype=args.dtype, **self.loading)
@@ -219,9 +228,13 @@ class _Run:
         ref_logps = self._reference(run, source, model, tokenizer, rows)
         if ref_logps is None:
             return facts
-        scale = reward_scale(source, continuous, beta=args.beta, log_z=args.log_z)
-        for note in scale.notes:
-            self._note(note)
+        scale = reward_scale(
+            source,
+            continuous,
+            beta=args.beta,
+            log_z=args.log_z,
+            prompt_states=partial(prompt_states, model, rows, batch_size=args.batch_size),
+        )
         log_z = np.asarray(rows["log_z"][:]) if "log_z" in rows.column_names else scale.log_z
         per = tokens.clip(min=1) if scale.length_normalize else 1
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)

@@ -51,7 +51,12 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     what.add_argument("--output", required=True, type=Path, help="the folder for the report")
 
     rows = parser.add_argument_group("how rows are read and scored")
-    rows.add_argument("--label_type", choices=("binary", "continuous"), default="binary", help="default: binary")
+    rows.add_argument(
+        "--label_type",
+        choices=("binary", "continuous"),
+        help="of rows that do not say it (default: the training's, whose label_transform is applied; binary if not "
+        "known)",
+    )
     rows.add_argument("--sft_threshold", type=float, help="continuous labels of this and above are demonstrations")
     rows.add_argument(
         "--beta", type=_positive(float), help="of the implicit reward (default: the training's; 0.1 if not known)"
