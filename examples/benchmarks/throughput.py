@@ -281,7 +281,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def be_quiet() -> None:
     """Leave out what libraries say, which is not about the benchmark."""
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # deprecations among these libraries, hundreds of lines between the figures
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -167,7 +167,7 @@ def main() -> None:
     unknown = set(o.arms.split(",")) - set(ARMS)
     if unknown or not (o.hh or o.qa):
         parser.error(f"unknown --arms: {', '.join(unknown)}" if unknown else "give --hh or --qa, or both")
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # deprecations among the libraries, said anew by each of many trainers
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -73,7 +73,7 @@ def estimate_memory(
     kept = layers * tokens * width * hidden + layer if gradient_checkpointing else layers * layer
     return {
         "weights": weights,
-        "reference": weights - trainable + trainable if has_reference else 0,
+        "reference": weights if has_reference else 0,
         "gradients": trainable,
         "optimizer": state,
         "activations": kept,
