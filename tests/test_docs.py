@@ -1,6 +1,7 @@
 """What the pages of the site say, is so: settings, metrics, commands and code run as they are printed."""
 
 import csv
+import gzip
 import inspect
 import json
 import re
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from servers import make_parrot, transformers_serve
 
 from trl_ulma import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.config import _INSTEAD
@@ -124,6 +126,36 @@ def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, ca
     assert "trained with point-wise DPO" in Path("out/README.md").read_text()
     assert "spearman" in Path("report/report.md").read_text()
     assert len(Path("scored.jsonl").read_text().splitlines()) == 10
+
+
+def test_readmes_evaluation_runs_as_printed(tmp_path, tiny_llama, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```bash\n(.*?)```", readme.split("## Evaluate")[1].split("\n## ")[0], re.S)
+    # The server is real; its model, which always says the same, and its port are the test's
+    asked = re.search(r"transformers serve (\S+) --port (\d+) &\n", block)
+    assert f"--judge_url http://localhost:{asked[2]}/v1" in block
+    assert f"--judge llm:{asked[1]}" in block
+    parrot = make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1")
+    turns = "\n\nHuman: How are you, {}?\n\nAssistant: "
+    pairs = [
+        {"chosen": f"{turns.format(i)}Fine, thank you.", "rejected": f"{turns.format(i)}Go away."} for i in range(30)
+    ]
+    with gzip.open("hh_harmless.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(pair) + "\n" for pair in pairs)
+    with transformers_serve(parrot) as url:
+        block = block.replace(asked[0], "\n").replace(f"http://localhost:{asked[2]}/v1", url)
+        for command in commands(block.replace(MODEL, tiny_llama).replace(asked[1], parrot)):
+            run_command(command.rstrip("; "), monkeypatch)
+    facts = json.loads(Path("report/report.json").read_text())
+    held_out = facts["data"]["prompts"]
+    assert facts["data"]["rows"] == 2 * held_out > 0
+    assert facts["judges"][0]["orders_disagree"] == 2 * held_out
+    assert facts["models"][0]["judged"][parrot]["harmless"]["counts"]["tie"] == held_out
+    said = Path("report/report.md").read_text()
+    assert "Perplexity" in said
+    assert "no ranking is claimed" in said
+    assert Path("report/calibration.png").stat().st_size > 1000
 
 
 def test_the_settings_page_has_our_fields_their_defaults_and_no_other():
