@@ -295,7 +295,9 @@ def test_four_bit_qlora_trains_on_the_cpu(layout, tiny_llama, tmp_path):
 
 
 def test_four_bit_weights_have_gradients_after_an_evaluation(tiny_llama, tmp_path):
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=quantization)
     with torch.no_grad():
         model(torch.ones(1, 4, dtype=torch.long))  # before the trainer has seen it

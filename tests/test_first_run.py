@@ -48,7 +48,10 @@ OLD_GPU = {"name": "Tesla T4", "memory_gib": 15.0, "has_bf16": False}
             'bitsandbytes 0.40 is installed, and bitsandbytes>=0.46.1 is needed: pip install "bitsandbytes>=0.46.1"',
         ),
         ({"broken": {"flash-attn": "ImportError: undefined symbol"}}, "flash-attn cannot be imported"),
-        ({"has_nvidia_driver": True}, "There is an NVIDIA driver, and torch, built for CPU, sees no GPU"),
+        (
+            {"has_nvidia_driver": True, "torch_is_built_for": "CPU", "devices": []},
+            "There is an NVIDIA driver, and torch, built for CPU, sees no GPU",
+        ),
         ({"devices": [OLD_GPU]}, "Tesla T4 has no bfloat16, TRL's default: train with --bf16 False --fp16 True"),
     ],
 )

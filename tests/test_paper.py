@@ -1,7 +1,7 @@
 """The paper's experiments: every cell's settings, two steps of some, and tables that follow from stored records."""
 
 import doctest
-import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -316,7 +316,7 @@ def test_two_steps_of_a_cell_are_stored_with_all_that_the_tables_need(dry):
     assert found["trained"][0]["steps"] == 2
     assert [entry["step"] for entry in found["trained"][0]["log"] if "loss" in entry] == [1, 2]
     assert len(measured["answers"]) == found["rows"]["test_prompts"] == 5
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
     assert {"machine", "cores", "threads", "gpus"} == set(found["hardware"])
     # Files by their names: records are made to be handed on
     assert str(dry) not in json.dumps(found)
@@ -477,7 +477,6 @@ def stored(folder, method, seed, *, shift=0.0, verdicts=None, data="hh", prompts
             "demonstration": [True, False] * prompts,
             "prompt": [i // 2 for i in range(2 * prompts)],
             "perplexity": vars(Estimate(value, value - 1, value + 1, prompts)),
-            "notes": ["log Z is 0 here."] if method == "ulma" else [],
             "answers": answers,
             "seconds": {"scoring": 1.0, "answering": 1.0},
         },
@@ -533,7 +532,6 @@ def test_tables_have_means_over_seeds_and_say_whether_the_paper_is_met(results):
     assert "a judge (harmless) agrees with the data's own labels on 70.0% [62.0%, 78.0%] of 250 pairs" in text
     assert "2 of its 1000 verdicts could not be parsed and are in no share." in text
     assert "Inconclusive" not in text
-    assert text.count("ULMA: log Z is 0 here.") == 1
 
 
 def test_no_ranking_by_a_judge_near_chance(results):

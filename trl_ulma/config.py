@@ -258,7 +258,7 @@ class PointwiseDPOConfig(DPOConfig):
 
     def check_machine(self) -> None:
         """Raise ValueError or ImportError on a setting that this machine can not carry out."""
-        if self.activation_offloading and torch.accelerator.current_accelerator() is None:
+        if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(
                 "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is "
                 "no accelerator. Leave it at False; gradient_checkpointing=True saves memory anywhere."
