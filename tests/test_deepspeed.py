@@ -1,6 +1,7 @@
 """ZeRO-2 and ZeRO-3: the configurations of `--accelerate_config` parse, and train where DeepSpeed is installed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,16 @@ def commands(tiny_llama, tmp_path_factory):
     make_rows(16).to_json(rows)
     on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "true"]
 
+    # Several GPUs would be taken for one process without accelerate
+    one = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+
     def run(*options: str) -> tuple[Path, list[dict]]:
         out = tmp_path_factory.mktemp("out")
         command = [sys.executable, "-m", "trl_ulma", "ulma", "--model_name_or_path", tiny_llama, "--bf16", "true"]
         command += ["--dataset_name", str(rows), "--output_dir", str(out), "--max_steps", "4", "--save_steps", "2"]
         command += ["--logging_steps", "1", "--report_to", "none", *on_cpu, *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        environment = os.environ | ({} if "--accelerate_config" in options else one)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
         return out, [log for log in state["log_history"] if "loss" in log]

@@ -18,8 +18,10 @@ from world import make_rows, make_trainer
 
 from trl_ulma.data.files import load_rows
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.evaluation.as_trained import as_trained
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.evaluation.logps import as_reference, completion_logps, load_model, load_tokenizer
+from trl_ulma.judge import JudgeSettings
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.preparation import Preparation
 from trl_ulma.scripts.cli import main
@@ -329,9 +331,59 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     capsys.readouterr()
     assert main([*argv, "--model", folders["harm"], "--model", folders["plain"]]) == 0
     notes = json.loads((tmp_path / "report.json").read_text())["notes"]
-    assert len(notes) == 1
-    assert notes[0].startswith(f"{folders['plain']} was trained on continuous labels as they are, and the rows here")
-    assert notes[0] in capsys.readouterr().err
+    assert len(notes) == 2
+    assert notes[0].startswith(f"Labels are read as in the training of {folders['harm']}: continuous labels after")
+    assert notes[1].startswith(f"{folders['plain']} was trained on continuous labels as they are, and the rows here")
+    assert "\n".join(notes) in capsys.readouterr().err
+
+    # Pairs have labels of their own, and "none" is a transform, too
+    pairs = tmp_path / "pairs.jsonl"
+    Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2).to_json(pairs)
+    other = [*argv, "--model", folders["harm"]]
+    other[other.index(str(file))] = str(pairs)
+    assert main([*other, "--generate", "--max_new_tokens", "2"]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert (facts["data"]["label_type"], facts["data"]["label_transform"]) == ("binary", None)
+    assert "auc" in facts["models"][0]["implicit_reward"]
+    assert main([*argv, "--model", folders["harm"], "--label_transform", "none"]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["data"]["label_transform"] is None
+    assert facts["models"][0]["implicit_reward"]["spearman"]["value"] == pytest.approx(-found["spearman"]["value"])
+    assert main([*argv, "--model", folders["harm"], "--label_transform", "standardise"]) == 1
+    assert "has no numbers, which a training fits on its own rows" in capsys.readouterr().err
+
+
+def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
+    def saved(name, **settings):
+        (tmp_path / name).mkdir()
+        JudgeSettings(beta=0.1, **settings).write(tmp_path / name)
+        return str(tmp_path / name)
+
+    (tmp_path / "base").mkdir()
+    base = str(tmp_path / "base")
+    thumbs = saved("thumbs", max_length=64, truncation_mode="keep_end")
+    by_rank = [
+        saved(
+            f"ranks-{most}",
+            label_type="continuous",
+            sft_threshold=0.5,
+            label_transform=parse_transform("quantile", "continuous").fit(np.linspace(1, most, 9), None, None),
+        )
+        for most in (5, 50)
+    ]
+    found = as_trained([base, thumbs, *by_rank])
+    assert (found.rules.label_type, found.rules.transform) == ("binary", None)
+    assert (found.max_length, found.truncation_mode) == (64, "keep_end")
+    found = as_trained([base, thumbs, *by_rank], label_type="continuous", max_length=32)
+    assert found.rules.sft_threshold == 0.5
+    assert found.rules.transform.apply(np.array([5.0]), None, None) > 0.9
+    assert (found.max_length, found.truncation_mode) == (32, "keep_start")
+    # Two fits of one setting are two transforms, though they are called the same
+    assert [note.split(" was trained")[0] for note in found.notes[1:]] == [thumbs, by_rank[1]]
+    found = as_trained([base, *by_rank], sft_threshold=0.9, is_paired=True)
+    assert found.rules == LabelRules("binary", 0.9)
+    assert found.notes == []
+    assert as_trained([base]).rules == LabelRules()
 
 
 def test_held_out_votes_are_rates_as_in_the_training():

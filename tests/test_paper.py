@@ -350,10 +350,12 @@ def test_what_is_finished_is_not_run_again_but_a_judge_can_come_later(dry, tmp_p
 
 def test_a_judge_learns_from_pairs_that_the_run_has_not_seen(dry, tiny, raw, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(dry, tmp_path / "run")
-    shutil.rmtree(folder / "work" / "rows" / "paper")
     monkeypatch.chdir(tmp_path)
     options = [str(folder), "--model", tiny, "--input", f"hh={raw['hh']}", "--output", "judge", "--set", "max_steps=2"]
     options += ["--set", "save_steps=1"]
+    assert judge.main(options) == 2  # rows at the paper's scale are text
+    assert "are written otherwise than the judge's (hh at the small scale)" in capsys.readouterr().err
+    shutil.rmtree(folder / "work" / "rows" / "paper")
     assert judge.main(options) == 0
     prompts = [keys(Dataset.from_parquet(str(file))) for file in folder.rglob("t*.parquet")]
     own = keys(Dataset.from_parquet("judge/work/pairs.parquet"))
@@ -366,11 +368,17 @@ def test_a_judge_learns_from_pairs_that_the_run_has_not_seen(dry, tiny, raw, tmp
     assert len(record(folder, "small/hh/ulma/seed-0")["judged"]["judge"]["verdicts"]) == 5
 
     # What the run has seen is not for the judge
-    part = folder / "work" / "rows" / "small" / "more"
-    part.mkdir()
-    Dataset.from_parquet("judge/work/pairs.parquet").to_parquet(part / "train.parquet")
+    part = shutil.copytree(folder / "work" / "rows" / "small" / "hh", folder / "work" / "rows" / "small" / "hh-more")
+    pairs = Dataset.from_parquet("judge/work/pairs.parquet")
+    pairs.select(range(2)).to_parquet(part / "train.parquet")
+    assert judge.main(options) == 2
+    assert "The judge in judge learned from other pairs. Choose another --output." in capsys.readouterr().err
+    pairs.to_parquet(part / "train.parquet")
     assert judge.main(options) == 2
     assert "The run has seen all pairs of" in capsys.readouterr().err
+    assert judge.main([*options, "--set", "seed=3"]) == 2
+    assert "--set seed is not possible" in capsys.readouterr().err
+    assert judge.main([*options, "--data", "nope"]) == 2
     assert judge.main(["nowhere", *options[1:]]) == 2
     assert "so what the judge may not see is not known" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from datasets import Dataset, Value
 from safetensors.torch import load_file
+from transformers.utils import cached_file
 from trl import DPOTrainer
 
 from trl_ulma.dataset_labels import is_continuous
@@ -37,6 +38,7 @@ class JudgeSettings:
         max_length: longest sequence in tokens.
         truncation_mode: "keep_start" or "keep_end".
         label_transform: fitted, or None.
+        sft_threshold: continuous labels of this and above, after the transform, are demonstrations; or None.
         trl_ulma: the version that wrote it.
     """
 
@@ -47,6 +49,7 @@ class JudgeSettings:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     label_transform: LabelTransform | None = None
+    sft_threshold: float | None = None
     trl_ulma: str = ""
 
     def write(self, folder: str | Path) -> None:
@@ -68,6 +71,13 @@ class JudgeSettings:
             return cls(**{**found, "label_transform": None if steps is None else LabelTransform.from_json(steps)})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} does not hold the settings of a point-wise model ({error}).") from error
+
+
+def saved_file(model: str, name: str) -> str | None:
+    """Where a file is that was saved with a model, in its folder or on the hub; None where there is none."""
+    return cached_file(
+        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
 
 
 def saved_log_partition(settings: JudgeSettings, state: str | Path | None, device: Any) -> LogPartition:
@@ -262,5 +272,6 @@ class Judges(DPOTrainer):
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             label_transform=self._rules.transform,
+            sft_threshold=self._rules.sft_threshold,
             trl_ulma=version("trl-ulma"),
         )

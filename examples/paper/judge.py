@@ -18,6 +18,7 @@ import preparing
 import stages
 from datasets import Dataset
 from reproduce import option, smollm2, source_of
+from stored import load
 from transformers import AutoTokenizer
 
 from trl_ulma.data.files import load_rows
@@ -44,17 +45,29 @@ def unseen_pairs(run: Path, data: str, inputs: dict[str, str], tokenizer: object
     """The pairs of a data set whose prompts are in no file of rows of a run.
 
     Raises:
-        ValueError: where the run has no rows, the data no pairs, or no pair is left.
+        ValueError: where the run has no rows, or writes prompts otherwise; the data have no pairs, or none is left.
     """
-    files = sorted((run / "work" / "rows").rglob("t*.parquet"))
-    if not files:
-        raise ValueError(f"There are no rows in {run / 'work' / 'rows'}, so what the judge may not see is not known.")
-    seen = {preparing.prompt_key(prompt) for file in files for prompt in load_rows(file)["train"]["prompt"]}
-    settings = grid.read("data", data)
+    settings = grid.settings(grid.Cell("small", data, "rlhf"))["rows"]
     if not settings["pairs"]:
         raise ValueError(f"{data} has no pairs for a reward model to learn from.")
+    folders = sorted(file.parent for file in (run / "work" / "rows").rglob("facts.json"))
+    if not folders:
+        raise ValueError(f"There are no rows in {run / 'work' / 'rows'}, so what the judge may not see is not known.")
+    seen: set[str] = set()
+    for folder in folders:
+        of_run = load(folder / "facts.json")["settings"]
+        if of_run["chat_template"] is not None or (
+            of_run["family"] == settings["family"] and of_run["options"] != settings["options"]
+        ):
+            raise ValueError(
+                f"The prompts in {folder} are written otherwise than the judge's ({data} at the small scale), so which "
+                "of them it may not see cannot be told. Take another run's folder."
+            )
+        for part in ("train", "test"):
+            rows = load_rows(folder / f"{part}.parquet")["train"]
+            seen |= {preparing.prompt_key(prompt) for prompt in rows["prompt"]}
     name = preparing.source(settings["family"], settings["input"], inputs)
-    rows, _ = preparing.converted(settings["family"], name, settings.get("options", {}))
+    rows, _ = preparing.converted(settings["family"], name, settings["options"])
     new = rows.select([i for i, prompt in enumerate(rows["prompt"]) if preparing.prompt_key(prompt) not in seen])
     pairs = preparing.pairs_of(preparing.short_enough(new, tokenizer, max_length, {})) if len(new) else []
     if not pairs:
@@ -66,16 +79,22 @@ def unseen_pairs(run: Path, data: str, inputs: dict[str, str], tokenizer: object
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the judge, and write it as one model."""
     args = make_parser().parse_args(argv)
-    stage = grid.settings(grid.Cell("small", args.data, "rlhf"), changed=dict(args.set))["stages"][0]
-    if args.model is not None:
-        stage["options"]["model_name_or_path"] = smollm2() if args.model == "smollm2" else args.model
-    stage["options"] |= {"max_length": args.max_length, "seed": 0}
     work = args.output / "work"
     try:
+        for name in ("seed", "max_length", "output_dir", "dataset_name", "model_name_or_path"):
+            if name in dict(args.set):
+                raise ValueError(f"--set {name} is not possible: the judge has options for it, or needs none.")
+        stage = grid.settings(grid.Cell("small", args.data, "rlhf"), changed=dict(args.set))["stages"][0]
+        if args.model is not None:
+            stage["options"]["model_name_or_path"] = smollm2() if args.model == "smollm2" else args.model
+        stage["options"] |= {"max_length": args.max_length, "seed": 0}
         tokenizer = AutoTokenizer.from_pretrained(stage["options"]["model_name_or_path"])
         pairs = unseen_pairs(args.run, args.data, dict(args.input), tokenizer, args.max_length)
         work.mkdir(parents=True, exist_ok=True)
-        pairs.to_parquet(work / "pairs.parquet")
+        file = work / "pairs.parquet"
+        if file.exists() and load_rows(file)["train"].to_list() != pairs.to_list():
+            raise ValueError(f"The judge in {args.output} learned from other pairs. Choose another --output.")
+        pairs.to_parquet(file)
         stages.write_options(stage, work / "reward.yaml", work, work / "reward")
         stages.run("reward", work / "reward.yaml", None)
     except (OSError, ValueError) as problem:

@@ -1,14 +1,15 @@
 """How a model was trained: what its labels are read by, and its implicit reward's β and log Z."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from trl_ulma.judge import FILE, JudgeSettings, saved_log_partition
-from trl_ulma.labels import LabelRules, LabelTransform
+from trl_ulma.estimating import FILE as LOG_Z_FILE
+from trl_ulma.judge import FILE, JudgeSettings, saved_file, saved_log_partition
+from trl_ulma.labels import LabelRules, LabelTransform, parse_transform
 from trl_ulma.log_partition import Learned
 
 BETA = 0.1
@@ -28,39 +29,84 @@ class RewardScale(NamedTuple):
     length_normalize: bool
 
 
-def label_rules(
-    sources: Sequence[str], *, label_type: str | None, sft_threshold: float | None
-) -> tuple[LabelRules, list[str]]:
-    """How the held-out rows' labels are read: as by the training of the first model that says how it was trained.
+@dataclass(frozen=True)
+class AsTrained:
+    """How the held-out rows are read: as by the training of the first model that says how it was trained.
+
+    Attributes:
+        rules: of labels.
+        max_length: longest sequence in tokens, or None.
+        truncation_mode: "keep_start" or "keep_end".
+        notes: what is to be said of it.
+    """
+
+    rules: LabelRules
+    max_length: int | None
+    truncation_mode: str
+    notes: list[str]
+
+
+def as_trained(
+    sources: Sequence[str],
+    *,
+    label_type: str | None = None,
+    label_transform: str | None = None,
+    sft_threshold: float | None = None,
+    max_length: int | None = None,
+    truncation_mode: str | None = None,
+    is_paired: bool = False,
+) -> AsTrained:
+    """What of the training is taken over for rows; each argument comes before it where it is given.
 
     Args:
-        sources: the models' folders or names.
-        label_type: taken in place of the training's; without either it is "binary". The training's `label_transform` is
-            for labels of its own type only.
+        sources: the models' folders or names on the hub.
+        label_type: "binary" without it and without a training. The training is then one with labels of this type.
+        label_transform: the setting, with its numbers, or "none".
         sft_threshold: continuous labels of this and above, after the transform, are demonstrations.
-
-    Returns:
-        the rules, and a note for each model that was trained on labels that were read otherwise.
+        max_length: longest sequence in tokens.
+        truncation_mode: "keep_start" or "keep_end".
+        is_paired: whether rows are pairs, whose labels are 1 and 0 by themselves.
 
     Raises:
-        ValueError: where a `pointwise.json` does not hold what it should.
+        ValueError: for a `label_transform` that is none or lacks its numbers, or a `pointwise.json` that does not hold
+            what it should.
 
     Example:
-        >>> label_rules(["gpt2"], label_type=None, sft_threshold=None)[0].label_type
-        'binary'
+        >>> as_trained(["."], label_transform="centre:3", label_type="continuous").rules.transform.is_fitted
+        True
     """
     known = {source: saved for source in sources if (saved := _saved(source)) is not None}
-    first = next(iter(known.values()), JudgeSettings(beta=BETA))
-    chosen = first.label_type if label_type is None else label_type
-    transform = first.label_transform if first.label_type == chosen else None
-    read = _described(chosen, transform)
-    trained = {source: _described(saved.label_type, saved.label_transform) for source, saved in known.items()}
-    notes = [
-        f"{source} was trained on {on}, and the rows here have {read}: its figures may mislead."
-        for source, on in trained.items()
-        if on != read
+    if is_paired and label_type is None:
+        label_type = "binary"
+    fitting = [source for source, saved in known.items() if label_type in (None, saved.label_type)]
+    name, first = (fitting[0], known[fitting[0]]) if fitting else ("", JudgeSettings(beta=BETA))
+    chosen = label_type or first.label_type
+    notes = []
+    if is_paired:
+        transform = None
+    elif label_transform is None:
+        transform = first.label_transform
+        if transform is not None:
+            notes.append(f"Labels are read as in the training of {name}: {_described(chosen, transform)}.")
+    else:
+        transform = None if label_transform == "none" else parse_transform(label_transform, chosen)
+        if transform is not None and not transform.is_fitted:
+            raise ValueError(
+                f"label_transform={label_transform!r} has no numbers, which a training fits on its own rows. Give "
+                "them, as in standardise:2.5,1.2, or leave it out to take those of the models' training."
+            )
+    notes += [
+        f"{source} was trained on {_described(saved.label_type, saved.label_transform)}, and the rows here have "
+        f"{_described(chosen, transform)}: its figures may mislead."
+        for source, saved in known.items()
+        if not is_paired and (saved.label_type, saved.label_transform) != (chosen, transform)
     ]
-    return LabelRules(chosen, sft_threshold, transform=transform), notes
+    return AsTrained(
+        LabelRules(chosen, first.sft_threshold if sft_threshold is None else sft_threshold, transform=transform),
+        first.max_length if max_length is None else max_length,
+        truncation_mode or first.truncation_mode,
+        notes,
+    )
 
 
 def reward_scale(
@@ -84,7 +130,7 @@ def reward_scale(
         ValueError: where a file is there that does not hold what it should.
 
     Example:
-        >>> reward_scale("gpt2", np.array([False]), beta=None, log_z=0.5, prompt_states=lambda: torch.zeros(1, 8))
+        >>> reward_scale(".", np.array([False]), beta=None, log_z=0.5, prompt_states=lambda: torch.zeros(1, 8))
         RewardScale(beta=0.1, log_z=array([0.5]), length_normalize=False)
     """
     saved = _saved(source) or JudgeSettings(beta=BETA)
@@ -92,8 +138,7 @@ def reward_scale(
     if log_z is not None:
         found += log_z
     elif saved.log_z != "column":
-        state = Path(source) / "log_z.safetensors"
-        partition = saved_log_partition(saved, state if state.is_file() else None, "cpu")
+        partition = saved_log_partition(saved, saved_file(source, LOG_Z_FILE), "cpu")
         reads = isinstance(partition, Learned) and partition.needs_prompt_states
         found = partition(torch.from_numpy(continuous), prompt_states() if reads else None).numpy()
     return RewardScale(saved.beta if beta is None else beta, found, saved.length_normalize)
@@ -101,8 +146,8 @@ def reward_scale(
 
 def _saved(source: str) -> JudgeSettings | None:
     """What training wrote beside a model, or None."""
-    path = Path(source) / FILE
-    return JudgeSettings.read(path) if path.is_file() else None
+    file = saved_file(source, FILE)
+    return None if file is None else JudgeSettings.read(file)
 
 
 def _described(label_type: str, transform: LabelTransform | None) -> str:

@@ -57,6 +57,7 @@ class HeldOut:
     @classmethod
     def of(cls, dataset: Dataset, name: str, rules: LabelRules) -> Self:
         """The rows of a data set; pairs become two rows each, and those without an answer are left out, with a warning.
+        Labels go through the rules' transform; those of pairs, 1 and 0, do not.
 
         Raises:
             ValueError: naming the row or column that is wrong; also where no row is left.

@@ -16,7 +16,7 @@ from scipy.special import expit
 
 from trl_ulma.data.files import load_rows, split_by_prompt
 from trl_ulma.evaluation import report
-from trl_ulma.evaluation.as_trained import label_rules, reward_scale
+from trl_ulma.evaluation.as_trained import as_trained, reward_scale
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import HeldOut, Question
 from trl_ulma.evaluation.implicit_reward import binary_figures, calibration_curve, continuous_figures, implicit_reward
@@ -37,6 +37,7 @@ from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.pictures import pictures
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Server
+from trl_ulma.labels import LabelRules
 from trl_ulma.preparation import Preparation
 
 SERVED = "served:"
@@ -62,9 +63,6 @@ class _Run:
         self.notes: list[str] = []
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-        self.rules, told = label_rules(
-            [source for _, source in args.model], label_type=args.label_type, sft_threshold=args.sft_threshold
-        )
         self.names = run_names([name for name, _ in args.model])
         self.servers = {
             source: self._server(source.removeprefix(SERVED), args.server_url)
@@ -72,8 +70,6 @@ class _Run:
             if source.startswith(SERVED)
         }
         args.output.mkdir(parents=True, exist_ok=True)
-        for note in told:
-            self._note(note)
         judges = [self._judge(kind, name) for kind, name in args.judge]
         self.judging = Judging(judges, args.criterion, seed=args.seed, note=self._note)
         for server in (*self.servers.values(), *(each.server for each in judges if isinstance(each, LLMJudge))):
@@ -99,8 +95,9 @@ class _Run:
                 "dataset": args.dataset,
                 "split": self.split,
                 "rows": len(held_out.rows),
-                "label_type": self.rules.label_type,
-                "label_transform": None if self.rules.transform is None else str(self.rules.transform),
+                "label_type": self.how.rules.label_type,
+                "label_transform": None if self.how.rules.transform is None else str(self.how.rules.transform),
+                "max_length": self.how.max_length,
                 "prompts": len(np.unique(held_out.prompt)),
                 "demonstrations": int(held_out.sft_mask.sum()),
                 "labels": {f"{label:g}": n for label, n in sorted(labels.most_common(_MOST_LABELS))},
@@ -123,7 +120,7 @@ class _Run:
         there = ", ".join(map(str, splits))
         split = args.split or "test"
         if split in splits:
-            return HeldOut.of(splits[split], split, self.rules), split
+            return HeldOut.of(splits[split], split, self._as_trained(splits[split])), split
         if args.split is not None or "train" not in splits:
             raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
         rows: Dataset = splits["train"]
@@ -132,14 +129,30 @@ class _Run:
             f"{args.dataset} has no test split: evaluated are those {len(held_out):,} of its {len(rows):,} rows that "
             f"training with the seed {args.split_seed} holds out. (--split train takes all.)"
         )
-        return HeldOut.of(held_out, "test", self.rules), "held out of train"
+        return HeldOut.of(held_out, "test", self._as_trained(held_out)), "held out of train"
+
+    def _as_trained(self, rows: Dataset) -> LabelRules:
+        """How the rows' labels are read; how rows are cut is set, too."""
+        args = self.args
+        self.how = as_trained(
+            [source for _, source in args.model if source not in self.servers],
+            label_type=args.label_type,
+            label_transform=args.label_transform,
+            sft_threshold=args.sft_threshold,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            is_paired="chosen" in rows.column_names,
+        )
+        for note in self.how.notes:
+            self._note(note)
+        return self.how.rules
 
     def _questions(self) -> list[Question]:
         found = self.held_out.questions(self.args.num_prompts, self.args.seed)
         if not found:
             raise ValueError(
                 "No prompt has a good answer to compare with: a row with sft_mask, or with a binary label of ½ and "
-                "above. Set --sft_threshold, or leave --judge and --generate out."
+                "above. Set --sft_threshold or --label_type binary, or leave --judge and --generate out."
             )
         if len(found) < ENOUGH_PROMPTS and self.args.judge:
             self._note(f"{len(found)} prompts are too few to conclude from; {ENOUGH_PROMPTS} are a beginning.")
@@ -182,8 +195,8 @@ class _Run:
         args = self.args
         tokenizer = load_tokenizer(source, **self.loading)
         most = positions(source, **self.loading)
-        rules = replace(self.rules, transform=None)  # which the held-out rows have been through
-        rows: Any = Preparation(tokenizer, rules, args.max_length, args.truncation_mode, most)(
+        rules = replace(self.how.rules, transform=None)  # which the held-out rows have been through
+        rows: Any = Preparation(tokenizer, rules, self.how.max_length, self.how.truncation_mode, most)(
             self.held_out.rows, "test"
         )
         model = load_model(source, dtype=args.dtype, **self.loading)
@@ -232,7 +245,7 @@ class _Run:
             source,
             continuous,
             beta=args.beta,
-            log_z=args.log_z,
+            log_z=0.0 if "log_z" in rows.column_names else args.log_z,
             prompt_states=partial(prompt_states, model, rows, batch_size=args.batch_size),
         )
         log_z = np.asarray(rows["log_z"][:]) if "log_z" in rows.column_names else scale.log_z

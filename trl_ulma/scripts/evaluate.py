@@ -54,18 +54,25 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     rows.add_argument(
         "--label_type",
         choices=("binary", "continuous"),
-        help="of rows that do not say it (default: the training's, whose label_transform is applied; binary if not "
-        "known)",
+        help="of rows that do not say it (default: the training's; of pairs, and where none is known, binary)",
     )
-    rows.add_argument("--sft_threshold", type=float, help="continuous labels of this and above are demonstrations")
+    rows.add_argument(
+        "--label_transform",
+        help='as in training, with numbers, or "none" (default: the training\'s, as it was fitted; of pairs none)',
+    )
+    rows.add_argument(
+        "--sft_threshold",
+        type=float,
+        help="continuous labels of this and above, after the transform, are demonstrations (default: the training's)",
+    )
     rows.add_argument(
         "--beta", type=_positive(float), help="of the implicit reward (default: the training's; 0.1 if not known)"
     )
     rows.add_argument(
         "--log_z", type=float, help="nats; a column log_z comes first (default: the training's; 0 if not known)"
     )
-    rows.add_argument("--max_length", type=_positive(int), help="longest sequence in tokens; cut as in training")
-    rows.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), default="keep_start")
+    rows.add_argument("--max_length", type=_positive(int), help="longest sequence in tokens (default: the training's)")
+    rows.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), help="default: the training's")
     rows.add_argument("--batch_size", type=_positive(int), default=8, help="rows at once (default: 8)")
     rows.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")

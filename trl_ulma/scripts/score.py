@@ -135,7 +135,7 @@ def load_judge(
 
     from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
     from trl_ulma.estimating import FILE as LOG_Z_FILE
-    from trl_ulma.judge import FILE, JudgeSettings, saved_log_partition
+    from trl_ulma.judge import FILE, JudgeSettings, saved_file, saved_log_partition
 
     is_adapter = find_adapter_config_file(model) is not None
     if not is_adapter and ref_model is None:
@@ -143,7 +143,7 @@ def load_judge(
             f"{model} is a full model, and a reward compares it with the model that its training began from. Name that "
             "with --ref_model."
         )
-    saved = _file_of(model, FILE)
+    saved = saved_file(model, FILE)
     if saved is None:
         raise FileNotFoundError(
             f"{model} has no {FILE}, which PointwiseDPOTrainer.save_model writes. For a model that was trained "
@@ -186,17 +186,8 @@ def load_judge(
     )
     if is_adapter and ref_model is None:
         _set_reference_adapter(judge.model, model)
-    judge.use_settings(settings, saved_log_partition(settings, _file_of(model, LOG_Z_FILE), judge.accelerator.device))
+    judge.use_settings(settings, saved_log_partition(settings, saved_file(model, LOG_Z_FILE), judge.accelerator.device))
     return judge
-
-
-def _file_of(model: str, name: str) -> str | None:
-    """A file that was saved with a model; None where there is none."""
-    from transformers.utils import cached_file
-
-    return cached_file(
-        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
 
 
 def _set_reference_adapter(model: Any, name: str) -> None:
@@ -207,7 +198,9 @@ def _set_reference_adapter(model: Any, name: str) -> None:
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    if _file_of(name, "ref/adapter_config.json") is None:
+    from trl_ulma.judge import saved_file
+
+    if saved_file(name, "ref/adapter_config.json") is None:
         model.delete_adapter("ref")
     else:
         set_peft_model_state_dict(model, load_peft_weights(name, subfolder="ref"), adapter_name="ref")
