@@ -343,6 +343,14 @@ def test_an_adapter_whose_training_began_from_one_is_compared_with_that(tiny_gpt
     base = scored_by_command(tmp_path, tmp_path / "out", rows, "--sort", "row", "--ref_model", tiny_gpt2)
     assert np.abs(np.array([row["reward"] for row in base]) - here).max() > 1e-3
 
+    # An evaluation has the same reference
+    rows.to_json(tmp_path / "evaluated.jsonl")
+    argv = ["evaluate", "--model", str(tmp_path / "out"), "--dataset", str(tmp_path / "evaluated.jsonl")]
+    assert main([*argv, "--split", "train", "--output", str(tmp_path / "report")]) == 0
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())["models"][0]["implicit_reward"]
+    brier = np.mean((1 / (1 + np.exp(-np.array(here))) - np.array(rows["label"])) ** 2)
+    assert figures["brier"]["value"] == pytest.approx(brier, abs=1e-6)
+
 
 def test_settings_are_saved_with_the_model_and_its_checkpoints(tiny_gpt2, tmp_path):
     rows = make_rows(4, label=[1.0, 2.0, 4.0, 5.0])

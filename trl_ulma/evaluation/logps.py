@@ -17,6 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_ulma.encoding import own_processing_class, tokenizer_of
 from trl_ulma.forward import positions_of
+from trl_ulma.judge import saved_file
 
 # Of what a tokenizer consists of; one of them is in every folder with a tokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -56,16 +57,31 @@ def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
 
 
 @contextlib.contextmanager
-def as_reference(model: Any) -> Iterator[Any]:
-    """An adapter's model with the adapter switched off, which is what it was trained away from.
+def as_reference(model: Any, source: str | None = None) -> Iterator[Any]:
+    """An adapter's model as what it was trained away from: with the adapter switched off, or, where training began from
+    an adapter, with that one, which was saved in the folder "ref".
+
+    Args:
+        model: with an adapter.
+        source: its folder or name.
 
     Raises:
         ValueError: for a model without an adapter, which does not contain its reference.
     """
     if not is_peft_model(model):
         raise ValueError("The model is no adapter, so its reference is not in it. Name the model that it began as.")
-    with model.disable_adapter():
+    if source is None or saved_file(source, "ref/adapter_config.json") is None:
+        with model.disable_adapter():
+            yield model
+        return
+    trained = model.active_adapter
+    model.load_adapter(source, "ref", subfolder="ref")
+    model.set_adapter("ref")
+    try:
         yield model
+    finally:
+        model.set_adapter(trained)
+        model.delete_adapter("ref")
 
 
 def check_same_tokens(

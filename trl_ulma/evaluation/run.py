@@ -270,7 +270,7 @@ class _Run:
             if adapter_base(source) is None:
                 self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
                 return None
-            with as_reference(model) as reference:
+            with as_reference(model, source) as reference:
                 return completion_logps(reference, rows, **scoring)[0]
         key = digest(rows["prompt_ids"][:], rows["completion_ids"][:])
         if key not in self._ref_logps:
