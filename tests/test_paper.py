@@ -363,6 +363,8 @@ def test_a_judge_learns_from_pairs_that_the_run_has_not_seen(dry, tiny, raw, tmp
     assert own
     assert not set(own) & {prompt for each in prompts for prompt in each}
     assert "the run has 13 prompts" in capsys.readouterr().out
+    ran = json.loads((folder / "commands.json").read_text())[-1]
+    assert ran.startswith("python examples/paper/judge.py run --model model --input hh=hh.json --output judge ")
     judged = ["--dry_run", "--seeds", "1", "--methods", "ulma", "--output", str(folder), "--judge", "reward:judge"]
     assert run(*judged) == 0
     assert len(record(folder, "small/hh/ulma/seed-0")["judged"]["judge"]["verdicts"]) == 5

@@ -17,7 +17,7 @@ import grid
 import preparing
 import stages
 from datasets import Dataset
-from reproduce import option, smollm2, source_of
+from reproduce import option, remember, smollm2, source_of
 from stored import load
 from transformers import AutoTokenizer
 
@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if file.exists() and load_rows(file)["train"].to_list() != pairs.to_list():
             raise ValueError(f"The judge in {args.output} learned from other pairs. Choose another --output.")
         pairs.to_parquet(file)
+        remember(args.run, Path(__file__).name, sys.argv[1:] if argv is None else argv)
         stages.write_options(stage, work / "reward.yaml", work, work / "reward")
         stages.run("reward", work / "reward.yaml", None)
     except (OSError, ValueError) as problem:

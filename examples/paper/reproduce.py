@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(yaml.safe_dump_all(run.settings.values(), sort_keys=False, allow_unicode=True), end="")
             return 0
         run.prepare()
-        run.remember(sys.argv[1:] if argv is None else argv)
+        remember(args.output, Path(__file__).name, sys.argv[1:] if argv is None else argv)
         failed = run()
         run.results()
     except (OSError, ValueError) as problem:
@@ -188,15 +188,6 @@ class Run:
             else:
                 work.prepare(self.work(cell), job, folder.resolve())
 
-    def remember(self, argv: Sequence[str]) -> None:
-        """Keep the command, without the folders of files, for the results."""
-
-        file = self.output / "commands.json"
-        words = [re.sub(r"(^|=).*/", r"\1", word) if Path(word.split("=")[-1]).is_absolute() else word for word in argv]
-        command = " ".join(["python examples/paper/reproduce.py", *words])
-        known = load(file) if file.exists() else []
-        write(file, [*known, *([] if command in known else [command])])
-
     def rows(self, cell: grid.Cell) -> Path:
         """The folder of a cell's rows."""
         fold = self.settings[cell]["rows"]["fold"]
@@ -295,6 +286,15 @@ class Run:
         import tables
 
         print(f"Tables and figures are in {tables.write(self.output)}.")
+
+
+def remember(folder: Path, script: str, argv: Sequence[str]) -> None:
+    """Keep a command in the folder of a run, without the folders of files, for the results."""
+    file = folder / "commands.json"
+    words = [re.sub(r"(^|=)/.*/", r"\1", word) if Path(word.split("=")[-1]).is_absolute() else word for word in argv]
+    command = " ".join([f"python examples/paper/{script}", *words])
+    known = load(file) if file.exists() else []
+    write(file, [*known, *([] if command in known else [command])])
 
 
 def _finished(command: list[str], log: Any) -> bool:
