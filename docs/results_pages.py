@@ -19,7 +19,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for source in sorted(examples.glob(f"*/{name}")):
             folder = source.parent
             files.append(File.generated(config, f"results/{folder.name}/{page}", abs_src_path=str(source)))
-            for picture in sorted(folder.glob("results/**/*.png")):
+            for picture in sorted([*folder.glob("results/**/*.png"), *folder.glob("figures/*.png")]):
                 uri = f"results/{folder.name}/{picture.relative_to(folder).as_posix()}"
                 if uri not in files.src_uris:
                     files.append(File.generated(config, uri, abs_src_path=str(picture)))

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -591,7 +592,14 @@ def test_results_regenerate_digit_for_digit(results):
     }
     for picture in pictures:
         assert picture.read_bytes() == (folder / "again" / "figures" / picture.name).read_bytes()
-    assert line(text, "| perplexity, β =").startswith("| perplexity, β = | 0.05 | 0.5 |")
+    assert line(text, "| perplexity, β =").startswith("| perplexity, β = | 0.05 | 0.1 | 0.5 |")
+
+
+def test_published_results_are_those_of_their_records(tmp_path):
+    made = tables.write(PAPER / "results", tmp_path / "RESULTS.md")
+    assert made.read_text() == (PAPER / "RESULTS.md").read_text()
+    for picture in re.findall(r"\]\((figures/.*?)\)", made.read_text()):
+        assert (PAPER / picture).is_file()
 
 
 def test_golden_hh_is_figure_1(tmp_path):

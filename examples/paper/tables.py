@@ -187,6 +187,12 @@ class _Scale:
             at = {value: self.groups(data, **{varied: value}) for value in sorted(values)}
             if not at:
                 continue
+            if varied == "beta":
+                # The runs that are in no sweep are a point, too: at the scale's β
+                for method, group in self.groups(data).items():
+                    if any(method in found for found in at.values()):
+                        at.setdefault(group.first["settings"]["beta"], {}).setdefault(method, group)
+                at = dict(sorted(at.items()))
             judges = judges_of({f"{v}{m}": g for v, found in at.items() for m, g in found.items()})
             measures = [("perplexity", _perplexity, None), *((f"win or tie, {each}", None, each) for each in judges)]
             first = next(iter(next(iter(at.values())).values())).first
