@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,11 @@ class Group:
 
     def share(self, judge: str, name: str) -> Estimate | None:
         """A share of the verdicts: over seeds as `over_seeds`, of a single run with Wilson's interval."""
-        return self.over_seeds(lambda run: _share(run, judge, SHARES[name]))
+        found = self.over_seeds(lambda run: _share(run, judge, SHARES[name]))
+        if found is None or found.low is None or found.high is None:
+            return found
+        # Student's t knows no bounds
+        return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
 
     def share_of_prompts(self, judge: str, name: str) -> Estimate | None:
         """A share of the verdicts, the mean over seeds, with an interval over prompts."""
