@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import trl_ulma
 from trl_ulma import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,4 +68,4 @@ def test_the_workflows_run_what_the_checkout_runs():
 
 def test_the_contributors_page_names_files_that_are_there():
     for place in re.findall(r"`(trl_ulma/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text()):
-        assert (ROOT / place).exists(), place
+        assert (Path(trl_ulma.__file__).parents[1] / place).exists(), place
