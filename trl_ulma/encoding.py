@@ -62,6 +62,11 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     return processing_class
 
 
+def processor_of(processing_class: Any) -> ProcessorMixin | None:
+    """The processor itself, of a policy that takes images; None for a tokenizer."""
+    return processing_class if isinstance(processing_class, ProcessorMixin) else None
+
+
 @dataclass(frozen=True)
 class Encoder:
     """What makes token ids of the rows of one data set.
@@ -89,7 +94,7 @@ class Encoder:
     @property
     def processor(self) -> ProcessorMixin | None:
         """Of a policy that takes images, or None."""
-        return self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None
+        return processor_of(self.processing_class)
 
     def render(self, columns: Mapping[str, list], i: int, images: int, at: str) -> tuple[str, str]:
         """What `tokenise` takes of row `i`, which has so many images: (prompt, prompt and completion) as text, the

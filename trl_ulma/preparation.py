@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.dataset_labels import check_pairs, check_stream, is_continuous, transformed_labels
-from trl_ulma.encoding import PROMPT_FILLS, Encoder, tokenizer_of
+from trl_ulma.encoding import PROMPT_FILLS, Encoder, processor_of, tokenizer_of
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     LabelRules,
@@ -85,16 +85,6 @@ class Preparation:
     positions: int | None = None
     is_for_training: bool = True
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the policy."""
-        return tokenizer_of(self.processing_class)
-
-    @property
-    def processor(self) -> ProcessorMixin | None:
-        """Of a policy that takes images, or None."""
-        return self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None
-
     def __call__(
         self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
     ) -> Dataset | IterableDataset:
@@ -143,7 +133,7 @@ class Preparation:
         names = list(first)
         if set(names) >= _PREPARED and set(names) <= {*_TYPES, "ref_logps"}:
             return dataset
-        paired = check_columns(names, name, takes_images=self.processor is not None)
+        paired = check_columns(names, name, takes_images=processor_of(self.processing_class) is not None)
         images = image_column(names, name)
         if images is not None:
             check_mode(raw, images, name)
@@ -157,8 +147,9 @@ class Preparation:
         if paired:
             check_pairs(self.rules, name)
         is_text = self._check_tokenizer(first)
-        image_tokens = None if images is None or self.processor is None else ImageTokens(self.processor)
         encoder = Encoder(self.processing_class, is_text, images is not None, self.max_length, self.truncation_mode)
+        processor = encoder.processor
+        image_tokens = None if images is None or processor is None else ImageTokens(processor)
         encode = _Encode(self, encoder, name, paired, tuple(names), images, image_tokens)
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
@@ -192,13 +183,13 @@ class Preparation:
         """Whether the rows are text, as the first one is; raises ValueError where the tokenizer cannot take it."""
         text = first["prompt"] if "prompt" in first else first["chosen"]
         if isinstance(text, str):
-            if self.tokenizer.eos_token is None:
+            if tokenizer_of(self.processing_class).eos_token is None:
                 raise ValueError(
                     "The tokenizer has no EOS token, so completions of text could not be ended. Set "
                     "tokenizer.eos_token and pass the tokenizer as processing_class."
                 )
         elif is_messages(text) and self.processing_class.chat_template is None:
-            kind = "tokenizer" if self.processor is None else "processor"
+            kind = "tokenizer" if processor_of(self.processing_class) is None else "processor"
             raise ValueError(
                 f"The rows are conversations, and the {kind} has no chat template. Set {kind}.chat_template (or use an "
                 f"instruction-tuned model's {kind}) and pass it as processing_class."
@@ -207,21 +198,22 @@ class Preparation:
 
     def _key(self) -> str:
         """What a cached result depends on, besides the rows."""
-        if self.tokenizer.is_fast:
+        own, processor = tokenizer_of(self.processing_class), processor_of(self.processing_class)
+        if own.is_fast:
             # Which the last call left, and each call of the tokenizer sets anew
-            self.tokenizer.backend_tokenizer.no_padding()
-            self.tokenizer.backend_tokenizer.no_truncation()
-            state = self.tokenizer.backend_tokenizer.to_str()
+            own.backend_tokenizer.no_padding()
+            own.backend_tokenizer.no_truncation()
+            state = own.backend_tokenizer.to_str()
         else:
-            state = Hasher.hash(self.tokenizer)
+            state = Hasher.hash(own)
         tokenizer = (
-            type(self.tokenizer).__name__,
+            type(own).__name__,
             state,
             self.processing_class.chat_template,
-            self.tokenizer.eos_token,
+            own.eos_token,
         )
-        if self.processor is not None:
-            tokenizer += (type(self.processor).__name__, self.processor.to_json_string())
+        if processor is not None:
+            tokenizer += (type(processor).__name__, processor.to_json_string())
         versions = (version("trl-ulma"), transformers_version)
         return Hasher.hash((tokenizer, self.rules, self.max_length, self.truncation_mode, self.positions, versions))
 
@@ -284,9 +276,9 @@ class _Encode:
         for i in range(len(rows)):
             prompt, completion, is_cut, added = [], [], False, 0
             if left_out[i] is None:
-                if self.how.processor is not None:
+                if self.encoder.processor is not None:
                     at = f"Row {rows[i]}{halves[i]} of the {self.name} dataset"
-                    check_stray(self.how.processor, *tokenised[i], len(images[i]), at)
+                    check_stray(self.encoder.processor, *tokenised[i], len(images[i]), at)
                 if self.image_tokens is not None:
                     added = self.image_tokens(images[i], f"Row {rows[i]} of the {self.name} dataset")
                 prompt, completion, is_cut, left_out[i] = self.encoder.truncate(*tokenised[i], added)

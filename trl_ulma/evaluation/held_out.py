@@ -11,7 +11,7 @@ from datasets import Dataset, Value
 from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
-from trl_ulma.dataset_labels import transformed_labels
+from trl_ulma.dataset_labels import check_pairs, transformed_labels
 from trl_ulma.evaluation.judges import Comparison
 from trl_ulma.evaluation.records import digest
 from trl_ulma.labels import OPTIONAL_COLUMNS, LabelRules, check_columns, check_texts, read_labels
@@ -57,7 +57,7 @@ class HeldOut:
     @classmethod
     def of(cls, dataset: Dataset, name: str, rules: LabelRules) -> Self:
         """The rows of a data set; pairs become two rows each, and those without an answer are left out, with a warning.
-        Labels go through the rules' transform; those of pairs, 1 and 0, do not.
+        Labels go through the rules' transform, which pairs must not have.
 
         Raises:
             ValueError: naming the row or column that is wrong; also where no row is left.
@@ -65,8 +65,10 @@ class HeldOut:
         rows = _one_answer_a_row(dataset, name)
         columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
         columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
-        is_paired = "chosen" in dataset.column_names  # whose labels are 1 and 0 by themselves
-        if not is_paired and (transformed := transformed_labels(rows, name, rules)) is not None:
+        if "chosen" in dataset.column_names:
+            check_pairs(rules, name)
+        transformed = transformed_labels(rows, name, rules)
+        if transformed is not None:
             columns["label"] = transformed
         read = read_labels(columns, range(len(rows)), name, rules)
         rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
