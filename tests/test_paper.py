@@ -244,6 +244,22 @@ def test_a_share_of_the_demonstrations_is_good(data, ordinary, bad, tiny, raw, t
     assert tests[0] == tests[1] == tests[2]
 
 
+def test_an_ordinary_demonstration_is_the_best_that_is_short_enough(tiny, tmp_path):
+    raw = trial.raw_rows("qa-feedback")
+    for row in raw[1:]:
+        row["prediction 2"] += " long" * 200  # the one that wins most comparisons
+    for number in (2, 3, 4):
+        raw[0][f"prediction {number}"] += " long" * 200
+    (tmp_path / "qa.json").write_text(json.dumps(raw))
+    cell = grid.Cell("small", "qa-feedback", "ulma", quality=0.0)
+    inputs = {"qa-feedback": str(tmp_path / "qa.json")}
+    options = {"cell": cell, "train_rows": None, "folds": None, "held_out_prompts": 1}
+    facts, rows = prepared(tmp_path / "rows", tiny, inputs, "small", "qa-feedback", **options)
+    found = {row["completion"][0]["content"] for row in rows["train"] if row["sft_mask"]}
+    assert found == {"It is thing 3."}
+    assert facts["left_out"] == {preparing.NO_ORDINARY: 2}
+
+
 def test_rows_of_other_settings_are_not_taken_for_these(tiny, raw, tmp_path):
     prepared(tmp_path / "rows", tiny, raw, "small", "hh")
     with pytest.raises(ValueError, match="were prepared with another max_length"):

@@ -213,7 +213,10 @@ def _with_quality(train: Dataset, settings: Mapping[str, Any], tokenizer: Any, l
 
 
 def _ordinary(settings: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Prompt → the ordinary demonstration: HH's chosen answer, or the QA prediction that wins most comparisons."""
+    """Prompt → the ordinary demonstration: HH's chosen answer, or the QA prediction that wins most comparisons.
+
+    Of those that are short enough.
+    """
     if settings["ordinary"] == "hh":
         rows, _ = converted("hh", settings["ordinary_input"], {})
         label = {i: value for i, value in enumerate(rows["label"]) if value == 1}
@@ -223,16 +226,13 @@ def _ordinary(settings: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         label = {i: value for i, (kind, value) in enumerate(kinds) if kind == "continuous"}
     if settings["chat_template"] is not None:
         rows = as_text(rows, tokenizer, (CONFIGS / settings["chat_template"]).read_text(encoding="utf-8"))
+    # Not longer than what is taken otherwise
+    lengths = _lengths(rows, tokenizer)
     best: dict[str, int] = {}
     for i in sorted(label, key=lambda i: (-label[i], i)):
-        best.setdefault(prompt_key(rows[i]["prompt"]), i)
-    found = {prompt: rows[i]["completion"] for prompt, i in best.items()}
-    # Not longer than what is taken otherwise
-    short = Dataset.from_list(
-        [{"prompt": rows[i]["prompt"], "completion": rows[i]["completion"]} for i in best.values()]
-    )
-    kept = short_enough(short, tokenizer, settings["max_length"], {})
-    return {key: found[key] for key in map(prompt_key, kept["prompt"])}
+        if lengths[i] <= settings["max_length"]:
+            best.setdefault(prompt_key(rows[i]["prompt"]), i)
+    return {prompt: rows[i]["completion"] for prompt, i in best.items()}
 
 
 def pairs_of(rows: Dataset) -> list[dict[str, Any]]:
