@@ -29,6 +29,7 @@ import reproduce  # noqa: E402
 import stages  # noqa: E402
 import tables  # noqa: E402
 import trial  # noqa: E402
+from stored import differing  # noqa: E402
 
 LOSSES = {
     "sft": ("sft", "none"),
@@ -59,7 +60,7 @@ def record(folder, name):
     return json.loads((folder / "records" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("module", ["grid", "records", "tables", "estimating_time"])
+@pytest.mark.parametrize("module", ["comparing", "estimating_time", "grid", "records", "tables"])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
@@ -87,7 +88,7 @@ def test_each_fold_has_its_untrained_model():
 
 
 def test_a_sweep_over_beta_leaves_out_what_has_none():
-    found = grid.cells("small", ["hh"], ["sft", "dpo", "rlhf"], 1, betas=[0.05, 0.5])
+    found = grid.cells("small", ["hh"], ["sft", "dpo", "rlhf"], 1, swept="beta", values=[0.05, 0.5])
     assert [cell.name for cell in found if cell.method != "base"] == [
         "small/hh/sft/beta-0.05_seed-0",
         "small/hh/sft/beta-0.5_seed-0",
@@ -98,6 +99,27 @@ def test_a_sweep_over_beta_leaves_out_what_has_none():
     ]
     betas = [[stage["options"].get("beta") for stage in grid.settings(cell)["stages"]] for cell in found]
     assert betas == [[], [0.05], [0.5], [0.05], [0.5], [None, 0.05], [None, 0.5]]
+
+
+def test_a_sweep_over_learning_rates_or_sizes_changes_that_alone():
+    plain = grid.settings(grid.Cell("small", "hh", "rlhf"))
+    swept = grid.cells("small", ["hh"], ["rlhf"], 1, swept="learning_rate", values=[1e-3])[1]
+    assert swept.name == "small/hh/rlhf/learning_rate-0.001_seed-0"
+    found = grid.settings(swept, changed={"learning_rate": 5.0})
+    assert [stage["options"]["learning_rate"] for stage in found["stages"]] == [1e-3, 1e-3]
+    for stage, other in zip(found["stages"], plain["stages"], strict=True):
+        assert {**stage["options"], "learning_rate": 0} == {**other["options"], "learning_rate": 0}
+    assert found["rows"] == plain["rows"]
+    swept = grid.cells("small", ["hh"], ["rlhf"], 1, swept="train_rows", values=[64])[1]
+    assert swept.name == "small/hh/rlhf/train_rows-64_seed-0"
+    found = grid.settings(swept, rows={"train_rows": 480})
+    assert found["rows"] == plain["rows"] | {"train_rows": 64}
+    assert found["stages"] == plain["stages"]
+
+
+def test_what_is_not_set_is_as_what_was_not_there_yet():
+    stored = {"cell": {"seed": 0}, "rows": {"folds": None}, "quality": 0.5}
+    assert differing(stored, {"cell": {"seed": 0, "train_rows": None}, "rows": {"folds": 4}}) == ["rows", "quality"]
 
 
 @pytest.mark.parametrize("scale", grid.SCALES)
@@ -145,7 +167,9 @@ def test_the_authors_settings_are_those_of_their_code():
         (["--methods", "umla"], "There is no method 'umla'. Did you mean ulma?"),
         (["--data", "red-team", "--methods", "dpo"], "dpo is not for red-team at the small scale."),
         (["--seeds", "0"], "seeds must be 1 or above; got 0."),
-        (["--betas", "0.1", "--qualities", "1"], "One sweep at a time"),
+        (["--betas", "0.1,0.1"], "A sweep has each value once; got 0.1, 0.1."),
+        (["--learning_rates", "0"], "A learning rate is above 0; got 0."),
+        (["--dry_run", "--sizes", "38"], "hh has 38 rows to train on, too few for a size of 38 with some left."),
         (["--qualities", "1.5"], "A share of demonstrations is between 0 and 1; got 1.5."),
         (["--qualities", "0.5"], "hh has no ordinary demonstrations"),
         (["--set", "beta=0.3"], "--set beta is not possible"),
@@ -162,6 +186,20 @@ def test_what_is_wrong_is_said_before_work_starts(options, message, tmp_path, ca
     assert run(*options, "--output", str(tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "records").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--betas", "0.1", "--qualities", "1"], "argument --qualities: not allowed with argument --betas"),
+        (["--sizes", "1e3"], "argument --sizes: '1e3' is no list of numbers, as 1,2,3"),
+    ],
+)
+def test_a_sweep_is_one_list_of_numbers(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*options, "--output", str(tmp_path))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_misspelt_option_ends_in_its_name(tmp_path, capsys):
@@ -475,7 +513,9 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tiny, raw, tmp
 # Tables
 
 
-def stored(folder, method, seed, *, shift=0.0, verdicts=None, data="hh", prompts=250, train_rows=500, **varied):
+def stored(
+    folder, method, seed, *, shift=0.0, verdicts=None, data="hh", prompts=250, rows=500, left_out=None, **varied
+):
     """A record of `prompts` prompts with a demonstration of 10 tokens and another answer each; `shift` in nats."""
     from trl_ulma.evaluation.intervals import Estimate
 
@@ -491,8 +531,8 @@ def stored(folder, method, seed, *, shift=0.0, verdicts=None, data="hh", prompts
         "rows": {
             "settings": settings["rows"],
             "answers": 2000,
-            "left_out": {"a reason": 3},
-            "train_rows": train_rows,
+            "left_out": left_out or {"a reason": 3},
+            "train_rows": varied.get("train_rows", rows),
             "test_prompts": prompts,
         },
         "trained": []
@@ -578,7 +618,7 @@ def test_no_ranking_by_a_judge_near_chance(results):
     ("few", "why"),
     [
         ({"prompts": 199}, "199 held-out prompts, where 200 are needed"),
-        ({"train_rows": 399}, "399 training rows, where 400 are needed"),
+        ({"rows": 399}, "399 training rows, where 400 are needed"),
     ],
 )
 def test_few_rows_are_inconclusive(few, why, tmp_path):
@@ -609,6 +649,46 @@ def test_results_regenerate_digit_for_digit(results):
     for picture in pictures:
         assert picture.read_bytes() == (folder / "again" / "figures" / picture.name).read_bytes()
     assert line(text, "| perplexity, β =").startswith("| perplexity, β = | 0.05 | 0.1 | 0.5 |")
+
+
+def test_what_is_in_no_sweep_is_a_point_of_each(tmp_path):
+    stored(tmp_path, "base", 0)
+    for method, shift in (("sft", 0.0), ("ulma", 1.0), ("dpo", -1.0)):
+        stored(tmp_path, method, 0, shift=shift)
+    for method, shift in (("sft", 2.0), ("ulma", 2.5)):
+        stored(tmp_path, method, 0, shift=shift, learning_rate=1e-3)
+        for seed in range(2):
+            stored(tmp_path, method, seed, shift=2 * shift, train_rows=1000)
+    text = tables.write(tmp_path).read_text()
+    assert line(text, "| perplexity, learning rate =") == "| perplexity, learning rate = | 0.0001 | 0.001 |"
+    assert "Seeds, column by column: SFT 1, 2; ULMA 1, 2." in text
+    rate, size = text.split("### Learning rate: HH")[1].split("### Size: against training rows, HH")
+    # ULMA's shift over SFT's, of 10 tokens; DPO is in no sweep
+    for section, value in ((rate, 0.05), (size, 0.1)):
+        row = line(section, "| ULMA better than SFT (5.2 (ii)) |")
+        assert row.split("|")[3].strip() == "+0.1000 [+0.1000, +0.1000]"
+        assert row.split("|")[4].strip() == f"+{value:.4f} [+{value:.4f}, +{value:.4f}]"
+        assert "DPO" not in section.split("### Training")[0]
+    assert (tmp_path / "figures" / "learning-rate-small-hh-0.png").is_file()
+    assert (tmp_path / "figures" / "size-small-hh-0.png").is_file()
+
+
+@pytest.mark.parametrize("left_out", [{"a reason": 3}, {"a reason": 3, "its prompt has no ordinary demonstration": 1}])
+def test_gains_from_better_demonstrations_are_compared(left_out, tmp_path):
+    stored(tmp_path, "base", 0, data="qa-feedback")
+    shifts = {("sft", 0.0): 1.0, ("sft", 1.0): 2.0, ("ulma", 0.0): 1.0, ("ulma", 1.0): 2.5}
+    for (method, quality), shift in shifts.items():
+        stored(tmp_path, method, 0, shift=shift, quality=quality, data="qa-feedback", left_out=left_out)
+    for method in ("dpo", "ulma"):
+        stored(tmp_path, method, 0, shift=9.0, data="qa-feedback")
+    stored(tmp_path, "dpo", 0, shift=0.0, quality=0.0, data="qa-feedback", left_out=left_out)
+    text = tables.write(tmp_path).read_text()
+    section = text.split("### Figure 2")[1].split("###")[0]
+    gain = "| ULMA gains more than SFT (5.2) | ln perplexity saved | +0.0500 [+0.0500, +0.0500] | as in the paper |"
+    assert gain in section
+    # Runs in no sweep have a share of 1, unless other prompts were left out of them
+    same = len(left_out) == 1
+    assert ("| ULMA gains more than DPO (pair-wise) (5.2) |" in section) is same
 
 
 def test_published_results_are_those_of_their_records(tmp_path):

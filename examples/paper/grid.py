@@ -20,6 +20,13 @@ AUTHORS_CODE = "authors-code"
 TRAINERS = ("ulma", "dpo", "reward", "pointwise-reward", "rloo")
 # What β is a setting of
 _HAS_BETA = ("ulma", "dpo", "rloo")
+# What a sweep varies, a field of `Cell`: (what it is, whether it is compared on a logarithmic axis)
+SWEEPS = {
+    "beta": ("β", True),
+    "quality": ("share of good demonstrations", False),
+    "learning_rate": ("learning rate", True),
+    "train_rows": ("training rows", True),
+}
 # What one file may hold
 _KEYS = {
     "scale": {
@@ -40,6 +47,7 @@ class Cell:
         seed: of the adapters, the rows' order and what is sampled; with folds it chooses the fold.
         beta: another β than the scale's.
         quality: the share of demonstrations of high quality, the others being ordinary ones.
+        learning_rate, train_rows: others than those of the run that the cell is in.
     """
 
     scale: str
@@ -48,6 +56,8 @@ class Cell:
     seed: int = 0
     beta: float | None = None
     quality: float | None = None
+    learning_rate: float | None = None
+    train_rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -57,7 +67,7 @@ class Cell:
             >>> Cell("small", "hh", "ulma", 1, beta=0.5).name
             'small/hh/ulma/beta-0.5_seed-1'
         """
-        varied = [f"{key}-{value:g}_" for key in ("beta", "quality") if (value := getattr(self, key)) is not None]
+        varied = [f"{key}-{value:g}_" for key in SWEEPS if (value := getattr(self, key)) is not None]
         return f"{self.scale}/{self.data}/{self.method}/{''.join(varied)}seed-{self.seed}"
 
 
@@ -97,8 +107,8 @@ def cells(
     methods: Sequence[str] | None,
     seeds: int,
     *,
-    betas: Sequence[float] = (),
-    qualities: Sequence[float] = (),
+    swept: str | None = None,
+    values: Sequence[float] = (),
 ) -> list[Cell]:
     """The cells of a part of the grid; the untuned model, which the others are compared with, comes first.
 
@@ -107,8 +117,8 @@ def cells(
         data: of `DATA`.
         methods: of `METHODS`; None is all that a data set has.
         seeds: how many.
-        betas: the sweep over β: the methods that have one, once for each, instead of the scale's β.
-        qualities: the sweep over the share of demonstrations of high quality.
+        swept: of `SWEEPS`: each cell once for each of the values. A sweep over β is of the methods that have one.
+        values: for it.
 
     Raises:
         ValueError: for a name that is none, a method that none of the data sets has, or a sweep that nothing has.
@@ -119,26 +129,28 @@ def cells(
     """
     if seeds < 1:
         raise ValueError(f"seeds must be 1 or above; got {seeds}.")
-    if betas and qualities:
-        raise ValueError("One sweep at a time: give betas or qualities.")
-    for quality in qualities:
-        if not 0 <= quality <= 1:
-            raise ValueError(f"A share of demonstrations is between 0 and 1; got {quality}.")
+    if len(set(values)) < len(values):
+        raise ValueError(f"A sweep has each value once; got {', '.join(f'{value:g}' for value in values)}.")
+    for value in values:
+        if swept == "quality" and not 0 <= value <= 1:
+            raise ValueError(f"A share of demonstrations is between 0 and 1; got {value}.")
+        if swept != "quality" and value <= 0:
+            raise ValueError(f"A {SWEEPS[swept or ''][0]} is above 0; got {value:g}.")
     found, used = [], set()
-    varied = [{"beta": value} for value in betas] + [{"quality": value} for value in qualities] or [{}]
+    varied: list[dict[str, Any]] = [{swept: value} for value in values] if swept else [{}]
     for each in data:
         there = methods_of(scale, each)
         chosen = there if methods is None else [method for method in methods if method in there]
         used |= set(chosen)
-        if qualities and "ordinary" not in read("data", each):
+        if swept == "quality" and "ordinary" not in read("data", each):
             raise ValueError(f"{each} has no ordinary demonstrations to take the place of better ones.")
         folds = rows_of(scale, each).get("folds")
         found += [Cell(scale, each, "base", fold) for fold in range(min(folds, seeds) if folds else 1)]
         for method in chosen:
             stages = [] if method == "base" else _stages(method)
-            if not stages or (betas and not any(stage["trainer"] in _HAS_BETA for stage in stages)):
+            if not stages or (swept == "beta" and not any(stage["trainer"] in _HAS_BETA for stage in stages)):
                 continue
-            if betas and method == AUTHORS_CODE:
+            if swept in ("beta", "learning_rate") and method == AUTHORS_CODE:
                 continue
             found += [Cell(scale, each, method, seed, **what) for what in varied for seed in range(seeds)]
     for method in methods or ():
@@ -199,6 +211,8 @@ def settings(
         **of_data.get("rows", {}),
         **(rows or {}),
     }
+    if cell.train_rows is not None:
+        chosen["train_rows"] = cell.train_rows
     chosen["fold"] = cell.seed % chosen["folds"] if chosen["folds"] else None
     stages = []
     for stage in _stages(cell.method):
@@ -206,6 +220,8 @@ def settings(
         if cell.method != AUTHORS_CODE:
             options = training | scale["trainers"][stage["trainer"]] | options
         options |= changed or {}
+        if cell.learning_rate is not None:
+            options["learning_rate"] = cell.learning_rate
         options["seed"] = cell.seed
         if stage["trainer"] in _HAS_BETA and cell.method != AUTHORS_CODE:
             options["beta"] = scale["beta"] if cell.beta is None else cell.beta

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grid import SWEEPS
 
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, over_seeds, wilson
 from trl_ulma.evaluation.judges import Verdict
@@ -127,7 +128,7 @@ def groups(records: Iterable[dict[str, Any]], **wanted: Any) -> dict[str, Group]
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for record in records:
         cell = record["cell"]
-        if all(cell[name] == value for name, value in wanted.items()):
+        if all(cell.get(name) == value for name, value in wanted.items()):
             found.setdefault(cell["method"], {})[cell["seed"]] = record
     return {
         method: Group(next(iter(runs.values()))["settings"]["title"], dict(sorted(runs.items())))
@@ -135,35 +136,68 @@ def groups(records: Iterable[dict[str, Any]], **wanted: Any) -> dict[str, Group]
     }
 
 
+def swept(records: Sequence[dict[str, Any]], data: str, varied: str) -> dict[float, dict[str, Group]]:
+    """The points of a sweep on a data set: value → method → its runs.
+
+    The runs that are in no sweep are a point, too, where they stand in this one.
+    """
+    alone: dict[str, Any] = {"data": data, **dict.fromkeys(SWEEPS)}
+    values = {record["cell"].get(varied) for record in records if record["cell"]["data"] == data} - {None}
+    at = {value: groups(records, **(alone | {varied: value})) for value in values}
+    methods = {method: group for found in at.values() for method, group in found.items()}
+    for method, group in groups(records, **alone).items():
+        if method in methods and (own := _own_value(group, varied, methods[method])) is not None:
+            at.setdefault(own, {}).setdefault(method, group)
+    return dict(sorted(at.items()))
+
+
+def _own_value(group: Group, varied: str, swept: Group) -> float | None:
+    """Where runs that are in no sweep stand in one; None where that is nowhere."""
+    first = group.first
+    if varied == "quality":
+        # Their demonstrations are all good; prompts without an ordinary one are not left out of them
+        return 1.0 if first["rows"]["left_out"] == swept.first["rows"]["left_out"] else None
+    if varied == "beta":
+        return first["settings"]["beta"]
+    if varied == "learning_rate":
+        return first["settings"]["stages"][-1]["options"]["learning_rate"]
+    return first["rows"]["train_rows"]
+
+
 def estimate(stored: Mapping[str, Any] | None) -> Estimate | None:
     """An `Estimate` as it was stored."""
     return None if stored is None else Estimate(**stored)
 
 
-def gained(one: Group, other: Group, judge: str) -> Estimate | None:
-    """How many more points (1 a win, ½ a tie) one method's answers get than another's, paired by prompt.
+def gained(judge: str, better: Sequence[Group], worse: Sequence[Group]) -> Estimate | None:
+    """How many more points (1 a win, ½ a tie) answers of `better` get than those of `worse`, paired by prompt.
 
-    The mean over seeds of each, with a bootstrap interval over prompts. None without a common prompt.
+    Points are summed over the groups of either side, of one for a difference, of two for a difference of differences;
+    each is the mean over seeds, the interval a bootstrap over prompts. None without a common prompt.
     """
-    points, others = one.points(judge, POINTS), other.points(judge, POINTS)
-    values = np.array([points[unit] - others[unit] for unit in points if unit in others])
-    if not len(values):
+    points = [group.points(judge, POINTS) for group in (*better, *worse)]
+    sign = np.repeat([1.0, -1.0], [len(better), len(worse)])
+    common = [unit for unit in points[0] if all(unit in each for each in points)]
+    if not common:
         return None
+    values = np.array([[each[unit] for each in points] for unit in common]) @ sign
     return bootstrap(lambda rows: values[rows].mean(), np.arange(len(values)), 0)
 
 
-def log_perplexity_saved(one: Group, other: Group) -> Estimate | None:
-    """ln of the other's perplexity over one's, on held-out demonstrations: above 0 where one's is lower.
+def log_perplexity_saved(better: Sequence[Group], worse: Sequence[Group]) -> Estimate | None:
+    """ln of the perplexity of `worse` over that of `better`, on held-out demonstrations: above 0 where this is lower.
 
-    Of log-probabilities that are means over seeds, with a bootstrap interval over prompts. None without common rows.
+    Logarithms are summed over the groups of either side, as in `gained`, of log-probabilities that are means over
+    seeds; the interval is a bootstrap over prompts. None without common rows.
     """
-    logps, others = one.demonstrations(), other.demonstrations()
-    common = [unit for unit in logps if unit in others]
+    found = [group.demonstrations() for group in (*better, *worse)]
+    sign = np.repeat([1.0, -1.0], [len(better), len(worse)])
+    common = [unit for unit in found[0] if all(unit in each for each in found)]
     if not common:
         return None
-    saved = np.array([logps[unit][0] - others[unit][0] for unit in common])
-    tokens = np.array([logps[unit][1] for unit in common])
-    prompts = [(unit[0], logps[unit][2]) for unit in common]
+    saved = np.array([[each[unit][0] for each in found] for unit in common]) @ sign
+    tokens = np.array([found[0][unit][1] for unit in common])
+    prompts = [(unit[0], found[0][unit][2]) for unit in common]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     of_prompt = np.array([number[prompt] for prompt in prompts])
     return bootstrap(lambda rows: saved[rows].sum() / tokens[rows].sum(), of_prompt, 0)

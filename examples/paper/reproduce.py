@@ -43,12 +43,20 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--data", type=names, default=["hh"], help=f"of {','.join(grid.DATA)} (default: hh)")
     what.add_argument("--methods", type=names, help="default: all that a data set has")
     what.add_argument("--seeds", type=int, default=3, help="default: 3")
-    what.add_argument("--betas", type=_numbers, default=[], help="sweep: these instead of the scale's β")
-    what.add_argument("--qualities", type=_numbers, default=[], help="sweep: shares of good demonstrations, as 0,0.5,1")
     what.add_argument("--print", action="store_true", help="print the cells' settings, and run nothing")
     what.add_argument("--dry_run", action="store_true", help="two steps on a tiny model and made-up rows")
     what.add_argument("--output", type=Path, default=Path("paper-runs"), help="default: %(default)s")
     what.add_argument("--verbose", action="store_true", help="show what trainers print, instead of keeping it in a log")
+
+    sweeps = parser.add_argument_group("sweeps, one at a time").add_mutually_exclusive_group()
+    for name, swept, about in (
+        ("--betas", "beta", "these instead of the scale's β"),
+        ("--qualities", "quality", "shares of good demonstrations, as 0,0.5,1"),
+        ("--learning_rates", "learning_rate", "as 1e-4,1e-3"),
+        ("--sizes", "train_rows", "numbers of training rows, as 480,960"),
+    ):
+        of_sweep = functools.partial(_sweep, swept)
+        sweeps.add_argument(name, dest="sweep", metavar="NUMBERS", default=(None, ()), type=of_sweep, help=about)
 
     rows = parser.add_argument_group("data and model")
     rows.add_argument("--input", action="append", default=[], type=source_of, metavar="FAMILY=FILE", help="raw data")
@@ -109,9 +117,8 @@ class Run:
             raise ValueError(f"--input {unknown[0]} is no family; they are {', '.join(grid.DATA)}.")
         for name in args.data:
             grid.read("data", name)
-        self.cells = grid.cells(
-            args.scale, args.data, args.methods, args.seeds, betas=args.betas, qualities=args.qualities
-        )
+        swept, values = args.sweep
+        self.cells = grid.cells(args.scale, args.data, args.methods, args.seeds, swept=swept, values=values)
         self.settings = {cell: self._settings(cell) for cell in self.cells}
         self.facts: dict[grid.Cell, dict[str, Any]] = {}
         self.judges: list[Any] = []
@@ -170,7 +177,12 @@ class Run:
             if folder not in seen:
                 seen[folder] = preparing.prepare(folder, settings["rows"], settings["model"], self.inputs)
                 _say_rows(folder.name, seen[folder])
-            self.facts[cell] = seen[folder]
+            self.facts[cell] = facts = seen[folder]
+            if cell.train_rows is not None and preparing.NOT_TAKEN not in facts["left_out"]:
+                raise ValueError(
+                    f"{cell.data} has {facts['train_rows']:,} rows to train on, too few for a size of "
+                    f"{cell.train_rows:,} with some left. Lower --sizes, or raise --max_length."
+                )
             base = grid.Cell(cell.scale, cell.data, "base", settings["rows"]["fold"] or 0)
             job = {
                 "settings": settings,
@@ -191,7 +203,8 @@ class Run:
     def rows(self, cell: grid.Cell) -> Path:
         """The folder of a cell's rows."""
         fold = self.settings[cell]["rows"]["fold"]
-        name = cell.data + ("" if cell.quality is None else f"-quality-{cell.quality:g}")
+        varied = {"quality": cell.quality, "rows": cell.train_rows}
+        name = cell.data + "".join(f"-{key}-{value:g}" for key, value in varied.items() if value is not None)
         return self.output / "work" / "rows" / cell.scale / (name + ("" if fold is None else f"-fold-{fold}"))
 
     def work(self, cell: grid.Cell) -> Path:
@@ -345,8 +358,12 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(each) for each in text.split(",")]
+def _sweep(swept: str, text: str) -> tuple[str, list[float]]:
+    number = int if swept == "train_rows" else float
+    try:
+        return swept, [number(each) for each in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, as 1,2,3") from None
 
 
 def _pair(text: str, form: str) -> tuple[str, str]:

@@ -36,6 +36,10 @@ def public(value: Any) -> Any:
 
 
 def differing(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """The settings that are others than the stored ones."""
-    before, now = public(stored), public(settings)
-    return [name for name in now if before.get(name) != now[name]]
+    """The settings that are others than the stored ones; one that is None is as one that was not there yet."""
+    before, now = _set(public(stored)), _set(public(settings))
+    return [name for name in before | now if before.get(name) != now.get(name)]
+
+
+def _set(value: Any) -> Any:
+    return {name: _set(each) for name, each in value.items() if each is not None} if isinstance(value, dict) else value

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import grid
-from records import Group, estimate, gained, groups, judges_of, log_perplexity_saved, read
+from comparing import MAIN, claims, claims_by_value, gains
+from records import Group, estimate, groups, judges_of, read, swept
 
 from trl_ulma.evaluation import figures
 from trl_ulma.evaluation.intervals import Estimate
@@ -24,21 +25,10 @@ TABLES = (
     ("Table 2: preference learning, QA-feedback", ("qa-feedback",)),
     ("Table 4: continuous labels, red-team", ("red-team",)),
 )
-MAIN = (
-    *("base", "sft", "unlearning", "unlikelihood", "rlhf", "pointwise-rlhf"),
-    *("dpo", "pointwise-dpo", "ulma", "authors-code"),
-)
 ABLATION = ("base", "sft", "positive-dpo", "unlearning", "negative-dpo")
 FIGURE_1 = "golden-hh"
-# What the paper says: (data sets, better, worse, where)
-CLAIMS = (
-    *((grid.DATA, "ulma", other, "5.2 (ii)") for other in MAIN if other not in ("ulma", "authors-code")),
-    (("hh", "golden-hh"), "dpo", "pointwise-dpo", "5.2 (i)"),
-    (("qa-feedback",), "pointwise-dpo", "dpo", "5.2 (i)"),
-    (("red-team",), "pointwise-dpo", "sft", "5.2 (i)"),
-    (grid.DATA, "sft", "positive-dpo", "ablation (i)"),
-    (grid.DATA, "negative-dpo", "unlearning", "ablation (ii)"),
-)
+# What is varied: the paper's figure, if it has one
+SWEPT = {"quality": "Figure 2", "beta": "Figure 3", "learning_rate": "Learning rate", "train_rows": "Size"}
 DEPARTURES = """\
 Departures from the paper: its PPO is REINFORCE leave-one-out here (TRL's `RLOOTrainer`), as TRL has no PPO any more;
 its judge was GPT-4; all methods begin with the same model, without a stage of SFT before; prompts with a row that is
@@ -81,14 +71,16 @@ class _Scale:
                     yield from self._table(title, each, {m: chosen[m] for m in methods if m in chosen})
         for each in grid.DATA:
             yield from self._verdicts(each)
-        yield from self._sweep("quality", "Figure 2", "share of good demonstrations")
-        yield from self._sweep("beta", "Figure 3", "β")
+        for varied in SWEPT:
+            for each in grid.DATA:
+                if at := swept(self.found, each, varied):
+                    yield from self._sweep(each, varied, at)
         for each in grid.DATA:
             yield from self._training(each)
 
     def groups(self, data: str, **varied: Any) -> dict[str, Group]:
         """The runs on a data set that are in no sweep, or at one of a sweep's points."""
-        return groups(self.found, data=data, **({"beta": None, "quality": None} | varied))
+        return groups(self.found, data=data, **(dict.fromkeys(grid.SWEEPS) | varied))
 
     def agreement(self, data: str, judge: str) -> Estimate | None:
         """A judge's agreement with the data's labels: over folds, that of the fold with the lowest."""
@@ -100,6 +92,10 @@ class _Scale:
         if not stored or any(each is None for each in stored):
             return None
         return min(stored, key=lambda each: (each.low is not None, each.low))
+
+    def trusted(self, data: str, judges: Sequence[str]) -> list[str]:
+        """The judges that agree with the data's labels more than chance would."""
+        return [judge for judge in judges if is_above_chance(self.agreement(data, judge))]
 
     def _table(self, title: str, data: str, chosen: dict[str, Group]) -> Iterator[str]:
         first = next(iter(chosen.values())).first
@@ -123,7 +119,7 @@ class _Scale:
         for judge in judges:
             yield self._judge_said(data, judge, chosen)
         if not why:
-            yield from self._claims(data, chosen, judges)
+            yield from claims(data, chosen, self.trusted(data, judges))
 
     def _judge_said(self, data: str, judge: str, chosen: Mapping[str, Group]) -> str:
         agreed = self.agreement(data, judge)
@@ -142,24 +138,6 @@ class _Scale:
         )
         said += "." if is_above_chance(agreed) else ": near chance, so no ranking by it is claimed."
         return said + (counted if unparsable else "")
-
-    def _claims(self, data: str, chosen: Mapping[str, Group], judges: Sequence[str]) -> Iterator[str]:
-        trusted = [judge for judge in judges if is_above_chance(self.agreement(data, judge))]
-        rows = []
-        for where, better, worse, source in CLAIMS:
-            if data not in where or better not in chosen or worse not in chosen:
-                continue
-            one, other = chosen[better], chosen[worse]
-            measures = {"ln perplexity saved": log_perplexity_saved(one, other)}
-            measures |= {f"points, {judge}": gained(one, other, judge) for judge in trusted}
-            rows += [
-                [f"{one.title} better than {other.title} ({source})", name, shown(found, "+.4f"), verdict(found)]
-                for name, found in measures.items()
-                if found is not None
-            ]
-        if rows:
-            yield "What the paper says, paired by prompt (means over seeds, bootstrap intervals over prompts):"
-            yield table(["the paper", "measured by", "difference", "here"], rows)
 
     def _verdicts(self, data: str) -> Iterator[str]:
         chosen = {method: group for method, group in self.groups(data).items() if method in MAIN}
@@ -181,44 +159,41 @@ class _Scale:
             yield f"### {name}: win, tie and lose rates, {first['settings']['data_title']}, {judge}"
             yield f"![{file}](figures/{file}.png)"
 
-    def _sweep(self, varied: str, name: str, label: str) -> Iterator[str]:
-        for data in grid.DATA:
-            values = {r["cell"][varied] for r in self.found if r["cell"]["data"] == data} - {None}
-            at = {value: self.groups(data, **{varied: value}) for value in sorted(values)}
-            if not at:
+    def _sweep(self, data: str, varied: str, at: Mapping[float, Mapping[str, Group]]) -> Iterator[str]:
+        label, is_logarithmic = grid.SWEEPS[varied]
+        every = {f"{value:g} {method}": group for value, found in at.items() for method, group in found.items()}
+        judges = judges_of(every)
+        measures = [("perplexity", _perplexity, None), *((f"win or tie, {each}", None, each) for each in judges)]
+        name, title = SWEPT[varied], next(iter(every.values())).first["settings"]["data_title"]
+        title = f"{name}: {title}" if name.lower() in label else f"{name}: against {label}, {title}"
+        yield f"### {title}"
+        for number, (measure, figure, judge) in enumerate(measures):
+            series: dict[str, dict[float, Estimate]] = {}
+            for value, found in at.items():
+                for group in found.values():
+                    point = group.over_seeds(figure) if figure else group.share(judge or "", "win or tie")
+                    if point is not None:
+                        series.setdefault(group.title, {})[value] = point
+            form = ".2f" if figure else ".1%"
+            lines = [[t, *(shown(points.get(value), form) for value in at)] for t, points in series.items()]
+            if not lines:
                 continue
-            if varied == "beta":
-                # The runs that are in no sweep are a point, too: at the scale's β
-                for method, group in self.groups(data).items():
-                    if any(method in found for found in at.values()):
-                        at.setdefault(group.first["settings"]["beta"], {}).setdefault(method, group)
-                at = dict(sorted(at.items()))
-            judges = judges_of({f"{v}{m}": g for v, found in at.items() for m, g in found.items()})
-            measures = [("perplexity", _perplexity, None), *((f"win or tie, {each}", None, each) for each in judges)]
-            first = next(iter(next(iter(at.values())).values())).first
-            title = f"{name}: against {label}, {first['settings']['data_title']}"
-            yield f"### {title}"
-            for number, (measure, figure, judge) in enumerate(measures):
-                series: dict[str, dict[float, Estimate]] = {}
-                for value, found in at.items():
-                    for group in found.values():
-                        point = group.over_seeds(figure) if figure else group.share(judge or "", "win or tie")
-                        if point is not None:
-                            series.setdefault(group.title, {})[value] = point
-                form = ".2f" if figure else ".1%"
-                lines = [[t, *(shown(points.get(value), form) for value in at)] for t, points in series.items()]
-                if not lines:
-                    continue
-                yield table([f"{measure}, {label} =", *(f"{value:g}" for value in at)], lines)
-                drawn = figures.sweep(series, x_label=label, y_label=measure, title=title, log_x=varied == "beta")
-                file = f"{name.lower().replace(' ', '-')}-{self.scale}-{data}-{number}"
-                figures.save(drawn, self.pictures, file)
-                yield f"![{file}](figures/{file}.png)"
-            why = {reason for found in at.values() for group in found.values() if (reason := group.too_few())}
-            if why:
-                yield f"**Inconclusive**: {'; '.join(sorted(why))}."
-            for judge in judges:
-                yield self._judge_said(data, judge, {f"{v}{m}": g for v, found in at.items() for m, g in found.items()})
+            yield table([f"{measure}, {label} =", *(f"{value:g}" for value in at)], lines)
+            drawn = figures.sweep(series, x_label=label, y_label=measure, title=title, log_x=is_logarithmic)
+            file = f"{name.lower().replace(' ', '-')}-{self.scale}-{data}-{number}"
+            figures.save(drawn, self.pictures, file)
+            yield f"![{file}](figures/{file}.png)"
+        yield _seeds_said(at)
+        why = {reason for group in every.values() if (reason := group.too_few())}
+        if why:
+            yield f"**Inconclusive**: {'; '.join(sorted(why))}."
+        for judge in judges:
+            yield self._judge_said(data, judge, every)
+        if not why:
+            trusted = self.trusted(data, judges)
+            yield from claims_by_value(data, label, at, trusted)
+            if varied == "quality":
+                yield from gains(at, trusted)
 
     def _training(self, data: str) -> Iterator[str]:
         """The last stage's loss, of the first seed."""
@@ -235,18 +210,13 @@ class _Scale:
             yield f"![{file}](figures/{file}.png)"
 
 
-def verdict(difference: Estimate) -> str:
-    """What a difference says of the paper's ordering.
-
-    Example:
-        >>> verdict(Estimate(0.2, 0.1, 0.3, 200)), verdict(Estimate(0.2, -0.1, 0.3, 200))
-        ('as in the paper', 'undecided')
-    """
-    if difference.low is None or difference.high is None:
-        return "undecided"
-    if difference.low > 0:
-        return "as in the paper"
-    return "**against the paper**" if difference.high < 0 else "undecided"
+def _seeds_said(at: Mapping[float, Mapping[str, Group]]) -> str:
+    titles = dict.fromkeys((method, group.title) for found in at.values() for method, group in found.items())
+    numbers = {title: [len(found[m].runs) if m in found else 0 for found in at.values()] for m, title in titles}
+    if len({each for of_method in numbers.values() for each in of_method}) == 1:
+        return f"Seeds of each: {next(iter(numbers.values()))[0]}."
+    said = "; ".join(f"{title} {', '.join(map(str, each))}" for title, each in numbers.items())
+    return f"Seeds, column by column: {said}."
 
 
 def _perplexity(run: Mapping[str, Any]) -> Estimate | None:
