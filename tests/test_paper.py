@@ -60,7 +60,7 @@ def record(folder, name):
     return json.loads((folder / "records" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("module", ["comparing", "estimating_time", "grid", "records", "tables"])
+@pytest.mark.parametrize("module", ["comparing", "estimating_time", "grid", "records", "reproduce", "stored", "tables"])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
@@ -88,10 +88,11 @@ def test_each_fold_has_its_untrained_model():
 
 
 def test_a_sweep_over_beta_leaves_out_what_has_none():
-    found = grid.cells("small", ["hh"], ["sft", "dpo", "rlhf"], 1, swept="beta", values=[0.05, 0.5])
+    methods = ["sft", "unlikelihood", "negative-dpo", "dpo", "rlhf"]
+    found = grid.cells("small", ["hh"], methods, 1, swept="beta", values=[0.05, 0.5])
     assert [cell.name for cell in found if cell.method != "base"] == [
-        "small/hh/sft/beta-0.05_seed-0",
-        "small/hh/sft/beta-0.5_seed-0",
+        "small/hh/negative-dpo/beta-0.05_seed-0",
+        "small/hh/negative-dpo/beta-0.5_seed-0",
         "small/hh/dpo/beta-0.05_seed-0",
         "small/hh/dpo/beta-0.5_seed-0",
         "small/hh/rlhf/beta-0.05_seed-0",
@@ -120,6 +121,19 @@ def test_a_sweep_over_learning_rates_or_sizes_changes_that_alone():
 def test_what_is_not_set_is_as_what_was_not_there_yet():
     stored = {"cell": {"seed": 0}, "rows": {"folds": None}, "quality": 0.5}
     assert differing(stored, {"cell": {"seed": 0, "train_rows": None}, "rows": {"folds": 4}}) == ["rows", "quality"]
+    # As YAML 1.1 reads 3e-4
+    stages = [{"options": {"learning_rate": "3e-4"}}]
+    assert differing({"stages": stages}, {"stages": [{"options": {"learning_rate": 3e-4}}]}) == []
+
+
+def test_commands_are_kept_without_folders_and_can_be_pasted(tmp_path):
+    words = ["--input", "hh=/data/hh.gz", "--judge", "reward:/my/judge", "--set", "lora_target_modules=[a, b]"]
+    reproduce.remember(tmp_path, "reproduce.py", [*words, "--judge_url", "http://host/v1", "--output", "/my/runs"])
+    command = json.loads((tmp_path / "commands.json").read_text())[0]
+    assert command == (
+        "python examples/paper/reproduce.py --input hh=hh.gz --judge reward:judge --set 'lora_target_modules=[a, b]' "
+        "--judge_url http://host/v1 --output runs"
+    )
 
 
 @pytest.mark.parametrize("scale", grid.SCALES)
@@ -172,6 +186,10 @@ def test_the_authors_settings_are_those_of_their_code():
         (["--dry_run", "--sizes", "38"], "hh has 38 rows to train on, too few for a size of 38 with some left."),
         (["--qualities", "1.5"], "A share of demonstrations is between 0 and 1; got 1.5."),
         (["--qualities", "0.5"], "hh has no ordinary demonstrations"),
+        (
+            ["--data", "qa-feedback", "--held_out_prompts", "9"],
+            "--held_out_prompts is not for qa-feedback at the small",
+        ),
         (["--set", "beta=0.3"], "--set beta is not possible"),
         (["--input", "hhh=x"], "--input hhh is no family"),
         (["--dry_run", "--judge", "gpt"], "'gpt' is no judge; it must be llm:MODEL"),
@@ -521,6 +539,8 @@ def stored(
 
     rng = np.random.default_rng(0)
     logps = -20 + rng.normal(0, 2, 2 * prompts) + shift
+    # Too little to be seen, and enough for an interval
+    logps += 1e-5 * np.random.default_rng([seed, *method.encode()]).normal(size=2 * prompts)
     value = math.exp(-logps[::2].sum() / (10 * prompts))
     settings = grid.settings(grid.Cell("small", data, method, seed, **varied))
     settings["rows"] |= {"folds": None, "fold": None}
@@ -559,11 +579,11 @@ def stored(
     return value
 
 
-def agreed(folder, value, low, data="hh"):
+def agreed(folder, wins, losses, data="hh"):
     file = folder / "agreement" / "small" / data / "a-judge.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    estimate = {"value": value, "low": low, "high": min(1.0, 2 * value - low), "n": 250}
-    file.write_text(json.dumps({"judge": "a judge", "criterion": "harmless", "agreement": estimate}))
+    told = {"judge": "a judge", "criterion": "harmless", "verdicts": ["win"] * wins + ["lose"] * losses}
+    file.write_text(json.dumps(told))
 
 
 def line(text, start):
@@ -579,7 +599,7 @@ def results(tmp_path):
     for seed in range(2):
         stored(tmp_path, "sft", seed, verdicts=wins)
     stored(tmp_path, "base", 0, shift=-5.0)
-    agreed(tmp_path, 0.7, 0.62)
+    agreed(tmp_path, 175, 75)
     return tmp_path, perplexities
 
 
@@ -588,22 +608,47 @@ def test_tables_have_means_over_seeds_and_say_whether_the_paper_is_met(results):
     text = tables.write(folder).read_text()
     mean = np.mean(perplexities)
     half = 12.706204736 * np.std(perplexities, ddof=1) / math.sqrt(2)  # Student's t, one degree of freedom
+    assert half > 1
     assert f"| ULMA | 2 | {mean:.2f} [{mean - half:.2f}, {mean + half:.2f}] |" in text
-    assert "| 20.0% [20.0%, 20.0%] | 0.0% [0.0%, 0.0%] |" in line(text, "| ULMA | 2")
+    # The same over seeds leaves the interval over prompts: as it is stored of perplexities, of shares Wilson's
+    sft = line(text, "| SFT | 2").split("|")[3].strip()
+    assert re.fullmatch(r"(\S+) \[(\S+), (\S+)\]", sft)
+    value, low, high = map(float, re.findall(r"[\d.]+", sft))
+    assert (round(value - low, 2), round(high - value, 2)) == (1.0, 1.0)
+    assert "| 20.0% [15.5%, 25.4%] | 0.0% [0.0%, 1.5%] |" in line(text, "| ULMA | 2")
     assert f"{200 / 249:.1%}" in line(text, "| SFT | 2")
     claims = [each for each in text.splitlines() if each.startswith("| ULMA better than SFT")]
-    # ULMA's log-probabilities are 1 and 2 nats above SFT's, of 10 tokens
-    assert "| ln perplexity saved | +0.1500 [+0.1500, +0.1500] | as in the paper |" in claims[0]
+    # ULMA's log-probabilities are 1 and 2 nats above SFT's, of 10 tokens: 0.1 and 0.2, which two seeds leave undecided
+    assert "| ln perplexity saved | +0.1500 [-0.4853, +0.7853] | undecided |" in claims[0]
     assert "| points, a judge |" in claims[1]
     assert claims[1].endswith("**against the paper** |")
-    assert "a judge (harmless) agrees with the data's own labels on 70.0% [62.0%, 78.0%] of 250 pairs" in text
+    assert "a judge (harmless) agrees with the data's own labels on 70.0% [64.4%, 75.2%] of 250 pairs" in text
     assert "2 of its 1000 verdicts could not be parsed and are in no share." in text
     assert "Inconclusive" not in text
 
 
+def test_what_holds_of_all_seeds_is_said_of_the_paper(tmp_path):
+    for seed, shift in enumerate((0.9, 1.0, 1.1)):
+        stored(tmp_path, "ulma", seed, shift=shift)
+        stored(tmp_path, "sft", seed)
+    half = 4.302652730 * 0.01 / math.sqrt(3)  # Student's t, two degrees of freedom
+    expected = f"+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}] | as in the paper |"
+    assert expected in line(tables.write(tmp_path).read_text(), "| ULMA better than SFT")
+
+
+def test_agreement_is_that_of_all_folds(tmp_path):
+    for fold in range(4):
+        agreed(tmp_path, 40, 28, data=f"qa-feedback-fold-{fold}")
+    agreed(tmp_path, 0, 68, data="qa-feedback-2")
+    for method in ("base", "ulma"):
+        stored(tmp_path, method, 0, data="qa-feedback", verdicts=["win"] * 250)
+    text = tables.write(tmp_path).read_text()
+    assert "agrees with the data's own labels on 58.8% [52.9%, 64.3%] of 272 pairs" in text
+
+
 def test_no_ranking_by_a_judge_near_chance(results):
     folder, _ = results
-    agreed(folder, 0.55, 0.49)
+    agreed(folder, 137, 113)
     text = tables.write(folder).read_text()
     assert "near chance, so no ranking by it is claimed." in text
     assert "points, a judge" not in text

@@ -37,7 +37,7 @@ def claims(data: str, chosen: Mapping[str, Group], judges: Sequence[str]) -> Ite
             if (found := measured([one], [other])) is not None
         ]
     if rows:
-        yield "What the paper says, paired by prompt (means over seeds, bootstrap intervals over prompts):"
+        yield "What the paper says, paired by prompt and by seed:"
         yield table(["the paper", "measured by", "difference", "here"], rows)
 
 
@@ -57,7 +57,7 @@ def claims_by_value(
                 said = f"{one.title} better than {other.title} ({source})"
                 lines.append([said, name, *(shown(each, "+.4f") for each in differences)])
     if lines:
-        yield "Paired by prompt, as above:"
+        yield "The same, point by point:"
         yield table([f"the paper, {label} =", "measured by", *(f"{value:g}" for value in at)], lines)
 
 
@@ -74,7 +74,7 @@ def gains(at: Mapping[float, Mapping[str, Group]], judges: Sequence[str]) -> Ite
                 said = f"ULMA gains more than {low[method].title} (5.2)"
                 lines.append([said, name, shown(found, "+.4f"), verdict(found)])
     if lines:
-        yield f"What better demonstrations bring, from a share of {min(at):g} to one of {max(at):g}, paired by prompt:"
+        yield f"What better demonstrations bring, from a share of {min(at):g} to one of {max(at):g}, paired as above:"
         yield table(["the paper", "measured by", "difference of the gains", "here"], lines)
 
 

@@ -1,7 +1,7 @@
 """The cells of the paper's experiments: which there are, and the settings of each, from the files in `configs`."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ METHODS = (
 # At the paper's scale, with pairs
 AUTHORS_CODE = "authors-code"
 TRAINERS = ("ulma", "dpo", "reward", "pointwise-reward", "rloo")
-# What β is a setting of
+# What β is an option of
 _HAS_BETA = ("ulma", "dpo", "rloo")
 # What a sweep varies, a field of `Cell`: (what it is, whether it is compared on a logarithmic axis)
 SWEEPS = {
@@ -117,7 +117,7 @@ def cells(
         data: of `DATA`.
         methods: of `METHODS`; None is all that a data set has.
         seeds: how many.
-        swept: of `SWEEPS`: each cell once for each of the values. A sweep over β is of the methods that have one.
+        swept: of `SWEEPS`: each cell once for each of the values. A sweep over β is of the methods whose loss has one.
         values: for it.
 
     Raises:
@@ -148,7 +148,7 @@ def cells(
         found += [Cell(scale, each, "base", fold) for fold in range(min(folds, seeds) if folds else 1)]
         for method in chosen:
             stages = [] if method == "base" else _stages(method)
-            if not stages or (swept == "beta" and not any(stage["trainer"] in _HAS_BETA for stage in stages)):
+            if not stages or (swept == "beta" and not any(map(_compares, stages))):
                 continue
             if swept in ("beta", "learning_rate") and method == AUTHORS_CODE:
                 continue
@@ -172,6 +172,12 @@ def _stages(method: str) -> list[dict[str, Any]]:
         own = yaml.safe_load((CONFIGS / "authors-code.yaml").read_text(encoding="utf-8"))
         return [{"trainer": "ulma", **own}]
     return read("method", method)["stages"]
+
+
+def _compares(stage: Mapping[str, Any]) -> bool:
+    """Whether β is in a stage's loss: where answers are compared with the reference."""
+    losses = (stage.get("positive_loss", "sft"), stage.get("negative_loss", "pointwise_dpo"))
+    return stage["trainer"] in _HAS_BETA and (stage["trainer"] != "ulma" or "pointwise_dpo" in losses)
 
 
 def settings(

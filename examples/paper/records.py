@@ -43,12 +43,24 @@ class Group:
         """One of the runs' records, for what all have in common."""
         return next(iter(self.runs.values()))
 
+    def only(self, seed: int) -> "Group":
+        """One seed's run alone."""
+        return replace(self, runs={seed: self.runs[seed]})
+
     def over_seeds(self, figure: Callable[[dict[str, Any]], Estimate | None]) -> Estimate | None:
-        """A figure's mean over seeds with Student's t interval; of a single run with the run's own interval."""
+        """A figure's mean over seeds with the wider ends of two intervals: Student's t over seeds and that over
+        prompts, of which the runs' own ends are averaged; of a single run with the run's own."""
         found = [each for each in map(figure, self.runs.values()) if each is not None]
         if len(found) < len(self.runs):
             return None
-        return found[0] if len(found) == 1 else over_seeds([each.value for each in found])
+        if len(found) == 1:
+            return found[0]
+        of_seeds = over_seeds([each.value for each in found])
+        ends = [(each.low, each.high) for each in found if each.low is not None and each.high is not None]
+        if len(ends) < len(found) or of_seeds.low is None or of_seeds.high is None:
+            return replace(of_seeds, low=None, high=None)
+        low, high = np.mean(ends, axis=0)
+        return replace(of_seeds, low=min(of_seeds.low, float(low)), high=max(of_seeds.high, float(high)))
 
     def points(self, judge: str, worth: Mapping[Verdict, float]) -> dict[Unit, float]:
         """Held-out prompt → what its verdicts are worth, the mean over seeds; without those that cannot be parsed."""
@@ -62,19 +74,12 @@ class Group:
         return {unit: float(np.mean(values)) for unit, values in found.items()}
 
     def share(self, judge: str, name: str) -> Estimate | None:
-        """A share of the verdicts: over seeds as `over_seeds`, of a single run with Wilson's interval."""
+        """A share of the verdicts, over seeds."""
         found = self.over_seeds(lambda run: _share(run, judge, SHARES[name]))
         if found is None or found.low is None or found.high is None:
             return found
         # Student's t knows no bounds
         return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
-
-    def share_of_prompts(self, judge: str, name: str) -> Estimate | None:
-        """A share of the verdicts, the mean over seeds, with an interval over prompts."""
-        values = np.array(list(self.points(judge, SHARES[name]).values()))
-        if len(self.runs) == 1 or not len(values):
-            return self.share(judge, name)
-        return bootstrap(lambda rows: values[rows].mean(), np.arange(len(values)), 0)
 
     def demonstrations(self) -> dict[Unit, tuple[float, int, int]]:
         """Held-out demonstration → (log π, the mean over seeds; tokens; the prompt's number)."""
@@ -160,7 +165,7 @@ def _own_value(group: Group, varied: str, swept: Group) -> float | None:
     if varied == "beta":
         return first["settings"]["beta"]
     if varied == "learning_rate":
-        return first["settings"]["stages"][-1]["options"]["learning_rate"]
+        return float(first["settings"]["stages"][-1]["options"]["learning_rate"])
     return first["rows"]["train_rows"]
 
 
@@ -173,8 +178,42 @@ def gained(judge: str, better: Sequence[Group], worse: Sequence[Group]) -> Estim
     """How many more points (1 a win, ½ a tie) answers of `better` get than those of `worse`, paired by prompt.
 
     Points are summed over the groups of either side, of one for a difference, of two for a difference of differences;
-    each is the mean over seeds, the interval a bootstrap over prompts. None without a common prompt.
+    each is the mean over seeds. None without a common prompt. The interval is that of `_of_both`.
     """
+    return _of_both(_gained_over_prompts, better, worse, judge)
+
+
+def log_perplexity_saved(better: Sequence[Group], worse: Sequence[Group]) -> Estimate | None:
+    """ln of the perplexity of `worse` over that of `better`, on held-out demonstrations: above 0 where this is lower.
+
+    Logarithms are summed over the groups of either side, as in `gained`, of log-probabilities that are means over
+    seeds. None without common rows. The interval is that of `_of_both`.
+    """
+    return _of_both(_saved_over_prompts, better, worse)
+
+
+def _of_both(
+    measured: Callable[..., Estimate | None], better: Sequence[Group], worse: Sequence[Group], *more: Any
+) -> Estimate | None:
+    """A difference with the wider ends of two intervals: the bootstrap's over prompts of the means over seeds, and
+    Student's t of the differences of the seeds that all groups have. Where that is one seed, the first alone."""
+    found = measured(better, worse, *more)
+    seeds = set.intersection(*(set(group.runs) for group in (*better, *worse)))
+    if found is None or found.low is None or found.high is None or len(seeds) < 2:
+        return found
+    each = [measured(*([group.only(seed) for group in side] for side in (better, worse)), *more) for seed in seeds]
+    seen = over_seeds([one.value for one in each if one is not None])
+    if seen.low is None or seen.high is None:
+        return found
+    # About the same value: other rows can be common to the groups of one seed than to all of them
+    return replace(
+        found,
+        low=min(found.low, found.value + seen.low - seen.value),
+        high=max(found.high, found.value + seen.high - seen.value),
+    )
+
+
+def _gained_over_prompts(better: Sequence[Group], worse: Sequence[Group], judge: str) -> Estimate | None:
     points = [group.points(judge, POINTS) for group in (*better, *worse)]
     sign = np.repeat([1.0, -1.0], [len(better), len(worse)])
     common = [unit for unit in points[0] if all(unit in each for each in points)]
@@ -184,12 +223,7 @@ def gained(judge: str, better: Sequence[Group], worse: Sequence[Group]) -> Estim
     return bootstrap(lambda rows: values[rows].mean(), np.arange(len(values)), 0)
 
 
-def log_perplexity_saved(better: Sequence[Group], worse: Sequence[Group]) -> Estimate | None:
-    """ln of the perplexity of `worse` over that of `better`, on held-out demonstrations: above 0 where this is lower.
-
-    Logarithms are summed over the groups of either side, as in `gained`, of log-probabilities that are means over
-    seeds; the interval is a bootstrap over prompts. None without common rows.
-    """
+def _saved_over_prompts(better: Sequence[Group], worse: Sequence[Group]) -> Estimate | None:
     found = [group.demonstrations() for group in (*better, *worse)]
     sign = np.repeat([1.0, -1.0], [len(better), len(worse)])
     common = [unit for unit in found[0] if all(unit in each for each in found)]

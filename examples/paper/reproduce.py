@@ -12,6 +12,7 @@ import argparse
 import functools
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from tqdm import tqdm
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
 
 import grid
-from stored import differing, load, write
+from stored import as_number, differing, load, write
 
 HERE = Path(__file__).parent
 
@@ -142,6 +143,12 @@ class Run:
             changed["model_name_or_path"] = args.model
         own = {name: getattr(args, name) for name in ("train_rows", "held_out_prompts", "max_length")}
         rows = rows | {name: value for name, value in own.items() if value is not None}
+        folds = grid.rows_of(cell.scale, cell.data)["folds"]
+        if args.held_out_prompts is not None and folds and not args.dry_run:
+            raise ValueError(
+                f"--held_out_prompts is not for {cell.data} at the {cell.scale} scale, of which each seed holds out "
+                f"another one of {folds} parts. Leave it out."
+            )
         if args.max_new_tokens is not None:
             answers = answers | {"max_new_tokens": args.max_new_tokens}
         found = grid.settings(cell, changed=changed, rows=rows, **answers)
@@ -304,10 +311,19 @@ class Run:
 def remember(folder: Path, script: str, argv: Sequence[str]) -> None:
     """Keep a command in the folder of a run, without the folders of files, for the results."""
     file = folder / "commands.json"
-    words = [re.sub(r"(^|=)/.*/", r"\1", word) if Path(word.split("=")[-1]).is_absolute() else word for word in argv]
-    command = " ".join([f"python examples/paper/{script}", *words])
+    command = shlex.join(["python", f"examples/paper/{script}", *map(_without_folder, argv)])
     known = load(file) if file.exists() else []
     write(file, [*known, *([] if command in known else [command])])
+
+
+def _without_folder(word: str) -> str:
+    """A word of a command line, files and folders by their names alone.
+
+    Example:
+        >>> _without_folder("hh=/data/hh.jsonl"), _without_folder("reward:/my/judge"), _without_folder("http://host/v1")
+        ('hh=hh.jsonl', 'reward:judge', 'http://host/v1')
+    """
+    return re.sub(r"(^|=|:)/(?!/).*/(?=[^/]+$)", r"\1", word)
 
 
 def _finished(command: list[str], log: Any) -> bool:
@@ -377,9 +393,14 @@ source_of: Callable[[str], tuple[str, str]] = functools.partial(_pair, form="FAM
 
 
 def option(text: str) -> tuple[str, Any]:
-    """A trainer's option of the command line."""
+    """A trainer's option of the command line, as YAML has it, and 3e-4 a number all the same.
+
+    Example:
+        >>> option("learning_rate=3e-4"), option("use_peft=true")
+        (('learning_rate', 0.0003), ('use_peft', True))
+    """
     name, value = _pair(text, "NAME=VALUE")
-    return name, yaml.safe_load(value)
+    return name, as_number(yaml.safe_load(value))
 
 
 if __name__ == "__main__":

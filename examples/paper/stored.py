@@ -41,5 +41,17 @@ def differing(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return [name for name in before | now if before.get(name) != now.get(name)]
 
 
+def as_number(value: Any) -> Any:
+    """A text that is a number as that number, since YAML reads 3e-4 as a text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def _set(value: Any) -> Any:
-    return {name: _set(each) for name, each in value.items() if each is not None} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {name: _set(each) for name, each in value.items() if each is not None}
+    return [_set(each) for each in value] if isinstance(value, list) else as_number(value)

@@ -17,7 +17,9 @@ from records import Group, estimate, groups, judges_of, read, swept
 
 from trl_ulma.evaluation import figures
 from trl_ulma.evaluation.intervals import Estimate
+from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.judging import is_above_chance
+from trl_ulma.evaluation.rates import mean_points
 from trl_ulma.evaluation.report import shown, table
 
 TABLES = (
@@ -83,15 +85,13 @@ class _Scale:
         return groups(self.found, data=data, **(dict.fromkeys(grid.SWEEPS) | varied))
 
     def agreement(self, data: str, judge: str) -> Estimate | None:
-        """A judge's agreement with the data's labels: over folds, that of the fold with the lowest."""
-        stored = []
+        """A judge's agreement with the data's labels, of the pairs of all folds."""
+        verdicts: list[Verdict] = []
         for file in sorted((self.folder / "agreement" / self.scale).glob(f"{data}*/*.json")):
             told = json.loads(file.read_text(encoding="utf-8"))
             if told["judge"] == judge and re.fullmatch(rf"{data}(-fold-\d+)?", file.parent.name):
-                stored.append(estimate(told["agreement"]))
-        if not stored or any(each is None for each in stored):
-            return None
-        return min(stored, key=lambda each: (each.low is not None, each.low))
+                verdicts += map(Verdict, told["verdicts"])
+        return mean_points(verdicts)
 
     def trusted(self, data: str, judges: Sequence[str]) -> list[str]:
         """The judges that agree with the data's labels more than chance would."""
@@ -145,7 +145,7 @@ class _Scale:
         for number, judge in enumerate(judges_of(chosen), start=1):
             shares = {
                 chosen[method].title: {
-                    verdict: chosen[method].share_of_prompts(judge, verdict) for verdict in ("win", "tie", "lose")
+                    verdict: chosen[method].share(judge, verdict) for verdict in ("win", "tie", "lose")
                 }
                 for method in MAIN
                 if method in chosen and chosen[method].share(judge, "win") is not None
@@ -257,8 +257,8 @@ def _how(folder: Path, found: Sequence[dict[str, Any]]) -> str:
         f"- {len(found)} cells; model: {', '.join(models)}; {seconds / 3600:.1f} h in all",
         f"- hardware: {'; '.join(machines)}",
         f"- versions: {'; '.join(versions)}; commit {', '.join(commits)}",
-        "- in brackets are 95 % intervals: Student's t over seeds; of a single run the bootstrap over prompts, for "
-        "shares Wilson's",
+        "- in brackets are 95 % intervals, the wider ends of two: over prompts (the bootstrap's, for shares Wilson's) "
+        "and over seeds (Student's t); of one seed the first alone",
     ]
     changed = folder / "commands.json"
     if changed.exists():
