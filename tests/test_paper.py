@@ -18,6 +18,7 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForSequenceClassification
 
 PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
 sys.path.append(str(PAPER))
@@ -440,7 +441,26 @@ def test_a_judge_learns_from_pairs_that_the_run_has_not_seen(dry, tiny, raw, tmp
     assert ran.startswith("python examples/paper/judge.py run --model model --input hh=hh.json --output judge ")
     judged = ["--dry_run", "--seeds", "1", "--methods", "ulma", "--output", str(folder), "--judge", "reward:judge"]
     assert run(*judged) == 0
-    assert len(record(folder, "small/hh/ulma/seed-0")["judged"]["judge"]["verdicts"]) == 5
+    first = record(folder, "small/hh/ulma/seed-0")["judged"]["judge"]
+    assert len(first["verdicts"]) == 5
+    assert judge.main([*options, "--set", "learning_rate=0.5"]) == 2
+    assert "The judge in judge was begun with other settings." in capsys.readouterr().err
+
+    # Another one in its place judges anew
+    scorer = AutoModelForSequenceClassification.from_pretrained("judge")
+    scorer.score.weight.data.neg_()
+    scorer.save_pretrained("judge")
+    file = folder / "agreement/small/hh/judge.json"
+    verdicts = json.loads(file.read_text())["verdicts"]
+    assert run(*judged) == 0
+    opposite = {"win": "lose", "lose": "win", "tie": "tie"}
+    second = record(folder, "small/hh/ulma/seed-0")["judged"]["judge"]
+    assert second["verdicts"] == [opposite[verdict] for verdict in first["verdicts"]]
+    assert json.loads(file.read_text())["verdicts"] == [opposite[verdict] for verdict in verdicts]
+    assert set(first["verdicts"]) != {"tie"}
+    written = file.stat().st_mtime_ns
+    assert run(*judged) == 0
+    assert file.stat().st_mtime_ns == written
 
     # What the run has seen is not for the judge
     part = shutil.copytree(folder / "work" / "rows" / "small" / "hh", folder / "work" / "rows" / "small" / "hh-more")

@@ -94,10 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = work / "pairs.parquet"
         if file.exists() and load_rows(file)["train"].to_list() != pairs.to_list():
             raise ValueError(f"The judge in {args.output} learned from other pairs. Choose another --output.")
+        before = work / "reward.yaml"
+        asked = before.read_text(encoding="utf-8") if before.exists() else None
+        stages.write_options(stage, before, work, work / "reward")
+        if asked is not None and asked != before.read_text(encoding="utf-8"):
+            before.write_text(asked, encoding="utf-8")
+            raise ValueError(f"The judge in {args.output} was begun with other settings. Choose another --output.")
         pairs.to_parquet(file)
         remember(args.run, Path(__file__).name, sys.argv[1:] if argv is None else argv)
-        stages.write_options(stage, work / "reward.yaml", work, work / "reward")
-        stages.run("reward", work / "reward.yaml", None)
+        stages.run("reward", before, None)
     except (OSError, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from trl.trainer.utils import hash_module
 
 from trl_ulma.data.files import load_rows
 from trl_ulma.evaluation.as_trained import reward_scale
@@ -21,6 +22,7 @@ from trl_ulma.evaluation.llm_judge import LLMJudge
 from trl_ulma.evaluation.logps import completion_logps, load_model, load_tokenizer, positions, prompt_states
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.rates import mean_points
+from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Server
 from trl_ulma.labels import LabelRules
 from trl_ulma.preparation import Preparation
@@ -141,6 +143,12 @@ def make_judge(spec: str, criterion: str, cache: Path, options: Mapping[str, Any
         server.check()
         return LLMJudge(server, cache)
     raise ValueError(f"{spec!r} is no judge; it must be {JUDGES}.")
+
+
+def identity(judge: Judge) -> str:
+    """What tells a judge from another of the same name: what it says of itself before it is asked, and its weights."""
+    weights = hash_module(judge.model) if isinstance(judge, RewardModelJudge) else None
+    return digest(judge.facts(), weights)
 
 
 def agreement(judge: Judge, criterion: str, questions: Sequence[Question]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Run:
         self.cells = grid.cells(args.scale, args.data, args.methods, args.seeds, swept=swept, values=values)
         self.settings = {cell: self._settings(cell) for cell in self.cells}
         self.facts: dict[grid.Cell, dict[str, Any]] = {}
-        self.judges: list[Any] = []
+        self.judges: dict[str, Any] = {}
 
     def _settings(self, cell: grid.Cell) -> dict[str, Any]:
         args = self.args
@@ -173,11 +173,10 @@ class Run:
                     f"A reward model judges by one thing, and the data ask for {' and '.join(sorted(criteria))}."
                 )
             cache = self.output / "work" / "verdicts.jsonl"
-            self.judges += [measuring.make_judge(spec, next(iter(sorted(criteria))), cache, options)]
-            if not criteria & set(self.judges[-1].criteria):
-                raise ValueError(
-                    f"The judge {spec} judges {', '.join(self.judges[-1].criteria)}, which no data ask for."
-                )
+            judge = measuring.make_judge(spec, next(iter(sorted(criteria))), cache, options)
+            if not criteria & set(judge.criteria):
+                raise ValueError(f"The judge {spec} judges {', '.join(judge.criteria)}, which no data ask for.")
+            self.judges[measuring.identity(judge)] = judge
         seen: dict[Path, dict[str, Any]] = {}
         for cell in self.cells:
             folder, settings = self.rows(cell), self.settings[cell]
@@ -291,21 +290,29 @@ class Run:
         record, settings = load(self.record(cell)), self.settings[cell]
         rows, criterion = settings["rows"], settings["criterion"]
         _, questions = measuring.held_out(self.rows(cell) / "test.parquet", rows["label_type"])
-        for judge in self.judges:
-            if judge.name in record["judged"] or criterion not in judge.criteria:
+        for identity, judge in self.judges.items():
+            if criterion not in judge.criteria:
                 continue
             fold = "" if rows["fold"] is None else f"-fold-{rows['fold']}"
             file = self.output / "agreement" / cell.scale / (cell.data + fold) / f"{_slug(judge.name)}.json"
-            if not file.exists():
-                write(file, measuring.agreement(judge, criterion, questions))
-            record["judged"][judge.name] = measuring.judged(judge, criterion, questions, record["measured"]["answers"])
-            write(self.record(cell), record)
+            if not file.exists() or not _is_of(load(file), identity):
+                write(file, measuring.agreement(judge, criterion, questions) | {"identity": identity})
+            known = record["judged"].get(judge.name)
+            if known is None or not _is_of(known, identity):
+                verdicts = measuring.judged(judge, criterion, questions, record["measured"]["answers"])
+                record["judged"][judge.name] = verdicts | {"identity": identity}
+                write(self.record(cell), record)
 
     def results(self) -> None:
         """Write the tables and figures of all that is in the folder."""
         import tables
 
         print(f"Tables and figures are in {tables.write(self.output)}.")
+
+
+def _is_of(told: dict[str, Any], identity: str) -> bool:
+    """Whether this judge has said it; what was stored without a judge's identity is trusted."""
+    return told.get("identity", identity) == identity
 
 
 def remember(folder: Path, script: str, argv: Sequence[str]) -> None:
