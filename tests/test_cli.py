@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ulma import __version__
+from trl_ulma.checkpoints import last_whole
 from trl_ulma.scripts import pointwise_dpo, ulma
 from trl_ulma.scripts.cli import COMMANDS, main
 from trl_ulma.scripts.training import last_checkpoint_or, load_splits
@@ -534,6 +536,27 @@ def test_a_run_from_yaml_with_lora_and_its_resumption(tmp_path, tiny_gpt2, pairs
     state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
     assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, 2, 3]
     assert not (out / "checkpoint-1").exists()  # two of the three steps came from the checkpoint
+
+
+def test_ctrl_c_ends_a_run_with_a_checkpoint_and_no_model(tmp_path, tiny_gpt2, pairs):
+    out = tmp_path / "out"
+    options = ["--model_name_or_path", tiny_gpt2, "--dataset_name", pairs, "--output_dir", str(out)]
+    options += ["--max_steps", "100000", "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none"]
+    command = [sys.executable, "-m", "trl_ulma", "ulma", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        for line in process.stdout:
+            if "'loss'" in line:  # a step is done
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said = process.stdout.read()
+        assert process.wait() == 130
+    assert "Traceback" not in said
+    assert "Interrupted: step" in said
+    assert "The model is in" not in said
+    assert last_whole(out) is not None
+    assert not (out / "model.safetensors").exists()
 
 
 def test_a_run_that_fails_says_so_once(tmp_path, tiny_gpt2):

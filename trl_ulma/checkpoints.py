@@ -123,9 +123,10 @@ class KeepsCheckpoints(Trainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end,
-        and where there is none, training starts afresh. Ctrl-C ends the run after a step, with a checkpoint.
+        and where there is none, training starts afresh.
 
         Raises:
+            KeyboardInterrupt: after Ctrl-C, when the step that was running is done and a checkpoint is written.
             ValueError: where the checkpoint's weights are pickled.
         """
         if resume_from_checkpoint is True:
@@ -142,7 +143,11 @@ class KeepsCheckpoints(Trainer):
         if resume_from_checkpoint:
             refuse_pickle(resume_from_checkpoint, getattr(self.args, "model_init_kwargs", None))
         with self.interruption:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.interruption.agreed:
+            # What follows a training is not for one that was stopped
+            raise KeyboardInterrupt
+        return result
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -26,7 +26,7 @@ from trl_ulma import ULMAConfig, ULMATrainer
 from trl_ulma.checkpoints import KeepsCheckpoints
 from trl_ulma.evaluation.logps import adapter_base
 from trl_ulma.scripts.options import OptionParser
-from trl_ulma.scripts.training import train
+from trl_ulma.scripts.training import STOPPED, train
 
 # trainer: (its config, the rows it reads)
 KINDS: dict[str, tuple[type, str]] = {
@@ -187,10 +187,13 @@ def run(trainer: str, file: Path, scorer: Path | None) -> dict[str, Any]:
         return made[-1]
 
     started = time.perf_counter()
-    train(make, script_args, training_args, model_args, dataset_args)  # type: ignore[arg-type]
+    try:
+        train(make, script_args, training_args, model_args, dataset_args)  # type: ignore[arg-type]
+    except SystemExit as stop:
+        if stop.code != STOPPED:
+            raise
+        raise Interrupted(f"Stopped at step {made[0].state.global_step} of {made[0].state.max_steps}.") from None
     state = made[0].state
-    if state.global_step < state.max_steps:
-        raise Interrupted(f"Stopped at step {state.global_step} of {state.max_steps}.")
     return {
         "trainer": trainer,
         "steps": state.global_step,

@@ -1,6 +1,7 @@
 """What the training commands do: the launch, the data, and the run itself."""
 
 import dataclasses
+import signal
 import sys
 from typing import Any
 
@@ -10,6 +11,8 @@ from trl_ulma.data.files import load_rows, split_by_prompt
 from trl_ulma.scripts.options import OptionParser
 
 TEST_SPLIT_SIZE = 0.1
+# The exit code of what Ctrl-C has stopped
+STOPPED = 130
 
 
 def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
@@ -28,13 +31,19 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
     launcher.error = parser.error
     # --quiet: the script has printed its own traceback, and the launcher's says nothing more
     args = launcher.parse_args([*launch_options, "--quiet", "--module", module, *script_options])
+    # The training gets Ctrl-C as well, and is waited for while it writes its checkpoint
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
     try:
         launch_command(args)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        code = stop.code if isinstance(stop.code, int) else 1
+        return STOPPED if pressed and code else code
     except ChildFailedError as failure:
         print(failure, file=sys.stderr)
         return failure.get_first_failure()[1].exitcode or 1
+    finally:
+        signal.signal(signal.SIGINT, previous)
     return 0
 
 
@@ -103,7 +112,12 @@ def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
 
 
 def train(trainer_class: type, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Load, train, save, evaluate: the whole of a training command, on every process."""
+    """Load, train, save, evaluate: the whole of a training command, on every process.
+
+    Raises:
+        SystemExit: with a message for data that cannot be read; with `STOPPED` after Ctrl-C, before anything is saved
+            but the checkpoint.
+    """
     from accelerate import PartialState
     from peft import PeftModel
     from transformers.utils import logging
@@ -142,7 +156,10 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
 
-    trainer.train(resume_from_checkpoint=last_checkpoint_or(training_args.resume_from_checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint_or(training_args.resume_from_checkpoint))
+    except KeyboardInterrupt:  # the trainer has said how to go on
+        raise SystemExit(STOPPED) from None
 
     folder = training_args.output_dir
     trainer.save_model(folder)
