@@ -179,6 +179,18 @@ def test_ratings_have_correlations_and_log_z_moves_rewards(tiny_llama, adapters,
     assert main([*argv, "--label_type", "continuous", "--generate"]) == 1  # nothing says which answers are good
 
 
+def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_path, capsys, monkeypatch):
+    JudgeSettings(beta=0.1, log_z="column").write(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path)
+    argv = ["--model", str(tmp_path), "--ref_model", tiny_llama, "--dataset", rows, "--split", "train"]
+    argv += ["--output", str(tmp_path / "report")]
+    assert main(["evaluate", *argv, "--log_z", "0"]) == 0
+    monkeypatch.setattr("trl_ulma.evaluation.run.completion_logps", None)  # told before the scoring
+    said_last = error_of(capsys, argv)
+    assert f"{tmp_path}: log_z='column' needs a column log_z in the scored rows, in nats; there is none." in said_last
+
+
 def test_without_a_test_split_the_rows_that_training_held_out_are_taken(tiny_llama, rows, tmp_path, capsys):
     assert make_parser().get_default("test_split_size") == TEST_SPLIT_SIZE
     argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), "--test_split_size", "0.34"]

@@ -127,7 +127,8 @@ def reward_scale(
         prompt_states: called where log Z reads them, see `trl_ulma.evaluation.logps.prompt_states`.
 
     Raises:
-        ValueError: where a file is there that does not hold what it should.
+        ValueError: where a file is there that does not hold what it should, or the training read log Z from a column
+            and there is no `log_z`.
 
     Example:
         >>> reward_scale(".", np.array([False]), beta=None, log_z=0.5, prompt_states=lambda: torch.zeros(1, 8))
@@ -137,7 +138,12 @@ def reward_scale(
     found = np.zeros(len(continuous))
     if log_z is not None:
         found += log_z
-    elif saved.log_z != "column":
+    elif saved.log_z == "column":
+        raise ValueError(
+            f"{source}: log_z='column' needs a column log_z in the scored rows, in nats; there is none. Add it, or set "
+            "log_z."
+        )
+    else:
         partition = saved_log_partition(saved, saved_file(source, LOG_Z_FILE), "cpu")
         reads = isinstance(partition, Learned) and partition.needs_prompt_states
         found = partition(torch.from_numpy(continuous), prompt_states() if reads else None).numpy()

@@ -227,6 +227,18 @@ class _Run:
         raw = np.asarray(rows["row"][:])
         prompt, label = held_out.prompt[raw], held_out.label[raw]
         mask, continuous = held_out.sft_mask[raw], held_out.continuous[raw]
+        has_log_z = "log_z" in rows.column_names
+        scale = None
+        if args.ref_model is None and adapter_base(source) is None:
+            self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
+        else:  # before the scoring: what is wrong with it should not take that to be told
+            scale = reward_scale(
+                source,
+                continuous,
+                beta=args.beta,
+                log_z=0.0 if has_log_z else args.log_z,
+                prompt_states=partial(prompt_states, model, rows, batch_size=args.batch_size),
+            )
         logps, tokens = completion_logps(model, rows, batch_size=args.batch_size, what=f"Scoring, {run}")
         facts: dict[str, Any] = {
             "rows": len(rows),
@@ -238,17 +250,10 @@ class _Run:
                 if which.any()
             },
         }
-        ref_logps = self._reference(run, source, model, tokenizer, rows)
-        if ref_logps is None:
+        if scale is None:
             return facts
-        scale = reward_scale(
-            source,
-            continuous,
-            beta=args.beta,
-            log_z=0.0 if "log_z" in rows.column_names else args.log_z,
-            prompt_states=partial(prompt_states, model, rows, batch_size=args.batch_size),
-        )
-        log_z = np.asarray(rows["log_z"][:]) if "log_z" in rows.column_names else scale.log_z
+        ref_logps = self._reference(run, source, model, tokenizer, rows)
+        log_z = np.asarray(rows["log_z"][:]) if has_log_z else scale.log_z
         per = tokens.clip(min=1) if scale.length_normalize else 1
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
@@ -262,14 +267,11 @@ class _Run:
             facts["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])
         return facts
 
-    def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> np.ndarray | None:
-        """`(N,)` log π_ref(y|x), or None where there is no reference."""
+    def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> np.ndarray:
+        """`(N,)` log π_ref(y|x)."""
         args = self.args
         scoring = {"batch_size": args.batch_size, "what": f"Scoring, reference of {run}"}
         if args.ref_model is None:
-            if adapter_base(source) is None:
-                self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
-                return None
             with as_reference(model, source) as reference:
                 return completion_logps(reference, rows, **scoring)[0]
         key = digest(rows["prompt_ids"][:], rows["completion_ids"][:])
