@@ -73,14 +73,14 @@ def error_of(capsys, argv, code=1) -> str:
 def test_a_whole_run_with_a_judge_behind_transformers_serve(
     adapters, rows, tmp_path, tmp_path_factory, monkeypatch, capsys
 ):
-    monkeypatch.setenv("OPENAI_API_KEY", PLANTED)
+    monkeypatch.setenv("PLANTED_KEY", PLANTED)
     parrot = make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1")
     report = tmp_path / "report"
     argv = ["evaluate", "--dataset", rows, "--split", "train", "--output", str(report), "--max_new_tokens", "16"]
     argv += ["--model", f"ulma={adapters[0]}", "--model", f"ulma={adapters[1]}", "--model", f"served:{parrot}"]
     argv += ["--judge", f"llm:{parrot}", "--judge", "profanity", "--criterion", "harmless", "--beta", "0.5"]
     with transformers_serve(parrot) as url:
-        argv += ["--server_url", url, "--judge_url", url]
+        argv += ["--server_url", url, "--judge_url", url, "--key_variable", "PLANTED_KEY"]
         assert main(argv) == 0
     facts = json.loads((report / "report.json").read_text())
 
@@ -199,6 +199,30 @@ def test_without_a_test_split_the_rows_that_training_held_out_are_taken(tiny_lla
     assert json.loads((tmp_path / "report.json").read_text())["data"]["rows"] == 4
 
 
+def test_a_key_goes_to_the_server_that_it_was_named_for_and_to_no_other(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", PLANTED)
+    monkeypatch.setenv("JUDGE_KEY", "judge-key")
+    monkeypatch.setenv("MODEL_KEY", "model-key")
+    servers = [LoopbackServer(lambda messages: said("VERDICT: TIE")) for _ in range(2)]
+    argv = ["evaluate", "--dataset", rows, "--split", "train", "--model", "served:m", "--server_url", servers[0].url]
+    argv += ["--judge", "llm:j", "--judge_url", servers[1].url, "--num_prompts", "1"]
+    named = {"neither": [], "judge": ["--key_variable", "JUDGE_KEY"], "model": ["--server_key_variable", "MODEL_KEY"]}
+    sent = {}
+    try:
+        for case, options in named.items():
+            assert main([*argv, "--output", str(tmp_path / case), *options]) == 0
+            sent[case] = []
+            for server in servers:
+                headers = {name.lower(): value for each in server.headers for name, value in each.items()}
+                sent[case].append(headers["authorization"].removeprefix("Bearer "))
+                server.headers.clear()
+    finally:
+        for server in servers:
+            server.stop()
+    no = "no-key-needed"
+    assert sent == {"neither": [no, no], "judge": [no, "judge-key"], "model": ["model-key", no]}
+
+
 def test_help_needs_no_torch():
     code = (
         "import sys; from trl_ulma.scripts.cli import main; code = main(['evaluate', '--help']); "
@@ -220,6 +244,10 @@ NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
         (["--judge", "profanity", "--judge", "profanity"], "a --judge is given twice"),
         (["--model", "m"], "a --model is given twice; each run needs a folder of its own"),
         (["--judge_label", "good"], "--judge_label is of a reward:CHECKPOINT judge, and there is none"),
+        (["--judge_url", f"http://u:{PLANTED}@h/v1"], "--judge_url is of an llm:MODEL judge, and there is none."),
+        (["--judge", "profanity", "--key_variable", "K"], "--key_variable is of an llm:MODEL judge, and there is none"),
+        (["--server_url", f"http://u:{PLANTED}@h/v1"], "--server_url is of a served:MODEL model, and there is none."),
+        (["--server_key_variable", "K"], "--server_key_variable is of a served:MODEL model, and there is none."),
         (["--judge", "reward:r"], "a reward model has one criterion, which its authors say: give --criterion once"),
         (["--beta", "0"], "0 must be above 0"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
@@ -239,7 +267,7 @@ def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, messa
         (["--judge", "profanity", "--criterion", "helpful"], "judges harmless, not 'helpful'"),
         (["--judge", "llm:m", "--judge_url", "nowhere"], "'nowhere' is no server's URL"),
         (["--judge", "llm:m", "--judge_url", "http://127.0.0.1:9/v1", "--retries", "0"], "cannot be reached, in 1 try"),
-        (["--judge", "llm:m", "--judge_url", "https://api.openai.com/v1"], "OPENAI_API_KEY is not set"),
+        (["--judge", "llm:m", "--judge_url", "https://api.openai.com/v1"], "needs a key, and no variable is named"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_before_a_model_is_loaded(

@@ -203,7 +203,11 @@ def test_a_passing_fault_is_tried_again(judge, server, status):
         (200, {"choices": []}, r"answered without choices. Is it an OpenAI-compatible server\?"),
         (200, "<html>hello</html>", r"answered with what is not in OpenAI's protocol"),
         (200, {"hello": 1}, r"answered without choices"),
-        (401, {"error": {"message": "who?"}}, r"The key of the environment variable OPENAI_API_KEY is not set"),
+        (
+            401,
+            {"error": {"message": "who?"}},
+            r"It was asked without a key. .* by key_variable \(on the command line: --key_variable,",
+        ),
     ],
 )
 def test_a_lasting_fault_says_what_it_is(judge, server, monkeypatch, status, body, message):
@@ -255,7 +259,7 @@ def test_a_key_that_the_server_repeats_is_nowhere(key, server, tmp_path, caplog,
     caplog.set_level(logging.DEBUG)
     body = said(f"Your key is {KEY}.\nVERDICT: 1")[1] if status == 200 else {"error": {"message": f"not with {KEY}"}}
     server.answer = lambda messages: (status, body)
-    judge = LLMJudge(Server("m", server.url, retries=1), tmp_path / "verdicts.jsonl")
+    judge = LLMJudge(Server("m", server.url, key_variable="OPENAI_API_KEY", retries=1), tmp_path / "verdicts.jsonl")
     seen = ""
     try:
         assert judge(comparisons(2), "helpful") == [TIE, TIE]
@@ -301,8 +305,19 @@ def test_keys_and_urls_that_are_missing_are_said(monkeypatch):
         Server("m", "https://api.openai.com/v1", key_variable="MY_KEY")
     with pytest.raises(ValueError, match="'localhost:8000' is no server's URL"):
         Server("m", "localhost:8000")
+    with pytest.raises(ServerError, match=r"needs a key, and no variable is named\. .* by key_variable"):
+        Server("m", "https://api.openai.com/v1")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     assert Server("m").base_url == "http://127.0.0.1:1/v1"
+
+
+def test_a_refused_key_is_called_by_its_variable(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    server.answer = lambda messages: (401, {"error": {"message": "who?"}})
+    for key, state in ((KEY, "is refused"), ("", "is not set")):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ServerError, match=rf"variable OPENAI_API_KEY {state}.* --key_variable, of served models"):
+            Server("m").ask("Hi", max_tokens=1)
 
 
 # Judges without a server

@@ -139,7 +139,7 @@ def make_judge(spec: str, criterion: str, cache: Path, options: Mapping[str, Any
     if kind == "reward" and name:
         return RewardModelJudge(name, criterion)
     if kind == "llm" and name:
-        server = Server(name, options.get("judge_url"), key_variable=options.get("key_variable") or "OPENAI_API_KEY")
+        server = Server(name, options.get("judge_url"), key_variable=options.get("key_variable"))
         server.check()
         return LLMJudge(server, cache)
     raise ValueError(f"{spec!r} is no judge; it must be {JUDGES}.")

@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     judges = parser.add_argument_group("judges")
     judges.add_argument("--judge", action="append", default=[], help="llm:MODEL, reward:CHECKPOINT or profanity")
     judges.add_argument("--judge_url", help="of an OpenAI-compatible server (default: OPENAI_BASE_URL)")
-    judges.add_argument("--key_variable", default="OPENAI_API_KEY", help="environment variable (default: %(default)s)")
+    judges.add_argument("--key_variable", help="environment variable (default: OPENAI_API_KEY, with --judge_url none)")
     return parser
 
 

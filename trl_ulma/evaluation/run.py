@@ -65,7 +65,7 @@ class _Run:
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])
         self.servers = {
-            source: self._server(source.removeprefix(SERVED), args.server_url)
+            source: self._server(source.removeprefix(SERVED), args.server_url, args.server_key_variable)
             for _, source in args.model
             if source.startswith(SERVED)
         }
@@ -158,12 +158,12 @@ class _Run:
             self._note(f"{len(found)} prompts are too few to conclude from; {ENOUGH_PROMPTS} are a beginning.")
         return found
 
-    def _server(self, model: str, url: str | None) -> Server:
+    def _server(self, model: str, url: str | None, key_variable: str | None) -> Server:
         args = self.args
         return Server(
             model,
             url,
-            key_variable=args.key_variable,
+            key_variable=key_variable,
             timeout=args.timeout,
             retries=args.retries,
             concurrency=args.concurrency,
@@ -178,7 +178,7 @@ class _Run:
                 name, args.criterion[0], label=args.judge_label, batch_size=args.batch_size, **self.loading
             )
         cache = args.judge_cache or args.output / "verdicts.jsonl"
-        server = self._server(name, args.judge_url)
+        server = self._server(name, args.judge_url, args.key_variable)
         return LLMJudge(server, cache, temperature=args.judge_temperature, max_tokens=args.judge_max_tokens)
 
     def _note(self, text: str) -> None:

@@ -11,6 +11,9 @@ import openai
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _NO_KEY = "no-key-needed"
+_NAME_IT = (
+    "name the variable by key_variable (on the command line: --key_variable, of served models --server_key_variable)"
+)
 
 Item = TypeVar("Item")
 
@@ -42,13 +45,14 @@ class Server:
     Args:
         model: the model's name on the server.
         base_url: such as "http://localhost:8000/v1"; by default that of OPENAI_BASE_URL, else OpenAI's.
-        key_variable: the environment variable with the key; servers of one's own need none.
+        key_variable: the environment variable with the key. By default OPENAI_API_KEY where there is no `base_url`, and
+            none where there is: a key goes to nobody whom it was not named for.
         timeout: seconds for one answer.
         retries: tries after the first.
         concurrency: requests under way at once.
 
     Raises:
-        ValueError: for a URL that is none, or that has a password or a query in it.
+        ValueError: for a URL that is none, or that has a key, a password or a query in it.
         ServerError: where OpenAI's own server is asked without a key.
     """
 
@@ -57,26 +61,30 @@ class Server:
         model: str,
         base_url: str | None = None,
         *,
-        key_variable: str = KEY_VARIABLE,
+        key_variable: str | None = None,
         timeout: float = 60.0,
         retries: int = 5,
         concurrency: int = 8,
     ):
-        self._key = os.environ.get(key_variable, "").strip()
+        if key_variable is None and not base_url:
+            key_variable = KEY_VARIABLE
+        self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         # The client's own way of finding the address, checked before a request puts it into a log
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
         parts = urlsplit(self.base_url)
-        if "@" in parts.netloc or parts.query or parts.fragment or (self._key and self._key in self.base_url):
+        keys = filter(None, (self._key, os.environ.get(KEY_VARIABLE, "").strip()))
+        if "@" in parts.netloc or parts.query or parts.fragment or any(key in self.base_url for key in keys):
             raise ValueError(
                 "A server's URL is logged and reported, and must not hold a user, a password or a query. Put the key "
-                f"into the environment variable {key_variable}."
+                f"into an environment variable, and {_NAME_IT}."
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{self.base_url!r} is no server's URL; it must be such as http://localhost:8000/v1.")
         if not self._key and parts.hostname == "api.openai.com":
+            unset = f"the environment variable {key_variable} is not set" if key_variable else "no variable is named"
             raise ServerError(
-                f"{self.base_url} needs a key, and the environment variable {key_variable} is not set. Set it, or name "
-                "another server's URL."
+                f"{self.base_url} needs a key, and {unset}. Put it into an environment variable, and {_NAME_IT}; or "
+                "name another server's URL."
             )
         self.model, self.key_variable = model, key_variable
         self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
@@ -167,8 +175,13 @@ class Server:
             return f"{self.base_url}: {self.without_key(str(error))[:200]}"
         said = f'{self.base_url} answered {error.status_code}: "{self._said(error)}".'
         if error.status_code in (401, 403):
+            if self.key_variable is None:
+                return f"{said} It was asked without a key. Put one into an environment variable, and {_NAME_IT}."
             state = "is refused" if self._key else "is not set"
-            return f"{said} The key of the environment variable {self.key_variable} {state}. Set the right one."
+            return (
+                f"{said} The key of the environment variable {self.key_variable} {state}. Set the right one, or "
+                f"{_NAME_IT}."
+            )
         if error.status_code == 404:
             return f"{said} It has no model {self.model!r}, or its URL is another: most end in /v1."
         if error.status_code == 429:

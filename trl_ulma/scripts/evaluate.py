@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
+_KEY = "(default: OPENAI_API_KEY, and with a URL of its own none)"
 
 
 def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
@@ -87,6 +88,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     answers.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
     answers.add_argument("--top_p", type=float, default=1.0, help="default: 1")
     answers.add_argument("--server_url", help="OpenAI-compatible, of served:MODEL models (default: OPENAI_BASE_URL)")
+    answers.add_argument("--server_key_variable", help=f"the environment variable with that server's key {_KEY}")
 
     judges = parser.add_argument_group("judges")
     judges.add_argument("--judge", action="append", default=[], type=_judge, metavar="JUDGE", help=f"{JUDGES}; several")
@@ -94,6 +96,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         "--criterion", action="append", choices=("helpful", "harmless"), help="default: all that a judge knows; several"
     )
     judges.add_argument("--judge_url", help="OpenAI-compatible, of llm:MODEL judges (default: OPENAI_BASE_URL)")
+    judges.add_argument("--key_variable", help=f"the environment variable with that server's key {_KEY}")
     judges.add_argument("--judge_label", help="of a reward:CHECKPOINT with several labels: that of good answers")
     judges.add_argument("--judge_cache", type=Path, help="a file to share between runs (default: in --output)")
     judges.add_argument("--judge_max_tokens", type=_positive(int), default=16, help="of a verdict (default: 16)")
@@ -102,9 +105,6 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
 
     servers = parser.add_argument_group("servers")
-    servers.add_argument(
-        "--key_variable", default="OPENAI_API_KEY", help="the environment variable with the key (default: %(default)s)"
-    )
     servers.add_argument("--timeout", type=_positive(float), default=60.0, help="seconds for an answer (default: 60)")
     servers.add_argument("--retries", type=_count, default=5, help="after the first try (default: 5)")
     servers.add_argument("--concurrency", type=_positive(int), default=8, help="requests at once (default: 8)")
@@ -123,6 +123,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a --judge is given twice.")
     if args.judge_label and not any(kind == "reward" for kind, _ in args.judge):
         parser.error("--judge_label is of a reward:CHECKPOINT judge, and there is none.")
+    of_servers = {
+        "an llm:MODEL judge": (any(kind == "llm" for kind, _ in args.judge), ("judge_url", "key_variable")),
+        "a served:MODEL model": (
+            any(source.startswith("served:") for source in sources),
+            ("server_url", "server_key_variable"),
+        ),
+    }
+    for what, (is_there, options) in of_servers.items():
+        for option in options:
+            if getattr(args, option) and not is_there:
+                parser.error(f"--{option} is of {what}, and there is none. Leave it out.")
     if any(kind == "reward" for kind, _ in args.judge) and len(args.criterion or ()) != 1:
         parser.error("a reward model has one criterion, which its authors say: give --criterion once.")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
