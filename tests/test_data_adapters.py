@@ -431,6 +431,11 @@ GOOD, BAD = [{"role": "assistant", "content": "Hello!"}], [{"role": "assistant",
         ({"prompt": "Hi", "chosen": turns("Hi") + GOOD, "rejected": turns("Hi") + BAD}, turns("Hi")),
         ({"chosen": f"{HI} Hello!", "rejected": f"{HI} Go."}, turns("Hi")),
         ({"prompt": HI, "chosen": " Hello!", "rejected": " Go."}, turns("Hi")),
+        ({"prompt": HI, "chosen": f"{HI} Hello!", "rejected": f"{HI} Go."}, turns("Hi")),
+        ({"prompt": "Hi", "chosen": f"{HI} Hello!", "rejected": f"{HI} Go."}, turns("Hi")),
+        ({"prompt": "Hi", "chosen": f"{HI} Hello!".strip(), "rejected": f"{HI} Go.".strip()}, turns("Hi")),
+        ({"prompt": f"{HI} A{HUMAN} B", "chosen": f"{ASSISTANT} Hello!", "rejected": f"{ASSISTANT} Go."},
+         turns("Hi", "A", "B")),
         ({"prompt": "Hi", "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "Hello!"}]}],
           "rejected": [BAD[0] | {"tool_calls": None}]}, turns("Hi")),
     ],
@@ -481,6 +486,15 @@ def test_pairs_that_are_left_out(change, reasons):
     assert len(rows) == 4 - sum(reasons.values())
 
 
+def test_transcripts_that_do_not_repeat_their_prompt_are_left_out():
+    [why] = shape(demonstrations([{"prompt": "Ho", "completion": f"{HI} Hello!"}]))
+    assert why == "it is a transcript from its first turn on, and its prompt is not in it"
+    assert shape(pairs([{"prompt": "Ho", "chosen": f"{HI} Hello!", "rejected": f"{HI} Go."}])) == [why] * 2
+    # Answers that begin alike keep what they begin with
+    alike = {"chosen": "Human: Hi\n\nAssistant: I do.", "rejected": "Human: Hi\n\nAssistant: I don't."}
+    assert [each[0] for each in shape(pairs([{"prompt": "Hi", **alike}]))] == ["I do.", "I don't."]
+
+
 def test_turns_that_hold_more_than_text():
     call = [{"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}]
     picture = [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]
@@ -497,6 +511,8 @@ def test_turns_that_hold_more_than_text():
         {"prompt": turns("Hi"), "completion": GOOD},
         {"messages": turns("Hi") + GOOD},
         {"prompt": HI, "completion": " Hello!"},
+        {"prompt": HI, "completion": f"{HI} Hello!"},
+        {"prompt": "Hi", "completion": f"{HI} Hello!"},
     ],
 )
 def test_layouts_of_demonstrations(raw):

@@ -16,7 +16,31 @@ _NAME_IN_TEXT = re.compile(r"\b(?:Human|Assistant):")
 
 def is_transcript(text: str) -> bool:
     r"""Whether a text is a transcript of `\n\nHuman:` and `\n\nAssistant:` turns."""
-    return ASSISTANT in text and HUMAN in text
+    return ASSISTANT in text and HUMAN in "\n\n" + text.lstrip()
+
+
+def is_whole_transcript(text: Any) -> bool:
+    r"""Whether a text is a transcript that begins with a human turn, and not with what follows a prompt.
+
+    Example:
+        >>> is_whole_transcript("\n\nHuman: Hi\n\nAssistant: Hello!"), is_whole_transcript("\n\nAssistant: Hello!")
+        (True, False)
+    """
+    return isinstance(text, str) and is_transcript(text) and text.lstrip().startswith(HUMAN.lstrip())
+
+
+def check_repeats(transcript: str, prompt: Any) -> None:
+    r"""Raise ValueError where a whole transcript does not say its prompt again, which can be left out where it does.
+
+    Example:
+        >>> check_repeats("\n\nHuman: Hi\n\nAssistant: Hello!", "\n\nHuman: Hi\n\nAssistant:")
+        >>> check_repeats("\n\nHuman: Hi\n\nAssistant: Hello!", "Hi")
+    """
+    if isinstance(prompt, str):
+        asked = (turn["content"].strip() for turn in parse_transcript(transcript) if turn["role"] == "user")
+        if transcript.strip().startswith(prompt.strip()) or prompt.strip() in asked:
+            return
+    raise ValueError("it is a transcript from its first turn on, and its prompt is not in it")
 
 
 def split_transcript(text: str) -> tuple[str, str]:

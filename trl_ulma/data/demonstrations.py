@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, row
-from trl_ulma.data.conversations import as_messages
+from trl_ulma.data.conversations import as_messages, check_repeats, is_whole_transcript, split_turns
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.labels import is_messages
 
@@ -13,7 +13,9 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
     """One row an answer, each a demonstration with label 1.
 
     Args:
-        rows: `prompt` and `completion`, text or messages; or `messages`, whose last answer is the completion.
+        rows: `prompt` and `completion`, text or messages; or `messages`, whose last answer is the completion. A
+            completion that is a whole transcript is cut at its last answer, and left out where it does not repeat its
+            prompt.
 
     Example:
         >>> [outcome] = demonstrations([{"prompt": "Hi", "completion": "Hello!"}])
@@ -24,6 +26,9 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
         try:
             if "completion" in raw:
                 prompt, completion = raw["prompt"], raw["completion"]
+                if is_whole_transcript(completion):
+                    check_repeats(completion, prompt)
+                    prompt, completion = split_turns(completion)
             elif is_messages(raw["messages"]):
                 prompt, completion = split_messages(raw["messages"])
             else:

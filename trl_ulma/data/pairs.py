@@ -4,7 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, row
-from trl_ulma.data.conversations import as_messages, is_transcript, split_transcript
+from trl_ulma.data.conversations import (
+    as_messages,
+    check_repeats,
+    is_transcript,
+    is_whole_transcript,
+    split_transcript,
+)
 from trl_ulma.data.hh import LIKED, SAME
 from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
@@ -104,7 +110,8 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
 
     Args:
         rows: `chosen` and `rejected`, with or without `prompt`; texts, transcripts or messages. Halves that are whole
-            conversations are cut at their last answer, and a text `prompt` beside them is not needed.
+            conversations are cut at their last answer, and a text `prompt` beside them is not needed; pairs of
+            transcripts that do not repeat it are left out.
         liked: chosen answers are not demonstrations, but liked.
 
     Raises:
@@ -123,7 +130,12 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
         if any(raw.get(name) for name in ("tools", "chat_template_kwargs")):
             yield from [LeftOut("it has tools or chat_template_kwargs, which only pairs in their own layout keep")] * 2
             continue
-        halves = pairs_to_rows({name: [value] for name, value in _without_needless_prompt(raw).items()})
+        try:
+            columns = _without_needless_prompt(raw)
+        except ValueError as error:
+            yield from [LeftOut(str(error))] * 2
+            continue
+        halves = pairs_to_rows({name: [value] for name, value in columns.items()})
         for half, why in enumerate(halves["left_out"]):
             try:
                 if why is not None:
@@ -139,11 +151,19 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
 
 
 def _without_needless_prompt(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a pair, without a prompt that its halves begin with, or together with a transcript's prompt."""
+    """The columns of a pair, without a prompt that its halves repeat, or together with a transcript's prompt.
+
+    Raises:
+        ValueError: where both halves are whole transcripts, of which one does not repeat the prompt.
+    """
     columns = dict(raw)
     prompt, chosen, rejected = columns.get("prompt"), columns["chosen"], columns["rejected"]
     if all(is_messages(half) and half and half[0]["role"] in ASKING_ROLES for half in (chosen, rejected)):
         columns.pop("prompt", None)
+    elif "prompt" in columns and is_whole_transcript(chosen) and is_whole_transcript(rejected):
+        for half in (chosen, rejected):
+            check_repeats(half, prompt)
+        del columns["prompt"]
     elif isinstance(prompt, str) and is_transcript(prompt) and isinstance(chosen, str) and isinstance(rejected, str):
         columns |= {"chosen": prompt + chosen, "rejected": prompt + rejected}
         del columns["prompt"]
