@@ -14,6 +14,7 @@ from trl_ulma.evaluation.implicit_reward import (
 )
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, over_seeds, wilson
 from trl_ulma.evaluation.judges import Verdict
+from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.rates import counts, difference, mean_points, rates
 
@@ -81,6 +82,23 @@ def test_no_interval_without_two_prompts_nor_where_a_resample_is_undefined():
     assert undefined == Estimate(1.0, None, None, 3)
     with pytest.raises(ValueError, match="The figure of all 2 rows is nan"):
         bootstrap(lambda rows: float("nan"), np.arange(2), seed=0)
+
+
+def test_no_interval_where_all_resamples_are_alike():
+    found = bootstrap(lambda rows: 0.1 + 1e-17 * rows[0], np.arange(30), seed=0)  # but for rounding
+    assert found == Estimate(0.1, None, None, 30)
+    assert perplexity(np.full(3, -2.0), np.full(3, 4), np.arange(3)).low is None
+    assert binary_figures(np.array([5.0, -5.0] * 4), np.array([1.0, 0.0] * 4), np.arange(8))["accuracy"].low is None
+    close = bootstrap(lambda rows: (1 + 1e-6 * rows).mean(), np.arange(30), seed=0)
+    assert close.low < close.value < close.high
+
+
+def test_a_judge_of_two_agreements_is_not_above_chance():
+    assert mean_points([WIN] * 2) == wilson(2, 2)
+    assert mean_points([LOSE] * 2) == wilson(0, 2)
+    assert mean_points([TIE] * 9) == Estimate(0.5, None, None, 9)
+    above = {n: is_above_chance(mean_points([WIN] * n)) for n in (1, 2, 200)}
+    assert above == {1: False, 2: False, 200: True}
 
 
 # Perplexity
@@ -208,6 +226,6 @@ def test_a_difference_is_paired_by_prompt():
     assert (found.value, found.n) == (pytest.approx(0.5), 3)
     assert difference(other, one).value == pytest.approx(-0.5)
     assert difference(one, {"z": WIN}) is None
-    # Where two models do alike on every prompt, however different the prompts are, the difference is certain
+    # Where two models do alike on every prompt, however different the prompts are, nothing tells how sure that is
     alike = dict(enumerate([WIN, LOSE] * 50))
-    assert difference(alike, alike) == Estimate(0.0, 0.0, 0.0, 100)
+    assert difference(alike, alike) == Estimate(0.0, None, None, 100)

@@ -30,8 +30,9 @@ class Estimate:
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed: int) -> Estimate:
     """A figure of rows with its percentile-bootstrap interval over whole groups, since a prompt's rows go together.
 
-    There is no interval for fewer than two groups, nor where a resample leaves the figure undefined (NaN), as an AUC is
-    where all answers drawn are good ones.
+    There is no interval for fewer than two groups; nor where a resample leaves the figure undefined (NaN), as an AUC is
+    where all answers drawn are good ones; nor where all resamples give the same figure, as rows that are all alike do:
+    an interval without width would claim a certainty that no number of rows gives.
 
     Args:
         statistic: of row numbers `(M,)`, which may repeat, the figure.
@@ -73,7 +74,8 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed
             rng=seed,
         )
     low, high = map(float, drawn.confidence_interval)
-    if np.isnan(drawn.bootstrap_distribution).any():
+    figures = drawn.bootstrap_distribution
+    if np.isnan(figures).any() or np.allclose(figures, value, rtol=1e-9, atol=1e-12):
         return Estimate(value, None, None, len(members))
     return Estimate(value, low, high, len(members))
 

@@ -47,13 +47,19 @@ def rates(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
 def mean_points(verdicts: Sequence[Verdict], *, seed: int = 0) -> Estimate | None:
     """The mean of 1 for a win, ½ for a tie and 0 for a loss, with its bootstrap interval; None without a verdict.
 
+    All wins or all losses, which have no such interval, are a share, with Wilson's. All ties have none.
+
     Example:
         >>> mean_points([Verdict.WIN, Verdict.TIE]).value
         0.75
+        >>> round(mean_points([Verdict.WIN, Verdict.WIN]).low, 3)
+        0.342
     """
     points = np.array([POINTS[verdict] for verdict in verdicts if verdict in POINTS])
     if not len(points):
         return None
+    if (points == points[0]).all() and points[0] != POINTS[Verdict.TIE]:
+        return wilson(int(points.sum()), len(points))
     return bootstrap(lambda rows: points[rows].mean(), np.arange(len(points)), seed)
 
 
