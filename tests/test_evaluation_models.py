@@ -224,6 +224,20 @@ def test_a_model_trained_anew_in_the_same_place_is_asked_anew(tiny_llama, genera
     assert TransformersGenerator(generator.model, generator.tokenizer, str(tmp_path / "a")).identity != same[0]
 
 
+def test_another_dtype_and_another_base_are_asked_anew(tiny_llama, generator, tmp_path):
+    bases = [tmp_path / "a", tmp_path / "b"]
+    for base in bases:
+        generator.model.save_pretrained(base)
+    found = set()
+    for base, dtype, is_new in ((0, "float32", 0), (0, "bfloat16", 0), (1, "float32", 0), (0, "float32", 1)):
+        if is_new:
+            (bases[base] / "model.safetensors").touch()
+        model = AutoModelForCausalLM.from_pretrained(bases[base], dtype=dtype)
+        adapted = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+        found.add(TransformersGenerator(adapted, generator.tokenizer, "adapter").identity)
+    assert len(found) == 4
+
+
 def test_a_torn_line_is_cut_off_and_a_broken_one_named(generator, prompts, tmp_path, caplog):
     path, sampling = tmp_path / "answers.jsonl", Sampling(max_new_tokens=4)
     answers = generate(generator, prompts, path, sampling)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import is_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -71,14 +72,17 @@ class TransformersGenerator:
     Args:
         model: in evaluation mode.
         tokenizer: of the model, with a pad token.
-        name: where the model was loaded from. Its files' sizes and times are part of the answers' keys, so that a model
-            trained anew in the same place is asked anew.
+        name: where the model was loaded from. Its files' sizes and times, an adapter's base model and its files, and
+            the weights' dtype are part of the answers' keys, so that a model trained anew in the same place is asked
+            anew.
         positions: how many tokens the model can read at most, or None.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str, positions: int | None = None):
         self.model, self.tokenizer, self.positions = model, tokenizer, positions
-        self.identity = digest(name, _files(Path(name)))
+        base = model.peft_config[model.active_adapter].base_model_name_or_path if is_peft_model(model) else None
+        files = [_files(Path(each)) for each in (name, base) if each]
+        self.identity = digest(name, base, files, str(model.dtype))
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)})
