@@ -271,18 +271,29 @@ def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, messa
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_before_a_model_is_loaded(
-    capsys, rows, tmp_path, monkeypatch, options, message
+    capsys, tiny_llama, rows, tmp_path, monkeypatch, options, message
 ):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("trl_ulma.evaluation.run.load_model", None)
-    argv = ["--model", "m", "--dataset", rows, "--output", str(tmp_path), *options]
+    argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), *options]
     said_last = error_of(capsys, argv)
     assert said_last.startswith("trl-ulma evaluate: error: ")
     assert message in said_last
 
 
-def test_a_missing_data_set_is_named(capsys, tmp_path):
-    argv = ["--model", "m", "--dataset", str(tmp_path / "x.jsonl"), "--output", str(tmp_path)]
+@pytest.mark.parametrize("option", ["--model", "--ref_model"])
+def test_a_model_that_is_not_there_is_named_before_all_else(capsys, tiny_llama, tmp_path, option):
+    (tmp_path / "empty").mkdir()
+    for wrong in (str(tmp_path / "typo"), str(tmp_path / "empty"), "typo"):
+        argv = ["--model", tiny_llama, option, wrong, "--dataset", "d.jsonl", "--output", str(tmp_path / "report")]
+        said_last = error_of(capsys, argv)
+        assert f"{option} {wrong}: its configuration and its tokenizer cannot be loaded (" in said_last
+        assert said_last.endswith("Name the folder of a checkpoint or an adapter, or a model on the hub.")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_missing_data_set_is_named(capsys, tiny_llama, tmp_path):
+    argv = ["--model", tiny_llama, "--dataset", str(tmp_path / "x.jsonl"), "--output", str(tmp_path)]
     assert "There is no file or folder" in error_of(capsys, argv)
 
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from datasets import Dataset
 from servers import LoopbackServer, said
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from trl_ulma.evaluation.held_out import HeldOut, known_comparisons
 from trl_ulma.evaluation.judges import Comparison, ProfanityJudge, RewardModelJudge, Verdict, as_text
@@ -399,6 +405,33 @@ def test_a_reward_model_refuses_what_it_cannot_read(reward_models):
     judge.model.score.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="scores comparison 0 with nan"):
         judge.scores(["a"], ["b"])
+
+
+def test_a_roberta_reads_fewer_tokens_than_it_has_positions(tiny_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=32,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=1,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = RewardModelJudge(str(tmp_path), "helpful")
+    of_length = {len(judge._encode("", "cat " * n)): "cat " * n for n in range(32)}
+    longest = max(length for length in of_length if length <= 31)
+    too_long = min(length for length in of_length if length > 31)
+    assert (tokenizer.pad_token_id, too_long) == (0, 32)
+    assert len(judge.scores([""], [of_length[longest]])) == 1
+    with pytest.raises(ValueError, match=rf"has {too_long} tokens for .*, which reads 31\."):
+        judge.scores([""], [of_length[too_long]])
+    judge.tokenizer.model_max_length = 8
+    with pytest.raises(ValueError, match="which reads 8"):
+        judge.scores([""], [of_length[longest]])
 
 
 # Known labels

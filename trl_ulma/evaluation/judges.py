@@ -130,9 +130,9 @@ class RewardModelJudge:
             ValueError: for an answer longer than the model can read, or a score that is not finite.
         """
         ids = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        most = self._positions()
         longest = max(range(len(ids)), key=lambda i: len(ids[i]), default=0)
-        if most is not None and ids and len(ids[longest]) > most:
+        if ids and len(ids[longest]) > most:
             raise ValueError(
                 f"Comparison {longest} has {len(ids[longest])} tokens for {self.name}, which reads {most:,}. Leave "
                 "long prompts out, or use another judge."
@@ -166,6 +166,17 @@ class RewardModelJudge:
         """The checkpoint, and the label that is good."""
         label = None if self.label is None else self.model.config.id2label[self.label]
         return {"kind": "reward model", "checkpoint": self.name, "label": label}
+
+    def _positions(self) -> int:
+        """How many tokens can be read: as the model's positions are numbered, and at most what its tokenizer says."""
+        most = self.tokenizer.model_max_length  # 10^30 where it has no limit
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None:
+            return most
+        # RoBERTa and its kin number them from the pad token's number on
+        tables = (each for name, each in self.model.named_modules() if name.endswith("position_embeddings"))
+        padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+        return min(most, positions - padding - 1)
 
     def _encode(self, prompt: Any, answer: str) -> list[int]:
         if not isinstance(prompt, str):

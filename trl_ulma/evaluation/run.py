@@ -69,6 +69,7 @@ class _Run:
             for _, source in args.model
             if source.startswith(SERVED)
         }
+        self._check_models()
         args.output.mkdir(parents=True, exist_ok=True)
         judges = [self._judge(kind, name) for kind, name in args.judge]
         self.judging = Judging(judges, args.criterion, seed=args.seed, note=self._note)
@@ -113,6 +114,22 @@ class _Run:
         return facts
 
     # Before any work
+
+    def _check_models(self) -> None:
+        """Raise ValueError where a model or the reference is not there, or not a model."""
+        named = [("--model", source) for _, source in self.args.model if source not in self.servers]
+        if self.args.ref_model is not None:
+            named.append(("--ref_model", self.args.ref_model))
+        for option, source in named:
+            try:
+                load_tokenizer(source, **self.loading)
+                positions(source, **self.loading)
+            except (ImportError, OSError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{option} {source}: its configuration and its tokenizer cannot be loaded "
+                    f"({' '.join(str(error).split())[:300]}). Name the folder of a checkpoint or an adapter, or a "
+                    "model on the hub."
+                ) from error
 
     def _rows(self) -> tuple[HeldOut, str]:
         args = self.args
