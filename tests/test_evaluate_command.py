@@ -191,12 +191,14 @@ def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_
     assert f"{tmp_path}: log_z='column' needs a column log_z in the scored rows, in nats; there is none." in said_last
 
 
-def test_without_a_test_split_the_rows_that_training_held_out_are_taken(tiny_llama, rows, tmp_path, capsys):
+def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(tiny_llama, rows, tmp_path, capsys):
     assert make_parser().get_default("test_split_size") == TEST_SPLIT_SIZE
     argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), "--test_split_size", "0.34"]
     assert main(["evaluate", *argv]) == 0
-    assert "evaluated are those 2 of its 6 rows that training with the seed 42 holds out" in capsys.readouterr().err
-    assert json.loads((tmp_path / "report.json").read_text())["data"]["rows"] == 4
+    said_of_rows = capsys.readouterr().err
+    assert "evaluated are 2 of its 6 rows (0.34 of train by prompt, seed 42). Where training held out" in said_of_rows
+    data = json.loads((tmp_path / "report.json").read_text())["data"]
+    assert (data["rows"], data["split"]) == (4, "0.34 of train by prompt, seed 42")
 
 
 def test_a_key_goes_to_the_server_that_it_was_named_for_and_to_no_other(rows, tmp_path, monkeypatch):

@@ -142,11 +142,13 @@ class _Run:
             raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
         rows: Dataset = splits["train"]
         held_out = split_by_prompt(rows, test_size=args.test_split_size, seed=args.split_seed)["test"]
+        part = f"{args.test_split_size:g} of train by prompt, seed {args.split_seed}"
         self._note(
-            f"{args.dataset} has no test split: evaluated are those {len(held_out):,} of its {len(rows):,} rows that "
-            f"training with the seed {args.split_seed} holds out. (--split train takes all.)"
+            f"{args.dataset} has no test split: evaluated are {len(held_out):,} of its {len(rows):,} rows ({part}). "
+            "Where training held out the same (by --eval_strategy or --do_eval, with this --test_split_size and this "
+            "--seed), it has not seen them; otherwise it has. (--split train takes all.)"
         )
-        return HeldOut.of(held_out, "test", self._as_trained(held_out)), "held out of train"
+        return HeldOut.of(held_out, "test", self._as_trained(held_out)), part
 
     def _as_trained(self, rows: Dataset) -> LabelRules:
         """How the rows' labels are read; how rows are cut is set, too."""

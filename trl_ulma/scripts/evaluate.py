@@ -44,8 +44,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     what.add_argument("--dataset_config", help="of a data set that has several configurations")
     what.add_argument(
         "--split",
-        help='default: "test"; where there is none, the rows that training held out of "train" (by prompt, with '
-        "--test_split_size and --split_seed)",
+        help='default: "test"; where there is none, a part of "train" by prompt, which is held out where '
+        "training held out the same (--eval_strategy, with --test_split_size and --split_seed as here)",
     )
     what.add_argument("--test_split_size", type=_positive(float), default=0.1, help="as in training (default: 0.1)")
     what.add_argument("--split_seed", type=int, default=42, help="the training's --seed (default: 42)")
