@@ -193,6 +193,20 @@ def test_the_report_is_of_the_rows_that_are_trained_on(tiny_gpt2, tmp_path, caps
     assert f"As JSON: {tmp_path / 'out' / 'label_report.json'}" in shown
 
 
+def test_point_wise_dpo_has_no_demonstrations(tiny_gpt2, tmp_path, capsys):
+    rows = make_rows(40, label=[1.0] * 36 + [0.0] * 4)
+    make_trainer(tiny_gpt2, rows, tmp_path / "pointwise", pointwise=True)
+    shown = capsys.readouterr().out
+    assert "Of the rows that are compared good ones weigh 9 to 1." in shown
+    report = json.loads((tmp_path / "pointwise" / "label_report.json").read_text())
+    assert report["demonstrations"] == 0
+    # ULMA imitates them, and compares the others alone
+    make_trainer(tiny_gpt2, rows, tmp_path / "ulma")
+    assert "good ones weigh" not in capsys.readouterr().out
+    report = json.loads((tmp_path / "ulma" / "label_report.json").read_text())
+    assert report["demonstrations"] == 0.9
+
+
 def test_the_report_can_be_left_out_and_a_stream_has_none(tiny_gpt2, tmp_path, capsys):
     make_trainer(tiny_gpt2, make_rows(4), tmp_path / "a", label_report=False)
     make_trainer(tiny_gpt2, make_rows(4).to_iterable_dataset(), tmp_path / "b", max_steps=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ulma.labels import (
@@ -19,6 +20,7 @@ from trl_ulma.labels import (
     render_report,
     transform_labels,
 )
+from trl_ulma.losses import Terms, route
 from trl_ulma.vision import as_images, image_column, image_key
 
 # What is written into the output folder
@@ -142,6 +144,31 @@ def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
     return np.full(len(rows), label_type == "continuous")
 
 
+def terms_of(rows: Dataset, label_type: str, cell: tuple[str, str]) -> Terms:
+    """Which terms the loss of each prepared row has, see `trl_ulma.losses.route`.
+
+    Args:
+        rows: prepared.
+        label_type: of rows that have none of their own.
+        cell: (positive_loss, negative_loss).
+    """
+    label = torch.tensor(rows["label"][:], dtype=torch.float32)
+    sft_mask = torch.tensor(rows["sft_mask"][:], dtype=torch.bool)
+    continuous = torch.from_numpy(is_continuous(rows, label_type))
+    positive, negative = cell
+    return route(label, sft_mask, continuous, positive_loss=positive, negative_loss=negative)
+
+
+def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:
+    """`(N,)` bool: the prepared rows that are imitated, or marked as demonstrations and in no other term of the loss.
+
+    Point-wise DPO has none: what is marked is compared like all rows.
+    """
+    terms = terms_of(rows, args.label_type, args.cell)
+    marked = np.asarray(rows["sft_mask"][:], dtype=bool)
+    return terms.imitated.numpy() | (marked & ~terms.compared.numpy())
+
+
 def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
     """The label report of prepared rows, see `trl_ulma.labels.label_report`.
 
@@ -157,10 +184,11 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
     return label_report(
         np.asarray(rows["label"][:]),
         continuous,
-        np.asarray(rows["sft_mask"][:]),
+        are_demonstrations(rows, args),
         prompt=prompt,
         answer=answer,
         tokens=tokens,
+        compared=terms_of(rows, args.label_type, args.cell).compared.numpy(),
         weight=np.asarray(rows["weight"][:]) if "weight" in rows.column_names else None,
         log_z=log_z,
         beta=args.beta,

@@ -7,6 +7,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from trl_ulma.dataset_labels import are_demonstrations
+
 # Those of `report_to` that take pictures
 TRACKERS = {"tensorboard": TensorBoardCallback, "trackio": TrackioCallback, "wandb": WandbCallback}
 
@@ -42,8 +44,8 @@ class TracksPictures(TrainerCallback):
         """Log the labels."""
         rows = self.trainer.train_dataset
         if state.is_world_process_zero and isinstance(rows, Dataset):
-            label, is_demonstration = (np.asarray(rows[name][:]) for name in ("label", "sft_mask"))
-            self._log("train/labels", self._figures.label_histogram(label, is_demonstration), state.global_step)
+            picture = self._figures.label_histogram(np.asarray(rows["label"][:]), are_demonstrations(rows, args))
+            self._log("train/labels", picture, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Log the calibration."""

@@ -29,6 +29,7 @@ def label_report(
     prompt: np.ndarray,
     answer: np.ndarray,
     tokens: np.ndarray,
+    compared: np.ndarray | None = None,
     weight: np.ndarray | None = None,
     log_z: np.ndarray | float | None = 0.0,
     beta: float = 0.1,
@@ -44,6 +45,7 @@ def label_report(
         prompt: `(N,)` a number for each different prompt.
         answer: `(N,)` a number for each different completion of a prompt.
         tokens: `(N,)` the completions' numbers of tokens.
+        compared: `(N,)` bool, True where the loss has the reference; None where that are all rows but demonstrations.
         weight: `(N,)` the rows' weights; None where all are 1.
         log_z: log Z in nats, one number or `(N,)`; None where it is not known before training.
         beta: β.
@@ -84,9 +86,9 @@ def label_report(
     if "binary" in report:
         rows = ~continuous
         report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
-        compared = np.where(rows & ~sft_mask, weights, 0)
-        good = class_weights[0] * compared[label >= 0.5].sum()
-        bad = class_weights[1] * compared[label < 0.5].sum()
+        of_reward = np.where(rows & (~sft_mask if compared is None else compared), weights, 0)
+        good = class_weights[0] * of_reward[label >= 0.5].sum()
+        bad = class_weights[1] * of_reward[label < 0.5].sum()
         if is_zero and max(good, bad) >= _LOPSIDED * min(good, bad) > 0:
             warnings.append(
                 f"Of the rows that are compared good ones weigh {good / bad:.2g} to 1. With log_z=0 most of what is "
