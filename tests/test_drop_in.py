@@ -11,8 +11,8 @@ import torch
 import transformers
 import trl
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
@@ -173,6 +173,17 @@ def test_evaluation_sets_by_name_have_figures_by_name(tiny_gpt2, tmp_path):
     assert found["eval_second_loss"] != found["eval_first_loss"]
 
 
+def test_an_evaluation_set_may_be_called_train(tiny_gpt2, tmp_path):
+    sets = {"train": make_rows(6), "test": make_rows(6)}
+    settings = {"precompute_ref_log_probs": True, "max_steps": 1, "learning_rate": 1e-2}
+    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, eval_dataset=sets, peft_config=LORA, **settings)
+    trainer.train()
+    found = trainer.evaluate()
+    for name in ("loss", "kl", "rewards/chosen", "rewards/margins", "rewards/accuracies"):
+        assert found[f"eval_train_{name}"] == found[f"eval_test_{name}"]
+    assert np.isfinite(trainer.predict(make_rows(6), metric_key_prefix="train").predictions).all()
+
+
 def test_the_best_model_is_chosen_by_reward_margins(tiny_gpt2, tmp_path):
     trainer = make_trainer(
         tiny_gpt2,
@@ -269,6 +280,52 @@ def test_a_pretrained_adapter_is_its_own_reference(tiny_gpt2, tmp_path):
     assert before == pytest.approx(np.zeros(8), abs=1e-5)  # not the base model's
     trainer.train()
     assert np.abs(trainer.predict(make_rows(8)).predictions).max() > 1e-3
+
+
+def test_the_adapter_that_is_trained_is_the_one_that_its_reference_copies(tiny_gpt2, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LORA)
+    model.add_adapter("other", LORA)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="trains its adapter other, and the reference is a copy of the one that is"):
+        make_trainer(model, make_rows(8), tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    assert make_trainer(model, make_rows(8), tmp_path, ref_model=reference).ref_model is not None
+    alone = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LORA, adapter_name="policy")
+    with pytest.raises(ValueError, match="trains its adapter policy"):
+        make_trainer(alone, make_rows(8), tmp_path)
+
+
+def test_virtual_tokens_of_a_model_in_memory_take_positions(tiny_gpt2, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=base.config.n_positions - 5)
+    rows = make_rows(4, prompt=["How are you?" * 9] * 4)
+    for model, peft_config in ((tiny_gpt2, adapter), (get_peft_model(base, adapter), None)):
+        with pytest.raises(ValueError, match="5 positions"):
+            make_trainer(model, rows, tmp_path, peft_config=peft_config, max_length=None)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_reference_of_a_model_in_memory_is_that_model(tiny_gpt2, tmp_path, precompute):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    settings = {"max_steps": 2, "learning_rate": 1e-2, "precompute_ref_log_probs": precompute}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    rows = make_rows(8)
+    trainer = make_trainer(model, rows, tmp_path, eval_dataset=rows, processing_class=tokenizer, **settings)
+    assert trainer.predict(trainer.eval_dataset).predictions == pytest.approx(np.zeros(8), abs=1e-5)
+    trainer.train()
+    assert np.abs(trainer.predict(trainer.eval_dataset).predictions).max() > 1e-3
+
+
+def test_a_model_without_a_name_has_a_reference(tiny_gpt2, tmp_path):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_gpt2))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    trainer = make_trainer(model, make_rows(8), tmp_path, max_steps=1, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.ref_model is not trainer.model
 
 
 @pytest.mark.parametrize("layout", [{}, {"share_prompts": True}, {"padding_free": True}], ids=str)

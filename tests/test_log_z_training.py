@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from world import make_rows, make_trainer, mixed_rows, weights
 
+from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.steps import mismatched
 
@@ -232,6 +233,32 @@ def test_what_cannot_be_is_refused_at_the_start(tiny_gpt2, tmp_path, settings, l
     rows = make_rows(12, **({"log_z": log_z} if log_z else {}))
     with pytest.raises(ValueError, match=message):
         make_trainer(tiny_gpt2, rows, tmp_path, **settings)
+
+
+@pytest.mark.parametrize("log_z", ["prior", "learned_constant", "column"])
+def test_what_the_rows_contradict_is_told_before_a_model_is_loaded(tiny_gpt2, tmp_path, log_z):
+    args = PointwiseDPOConfig(str(tmp_path), log_z=log_z, report_to="none", bf16=False)
+    with pytest.raises(ValueError, match=f"log_z='{log_z}' needs"):
+        PointwiseDPOTrainer.dry_run(tiny_gpt2, args, make_rows(4, label=[1.0] * 4))
+
+
+def test_evaluation_rows_have_the_column_that_training_rows_have(tiny_gpt2, tmp_path):
+    rows, plain = make_rows(8, log_z=[5.0] * 8), make_rows(8)
+    lacks = "log_z='column' needs a column log_z in the {} dataset"
+    with pytest.raises(ValueError, match=lacks.format("eval")):
+        make_trainer(tiny_gpt2, rows, tmp_path, log_z="column", eval_dataset=plain)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, log_z="column", eval_dataset=rows, pointwise=True)
+    assert trainer.evaluate()["eval_log_z"] == 5
+    for ask in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match=r"needs a column log_z in the \w+ dataset"):
+            ask(plain)
+    stream = plain.to_iterable_dataset()
+    with pytest.raises(ValueError, match="needs a column log_z"):
+        trainer.evaluate(stream)
+    with pytest.raises(
+        ValueError, match=r"log_z='prior' and a column log_z in the eval dataset contradict one another"
+    ):
+        make_trainer(tiny_gpt2, plain, tmp_path, log_z="prior", eval_dataset=rows, pointwise=True)
 
 
 def test_streams_and_virtual_tokens_are_refused_where_they_do_not_serve(tiny_gpt2, tmp_path):

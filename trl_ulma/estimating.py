@@ -37,35 +37,17 @@ class EstimatesLogZ(DPOTrainer):
         """Set `log_partition`.
 
         Args:
-            train_dataset: prepared rows.
+            train_dataset: prepared rows, for which the choice has been checked.
             compared: which of them are compared with the reference, `(N,)` bool.
 
         Raises:
-            ValueError: where the choice has no meaning for these rows, or this model.
+            ValueError: where the choice has no meaning for this model.
         """
         args: Any = self.args
         choice, beta, device = args.log_z, args.beta, self.accelerator.device
-        has_column = "log_z" in (train_dataset.column_names or ())
-        if choice == "column" and not has_column:
-            raise ValueError("log_z='column' needs a column log_z in the train dataset, in nats; there is none.")
-        if isinstance(choice, str) and choice != "column" and has_column:
-            raise ValueError(
-                f"log_z={choice!r} and a column log_z in the train dataset contradict one another. Remove the column, "
-                "or set log_z='column'."
-            )
-        label = continuous = weight = np.empty(0)
-        if choice in NEED_CLASSES and isinstance(train_dataset, Dataset):
-            rows = compared(train_dataset)
-            label, continuous, weight = _labels_of(train_dataset, args)
-            label, continuous, weight = label[rows], continuous[rows], weight[rows]
-            _check_classes(choice, label, continuous, weight)
         if choice == "prior":
-            if not isinstance(train_dataset, Dataset):
-                raise ValueError(
-                    "log_z='prior' needs the mean label of all rows, which a stream does not tell. Set log_z to a "
-                    "number, to 'learned_constant', or load the data set without streaming."
-                )
-            self.log_partition = Prior(label, continuous, weight, beta=beta, device=device)
+            labels = _labels_of(train_dataset, args, compared(train_dataset))
+            self.log_partition = Prior(*labels, beta=beta, device=device)
         elif choice == "running_mean":
             self.log_partition = RunningMean(device=device)
         elif choice == "batch_kl":
@@ -135,15 +117,53 @@ class EstimatesLogZ(DPOTrainer):
         self._load_log_partition(self.state.best_model_checkpoint)
 
 
-def _labels_of(rows: Dataset, args: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(label, continuous, weight in the loss) of prepared rows, each `(N,)`."""
+def check_column(choice: float | str, dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise ValueError where a data set lacks the column that `log_z` reads, or has one that it contradicts.
+
+    Args:
+        choice: `log_z` of the config.
+        dataset: prepared rows; of streams only those are checked whose columns are known.
+        name: of the data set, in the message.
+    """
+    names = dataset.column_names
+    has_column = "log_z" in (names or ())
+    if choice == "column" and names and not has_column:
+        raise ValueError(f"log_z='column' needs a column log_z in the {name} dataset, in nats; there is none.")
+    if isinstance(choice, str) and choice != "column" and has_column:
+        raise ValueError(
+            f"log_z={choice!r} and a column log_z in the {name} dataset contradict one another. Remove the column, "
+            "or set log_z='column'."
+        )
+
+
+def check_labels(args: Any, train_dataset: Dataset | IterableDataset, compared: Callable) -> None:
+    """Raise ValueError where the labels do not tell what `log_z` is to be learned from.
+
+    Args:
+        args: the trainer's config.
+        train_dataset: prepared rows.
+        compared: which of them are compared with the reference, `(N,)` bool.
+    """
+    if args.log_z not in NEED_CLASSES:
+        return
+    if isinstance(train_dataset, Dataset):
+        _check_classes(args.log_z, *_labels_of(train_dataset, args, compared(train_dataset)))
+    elif args.log_z == "prior":
+        raise ValueError(
+            "log_z='prior' needs the mean label of all rows, which a stream does not tell. Set log_z to a number, to "
+            "'learned_constant', or load the data set without streaming."
+        )
+
+
+def _labels_of(rows: Dataset, args: Any, compared: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(label, continuous, weight in the loss) of the prepared rows that are compared, each `(M,)`."""
     label = np.asarray(rows["label"][:])
     continuous = is_continuous(rows, args.label_type)
     chosen = np.where(continuous, np.asarray(rows["sft_mask"][:]), label >= 0.5)
     weight = np.where(chosen, args.desirable_weight, args.undesirable_weight)
     if "weight" in rows.column_names:
         weight = weight * np.asarray(rows["weight"][:])
-    return label, continuous, weight
+    return label[compared], continuous[compared], weight[compared]
 
 
 def _check_classes(choice: str, label: np.ndarray, continuous: np.ndarray, weight: np.ndarray) -> None:

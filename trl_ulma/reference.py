@@ -19,7 +19,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from trl_ulma.dataset_labels import is_continuous
+from trl_ulma.dataset_labels import terms_of
 from trl_ulma.labels import LabelRules
 from trl_ulma.losses import Terms, route
 from trl_ulma.scoring import Scorer
@@ -51,10 +51,7 @@ class AsksReference(DPOTrainer):
 
     def _compared(self, dataset: Dataset) -> np.ndarray:
         """`(N,)` bool: the rows of a prepared data set whose loss needs the reference."""
-        label = torch.tensor(dataset["label"][:], dtype=torch.float32)
-        sft_mask = torch.tensor(dataset["sft_mask"][:], dtype=torch.bool)
-        continuous = torch.from_numpy(is_continuous(dataset, self._rules.label_type))
-        return self._terms(label, sft_mask, continuous).compared.numpy()
+        return terms_of(dataset, self._rules.label_type, self._cell).compared.numpy()
 
     def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
         """Whether a row's loss needs the reference. Rows of a stream are not known: whether one could."""
@@ -73,7 +70,9 @@ class AsksReference(DPOTrainer):
                 f"the {name} dataset can not be compared with it. Pass it to the trainer as an eval_dataset, or pass "
                 "a ref_model, or set precompute_ref_log_probs=False."
             )
-        asked = self._compared(dataset) if name == "train" else np.ones(len(dataset), dtype=bool)
+        # Evaluation sets may be called "train"
+        is_trained_on = dataset is self.train_dataset
+        asked = self._compared(dataset) if is_trained_on else np.ones(len(dataset), dtype=bool)
         ref_logps = np.full(len(dataset), np.nan)
         if asked.any():
             part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))

@@ -20,6 +20,7 @@ from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.dataset_labels import with_transform
 from trl_ulma.encoding import own_processing_class, tokenizer_of
+from trl_ulma.estimating import check_column, check_labels
 from trl_ulma.forward import positions_of
 from trl_ulma.labels import LabelRules
 from trl_ulma.preparation import Preparation
@@ -74,7 +75,7 @@ class ChecksFirst(AsksReference):
     ) -> "Start":
         """What the constructor does before it loads a model: settings and rows are checked, and rows are prepared.
 
-        Arguments are the constructor's.
+        Arguments are the constructor's. What the machine lacks for a setting is left to the one that will train.
 
         Raises:
             ValueError: for rows or settings that can not be learned from.
@@ -90,6 +91,7 @@ class ChecksFirst(AsksReference):
         processing_class: Any,
         peft_config: Any,
         data_collator: Any = None,
+        has_own_metrics: bool = False,
     ) -> "Start":
         args = self._own_config(model, args)
         if not isinstance(train_dataset, Dataset | IterableDataset):
@@ -119,10 +121,10 @@ class ChecksFirst(AsksReference):
         threshold = getattr(args, "sft_threshold", None)
         rules = LabelRules(args.label_type, threshold, self._needs_mask, self._cell[1] == "unlearning")
         self._rules = with_transform(rules, args.label_transform, train_dataset)
-        self._positions = _positions(model, args, peft_config)
         self._peft_config = (
             peft_config if isinstance(model, str) or not is_peft_model(model) else model.active_peft_config
         )
+        self._positions = _positions(model, args, self._peft_config)
         self._has_reference = True
         self._stream_has_mask = False
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
@@ -138,6 +140,9 @@ class ChecksFirst(AsksReference):
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
         has_mask = any(self._may_have_mask(dataset) for dataset in datasets)
         args.check_with_data(needs_reference=self._has_reference, has_mask=has_mask)
+        check_labels(args, train_dataset, self._compared)
+        if args.metric_for_best_model is not None and not has_own_metrics:
+            args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
         if data_collator is None:
             data_collator = self._own_collator(processing_class, args)
             for rows in filter(has_images, datasets):
@@ -203,7 +208,24 @@ class ChecksFirst(AsksReference):
             prepared = prepare(dataset, dataset_name, args.dataset_num_proc)
         if not self._has_reference and isinstance(prepared, Dataset) and self._compared(prepared).any():
             raise ValueError(NO_REFERENCE.format(dataset_name))
+        check_column(args.log_z, prepared, dataset_name)
         return prepared
+
+
+def check_adapter(model: Any) -> None:
+    """Raise ValueError where a PEFT model would train another adapter than the one that its reference is a copy of.
+
+    Args:
+        model: the policy, of which no reference model is given apart.
+    """
+    if isinstance(model, str) or not is_peft_model(model):
+        return
+    active = model.active_adapters
+    if active != ["default"]:
+        raise ValueError(
+            f"The model trains its adapter {', '.join(active)}, and the reference is a copy of the one that is called "
+            "default. Load the adapter under that name (as without adapter_name), or pass a ref_model."
+        )
 
 
 def _positions(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> int | None:

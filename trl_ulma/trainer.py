@@ -3,6 +3,7 @@
 # transformers declares the model, the dataset and the processing class of a trainer optional or of many kinds
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
+import copy
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -20,6 +22,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 
@@ -35,7 +38,7 @@ from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
 from trl_ulma.model_card import WritesModelCard
 from trl_ulma.reference import ROW_KEYS, summed
 from trl_ulma.sampler import PromptSampler
-from trl_ulma.starting import NO_REFERENCE, ChecksFirst
+from trl_ulma.starting import NO_REFERENCE, ChecksFirst, check_adapter
 from trl_ulma.steps import EvenStream, plan_references, real_rows
 
 logger = get_logger(__name__)
@@ -112,15 +115,24 @@ class PointwiseDPOTrainer(
                 "model and ref_model are the same object, so the reference would be trained along. Leave ref_model "
                 "out: the model as it is before training is the reference then."
             )
+        if ref_model is None:
+            check_adapter(model)
         args = self._own_config(model, args)
         args.check_machine()
         # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
-        start = self._start(model, args, train_dataset, eval_dataset, processing_class, peft_config, data_collator)
+        start = self._start(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            data_collator,
+            has_own_metrics=compute_metrics is not None,
+        )
         args, processing_class, data_collator = start.args, start.processing_class, start.data_collator
         train_dataset, eval_dataset = start.train_dataset, start.eval_dataset
         self._label_report = show_report(train_dataset, args)
-        if compute_metrics is None and args.metric_for_best_model is not None:
-            args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
         if ref_model is not None and not self._has_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
 
@@ -131,6 +143,8 @@ class PointwiseDPOTrainer(
             # What keeps DPOTrainer from loading a reference model; `_precompute_ref_logps` computes nothing then
             args.precompute_ref_log_probs = True
             ref_model = None
+        elif ref_model is None and self._is_copied(model, peft_config, args):
+            ref_model = copy.deepcopy(model)
         self._probe_rows = [] if self._layout == "padded" else list(islice(train_dataset, 4))
         super().__init__(
             model=model,
@@ -152,6 +166,14 @@ class PointwiseDPOTrainer(
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
         self._rows_in_step: torch.Tensor | int | None = None
+
+    @staticmethod
+    def _is_copied(model: Any, peft_config: Any, args: PointwiseDPOConfig) -> bool:
+        """Whether the reference is a copy of a model in memory, which DPOTrainer would load anew from where it once
+        came from. Under ZeRO-3 there are parts of it only."""
+        if isinstance(model, str) or is_peft_model(model) or peft_config is not None:
+            return False
+        return not (args.precompute_ref_log_probs or is_deepspeed_zero3_enabled())
 
     # Data
 
@@ -263,6 +285,8 @@ class PointwiseDPOTrainer(
             policy_logps, ref_logps = policy_logps / tokens.clamp(min=1), ref_logps / tokens.clamp(min=1)
         log_z = rows.get("log_z")
         if log_z is None:
+            if self.args.log_z == "column":
+                raise ValueError("log_z='column' needs a column log_z, in nats, in every row; a batch has none.")
             log_z = self.log_partition(continuous, outputs.prompt_states)
         log_z = log_z.to(policy_logps)
         losses = grid_loss(
