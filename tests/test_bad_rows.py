@@ -885,6 +885,35 @@ def test_prepared_rows_are_taken_as_they_are(tokenizer):
     assert prepare(prepared, "train") is prepared
 
 
+@pytest.mark.parametrize("as_stream", [False, True])
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+def test_prepared_rows_are_cut_and_left_out_as_raw_ones(tokenizer, caplog, truncation_mode, as_stream):
+    rows = [GOOD, GOOD | {"completion": " Hello!" * 4, "label": 0}, GOOD | {"prompt": "Hi there! " * 5}]
+    prepared = Preparation(tokenizer, BINARY)(stream(*rows) if as_stream else Dataset.from_list(rows), "train")
+    how = {"max_length": 12, "truncation_mode": truncation_mode}
+    wanted = prepare(tokenizer, rows, **how)
+    said = caplog.messages[:]
+    caplog.clear()
+    assert prepare(tokenizer, prepared, **how) == wanted
+    assert len(wanted) == (2 if truncation_mode == "keep_start" else 3)
+    if as_stream:
+        why = "Left out row 2 of the train dataset: its prompt alone fills max_length."
+        assert (why in caplog.messages) == (truncation_mode == "keep_start")
+    else:
+        assert caplog.messages == said
+    with pytest.raises(ValueError, match=r"^Row 0 of the train dataset has \d tokens, and the model only 4 positions\."):
+        prepare(tokenizer, prepared, positions=4)
+    with pytest.raises(ValueError, match=r"^All .*rows of the train dataset were left out"):
+        prepare(tokenizer, prepared, max_length=1)
+
+
+def test_a_prepared_reference_is_left_behind(tokenizer):
+    prepared = Preparation(tokenizer, BINARY)(Dataset.from_list([GOOD]), "train")
+    with_reference = prepared.add_column("ref_logps", [-3.0])
+    assert prepare(tokenizer, with_reference) == list(prepared)
+    assert prepare(tokenizer, with_reference.to_iterable_dataset()) == list(prepared)
+
+
 @pytest.mark.parametrize("rows", [[GOOD], {"train": [GOOD]}, "rows.jsonl", None])
 def test_what_is_no_data_set(tokenizer, rows):
     with pytest.raises(TypeError) as error:

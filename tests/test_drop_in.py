@@ -225,6 +225,40 @@ def test_a_precomputed_reference_that_is_gone_is_said_to_be(tiny_gpt2, tmp_path)
         trainer.evaluate(make_rows(4))
 
 
+def test_a_trainers_own_rows_can_be_evaluated_with_its_precomputed_reference(tiny_gpt2, tmp_path):
+    rows = make_rows(6)
+    kwargs = {"pointwise": True, "max_steps": 1, "eval_dataset": make_rows(4), "learning_rate": 1e-2}
+    live = make_trainer(tiny_gpt2, rows, tmp_path, **kwargs)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, precompute_ref_log_probs=True, **kwargs)
+    for _ in range(2):  # before training and after
+        for own, raw in ((trainer.train_dataset, rows), (trainer.eval_dataset, make_rows(4))):
+            wanted = live.predict(raw)
+            assert trainer.predict(own).predictions == pytest.approx(wanted.predictions, abs=1e-5)
+            assert trainer.evaluate(own)["eval_loss"] == pytest.approx(wanted.metrics["test_loss"], rel=1e-4)
+        live.train()
+        trainer.train()
+
+
+def test_rows_of_another_trainer_are_compared_with_ones_own_reference(tiny_gpt2, tiny_llama, tmp_path):
+    other = make_trainer(tiny_llama, make_rows(6), tmp_path, pointwise=True, precompute_ref_log_probs=True)
+    for precompute in (False, True):
+        trainer = make_trainer(
+            tiny_gpt2, other.train_dataset, tmp_path, pointwise=True, precompute_ref_log_probs=precompute
+        )
+        # The model as it is before training is its reference
+        assert trainer.predict(other.train_dataset).predictions == pytest.approx(0, abs=1e-5)
+        assert trainer.predict(trainer.train_dataset).predictions == pytest.approx(0, abs=1e-5)
+
+
+def test_demonstrations_of_the_training_set_get_a_reference_once_they_are_evaluated(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, precompute_ref_log_probs=True, max_steps=1)
+    assert np.isnan(trainer.train_dataset["ref_logps"][:]).any()
+    assert trainer.predict(trainer.train_dataset).predictions == pytest.approx(0, abs=1e-5)
+    trainer.train()
+    with pytest.raises(ValueError, match="the reference is gone once training has begun"):
+        trainer.predict(trainer.train_dataset)
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tiny_gpt2, tmp_path, peft):
     kwargs = {

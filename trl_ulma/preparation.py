@@ -4,8 +4,9 @@
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -90,7 +91,9 @@ class Preparation:
     ) -> Dataset | IterableDataset:
         """The rows of `dataset` as `prompt_ids`, `completion_ids`, `label`, `sft_mask`, the optional columns that it
         has, `row` (the raw row's number) and `length` (tokens). Rows without anything to learn from are left out, and
-        counted in a warning. A data set that has been through here is returned as it is.
+        counted in a warning. A data set that has been through here is returned as it is, but for rows that are too long
+        for this `max_length`, which are cut or left out as raw ones are, and `ref_logps`, which another trainer's
+        reference gave.
 
         Of rows with images, `prompt_ids` has placeholders for them; the collator makes the prompt of `prompt_text` and
         `prompt_images`. Images are not decoded here, `length` counts what their size makes of them.
@@ -132,7 +135,7 @@ class Preparation:
             )
         names = list(first)
         if set(names) >= _PREPARED and set(names) <= {*_TYPES, "ref_logps"}:
-            return dataset
+            return dataset if is_transformed else self._again(dataset, names, name)
         paired = check_columns(names, name, takes_images=processor_of(self.processing_class) is not None)
         images = image_column(names, name)
         if images is not None:
@@ -159,8 +162,7 @@ class Preparation:
             stream = raw.map(
                 encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
             )
-            if next(iter(stream), None) is None:
-                raise ValueError(f"All rows of the {name} dataset were left out; a warning for each row says why.")
+            _check_stream_has_rows(stream, name)
             return stream
 
         labels = transformed_labels(raw, name, self.rules)
@@ -178,6 +180,52 @@ class Preparation:
             new_fingerprint=Hasher.hash((raw._fingerprint, name, self._key())),
         )
         return _report(encoded.with_format(None), name, self.rules.label_type if self.is_for_training else None)
+
+    def _again(self, rows: Dataset | IterableDataset, names: list[str], name: str) -> Dataset | IterableDataset:
+        """Rows that are prepared already, at this length and without the log-probabilities of another's reference."""
+        if "ref_logps" in names:
+            rows = rows.remove_columns("ref_logps")
+        limits = [limit for limit in (self.max_length, self.positions) if limit is not None]
+        if not limits:
+            return rows
+        shorten = partial(self._shorten, name=name)
+        if isinstance(rows, IterableDataset):
+            stream = rows.map(partial(_drop, shorten, name), batched=True, batch_size=64, features=rows.features)
+            _check_stream_has_rows(stream, name)
+            return stream
+        if max(rows["length"][:]) <= min(limits):
+            return rows
+        features = Features({**rows.features, "left_out": Value("string"), "cut": Value("bool")})
+        shortened = rows.with_format(None).map(
+            shorten,
+            batched=True,
+            features=features,
+            desc=f"Cutting {name} dataset",
+            new_fingerprint=Hasher.hash((rows._fingerprint, name, self._key())),
+        )
+        return _report(shortened, name, self.rules.label_type if self.is_for_training else None)
+
+    def _shorten(self, batch: Mapping[str, list], name: str) -> dict[str, list]:
+        """What is other in prepared rows once they are cut, and `left_out` and `cut`."""
+        encoder = Encoder(self.processing_class, True, False, self.max_length, self.truncation_mode)
+        found: dict[str, list] = {c: [] for c in ("prompt_ids", "completion_ids", "length", "left_out", "cut")}
+        ids = zip(batch["row"], batch["prompt_ids"], batch["completion_ids"], batch["length"], strict=True)
+        for row, prompt, completion, length in ids:
+            added = length - len(prompt) - len(completion)
+            prompt, completion, is_cut, left_out = encoder.truncate(prompt, completion, added)
+            tokens = len(prompt) + len(completion) + added
+            self.check_positions(tokens, f"Row {row} of the {name} dataset")
+            for column, value in zip(found, (prompt, completion, tokens, left_out, is_cut), strict=True):
+                found[column].append(value)
+        return found
+
+    def check_positions(self, tokens: int, at: str) -> None:
+        """Raise ValueError where a row has more tokens than the model can read."""
+        if self.positions is not None and tokens > self.positions:
+            raise ValueError(
+                f"{at} has {tokens:,} tokens, and the model only {self.positions:,} positions. Set "
+                f"max_length={self.positions}, or drop the row."
+            )
 
     def _check_tokenizer(self, first: Mapping[str, Any]) -> bool:
         """Whether the rows are text, as the first one is; raises ValueError where the tokenizer cannot take it."""
@@ -287,11 +335,7 @@ class _Encode:
             cut.append(is_cut)
             length.append(len(prompt) + len(completion) + added)
         for i, tokens in enumerate(length):
-            if self.how.positions is not None and tokens > self.how.positions:
-                raise ValueError(
-                    f"Row {rows[i]}{halves[i]} of the {self.name} dataset has {tokens:,} tokens, and the model only "
-                    f"{self.how.positions:,} positions. Set max_length={self.how.positions}, or drop the row."
-                )
+            self.how.check_positions(tokens, f"Row {rows[i]}{halves[i]} of the {self.name} dataset")
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,
@@ -313,19 +357,33 @@ class _Encode:
 
     def stream(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         """As `__call__`, for a stream: rows to leave out are dropped here, and said as they come."""
-        encoded = self(batch, indices)
-        left_out = encoded.pop("left_out")
-        encoded.pop("cut")
-        for row, reason in zip(encoded["row"], left_out, strict=True):
-            if reason is not None:
-                logger.warning(f"Left out row {row} of the {self.name} dataset: {reason}.")
-        kept = {
-            name: [value for value, reason in zip(values, left_out, strict=True) if reason is None]
-            for name, values in encoded.items()
-        }
+        kept = _kept(self(batch, indices), self.name)
         # Other columns that come late are not among those to remove, and must not differ in length
         late = set(batch).difference(self.names)
         return dict.fromkeys(late, [None] * len(kept["row"])) | kept
+
+
+def _kept(encoded: Mapping[str, list], name: str) -> dict[str, list]:
+    """A batch of a stream without the rows to leave out, which are said."""
+    left_out = encoded["left_out"]
+    for row, reason in zip(encoded["row"], left_out, strict=True):
+        if reason is not None:
+            logger.warning(f"Left out row {row} of the {name} dataset: {reason}.")
+    return {
+        column: [value for value, reason in zip(values, left_out, strict=True) if reason is None]
+        for column, values in encoded.items()
+        if column not in ("left_out", "cut")
+    }
+
+
+def _drop(shorten: Callable[..., dict[str, list]], name: str, batch: Mapping[str, list]) -> dict[str, list]:
+    """A batch of a prepared stream after `shorten`, less the rows that it leaves out."""
+    return _kept({**batch, **shorten(batch)}, name)
+
+
+def _check_stream_has_rows(stream: IterableDataset, name: str) -> None:
+    if next(iter(stream), None) is None:
+        raise ValueError(f"All rows of the {name} dataset were left out; a warning for each row says why.")
 
 
 def _first_unreadable(dataset: Dataset) -> int:

@@ -64,6 +64,10 @@ class AsksReference(DPOTrainer):
             return dataset
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
+        if _has_ref_logps(dataset):
+            return dataset
+        if "ref_logps" in dataset.column_names:  # of the training set's compared rows alone
+            dataset = dataset.remove_columns("ref_logps")
         if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
             raise ValueError(
                 "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
@@ -81,6 +85,19 @@ class AsksReference(DPOTrainer):
             with self._same_file_for_all(part) as part, torch.random.fork_rng(devices=[]):
                 ref_logps[asked] = super()._precompute_ref_logps(part, name, batch_size)["ref_chosen_logps"][:]
         return dataset.add_column("ref_logps", ref_logps.tolist())
+
+    def _is_own(self, dataset: Any) -> bool:
+        """Whether a data set is one that this trainer has prepared for itself."""
+        held = getattr(self, "eval_dataset", None)
+        own = (getattr(self, "train_dataset", None), *(held.values() if isinstance(held, dict) else (held,)))
+        return any(dataset is each for each in own) and "prompt_ids" in (dataset.column_names or ())
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `DPOTrainer.evaluate`, which computes the reference of what it is given: not of the trainer's own data sets
+        that have it already, after training too."""
+        if isinstance(eval_dataset, Dataset) and self._is_own(eval_dataset) and _has_ref_logps(eval_dataset):
+            return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @contextlib.contextmanager
     def _same_file_for_all(self, rows: Dataset) -> Iterator[Dataset]:
@@ -150,6 +167,10 @@ class AsksReference(DPOTrainer):
         """Whether a forward is a collective of all processes."""
         plugin = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def _has_ref_logps(dataset: Dataset) -> bool:
+    return "ref_logps" in dataset.column_names and not np.isnan(dataset["ref_logps"][:]).any()
 
 
 def summed(per_token_logps: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,7 @@ class ChecksFirst(AsksReference):
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
         self._has_reference = any(self._may_compare(dataset) for dataset in datasets)
@@ -197,6 +198,8 @@ class ChecksFirst(AsksReference):
             )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if self._is_own(dataset):
+            return dataset
         if isinstance(processing_class, ProcessorMixin) and has_images(dataset):
             check_settings(args, dataset_name, self._peft_config)
         prepare = Preparation(processing_class, self._rules, args.max_length, args.truncation_mode, self._positions)
