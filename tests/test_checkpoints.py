@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from world import make_rows, make_trainer, weights
 
 from trl_ulma.checkpoints import checkpoints, last_whole
@@ -64,6 +64,24 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(tiny_gpt2, tmp_path,
     with pytest.raises(OSError, match=r"could not be written .*No space left.*The last whole one is .*checkpoint-2"):
         trainer.train()
     assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), run(tiny_gpt2, tmp_path / "other"))
+
+
+def test_what_is_pushed_while_training_is_whole(tiny_gpt2, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(self, checkpoint_folder):
+        pushed.append({*os.listdir(checkpoint_folder)} & {"whole", "optimizer.pt"})
+        for name in ("pointwise.json", "log_z.safetensors"):
+            beside = tmp_path / f"checkpoint-{self.state.global_step}" / name
+            assert (tmp_path / name).read_bytes() == beside.read_bytes()
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    trainer = make_trainer(
+        tiny_gpt2, make_rows(6), tmp_path, max_steps=2, pointwise=True, log_z="learned_constant", **EVERY_STEP
+    )
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [{"whole", "optimizer.pt"}] * 2
 
 
 class PressCtrlC(TrainerCallback):

@@ -30,6 +30,7 @@ def parameters(function) -> list[str]:
         (Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
         (Trainer, "get_tp_size", ["self"]),
         (Trainer, "_get_train_sampler", ["self", "train_dataset"]),
+        (Trainer, "_push_from_checkpoint", ["self", "checkpoint_folder"]),
         (Trainer, "predict", ["self", "test_dataset", "ignore_keys", "metric_key_prefix"]),
         (data_utils, "prepare_multimodal_messages", ["messages", "images"]),
         (utils, "use_adapter", ["model", "adapter_name"]),

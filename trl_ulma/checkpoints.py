@@ -1,6 +1,7 @@
 """Checkpoints that were written to their end, and runs that are interrupted."""
 
 import re
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -116,6 +117,9 @@ class KeepsCheckpoints(Trainer):
         interruption: whether Ctrl-C came; whoever knows of all processes sets its `agreed`.
     """
 
+    # Files of a checkpoint that go with its weights wherever these are pushed
+    _beside_weights: tuple[str, ...] = ()
+
     def __init__(self, *args: Any, **kwargs: Any):
         self.interruption = Interruption()
         super().__init__(*args, **kwargs)
@@ -175,3 +179,14 @@ class KeepsCheckpoints(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # What is pushed is whole: Trainer copies and uploads what it knows, and before the mark is set
+        self.accelerator.wait_for_everyone()
+        folder = Path(checkpoint_folder)
+        if self.args.should_save:
+            mark_whole(folder)
+            for name in self._beside_weights:
+                if (folder / name).exists():
+                    shutil.copy(folder / name, str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)

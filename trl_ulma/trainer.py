@@ -29,8 +29,10 @@ from trl import DPOConfig, DPOTrainer
 from trl_ulma.checkpoints import KeepsCheckpoints
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.dataset_labels import show_report
+from trl_ulma.estimating import FILE as LOG_Z_FILE
 from trl_ulma.estimating import EstimatesLogZ
 from trl_ulma.evaluating import EvaluatesRows
+from trl_ulma.judge import FILE as JUDGE_FILE
 from trl_ulma.judge import Judges
 from trl_ulma.log_partition import Observed
 from trl_ulma.losses import grid_loss, reward_slope
@@ -94,6 +96,7 @@ class PointwiseDPOTrainer(
     _paper = _PAPER
     _config_class: type[PointwiseDPOConfig] = PointwiseDPOConfig
     _needs_mask = False
+    _beside_weights = (JUDGE_FILE, LOG_Z_FILE)
 
     def __init__(
         self,
