@@ -297,6 +297,25 @@ def test_evaluation_figures_are_those_of_the_rows(tiny_gpt2, tmp_path):
         assert found[f"eval_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_the_last_steps_are_in_the_final_log_and_in_no_other_runs(tiny_gpt2, tmp_path):
+    class BreakOff(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise InterruptedError
+
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 2}
+    trainer = make_trainer(
+        tiny_gpt2, make_rows(6), tmp_path, eval_dataset=make_rows(2), eval_strategy="steps", eval_steps=3, **settings
+    )
+    trainer.add_callback(breaks_off := BreakOff())
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.remove_callback(breaks_off)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "num_tokens" in log]
+    assert [("train_loss" in log, "loss/preference" in log) for log in logs] == [(False, True), (True, True)]
+    assert logs[-1]["num_tokens"] == sum(trainer.train_dataset["length"][:])
+
+
 def test_predict_gives_rewards_and_labels_row_by_row(tiny_gpt2, tmp_path):
     rows = mixed_rows(7)
     model = other_model(tiny_gpt2)

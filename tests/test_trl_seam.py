@@ -104,6 +104,5 @@ def test_a_precomputed_reference_is_the_one_way_to_load_no_reference_model(tiny_
 
 def test_what_the_trainer_reads_off_dpo_trainer_is_there(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path)
-    for name in ("beta", "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_metrics", "_total_train_tokens"):
+    for name in ("beta", "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_total_train_tokens"):
         assert hasattr(trainer, name), f"DPOTrainer no longer sets {name}"
-    assert set(trainer._metrics) == {"train", "eval"}

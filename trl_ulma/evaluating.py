@@ -76,12 +76,18 @@ class EvaluatesRows(DPOTrainer):
             test_dataset = self._precompute_ref_logps(test_dataset, metric_key_prefix, batch_size)
         return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`; what a training that was broken off left in the sums is not the next one's."""
+        self._sums.reset()
+        return super().train(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and ("loss" in logs or "train_loss" in logs):
+        # By their names, since the last log finds the model as an evaluation left it
+        if "loss" in logs or "train_loss" in logs:
             found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
             found.pop("loss", None)  # Trainer's own figure is the same sum
             self._total_train_tokens += int(found.pop("num_tokens", 0)) // self.get_tp_size()
-            self._metrics["train"].update({name: [value] for name, value in found.items()})
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            logs.update(found)
+            logs["num_tokens"] = self._total_train_tokens
             self._sums.reset()
         super().log(logs, start_time)
