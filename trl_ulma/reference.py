@@ -93,8 +93,8 @@ class AsksReference(DPOTrainer):
         return any(dataset is each for each in own) and "prompt_ids" in (dataset.column_names or ())
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `DPOTrainer.evaluate`, which computes the reference of what it is given: not of the trainer's own data sets
-        that have it already, after training too."""
+        """As `DPOTrainer.evaluate`, which computes the reference of what it is given, but not of the trainer's own data
+        sets that have it already, after training too."""
         if isinstance(eval_dataset, Dataset) and self._is_own(eval_dataset) and _has_ref_logps(eval_dataset):
             return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

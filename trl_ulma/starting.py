@@ -31,8 +31,9 @@ from trl_ulma.vision import DataCollatorForVisionPointwisePreference, check_sett
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
 
 NO_REFERENCE = (
-    "The {} dataset has liked rows (label 1, sft_mask False), which are compared with the reference, and there is "
-    "none, since no row seen at the start needed it. Pass this data set to the trainer as an eval_dataset."
+    "The {} dataset has rows that are compared with the reference, and there is none, since no row seen at the start "
+    "needed it. (With this loss these are all rows but demonstrations, or liked ones alone.) Pass this data set to the "
+    "trainer as an eval_dataset."
 )
 
 
