@@ -901,7 +901,9 @@ def test_prepared_rows_are_cut_and_left_out_as_raw_ones(tokenizer, caplog, trunc
         assert (why in caplog.messages) == (truncation_mode == "keep_start")
     else:
         assert caplog.messages == said
-    with pytest.raises(ValueError, match=r"^Row 0 of the train dataset has \d tokens, and the model only 4 positions\."):
+    with pytest.raises(
+        ValueError, match=r"^Row 0 of the train dataset has \d tokens, and the model only 4 positions\."
+    ):
         prepare(tokenizer, prepared, positions=4)
     with pytest.raises(ValueError, match=r"^All .*rows of the train dataset were left out"):
         prepare(tokenizer, prepared, max_length=1)
