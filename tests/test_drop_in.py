@@ -12,13 +12,16 @@ import transformers
 import trl
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from trl import DPOConfig, DPOTrainer, LogCompletionsCallback
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
 
 LORA = LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights="gaussian")
+
+ROLES = {"prompt": "user", "completion": "assistant"}
+BAD_CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}]
 
 
 def make_pairs(n: int) -> Dataset:
@@ -203,6 +206,26 @@ def test_the_best_model_is_chosen_by_reward_margins(tiny_gpt2, tmp_path):
     margins = [log["eval_rewards/margins"] for log in trainer.state.log_history if "eval_rewards/margins" in log]
     assert trainer.state.best_metric == max(margins)
     assert len(margins) == 3
+
+
+def test_trls_callback_logs_completions_of_the_evaluated_prompts(tiny_gpt2, tiny_llama, tmp_path):
+    chats = Dataset.from_list(
+        [{name: [{"role": role, "content": "Hi"}] for name, role in ROLES.items()} | {"label": i} for i in range(2)]
+    )
+    transcripts = Dataset.from_list([{"chosen": chats[0]["prompt"] + chats[0]["completion"], "rejected": BAD_CHAT}])
+    for model, rows, prompts in (
+        (tiny_gpt2, make_rows(4), make_rows(4)["prompt"][:]),
+        (tiny_gpt2, make_pairs(1), make_rows(1)["prompt"][:] * 2),
+        (tiny_llama, chats, ["<|user|>Hi<|end|><|assistant|>"] * 2),
+        (tiny_llama, transcripts, ["<|user|>Hi<|end|><|assistant|>"] * 2),
+    ):
+        trainer = make_trainer(model, rows, tmp_path, eval_dataset=rows, max_steps=1, precompute_ref_log_probs=True)
+        callback = LogCompletionsCallback(trainer, GenerationConfig(max_new_tokens=2), freq=1)
+        trainer.add_callback(callback)
+        trainer.train()
+        assert [row[1] for row in callback.table] == prompts
+        assert "prompt" not in trainer.train_dataset.column_names
+        assert np.isfinite(trainer.evaluate()["eval_loss"])
 
 
 @pytest.mark.parametrize("precompute", [False, True])

@@ -77,6 +77,7 @@ class Preparation:
         truncation_mode: "keep_start" or "keep_end".
         positions: how many tokens the model can read at most, or None where that has no end.
         is_for_training: whether labels must tell answers apart; where they do not, that is warned of.
+        keeps_prompts: whether the raw prompts are kept beside their tokens, which TRL's callbacks that generate read.
     """
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
@@ -85,6 +86,7 @@ class Preparation:
     truncation_mode: str = "keep_start"
     positions: int | None = None
     is_for_training: bool = True
+    keeps_prompts: bool = False
 
     def __call__(
         self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
@@ -94,6 +96,8 @@ class Preparation:
         counted in a warning. A data set that has been through here is returned as it is, but for rows that are too long
         for this `max_length`, which are cut or left out as raw ones are, and `ref_logps`, which another trainer's
         reference gave.
+
+        With `keeps_prompts` also `prompt`, but of a stream or of rows with images.
 
         Of rows with images, `prompt_ids` has placeholders for them; the collator makes the prompt of `prompt_text` and
         `prompt_images`. Images are not decoded here, `length` counts what their size makes of them.
@@ -134,7 +138,7 @@ class Preparation:
                 "completion and label."
             )
         names = list(first)
-        if set(names) >= _PREPARED and set(names) <= {*_TYPES, "ref_logps"}:
+        if set(names) >= _PREPARED and set(names) <= {*_TYPES, "ref_logps", "prompt"}:
             return dataset if is_transformed else self._again(dataset, names, name)
         paired = check_columns(names, name, takes_images=processor_of(self.processing_class) is not None)
         images = image_column(names, name)
@@ -166,8 +170,11 @@ class Preparation:
             return stream
 
         labels = transformed_labels(raw, name, self.rules)
+        prompt = self._type_of_prompts(raw, is_text) if images is None else None
+        if prompt is not None:
+            features["prompt"] = prompt
         encoded = raw.map(
-            replace(encode, labels=labels),
+            replace(encode, labels=labels, keeps_prompts=prompt is not None),
             with_indices=True,
             batched=True,
             # What a batch holds of images is in memory
@@ -227,6 +234,12 @@ class Preparation:
                 f"max_length={self.positions}, or drop the row."
             )
 
+    def _type_of_prompts(self, raw: Dataset, is_text: bool) -> Any:
+        """Of the column `prompt` to keep, or None."""
+        if not self.keeps_prompts or is_text:
+            return Value("string") if self.keeps_prompts else None
+        return raw.features.get("prompt", raw.features.get("chosen"))
+
     def _check_tokenizer(self, first: Mapping[str, Any]) -> bool:
         """Whether the rows are text, as the first one is; raises ValueError where the tokenizer cannot take it."""
         text = first["prompt"] if "prompt" in first else first["chosen"]
@@ -263,7 +276,8 @@ class Preparation:
         if processor is not None:
             tokenizer += (type(processor).__name__, processor.to_json_string())
         versions = (version("trl-ulma"), transformers_version)
-        return Hasher.hash((tokenizer, self.rules, self.max_length, self.truncation_mode, self.positions, versions))
+        limits = (self.max_length, self.truncation_mode, self.positions)
+        return Hasher.hash((tokenizer, self.rules, limits, self.keeps_prompts, versions))
 
 
 @dataclass(frozen=True)
@@ -280,6 +294,7 @@ class _Encode:
     image_tokens: ImageTokens | None = None
     # After the transform, of all rows; those of a stream are transformed as they come
     labels: list[Any] | None = None
+    keeps_prompts: bool = False
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         rows = list(indices)
@@ -344,6 +359,7 @@ class _Encode:
             "length": length,
             "left_out": left_out,
             "cut": cut,
+            **({"prompt": columns["prompt"]} if self.keeps_prompts else {}),
             **(
                 {
                     "prompt_text": [texts[i][0] if i in texts else "" for i in range(len(rows))],

@@ -203,7 +203,14 @@ class ChecksFirst(AsksReference):
             return dataset
         if isinstance(processing_class, ProcessorMixin) and has_images(dataset):
             check_settings(args, dataset_name, self._peft_config)
-        prepare = Preparation(processing_class, self._rules, args.max_length, args.truncation_mode, self._positions)
+        prepare = Preparation(
+            processing_class,
+            self._rules,
+            args.max_length,
+            args.truncation_mode,
+            self._positions,
+            keeps_prompts=dataset_name != "train",
+        )
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):
                 # Where the rows themselves name the demonstrations, a liked one may come that is compared
