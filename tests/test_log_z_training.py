@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 from world import make_rows, make_trainer, mixed_rows, weights
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
@@ -145,6 +145,57 @@ def test_the_learned_rate_follows_the_schedule(tiny_gpt2, tmp_path):
         moved.append(trainer.log_partition.weights[0].item())
     assert moved[0] == pytest.approx(0.1, rel=0.02)
     assert moved[1] == pytest.approx(0.055, rel=0.02)  # 0.01·(1 + 0.9 + … + 0.1)
+
+
+def test_the_learned_rate_follows_a_schedule_that_is_not_known_beforehand(tiny_gpt2, tmp_path):
+    def run(resume=None):
+        trainer = make_trainer(
+            tiny_gpt2,
+            make_rows(12, label=[1.0, 1.0, 1.0, 0.0] * 3),
+            tmp_path,
+            pointwise=True,
+            log_z="learned_constant",
+            eval_dataset=make_rows(2),
+            eval_strategy="steps",
+            eval_steps=1,
+            metric_for_best_model="loss",
+            lr_scheduler_kwargs={"patience": 0, "factor": 0.1, "threshold": 10.0, "threshold_mode": "abs", "eps": 0.0},
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            **SETTINGS | {"lr_scheduler_type": "reduce_lr_on_plateau", "learning_rate": 1e-9},
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trainer = run()
+    rates = [1.0, 1.0, 0.1, 0.01]  # the first evaluation is the best one, and each later one a plateau
+    assert trainer.log_partition.weights[0].item() == pytest.approx(0.01 * sum(rates), rel=0.02)
+    resumed = run(str(tmp_path / "checkpoint-2"))
+    assert torch.equal(resumed.log_partition.weights, trainer.log_partition.weights)
+
+
+def test_a_prompts_log_z_is_read_off_states_of_the_output_embeddings_width(tiny_gpt2, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        do_layer_norm_before=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for each in (tokenizer, OPTForCausalLM(config)):
+        each.save_pretrained(tmp_path / "opt")
+    trainer = make_trainer(
+        str(tmp_path / "opt"), rows_for("learned"), tmp_path, log_z="learned", max_steps=1, **SETTINGS
+    )
+    trainer.train()
+    assert trainer.log_partition.weights.shape == (16 + 2,)
+    assert trainer.log_partition.weights[:16].any()
 
 
 def test_the_running_mean_is_that_of_the_steps_log_ratios(tiny_gpt2, tmp_path):

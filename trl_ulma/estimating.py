@@ -60,7 +60,9 @@ class EstimatesLogZ(DPOTrainer):
                         "log_z='learned' reads the prompt's hidden state, which adapters that put virtual tokens "
                         "before the rows do not leave where it is. Set log_z='learned_constant', or train with LoRA."
                     )
-                size = self.model.config.get_text_config().hidden_size
+                # Of the states that the output embeddings take, which OPT-350m projects to another width
+                hidden_size = self.model.config.get_text_config().hidden_size
+                size = getattr(self.model.get_output_embeddings(), "in_features", hidden_size)
             self.log_partition = Learned(size, beta=beta, learning_rate=args.log_z_learning_rate, device=device)
         else:
             self.log_partition = LogPartition(0.0 if choice == "column" else choice, device)
@@ -87,10 +89,10 @@ class EstimatesLogZ(DPOTrainer):
         sums = self.log_partition.take_sums()
         if sums is None:
             return
-        rate = 1.0
-        base = getattr(self.lr_scheduler, "base_lrs", None)
-        if base and base[0] > 0:
-            rate = self.lr_scheduler.get_last_lr()[0] / base[0]
+        group = self.optimizer.param_groups[0]
+        # Schedulers of torch keep it there under this name, others nowhere; it is saved with the optimiser
+        initial = group.setdefault("initial_lr", group["lr"])
+        rate = float(group["lr"] / initial) if initial else 1.0
         self.log_partition.update(self.accelerator.reduce(sums, "sum"), rate)
 
     # Its state goes where the model's goes
