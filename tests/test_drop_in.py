@@ -54,6 +54,14 @@ def test_a_dpo_config_is_taken_over_and_left_alone(tiny_gpt2, tmp_path):
     assert type(args) is DPOConfig
 
 
+def test_settings_are_the_callers_again_where_the_trainer_fails(tiny_gpt2, tmp_path):
+    args = ULMAConfig(str(tmp_path), padding_free=True, negative_loss="none", report_to="none", bf16=False)
+    with pytest.raises(TypeError, match="peft_config"):
+        ULMATrainer(model=tiny_gpt2, args=args, train_dataset=make_rows(4), peft_config="none")
+    assert args.padding_free
+    assert not args.precompute_ref_log_probs
+
+
 def test_taking_a_config_over_does_not_set_it_up_again(tmp_path, monkeypatch):
     args = DPOConfig(str(tmp_path), bf16=False)
     monkeypatch.setattr(ULMAConfig, "__post_init__", lambda self: pytest.fail("__post_init__ ran"))

@@ -149,21 +149,23 @@ class PointwiseDPOTrainer(
         elif ref_model is None and self._is_copied(model, peft_config, args):
             ref_model = copy.deepcopy(model)
         self._probe_rows = [] if self._layout == "padded" else list(islice(train_dataset, 4))
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        args.precompute_ref_log_probs, args.padding_free = precompute, padding_free
+        try:
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        finally:
+            args.precompute_ref_log_probs, args.padding_free = precompute, padding_free
         self._make_log_partition(train_dataset, self._compared)
         self.precompute_ref_logps = precompute and self._has_reference
         self._sums = RatioSums(self.accelerator.device)
