@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
@@ -62,6 +62,25 @@ def test_bf16_learns_what_fp32_does(tiny_gpt2, tmp_path):
         assert found["loss"] != wanted["loss"]
         cosine = torch.nn.functional.cosine_similarity(change, moved, dim=0)
         assert cosine > 0.98
+
+
+def test_references_precomputed_in_bf16_are_not_taken_for_those_in_fp32(tiny_gpt2, tmp_path):
+    make_rows(4).save_to_disk(tmp_path / "rows")  # so that what is computed is kept beside them
+    found = []
+    for bf16 in (True, False, True):
+        trainer = make_trainer(
+            tiny_gpt2,
+            load_from_disk(tmp_path / "rows"),
+            tmp_path,
+            bf16=bf16,
+            use_cpu=True,
+            precompute_ref_log_probs=True,
+            pointwise=True,
+        )
+        found.append(trainer.train_dataset["ref_logps"][:])
+    wanted, _ = plain_logps(tiny_gpt2, make_rows(4))
+    assert found[1] == pytest.approx(wanted, rel=1e-5)
+    assert found[0] == found[2] != found[1]
 
 
 def test_half_precision_weights_give_rewards_in_float32(tiny_gpt2, tmp_path):

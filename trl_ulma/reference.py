@@ -4,6 +4,7 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 import contextlib
+import copy
 import functools
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from peft import PeftModel
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -79,7 +81,9 @@ class AsksReference(DPOTrainer):
         asked = self._compared(dataset) if is_trained_on else np.ones(len(dataset), dtype=bool)
         ref_logps = np.full(len(dataset), np.nan)
         if asked.any():
-            part = dataset if asked.all() else dataset.select(np.flatnonzero(asked))
+            part = copy.copy(dataset if asked.all() else dataset.select(np.flatnonzero(asked)))
+            # By which DPOTrainer knows what it has computed before; autocast, which changes the values, it leaves out
+            part._fingerprint = Hasher.hash((part._fingerprint, self.accelerator.mixed_precision))
             # Whether they are computed or read from the cache, training draws the same random numbers: a data loader
             # takes its seed from torch's
             with self._same_file_for_all(part) as part, torch.random.fork_rng(devices=[]):
