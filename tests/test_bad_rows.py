@@ -15,6 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset, disable_progress_bars, enable_progress_bars
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from world import make_rows, make_trainer
 
@@ -747,6 +748,21 @@ def test_conversations_need_a_chat_template(tiny_gpt2):
             "The rows are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template (or use "
             "an instruction-tuned model's tokenizer) and pass it as processing_class."
         )
+
+
+def test_special_tokens_that_a_text_has_already_are_not_doubled(tiny_gpt2, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    [plain] = prepare(tokenizer, [GOOD])
+    user, end = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    tokenizer.bos_token = "<|user|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A <|end|>", special_tokens=[("<|user|>", user), ("<|end|>", end)]
+    )
+    texts = ({}, {"prompt": "<|user|>Hi"}, {"completion": " Hello!<|end|>"}, {"prompt": ""})
+    found = prepare(tokenizer, [GOOD | text for text in texts])
+    assert [row["prompt_ids"] for row in found] == [[user, *plain["prompt_ids"]]] * 3 + [[user]]
+    assert [row["completion_ids"] for row in found] == [plain["completion_ids"]] * 4
+    assert not any("part" in message for message in caplog.messages)
 
 
 def test_text_needs_an_eos_token(tiny_llama):

@@ -165,8 +165,11 @@ class Encoder:
             return []
         # A chat template writes the special tokens itself, and `_apart` those of texts
         special = self.is_text and not self.has_images
-        ids = self.tokenizer(unique, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        ids_of = dict(zip(unique, ids["input_ids"], strict=True))
+        bos, adds_eos = self._added() if special else ("", False)
+        # What the tokenizer adds is not added to what a text has of it already
+        plain = [text.removeprefix(bos) for text in unique]
+        ids = self.tokenizer(plain, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        ids_of = {text: each[:-1] if adds_eos else each for text, each in zip(unique, ids["input_ids"], strict=True)}
         if self.has_images:
             return [(ids_of[prompt], ids_of[completion]) for prompt, completion in texts]
         return [self._split(ids_of[prompt], ids_of[whole]) for prompt, whole in texts]
@@ -181,11 +184,15 @@ class Encoder:
                 f"starts where the two part, and {prompt[len(begin) :]!r} is no part of the prompt that is trained on. "
                 "(Said once; other rows may be alike.)"
             )
-        tokenizer = self.tokenizer
-        bos = ""
-        if self.is_text and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-            bos = str(tokenizer.bos_token)
+        bos = self._added()[0] if self.is_text else ""
         return (begin if begin.startswith(bos) else bos + begin), whole[len(begin) :]
+
+    def _added(self) -> tuple[str, bool]:
+        """(the token that the tokenizer begins texts with by itself, or "", whether it ends them with EOS)."""
+        tokenizer = self.tokenizer
+        ids = tokenizer("a")["input_ids"]
+        bos = str(tokenizer.bos_token) if ids[:1] == [tokenizer.bos_token_id] else ""
+        return bos, ids[-1:] == [tokenizer.eos_token_id]
 
     def _split(self, prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
         """`whole` cut where it and the prompt's own tokens part, which can be before the prompt's end."""
