@@ -3,14 +3,12 @@
 # transformers declares a tokenizer's tokens and backend to be of many kinds
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -18,19 +16,19 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
-from trl_ulma.dataset_labels import check_pairs, check_stream, is_continuous, transformed_labels
-from trl_ulma.encoding import PROMPT_FILLS, Encoder, processor_of, tokenizer_of
+from trl_ulma.dataset_labels import check_pairs, check_stream, transformed_labels
+from trl_ulma.encoding import Encoder, processor_of, tokenizer_of
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     LabelRules,
     check_columns,
     check_texts,
     is_messages,
-    one_class,
     read_labels,
     shown,
     transform_labels,
 )
+from trl_ulma.left_out import check_stream_has_rows, kept_of, kept_rows
 from trl_ulma.vision import (
     ImageTokens,
     as_images,
@@ -166,7 +164,7 @@ class Preparation:
             stream = raw.map(
                 encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
             )
-            _check_stream_has_rows(stream, name)
+            check_stream_has_rows(stream, name)
             return stream
 
         labels = transformed_labels(raw, name, self.rules)
@@ -186,7 +184,7 @@ class Preparation:
             desc=f"Tokenizing {name} dataset",
             new_fingerprint=Hasher.hash((raw._fingerprint, name, self._key())),
         )
-        return _report(encoded.with_format(None), name, self.rules.label_type if self.is_for_training else None)
+        return kept_rows(encoded.with_format(None), name, self.rules.label_type if self.is_for_training else None)
 
     def _again(self, rows: Dataset | IterableDataset, names: list[str], name: str) -> Dataset | IterableDataset:
         """Rows that are prepared already, at this length and without the log-probabilities of another's reference."""
@@ -198,7 +196,7 @@ class Preparation:
         shorten = partial(self._shorten, name=name)
         if isinstance(rows, IterableDataset):
             stream = rows.map(partial(_drop, shorten, name), batched=True, batch_size=64, features=rows.features)
-            _check_stream_has_rows(stream, name)
+            check_stream_has_rows(stream, name)
             return stream
         if max(rows["length"][:]) <= min(limits):
             return rows
@@ -210,7 +208,7 @@ class Preparation:
             desc=f"Cutting {name} dataset",
             new_fingerprint=Hasher.hash((rows._fingerprint, name, self._key())),
         )
-        return _report(shortened, name, self.rules.label_type if self.is_for_training else None)
+        return kept_rows(shortened, name, self.rules.label_type if self.is_for_training else None)
 
     def _shorten(self, batch: Mapping[str, list], name: str) -> dict[str, list]:
         """What is other in prepared rows once they are cut, and `left_out` and `cut`."""
@@ -373,33 +371,15 @@ class _Encode:
 
     def stream(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         """As `__call__`, for a stream: rows to leave out are dropped here, and said as they come."""
-        kept = _kept(self(batch, indices), self.name)
+        kept = kept_of(self(batch, indices), self.name)
         # Other columns that come late are not among those to remove, and must not differ in length
         late = set(batch).difference(self.names)
         return dict.fromkeys(late, [None] * len(kept["row"])) | kept
 
 
-def _kept(encoded: Mapping[str, list], name: str) -> dict[str, list]:
-    """A batch of a stream without the rows to leave out, which are said."""
-    left_out = encoded["left_out"]
-    for row, reason in zip(encoded["row"], left_out, strict=True):
-        if reason is not None:
-            logger.warning(f"Left out row {row} of the {name} dataset: {reason}.")
-    return {
-        column: [value for value, reason in zip(values, left_out, strict=True) if reason is None]
-        for column, values in encoded.items()
-        if column not in ("left_out", "cut")
-    }
-
-
 def _drop(shorten: Callable[..., dict[str, list]], name: str, batch: Mapping[str, list]) -> dict[str, list]:
     """A batch of a prepared stream after `shorten`, less the rows that it leaves out."""
-    return _kept({**batch, **shorten(batch)}, name)
-
-
-def _check_stream_has_rows(stream: IterableDataset, name: str) -> None:
-    if next(iter(stream), None) is None:
-        raise ValueError(f"All rows of the {name} dataset were left out; a warning for each row says why.")
+    return kept_of({**batch, **shorten(batch)}, name)
 
 
 def _first_unreadable(dataset: Dataset) -> int:
@@ -410,39 +390,3 @@ def _first_unreadable(dataset: Dataset) -> int:
         except UnicodeDecodeError:
             return row
     return len(dataset)
-
-
-def _report(encoded: Dataset, name: str, label_type: str | None) -> Dataset:
-    """The rows that can be learned from; says what was left out, what was cut, and (given the type of labels) what the
-    labels lack."""
-    reasons = encoded["left_out"][:]
-    total = len(reasons)
-    counts = Counter(reason for reason in reasons if reason is not None)
-    why = "; ".join(f"{count} because {reason}" for reason, count in counts.most_common())
-    if sum(counts.values()) == total:
-        raise ValueError(
-            f"All {total} rows of the {name} dataset were left out: {why}. "
-            + ("Raise max_length." if PROMPT_FILLS in counts else "Look at the rows.")
-        )
-    if counts:
-        logger.warning(f"Left out {sum(counts.values())} of {total} rows of the {name} dataset: {why}.")
-        encoded = encoded.select([i for i, reason in enumerate(reasons) if reason is None])
-    cut = sum(encoded["cut"][:])
-    if cut:
-        logger.warning(f"Cut {cut} of {len(encoded)} rows of the {name} dataset at max_length.")
-    rows = encoded.remove_columns(["left_out", "cut"])
-    if "weight" in rows.column_names and not any(rows["weight"][:]):
-        raise ValueError(
-            f"Every row of the {name} dataset has weight 0, so that nothing would be learned. Remove the column "
-            "weight, or set some of it above 0."
-        )
-    if label_type is None:
-        return rows
-    label = np.asarray(rows["label"][:])
-    alike = one_class(label, is_continuous(rows, label_type))
-    if alike:
-        logger.warning(
-            f"The {name} dataset has one class: {alike}. That is right for SFT or unlearning; to compare answers, "
-            "good and bad ones are needed."
-        )
-    return rows
