@@ -560,7 +560,7 @@ def stored(
     rng = np.random.default_rng(0)
     logps = -20 + rng.normal(0, 2, 2 * prompts) + shift
     # Too little to be seen, and enough for an interval
-    logps += 1e-5 * np.random.default_rng([seed, *method.encode()]).normal(size=2 * prompts)
+    logps += 1e-5 * np.random.default_rng([seed, *f"{method} {varied}".encode()]).normal(size=2 * prompts)
     value = math.exp(-logps[::2].sum() / (10 * prompts))
     settings = grid.settings(grid.Cell("small", data, method, seed, **varied))
     settings["rows"] |= {"folds": None, "fold": None}
