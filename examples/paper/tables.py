@@ -7,7 +7,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +163,25 @@ class _Scale:
         label, is_logarithmic = grid.SWEEPS[varied]
         every = {f"{value:g} {method}": group for value, found in at.items() for method, group in found.items()}
         judges = judges_of(every)
-        measures = [("perplexity", _perplexity, None), *((f"win or tie, {each}", None, each) for each in judges)]
-        name, title = SWEPT[varied], next(iter(every.values())).first["settings"]["data_title"]
+        first = next(iter(every.values())).first
+        reward, ranks = _ranking(first)
+        measures = [
+            ("perplexity", ".2f", lambda group: group.over_seeds(_perplexity)),
+            (f"{ranks}, implicit reward", ".3f", lambda group: group.over_seeds(reward)),
+        ]
+        measures += [
+            (f"win or tie, {judge}", ".1%", functools.partial(_share, judge=judge, name="win or tie"))
+            for judge in judges
+        ]
+        name, title = SWEPT[varied], first["settings"]["data_title"]
         title = f"{name}: {title}" if name.lower() in label else f"{name}: against {label}, {title}"
         yield f"### {title}"
-        for number, (measure, figure, judge) in enumerate(measures):
+        for number, (measure, form, measured) in enumerate(measures):
             series: dict[str, dict[float, Estimate]] = {}
             for value, found in at.items():
                 for group in found.values():
-                    point = group.over_seeds(figure) if figure else group.share(judge or "", "win or tie")
-                    if point is not None:
+                    if (point := measured(group)) is not None:
                         series.setdefault(group.title, {})[value] = point
-            form = ".2f" if figure else ".1%"
             lines = [[t, *(shown(points.get(value), form) for value in at)] for t, points in series.items()]
             if not lines:
                 continue
@@ -225,6 +232,17 @@ def _perplexity(run: Mapping[str, Any]) -> Estimate | None:
 
 def _reward(run: Mapping[str, Any], name: str) -> Estimate | None:
     return estimate(run["measured"].get("implicit_reward", {}).get(name))
+
+
+def _ranking(run: Mapping[str, Any]) -> tuple[Callable[[Mapping[str, Any]], Estimate | None], str]:
+    """How well implicit rewards rank a data set's answers: the figure of a run, and its name."""
+    is_continuous = run["settings"]["rows"]["label_type"] == "continuous"
+    key, name = ("spearman", "Spearman") if is_continuous else ("auc", "AUC")
+    return functools.partial(_reward, name=key), name
+
+
+def _share(group: Group, judge: str, name: str) -> Estimate | None:
+    return group.share(judge, name)
 
 
 def _rows_said(chosen: Mapping[str, Group]) -> str:
