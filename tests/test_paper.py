@@ -738,6 +738,22 @@ def test_what_is_in_no_sweep_is_a_point_of_each(tmp_path):
     assert (tmp_path / "figures" / "size-small-hh-0.png").is_file()
 
 
+def test_a_point_of_few_rows_is_in_no_comparison(tmp_path):
+    stored(tmp_path, "base", 0)
+    for method in ("sft", "ulma"):
+        for value in (1e-4, 1e-3):
+            few = method == "sft" and value == 1e-4
+            stored(tmp_path, method, 0, shift=float(few), learning_rate=value, prompts=199 if few else 250)
+    text = tables.write(tmp_path).read_text()
+    few = "**Inconclusive**, and in no comparison: SFT at 0.0001: 199 held-out prompts, where 200 are needed."
+    assert few in text
+    compared = line(text.split("The same, point by point")[1], "| ULMA better than SFT")
+    assert compared.split("|")[3].strip() == "–"
+    assert compared.split("|")[4].strip().startswith("-0.0000 [") or compared.split("|")[4].strip().startswith(
+        "+0.0000 ["
+    )
+
+
 @pytest.mark.parametrize("left_out", [{"a reason": 3}, {"a reason": 3, "its prompt has no ordinary demonstration": 1}])
 def test_gains_from_better_demonstrations_are_compared(left_out, tmp_path):
     stored(tmp_path, "base", 0, data="qa-feedback")

@@ -191,16 +191,21 @@ class _Scale:
             figures.save(drawn, self.pictures, file)
             yield f"![{file}](figures/{file}.png)"
         yield _seeds_said(at)
-        why = {reason for group in every.values() if (reason := group.too_few())}
-        if why:
-            yield f"**Inconclusive**: {'; '.join(sorted(why))}."
+        few = [
+            f"{group.title} at {value:g}: {reason}"
+            for value, found in at.items()
+            for group in found.values()
+            if (reason := group.too_few())
+        ]
+        if few:
+            yield f"**Inconclusive**, and in no comparison: {'; '.join(few)}."
         for judge in judges:
             yield self._judge_said(data, judge, every)
-        if not why:
-            trusted = self.trusted(data, judges)
-            yield from claims_by_value(data, label, at, trusted)
-            if varied == "quality":
-                yield from gains(at, trusted)
+        trusted = self.trusted(data, judges)
+        enough = {value: {m: g for m, g in found.items() if g.too_few() is None} for value, found in at.items()}
+        yield from claims_by_value(data, label, enough, trusted)
+        if varied == "quality":
+            yield from gains(enough, trusted)
 
     def _training(self, data: str) -> Iterator[str]:
         """The last stage's loss, of the first seed."""
