@@ -727,6 +727,7 @@ def test_what_is_in_no_sweep_is_a_point_of_each(tmp_path):
     text = tables.write(tmp_path).read_text()
     assert line(text, "| perplexity, learning rate =") == "| perplexity, learning rate = | 0.0001 | 0.001 |"
     assert "Seeds, column by column: SFT 1, 2; ULMA 1, 2." in text
+    assert "500 to 1,000 training rows, 250 held-out prompts. Of 2,000 answers were left out: 3 as a reason." in text
     rate, size = text.split("### Learning rate: HH")[1].split("### Size: against training rows, HH")
     # ULMA's shift over SFT's, of 10 tokens; DPO is in no sweep
     for section, value in ((rate, 0.05), (size, 0.1)):
@@ -767,6 +768,9 @@ def test_gains_from_better_demonstrations_are_compared(left_out, tmp_path):
     section = text.split("### Figure 2")[1].split("###")[0]
     gain = "| ULMA gains more than SFT (5.2) | ln perplexity saved | +0.0500 [+0.0500, +0.0500] | as in the paper |"
     assert gain in section
+    # From 1 to 2.5 nats of 10 tokens, and from 1 to 2
+    assert "| ULMA | ln perplexity saved | +0.1500 [+0.1500, +0.1500] |" in section
+    assert "| SFT | ln perplexity saved | +0.1000 [+0.1000, +0.1000] |" in section
     # Runs in no sweep have a share of 1, unless other prompts were left out of them
     same = len(left_out) == 1
     assert ("| ULMA gains more than DPO (pair-wise) (5.2) |" in section) is same

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from peft import PeftModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from trl_ulma.config import PointwiseDPOConfig
 from trl_ulma.dataset_labels import terms_of
 from trl_ulma.labels import LabelRules
 from trl_ulma.losses import Terms, route
@@ -175,6 +177,30 @@ class AsksReference(DPOTrainer):
 
 def _has_ref_logps(dataset: Dataset) -> bool:
     return "ref_logps" in dataset.column_names and not np.isnan(dataset["ref_logps"][:]).any()
+
+
+def check_adapter(model: Any) -> None:
+    """Raise ValueError where a PEFT model would train another adapter than the one that its reference is a copy of.
+
+    Args:
+        model: the policy, of which no reference model is given apart.
+    """
+    if isinstance(model, str) or not is_peft_model(model):
+        return
+    active = model.active_adapters
+    if active != ["default"]:
+        raise ValueError(
+            f"The model trains its adapter {', '.join(active)}, and the reference is a copy of the one that is called "
+            "default. Load the adapter under that name (as without adapter_name), or pass a ref_model."
+        )
+
+
+def is_copied(model: Any, peft_config: Any, args: PointwiseDPOConfig) -> bool:
+    """Whether the reference is a copy of a model in memory, which DPOTrainer would load anew from where it once came
+    from. Under ZeRO-3 there are parts of it only."""
+    if isinstance(model, str) or is_peft_model(model) or peft_config is not None:
+        return False
+    return not (args.precompute_ref_log_probs or is_deepspeed_zero3_enabled())
 
 
 def summed(per_token_logps: torch.Tensor) -> torch.Tensor:

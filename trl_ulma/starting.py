@@ -223,22 +223,6 @@ class ChecksFirst(AsksReference):
         return prepared
 
 
-def check_adapter(model: Any) -> None:
-    """Raise ValueError where a PEFT model would train another adapter than the one that its reference is a copy of.
-
-    Args:
-        model: the policy, of which no reference model is given apart.
-    """
-    if isinstance(model, str) or not is_peft_model(model):
-        return
-    active = model.active_adapters
-    if active != ["default"]:
-        raise ValueError(
-            f"The model trains its adapter {', '.join(active)}, and the reference is a copy of the one that is called "
-            "default. Load the adapter under that name (as without adapter_name), or pass a ref_model."
-        )
-
-
 def _positions(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> int | None:
     """How many tokens the model can read at most; None where that has no end, as with rotary positions."""
     if isinstance(model, str):

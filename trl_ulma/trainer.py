@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -22,7 +21,6 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 
@@ -38,9 +36,9 @@ from trl_ulma.log_partition import Observed
 from trl_ulma.losses import grid_loss, reward_slope
 from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
 from trl_ulma.model_card import WritesModelCard
-from trl_ulma.reference import ROW_KEYS, summed
+from trl_ulma.reference import ROW_KEYS, check_adapter, is_copied, summed
 from trl_ulma.sampler import PromptSampler
-from trl_ulma.starting import NO_REFERENCE, ChecksFirst, check_adapter
+from trl_ulma.starting import NO_REFERENCE, ChecksFirst
 from trl_ulma.steps import EvenStream, plan_references, real_rows
 
 logger = get_logger(__name__)
@@ -146,7 +144,7 @@ class PointwiseDPOTrainer(
             # What keeps DPOTrainer from loading a reference model; `_precompute_ref_logps` computes nothing then
             args.precompute_ref_log_probs = True
             ref_model = None
-        elif ref_model is None and self._is_copied(model, peft_config, args):
+        elif ref_model is None and is_copied(model, peft_config, args):
             ref_model = copy.deepcopy(model)
         self._probe_rows = [] if self._layout == "padded" else list(islice(train_dataset, 4))
         try:
@@ -171,14 +169,6 @@ class PointwiseDPOTrainer(
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
         self._rows_in_step: torch.Tensor | int | None = None
-
-    @staticmethod
-    def _is_copied(model: Any, peft_config: Any, args: PointwiseDPOConfig) -> bool:
-        """Whether the reference is a copy of a model in memory, which DPOTrainer would load anew from where it once
-        came from. Under ZeRO-3 there are parts of it only."""
-        if isinstance(model, str) or is_peft_model(model) or peft_config is not None:
-            return False
-        return not (args.precompute_ref_log_probs or is_deepspeed_zero3_enabled())
 
     # Data
 

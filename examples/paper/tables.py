@@ -191,6 +191,7 @@ class _Scale:
             figures.save(drawn, self.pictures, file)
             yield f"![{file}](figures/{file}.png)"
         yield _seeds_said(at)
+        yield _rows_said(every)
         few = [
             f"{group.title} at {value:g}: {reason}"
             for value, found in at.items()
@@ -258,7 +259,9 @@ def _rows_said(chosen: Mapping[str, Group]) -> str:
     if settings["folds"]:
         said += f", another {settings['folds']}th part of the prompts for each seed"
     said += f". Of {rows[0]['answers']:,} answers were left out: "
-    said += "; ".join(f"{count:,} as {why}" for why, count in rows[0]["left_out"].items()) or "none"
+    reasons = dict.fromkeys(why for each in rows for why in each["left_out"])
+    counts = {why: {each["left_out"].get(why, 0) for each in rows} for why in reasons}
+    said += "; ".join(f"{_range(count)} as {why}" for why, count in counts.items()) or "none"
     options = ", ".join(f"{name} {value}" for name, value in settings["options"].items())
     return said + (f". Adapter's options: {options}." if options else ".")
 
