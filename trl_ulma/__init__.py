@@ -4,10 +4,10 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trl_ulma.collator import DataCollatorForPointwisePreference
     from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+    from trl_ulma.rows.collator import DataCollatorForPointwisePreference
+    from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference
     from trl_ulma.trainer import PointwiseDPOTrainer, ULMATrainer
-    from trl_ulma.vision import DataCollatorForVisionPointwisePreference
 
 __version__ = metadata.version("trl-ulma")
 
@@ -23,8 +23,8 @@ __all__ = [
 
 # Loaded on first use, so that the command line answers without waiting for torch.
 _MODULES = {
-    "DataCollatorForPointwisePreference": "collator",
-    "DataCollatorForVisionPointwisePreference": "vision",
+    "DataCollatorForPointwisePreference": "rows.collator",
+    "DataCollatorForVisionPointwisePreference": "rows.images",
     "PointwiseDPOConfig": "config",
     "ULMAConfig": "config",
     "PointwiseDPOTrainer": "trainer",

@@ -14,8 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from trl import DPOTrainer
 
-from trl_ulma.dataset_labels import is_continuous
 from trl_ulma.log_partition import NEED_CLASSES, BatchKL, Learned, LogPartition, Prior, RunningMean
+from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.steps import mismatched
 
 # Beside the model's weights

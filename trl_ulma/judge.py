@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file
 from trl import DPOTrainer
 
-from trl_ulma.dataset_labels import is_continuous
 from trl_ulma.labels import LabelRules, LabelTransform
 from trl_ulma.log_partition import Learned, LogPartition
-from trl_ulma.preparation import Preparation
+from trl_ulma.rows.dataset_labels import is_continuous
+from trl_ulma.rows.preparation import Preparation
 
 # Beside the model's weights
 FILE = "pointwise.json"

@@ -16,16 +16,16 @@ from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from trl_ulma.checkpoints import refuse_pickle
-from trl_ulma.collator import DataCollatorForPointwisePreference
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.dataset_labels import with_transform
-from trl_ulma.encoding import own_processing_class, tokenizer_of
 from trl_ulma.estimating import check_column, check_labels
-from trl_ulma.forward import positions_of
 from trl_ulma.labels import LabelRules
-from trl_ulma.preparation import Preparation
-from trl_ulma.reference import AsksReference
-from trl_ulma.vision import DataCollatorForVisionPointwisePreference, check_settings, has_images
+from trl_ulma.likelihood.layouts import positions_of
+from trl_ulma.likelihood.reference import AsksReference
+from trl_ulma.rows.collator import DataCollatorForPointwisePreference
+from trl_ulma.rows.dataset_labels import with_transform
+from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, check_settings, has_images
+from trl_ulma.rows.preparation import Preparation
+from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 # Of `model_init_kwargs`, what says where a model's configuration is
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")

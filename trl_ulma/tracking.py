@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from trl_ulma.dataset_labels import are_demonstrations
+from trl_ulma.rows.dataset_labels import are_demonstrations
 
 # Those of `report_to` that take pictures
 TRACKERS = {"tensorboard": TensorBoardCallback, "trackio": TrackioCallback, "wandb": WandbCallback}

@@ -26,18 +26,18 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_ulma.checkpoints import KeepsCheckpoints
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.dataset_labels import show_report
 from trl_ulma.estimating import FILE as LOG_Z_FILE
 from trl_ulma.estimating import EstimatesLogZ
 from trl_ulma.evaluating import EvaluatesRows
 from trl_ulma.judge import FILE as JUDGE_FILE
 from trl_ulma.judge import Judges
+from trl_ulma.likelihood.reference import ROW_KEYS, check_adapter, is_copied, summed
 from trl_ulma.log_partition import Observed
 from trl_ulma.losses import grid_loss, reward_slope
 from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
 from trl_ulma.model_card import WritesModelCard
-from trl_ulma.reference import ROW_KEYS, check_adapter, is_copied, summed
-from trl_ulma.sampler import PromptSampler
+from trl_ulma.rows.dataset_labels import show_report
+from trl_ulma.rows.sampler import PromptSampler
 from trl_ulma.starting import NO_REFERENCE, ChecksFirst
 from trl_ulma.steps import EvenStream, plan_references, real_rows
 

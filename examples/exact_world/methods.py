@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
-from trl_ulma.collator import DataCollatorForPointwisePreference
+from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 
 METHODS = ("sft", "dpo", "kto", "pointwise_dpo", "ulma")
 

@@ -25,7 +25,7 @@ from trl_ulma.evaluation.rates import mean_points
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Server
 from trl_ulma.labels import LabelRules
-from trl_ulma.preparation import Preparation
+from trl_ulma.rows.preparation import Preparation
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
 

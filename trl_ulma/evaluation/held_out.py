@@ -11,10 +11,10 @@ from datasets import Dataset, Value
 from transformers.utils import logging
 
 from trl_ulma.data.pairs import pairs_to_rows
-from trl_ulma.dataset_labels import check_pairs, transformed_labels
 from trl_ulma.evaluation.judges import Comparison
 from trl_ulma.evaluation.records import digest
 from trl_ulma.labels import OPTIONAL_COLUMNS, LabelRules, check_columns, check_texts, read_labels
+from trl_ulma.rows.dataset_labels import check_pairs, transformed_labels
 
 logger = logging.get_logger(__name__)
 

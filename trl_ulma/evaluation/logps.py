@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl_ulma.encoding import own_processing_class, tokenizer_of
-from trl_ulma.forward import positions_of
 from trl_ulma.judge import saved_file
+from trl_ulma.likelihood.layouts import positions_of
+from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 # Of what a tokenizer consists of; one of them is in every folder with a tokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -52,7 +52,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a model, or an adapter's, can read at most; see `trl_ulma.forward.positions_of`."""
+    """How many tokens a model, or an adapter's, can read at most; see `trl_ulma.likelihood.layouts.positions_of`."""
     return positions_of(AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code))
 
 

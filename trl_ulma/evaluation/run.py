@@ -38,7 +38,7 @@ from trl_ulma.evaluation.pictures import pictures
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Server
 from trl_ulma.labels import LabelRules
-from trl_ulma.preparation import Preparation
+from trl_ulma.rows.preparation import Preparation
 
 SERVED = "served:"
 ENOUGH_PROMPTS = 200

@@ -76,8 +76,8 @@ def check(
     from trl import get_peft_config
 
     import trl_ulma
-    from trl_ulma.dataset_labels import report_labels
     from trl_ulma.labels import render_report
+    from trl_ulma.rows.dataset_labels import report_labels
     from trl_ulma.scripts.training import load_splits, loading
 
     console = Console(highlight=False, soft_wrap=True)
@@ -110,8 +110,8 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
     import torch
     from rich.text import Text
 
-    from trl_ulma.encoding import tokenizer_of
     from trl_ulma.losses import route
+    from trl_ulma.rows.rendering import tokenizer_of
 
     tokenizer = tokenizer_of(start.processing_class)
     seen = set()

@@ -1,0 +1,451 @@
+"""`trl-ulma evaluate`: whole runs, with a judge behind a real server, and what is said of a command that is wrong."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from scipy.stats import spearmanr
+from servers import LoopbackServer, make_parrot, said, transformers_serve
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM
+from world import make_rows, make_trainer
+
+from trl_ulma.data.files import load_rows
+from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.evaluation.as_trained import as_trained
+from trl_ulma.evaluation.held_out import HeldOut
+from trl_ulma.evaluation.logps import as_reference, completion_logps, load_model, load_tokenizer
+from trl_ulma.judge import JudgeSettings
+from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.rows.preparation import Preparation
+from trl_ulma.scripts.cli import main
+from trl_ulma.scripts.evaluate import make_parser
+from trl_ulma.scripts.training import TEST_SPLIT_SIZE
+
+PLANTED = "sk-planted-9d2e"
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_llama, tmp_path_factory) -> list[str]:
+    """Two adapters, as of two seeds, one with a training's log."""
+    folders = []
+    for seed in (1, 2):
+        folder = tmp_path_factory.mktemp(f"seed{seed}")
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        lora = LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(base, lora).save_pretrained(folder)
+        folders.append(str(folder))
+    state = {"log_history": [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> str:
+    """Six prompts with a good and a bad answer each, as pairs."""
+    words = ("cat", "mat", "letter", "week", "capital", "heating")
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"Please, what is the {word}?"}],
+            "chosen": [{"role": "assistant", "content": f"I am fine, thank you! The {word} is here."}],
+            "rejected": [{"role": "assistant", "content": f"No. Go away, {word}."}],
+        }
+        for word in words
+    ]
+    file = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    return str(file)
+
+
+def error_of(capsys, argv, code=1) -> str:
+    capsys.readouterr()
+    assert main(["evaluate", *argv]) == code
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_whole_run_with_a_judge_behind_transformers_serve(
+    adapters, rows, tmp_path, tmp_path_factory, monkeypatch, capsys
+):
+    monkeypatch.setenv("PLANTED_KEY", PLANTED)
+    parrot = make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1")
+    report = tmp_path / "report"
+    argv = ["evaluate", "--dataset", rows, "--split", "train", "--output", str(report), "--max_new_tokens", "16"]
+    argv += ["--model", f"ulma={adapters[0]}", "--model", f"ulma={adapters[1]}", "--model", f"served:{parrot}"]
+    argv += ["--judge", f"llm:{parrot}", "--judge", "profanity", "--criterion", "harmless", "--beta", "0.5"]
+    with transformers_serve(parrot) as url:
+        argv += ["--server_url", url, "--judge_url", url, "--key_variable", "PLANTED_KEY"]
+        assert main(argv) == 0
+    facts = json.loads((report / "report.json").read_text())
+
+    # The figures are those of the same rows scored by hand
+    model, tokenizer = load_model(adapters[0]), load_tokenizer(adapters[0])
+    made = pairs_to_rows(load_rows(rows)["train"][:])
+    raw = Dataset.from_dict({name: made[name] for name in ("prompt", "completion", "label")})
+    tokens = Preparation(tokenizer, LabelRules())(raw, "test")
+    policy, count = completion_logps(model, tokens)
+    with as_reference(model) as base:
+        rewards = 0.5 * (policy - completion_logps(base, tokens)[0])
+    label = np.array(tokens["label"][:])
+    first = facts["models"][0]
+    assert first["name"] == "ulma (1)"
+    good = label == 1
+    assert first["perplexity"]["demonstrations"]["value"] == pytest.approx(
+        math.exp(-policy[good].sum() / count[good].sum()), rel=1e-5
+    )
+    assert first["perplexity"]["other answers"]["value"] == pytest.approx(
+        math.exp(-policy[~good].sum() / count[~good].sum()), rel=1e-5
+    )
+    assert first["implicit_reward"]["auc"]["value"] == pytest.approx(roc_auc_score(label, rewards))
+    assert first["implicit_reward"]["auc"]["n"] == 6
+    assert sum(each["rows"] for each in first["calibration"]) == 12
+
+    # The judge always says "1": whatever it is shown, its two orders disagree, which is a tie, and it ranks nothing
+    judge = next(each for each in facts["judges"] if each["judge"] == parrot)
+    assert judge["agreement"]["value"] == 0.5
+    assert judge["comparisons"] == judge["orders_disagree"] == 6 + 3 * 6
+    assert judge["unparsable"] == 0
+    for run in facts["models"]:
+        assert run["judged"][parrot]["harmless"]["counts"] == {"win": 0, "tie": 6, "lose": 0, "unparsable": 0}
+    served = facts["models"][2]
+    assert served["answers"] == {"prompts": 6, "cut_at_max_new_tokens": 0, "empty": 0}
+    answers = [
+        json.loads(line)["answer"] for line in next((report / "answers").glob("*parrot*")).read_text().splitlines()
+    ]
+    assert answers == ["VERDICT: 1"] * 6
+    assert list(facts["over_seeds"]) == ["ulma"]
+    assert facts["over_seeds"]["ulma"]["auc"]["n"] == 2
+    assert facts["differences"] == []
+    assert facts["versions"]["trl-ulma"]
+
+    text = (report / "report.md").read_text()
+    assert "which is not above chance: no ranking is claimed" in text
+    assert "6 prompts are too few to conclude from; 200 are a beginning." in text
+    assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
+    assert text in capsys.readouterr().out
+    for name in (*facts["pictures"], "training", "labels", "calibration", "verdicts-1-harmless"):
+        assert (report / f"{name}.png").stat().st_size > 1000
+        assert (report / f"{name}.svg").is_file()
+    for file in report.rglob("*"):
+        assert file.is_dir() or PLANTED.encode() not in file.read_bytes()
+
+
+def test_a_second_run_asks_the_judge_nothing_and_says_the_same(adapters, rows, tmp_path):
+    server = LoopbackServer(lambda messages: said("VERDICT: TIE"))
+    argv = ["evaluate", "--model", adapters[0], "--dataset", rows, "--split", "train", "--output", str(tmp_path)]
+    argv += ["--judge", "llm:m", "--judge_url", server.url, "--max_new_tokens", "4", "--num_prompts", "3"]
+    try:
+        assert main(argv) == 0
+        asked, text = len(server.requests), (tmp_path / "report.md").read_text()
+        assert asked == 2 * 2 * (3 + 3)  # two criteria, two orders, known pairs and answers
+        assert main(argv) == 0
+        assert len(server.requests) == asked
+        assert (tmp_path / "report.md").read_text() == text
+    finally:
+        server.stop()
+
+
+def test_a_model_that_is_no_adapter_needs_its_reference_named(tiny_llama, adapters, rows, tmp_path, capsys):
+    argv = ["evaluate", "--model", tiny_llama, "--dataset", rows, "--split", "train", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["models"][0]["implicit_reward"] == {}
+    assert "has no implicit rewards: it is no adapter, and there is no --ref_model." in facts["notes"][0]
+    assert facts["judges"] == []
+    assert main([*argv, "--ref_model", tiny_llama]) == 0
+    figures = json.loads((tmp_path / "report.json").read_text())["models"][0]["implicit_reward"]
+    assert {name: figure["value"] for name, figure in figures.items()} == {"auc": 0.5, "accuracy": 0.5, "brier": 0.25}
+
+
+def test_ratings_have_correlations_and_log_z_moves_rewards(tiny_llama, adapters, tmp_path):
+    rows = [
+        {"prompt": f"The {word}", "completion": f" sat {word}.", "label": label, "log_z": log_z}
+        for word, label, log_z in (("cat", -1.0, 0.0), ("mat", 0.0, 50.0), ("week", 1.0, 100.0))
+    ]
+    file = tmp_path / "ratings.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    argv = ["evaluate", "--model", adapters[0], "--dataset", str(file), "--split", "train", "--output", str(tmp_path)]
+    assert main([*argv, "--label_type", "continuous", "--beta", "1"]) == 0
+    figures = json.loads((tmp_path / "report.json").read_text())["models"][0]["implicit_reward"]
+    assert figures["spearman"]["value"] == pytest.approx(1)
+    assert figures["mse"]["value"] > 1000
+    assert "auc" not in figures
+    assert main([*argv, "--label_type", "continuous", "--generate"]) == 1  # nothing says which answers are good
+
+
+def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_path, capsys, monkeypatch):
+    JudgeSettings(beta=0.1, log_z="column").write(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path)
+    argv = ["--model", str(tmp_path), "--ref_model", tiny_llama, "--dataset", rows, "--split", "train"]
+    argv += ["--output", str(tmp_path / "report")]
+    assert main(["evaluate", *argv, "--log_z", "0"]) == 0
+    monkeypatch.setattr("trl_ulma.evaluation.run.completion_logps", None)  # told before the scoring
+    said_last = error_of(capsys, argv)
+    assert f"{tmp_path}: log_z='column' needs a column log_z in the scored rows, in nats; there is none." in said_last
+
+
+def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(tiny_llama, rows, tmp_path, capsys):
+    assert make_parser().get_default("test_split_size") == TEST_SPLIT_SIZE
+    argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), "--test_split_size", "0.34"]
+    assert main(["evaluate", *argv]) == 0
+    said_of_rows = capsys.readouterr().err
+    assert "evaluated are 2 of its 6 rows (0.34 of train by prompt, seed 42). Where training held out" in said_of_rows
+    data = json.loads((tmp_path / "report.json").read_text())["data"]
+    assert (data["rows"], data["split"]) == (4, "0.34 of train by prompt, seed 42")
+
+
+def test_a_key_goes_to_the_server_that_it_was_named_for_and_to_no_other(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", PLANTED)
+    monkeypatch.setenv("JUDGE_KEY", "judge-key")
+    monkeypatch.setenv("MODEL_KEY", "model-key")
+    servers = [LoopbackServer(lambda messages: said("VERDICT: TIE")) for _ in range(2)]
+    argv = ["evaluate", "--dataset", rows, "--split", "train", "--model", "served:m", "--server_url", servers[0].url]
+    argv += ["--judge", "llm:j", "--judge_url", servers[1].url, "--num_prompts", "1"]
+    named = {"neither": [], "judge": ["--key_variable", "JUDGE_KEY"], "model": ["--server_key_variable", "MODEL_KEY"]}
+    sent = {}
+    try:
+        for case, options in named.items():
+            assert main([*argv, "--output", str(tmp_path / case), *options]) == 0
+            sent[case] = []
+            for server in servers:
+                headers = {name.lower(): value for each in server.headers for name, value in each.items()}
+                sent[case].append(headers["authorization"].removeprefix("Bearer "))
+                server.headers.clear()
+    finally:
+        for server in servers:
+            server.stop()
+    no = "no-key-needed"
+    assert sent == {"neither": [no, no], "judge": [no, "judge-key"], "model": ["model-key", no]}
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from trl_ulma.scripts.cli import main; code = main(['evaluate', '--help']); "
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib', 'scipy'} & set(sys.modules); sys.exit(code)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    options = [action.option_strings[0] for action in make_parser()._actions]
+    assert all(option in run.stdout for option in options)
+
+
+NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--judge", "gpt"], "'gpt' is no judge; it must be llm:MODEL, reward:CHECKPOINT or profanity"),
+        (["--judge", "llm:"], "'llm:' is no judge"),
+        (["--judge", "profanity", "--judge", "profanity"], "a --judge is given twice"),
+        (["--model", "m"], "a --model is given twice; each run needs a folder of its own"),
+        (["--judge_label", "good"], "--judge_label is of a reward:CHECKPOINT judge, and there is none"),
+        (["--judge_url", f"http://u:{PLANTED}@h/v1"], "--judge_url is of an llm:MODEL judge, and there is none."),
+        (["--judge", "profanity", "--key_variable", "K"], "--key_variable is of an llm:MODEL judge, and there is none"),
+        (["--server_url", f"http://u:{PLANTED}@h/v1"], "--server_url is of a served:MODEL model, and there is none."),
+        (["--server_key_variable", "K"], "--server_key_variable is of a served:MODEL model, and there is none."),
+        (["--judge", "reward:r"], "a reward model has one criterion, which its authors say: give --criterion once"),
+        (["--beta", "0"], "0 must be above 0"),
+        (["--batch_size", "1.5"], "invalid int value: '1.5'"),
+        (["--retries", "-1"], "-1 must be 0 or above"),
+        (["--bach_size", "3"], "unrecognized arguments: --bach_size 3"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, message):
+    assert message in error_of(capsys, [*NEEDED, *options], code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "dev"], "has no split 'dev', but train. Set --split to one of them."),
+        (["--temperature", "-1"], "temperature must be 0 or above; got -1.0"),
+        (["--judge", "profanity", "--criterion", "helpful"], "judges harmless, not 'helpful'"),
+        (["--judge", "llm:m", "--judge_url", "nowhere"], "'nowhere' is no server's URL"),
+        (["--judge", "llm:m", "--judge_url", "http://127.0.0.1:9/v1", "--retries", "0"], "cannot be reached, in 1 try"),
+        (["--judge", "llm:m", "--judge_url", "https://api.openai.com/v1"], "needs a key, and no variable is named"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line_before_a_model_is_loaded(
+    capsys, tiny_llama, rows, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("trl_ulma.evaluation.run.load_model", None)
+    argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), *options]
+    said_last = error_of(capsys, argv)
+    assert said_last.startswith("trl-ulma evaluate: error: ")
+    assert message in said_last
+
+
+@pytest.mark.parametrize("option", ["--model", "--ref_model"])
+def test_a_model_that_is_not_there_is_named_before_all_else(capsys, tiny_llama, tmp_path, option):
+    (tmp_path / "empty").mkdir()
+    for wrong in (str(tmp_path / "typo"), str(tmp_path / "empty"), "typo"):
+        argv = ["--model", tiny_llama, option, wrong, "--dataset", "d.jsonl", "--output", str(tmp_path / "report")]
+        said_last = error_of(capsys, argv)
+        assert f"{option} {wrong}: its configuration and its tokenizer cannot be loaded (" in said_last
+        assert said_last.endswith("Name the folder of a checkpoint or an adapter, or a model on the hub.")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_missing_data_set_is_named(capsys, tiny_llama, tmp_path):
+    argv = ["--model", tiny_llama, "--dataset", str(tmp_path / "x.jsonl"), "--output", str(tmp_path)]
+    assert "There is no file or folder" in error_of(capsys, argv)
+
+
+def test_a_missing_library_names_the_extra():
+    code = (
+        "import importlib.util as u, sys; find = u.find_spec; "
+        "u.find_spec = lambda name, *a: None if name == 'openai' else find(name, *a); "
+        "from trl_ulma.scripts.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code, "evaluate", *NEEDED], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.strip() == (
+        "trl-ulma evaluate: error: trl_ulma.evaluation needs openai, which is not installed. Run: pip install "
+        "'trl-ulma[evaluation]'"
+    )
+
+
+@pytest.mark.parametrize(("log_z", "normalize"), [("learned_constant", False), (0.7, True), ("learned", False)])
+def test_rewards_are_on_the_scale_of_the_training(tiny_llama, tmp_path, log_z, normalize):
+    rows = make_rows(12, label=[float(i % 4 > 0) for i in range(12)])
+    trainer = make_trainer(
+        tiny_llama,
+        rows,
+        tmp_path / "trainer",
+        pointwise=True,
+        beta=0.4,
+        log_z=log_z,
+        log_z_learning_rate=0.1,
+        length_normalize=normalize,
+        learning_rate=1e-3,
+        max_steps=6,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    file = tmp_path / "rows.jsonl"
+    rows.to_json(file)
+    argv = ["evaluate", "--model", str(tmp_path / "model"), "--dataset", str(file), "--split", "train"]
+    assert main([*argv, "--output", str(tmp_path)]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    found = facts["models"][0]
+    assert found["reward"] == {"beta": 0.4, "length_normalize": normalize}
+    predicted = trainer.predict(rows)
+    brier = ((1 / (1 + np.exp(-predicted.predictions)) - predicted.label_ids) ** 2).mean()
+    assert found["implicit_reward"]["brier"]["value"] == pytest.approx(brier, abs=1e-4)
+    # The options come first
+    assert main([*argv, "--output", str(tmp_path), "--beta", "0.1", "--log_z", "0"]) == 0
+    other = json.loads((tmp_path / "report.json").read_text())["models"][0]
+    assert other["implicit_reward"]["brier"]["value"] != pytest.approx(brier, abs=1e-4)
+
+
+def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
+    stars = [float(1 + i % 5) for i in range(12)]
+    folders = {}
+    for name, transform in (("harm", "lower_is_better,standardise"), ("plain", None)):
+        trainer = make_trainer(
+            tiny_llama,
+            make_rows(12, label=stars),
+            tmp_path / "trainer",
+            pointwise=True,
+            label_type="continuous",
+            label_transform=transform,
+            learning_rate=1e-3,
+            max_steps=6,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        folders[name] = str(tmp_path / name)
+        trainer.save_model(folders[name])
+        if transform:
+            scored = trainer.score(make_rows(12, label=stars))
+    file = tmp_path / "rows.jsonl"
+    make_rows(12, label=stars).to_json(file)
+    argv = ["evaluate", "--dataset", str(file), "--split", "train", "--output", str(tmp_path)]
+    assert main([*argv, "--model", folders["harm"]]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["data"]["label_type"] == "continuous"
+    assert facts["data"]["label_transform"].startswith("lower_is_better:0,standardise:-2.75,")
+    found = facts["models"][0]["implicit_reward"]
+    transformed = (np.mean(stars) - np.array(stars)) / np.std(stars)
+    assert found["spearman"]["value"] == pytest.approx(spearmanr(scored["reward"], transformed)[0])
+    assert found["mse"]["value"] == pytest.approx(((scored["reward"] - transformed) ** 2).mean(), rel=1e-4)
+    assert found["mse"]["value"] == pytest.approx(np.mean(scored["surprise"]), rel=1e-4)
+
+    # Side by side they are compared with the same labels, and that is said
+    capsys.readouterr()
+    assert main([*argv, "--model", folders["harm"], "--model", folders["plain"]]) == 0
+    notes = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert len(notes) == 2
+    assert notes[0].startswith(f"Labels are read as in the training of {folders['harm']}: continuous labels after")
+    assert notes[1].startswith(f"{folders['plain']} was trained on continuous labels as they are, and the rows here")
+    assert "\n".join(notes) in capsys.readouterr().err
+
+    # Pairs have labels of their own, and "none" is a transform, too
+    pairs = tmp_path / "pairs.jsonl"
+    Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2).to_json(pairs)
+    other = [*argv, "--model", folders["harm"]]
+    other[other.index(str(file))] = str(pairs)
+    assert main([*other, "--generate", "--max_new_tokens", "2"]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert (facts["data"]["label_type"], facts["data"]["label_transform"]) == ("binary", None)
+    assert "auc" in facts["models"][0]["implicit_reward"]
+    assert main([*argv, "--model", folders["harm"], "--label_transform", "none"]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["data"]["label_transform"] is None
+    assert facts["models"][0]["implicit_reward"]["spearman"]["value"] == pytest.approx(-found["spearman"]["value"])
+    assert main([*argv, "--model", folders["harm"], "--label_transform", "standardise"]) == 1
+    assert "has no numbers, which a training fits on its own rows" in capsys.readouterr().err
+
+
+def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
+    def saved(name, **settings):
+        (tmp_path / name).mkdir()
+        JudgeSettings(beta=0.1, **settings).write(tmp_path / name)
+        return str(tmp_path / name)
+
+    (tmp_path / "base").mkdir()
+    base = str(tmp_path / "base")
+    thumbs = saved("thumbs", max_length=64, truncation_mode="keep_end")
+    by_rank = [
+        saved(
+            f"ranks-{most}",
+            label_type="continuous",
+            sft_threshold=0.5,
+            label_transform=parse_transform("quantile", "continuous").fit(np.linspace(1, most, 9), None, None),
+        )
+        for most in (5, 50)
+    ]
+    found = as_trained([base, thumbs, *by_rank])
+    assert (found.rules.label_type, found.rules.transform) == ("binary", None)
+    assert (found.max_length, found.truncation_mode) == (64, "keep_end")
+    found = as_trained([base, thumbs, *by_rank], label_type="continuous", max_length=32)
+    assert found.rules.sft_threshold == 0.5
+    assert found.rules.transform.apply(np.array([5.0]), None, None) > 0.9
+    assert (found.max_length, found.truncation_mode) == (32, "keep_start")
+    # Two fits of one setting are two transforms, though they are called the same
+    assert [note.split(" was trained")[0] for note in found.notes[1:]] == [thumbs, by_rank[1]]
+    found = as_trained([base, *by_rank], sft_threshold=0.9, is_paired=True)
+    assert found.rules == LabelRules("binary", 0.9)
+    assert found.notes == []
+    assert as_trained([base]).rules == LabelRules()
+
+
+def test_held_out_votes_are_rates_as_in_the_training():
+    rows = make_rows(4, label=[9, 1, 0, 4]).add_column("trials", [10, 10, 3, 4])
+    rules = LabelRules("binary", transform=parse_transform("votes:1,1", "binary"))
+    held_out = HeldOut.of(rows, "test", rules)
+    assert held_out.label.tolist() == pytest.approx([10 / 12, 2 / 12, 1 / 5, 5 / 6])
+    assert held_out.rows["label"][:] == held_out.label.tolist()
+    pairs = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    assert HeldOut.of(pairs, "test", LabelRules()).label.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="The test dataset is paired: its labels are 1 and 0, and not on the scale"):
+        HeldOut.of(pairs, "test", rules)

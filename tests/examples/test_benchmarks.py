@@ -1,0 +1,38 @@
+"""The benchmarks run, and write what they measure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
+
+
+def run(script: str, *options: str, folder: Path) -> str:
+    command = [sys.executable, str(SCRIPTS / script), *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_methods_take_turns_and_the_report_has_their_ratios(tiny_gpt2, tmp_path):
+    methods = ["dpo", "kto", "ulma", "pointwise-dpo-shared"]
+    options = ["--model", tiny_gpt2, "--method", ",".join(methods), "--rows", "8", "--rounds", "2", "--no_memory"]
+    options += ["--prompt_tokens", "20", "--completion_tokens", "8", "--preparation_rows", "0"]
+    run("throughput.py", *options, "--output", "out", folder=tmp_path)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert list(result["laps"]) == methods
+    # ULMA asks the reference for half of the rows, DPO for all
+    lap = {name: result["laps"][name][-1] for name in methods}
+    assert lap["ulma"]["reference"] < lap["dpo"]["reference"]
+    assert lap["pointwise-dpo-shared"]["policy"] < lap["dpo"]["policy"]
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    page = run("report.py", str(tmp_path / "out.json"), folder=tmp_path)
+    assert "ULMA, half demonstrations, LoRA : TRL KTO" in page
+
+
+def test_scaling_has_a_point_for_each_value(tiny_gpt2, tmp_path):
+    options = ["--model", tiny_gpt2, "--lengths", "16,32", "--batch_sizes", "2", "--shares", "0,1", "--method", "ulma"]
+    run("scaling.py", *options, "--rounds", "1", "--no_memory", "--output", "curve", folder=tmp_path)
+    assert json.loads((tmp_path / "curve.json").read_text())["benchmark"] == "scaling"
+    assert (tmp_path / "curve.png").stat().st_size > 10_000

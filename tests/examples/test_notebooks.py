@@ -1,0 +1,79 @@
+"""The notebooks run with a tiny model in the place of theirs, and keep outputs that name no machine."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import trl_ulma
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
+# What the cell tagged "parameters" is replaced by, besides MODEL
+TINY = {
+    "quickstart": "TRAIN_ROWS, TEST_ROWS = 16, 8\nLEARNING_RATE = 1e-3",
+    "ratings_and_demonstrations": (
+        'DTYPE = "float32"\nRATED, DEMONSTRATIONS, TEST_ROWS = 12, 4, 6\nLEARNING_RATE = 1e-3'
+    ),
+    "from_dpo_to_ulma": "PAIRS, TEST_PAIRS = 8, 4\nLEARNING_RATE = 1e-3",
+    "qlora_7b": "ROWS = 16\nMAX_LENGTH = 256\nBATCH, ACCUMULATION = 4, 1",
+}
+SECONDS = 240
+# Outputs a page long at most; a notebook of pictures weighs what its pictures do
+LARGEST = 600_000
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+
+
+def parameters(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    found = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(found) == 1
+    return found[0]
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def pictures(notebook: nbformat.NotebookNode) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+def test_these_are_all():
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(TINY)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(trl_ulma.__file__).parents[1]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = read(name)
+    drawn = pictures(notebook)
+    cell = parameters(notebook)
+    names = set(re.findall(r"^(\w[\w, ]*) =", cell.source, re.M))
+    cell.source = f"from pathlib import Path\n\nMODEL = {tiny_llama!r}\n{TINY[name]}"
+    assert names == set(re.findall(r"^(\w[\w, ]*) =", cell.source, re.M))
+    NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert pictures(notebook) == drawn > 0
+    assert not [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_outputs_that_are_kept_are_clean(name):
+    notebook = read(name)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [
+        output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+    text = nbformat.writes(notebook)
+    assert len(text) < LARGEST
+    found = re.findall(r"(?:/(?:tmp|home|root|work|usr|opt|Users)/|Warning)[^\"\\ ]*", text)
+    assert not found
+
+
+def test_the_notebook_for_a_gpu_says_whose_outputs_it_has():
+    assert "outputs below are those of a tiny model on a CPU" in nbformat.writes(read("qlora_7b"))

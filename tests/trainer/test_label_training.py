@@ -1,0 +1,276 @@
+"""Transforms and the report inside a trainer: fitted once, applied everywhere, saved with the model."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from world import make_rows, make_trainer
+
+from trl_ulma import PointwiseDPOConfig
+from trl_ulma.rows.dataset_labels import report_labels
+
+RATINGS = [4.0, 0.0, 1.0, 2.0, 0.0, 3.0]
+QUIET = {"label_report": False}
+
+
+def rated(labels=RATINGS, **columns):
+    return make_rows(len(labels), **{"label": list(labels)} | columns)
+
+
+def continuous(model, rows, folder, transform, **kwargs):
+    settings = {"label_type": "continuous", "sft_threshold": 1e9, **QUIET}
+    return make_trainer(model, rows, folder, label_transform=transform, **settings | kwargs)
+
+
+# The transform
+
+
+def test_it_is_fitted_on_the_training_set_and_applied_to_the_others(tiny_gpt2, tmp_path):
+    trainer = continuous(
+        tiny_gpt2,
+        rated(),
+        tmp_path,
+        "lower_is_better,standardise",
+        eval_dataset={"a": rated([10.0]), "b": rated([0.0])},
+    )
+    labels = np.array(RATINGS)
+    assert trainer.train_dataset["label"][:] == pytest.approx((labels.mean() - labels) / labels.std())
+    assert trainer.eval_dataset["a"]["label"][:] == pytest.approx([(labels.mean() - 10) / labels.std()])
+    assert trainer.eval_dataset["b"]["label"][:] == pytest.approx([labels.mean() / labels.std()])
+    assert trainer.predict(rated([10.0])).label_ids == pytest.approx([(labels.mean() - 10) / labels.std()])
+
+
+def test_red_team_ratings_need_no_script(tiny_gpt2, tmp_path):
+    trainer = continuous(tiny_gpt2, rated(), tmp_path, "lower_is_better", sft_threshold=0)
+    assert trainer.train_dataset["label"][:] == [-rating for rating in RATINGS]
+    assert trainer.train_dataset["sft_mask"][:] == [rating == 0 for rating in RATINGS]
+
+
+def test_real_red_team_ratings(shared_data, tiny_gpt2, tmp_path):
+    from trl_ulma.data.files import load_rows
+
+    raw = load_rows(shared_data / "red_team_sample.jsonl.gz")["train"]
+    rows = Dataset.from_dict(
+        {"prompt": ["Hi"] * len(raw), "completion": [" No."] * len(raw), "label": raw["rating"][:]}
+    )
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "lower_is_better:4,min_max:0,4", label_type="binary")
+    assert trainer.train_dataset["label"][:] == pytest.approx([1 - rating / 4 for rating in raw["rating"]])
+
+
+def test_thresholds_and_votes_make_binary_labels(tiny_gpt2, tmp_path):
+    trainer = continuous(tiny_gpt2, rated(), tmp_path, "threshold:2", label_type="binary")
+    assert trainer.train_dataset["label"][:] == [float(rating >= 2) for rating in RATINGS]
+    assert trainer.train_dataset["sft_mask"][:] == [rating >= 2 for rating in RATINGS]
+    rows = rated(trials=[4, 0, 2, 2, 9, 3])
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "votes", label_type="binary")
+    assert trainer.train_dataset["label"][:] == pytest.approx([5 / 6, 1 / 2, 2 / 4, 3 / 4, 1 / 11, 4 / 5])
+    assert "trials" not in trainer.train_dataset.column_names
+
+
+def test_prompt_quantiles_know_texts_and_conversations(tiny_llama, tmp_path):
+    prompts = [[{"role": "user", "content": name}] for name in "aabbbb"]
+    rows = rated(prompt=prompts, completion=[[{"role": "assistant", "content": f"{i}"}] for i in range(6)])
+    trainer = continuous(tiny_llama, rows, tmp_path, "prompt_quantile", eval_dataset=rows.select(range(2)))
+    assert trainer.train_dataset["label"][:] == pytest.approx([3 / 4, 1 / 4, 3 / 8, 5 / 8, 1 / 8, 7 / 8])
+    assert trainer.eval_dataset["label"][:] == pytest.approx([3 / 4, 1 / 4])
+
+
+def test_rows_that_name_the_other_type_are_taken_as_they_are(tiny_gpt2, tmp_path):
+    rows = rated([5.0, 1.0, 1.0, 3.0], label_type=["continuous", "binary", "continuous", "continuous"])
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "centre")
+    assert trainer.train_dataset["label"][:] == [2.0, 1.0, -2.0, 0.0]
+
+
+def test_rows_that_are_made_as_they_are_read_are_transformed_too(tiny_gpt2, tmp_path):
+    rows = rated().with_transform(lambda batch: {**batch, "label": [2 * label for label in batch["label"]]})
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "centre")
+    assert trainer.train_dataset["label"][:] == pytest.approx([2 * r - 2 * np.mean(RATINGS) for r in RATINGS])
+
+
+def test_streams_take_transforms_that_need_no_fitting(tiny_gpt2, tmp_path):
+    stream = rated().to_iterable_dataset()
+    trainer = continuous(tiny_gpt2, stream, tmp_path, "lower_is_better:4,standardise:2,0.5", max_steps=1)
+    assert [row["label"] for row in trainer.train_dataset] == pytest.approx([(4 - r - 2) / 0.5 for r in RATINGS])
+    # What was fitted on rows at hand serves a stream, too
+    trainer = continuous(tiny_gpt2, rated(), tmp_path, "centre", eval_dataset=stream)
+    assert [row["label"] for row in trainer.eval_dataset] == pytest.approx([r - np.mean(RATINGS) for r in RATINGS])
+
+
+@pytest.mark.parametrize("transform", ["centre", "prompt_quantile", "min_max,centre"])
+def test_streams_refuse_transforms_that_need_all_labels(tiny_gpt2, tmp_path, transform):
+    stream = rated().to_iterable_dataset()
+    with pytest.raises(
+        ValueError, match=f"label_transform='{transform}' needs all labels at once, which the train data"
+    ):
+        continuous(tiny_gpt2, stream, tmp_path, transform, max_steps=1)
+
+
+def test_an_evaluation_stream_has_no_prompt_quantiles(tiny_gpt2, tmp_path):
+    rows = rated(prompt=["a"] * 6)
+    with pytest.raises(
+        ValueError, match=r"which the eval dataset, a stream, does not have. Load the data set without st"
+    ):
+        continuous(tiny_gpt2, rows, tmp_path, "prompt_quantile", eval_dataset=rows.to_iterable_dataset())
+
+
+def test_a_wrong_setting_is_refused_by_the_config(tmp_path):
+    with pytest.raises(ValueError, match="'centre,nothing': 'nothing' is not a transform"):
+        PointwiseDPOConfig(str(tmp_path), label_type="continuous", label_transform="centre,nothing")
+
+
+@pytest.mark.parametrize(
+    ("columns", "transform", "message"),
+    [
+        ({"label": [1.0] * 6}, "standardise", "standardise needs labels that differ, and all 6 are 1"),
+        (
+            {"label": [1.0] * 5 + [float("nan")]},
+            "centre",
+            "Row 5 of the train dataset: label is nan; it must be finite",
+        ),
+        ({"label": ["1"] * 6}, "lower_is_better", "Row 0 of the train dataset: label is '1', a str"),
+        ({"label_type": ["binary"] * 6, "label": [1] * 6}, "centre", "no row of the train dataset is of that type"),
+        ({"label_type": [None] * 6}, "lower_is_better", "label_type is None; it must be one of"),
+    ],
+)
+def test_labels_that_cannot_be_transformed(tiny_gpt2, tmp_path, columns, transform, message):
+    with pytest.raises(ValueError, match=message):
+        continuous(tiny_gpt2, rated(**columns), tmp_path, transform)
+
+
+def test_pairs_and_prepared_rows_have_no_raw_labels(tiny_gpt2, tmp_path):
+    pairs = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})
+    for transform in ("centre", "lower_is_better"):
+        with pytest.raises(
+            ValueError, match="The train dataset is paired: its labels are 1 and 0, and not on the scale"
+        ):
+            continuous(tiny_gpt2, pairs, tmp_path, transform)
+    with pytest.raises(ValueError, match="The eval dataset is paired"):
+        continuous(tiny_gpt2, rated(), tmp_path, "centre", eval_dataset=pairs)
+    prepared = continuous(tiny_gpt2, rated(), tmp_path, None).train_dataset
+    with pytest.raises(ValueError, match="The train dataset is prepared already, so its labels are not the raw ones"):
+        continuous(tiny_gpt2, prepared, tmp_path, "centre")
+    assert continuous(tiny_gpt2, prepared, tmp_path, None).train_dataset["label"][:] == RATINGS
+
+
+def test_a_label_out_of_the_training_range_is_named(tiny_gpt2, tmp_path):
+    message = r"Row 1 of the eval dataset: label is 1.25 after label_transform='min_max:0,4', outside \[0, 1\]"
+    with pytest.raises(ValueError, match=message):
+        continuous(tiny_gpt2, rated(), tmp_path, "min_max", label_type="binary", eval_dataset=rated([4.0, 5.0]))
+
+
+def test_another_transform_is_not_served_from_the_cache(tiny_gpt2, tmp_path):
+    rated().to_json(tmp_path / "rows.jsonl")
+    rows = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    found = [
+        continuous(tiny_gpt2, rows, tmp_path, transform).train_dataset["label"][0]
+        for transform in ("centre:1", "centre:2", None, "centre:1")
+    ]
+    assert found == [3.0, 2.0, 4.0, 3.0]
+
+
+# The report
+
+
+def test_the_report_is_of_the_rows_that_are_trained_on(tiny_gpt2, tmp_path, capsys):
+    rows = make_rows(
+        5,
+        prompt=["a", "a", "b", "c", "c"],
+        completion=[" x", " x", " x", " yy", " z"],
+        label=[1.0, 0.0, 1.0, 1.0, 0.5],
+        weight=[1.0, 1.0, 2.0, 4.0, 0.0],
+        sft_mask=[True, False, False, True, False],
+    )
+    make_trainer(tiny_gpt2, rows, tmp_path / "out")
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "label_report.json").read_text())
+    assert report["binary"]["classes"] == {"1": 3, "between": 1, "0": 1}
+    assert (report["prompts"]["count"], report["repeated"], report["contradicting"]) == (3, 1, 2)
+    assert report["weight"]["demonstrations"] == 5 / 8
+    assert [each["tokens"] for each in report["binary"]["histogram"]] == [3, 3, pytest.approx(10 / 3, rel=1e-5)]
+    assert shown.count("Labels of the train dataset: 5 rows, 3 prompts") == 1
+    assert "! 2 rows contradict one another" in shown
+    assert f"As JSON: {tmp_path / 'out' / 'label_report.json'}" in shown
+
+
+def test_point_wise_dpo_has_no_demonstrations(tiny_gpt2, tmp_path, capsys):
+    rows = make_rows(40, label=[1.0] * 36 + [0.0] * 4)
+    make_trainer(tiny_gpt2, rows, tmp_path / "pointwise", pointwise=True)
+    shown = capsys.readouterr().out
+    assert "Of the rows that are compared good ones weigh 9 to 1." in shown
+    report = json.loads((tmp_path / "pointwise" / "label_report.json").read_text())
+    assert report["demonstrations"] == 0
+    # ULMA imitates them, and compares the others alone
+    make_trainer(tiny_gpt2, rows, tmp_path / "ulma")
+    assert "good ones weigh" not in capsys.readouterr().out
+    report = json.loads((tmp_path / "ulma" / "label_report.json").read_text())
+    assert report["demonstrations"] == 0.9
+
+
+def test_the_report_can_be_left_out_and_a_stream_has_none(tiny_gpt2, tmp_path, capsys):
+    make_trainer(tiny_gpt2, make_rows(4), tmp_path / "a", label_report=False)
+    make_trainer(tiny_gpt2, make_rows(4).to_iterable_dataset(), tmp_path / "b", max_steps=1)
+    assert "Labels of" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*/label_report.json"))
+    with pytest.raises(ValueError, match="label_report must be True or False; got 'yes'"):
+        make_trainer(tiny_gpt2, make_rows(4), tmp_path, label_report="yes")
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [({}, 1.0), ({"log_z": 0.7}, 1.0), ({"log_z": "running_mean"}, 1.0), ({"length_normalize": True}, None)],
+)
+def test_targets_follow_the_settings(tiny_gpt2, tmp_path, settings, factor):
+    trainer = continuous(tiny_gpt2, rated(), tmp_path, "centre", beta=0.5, **settings)
+    targets = report_labels(trainer.train_dataset, trainer.args)["continuous"]["targets"]
+    log_z = settings.get("log_z", 0.0)
+    u = np.abs(np.array(trainer.train_dataset["label"][:]) / 0.5 - (0 if isinstance(log_z, str) else log_z))
+    if factor is None:
+        u *= [len(ids) for ids in trainer.train_dataset["completion_ids"]]
+    assert targets["rms"] == pytest.approx(np.sqrt((u**2).mean()), rel=1e-5)
+    assert targets["log_z_is_known"] != isinstance(log_z, str)
+
+
+def test_columns_of_log_z_and_types_are_in_the_report(tiny_gpt2, tmp_path):
+    rows = rated([1.0, 0.0, 3.0, -3.0], log_z=[9.0, 9.0, 1.0, 2.0], label_type=["binary"] * 2 + ["continuous"] * 2)
+    trainer = continuous(tiny_gpt2, rows, tmp_path, None, beta=1.0)
+    report = report_labels(trainer.train_dataset, trainer.args)
+    assert report["binary"]["rows"] == 2
+    assert report["continuous"]["targets"]["max"] == 5
+    selected = trainer.train_dataset.select([3, 1])  # rows by index, as a filter leaves them
+    assert report_labels(selected, trainer.args)["continuous"]["targets"]["max"] == 5
+    assert report_labels(selected, trainer.args)["prompts"]["count"] == 2
+
+
+def test_class_weights_that_are_set_are_known_to_the_report(tiny_gpt2, tmp_path):
+    rows = make_rows(8, label=[1.0] * 7 + [0.0])
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path)
+    assert any("weigh 7 to 1" in warning for warning in report_labels(trainer.train_dataset, trainer.args)["warnings"])
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, undesirable_weight=7.0)
+    assert not any("weigh" in warning for warning in report_labels(trainer.train_dataset, trainer.args)["warnings"])
+
+
+# The command line
+
+
+@pytest.mark.parametrize("spec", ["votes:1,1", "lower_is_better,min_max:0,4", "threshold:0.5"])
+def test_yaml_and_options_carry_a_transform(tmp_path, spec):
+    from trl_ulma.scripts import ulma
+
+    needed = ["--model_name_or_path", "m", "--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path)]
+    settings = ulma.make_parser().parse_settings([*needed, "--label_transform", spec, "--no_label_report"])[1]
+    assert (settings.label_transform, settings.label_report) == (spec, False)
+    (tmp_path / "run.yaml").write_text(f"label_transform: {spec}\nlabel_report: false\n")
+    settings = ulma.make_parser().parse_settings([*needed, "--config", str(tmp_path / "run.yaml")])[1]
+    assert (settings.label_transform, settings.label_report) == (spec, False)
+
+
+def test_a_wrong_transform_on_the_command_line_is_one_line(tmp_path, capsys):
+    from trl_ulma.scripts import ulma
+
+    needed = ["--model_name_or_path", "m", "--dataset_name", "rows.jsonl", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        ulma.make_parser().parse_settings([*needed, "--label_transform", "threshhold:1"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'threshhold' is not a transform; known are centre" in line
+    assert line.endswith("Did you mean threshold?")

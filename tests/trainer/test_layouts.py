@@ -1,0 +1,187 @@
+"""Packed rows and shared prompts compute what padded rows do, or are refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, TaskType
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+from world import make_rows, make_trainer, mixed_rows, weights
+
+from trl_ulma.likelihood.layouts import shared
+from trl_ulma.rows.sampler import PromptSampler
+
+LAYOUTS = {"padding_free": True}, {"share_prompts": True}
+
+
+def several_answers(prompts: int = 5, answers: int = 3) -> Dataset:
+    """Rows of every kind, `answers` for each prompt."""
+    n = prompts * answers
+    rows = mixed_rows(n)
+    asked = make_rows(prompts)["prompt"][:]
+    return rows.remove_columns("prompt").add_column("prompt", [asked[i // answers] for i in range(n)])
+
+
+def train(model, rows, tmp_path, **kwargs):
+    settings = {"optim": "sgd", "learning_rate": 1e-2, "max_grad_norm": 0.0, "num_train_epochs": 1, "beta": 0.5}
+    settings |= {"model_init_kwargs": {"dtype": torch.float64}, "train_sampling_strategy": "sequential"}
+    settings |= {"per_device_train_batch_size": 6, "eval_dataset": rows, "eval_strategy": "epoch"}
+    trainer = make_trainer(model, rows, tmp_path, **settings | kwargs)
+    before = weights(trainer.model)
+    trainer.train()
+    return before, weights(trainer.model), trainer.state.log_history
+
+
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("model", ["tiny_gpt2", "tiny_llama"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
+def test_a_run_is_the_padded_one(request, tmp_path, model, layout, peft, precompute):
+    folder = request.getfixturevalue(model)
+    rows = several_answers()
+    kwargs = {"precompute_ref_log_probs": precompute}
+    if peft:
+        targets = ["c_attn"] if model == "tiny_gpt2" else ["q_proj", "v_proj"]
+        kwargs |= {"peft_config": LoraConfig(r=4, target_modules=targets), "learning_rate": 0.02}
+    before, after, log = train(folder, rows, tmp_path, **kwargs)
+    before_2, after_2, log_2 = train(folder, rows, tmp_path, **kwargs, **layout)
+    assert torch.equal(before, before_2)
+    assert (after - before).norm() > 1e-3
+    assert (after_2 - after).norm() <= 1e-5 * (after - before).norm()
+    for entry, entry_2 in zip(log[:-1], log_2[:-1], strict=True):
+        for name in entry.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+            assert entry[name] == pytest.approx(entry_2[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
+def test_eager_and_sdpa_attention_are_exact(tiny_llama, tmp_path, layout, attention):
+    init = {"attn_implementation": attention, "dtype": torch.float32}
+    rows = several_answers()
+    wanted = make_trainer(tiny_llama, rows, tmp_path, model_init_kwargs=init).evaluate(rows)
+    found = make_trainer(tiny_llama, rows, tmp_path, model_init_kwargs=init, **layout).evaluate(rows)
+    assert found["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
+def test_half_precision_passes_the_probe(tiny_llama, tmp_path, layout):
+    rows = several_answers()
+    wanted = make_trainer(tiny_llama, rows, tmp_path, bf16=True, use_cpu=True).evaluate(rows)
+    found = make_trainer(tiny_llama, rows, tmp_path, bf16=True, use_cpu=True, **layout).evaluate(rows)
+    assert found["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-2)
+
+
+def make_bloom(tokenizer):
+    torch.manual_seed(0)
+    return BloomForCausalLM(
+        BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=2, initializer_range=0.2)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
+def test_an_alibi_model_is_refused(tiny_gpt2, tmp_path, layout):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    make_bloom(tokenizer).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    trainer = make_trainer(str(tmp_path / "bloom"), several_answers(), tmp_path, max_steps=1, **layout)
+    name = next(iter(layout))
+    with pytest.raises(ValueError, match=f"{name}=True is not exact with this model.*Set {name}=False"):
+        trainer.train()
+
+
+def test_sliding_windows_fall_back_and_say_so(tiny_llama, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
+    tokenizer.save_pretrained(tmp_path / "mistral")
+    trainer = make_trainer(str(tmp_path / "mistral"), several_answers(), tmp_path, max_steps=1, share_prompts=True)
+    trainer.train()
+    assert trainer._scorer.layout == "padded"
+
+
+def test_adapters_with_virtual_tokens_are_padded(tiny_gpt2, tmp_path):
+    peft = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=3)
+    rows = several_answers()
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, max_steps=2, peft_config=peft, learning_rate=0.1)
+    before = trainer.evaluate(rows)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(rows)["eval_loss"] != before
+    shared_trainer = make_trainer(tiny_gpt2, rows, tmp_path, peft_config=peft, share_prompts=True)
+    assert shared_trainer.evaluate(rows)["eval_loss"] == pytest.approx(before, rel=1e-6)
+
+
+def test_both_layouts_at_once_contradict(tiny_gpt2, tmp_path):
+    with pytest.raises(ValueError, match="padding_free and share_prompts are two ways"):
+        make_trainer(tiny_gpt2, make_rows(4), tmp_path, padding_free=True, share_prompts=True)
+
+
+def test_a_shared_prompt_is_there_once():
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 0], [5, 4, 2, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]),
+        "completion_mask": torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0]]),
+    }
+    layout = shared(batch)
+    assert layout.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 7], [5, 4, 0, 0, 0]]
+    assert layout.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert layout.positions.tolist() == [2, 3, 4, 6]
+    sees = layout.inputs["attention_mask"][0, 0].int().tolist()
+    assert sees == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+
+
+def test_prompts_keep_together_and_micro_batches_are_of_both_classes(tiny_gpt2, tmp_path):
+    prompts = [i // 3 for i in range(120)]  # of three answers each
+    good = [i // 3 % 4 == 0 for i in range(120)]  # a quarter of the prompts has good answers only
+    sampler = PromptSampler(prompts, good, seed=0)
+    orders = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        orders.append(order)
+        assert sorted(order) == list(range(120))
+        assert len(list(itertools.groupby(prompts[row] for row in order))) == 40
+        batches = np.array([good[row] for row in order]).reshape(-1, 12)
+        assert ((batches.sum(1) > 0) & (batches.sum(1) < 12)).all()
+    assert orders[0] != orders[1]
+    assert orders[1] == list(sampler)
+
+
+def test_the_trainer_samples_by_prompt(tiny_gpt2, tmp_path):
+    rows = several_answers(prompts=5, answers=4).shuffle(seed=0)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, share_prompts=True, per_device_train_batch_size=4)
+    for batch in trainer.get_train_dataloader():
+        lengths = batch["completion_mask"].argmax(1).tolist()
+        assert len({tuple(ids[:n]) for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)}) == 1
+    resumed = make_trainer(tiny_gpt2, rows, tmp_path, share_prompts=True, per_device_train_batch_size=4)
+    first = [batch["row"].tolist() for batch in trainer.get_train_dataloader()]
+    assert first == [batch["row"].tolist() for batch in resumed.get_train_dataloader()]
+
+
+def test_the_head_scores_completion_tokens_only(tiny_gpt2, tmp_path):
+    rows = make_rows(4)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, per_device_eval_batch_size=4)
+    seen = []
+    trainer.model.transformer.register_forward_hook(lambda m, a, output: seen.append(output.last_hidden_state.shape))
+    trainer.evaluate(rows)  # makes the head's hook, which runs after this one from the next forward on
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_size=4)
+    trainer.evaluate(rows)
+    trainer.model.transformer.register_forward_hook(lambda m, a, output: seen.append(output.last_hidden_state.shape))
+    trainer.evaluate(rows)
+    tokens = sum(len(ids) for ids in trainer.train_dataset["completion_ids"])
+    assert seen[-1][:2] == (1, tokens)

@@ -1,0 +1,1 @@
+"""The only place where log-probabilities are computed: for training, evaluation, scoring and the demo."""

@@ -1,0 +1,1 @@
+"""From a raw row to a batch: checked, rendered, tokenized and collated."""

@@ -1,0 +1,236 @@
+"""The labels of a whole data set: transforms fitted and applied, and the report on them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+
+from trl_ulma.labels import (
+    LabelRules,
+    check_columns,
+    label_report,
+    parse_transform,
+    raw_labels,
+    render_report,
+    transform_labels,
+)
+from trl_ulma.losses import Terms, route
+from trl_ulma.rows.images import as_images, image_column, image_key
+
+# What is written into the output folder
+REPORT_FILE = "label_report.json"
+
+
+def with_transform(rules: LabelRules, label_transform: str | None, train_dataset: Any) -> LabelRules:
+    """`rules` with the transform that the setting names, fitted on the raw rows of the training set.
+
+    Every row counts once, those included that are left out later on.
+
+    Raises:
+        ValueError: where it cannot be fitted: the rows are a stream, are prepared already, or have no fitting labels.
+    """
+    if label_transform is None:
+        return rules
+    transform = parse_transform(label_transform, rules.label_type)
+    rules = replace(rules, transform=transform)
+    if isinstance(train_dataset, IterableDataset):
+        check_stream(rules, "train")
+        return rules
+    if not len(train_dataset):
+        return rules  # which preparation refuses
+    names = list(train_dataset[0])
+    if "prompt_ids" in names:
+        raise ValueError(
+            f"The train dataset is prepared already, so its labels are not the raw ones that "
+            f"label_transform={label_transform!r} reads. Pass the raw rows, or leave label_transform out."
+        )
+    if check_columns(names, "train", takes_images=True):
+        check_pairs(rules, "train")
+    if transform.is_fitted and not transform.needs_prompts:
+        return rules
+    columns = _read(train_dataset, rules, "train")
+    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules)
+    if not len(own):
+        raise ValueError(
+            f"label_transform={label_transform!r} is for rows of label_type={rules.label_type!r}, and no row of the "
+            "train dataset is of that type. Leave it out, or set label_type to the other."
+        )
+    prompts = _prompt_keys(columns, own.tolist()) if transform.needs_prompts else None
+    return replace(rules, transform=transform.fit(labels, trials, prompts))
+
+
+def check_stream(rules: LabelRules, name: str) -> None:
+    """Raise ValueError where a transform needs more rows at once than a stream has."""
+    transform = rules.transform
+    if transform is None or (transform.is_fitted and not transform.needs_prompts):
+        return
+    remedy = "Load the data set without streaming"
+    if not transform.needs_prompts:
+        remedy += ", or give the numbers, as in standardise:2.5,1.2"
+    raise ValueError(
+        f"label_transform={str(transform)!r} needs all labels at once, which the {name} dataset, a stream, does not "
+        f"have. {remedy}."
+    )
+
+
+def check_pairs(rules: LabelRules, name: str) -> None:
+    """Raise ValueError where a transform is asked for of pairs, whose labels are 1 and 0 by themselves."""
+    if rules.transform is not None:
+        raise ValueError(
+            f"The {name} dataset is paired: its labels are 1 and 0, and not on the scale that "
+            f"label_transform={str(rules.transform)!r} reads. Leave label_transform out, or make rows of the pairs."
+        )
+
+
+def transformed_labels(dataset: Dataset, name: str, rules: LabelRules) -> list[Any] | None:
+    """The label of each raw row after the fitted transform; None where there is no transform."""
+    if rules.transform is None:
+        return None
+    columns = _read(dataset, rules, name)
+    keys = _prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
+    return transform_labels(columns, range(len(dataset)), name, rules, keys)
+
+
+def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
+    """The columns that a transform reads, as plain values; of images their key, made one row after the other."""
+    wanted = {"label", "label_type", "trials"}
+    if rules.transform is not None and rules.transform.needs_prompts:
+        wanted |= {"prompt", "image", "images"}
+    images = image_column([name for name in dataset[0] if name in wanted], where)
+    if images is not None:
+        wanted = wanted - {images}
+    if dataset.format["type"] == "custom":  # rows are made as they are read
+        made: list[Any] = [{name: row[name] for name in row if name in wanted or name == images} for row in dataset]
+        found = {name: [row.get(name) for row in made] for name in made[0] if name in wanted}
+        raw = (row[images] for row in made) if images else ()
+    else:
+        names = [name for name in dataset.column_names if name in wanted]
+        found = dict(dataset.select_columns(names).with_format(None)[:]) if names else {}
+        tables: Any = dataset.select_columns([images]).with_format("arrow").iter(32) if images else ()
+        raw = (value for table in tables for value in table[images].to_pylist())
+    if images is not None:
+        found["image_key"] = [
+            image_key(as_images(value, f"Row {row} of the {where} dataset")) for row, value in enumerate(raw)
+        ]
+    return found
+
+
+def _prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
+    """What is the same for rows of one prompt: its text or messages, and its images."""
+    prompts = columns["prompt"]
+    keys = [
+        prompts[i] if isinstance(prompts[i], str) else json.dumps(prompts[i], sort_keys=True, default=str) for i in rows
+    ]
+    if "image_key" in columns:
+        keys = [f"{columns['image_key'][i]} {key}" for i, key in zip(rows, keys, strict=True)]
+    return keys
+
+
+def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
+    """`(N,)` bool: whether a prepared row's label is continuous, by its own `label_type` or the settings'.
+
+    Example:
+        >>> is_continuous(Dataset.from_dict({"label": [0.5, 1.0]}), "binary")
+        array([False, False])
+    """
+    if "label_type" in rows.column_names:
+        return np.asarray(rows["label_type"][:]) == "continuous"
+    return np.full(len(rows), label_type == "continuous")
+
+
+def terms_of(rows: Dataset, label_type: str, cell: tuple[str, str]) -> Terms:
+    """Which terms the loss of each prepared row has, see `trl_ulma.losses.route`.
+
+    Args:
+        rows: prepared.
+        label_type: of rows that have none of their own.
+        cell: (positive_loss, negative_loss).
+    """
+    label = torch.tensor(rows["label"][:], dtype=torch.float32)
+    sft_mask = torch.tensor(rows["sft_mask"][:], dtype=torch.bool)
+    continuous = torch.from_numpy(is_continuous(rows, label_type))
+    positive, negative = cell
+    return route(label, sft_mask, continuous, positive_loss=positive, negative_loss=negative)
+
+
+def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:
+    """`(N,)` bool: the prepared rows that are imitated, or marked as demonstrations and in no other term of the loss.
+
+    Point-wise DPO has none: what is marked is compared like all rows.
+    """
+    terms = terms_of(rows, args.label_type, args.cell)
+    marked = np.asarray(rows["sft_mask"][:], dtype=bool)
+    return terms.imitated.numpy() | (marked & ~terms.compared.numpy())
+
+
+def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
+    """The label report of prepared rows, see `trl_ulma.labels.label_report`.
+
+    Args:
+        rows: prepared.
+        args: the trainer's config.
+    """
+    continuous = is_continuous(rows, args.label_type)
+    log_z = None if isinstance(args.log_z, str) else args.log_z
+    if "log_z" in rows.column_names:
+        log_z = np.asarray(rows["log_z"][:])
+    prompt, answer, tokens = _identities(rows)
+    return label_report(
+        np.asarray(rows["label"][:]),
+        continuous,
+        are_demonstrations(rows, args),
+        prompt=prompt,
+        answer=answer,
+        tokens=tokens,
+        compared=terms_of(rows, args.label_type, args.cell).compared.numpy(),
+        weight=np.asarray(rows["weight"][:]) if "weight" in rows.column_names else None,
+        log_z=log_z,
+        beta=args.beta,
+        length_normalize=args.length_normalize,
+        class_weights=(args.desirable_weight, args.undesirable_weight),
+    )
+
+
+def show_report(rows: Dataset | IterableDataset, args: Any) -> dict[str, Any] | None:
+    """Print the label report of the training set, write it into the output folder, and return it.
+
+    The main process does; of a stream, whose rows are not known, there is none.
+    """
+    if not args.label_report or not args.should_save or isinstance(rows, IterableDataset):
+        return None
+    report = report_labels(rows, args)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\n{render_report(report)}\n\nAs JSON: {folder / REPORT_FILE}\n", flush=True)
+    return report
+
+
+def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hash of the prompt, hash of prompt and completion, completion's tokens) of each row, `(N,)` each."""
+    prompts, answers, tokens = [], [], []
+    table: Any = rows.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    for batch in table.iter(10_000):
+        prompt, completion = (_lists(batch[name]) for name in ("prompt_ids", "completion_ids"))
+        prompts += map(hash, prompt)
+        answers += map(hash, zip(prompt, completion, strict=True))
+        tokens += [len(ids) // 4 for ids in completion]
+    if "image_key" in rows.column_names:  # one question about two images is two prompts
+        keys = rows["image_key"][:]
+        prompts = [hash(both) for both in zip(prompts, keys, strict=True)]
+        answers = [hash(both) for both in zip(answers, keys, strict=True)]
+    return np.array(prompts), np.array(answers), np.array(tokens)
+
+
+def _lists(column: Any) -> list[bytes]:
+    """The bytes of each list of an Arrow column of int32 lists."""
+    array = column.combine_chunks()
+    values = array.values.to_numpy(zero_copy_only=True)
+    ends = array.offsets.to_numpy()
+    return [values[start:end].tobytes() for start, end in pairwise(ends)]
