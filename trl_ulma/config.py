@@ -99,6 +99,12 @@ class PointwiseDPOConfig(DPOConfig):
             prompt's rows together. Exact, which is tried out at the start; with attention other than "sdpa" and
             "eager", sliding windows or recurrent layers rows are padded, and that is said.
 
+        startup_checks: before the first step, show on a few rows that the log-probabilities are those of the model's
+        own
+            logits, that the reference is the model as it is before training, that asking twice gives the same, and that
+            the chosen layout gives what padding gives. What fails is an error that says by how much. It costs less than
+            an optimizer step. False trains regardless.
+
     Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
     tried out at the start whether the model computes the same, and refused where it does not.
 
@@ -176,6 +182,15 @@ class PointwiseDPOConfig(DPOConfig):
         },
     )
 
+    startup_checks: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, show on a few rows that log-probabilities equal the model's own "
+            "logits, that "
+            "the reference is the model before training, and that nothing is noisy; raise an error otherwise."
+        },
+    )
+
     loss_type: list[str] = _hidden("loss_type")
     loss_weights: list[float] | None = _hidden("loss_weights")
     ld_alpha: float | None = _hidden("ld_alpha")
@@ -235,7 +250,7 @@ class PointwiseDPOConfig(DPOConfig):
                 raise ValueError(f"{name} must be a whole number, {least} or above; got {value!r}.")
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}.")
-        for name in ("label_report", "length_normalize", "share_prompts", "padding_free"):
+        for name in ("label_report", "length_normalize", "share_prompts", "padding_free", "startup_checks"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         if self.sync_ref_model and self.precompute_ref_log_probs:

@@ -14,16 +14,16 @@ from scipy.stats import spearmanr
 from servers import LoopbackServer, make_parrot, said, transformers_serve
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
+from trl_ulma.evaluation.logps import as_reference, completion_logps, load_model, load_tokenizer
 from world import make_rows, make_trainer
 
 from trl_ulma.data.files import load_rows
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.evaluation.as_trained import as_trained
 from trl_ulma.evaluation.held_out import HeldOut
-from trl_ulma.evaluation.logps import as_reference, completion_logps, load_model, load_tokenizer
-from trl_ulma.judge import JudgeSettings
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.evaluate import make_parser
 from trl_ulma.scripts.training import TEST_SPLIT_SIZE
@@ -180,7 +180,7 @@ def test_ratings_have_correlations_and_log_z_moves_rewards(tiny_llama, adapters,
 
 
 def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_path, capsys, monkeypatch):
-    JudgeSettings(beta=0.1, log_z="column").write(tmp_path)
+    SavedSettings(beta=0.1, log_z="column").write(tmp_path)
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path)
     load_tokenizer(tiny_llama).save_pretrained(tmp_path)
     argv = ["--model", str(tmp_path), "--ref_model", tiny_llama, "--dataset", rows, "--split", "train"]
@@ -409,7 +409,7 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
 def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
     def saved(name, **settings):
         (tmp_path / name).mkdir()
-        JudgeSettings(beta=0.1, **settings).write(tmp_path / name)
+        SavedSettings(beta=0.1, **settings).write(tmp_path / name)
         return str(tmp_path / name)
 
     (tmp_path / "base").mkdir()

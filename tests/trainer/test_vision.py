@@ -13,9 +13,9 @@ from vlm import image_rows, make_qwen, picture, with_images
 from world import first_step_loss, make_rows, make_trainer, weights
 
 from trl_ulma.labels import LabelRules
+from trl_ulma.log_z import mismatched
 from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, as_images, with_placeholders
 from trl_ulma.rows.preparation import Preparation
-from trl_ulma.steps import mismatched
 
 
 @pytest.fixture(scope="module")

@@ -23,22 +23,23 @@ from trl_ulma.evaluation.implicit_reward import binary_figures, calibration_curv
 from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
 from trl_ulma.evaluation.judging import Judging
 from trl_ulma.evaluation.llm_judge import LLMJudge
-from trl_ulma.evaluation.logps import (
-    adapter_base,
-    as_reference,
-    check_same_tokens,
-    completion_logps,
-    load_model,
-    load_tokenizer,
-    positions,
-    prompt_states,
-)
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.pictures import pictures
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Server
 from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.table import completion_logps, prompt_states
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import (
+    adapter_base,
+    check_same_tokens,
+    load_model,
+    load_reference,
+    load_tokenizer,
+    positions,
+    saved_settings,
+    training_autocast,
+)
 
 SERVED = "served:"
 ENOUGH_PROMPTS = 200
@@ -248,8 +249,15 @@ class _Run:
         mask, continuous = held_out.sft_mask[raw], held_out.continuous[raw]
         has_log_z = "log_z" in rows.column_names
         scale = None
-        if args.ref_model is None and adapter_base(source) is None:
+        saved = saved_settings(source)
+        identity = None if saved is None else saved.reference
+        names_reference = identity is not None and (identity.name or identity.kind == "none")
+        if args.ref_model is None and adapter_base(source) is None and not names_reference:
             self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
+        elif args.ref_model is None and identity is not None and identity.kind == "none":
+            self._note(
+                f"{run} has no implicit rewards: it was trained without a reference, and there is no --ref_model."
+            )
         else:  # before the scoring: what is wrong with it should not take that to be told
             scale = reward_scale(
                 source,
@@ -258,7 +266,8 @@ class _Run:
                 log_z=0.0 if has_log_z else args.log_z,
                 prompt_states=partial(prompt_states, model, rows, batch_size=args.batch_size),
             )
-        logps, tokens = completion_logps(model, rows, batch_size=args.batch_size, what=f"Scoring, {run}")
+        with training_autocast(saved, model):
+            logps, tokens = completion_logps(model, rows, batch_size=args.batch_size, what=f"Scoring, {run}")
         facts: dict[str, Any] = {
             "rows": len(rows),
             "left_out": len(held_out.rows) - len(rows),
@@ -288,19 +297,23 @@ class _Run:
 
     def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> np.ndarray:
         """`(N,)` log π_ref(y|x)."""
-        args = self.args
+        args, saved = self.args, saved_settings(source)
         scoring = {"batch_size": args.batch_size, "what": f"Scoring, reference of {run}"}
-        if args.ref_model is None:
-            with as_reference(model, source) as reference:
-                return completion_logps(reference, rows, **scoring)[0]
-        key = digest(rows["prompt_ids"][:], rows["completion_ids"][:])
-        if key not in self._ref_logps:
+        dtype = str(model.dtype).removeprefix("torch.")
+        key = digest(rows["prompt_ids"][:], rows["completion_ids"][:]) + dtype
+        if args.ref_model is not None and key in self._ref_logps:
+            return self._ref_logps[key]
+        if args.ref_model is not None:
             check_same_tokens(tokenizer, load_tokenizer(args.ref_model, **self.loading), rows, run, args.ref_model)
-            reference = load_model(args.ref_model, dtype=args.dtype, **self.loading)
-            self._ref_logps[key] = completion_logps(reference, rows, **scoring)[0]
-            del reference
-            _free()
-        return self._ref_logps[key]
+        identity = None if saved is None else saved.reference
+        reference = load_reference(model, source, identity, args.ref_model, dtype=dtype, **self.loading)
+        with training_autocast(saved, model):
+            logps = completion_logps(reference.model or model, rows, reference=reference, **scoring)[0]
+        if args.ref_model is not None:
+            self._ref_logps[key] = logps
+        del reference
+        _free()
+        return logps
 
 
 def run_names(names: list[str]) -> list[str]:

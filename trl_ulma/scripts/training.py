@@ -123,8 +123,8 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
-    from trl_ulma.model_card import WritesModelCard
-    from trl_ulma.tracking import add_pictures
+    from trl_ulma.callbacks import add_pictures
+    from trl_ulma.trainer import PointwiseDPOTrainer
 
     if not sys.stderr.isatty():  # a bar in a log file is many lines a second
         disable_progress_bars()
@@ -167,7 +167,7 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if isinstance(trainer, WritesModelCard):  # examples/paper trains reward models, too
+    if isinstance(trainer, PointwiseDPOTrainer):  # examples/paper trains reward models, too
         trainer.create_model_card(dataset_name=script_args.dataset_name)
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
