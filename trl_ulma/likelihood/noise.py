@@ -37,8 +37,8 @@ def switch_off_noise(model: nn.Module) -> None:
     """Set every dropout rate of a model to 0, also those of functional dropout and skipped layers.
 
     `nn.Dropout` modules have a rate `p`. Other modules pass a rate to `nn.functional.dropout`, or to attention, and
-    keep it in an attribute: a number whose name contains "drop". The jitter of routers stays, because in evaluation mode
-    it can be a threshold.
+    keep it in an attribute: a number whose name contains "drop". The jitter of routers stays, because in evaluation
+    mode it can be a threshold.
 
     Example:
         >>> from transformers import OPTConfig, OPTForCausalLM
