@@ -147,17 +147,26 @@ def is_known(model_type: str) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def tiny_config(model_type: str, settings: dict[str, Any]) -> PretrainedConfig:
-    """The configuration of a small model; a setting of None leaves the architecture's default."""
+def tiny_config(model_type: str, settings: dict[str, Any], dropout: float | None = None) -> PretrainedConfig:
+    """The configuration of a small model.
+
+    Args:
+        model_type: of the architecture.
+        settings: besides the sizes; None leaves the architecture's default.
+        dropout: every rate of dropout and of skipped layers, whatever its name; None leaves the defaults.
+    """
     made: Any = CONFIG_MAPPING[model_type]
     default = made()
     sizes = {name: value for name, value in _SIZES.items() if getattr(default, name, None) is not None}
+    if dropout is not None:
+        rates = (name for name, value in default.to_dict().items() if isinstance(value, float | int) and "drop" in name)
+        sizes |= {name: dropout for name in rates if not isinstance(getattr(default, name), bool)}
     sizes = sizes | _SPECIAL | settings
     left_out = [name for name, value in settings.items() if value is None and name in _SIZES]
     return made(**{name: value for name, value in sizes.items() if name not in left_out})
 
 
-def tiny_model(model_type: str, settings: dict[str, Any], seed: int = 0) -> Any:
-    """A small model with random weights, in float32 and evaluation mode."""
+def tiny_model(model_type: str, settings: dict[str, Any], dropout: float | None = None, seed: int = 0) -> Any:
+    """A small model with random weights, in float32 and evaluation mode; arguments as for `tiny_config`."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type, settings)).float().eval()
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, settings, dropout)).float().eval()
