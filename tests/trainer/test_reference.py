@@ -203,8 +203,8 @@ def test_with_dropout_the_reference_has_none(tiny_gpt2, tiny_llama, tmp_path, wa
     live, precomputed = live_and_precomputed(make, rows, tmp_path, disable_dropout=False)
     assert live[0] == pytest.approx(precomputed[0], abs=1e-4)
     assert (live[1] - precomputed[1]).abs().max() < 1e-4
-    # The noise is on, or this shows nothing
-    assert live[0][0] != pytest.approx(math.log(2), abs=1e-4)
+    if way != "lora-with-dropout":  # whose noise is multiplied by 0 at first
+        assert live[0][0] != pytest.approx(math.log(2), abs=1e-4), "there is no noise to leave out"
 
 
 # Adapters
@@ -237,9 +237,11 @@ BEGIN_AT_NOTHING = [name for name in ADAPTERS if name not in ("prompt-tuning", "
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_reference_of_a_trained_adapter_is_the_adapter_at_the_start(tiny_llama, tmp_path, name):
-    """Saved and loaded, as one goes on with an adapter."""
-    in_memory(tiny_llama, copy.deepcopy(ADAPTERS[name])).save_pretrained(tmp_path / "adapter")
-    model = PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter", is_trainable=True)
+    """Saved and loaded, as one goes on with an adapter; PEFT loads no virtual tokens to be trained on."""
+    model = in_memory(tiny_llama, copy.deepcopy(ADAPTERS[name]))
+    if not model.active_peft_config.is_prompt_learning:
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter", is_trainable=True)
     rows = make_rows(6)
     try:
         trainer = make_trainer(model, rows, tmp_path, **MOVING)
@@ -293,10 +295,6 @@ def test_live_and_precomputed_references_of_a_trained_adapter_agree(tiny_llama, 
 
 
 # What is trained outside the adapter
-
-
-def biased(tiny_gpt2):
-    return load(tiny_gpt2)
 
 
 def unfrozen(model: PeftModel, part: str) -> PeftModel:
