@@ -272,7 +272,8 @@ class PointwiseDPOConfig(DPOConfig):
             raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
 
     def check_machine(self) -> None:
-        """Raise ValueError or ImportError on a setting that this machine can not carry out."""
+        """Raise ValueError or ImportError on a setting that this machine cannot carry out."""
+        check_parallelism(getattr(self, "parallelism_config", None))
         if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(
                 "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is "
@@ -445,6 +446,22 @@ class ULMAConfig(PointwiseDPOConfig):
             raise ValueError(
                 "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not "
                 "that it is to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'."
+            )
+
+
+def check_parallelism(parallelism: Any) -> None:
+    """Raise ValueError on a way to split a model or a sequence that the log-probabilities are not known to be right in.
+
+    Args:
+        parallelism: accelerate's `ParallelismConfig`, or None.
+    """
+    kinds = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+    for name, kind in kinds.items():
+        size = getattr(parallelism, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{kind} parallelism ({name}={size}) is not supported: the output embeddings, or a row's tokens, would "
+                "be split over processes, and log-probabilities would be of parts. Use DDP, FSDP2 or ZeRO."
             )
 
 

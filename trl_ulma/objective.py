@@ -143,7 +143,9 @@ def _ratios(
     scored: torch.Tensor,
     chosen: torch.Tensor,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    statistics: Any = (policy.entropy, policy.mean_logits, policy.is_top1)
+    entropy: Any = policy.entropy
+    mean_logits: Any = policy.mean_logits
+    is_top1: Any = policy.is_top1
     return {
         "loss": (shown, torch.ones_like(shown)),
         "loss/sft": masked(losses.sft, terms.imitated),
@@ -151,5 +153,5 @@ def _ratios(
         "loss/preference": masked(losses.preference, terms.compared),
         "logps/chosen": masked(policy_logps, chosen),
         "logps/rejected": masked(policy_logps, ~chosen),
-        **token_ratios(*statistics, scored, chosen),
+        **token_ratios(entropy, mean_logits, is_top1, scored, chosen),
     }

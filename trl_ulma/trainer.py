@@ -34,7 +34,7 @@ from trl.trainer.utils import get_config_model_id
 from trl_ulma import model_card
 from trl_ulma.callbacks import Calls, Interruption
 from trl_ulma.checkpoints import WHOLE, checkpoint_to_resume, mark_whole, written_whole
-from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.config import PointwiseDPOConfig, ULMAConfig, check_parallelism
 from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -179,6 +179,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         plan.args = self.args
         if self._reference_kind == "none":
@@ -365,7 +366,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             rows = dataset if is_stream else self._remove_unused_columns(dataset, description=description)
             order = sampler_fn if is_training else None
             dataset, sampler_fn = filled(rows, order, size=size, seed=self._order_seed)
-            if is_training and not is_stream:
+            if is_training and sampler_fn is not None and not is_stream:
                 self._train_sampler = sampler_fn(rows)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 

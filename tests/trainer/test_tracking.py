@@ -13,7 +13,7 @@ from transformers.integrations import WandbCallback
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOConfig
-from trl_ulma.callbacks import TracksPictures, add_pictures
+from trl_ulma.tracking import TracksPictures, add_pictures
 
 
 def run(model, tmp_path, **settings):

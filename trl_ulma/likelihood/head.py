@@ -185,7 +185,7 @@ class CompactHead:
             self.logit_map = self._measure(wrapped, inputs)
         wanted = _Wanted(positions, targets, first, statistics, inputs["input_ids"].size(1))
         output = self._run(wrapped, inputs, wanted)
-        log_probs = output.get("log_probs")
+        log_probs: Any = output.get("log_probs")
         if log_probs is None and not torch.is_grad_enabled():
             # PEFT calls the forward of a model whose virtual tokens are switched off, past its hooks
             log_probs = self._log_probs
@@ -253,7 +253,8 @@ class CompactHead:
             for chunk in zip(states.split(size), targets.split(size), strict=True)
         ]
         columns: Any = zip(*parts, strict=True)
-        return TokenScores(*(None if values[0] is None else torch.cat(values) for values in columns))
+        joined: Any = [None if values[0] is None else torch.cat(values) for values in columns]
+        return TokenScores(*joined)
 
     def _score_chunk(self, states: torch.Tensor, targets: torch.Tensor, statistics: bool) -> TokenScores:
         return token_scores(self._project(states), targets, self.logit_map, statistics=statistics)

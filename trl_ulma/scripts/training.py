@@ -123,7 +123,7 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
-    from trl_ulma.callbacks import add_pictures
+    from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
 
     if not sys.stderr.isatty():  # a bar in a log file is many lines a second
