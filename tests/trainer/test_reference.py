@@ -55,7 +55,8 @@ def own_logps(model: torch.nn.Module, tokenizer, rows) -> np.ndarray:
 
 
 def losses(trainer) -> list[float]:
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    """The preference loss of each step, without what experts add."""
+    return [log["loss/preference"] for log in trainer.state.log_history if "loss" in log]
 
 
 def hold(trainer, rows, folder, tokenizer=None) -> None:
