@@ -12,11 +12,13 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ulma.labels import (
+    InvalidRow,
     LabelRules,
     check_columns,
     label_report,
     parse_transform,
     raw_labels,
+    refuse_invalid,
     render_report,
     transform_labels,
 )
@@ -55,8 +57,10 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
     if transform.is_fitted and not transform.needs_prompts:
         return rules
     columns = _read(train_dataset, rules, "train")
-    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules)
+    # Preparation lists the rows whose labels are invalid, or leaves them out
+    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid := {})
     if not len(own):
+        refuse_invalid(list(invalid.values()), len(train_dataset), "train")
         raise ValueError(
             f"label_transform={label_transform!r} is for rows of label_type={rules.label_type!r}, and no row of the "
             "train dataset is of that type. Leave it out, or set label_type to the other."
@@ -88,13 +92,18 @@ def check_pairs(rules: LabelRules, name: str) -> None:
         )
 
 
-def transformed_labels(dataset: Dataset, name: str, rules: LabelRules) -> list[Any] | None:
-    """The label of each raw row after the fitted transform; None where there is no transform."""
+def transformed_labels(
+    dataset: Dataset, name: str, rules: LabelRules, invalid: dict[int, InvalidRow] | None = None
+) -> list[Any] | None:
+    """The label of each raw row after the fitted transform; None where there is no transform.
+
+    `invalid` takes the errors of rows that have no label to transform; if it is None, such rows raise an error.
+    """
     if rules.transform is None:
         return None
     columns = _read(dataset, rules, name)
     keys = _prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
-    return transform_labels(columns, range(len(dataset)), name, rules, keys)
+    return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid)
 
 
 def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
