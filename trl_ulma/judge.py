@@ -213,6 +213,10 @@ class Judges(DPOTrainer):
             self.args.truncation_mode,
             self._positions,
             is_for_training=False,
+            invalid_rows=self.args.invalid_rows,
+            assistant_only_loss=self.args.assistant_only_loss,
+            chat=self.args.chat,
+            system_message=self.args.system_message,
         )
         with self.accelerator.main_process_first():
             prepared: Any = prepare(rows, "scored", self.args.dataset_num_proc)

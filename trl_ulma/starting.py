@@ -210,6 +210,10 @@ class ChecksFirst(AsksReference):
             args.truncation_mode,
             self._positions,
             keeps_prompts=dataset_name != "train",
+            invalid_rows=args.invalid_rows,
+            assistant_only_loss=args.assistant_only_loss,
+            chat=args.chat,
+            system_message=args.system_message,
         )
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):

@@ -175,7 +175,7 @@ class PointwiseDPOTrainer(
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [
-                *("prompt_ids", "completion_ids", "label", "sft_mask", "label_type"),
+                *("prompt_ids", "completion_ids", "completion_mask", "label", "sft_mask", "label_type"),
                 *("log_z", "weight", "ref_logps", "row", "length"),
                 *("prompt_text", "prompt_images", "image_key"),
             ]

@@ -742,8 +742,8 @@ def test_a_chat_template_that_leaves_the_answer_out(tiny_llama, template, role):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, [CHAT] * 2)
     assert str(error.value) == (
-        f"All 2 rows of the train dataset were left out: 2 because the chat template leaves out the content of its {role} "
-        "message. Look at the rows."
+        "All 2 rows of the train dataset were left out: 2 because the chat template leaves out the content of its "
+        f"{role} message. Look at the rows."
     )
 
 

@@ -24,6 +24,7 @@ from trl_ulma.labels import (
 )
 from trl_ulma.losses import Terms, route
 from trl_ulma.rows.images import as_images, image_column, image_key
+from trl_ulma.rows.notes import left_out_of
 
 # What is written into the output folder
 REPORT_FILE = "label_report.json"
@@ -179,7 +180,8 @@ def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:
 
 
 def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
-    """The label report of prepared rows, see `trl_ulma.labels.label_report`.
+    """The label report of prepared rows, see `trl_ulma.labels.label_report`; with `left_out`, how many raw rows were
+    left out for which reason, if any were.
 
     Args:
         rows: prepared.
@@ -190,7 +192,7 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
     if "log_z" in rows.column_names:
         log_z = np.asarray(rows["log_z"][:])
     prompt, answer, tokens = _identities(rows)
-    return label_report(
+    report = label_report(
         np.asarray(rows["label"][:]),
         continuous,
         are_demonstrations(rows, args),
@@ -204,6 +206,8 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
         length_normalize=args.length_normalize,
         class_weights=(args.desirable_weight, args.undesirable_weight),
     )
+    left_out = left_out_of(rows)
+    return report | {"left_out": left_out} if left_out else report
 
 
 def show_report(rows: Dataset | IterableDataset, args: Any) -> dict[str, Any] | None:

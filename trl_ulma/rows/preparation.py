@@ -4,6 +4,7 @@
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 import datetime
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from trl_ulma.labels import (
     shown,
     transform_labels,
 )
+from trl_ulma.rows.chat import as_chat, becomes_chat, check_chat, with_system_message
 from trl_ulma.rows.dataset_labels import check_pairs, check_stream, transformed_labels
 from trl_ulma.rows.dropped import INVALID_ROWS, check_stream_has_rows, kept_of, kept_rows, packed
 from trl_ulma.rows.images import (
@@ -87,10 +89,12 @@ class Preparation:
         keeps_prompts: whether the raw prompts are kept beside their tokens, which TRL's callbacks that generate read.
         invalid_rows: "error" refuses a data set with invalid rows and lists them; "drop" leaves them out and warns.
         assistant_only_loss: whether only the assistant's turns are scored in completions of several turns.
+        chat: whether rows of text become messages: "true", "false", or "auto", see `trl_ulma.rows.chat`.
+        system_message: the first message of conversations that have none, or None.
         vocab_size: how many token ids the model has embeddings for, or None if that is not known.
 
     Raises:
-        ValueError: for an unknown `invalid_rows`.
+        ValueError: for an unknown `invalid_rows` or `chat`.
     """
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
@@ -102,9 +106,12 @@ class Preparation:
     keeps_prompts: bool = False
     invalid_rows: str = "error"
     assistant_only_loss: bool = True
+    chat: str = "auto"
+    system_message: str | None = None
     vocab_size: int | None = None
 
     def __post_init__(self):
+        check_chat(self.chat, self.system_message)
         if self.invalid_rows not in INVALID_ROWS:
             raise ValueError(f"invalid_rows must be one of {INVALID_ROWS}; got {self.invalid_rows!r}.")
 
@@ -192,6 +199,15 @@ class Preparation:
         if paired:
             check_pairs(self.rules, name)
         is_text = _are_texts(raw, first)
+        is_made_chat = is_text and becomes_chat(
+            raw,
+            first.get("prompt"),
+            self.chat,
+            self.system_message,
+            self.processing_class.chat_template is not None,
+            name,
+        )
+        is_text = is_text and not is_made_chat
         self._check_tokenizer(is_text, name)
         encoder = Encoder(
             self.processing_class,
@@ -203,7 +219,7 @@ class Preparation:
         )
         processor = encoder.processor
         image_tokens = None if images is None or processor is None else ImageTokens(processor)
-        encode = _Encode(self, encoder, name, paired, tuple(names), images, image_tokens, numbers=numbers)
+        encode = _Encode(self, encoder, name, paired, tuple(names), images, image_tokens, is_made_chat, numbers=numbers)
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
         if not is_text and self.assistant_only_loss:
@@ -221,7 +237,7 @@ class Preparation:
             return stream
 
         labels = transformed_labels(raw, name, self.rules, invalid := {})
-        prompt = self._type_of_prompts(raw, is_text) if images is None else None
+        prompt = self._type_of_prompts(raw, is_text, is_made_chat) if images is None else None
         if prompt is not None:
             features["prompt"] = prompt
         encoded = raw.map(
@@ -282,8 +298,20 @@ class Preparation:
                 "more tokens than the model has positions",
             )
 
-    def _type_of_prompts(self, raw: Dataset, is_text: bool) -> Any:
+    def check_batch(self, rows: Mapping[str, list], numbers: Sequence[int | str], name: str) -> None:
+        """Raise ValueError where a prepared row of a batch has a token without an embedding."""
+        if self.vocab_size is None:
+            return
+        for row, *both in zip(numbers, rows["prompt_ids"], rows["completion_ids"], strict=True):
+            most = max(max(ids, default=0) for ids in both)
+            if most >= self.vocab_size:
+                tokenizer = tokenizer_of(self.processing_class)
+                raise _no_embedding(f"Row {row} of the {name} dataset", most, self.vocab_size, tokenizer)
+
+    def _type_of_prompts(self, raw: Dataset, is_text: bool, is_made_chat: bool) -> Any:
         """Of the column `prompt` to keep, or None."""
+        if self.keeps_prompts and is_made_chat:
+            return List({"role": Value("string"), "content": Value("string")})
         if not self.keeps_prompts or is_text:
             return Value("string") if self.keeps_prompts else None
         return raw.features.get("prompt", raw.features.get("chosen"))
@@ -355,6 +383,8 @@ class _Encode:
     # The column of images and what they add, where there is one
     images: str | None = None
     image_tokens: ImageTokens | None = None
+    # Whether texts become messages
+    is_made_chat: bool = False
     # After the transform, of all rows, and the errors of those that have none; a stream's are transformed as they come
     labels: list[Any] | None = None
     invalid: Mapping[int, InvalidRow] | None = None
@@ -381,6 +411,7 @@ class _Encode:
             left_out, pair = columns["left_out"], columns["pair"]
             rows = [rows[i] for i in pair]
             halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
+        columns = self._as_chat(columns)
         numbers = [self._number(row) for row in rows]
         at = [f"Row {row}{half} of the {self.name} dataset" for row, half in zip(numbers, halves, strict=True)]
         invalid: dict[int, InvalidRow] = {}
@@ -448,6 +479,17 @@ class _Encode:
             ),
         }
 
+    def _as_chat(self, columns: Mapping[str, list]) -> Mapping[str, list]:
+        """The columns with the messages that are made here."""
+        system_message = self.how.system_message
+        if self.is_made_chat:
+            prompts, completions = as_chat(columns["prompt"], columns["completion"])
+            columns = ChainMap({"prompt": prompts, "completion": completions}, columns)  # type: ignore[arg-type]
+        if system_message is not None:
+            prompts = [with_system_message(prompt, system_message) for prompt in columns["prompt"]]
+            columns = ChainMap({"prompt": prompts}, columns)  # type: ignore[arg-type]
+        return columns
+
     def _labels(
         self, columns: Mapping[str, list], indices: Sequence[int], numbers: list, invalid: dict[int, InvalidRow]
     ) -> dict[str, list]:
@@ -478,14 +520,7 @@ class _Encode:
         made = self(batch, indices)
         numbers = [self._number(row) for row in made["row"]]
         kept = kept_of(made, self.name, self.how.invalid_rows, numbers)
-        if self.how.vocab_size is not None:
-            tokenizer = self.encoder.tokenizer
-            for row, *both in zip(kept["row"], kept["prompt_ids"], kept["completion_ids"], strict=True):
-                most = max(max(ids, default=0) for ids in both)
-                if most >= self.how.vocab_size:
-                    raise _no_embedding(
-                        f"Row {self._number(row)} of the {self.name} dataset", most, self.how.vocab_size, tokenizer
-                    )
+        self.how.check_batch(kept, [self._number(row) for row in kept["row"]], self.name)
         # Other columns that come late are not among those to remove, and must not differ in length
         late = set(batch).difference(self.names)
         return dict.fromkeys(late, [None] * len(kept["row"])) | kept
@@ -527,7 +562,9 @@ class _Again:
 
     def stream(self, batch: Mapping[str, list]) -> dict[str, list]:
         """As `__call__`, for a stream."""
-        return kept_of({**batch, **self(batch)}, self.name, self.how.invalid_rows, batch["row"])
+        kept = kept_of({**batch, **self(batch)}, self.name, self.how.invalid_rows, batch["row"])
+        self.how.check_batch(kept, kept["row"], self.name)
+        return kept
 
     def changes(self, columns: Mapping[str, list]) -> bool:
         """Whether any row of these columns would change or be left out."""

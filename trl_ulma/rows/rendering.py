@@ -211,7 +211,7 @@ class Encoder:
             def marked() -> tuple[str, list[Span]]:
                 settings = {**self.tokenizer.special_tokens_map, **kwargs, "chat_template": template}
                 texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **settings)
-                return texts[0], [tuple(span) for span in spans[0]]
+                return texts[0], [(begin, end) for begin, end in spans[0]]
 
             start = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
             found = marked_spans(marked, start, whole)
@@ -352,7 +352,7 @@ class Encoder:
     def _is_plain_fast(self) -> bool:
         """Whether calling the tokenizer is calling its backend, which is faster without the tokenizer around it."""
         own = type(self.tokenizer)
-        return self.tokenizer.is_fast and all(
+        return bool(self.tokenizer.is_fast) and all(
             getattr(own, name, None) is getattr(PreTrainedTokenizerFast, name, None)
             for name in ("__call__", "_encode_plus", "_batch_encode_plus")
         )

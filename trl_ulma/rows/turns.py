@@ -74,6 +74,10 @@ def rendered_spans(
             if not own[1] <= end <= after:
                 token = ends.search(whole, own[1], after)
                 end = own[1] if token is None else token.end()
+            # What is rendered at the end of a conversation only can begin as the next turn's token does
+            end = next(
+                (token.start() for token in ends.finditer(whole, own[1]) if token.start() < end < token.end()), end
+            )
         found.append((start, end))
     return found
 
