@@ -6,9 +6,11 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from tiny import make_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from world import make_trainer
 
 from trl_ulma.labels import LabelRules
 from trl_ulma.rows.preparation import Preparation
@@ -327,3 +329,22 @@ def test_assistant_turns_in_text_are_as_they_are(tiny_llama):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     [made] = prepared(tokenizer, {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello\n\nHuman: Bye"})
     assert "completion_mask" not in made
+
+
+# The trainer
+
+
+@pytest.mark.parametrize("settings", [{}, {"assistant_only_loss": False}, {"padding_free": True}])
+def test_log_probabilities_are_those_of_the_assistants_tokens(tiny_llama, tmp_path, settings):
+    rows = Dataset.from_list([{**SEVERAL, "label": 1.0}, {"prompt": [USER], "completion": [SECOND], "label": 1.0}])
+    trainer = make_trainer(tiny_llama, rows, tmp_path, eval_dataset=rows, per_device_eval_batch_size=2, **settings)
+    found = trainer.evaluate()["eval_logps/chosen"]
+    wanted = []
+    for row in trainer.train_dataset:
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        mask = row.get("completion_mask") or [1] * len(row["completion_ids"])
+        assert (0 in mask) is (row["row"] == 0 and "assistant_only_loss" not in settings)
+        with torch.no_grad():
+            logps = trainer.model.eval()(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        wanted.append((logps[-len(mask) :] * torch.tensor(mask)).sum().item())
+    assert found == pytest.approx(sum(wanted) / 2, rel=1e-4)

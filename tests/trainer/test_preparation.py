@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from vlm import StillsProcessor, make_llava
 from world import make_rows, make_trainer
 
-from trl_ulma.labels import LabelRules, label_report, parse_transform, render_report
+from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.rows import preparation
 from trl_ulma.rows.dataset_labels import with_transform
 from trl_ulma.rows.notes import left_out_of
@@ -246,9 +246,9 @@ def test_a_token_without_an_embedding_is_named_before_training(kind):
     with pytest.raises(ValueError) as error:
         list(prepared(tokenizer, rows, vocab_size=size))
     assert str(error.value) == (
-        f"Row 3 of the train dataset has the token 'Zebra' with id {size}, and the model has embeddings for the ids "
-        f"below {size} only. Call model.resize_token_embeddings(len(tokenizer)) if the token was added on purpose; else "
-        "use the tokenizer that belongs to the model."
+        f"Row 3 of the train dataset has the token 'Zebra' with id {size}, and the model has embeddings for the "
+        f"ids below {size} only. Call model.resize_token_embeddings(len(tokenizer)) if the token was added on purpose; "
+        "else use the tokenizer that belongs to the model."
     )
     assert len(list(prepared(tokenizer, rows, vocab_size=size + 1))) == 4
 

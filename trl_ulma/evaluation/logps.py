@@ -121,6 +121,7 @@ def completion_logps(
     """
     (prompts, completions), numbers = (rows[name][:] for name in _IDS), rows["row"][:]
     logps, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    masks: Any = rows["completion_mask"][:] if "completion_mask" in rows.column_names else [None] * len(rows)
     takes_slice = _takes_slice(model)
     by_length = sorted(range(len(rows)), key=lambda i: len(prompts[i]) + len(completions[i]), reverse=True)
     with torch.inference_mode(), tqdm(total=len(rows), desc=what, unit="row") as bar:
@@ -142,8 +143,10 @@ def completion_logps(
                 end = len(whole[place])
                 target = whole[place][first[place] : end].to(logits.device)
                 scored = logits[place, first[place] - 1 - skipped : end - 1 - skipped].float()
-                logps[i] = -torch.nn.functional.cross_entropy(scored, target, reduction="none").double().sum().item()
-                tokens[i] = len(target)
+                is_scored = torch.tensor((masks[i] or [1] * len(completions[i]))[-len(target) :], device=target.device)
+                losses = torch.nn.functional.cross_entropy(scored, target, reduction="none").double()
+                logps[i] = -(losses * is_scored).sum().item()
+                tokens[i] = is_scored.sum().item()
             bar.update(len(batch))
     broken = np.flatnonzero(~np.isfinite(logps))
     if len(broken):

@@ -78,7 +78,7 @@ class DataCollatorForPointwisePreference(DataCollatorMixin):
         for example in examples:
             prompt, completion = example["prompt_ids"], example["completion_ids"]
             input_ids.append(torch.tensor([*prompt, *completion][kept]))
-            scored = example.get("completion_mask") or [1] * len(completion)
+            scored = (example.get("completion_mask") or [1] * len(completion))[: len(completion)]
             completion_mask.append(torch.tensor([*[0] * len(prompt), *scored][kept]))
         batch = {
             "input_ids": self._pad(input_ids, self.pad_token_id),

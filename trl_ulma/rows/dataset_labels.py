@@ -226,14 +226,16 @@ def show_report(rows: Dataset | IterableDataset, args: Any) -> dict[str, Any] | 
 
 
 def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hash of the prompt, hash of prompt and completion, completion's tokens) of each row, `(N,)` each."""
+    """(hash of the prompt, hash of prompt and completion, tokens that are scored) of each row, `(N,)` each."""
     prompts, answers, tokens = [], [], []
-    table: Any = rows.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    names = [n for n in ("prompt_ids", "completion_ids", "completion_mask") if n in rows.column_names]
+    table: Any = rows.select_columns(names).with_format("arrow")
     for batch in table.iter(10_000):
         prompt, completion = (_lists(batch[name]) for name in ("prompt_ids", "completion_ids"))
         prompts += map(hash, prompt)
         answers += map(hash, zip(prompt, completion, strict=True))
-        tokens += [len(ids) // 4 for ids in completion]
+        scored = batch["completion_mask"].to_pylist() if "completion_mask" in names else [None] * len(completion)
+        tokens += [len(ids) // 4 if mask is None else sum(mask) for ids, mask in zip(completion, scored, strict=True)]
     if "image_key" in rows.column_names:  # one question about two images is two prompts
         keys = rows["image_key"][:]
         prompts = [hash(both) for both in zip(prompts, keys, strict=True)]
