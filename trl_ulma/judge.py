@@ -142,7 +142,7 @@ class Judge:
         rewards = _ModelRewards(policy, reference, settings, log_partition, batch_size)
         return cls(settings, tokenizer, rewards, positions=positions_of(policy.config))
 
-    def score(self, dataset: Dataset) -> Dataset:
+    def score(self, dataset: Dataset, *, invalid_rows: str = "error") -> Dataset:
         r"""What the policy thinks of each row: the row as it was, and
 
         - `row`: its number in `dataset`;
@@ -157,6 +157,7 @@ class Judge:
         Args:
             dataset: raw rows as the trainer takes them, with or without `label`. Of a pair both halves are scored, with
                 `label` 1 and 0. `sft_mask` and `weight` are not read.
+            invalid_rows: "error" lists rows that cannot be scored, and stops; "drop" leaves them out, with a warning.
 
         Raises:
             TypeError: for what is no `Dataset`.
@@ -172,13 +173,18 @@ class Judge:
         rows = dataset.remove_columns([name for name in ("sft_mask", "weight") if name in names])
         if not is_labelled:
             rows = rows.add_column("label", [0.5] * len(rows))  # which no reward depends on
+        saved = self.settings
         prepare = Preparation(
             self.processing_class,
             replace(self._rules, transform=self._rules.transform if is_labelled else None),
-            self.settings.max_length,
-            self.settings.truncation_mode,
+            saved.max_length,
+            saved.truncation_mode,
             self._positions,
             is_for_training=False,
+            invalid_rows=invalid_rows,
+            assistant_only_loss=saved.assistant_only_loss,
+            chat=saved.chat,
+            system_message=saved.system_message,
         )
         prepared: Any = prepare(rows, "scored", self._num_proc)
         reward = self._rewards(prepared)

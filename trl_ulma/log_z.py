@@ -122,7 +122,10 @@ def mismatched(
     lengths = batch["attention_mask"].sum(1).tolist()
     starts = batch["completion_mask"].argmax(1).tolist()
     prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
-    completions = [row[start:length] for row, start, length in zip(ids, starts, lengths, strict=True)]
+    scored = batch["completion_mask"].tolist()
+    spans = [slice(start, length) for start, length in zip(starts, lengths, strict=True)]
+    completions = [row[span] for row, span in zip(ids, spans, strict=True)]
+    masks = [row[span] for row, span in zip(scored, spans, strict=True)]
     is_real = real.tolist()
     seen = [0] * len(prompts) if image_key is None else image_key.tolist()
     made = {name: torch.zeros_like(value) for name, value in batch.items()}
@@ -132,10 +135,12 @@ def mismatched(
         differ = (o for o in others if is_real[o] and (prompts[o], seen[o]) != (prompt, seen[row]))
         partner = next(differ, None)
         counts.append(partner is not None and is_real[row])
-        tokens = (prompt + completions[row if partner is None else partner])[:width]
+        source = row if partner is None else partner
+        tokens = (prompt + completions[source])[:width]
+        kept = masks[source][: len(tokens) - len(prompt)]
         made["input_ids"][row, : len(tokens)] = torch.tensor(tokens, device=made["input_ids"].device)
         made["attention_mask"][row, : len(tokens)] = 1
-        made["completion_mask"][row, len(prompt) : len(tokens)] = 1
+        made["completion_mask"][row, len(prompt) : len(tokens)] = torch.tensor(kept, device=made["input_ids"].device)
     return made, torch.tensor(counts, device=real.device)
 
 

@@ -40,6 +40,9 @@ class SavedSettings:
         log_z: a number of nats, or the name of a choice, whose state is in `log_z.safetensors`.
         max_length: longest sequence in tokens.
         truncation_mode: "keep_start" or "keep_end".
+        assistant_only_loss: whether only the assistant's turns of a completion are scored.
+        chat: whether rows of text become messages, see `trl_ulma.rows.chat`.
+        system_message: of conversations that have none, or None.
         label_transform: fitted, or None.
         sft_threshold: continuous labels of this and above, after the transform, are demonstrations; or None.
         dtype: of the weights while training, as "float32"; or None, if it is not known.
@@ -54,6 +57,9 @@ class SavedSettings:
     log_z: float | str = 0.0
     max_length: int | None = None
     truncation_mode: str = "keep_start"
+    assistant_only_loss: bool = True
+    chat: str = "auto"
+    system_message: str | None = None
     label_transform: LabelTransform | None = None
     sft_threshold: float | None = None
     dtype: str | None = None

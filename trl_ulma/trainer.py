@@ -338,7 +338,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [
-                *("prompt_ids", "completion_ids", "label", "sft_mask", "label_type"),
+                *("prompt_ids", "completion_ids", "completion_mask", "label", "sft_mask", "label_type"),
                 *("log_z", "weight", "ref_logps", "row", "length"),
                 *("prompt_text", "prompt_images", "image_key"),
             ]
@@ -631,7 +631,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             positions=self._plan.positions,
             num_proc=self.args.dataset_num_proc,
         )
-        return judge.score(dataset)
+        return judge.score(dataset, invalid_rows=self.args.invalid_rows)
 
     def _rewards(self, prepared: Dataset) -> np.ndarray:
         """`(N,)` implicit rewards of prepared rows."""
@@ -715,6 +715,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             log_z=args.log_z,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
+            assistant_only_loss=args.assistant_only_loss,
+            chat=args.chat,
+            system_message=args.system_message,
             label_transform=rules.transform,
             sft_threshold=rules.sft_threshold,
             dtype=str(bare_model(self.model).dtype).removeprefix("torch."),

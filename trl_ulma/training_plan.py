@@ -52,6 +52,7 @@ class TrainingPlan:
         needs_reference: whether a row is compared with the reference.
         rules: how labels are read.
         positions: how many tokens the model can read at most; None if that has no end.
+        vocab_size: how many tokens the model has embeddings for.
         peft_config: of the adapter that is trained, or None.
         stream_has_mask: whether the rows of a stream name the demonstrations themselves.
     """
@@ -60,6 +61,7 @@ class TrainingPlan:
     processing_class: Any
     rules: LabelRules
     positions: int | None
+    vocab_size: int | None
     peft_config: Any
     data_collator: Any = None
     train_dataset: Any = None
@@ -97,6 +99,11 @@ class TrainingPlan:
             self.args.truncation_mode,
             self.positions,
             keeps_prompts=name != "train",
+            invalid_rows=self.args.invalid_rows,
+            assistant_only_loss=self.args.assistant_only_loss,
+            chat=self.args.chat,
+            system_message=self.args.system_message,
+            vocab_size=self.vocab_size,
         )
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):
@@ -180,7 +187,8 @@ def make_plan(
     rules = with_transform(rules, args.label_transform, train_dataset)
     if not isinstance(model, str) and is_peft_model(model):
         peft_config = model.active_peft_config
-    plan = TrainingPlan(args, processing_class, rules, _positions(model, args, peft_config), peft_config)
+    positions, vocab_size = _sizes(model, args, peft_config)
+    plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config)
     plan.train_dataset = plan.prepare(train_dataset, "train")
     if isinstance(eval_dataset, dict):
         plan.eval_dataset = {name: plan.prepare(dataset, name) for name, dataset in eval_dataset.items()}
@@ -253,13 +261,18 @@ def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any
         )
 
 
-def _positions(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> int | None:
-    """How many tokens the model can read at most; None if that has no end, as with rotary positions."""
+def _sizes(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> tuple[int | None, int | None]:
+    """(how many tokens the model can read at most, or None if that has no end, as with rotary positions; how many tokens
+    it has embeddings for)."""
+    embeddings = None
     if isinstance(model, str):
         loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in _WHERE}
         loading.setdefault("trust_remote_code", args.trust_remote_code)
         config = AutoConfig.from_pretrained(model, **loading)
     else:
         config = model.config
+        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
     positions = positions_of(config)
-    return None if positions is None else positions - (getattr(peft_config, "num_virtual_tokens", None) or 0)
+    if positions is not None:
+        positions -= getattr(peft_config, "num_virtual_tokens", None) or 0
+    return positions, embeddings or getattr(config.get_text_config(), "vocab_size", None)

@@ -464,7 +464,7 @@ PLACE, TEXT = {"type": "image"}, {"type": "text", "text": "What is this?"}
 def test_a_row_that_can_not_be_learned_from(tiny_llava, tmp_path, rows, message):
     with pytest.raises(ValueError) as error:
         make_trainer(tiny_llava, rows, tmp_path)
-    assert str(error.value) == message
+    assert str(error.value).splitlines()[0] == message
 
 
 def test_a_file_that_is_no_image(tiny_llava, tmp_path):

@@ -38,12 +38,18 @@ class AsTrained:
         rules: of labels.
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
+        assistant_only_loss: whether only the assistant's turns of a completion are scored.
+        chat: whether rows of text become messages.
+        system_message: of conversations that have none, or None.
         notes: what is to be said of it.
     """
 
     rules: LabelRules
     max_length: int | None
     truncation_mode: str
+    assistant_only_loss: bool
+    chat: str
+    system_message: str | None
     notes: list[str]
 
 
@@ -106,6 +112,9 @@ def as_trained(
         LabelRules(chosen, first.sft_threshold if sft_threshold is None else sft_threshold, transform=transform),
         first.max_length if max_length is None else max_length,
         truncation_mode or first.truncation_mode,
+        first.assistant_only_loss,
+        first.chat,
+        first.system_message,
         notes,
     )
 

@@ -138,7 +138,7 @@ class _Run:
         there = ", ".join(map(str, splits))
         split = args.split or "test"
         if split in splits:
-            return HeldOut.of(splits[split], split, self._as_trained(splits[split])), split
+            return HeldOut.of(splits[split], split, self._as_trained(splits[split]), args.invalid_rows), split
         if args.split is not None or "train" not in splits:
             raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
         rows: Dataset = splits["train"]
@@ -149,7 +149,7 @@ class _Run:
             "Where training held out the same (by --eval_strategy or --do_eval, with this --test_split_size and this "
             "--seed), it has not seen them; otherwise it has. (--split train takes all.)"
         )
-        return HeldOut.of(held_out, "test", self._as_trained(held_out)), part
+        return HeldOut.of(held_out, "test", self._as_trained(held_out), args.invalid_rows), part
 
     def _as_trained(self, rows: Dataset) -> LabelRules:
         """How the rows' labels are read; how rows are cut is set, too."""
@@ -216,9 +216,18 @@ class _Run:
         tokenizer = load_tokenizer(source, **self.loading)
         most = positions(source, **self.loading)
         rules = replace(self.how.rules, transform=None)  # which the held-out rows have been through
-        rows: Any = Preparation(tokenizer, rules, self.how.max_length, self.how.truncation_mode, most)(
-            self.held_out.rows, "test"
+        prepare = Preparation(
+            tokenizer,
+            rules,
+            self.how.max_length,
+            self.how.truncation_mode,
+            most,
+            invalid_rows=args.invalid_rows,
+            assistant_only_loss=self.how.assistant_only_loss,
+            chat=self.how.chat,
+            system_message=self.how.system_message,
         )
+        rows: Any = prepare(self.held_out.rows, "test")
         model = load_model(source, dtype=args.dtype, **self.loading)
         facts |= self._likelihoods(run, source, model, tokenizer, rows)
         if self.questions:

@@ -67,12 +67,12 @@ def shared(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) 
     for row, length in enumerate(prompt_lengths):
         rows_of.setdefault(tuple(ids[row, :length].tolist()), []).append(row)
 
-    sequences, spans = [], []  # (token, position, branch) each; (sequence, start, length) of each row's branch
-    span_of = {}
+    sequences = []  # (token, position, branch) each
+    span_of = {}  # (sequence, start) of each row's branch
     for number, (prompt, rows) in enumerate(rows_of.items()):
         sequence = [(token, position, 0) for position, token in enumerate(prompt[:-1])]
         for branch, row in enumerate(rows, start=1):
-            span_of[row] = (number, len(sequence), lengths[row] - len(prompt))
+            span_of[row] = (number, len(sequence))
             # Row by row a branch's tokens are the row's from its last prompt token to its last but one
             part = ids[row, len(prompt) - 1 : lengths[row] - 1].tolist()
             sequence += [(token, len(prompt) - 1 + i, branch) for i, token in enumerate(part)]
@@ -82,8 +82,10 @@ def shared(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) 
     table[..., 2] = -1  # padding, which attends to itself alone
     for number, sequence in enumerate(sequences):
         table[number, : len(sequence)] = sequence
-    spans = [span_of[row] for row in range(len(ids))]
-    index = torch.cat([torch.arange(length) + number * width + start for number, start, length in spans])
+    rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+    # Where a row's branch begins, less the column of its first token
+    begins = torch.tensor([number * width + start for number, start in (span_of[row] for row in range(len(ids)))])
+    index = begins[rows] + columns - (torch.tensor(prompt_lengths)[rows] - 1)
 
     table, index = table.to(device), index.to(device)
     branch = table[..., 2]

@@ -185,8 +185,8 @@ class StartupProof:
         if not off <= max(self.tolerance, 1e-3):
             raise ValueError(
                 f"In {type(bare_model(policy)).__name__} a token's log-probability depends on later tokens, by "
-                f"{off:.2g} nats: it is no causal language model as it is configured (is_decoder=True makes one of some "
-                "encoders)."
+                f"{off:.2g} nats: it is no causal language model as it is configured (is_decoder=True makes one of "
+                "some encoders)."
             )
 
     def _check_same(self, first: torch.Tensor, again: torch.Tensor, tokens: torch.Tensor, who: str, cause: str) -> None:

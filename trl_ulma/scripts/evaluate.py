@@ -74,6 +74,12 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     rows.add_argument("--max_length", type=_positive(int), help="longest sequence in tokens (default: the training's)")
     rows.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), help="default: the training's")
+    rows.add_argument(
+        "--invalid_rows",
+        default="error",
+        choices=("error", "drop"),
+        help="list the rows that cannot be read and stop, or leave them out (default: error)",
+    )
     rows.add_argument("--batch_size", type=_positive(int), default=8, help="rows at once (default: 8)")
     rows.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")

@@ -41,6 +41,12 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument("--dataset", required=True, help="a file, a folder or a name on the hub; labels are optional")
     parser.add_argument("--split", default="train", help="of the data set (default: train, which a file's is)")
     parser.add_argument("--dataset_config", help="of a data set that has several configurations")
+    parser.add_argument(
+        "--invalid_rows",
+        default="error",
+        choices=("error", "drop"),
+        help="list the rows that cannot be read and stop, or leave them out (default: error)",
+    )
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
         "--sort", choices=SORTS, help="surprise or reward, highest first, or row (default: surprise, else row)"
@@ -90,7 +96,7 @@ def run(args: argparse.Namespace) -> str:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    scored = judge.score(rows)
+    scored = judge.score(rows, invalid_rows=args.invalid_rows)
     order = args.sort or ("surprise" if is_labelled else "row")
     if order != "row":
         scored = scored.sort(order, reverse=True)
