@@ -262,8 +262,8 @@ def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any
 
 
 def _sizes(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> tuple[int | None, int | None]:
-    """(how many tokens the model can read at most, or None if that has no end, as with rotary positions; how many tokens
-    it has embeddings for)."""
+    """(how many tokens the model can read at most, or None if that has no end, as with rotary positions; how many
+    tokens it has embeddings for)."""
     embeddings = None
     if isinstance(model, str):
         loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in _WHERE}
