@@ -224,6 +224,7 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
         (RAGGED.format('How?,"He said ""so"",1'), r"is broken CSV in line 3: unexpected end of data\. Put a field"),
         (RAGGED.format('How?,"He said \\"so\\"",1'), r"is broken CSV in line 3: ',' expected after '\"'"),
         ("prompt,label,prompt\na,1,b\n", r"names the column prompt twice in line 1"),
+        ("prompt,label\n\ra,1\n", r"has a carriage return in line 2 that no double quotes enclose"),
         ("prompt;label\na;1;b\n", r"has 3 fields in line 2, .* holds a semicolon in double quotes"),
         (("prompt,label\né,1\n").encode() + b"\xe9,1\n", r"is not UTF-8 text: byte 0xe9 in line 3"),
         (b"prompt,label\n\x81,1\n", r"is not CP1252 text"),
@@ -233,6 +234,13 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
 def test_csv_that_is_refused(tmp_path, text, message, streaming):
     with pytest.raises(ValueError, match=rf"rows\.csv {message}"):
         read(write(tmp_path / "rows.csv", text), streaming=streaming)
+
+
+def test_lines_that_end_as_they_did_on_old_computers(tmp_path):
+    assert list(csv_file(tmp_path / "rows.csv", 'prompt,label\r\r"a\nb",1\rc,0')) == [
+        {"prompt": "a\nb", "label": 1},
+        {"prompt": "c", "label": 0},
+    ]
 
 
 def test_a_long_field_and_blank_lines(tmp_path):
@@ -547,15 +555,14 @@ def fuzz_csv(folder, seed):
                 "\n".join(delimiter.join(each) for each in [names, *([r[n] for n in names] for r in rows)]) + "\n"
             )
         else:
-            quoting = draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-            writer = csv.DictWriter(file, names, delimiter=delimiter, quoting=quoting,
-                                    lineterminator=draw.choice(["\r\n", "\n"]))  # fmt: skip
+            # csv writes a carriage return without quotes where lines end in "\n"
+            end, quoting = draw.choice([("\r\n", csv.QUOTE_MINIMAL), ("\r\n", csv.QUOTE_ALL), ("\n", csv.QUOTE_ALL)])
+            writer = csv.DictWriter(file, names, delimiter=delimiter, quoting=quoting, lineterminator=end)
             writer.writeheader()
             writer.writerows(rows)
     found = rows_or_refusal(path)
     if found is None:
-        # csv writes a carriage return without quotes where lines end in "\n"
-        assert careless or any("\r" in text for each in rows for text in each.values()), seed
+        assert careless, seed
         return "refused"
     if careless and any(set('\n\r"' + delimiter) & set(text) for each in rows for text in each.values()):
         return "careless"  # what such a file holds, only its writer knows

@@ -41,14 +41,27 @@ def csv_rows(
     line = 1
     try:
         with opened_text(path, encoding, newline="") as text:
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            ends: list[str] = ["", ""]  # of the first line, and of the last that was read
+
+            def numbered() -> Iterator[str]:
+                for each in text:
+                    ends[1] = each[-2:]
+                    yield each
+
+            reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
             names: list[str] = []
             for fields in reader:
                 start, line = line, reader.line_num + 1
+                # A lone carriage return ends the lines of a file, or is a part of a field that lacks its quotes
+                if names and ends[1].endswith("\r") and not ends[0].endswith("\r"):
+                    raise ValueError(
+                        f"has a carriage return in line {start} that no double quotes enclose. Put the field that "
+                        "holds it in double quotes."
+                    )
                 if not fields:  # a blank line
                     continue
                 if not names:
-                    names = _names(fields, start)
+                    names, ends[0] = _names(fields, start), ends[1]
                     if notice is not None:
                         if encoding not in ("utf-8", "utf-8-sig"):
                             notice(f"it is read as {encoding.upper().replace('CP', 'cp')}")

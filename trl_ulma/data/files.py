@@ -101,11 +101,10 @@ def load_rows(
     if path.is_dir():
         return _load_folder(path, config, streaming, names)
     if path.exists():
-        if _suffix(path) not in _KINDS:
-            raise ValueError(f"{path} ends in {_suffix(path) or 'nothing'!r}; a data file must be {ACCEPTED}.")
         if config is not None:
             raise ValueError(f"{path} is a file, which has no configurations. Leave the configuration {config!r} out.")
-        return _as_splits({"train": _load_files([path], streaming, names)}, streaming)
+        rows = load_files([path], streaming=streaming, columns=columns, label_map=label_map)
+        return _as_splits({"train": rows}, streaming)
     if _looks_local(str(name)):
         raise FileNotFoundError(missing(path))
     try:
@@ -113,6 +112,22 @@ def load_rows(
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{missing(path)} Nor could it be had from the hub: {error}") from error
     return _renamed_splits(splits, names, str(name))
+
+
+def load_files(
+    files: list[Path],
+    *,
+    streaming: bool = False,
+    columns: str | Mapping[str, str] | None = None,
+    label_map: str | Mapping[Any, float] | None = None,
+) -> Dataset | IterableDataset:
+    """The rows of files as one split; arguments as in `load_rows`."""
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(missing(file))
+        if _suffix(file) not in _KINDS:
+            raise ValueError(f"{file} ends in {_suffix(file) or 'nothing'!r}; a data file must be {ACCEPTED}.")
+    return _load_files(files, streaming, Names.of(columns, label_map))
 
 
 def data_files(folder: Path) -> list[Path]:

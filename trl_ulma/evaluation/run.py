@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from scipy.special import expit
 
-from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.as_trained import as_trained, reward_scale
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
@@ -133,7 +133,11 @@ class _Run:
 
     def _rows(self) -> tuple[HeldOut, str]:
         args = self.args
-        splits: Any = load_rows(args.dataset, config=args.dataset_config)
+        splits: Any = load_rows(
+            args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map
+        )
+        for note in check_splits(splits, args.dataset):
+            self._note(note)
         there = ", ".join(map(str, splits))
         split = args.split or "test"
         if split in splits:

@@ -45,6 +45,8 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument("--dataset", required=True, help="a file, a folder or a name on the hub; labels are optional")
     parser.add_argument("--split", default="train", help="of the data set (default: train, which a file's is)")
     parser.add_argument("--dataset_config", help="of a data set that has several configurations")
+    parser.add_argument("--columns", help="what the data set calls them: prompt=question,completion=response")
+    parser.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
         "--sort", choices=SORTS, help="surprise or reward, highest first, or row (default: surprise, else row)"
@@ -73,13 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
-    from trl_ulma.data.files import load_rows
+    from trl_ulma.data.files import check_splits, load_rows
 
-    splits: Any = load_rows(args.dataset, config=args.dataset_config)
+    splits: Any = load_rows(args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map)
     if args.split not in splits:
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {args.split!r}, but {there}. Set --split to one of them.")
     rows = splits[args.split]
+    for note in check_splits({args.split: rows}, args.dataset, needs_label=False):
+        print(note, file=sys.stderr)
     is_labelled = bool({"label", "chosen"}.intersection(rows.column_names))
     if args.sort == "surprise" and not is_labelled:
         raise ValueError(
