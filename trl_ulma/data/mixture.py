@@ -124,7 +124,10 @@ def _split(splits: Mapping[Any, Any], split: str) -> Rows:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"it has no split {split!r}, but {there}: {error}") from error
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    if all(rows.features == chosen[0].features for rows in chosen):
+        return concatenate_datasets(chosen)
+    return _together([(dict, rows) for rows in chosen], split)
 
 
 def _taken(parts: Sequence[Any], loaded: list[tuple[str, Rows]], streaming: bool) -> list[tuple[str, Rows]]:
@@ -170,8 +173,8 @@ def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Row
     columns = [name for name in read if any(name in row for row in first.values())]
     rows_of = [(_Part(name, set(first[name]), columns, rules, log_z), rows) for name, rows in loaded]
     if isinstance(loaded[0][1], IterableDataset):
-        streams = [rows.map(part, remove_columns=list(first[part.name])) for part, rows in rows_of]
-        return concatenate_datasets(streams)
+        # `concatenate_datasets` would take the types of the first rows for those of all
+        return IterableDataset.from_generator(_chained, gen_kwargs={"rows_of": tuple(rows_of)})
     alike = {str(sorted(rows.features.items())) for _, rows in loaded}
     if len(alike) == 1 or any(name in columns for name in ("image", "images")):
         try:
@@ -180,12 +183,17 @@ def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Row
             )
         except ValueError as error:
             raise ValueError(f"The parts of the mixture have columns of other types: {error}") from error
-    fingerprints = [rows._fingerprint for _, rows in loaded]
-    key = ["mixture", fingerprints, columns, str(rules), str(log_z)]
-    return as_dataset(partial(_chained, rows_of), partial(_place, loaded), key, lambda what: None)
+    return _together(rows_of, [columns, str(rules), str(log_z)])
 
 
-def _chained(rows_of: list[tuple["_Part", Any]]) -> Iterator[dict[str, Any]]:
+def _together(rows_of: Sequence[tuple[Any, Dataset]], key: Any) -> Dataset:
+    """Rows of datasets whose types differ, each row as its function makes it."""
+    named = [(getattr(part, "name", "the mixture"), rows) for part, rows in rows_of]
+    key = ["mixture", [rows._fingerprint for _, rows in rows_of], key]
+    return as_dataset(partial(_chained, rows_of), partial(_place, named), key, lambda what: None)
+
+
+def _chained(rows_of: Sequence[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
     for part, rows in rows_of:
         for row in rows.with_format(None):
             yield part(row)

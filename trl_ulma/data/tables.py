@@ -94,11 +94,17 @@ def joined(one: Kind, other: Kind, *, is_number: bool = False) -> Kind:
     return ("object", keys) if len(keys) <= _MOST_KEYS else "json"
 
 
-def _feature(kind: Kind) -> Any:
+def feature_of(kind: Kind) -> Any:
+    """The feature of a column of that kind.
+
+    Example:
+        >>> feature_of(("list", "int"))
+        List(Value('int64'))
+    """
     if isinstance(kind, tuple):
         if kind[0] == "list":
-            return List(_feature(kind[1]))
-        return {key: _feature(each) for key, each in kind[1].items()} or Json()
+            return List(feature_of(kind[1]))
+        return {key: feature_of(each) for key, each in kind[1].items()} or Json()
     if isinstance(kind, pa.DataType):
         return generate_from_arrow_type(kind)
     names = {"bool": "bool", "int": "int64", "long": "int64", "float": "float64", "string": "string", "null": "null"}
@@ -188,7 +194,7 @@ def as_dataset(rows: Rows, place: Callable[[int], str], key: Any, warn: Callable
         ValueError: if a row cannot be stored.
     """
     kinds = typed(rows, place, warn)
-    features = Features({column: _feature(kind) for column, kind in kinds.items()})
+    features = Features({column: feature_of(kind) for column, kind in kinds.items()})
     digest = hashlib.sha256(json.dumps([key, str(features)], sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(config.HF_DATASETS_CACHE) / "trl_ulma"
     folder.mkdir(parents=True, exist_ok=True)
