@@ -528,6 +528,10 @@ def test_layouts_of_demonstrations(raw):
     ("raw", "why"),
     [
         ({"messages": turns("Hi")}, "it does not end in an assistant turn"),
+        (
+            {"messages": [*turns("Hi"), GOOD[0] | {"label": 0}]},
+            "its turns have labels, which demonstrations do not: they are turns data",
+        ),
         ({"messages": None}, "its messages are no list of turns with a role and content"),
         ({"prompt": 5, "completion": "a"}, "its prompt is neither text nor messages"),
     ],

@@ -1,13 +1,15 @@
 """The layouts in which public data sets are published: what becomes of each answer, and what is left out."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, IterableDataset
 from family_samples import SAMPLES
 
-from trl_ulma.data.adapters import LeftOut, Noted, find
+from trl_ulma.data.adapters import FAMILIES, LeftOut, Noted, find
 from trl_ulma.data.convert import convert
 from trl_ulma.data.detect import detected
 from trl_ulma.data.files import load_rows
@@ -60,6 +62,16 @@ def test_rows_of_nothing_are_counted_and_do_not_stop_the_rest(family):
     assert sum(each.count for each in account.left_out.values()) >= 1
     assert account.answers == account.rows_out + sum(each.count for each in account.left_out.values())
     assert len(rows) == account.rows_out >= 2
+
+
+def test_the_sample_rows_of_the_documentation_are_read():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rows.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w-]+)` \| `(\{.*?\})` \| .+ \|$", page, re.MULTILINE)
+    assert {family for family, _ in table} == set(FAMILIES)
+    for family, raw in table:
+        row = json.loads(raw)
+        _, account = convert(family, IterableDataset.from_generator(lambda row=row: iter([row])))
+        assert account.answers == account.rows_out >= 1, family
 
 
 # Labels of one's own

@@ -136,10 +136,11 @@ class _Run:
         splits: Any = load_rows(
             args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map
         )
-        for note in check_splits(splits, args.dataset):
-            self._note(note)
         there = ", ".join(map(str, splits))
         split = args.split or "test"
+        read = split if split in splits else "train"
+        for note in check_splits({read: splits[read]} if read in splits else {}, args.dataset):
+            self._note(note)
         if split in splits:
             return HeldOut.of(splits[split], split, self._as_trained(splits[split])), split
         if args.split is not None or "train" not in splits:
