@@ -176,7 +176,7 @@ def csv_file(path, text, encoding="utf-8"):
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
 def test_any_delimiter_and_encoding(tmp_path, name, delimiter, encoding, caplog):
     rows = [["prompt", "completion", "label"], ["Où, là; ça\t?", 'He said "non".\r\nThen left.', "1"], ["é", "", "0.5"]]
@@ -326,8 +326,44 @@ def test_files_of_a_folder_that_are_in_no_split_are_named(tmp_path, caplog):
     assert "more.csv is not in a split, and not read" in caplog.text
 
 
+def test_what_a_readme_says_of_files(tmp_path):
+    about = "---\nconfigs:\n- config_name: {}\n  data_files: {}\n{}---\n"
+    write(tmp_path / "README.md", about.format("one", "a.csv", "- config_name: two\n  data_files: b.jsonl\n"))
+    write(tmp_path / "a.csv", "prompt;label\nNA;1\n")
+    write(tmp_path / "b.jsonl", lines([row(0.5)]))
+    assert read(tmp_path, config="one")[0] == {"prompt": "NA", "label": 1}
+    assert read(tmp_path, config="two")["label"][:] == [0.5]
+    with pytest.raises(
+        ValueError, match=r"cannot be read: Config name is missing\. Please pick one among .*'one', 'two'"
+    ):
+        load_rows(tmp_path)
+    write(tmp_path / "README.md", about.format("default", "c.csv", "  sep: '~'\n"))
+    write(tmp_path / "c.csv", "prompt~label\na~1\n")
+    assert read(tmp_path)[0] == {"prompt": "a", "label": 1}
+
+
+def test_messages_of_several_kinds_are_prepared(tmp_path, tiny_llama):
+    from transformers import AutoTokenizer
+
+    from trl_ulma.labels import LabelRules
+    from trl_ulma.rows.preparation import Preparation
+
+    rows = [
+        {"prompt": [{"role": "user", "content": "Hi", "id": each}], "completion": GOOD, "label": 1}
+        for each in (1, "a", 0.5)
+    ]
+    found = read(write(tmp_path / "rows.jsonl", lines(rows)))
+    assert found["prompt"][:] == [each["prompt"] for each in rows]
+    plain = Dataset.from_list([{"prompt": [USER], "completion": GOOD, "label": 1}] * 3)
+    prepare = Preparation(AutoTokenizer.from_pretrained(tiny_llama), LabelRules(), 64)
+    assert prepare(found, "train")["prompt_ids"][:] == prepare(plain, "train")["prompt_ids"][:]
+    stream = prepare(read(tmp_path / "rows.jsonl", streaming=True), "train")
+    assert [each["prompt_ids"] for each in stream] == prepare(plain, "train")["prompt_ids"][:]
+
+
 # Names and labels
 
+USER, GOOD = {"role": "user", "content": "Hi"}, [{"role": "assistant", "content": "Hello!"}]
 NAMES = "prompt=question,completion=response,label=rating"
 VOTES = "question,response,rating,note\nWhy?,So.,up,a\nWho?,Me.,Down,b\n"
 
@@ -438,6 +474,8 @@ def test_names_are_made_once():
         ([{"Question": "a", "Model Answer": "b", "label": 4}], "--columns prompt=Question,completion=Model Answer"),
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
+        ([row("down"), row("up")], "--label_map down=0,up=1"),
+        ([row("0,5")], r"labels with a decimal comma \('0,5'\)\. Write them with a point"),
         ([{"foo": "a"}], "Needed are prompt, completion and label"),
         ([{"transcript": "a", "rating": 1}], "It looks like red-team data: trl-ulma prepare red-team --input rows"),
         (

@@ -20,6 +20,7 @@ READ = (*TEXTS, *NUMBERS, *OTHERS)
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 _DIGITS = 18  # of an int of 64 bits
 _WORDS = {"true": True, "false": False}
 
@@ -297,12 +298,13 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
             + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
                f"trl-ulma prepare {families[0]} --input {where} --output FOLDER")
         )  # fmt: skip
-    words = Counter(value for value in columns.get("label", ()) if isinstance(value, str))
+    words = list(dict.fromkeys(value for value in columns.get("label", ()) if isinstance(value, str)))
     if words and not is_paired:
-        example = ",".join(f"{word}={number}" for word, number in zip(words, (1, 0), strict=False) if "," not in word)
+        shown = ", ".join(map(repr, words[:5]))
+        if any(_DECIMAL_COMMA.fullmatch(word.strip()) for word in words):
+            raise ValueError(f"{where} has labels with a decimal comma ({shown}). Write them with a point, as in 0.5.")
         raise ValueError(
-            f"{where} has labels that are words ({', '.join(map(repr, list(words)[:5]))}). Say which numbers they "
-            f"mean: --label_map {example or 'up=1,down=0'}"
+            f"{where} has labels that are words ({shown}). Say which numbers they mean: --label_map {_meanings(words)}"
         )
     if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
         raise ValueError(
@@ -321,6 +323,35 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
     if not unread:
         return []
     return [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is not read."]
+
+
+# What labels of two kinds are called
+_GOOD = frozenset(
+    (
+        "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
+        "right", "chosen", "accepted", "win", "helpful", "safe", "y", "+", "👍",
+    )
+)  # fmt: skip
+_BAD = frozenset(
+    (
+        "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
+        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "n", "-", "👎",
+    )
+)  # fmt: skip
+
+
+def _meanings(words: Sequence[str]) -> str:
+    """What to write after `--label_map`: numbers for words that say which is better.
+
+    Example:
+        >>> _meanings(["down", "up"]), _meanings(["very good", "poor"])
+        ('down=0,up=1', '"very good=NUMBER,poor=NUMBER"')
+    """
+    numbers = {
+        word: 1 if word.strip().lower() in _GOOD else 0 if word.strip().lower() in _BAD else "NUMBER" for word in words
+    }
+    text = ",".join(f"{word}={number}" for word, number in list(numbers.items())[:10])
+    return f'"{text}"' if " " in text else text
 
 
 def _families(columns: Mapping[str, Sequence[Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trl_ulma.data.encodings import encoding_of, opened_text
 
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # csv refuses fields of more than 131,072 characters unless told otherwise, and a long answer has more
 _LONGEST_FIELD = 2**31 - 1
 
@@ -21,7 +21,7 @@ def csv_rows(
 
     Args:
         path: the file. Its first line names the columns.
-        known: names of columns, which tell commas, semicolons and tabs apart.
+        known: names of columns, which tell commas, semicolons, tabs and vertical bars apart.
         notice: called with each finding.
 
     Raises:
@@ -120,4 +120,4 @@ def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> s
 
 
 def _shown(delimiter: str) -> str:
-    return {",": "a comma", ";": "a semicolon", "\t": "a tab"}[delimiter]
+    return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}[delimiter]

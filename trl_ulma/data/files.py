@@ -38,7 +38,7 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from trl_ulma import __version__
 from trl_ulma.data.columns import CONVERSATIONS, NUMBERS, READ, Names, check_readable, read_value, unknown_labels
-from trl_ulma.data.csv_rows import csv_rows
+from trl_ulma.data.csv_rows import DELIMITERS, csv_rows
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.tables import as_dataset, joined, kind_of
@@ -386,7 +386,7 @@ def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) 
         builder: Any = load_dataset_builder(str(path), name=config)
     except _UNREADABLE as error:
         if about or config is not None:
-            raise ValueError(f"The folder {path} cannot be read: {error.__cause__ or error}") from error
+            raise ValueError(f"The folder {path} cannot be read: {_line(error)}") from error
         builder = None  # its files are of several kinds
     if builder is not None:
         named = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
@@ -396,14 +396,14 @@ def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) 
             try:
                 return _renamed_splits(load_dataset(str(path), name=config, streaming=streaming), names, str(path))
             except _UNREADABLE as error:
-                raise ValueError(f"The folder {path} cannot be read: {error.__cause__ or error}") from error
+                raise ValueError(f"The folder {path} cannot be read: {_line(error)}") from error
     if builder is None or not about:
         found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
         named = {str(split): list(map(str, files)) for split, files in found.items()}
     files = {split: [Path(f) for f in found if _suffix(Path(f)) in _KINDS] for split, found in named.items()}
     files = {split: found for split, found in files.items() if found}
     read = {file.resolve() for found in files.values() for file in found}
-    others = [file.name for file in data_files(path) if file.resolve() not in read]
+    others = [] if about else [file.name for file in data_files(path) if file.resolve() not in read]
     if others:
         _say(
             {f"{', '.join(others[:3])}{' and others' * (len(others) > 3)} is not in a split, and not read": 1},
@@ -412,11 +412,18 @@ def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) 
     return _as_splits({split: _load_files(found, streaming, names) for split, found in files.items()}, streaming)
 
 
+def _line(error: BaseException) -> str:
+    """What an error of `datasets` says, in a line."""
+    return " ".join(str(error.__cause__ or error).split())
+
+
 def _is_plain(config: Any) -> bool:
     """Whether a folder's README says nothing of how its files are read, but which they are."""
     usual = type(config)()
     ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
-    return all(getattr(config, f.name) == getattr(usual, f.name) for f in fields(config) if f.name not in ours)
+    return getattr(config, "sep", ",") in DELIMITERS and all(
+        getattr(config, f.name) == getattr(usual, f.name) for f in fields(config) if f.name not in ours
+    )
 
 
 def _check_saved(path: Path) -> None:
