@@ -56,6 +56,8 @@ def files(tmp_path, monkeypatch):
     demonstrations = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows if row["label"]]
     for name, each in {"feedback": rows, "pairs": pairs, "demonstrations": demonstrations}.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    votes = [f"What is {i}?,{answer},{vote}" for i in range(8) for answer, vote in (("It is.", "up"), ("No.", "down"))]
+    Path("votes.csv").write_text("\n".join(["question,response,rating", *votes]) + "\n")
     return tmp_path
 
 

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from scipy.special import expit
 
-from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.as_trained import as_trained, reward_scale
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
@@ -134,9 +134,14 @@ class _Run:
 
     def _rows(self) -> tuple[HeldOut, str]:
         args = self.args
-        splits: Any = load_rows(args.dataset, config=args.dataset_config)
+        splits: Any = load_rows(
+            args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map
+        )
         there = ", ".join(map(str, splits))
         split = args.split or "test"
+        read = split if split in splits else "train"
+        for note in check_splits({read: splits[read]} if read in splits else {}, args.dataset):
+            self._note(note)
         if split in splits:
             return HeldOut.of(splits[split], split, self._as_trained(splits[split]), args.invalid_rows), split
         if args.split is not None or "train" not in splits:

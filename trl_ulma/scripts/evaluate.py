@@ -42,6 +42,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
     what.add_argument("--dataset_config", help="of a data set that has several configurations")
+    what.add_argument("--columns", help="what the dataset calls them: prompt=question,completion=response,label=rating")
+    what.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
     what.add_argument(
         "--split",
         help='default: "test"; where there is none, a part of "train" by prompt, which is held out where '

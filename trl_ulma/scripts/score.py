@@ -47,6 +47,8 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
         choices=("error", "drop"),
         help="list the rows that cannot be read and stop, or leave them out (default: error)",
     )
+    parser.add_argument("--columns", help="what the data set calls them: prompt=question,completion=response")
+    parser.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
         "--sort", choices=SORTS, help="surprise or reward, highest first, or row (default: surprise, else row)"
@@ -75,14 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
-    from trl_ulma.data.files import load_rows
+    from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.judge import Judge
 
-    splits: Any = load_rows(args.dataset, config=args.dataset_config)
+    splits: Any = load_rows(args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map)
     if args.split not in splits:
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {args.split!r}, but {there}. Set --split to one of them.")
     rows = splits[args.split]
+    for note in check_splits({args.split: rows}, args.dataset, needs_label=False):
+        print(note, file=sys.stderr)
     is_labelled = bool({"label", "chosen"}.intersection(rows.column_names))
     if args.sort == "surprise" and not is_labelled:
         raise ValueError(
