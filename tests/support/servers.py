@@ -176,7 +176,9 @@ def reasoning_model(path: str, request: dict[str, Any]) -> tuple[int, Any] | Non
         text = "This is a chat model and not supported in the v1/completions endpoint. Did you mean to use "
         return openai_error(404, f"{text}v1/chat/completions?", "model", None)
     if "max_tokens" in request:
-        text = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        text = (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        )
         return openai_error(400, text, "max_tokens", "unsupported_parameter")
     if request.get("temperature", 1) != 1:
         text = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is "
@@ -259,8 +261,8 @@ REFUSALS: dict[str, tuple[str, tuple[int, Any]]] = {
             400,
             {
                 "error": {
-                    "message": "The response was filtered due to the prompt triggering Azure OpenAI's content management "
-                    "policy. Please modify your prompt and retry.",
+                    "message": "The response was filtered due to the prompt triggering Azure OpenAI's content "
+                    "management policy. Please modify your prompt and retry.",
                     "type": None,
                     "param": "prompt",
                     "code": "content_filter",
@@ -287,8 +289,8 @@ REFUSALS: dict[str, tuple[str, tuple[int, Any]]] = {
         "too long",
         openai_error(
             400,
-            "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens. Please "
-            "reduce the length of the messages.",
+            "This model's maximum context length is 8192 tokens. However, your messages resulted in 9001 tokens. "
+            "Please reduce the length of the messages.",
             "messages",
             "context_length_exceeded",
         ),
@@ -299,8 +301,8 @@ REFUSALS: dict[str, tuple[str, tuple[int, Any]]] = {
             400,
             {
                 "object": "error",
-                "message": "'max_tokens' or 'max_completion_tokens' is too large: 16. This model's maximum context length "
-                "is 128 tokens and your request has 300 input tokens (16 > 128 - 300).",
+                "message": "'max_tokens' or 'max_completion_tokens' is too large: 16. This model's maximum context "
+                "length is 128 tokens and your request has 300 input tokens (16 > 128 - 300).",
                 "type": "BadRequestError",
                 "param": "max_tokens",
                 "code": 400,
@@ -314,7 +316,8 @@ REFUSALS: dict[str, tuple[str, tuple[int, Any]]] = {
             {
                 "error": {
                     "code": 400,
-                    "message": "request (4390 tokens) exceeds the available context size (4096 tokens), try increasing it",
+                    "message": "request (4390 tokens) exceeds the available context size (4096 tokens), try "
+                    "increasing it",
                     "type": "exceed_context_size_error",
                     "n_prompt_tokens": 4390,
                     "n_ctx": 4096,
@@ -330,8 +333,8 @@ REFUSALS: dict[str, tuple[str, tuple[int, Any]]] = {
         "too long",
         openai_error(
             400,
-            "This model's maximum context length is 512 tokens. However, you requested 600 tokens (584 in the messages, "
-            "16 in the completion). Please reduce the length of the messages or completion.",
+            "This model's maximum context length is 512 tokens. However, you requested 600 tokens (584 in the "
+            "messages, 16 in the completion). Please reduce the length of the messages or completion.",
             "messages",
             "context_length_exceeded",
         ),

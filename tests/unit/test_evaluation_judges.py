@@ -165,7 +165,9 @@ def test_garbage_is_counted_and_not_guessed(judge, server, reply, verdict):
 
 
 def test_a_verdict_after_reasoning_is_read(judge, server):
-    server.answer = lambda messages: said(f"<think>\n2? VERDICT: 2\n</think>\n\n{fair(messages)[1]['choices'][0]['text']}")
+    server.answer = lambda messages: said(
+        f"<think>\n2? VERDICT: 2\n</think>\n\n{fair(messages)[1]['choices'][0]['text']}"
+    )
     assert judge(comparisons(2), "helpful") == [WIN, WIN]
 
 

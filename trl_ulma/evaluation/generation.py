@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_ulma.evaluation.records import RecordFile, digest
-from trl_ulma.evaluation.refusals import Why
+from trl_ulma.evaluation.refusals import PASSING, Why
 from trl_ulma.evaluation.server import Refusal, Reply, Server
 from trl_ulma.evaluation.turns import show_calls, split_reasoning
 
@@ -212,6 +212,7 @@ def generate(
     by_key = dict(zip(keys, prompts, strict=True))
     order = sorted(by_key, key=lambda key: (-len(by_key[key]), key))
     missing = {key for key in order if (record := kept.get(key)) is None or (retry_refused and "refused" in record)}
+    passing: dict[str, Reply] = {}
     with tqdm(total=len(missing), desc="Generating", unit="answer") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -220,7 +221,9 @@ def generate(
                 continue
 
             def done(place: int, reply: Reply, todo: list[str] = todo) -> None:
-                if reply.refused is not Why.FAILED:  # which may pass
+                if reply.refused in PASSING:
+                    passing[todo[place]] = reply
+                else:
                     prompt = generator.text_of(by_key[todo[place]])
                     record = {"prompt": prompt, "answer": reply.text, "finished": reply.finished}
                     more = {"reasoning": reply.reasoning, "refused": reply.refused, "changes": list(reply.changes)}
@@ -229,13 +232,11 @@ def generate(
 
             seed = int(digest(sampling.seed, batch)[:8], 16)
             generator([by_key[key] for key in todo], sampling, seed, done)
-    return [_reply(kept.get(key)) for key in keys]
+    return [passing.get(key) or _reply(kept.get(key) or {}) for key in keys]
 
 
-def _reply(record: Mapping[str, Any] | None) -> Reply:
-    """What a record holds; without one, the server failed."""
-    if record is None:
-        return Reply("", True, refused=Why.FAILED)
+def _reply(record: Mapping[str, Any]) -> Reply:
+    """What a record holds."""
     refused = Why(record["refused"]) if "refused" in record else None
     changes = tuple(record.get("changes", ()))
     return Reply(record["answer"], record["finished"], record.get("reasoning", ""), refused, changes)

@@ -18,8 +18,8 @@ CRITERIA = ("helpful", "harmless")
 class Verdict(StrEnum):
     """How the first answer does against the second, or why that is not known.
 
-    UNPARSABLE: the judge said something else. CUT: its reply ended at the limit of tokens. REFUSED: there is no reply, or
-    no answer to judge, because a server refused or failed.
+    UNPARSABLE: the judge's reply is not a verdict. CUT: the reply reached the token limit. REFUSED: there is no reply,
+    or no answer to judge, because a server refused or failed.
     """
 
     WIN = "win"

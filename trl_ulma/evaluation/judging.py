@@ -16,6 +16,7 @@ from trl_ulma.evaluation.refusals import Why
 _REMEDIES = {
     Why.CUT: "raise --judge_max_tokens: a model that reasons needs thousands",
     Why.FAILED: "run the same command again",
+    Why.NOT_ASKED: "raise --max_requests, or run the same command again, which asks only what is missing",
     Why.FILTERED: "ask again with --retry_refused, or take a judge without such a filter",
     Why.TOO_LONG: "take a judge that reads more, or rows with shorter texts",
     Why.REFUSED: "the judge's file of verdicts has the server's words; ask again with --retry_refused",
@@ -156,7 +157,7 @@ class Judging:
         told = ", ".join(f"{sum(of_place.get(why, 0) for of_place in found.values())} {why}" for why in whys)
         remedies = "; ".join(f"{why}: {_REMEDIES[why]}" for why in whys)
         self._note(
-            f"{missing} of {len(verdicts)} comparisons of {of} are not judged ({judge.name}, {criterion}; replies: {told})"
-            f" and are in no rate and no agreement. {remedies[:1].upper()}{remedies[1:]}."
+            f"{missing} of {len(verdicts)} comparisons of {of} were not judged ({judge.name}, {criterion}; missing "
+            f"replies: {told}). They count in no rate and no agreement. {remedies[:1].upper()}{remedies[1:]}."
         )
         return found

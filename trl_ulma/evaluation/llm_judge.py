@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from trl_ulma.evaluation.judges import CRITERIA, Comparison, Verdict, check_criterion
 from trl_ulma.evaluation.records import RecordFile, digest
-from trl_ulma.evaluation.refusals import Why
+from trl_ulma.evaluation.refusals import PASSING, Why
 from trl_ulma.evaluation.server import Refusal, Server
 from trl_ulma.evaluation.turns import as_text
 
@@ -143,6 +143,8 @@ class LLMJudge:
         self._retry_refused = retry_refused
         self._asked: set[str] = set()
         self._from_cache: set[str] = set()
+        # Why a reply is missing that may come in the next run
+        self._missing: dict[str, Why] = {}
         # Keys of both orders of each comparison so far, once
         self._comparisons: dict[tuple[str, str], None] = {}
         self._tokens = [0, 0]
@@ -164,14 +166,16 @@ class LLMJudge:
                 try:
                     reply = self.server.ask(wanted[key], **self.sampling)
                 except Refusal as refusal:
-                    if refusal.why is not Why.FAILED:  # which may pass
+                    self._missing[key] = refusal.why
+                    if refusal.why not in PASSING:
                         self.cache.add(key, {"model": self.name, "refused": refusal.why, "said": str(refusal)})
                 else:
                     record = {"model": self.name, "reply": reply.text, "finished": reply.finished}
                     more = {"reasoning": reply.reasoning, "changes": list(reply.changes)}
                     self.cache.add(key, record | {name: value for name, value in more.items() if value})
                     self._tokens = [a + b for a, b in zip(self._tokens, reply.tokens, strict=True)]
-                self._asked.add(key)
+                if self._missing.get(key) is not Why.NOT_ASKED:
+                    self._asked.add(key)
                 bar.update()
 
             self.server.each(ask, todo)
@@ -258,7 +262,7 @@ class LLMJudge:
     def _said(self, key: str) -> str:
         record = self.cache.get(key)
         if record is None:
-            return Why.FAILED
+            return self._missing.get(key, Why.NOT_ASKED)
         if "refused" in record:
             return Why(record["refused"])
         if not record["finished"]:

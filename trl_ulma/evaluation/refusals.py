@@ -10,16 +10,20 @@ from typing import Any
 class Why(StrEnum):
     """Why a request got no answer that counts.
 
-    The first three come from what was asked and are remembered; FAILED may pass.
+    FAILED and NOT_ASKED, which is beyond the budget of requests, can be otherwise in the next run; the others come from
+    what was asked, and are remembered.
     """
 
     FILTERED = "filtered"
     TOO_LONG = "too long"
     REFUSED = "refused"
     FAILED = "failed"
+    NOT_ASKED = "not asked"
     CUT = "cut"
     UNPARSABLE = "unparsable"
 
+
+PASSING = (Why.FAILED, Why.NOT_ASKED)
 
 # Azure and OpenAI; OpenRouter; Alibaba; Google
 _FILTERED = re.compile(
@@ -136,8 +140,8 @@ def is_other_endpoint(status: int, body: Any) -> bool:
 
 
 def _parts(body: Any) -> Iterator[tuple[list[Any] | None, str]]:
-    """(where in the request, what is said of it): what is sent back of the request itself is left out, since it can hold
-    any words."""
+    """Pairs of (place in the request, message about it). The request's own text, which some servers send back, is left
+    out, because it can contain any words."""
     if isinstance(body, str):
         text = body.strip()
         inner = None

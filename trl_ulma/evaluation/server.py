@@ -13,7 +13,15 @@ from transformers.utils import logging
 
 from trl_ulma.data.conversations import is_transcript, parse_transcript
 from trl_ulma.evaluation.refusals import Why, is_other_endpoint, refused_parameter, said, why
-from trl_ulma.evaluation.turns import REASONING_KEYS, as_text, calls_text, content_text, for_server, show_calls, split_reasoning
+from trl_ulma.evaluation.turns import (
+    REASONING_KEYS,
+    as_text,
+    calls_text,
+    content_text,
+    for_server,
+    show_calls,
+    split_reasoning,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +91,30 @@ class Reply:
     tokens: tuple[int, int] = (0, 0)
 
 
+class Budget:
+    """How many requests may be made, to all servers together.
+
+    Args:
+        most: the number; None is no limit. Tries again after a failure are not counted, which servers do not bill.
+
+    Example:
+        >>> budget = Budget(1)
+        >>> budget.take(), budget.take(), budget.taken
+        (True, False, 1)
+    """
+
+    def __init__(self, most: int | None = None):
+        self.most, self.taken = most, 0
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether one more may be made, which is then counted."""
+        with self._lock:
+            there = self.most is None or self.taken < self.most
+            self.taken += there
+        return there
+
+
 class Server:
     """One model on a server, asked by the `openai` client, which retries with growing pauses (and as long as a server's
     Retry-After asks): after lost connections and timeouts, and on 408, 409, 429 and 5xx.
@@ -102,6 +134,7 @@ class Server:
         retries: tries after the first.
         concurrency: requests under way at once.
         note: is told what the server does not take.
+        budget: of requests; without one there is no limit.
 
     Raises:
         ValueError: for a URL that is none, or that has a key, a password or a query in it.
@@ -118,6 +151,7 @@ class Server:
         retries: int = 5,
         concurrency: int = 8,
         note: Callable[[str], None] = logger.warning,
+        budget: Budget | None = None,
     ):
         if key_variable is None and not base_url:
             key_variable = KEY_VARIABLE
@@ -144,7 +178,7 @@ class Server:
         self._client = openai.OpenAI(
             api_key=self._key or _NO_KEY, base_url=self.base_url, timeout=timeout, max_retries=retries
         )
-        self._note = note
+        self._note, self._budget = note, budget or Budget()
         self._lock = threading.Lock()
         # What is known of the server: parameters that it refuses, the name of its limit, chats for texts or the reverse
         self._dropped: set[str] = set()
@@ -173,7 +207,9 @@ class Server:
             limit = self._limit if asks_chat else _LIMITS[0]
             if _LIMITS[0] in sent:
                 sent[limit] = sent.pop(_LIMITS[0])
-            problem, about, error = None, None, None
+            if not self._budget.take():
+                raise Refusal(f"The limit of {self._budget.most} requests is reached.", Why.NOT_ASKED)
+            reply, problem, about, error = None, "", None, None
             try:
                 reply = self._chat(prompt, sent) if asks_chat else self._complete(prompt, sent)
             except openai.APIStatusError as refusal:
@@ -188,10 +224,10 @@ class Server:
                 problem = f"{self.base_url} answered with what is not in OpenAI's protocol ({name})."
                 about = Why.FAILED
             # Outside the handlers: a chained exception's text is the server's, and can hold the key
-            if problem is not None:
-                raise self._given_up(problem, about)
-            if error is None:
+            if reply is not None:
                 break
+            if error is None:
+                raise self._given_up(problem, about)
             if self._does_without(error, sent, limit):
                 continue
             if is_other_endpoint(error.status_code, self._body(error)):
@@ -329,7 +365,7 @@ class Server:
 
     def _given_up(self, problem: str, about: Why | None) -> ServerError:
         """The error of one request or, where none gets an answer, of all."""
-        if about in (Why.FILTERED, Why.TOO_LONG, Why.CUT):
+        if about is not None and about not in (Why.FAILED, Why.REFUSED):
             return Refusal(problem, about)
         with self._lock:
             self._failed += 1
@@ -347,7 +383,9 @@ class Server:
         if isinstance(error, openai.APIConnectionError):
             cause = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else "no connection"
             quoted = self.without_key(" ".join(cause.split()))[:200]
-            return f"{self.base_url} cannot be reached, in {asked} ({quoted}). Start the server or mend its URL. {again}"
+            return (
+                f"{self.base_url} cannot be reached, in {asked} ({quoted}). Start the server or mend its URL. {again}"
+            )
         if not isinstance(error, openai.APIStatusError):
             return f"{self.base_url}: {self.without_key(str(error))[:200]}"
         told = f'{self.base_url} answered {error.status_code}: "{self._said(error)}".'

@@ -17,8 +17,8 @@ _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 def split_reasoning(text: str, *, is_open: bool = False) -> tuple[str, str]:
     """(reasoning, answer) of what a model wrote: the answer is what follows the block that the text begins with.
 
-    A block without its end, of an answer that was cut off, is reasoning to the last word. Where the end has no beginning,
-    the prompt began the block, as some chat templates do.
+    If the block has no end, because the answer was cut off, all of the text is reasoning. If it has no beginning, the
+    prompt opened it, as some chat templates do.
 
     Args:
         text: what the model wrote.
@@ -119,8 +119,8 @@ def show_calls(text: str) -> str:
 def for_server(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as servers take them: without null keys, arguments of calls as JSON, and with an id for every call.
 
-    Data sets have null keys because the rows of a table share their columns, and their calls seldom have ids. Ids are of
-    nine letters and digits, which Mistral insists on.
+    Datasets have null keys because all rows of a table share their columns, and their calls rarely have ids. Ids have
+    nine letters and digits, because Mistral requires that.
 
     Example:
         >>> call = {"function": {"name": "now", "arguments": {"zone": None}}}
