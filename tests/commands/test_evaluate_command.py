@@ -109,12 +109,16 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     # The judge always says "1": whatever it is shown, its two orders disagree, which is a tie, and it ranks nothing
     judge = next(each for each in facts["judges"] if each["judge"] == parrot)
     assert judge["agreement"]["value"] == 0.5
-    assert judge["comparisons"] == judge["orders_disagree"] == 6 + 3 * 6
-    assert judge["unparsable"] == 0
+    assert [run["name"] for run in facts["models"]][2:] == [parrot.split("/")[-1], "tiny-llama (base)"]
+    assert judge["comparisons"] == judge["orders_disagree"] == 6 + 4 * 6
+    assert judge["not_judged"] == {}
+    assert judge["replies"] == {"first": 60, "second": 0, "tie": 0}
     for run in facts["models"]:
-        assert run["judged"][parrot]["harmless"]["counts"] == {"win": 0, "tie": 6, "lose": 0, "unparsable": 0}
+        found = run["judged"][parrot]["harmless"]
+        assert {verdict: count for verdict, count in found["counts"].items() if count} == {"tie": 6}
+        assert (found["unjudged"], found["unanswered"]) == ({}, 0)
     served = facts["models"][2]
-    assert served["answers"] == {"prompts": 6, "cut_at_max_new_tokens": 0, "empty": 0}
+    assert served["answers"] == {"prompts": 6, "cut_at_max_new_tokens": 0, "empty": 0, "refused": {}, "changes": []}
     answers = [
         json.loads(line)["answer"] for line in next((report / "answers").glob("*parrot*")).read_text().splitlines()
     ]
@@ -127,9 +131,13 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     text = (report / "report.md").read_text()
     assert "which is not above chance: no ranking is claimed" in text
     assert "6 prompts are too few to conclude from; 200 are a beginning." in text
+    assert "**ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in text
+    assert "100.0% of them name the one shown first" in text
     assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
     assert text in capsys.readouterr().out
-    for name in (*facts["pictures"], "training", "labels", "calibration", "verdicts-1-harmless"):
+    assert facts["pictures"] == ["training"]
+    assert len(facts["not_drawn"]) == 4
+    for name in ("training", "training-dark"):
         assert (report / f"{name}.png").stat().st_size > 1000
         assert (report / f"{name}.svg").is_file()
     for file in report.rglob("*"):
@@ -143,7 +151,7 @@ def test_a_second_run_asks_the_judge_nothing_and_says_the_same(adapters, rows, t
     try:
         assert main(argv) == 0
         asked, text = len(server.requests), (tmp_path / "report.md").read_text()
-        assert asked == 2 * 2 * (3 + 3)  # two criteria, two orders, known pairs and answers
+        assert asked == 2 * 2 * (3 + 2 * 3)  # two criteria, two orders, known pairs and answers of two models
         assert main(argv) == 0
         assert len(server.requests) == asked
         assert (tmp_path / "report.md").read_text() == text

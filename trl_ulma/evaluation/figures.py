@@ -67,6 +67,11 @@ def _ink() -> str:
     return matplotlib.rcParams["text.color"]
 
 
+def _edge() -> str:
+    """The color of bars' edges and hatches, which are on light colors on both pages."""
+    return PAPER_DARK if _is_dark() else "black"
+
+
 @_drawn
 def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure:
     """Win, tie and lose shares as a bar a model, after the ULMA paper's Figure 1; whiskers are the win's 95 % interval.
@@ -87,7 +92,9 @@ def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figur
         for verdict, style in VERDICT_STYLES.items():
             width = shares[verdict].value
             label = verdict if row == 0 else None
-            axes.barh(row, width, 0.62, left, color=style["color"], hatch=style["hatch"], edgecolor=_ink(), label=label)
+            axes.barh(
+                row, width, 0.62, left, color=style["color"], hatch=style["hatch"], edgecolor=_edge(), label=label
+            )
             if width >= 0.07:
                 box = {"facecolor": style["color"], "edgecolor": "none", "pad": 1.5}
                 middle = left + width / 2
@@ -230,7 +237,7 @@ def label_histogram(label: np.ndarray, is_demonstration: np.ndarray) -> Figure:
         rwidth=0.6 if few else 1.0,
         color=[("#0072B2", "#E69F00")[i] for i in kept],
         label=[names[i] for i in kept],
-        edgecolor=_ink(),
+        edgecolor=_edge(),
     )
     for i, container in zip(kept, bars if len(kept) > 1 else [bars], strict=True):
         for bar in container:  # type: ignore[union-attr]

@@ -294,8 +294,8 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
         parts.append(
             Text(
                 f"Over all criteria, {decided} of the judge's replies name an answer, and "
-                f"{replies['first'] / decided:.1%} of them name the one shown first (50% without a position bias). The two "
-                "orders disagree in "
+                f"{replies['first'] / decided:.1%} of them name the one shown first (50% without a position bias). "
+                "The two orders disagree in "
                 f"{judge['orders_disagree']} of {judge['comparisons']} comparisons, which count as ties."
             )
         )
