@@ -1,4 +1,5 @@
-"""Servers on loopback: `transformers serve` with a model whose answer is known, and one that misbehaves on demand."""
+"""Servers on loopback: `transformers serve` and llama.cpp's with a model whose answer is known, and one that misbehaves
+on demand."""
 
 import itertools
 import json
@@ -12,14 +13,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import CHAT_TEMPLATE, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 def make_parrot(folder: Path, reply: str) -> str:
@@ -56,20 +57,86 @@ def make_parrot(folder: Path, reply: str) -> str:
     return str(folder)
 
 
-@contextmanager
-def transformers_serve(model: str) -> Iterator[str]:
+def make_gguf(parrot: str) -> str:
+    """A model of `make_parrot` as a GGUF file beside it, for llama.cpp."""
+    import gguf
+
+    model, tokenizer = LlamaForCausalLM.from_pretrained(parrot), AutoTokenizer.from_pretrained(parrot)
+    path, config = f"{parrot}/parrot.gguf", model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {each["id"] for each in backend["added_tokens"]}
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.eos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "model.layers.0.input_layernorm": "blk.0.attn_norm",
+        "model.layers.0.post_attention_layernorm": "blk.0.ffn_norm",
+        **{f"model.layers.0.self_attn.{name}_proj": f"blk.0.attn_{name}" for name in "qkv"},
+        "model.layers.0.self_attn.o_proj": "blk.0.attn_output",
+        **{f"model.layers.0.mlp.{name}_proj": f"blk.0.ffn_{name}" for name in ("gate", "up", "down")},
+    }
+    for name, tensor in model.state_dict().items():
+        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# Where llama-cpp-python[server] is installed, which takes minutes to build
+LLAMA_CPP_PYTHON = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama.cpp's server can be started."""
+    return subprocess.run([LLAMA_CPP_PYTHON, "-c", "import llama_cpp.server.app"], capture_output=True).returncode == 0
+
+
+def llama_cpp_serve(model: str, n_ctx: int = 2048) -> AbstractContextManager[str]:
+    """The server of llama-cpp-python in a process of its own; its URL."""
+    command = [LLAMA_CPP_PYTHON, "-m", "llama_cpp.server", "--model", model, "--model_alias", "parrot"]
+    return _serving([*command, "--n_ctx", str(n_ctx), "--n_gpu_layers", "0", "--n_threads", "1"], "v1/models")
+
+
+def transformers_serve(model: str) -> AbstractContextManager[str]:
     """`transformers serve` in a process of its own; its URL."""
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
+    return _serving([*command, "--device", "cpu", "--dtype", "float32"], "health")
+
+
+@contextmanager
+def _serving(command: list[str], ready: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     # A file: a pipe that nobody reads stops the server when it is full
     log = tempfile.TemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process)
+        wait_for(f"http://127.0.0.1:{port}/{ready}", process)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()

@@ -226,6 +226,51 @@ def test_the_other_form_can_be_refused_for_a_reason_of_its_own(strict):
     assert caught.value.why is Why.FILTERED
 
 
+# Real ones
+
+
+DRAWN_GREEDILY = {"max_tokens": 16, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory):
+    return servers.make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1")
+
+
+def test_transformers_serve_is_asked_chats_and_texts(parrot):
+    notes: list[str] = []
+    with servers.transformers_serve(parrot) as url:
+        client = Server(parrot, url, note=notes.append, timeout=120)
+        client.check()
+        reply = client.ask(CHAT, **DRAWN_GREEDILY)
+        assert (reply.text, reply.finished, reply.changes) == ("VERDICT: 1", True, ())
+        assert min(reply.tokens) > 0
+        assert client.ask("<|user|>Hi<|end|><|assistant|>", **DRAWN_GREEDILY).text == "VERDICT: 1"
+        assert not client.ask(CHAT, max_tokens=1, temperature=0.0).finished
+        assert client.ask(CHAT, **DRAWN).text
+        with pytest.raises(ServerError, match=r"answered [45]"):
+            Server("no-such-model", url, retries=0).ask(CHAT, max_tokens=1)
+    assert notes == []
+
+
+@pytest.mark.skipif(not servers.has_llama_cpp(), reason="llama-cpp-python[server] is not installed")
+def test_llama_cpps_server_is_asked_chats_and_texts(parrot):
+    notes: list[str] = []
+    with servers.llama_cpp_serve(servers.make_gguf(parrot), n_ctx=256) as url:
+        client = Server("parrot", url, note=notes.append, timeout=120, retries=0, concurrency=1)
+        client.check()
+        reply = client.ask(CHAT, **DRAWN_GREEDILY)
+        assert (reply.text, reply.finished, reply.changes) == ("VERDICT: 1", True, ())
+        assert not client.ask(CHAT, max_tokens=1, temperature=0.0).finished  # it knows no max_completion_tokens
+        assert client.ask("<|user|>Hi<|end|><|assistant|>", **DRAWN_GREEDILY).text == "VERDICT: 1"
+        assert client.ask(CHAT, **DRAWN).text
+        with pytest.raises(Refusal) as caught:
+            client.ask([{"role": "user", "content": "cat " * 400}], **DRAWN_GREEDILY)
+        assert caught.value.why is Why.TOO_LONG
+        assert client.ask(CHAT, **DRAWN_GREEDILY).text == "VERDICT: 1"
+    assert notes == []
+
+
 def test_other_endpoints_are_not_seen_everywhere():
     assert not is_other_endpoint(400, "max_tokens is not supported")
     assert not is_other_endpoint(401, "chat model")

@@ -177,13 +177,15 @@ def _named(models: Sequence[str]) -> list[tuple[str, str]]:
     Example:
         >>> _named(["a=out/1", "a=out/2", "base", "x/final", "y/final"])
         [('a', 'out/1'), ('a', 'out/2'), ('base', 'base'), ('x/final', 'x/final'), ('y/final', 'y/final')]
+        >>> _named(["served:m"])
+        [('m', 'served:m')]
     """
     pairs = []
     for model in models:
         name, equals, source = model.partition("=")
         is_named = equals and name and source and not re.search(r"[/\\]", name) and not Path(model).exists()
         pairs.append((name, source) if is_named else ("", model))
-    last = [name or Path(source).name for name, source in pairs]
+    last = [name or Path(source.removeprefix("served:")).name for name, source in pairs]
     return [
         (name or (part if last.count(part) == 1 else source), source)
         for (name, source), part in zip(pairs, last, strict=True)
