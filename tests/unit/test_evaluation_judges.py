@@ -624,7 +624,8 @@ def test_no_ranking_is_claimed_by_a_judge_near_chance(server, tmp_path):
     assert (agreement.value, differences) == (0.5, [])
     agreement, differences, notes = judged(lambda messages: said("Hm."), "garbage.jsonl")
     assert (agreement, differences) == (None, [])
-    assert notes[0].startswith("12 of 12 verdicts on the data's own answers (m, helpful) could not be parsed")
+    assert notes[0].startswith("12 of 12 comparisons of the data's own answers were not judged (m, helpful; missing")
+    assert "missing replies: 24 unparsable). They count in no rate" in notes[0]
 
 
 def test_two_judges_of_one_name_are_refused(server, tmp_path):

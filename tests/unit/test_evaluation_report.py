@@ -449,7 +449,10 @@ def test_cells_and_quotes_cannot_break_out():
     parts = [Table(["a"], [["x|y\n<i>`z`"]]), Quote("Q", "1. a\n\n> b"), Text("`<ok>` & <no>")]
     text = to_markdown(parts)
     assert "| x\\|y &lt;i>`z` |" in text
-    assert "> 1. a" not in text
+    assert "> 1\\. a" in text
+    shown = to_markdown([Quote("Q", "![x](http://a) **b** `c`"), Table(["a", "b"], [["x", "<![y](z)|"]], is_text=True)])
+    assert "> !\\[x\\](http://a) \\*\\*b\\*\\* \\`c\\`" in shown
+    assert "| &lt;!\\[y\\](z)\\| |" in shown
     assert "`<ok>` &amp; &lt;no>" in text
     page = to_html(parts, None)
     assert "<td>x|y\n&lt;i&gt;<code>z</code></td>" in page

@@ -132,11 +132,11 @@ def _markdown(part: Part) -> str:
     if isinstance(part, Table):
         return table(
             [_plain(cell) for cell in part.header],
-            [[_plain(cell) for cell in row] for row in part.rows],
+            [[(_literal if part.is_text else _plain)(cell) for cell in row] for row in part.rows],
             is_text=part.is_text,
         )
     if isinstance(part, Quote):
-        lines = [re.sub(r"^(\s*)([#>+*-]|\d+[.)])", r"\1\\\2", _plain(line)) for line in part.text.splitlines() or [""]]
+        lines = [_quoted(line) for line in part.text.splitlines() or [""]]
         return f"{_plain(part.title)}:\n\n" + "\n".join(f"> {line}".rstrip() for line in lines)
     return (
         f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="{part.name}-dark.png">\n'
@@ -150,6 +150,17 @@ def _plain(text: str) -> str:
     return "".join(
         piece if i % 2 else piece.replace("&", "&amp;").replace("<", "&lt;") for i, piece in enumerate(pieces)
     )
+
+
+def _literal(text: str) -> str:
+    """Text that somebody wrote, none of which Markdown takes for emphasis, code, a link or a picture."""
+    return re.sub(r"([\\`*_\[\]~])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _quoted(line: str) -> str:
+    """A line that somebody wrote, whose beginning Markdown takes for no heading, list or quote."""
+    line = re.sub(r"^(\s*)([#>+-])", r"\1\\\2", _literal(line))
+    return re.sub(r"^(\s*\d+)([.)])", r"\1\\\2", line)
 
 
 def _html(part: Part, folder: Path) -> str:

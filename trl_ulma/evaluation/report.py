@@ -240,7 +240,7 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
         return []
     return [
         Heading(f"The rows that surprise {model['name']} most"),
-        Text("Their labels are the first to look at for mistakes."),
+        Text("Check their labels for mistakes first. Rows are numbered as they were evaluated, from 0."),
         Table(["row", "label", "predicted", "prompt", "answer"], rows, is_text=True),
     ]
 
