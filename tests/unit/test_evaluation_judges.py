@@ -219,6 +219,19 @@ def test_a_failure_is_not_remembered(judge, server, tmp_path):
     assert LLMJudge(judge.server, tmp_path / "verdicts.jsonl")(comparisons(3), "helpful") == [WIN] * 3
 
 
+def test_tokens_of_this_run_are_counted(judge, server, tmp_path):
+    def answer(messages):
+        status, body = fair(messages)
+        return status, body | {"usage": {"prompt_tokens": 100, "completion_tokens": 3}}
+
+    server.answer = answer
+    judge(comparisons(3), "helpful")
+    assert judge.facts()["tokens"] == {"input": 600, "output": 18}
+    again = LLMJudge(judge.server, tmp_path / "verdicts.jsonl")
+    again(comparisons(4), "helpful")
+    assert again.facts()["tokens"] == {"input": 200, "output": 6}
+
+
 def test_a_plan_counts_what_will_be_asked_and_asks_nothing(judge, server, tmp_path):
     three = [*comparisons(3), Comparison("Hi", "Yes.", "Yes."), *comparisons(1)]
     plan = judge.plan(three, "helpful")

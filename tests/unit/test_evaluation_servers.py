@@ -82,6 +82,14 @@ def test_the_limit_is_never_left_out(strict, message):
     assert len(server.requests) == (1 if "too large" in message else 2)
 
 
+def test_texts_have_one_name_of_the_limit(strict):
+    server, client, _ = strict
+    server.refuse = lambda path, request: openai_error(400, "'max_tokens' is not supported", "max_tokens", None)
+    with pytest.raises(Refusal, match="'max_tokens' is not supported"):
+        client.ask("Hi", **DRAWN)
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("status", "body", "found"),
     [

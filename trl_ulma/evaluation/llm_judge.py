@@ -147,7 +147,6 @@ class LLMJudge:
         self._missing: dict[str, Why] = {}
         # Keys of both orders of each comparison so far, once
         self._comparisons: dict[tuple[str, str], None] = {}
-        self._tokens = [0, 0]
 
     def __call__(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
         """A verdict on each comparison.
@@ -172,8 +171,8 @@ class LLMJudge:
                 else:
                     record = {"model": self.name, "reply": reply.text, "finished": reply.finished}
                     more = {"reasoning": reply.reasoning, "changes": list(reply.changes)}
+                    more["tokens"] = list(reply.tokens) if any(reply.tokens) else []
                     self.cache.add(key, record | {name: value for name, value in more.items() if value})
-                    self._tokens = [a + b for a, b in zip(self._tokens, reply.tokens, strict=True)]
                 if self._missing.get(key) is not Why.NOT_ASKED:
                     self._asked.add(key)
                 bar.update()
@@ -211,6 +210,7 @@ class LLMJudge:
         replies = [(self._said(straight), self._said(turned)) for straight, turned in self._comparisons]
         each = Counter(reply for pair in replies for reply in pair)
         records = [self.cache.get(key) or {} for pair in self._comparisons for key in pair]
+        tokens = [(self.cache.get(key) or {}).get("tokens", (0, 0)) for key in self._asked]
         judged = [pair for pair in replies if not any(isinstance(reply, Why) for reply in pair)]
         return {
             "kind": "language model",
@@ -221,7 +221,7 @@ class LLMJudge:
             "changes": sorted({change for record in records for change in record.get("changes", ())}),
             "asked": len(self._asked),
             "from_cache": len(self._from_cache),
-            "tokens": {"requests": self._tokens[0], "replies": self._tokens[1]},
+            "tokens": {"input": sum(each[0] for each in tokens), "output": sum(each[1] for each in tokens)},
             "comparisons": len(replies),
             "orders_disagree": sum(pair not in (("1", "2"), ("2", "1"), ("tie", "tie")) for pair in judged),
             "replies": {"first": each["1"], "second": each["2"], "tie": each["tie"]},

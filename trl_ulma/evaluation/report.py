@@ -146,7 +146,9 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
         if name:
             figure = model["implicit_reward"][name]
             of = f"{_NAMES[name]} {shown(figure)}, on {model['rows']:,} rows of {figure.n:,} prompts"
-            found.append(f"{model['name']}: {_concluded(figure, chance, 'its reward ranks held-out answers', of)}")
+            told = _concluded(figure, chance, "its reward ranks held-out answers", of)
+            hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
+            found.append(f"{model['name']}: {told}{hint if 'worse than chance' in told else ''}")
     bases = {model["name"] for model in facts["models"] if model.get("is_base")}
     for each in facts["differences"]:
         if bases and not bases & {each["one"], each["other"]}:
@@ -178,7 +180,7 @@ def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = 
         return f"nothing can be concluded: the interval includes {chance:g} ({of})."
     if figure.low > chance:
         return f"{what} better{than} ({of})."
-    return f"{what} worse{than} ({of}). Look at which labels are good (--label_transform lower_is_better turns them)."
+    return f"{what} worse{than} ({of})."
 
 
 def _figures(title: str, models: Sequence[Mapping[str, Any]], section: str, form: str) -> list[Part]:

@@ -228,7 +228,7 @@ class Server:
                 break
             if error is None:
                 raise self._given_up(problem, about)
-            if self._does_without(error, sent, limit):
+            if self._does_without(error, sent, asks_chat):
                 continue
             if is_other_endpoint(error.status_code, self._body(error)):
                 # An unknown model answers so, too: whether it takes the other form is told by an answer only
@@ -329,15 +329,15 @@ class Server:
 
     # Refusals
 
-    def _does_without(self, error: openai.APIStatusError, sent: dict[str, Any], limit: str) -> bool:
+    def _does_without(self, error: openai.APIStatusError, sent: dict[str, Any], asks_chat: bool) -> bool:
         """Whether the request is worth another try, since a parameter that the server refused is no longer in it."""
-        order = [name for name in (*_SAMPLING, limit) if name in sent]
+        order = [name for name in (*_SAMPLING, *_LIMITS) if name in sent]
         name = refused_parameter(error.status_code, self._body(error), order)
         if name is None:
             return False
         quoted = self._said(error)
         if name in _LIMITS:
-            if name == _LIMITS[1] or any(word in quoted for word in _OF_VALUES):
+            if name == _LIMITS[1] or not asks_chat or any(word in quoted for word in _OF_VALUES):
                 return False
             self._limit = _LIMITS[1]
             change = f"{_LIMITS[1]} is sent in place of {name}"
@@ -403,7 +403,7 @@ class Server:
             return f"{told} It still limits requests after {asked}: wait, or ask for less at once. {again}"
         if error.status_code >= 500:
             return f"{told} It failed in {asked}; its own log says why. {again}"
-        return f"{told} The request is not to its liking; its documentation says what the model takes."
+        return f"{told} The server refuses the request. Its documentation says what the model accepts."
 
     def _said(self, error: openai.APIStatusError) -> str:
         return self.without_key(said(self._body(error)))[:200]

@@ -87,8 +87,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         "--base",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="the model that training began with is evaluated, too, and answers and is judged where the others are "
-        "(default: yes)",
+        help="also evaluate the model that training began with, its answers included (default: yes)",
     )
     answers.add_argument("--num_prompts", type=_positive(int), default=200, help="at most, seeded (default: 200)")
     answers.add_argument("--max_new_tokens", type=_positive(int), default=256, help="default: 256")
@@ -118,18 +117,16 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     servers.add_argument(
         "--max_requests",
         type=_positive(int),
-        help="to all servers together, in this run (default: no limit); what is beyond is counted as not judged, and "
-        "asked when the command is repeated",
+        help="limit on the requests of this run to all servers together (default: none); comparisons beyond it count as "
+        "not judged, and the next run asks for them",
     )
     servers.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="answers and verdicts of earlier runs with this --output are taken from it (default: yes)",
+        help="reuse the answers and verdicts of earlier runs with this --output (default: yes)",
     )
-    servers.add_argument(
-        "--retry_refused", action="store_true", help="ask once more what servers refused in earlier runs"
-    )
+    servers.add_argument("--retry_refused", action="store_true", help="ask again what servers refused in earlier runs")
     return parser
 
 
