@@ -639,6 +639,7 @@ def test_no_ranking_is_claimed_by_a_judge_near_chance(server, tmp_path):
     assert (agreement, differences) == (None, [])
     assert notes[0].startswith("12 of 12 comparisons of the data's own answers were not judged (m, helpful; missing")
     assert "missing replies: 24 unparsable). They count in no rate" in notes[0]
+    assert notes[0].endswith('The first: "Hm."')
 
 
 def test_two_judges_of_one_name_are_refused(server, tmp_path):

@@ -225,6 +225,24 @@ def test_a_model_that_is_not_there_is_named(strict, prompt):
     assert client.ask(prompt, max_tokens=7).changes == ()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"object": "error", "message": "Invalid model: m", "type": "invalid_model", "code": "1500"},
+        {"error": {"message": "m is not a valid model ID", "code": 400}},
+        {"detail": "Server is pinned to 'other'; requested 'm'."},
+        {"error": {"message": "The model `m` does not exist or you do not have access to it.", "code": "x"}},
+    ],
+)
+def test_a_model_that_is_not_there_ends_the_run_whatever_the_status(strict, body):
+    server, client, _ = strict
+    client.ask(CHAT, max_tokens=7)
+    server.answer = lambda messages: (400, body)
+    with pytest.raises(ServerError, match="It has no model 'm'") as caught:
+        client.ask(CHAT, max_tokens=7)
+    assert not isinstance(caught.value, Refusal)
+
+
 def test_the_other_form_can_be_refused_for_a_reason_of_its_own(strict):
     server, client, _ = strict
     server.refuse = no_texts

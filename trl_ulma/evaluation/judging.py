@@ -19,8 +19,8 @@ _REMEDIES = {
     Why.NOT_ASKED: "raise --max_requests, or run the same command again, which asks only what is missing",
     Why.FILTERED: "ask again with --retry_refused, or take a judge without such a filter",
     Why.TOO_LONG: "take a judge that reads more, or rows with shorter texts",
-    Why.REFUSED: "the judge's file of verdicts has the server's words; ask again with --retry_refused",
-    Why.UNPARSABLE: "the judge's file of verdicts has its words",
+    Why.REFUSED: "ask again with --retry_refused",
+    Why.UNPARSABLE: "take a judge that follows instructions",
 }
 
 
@@ -158,6 +158,7 @@ class Judging:
         remedies = "; ".join(f"{why}: {_REMEDIES[why]}" for why in whys)
         self._note(
             f"{missing} of {len(verdicts)} comparisons of {of} were not judged ({judge.name}, {criterion}; missing "
-            f"replies: {told}). They count in no rate and no agreement. {remedies[:1].upper()}{remedies[1:]}."
+            f"replies: {told}). They count in no rate and no agreement. {remedies[:1].upper()}{remedies[1:]}. "
+            f'The first: "{judge.words(comparisons, criterion)}"'
         )
         return found

@@ -143,8 +143,8 @@ class LLMJudge:
         self._retry_refused = retry_refused
         self._asked: set[str] = set()
         self._from_cache: set[str] = set()
-        # Why a reply is missing that may come in the next run
-        self._missing: dict[str, Why] = {}
+        # Replies that are missing and may come in the next run
+        self._missing: dict[str, Refusal] = {}
         # Keys of both orders of each comparison so far, once
         self._comparisons: dict[tuple[str, str], None] = {}
 
@@ -165,7 +165,7 @@ class LLMJudge:
                 try:
                     reply = self.server.ask(wanted[key], **self.sampling)
                 except Refusal as refusal:
-                    self._missing[key] = refusal.why
+                    self._missing[key] = refusal
                     if refusal.why not in PASSING:
                         self.cache.add(key, {"model": self.name, "refused": refusal.why, "said": str(refusal)})
                 else:
@@ -173,7 +173,7 @@ class LLMJudge:
                     more = {"reasoning": reply.reasoning, "changes": list(reply.changes)}
                     more["tokens"] = list(reply.tokens) if any(reply.tokens) else []
                     self.cache.add(key, record | {name: value for name, value in more.items() if value})
-                if self._missing.get(key) is not Why.NOT_ASKED:
+                if key not in self._missing or self._missing[key].why is not Why.NOT_ASKED:
                     self._asked.add(key)
                 bar.update()
 
@@ -204,6 +204,15 @@ class LLMJudge:
             self._comparisons[straight, turned] = None
             found.append((self._said(straight), self._said(turned)))
         return found
+
+    def words(self, comparisons: Sequence[Comparison], criterion: str) -> str:
+        """The first reply that is no verdict, or what the server said in its place; "" if all are verdicts."""
+        for key, _ in self._requests(comparisons, criterion):
+            if isinstance(self._said(key), Why):
+                record = self.cache.get(key) or {}
+                told = record.get("said") or record.get("reply") or record.get("reasoning")
+                return " ".join((told or str(self._missing.get(key, ""))).split())[:200]
+        return ""
 
     def facts(self) -> dict[str, Any]:
         """The model, its server, its settings, and what was asked so far."""
@@ -262,7 +271,7 @@ class LLMJudge:
     def _said(self, key: str) -> str:
         record = self.cache.get(key)
         if record is None:
-            return self._missing.get(key, Why.NOT_ASKED)
+            return self._missing[key].why if key in self._missing else Why.NOT_ASKED
         if "refused" in record:
             return Why(record["refused"])
         if not record["finished"]:

@@ -54,6 +54,14 @@ _OTHER_ENDPOINT = re.compile(
 )
 
 
+# OpenAI; Mistral; OpenRouter; `transformers serve`
+_NO_MODEL = re.compile(
+    r"model_not_found|invalid[_ ]model|not a valid model|unknown model|is pinned to|"
+    r"\bmodel\b.{0,80}\b(?:does not exist|not found|is not available)",
+    re.IGNORECASE,
+)
+
+
 def said(body: Any) -> str:
     """What the body of a refusal says, in one line.
 
@@ -137,6 +145,16 @@ def is_other_endpoint(status: int, body: Any) -> bool:
         False
     """
     return status in (404, 405, 501) or (status in (400, 422, 500) and bool(_OTHER_ENDPOINT.search(said(body))))
+
+
+def is_unknown_model(status: int, body: Any) -> bool:
+    """Whether a refusal says that the server does not have the model.
+
+    Example:
+        >>> is_unknown_model(400, {"message": "Invalid model: m", "type": "invalid_model"}), is_unknown_model(400, "no")
+        (True, False)
+    """
+    return status in (400, 404, 422) and bool(_NO_MODEL.search(f"{said(body)} {_codes(body)}"))
 
 
 def _parts(body: Any) -> Iterator[tuple[list[Any] | None, str]]:

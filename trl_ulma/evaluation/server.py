@@ -12,7 +12,7 @@ import openai
 from transformers.utils import logging
 
 from trl_ulma.data.conversations import is_transcript, parse_transcript
-from trl_ulma.evaluation.refusals import Why, is_other_endpoint, refused_parameter, said, why
+from trl_ulma.evaluation.refusals import Why, is_other_endpoint, is_unknown_model, refused_parameter, said, why
 from trl_ulma.evaluation.turns import (
     REASONING_KEYS,
     as_text,
@@ -359,7 +359,8 @@ class Server:
         status, body = error.status_code, self._body(error)
         about = why(status, body)
         problem = self._explain(error, tries=self.retries + 1)
-        if about is None and (status in (401, 403, 404, 405) or "insufficient_quota" in str(body)):
+        is_for_all = status in (401, 403, 404, 405) or is_unknown_model(status, body)
+        if about is None and (is_for_all or "insufficient_quota" in str(body)):
             return ServerError(problem)
         return self._given_up(problem, about or (Why.FAILED if status == 429 or status >= 500 else Why.REFUSED))
 
@@ -397,7 +398,7 @@ class Server:
                 f"{told} The key of the environment variable {self.key_variable} {state}. Set the right one, or "
                 f"{_NAME_IT}."
             )
-        if error.status_code == 404:
+        if error.status_code == 404 or is_unknown_model(error.status_code, self._body(error)):
             return f"{told} It has no model {self.model!r}, or its URL is another: most end in /v1."
         if error.status_code == 429:
             return f"{told} It still limits requests after {asked}: wait, or ask for less at once. {again}"

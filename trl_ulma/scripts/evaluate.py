@@ -117,8 +117,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     servers.add_argument(
         "--max_requests",
         type=_positive(int),
-        help="limit on the requests of this run to all servers together (default: none); comparisons beyond it count as "
-        "not judged, and the next run asks for them",
+        help="limit on the requests of this run to all servers together (default: none); comparisons beyond it count "
+        "as not judged, and the next run asks for them",
     )
     servers.add_argument(
         "--resume",
