@@ -13,6 +13,7 @@ from transformers.utils import logging
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.evaluation.judges import Comparison
 from trl_ulma.evaluation.records import digest
+from trl_ulma.evaluation.turns import answer_text
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     InvalidRow,
@@ -136,20 +137,6 @@ class HeldOut:
 def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
     """The comparisons whose outcome the data know: the chosen answer against the rejected one."""
     return [Comparison(each.prompt, each.chosen, each.rejected) for each in questions if each.rejected is not None]
-
-
-def answer_text(completion: Any) -> str:
-    """What a completion, text or messages, says.
-
-    Example:
-        >>> answer_text([{"role": "assistant", "content": "Hello!"}])
-        'Hello!'
-    """
-    if isinstance(completion, str):
-        return completion
-    contents = (turn.get("content") or "" for turn in completion)
-    parts = (c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)
-    return "\n\n".join(part for part in parts if part)
 
 
 def _one_answer_a_row(dataset: Dataset, name: str) -> Dataset:

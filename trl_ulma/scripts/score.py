@@ -9,12 +9,18 @@ another place where it is. β, log Z and the label transform are those saved wit
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 WRITERS = {".jsonl": "to_json", ".csv": "to_csv", ".parquet": "to_parquet"}
+# Rows that are printed
+SHOWN = 5
 SORTS = ("surprise", "reward", "row")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -105,10 +111,45 @@ def run(args: argparse.Namespace) -> str:
     if order != "row":
         scored = scored.sort(order, reverse=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    getattr(scored, WRITERS[args.output.suffix])(str(args.output))
+    write(scored, args.output)
+    return "\n".join([summary(args.output, rows, scored, order), *most_surprising(scored)])
+
+
+def write(scored: "Dataset", path: Path) -> None:
+    """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it."""
+    if path.suffix == ".csv":
+        scored = scored.map(
+            lambda row: {
+                name: json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
+                for name, value in row.items()
+            },
+            remove_columns=scored.column_names,
+        )
+    getattr(scored, WRITERS[path.suffix])(str(path))
+
+
+def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
+    """How many rows were scored and left out; of a pair, each half is an answer."""
     said = {"surprise": ", the most surprising first", "reward": ", the highest reward first", "row": ""}[order]
-    left_out = len(set(range(len(rows))).difference(scored["row"][:]))
-    return f"{args.output} holds {len(scored):,} scored rows{said}; {left_out:,} of {len(rows):,} were left out."
+    is_paired = "chosen" in rows.column_names
+    answers, unit = (2 * len(rows), "answers") if is_paired else (len(rows), "rows")
+    of = f" of {len(rows):,} pairs" if is_paired else ""
+    left_out = f"{answers - len(scored):,} of {answers:,}"
+    return f"{path} holds {len(scored):,} scored {unit}{of}{said}; {left_out} were left out."
+
+
+def most_surprising(scored: "Dataset") -> list[str]:
+    """Lines about the rows whose labels surprise the model most: the first to look at for mistakes."""
+    if "surprise" not in scored.column_names or not len(scored):
+        return []
+    top = scored.sort("surprise", reverse=True).select(range(min(SHOWN, len(scored))))
+    lines = ["The most surprising labels, which are the first to look at for mistakes:"]
+    for row in top:
+        answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
+        text = " ".join((answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)).split())
+        shown = text if len(text) <= 80 else f"{text[:79]}…"
+        lines.append(f"  row {row['row']}: label {row['label']:g}, predicted {row['predicted_label']:.2f}: {shown}")
+    return lines
 
 
 if __name__ == "__main__":
