@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from gzip import BadGzipFile
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from trl_ulma import __version__
 from trl_ulma.data.columns import CONVERSATIONS, NUMBERS, READ, Names, check_readable, read_value, unknown_labels
 from trl_ulma.data.csv_rows import DELIMITERS, csv_rows
 from trl_ulma.data.json_rows import json_rows
@@ -320,7 +320,7 @@ def _load_files(files: list[Path], streaming: bool, names: Names) -> Dataset | I
         _say(reader.found, reader.where)
         return IterableDataset.from_generator(_stream, gen_kwargs={"files": files, "names": names})
     about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = [__version__, about, [*names.columns.items()], [*names.label_map.items()]]
+    key = [version("trl-ulma"), about, [*names.columns.items()], [*names.label_map.items()]]
     other: Counter[str] = Counter()
     rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
     _say(reader.found | other, reader.where)

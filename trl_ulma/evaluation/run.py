@@ -34,6 +34,7 @@ from trl_ulma.likelihood.table import completion_logps, prompt_states
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import (
     adapter_base,
+    as_reference,
     check_same_tokens,
     load_model,
     load_reference,

@@ -190,7 +190,8 @@ class CompactHead:
             # PEFT calls the forward of a model whose virtual tokens are switched off, past its hooks
             log_probs = self._log_probs
         # They have passed the wrappers' hooks; statistics need no gradient
-        scores = self._scores._replace(log_probs=log_probs.reshape(-1))
+        flat: Any = log_probs
+        scores = self._scores._replace(log_probs=flat.reshape(-1))
         states = self._states
         self._scores = self._states = self._log_probs = None
         return scores, states, output.get("aux_loss")

@@ -144,6 +144,7 @@ def most_surprising(scored: "Dataset") -> list[str]:
         return []
     top = scored.sort("surprise", reverse=True).select(range(min(SHOWN, len(scored))))
     lines = ["The most surprising labels, which are the first to look at for mistakes:"]
+    row: Any
     for row in top:
         answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
         text = " ".join((answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)).split())
