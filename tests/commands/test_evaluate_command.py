@@ -14,7 +14,6 @@ from scipy.stats import spearmanr
 from servers import REFUSALS, LoopbackServer, groq, make_parrot, mistral, reasoning_model, said, transformers_serve
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
-from trl_ulma.evaluation.logps import as_reference, completion_logps, load_model, load_tokenizer
 from world import make_rows, make_trainer
 
 from trl_ulma.data.files import load_rows
@@ -22,8 +21,9 @@ from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.evaluation.as_trained import as_trained
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.likelihood.table import completion_logps
 from trl_ulma.rows.preparation import Preparation
-from trl_ulma.saved import SavedSettings
+from trl_ulma.saved import SavedSettings, as_reference, load_model, load_tokenizer
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.evaluate import make_parser
 from trl_ulma.scripts.training import TEST_SPLIT_SIZE

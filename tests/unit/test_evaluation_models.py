@@ -11,18 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ulma import ULMAConfig, ULMATrainer
 from trl_ulma.evaluation.generation import Sampling, ServerGenerator, TransformersGenerator, generate
-from trl_ulma.evaluation.logps import (
-    adapter_base,
-    as_reference,
-    check_same_tokens,
-    completion_logps,
-    load_model,
-    load_tokenizer,
-    positions,
-)
 from trl_ulma.evaluation.server import Reply, Server, ServerError
 from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.table import completion_logps
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import adapter_base, as_reference, check_same_tokens, load_model, load_tokenizer, positions
 
 ROWS = [
     {"prompt": "The cat", "completion": " sat on the mat.", "label": 1.0},

@@ -210,8 +210,8 @@ class Encoder:
 
             def marked() -> tuple[str, list[Span]]:
                 settings = {**self.tokenizer.special_tokens_map, **kwargs, "chat_template": template}
-                texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **settings)
-                return texts[0], [(begin, end) for begin, end in spans[0]]
+                made: Any = render_jinja_template([messages], return_assistant_tokens_mask=True, **settings)
+                return made[0][0], [(begin, end) for begin, end in made[1][0]]
 
             start = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
             found = marked_spans(marked, start, whole)
