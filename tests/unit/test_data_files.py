@@ -115,7 +115,7 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
         ("rows", b"hello", r"rows ends in 'nothing'; a data file must be"),
         ("rows.txt.gz", b"hello", r"ends in '\.txt\.gz'; a data file must be"),
         ("plain.jsonl.gz", b"hello", r"plain\.jsonl\.gz is a broken gzip file \(.*\)\. Write or copy it anew"),
-        ("cut.json.gz", gzip.compress(LINES.encode(, mtime=0))[:-20], r"cut\.json\.gz is a broken gzip file"),
+        ("cut.json.gz", gzip.compress(LINES.encode(), mtime=0)[:-20], r"cut\.json\.gz is a broken gzip file"),
         (
             "cut.jsonl",
             LINES[:-9].encode(),

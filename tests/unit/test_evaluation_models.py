@@ -61,13 +61,6 @@ def test_logps_are_the_sum_over_completion_tokens(checkpoint, batch_size, reques
     assert tokens[2] == len(rows[2]["completion_ids"]) - 1  # an empty prompt: nothing predicts the first token
 
 
-def test_a_model_that_cannot_skip_logits_gives_the_same(tiny_gpt2, monkeypatch):
-    rows, model = prepared(tiny_gpt2), load_model(tiny_gpt2)
-    logps, _ = completion_logps(model, rows)
-    monkeypatch.setattr("trl_ulma.evaluation.logps._takes_slice", lambda model: False)
-    assert completion_logps(model, rows)[0] == pytest.approx(logps, abs=1e-5)
-
-
 def test_rewards_are_those_that_the_trainer_predicts(tiny_llama, adapter, tmp_path):
     rows = Dataset.from_list(ROWS)
     args = ULMAConfig(str(tmp_path), beta=0.3, report_to="none", bf16=False, use_cpu=True, save_strategy="no")
