@@ -128,8 +128,7 @@ def test_the_same_once_more_is_read_from_the_cache(tiny_llama, tmp_path, stored_
         found.append(trainer.train_dataset["ref_logps"][:])
         forwards.append(len(count))
     assert found[0] == found[1]
-    assert forwards[0] >= len(stored_rows)
-    assert forwards[1] < len(stored_rows) / 2
+    assert forwards[1] <= forwards[0] - len(stored_rows)
 
 
 # Tokens
