@@ -10,8 +10,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config
 from world import make_rows, make_trainer
 
-from trl_ulma import ULMATrainer
-
 STILL = {"max_steps": 1, "learning_rate": 1e-12, "per_device_train_batch_size": 8, "beta": 1.0, "pointwise": True}
 
 
@@ -118,20 +116,19 @@ def test_another_given_reference_with_the_same_weights(tiny_llama, tmp_path, sto
     assert found[0] != pytest.approx(found[1], abs=1e-2)
 
 
-def test_the_same_once_more_is_read_from_the_cache(tiny_llama, tmp_path, stored_rows, monkeypatch):
+def test_the_same_once_more_is_read_from_the_cache(tiny_llama, tmp_path, stored_rows):
     """Another learning rate is no other reference."""
-    first = ref_logps(tiny_llama, stored_rows, tmp_path)
-    asked = []
-    compute = ULMATrainer.compute_ref_log_probs
-
-    def counted(self, *args, **kwargs):
-        asked.append(1)
-        return compute(self, *args, **kwargs)
-
-    monkeypatch.setattr("trl_ulma.PointwiseDPOTrainer.compute_ref_log_probs", counted)
-    again = ref_logps(tiny_llama, stored_rows, tmp_path, learning_rate=1e-11)
-    assert again == first
-    assert not asked
+    forwards, found = [], []
+    for rate in (1e-3, 1e-4):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        count: list[int] = []
+        model.model.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        settings = STILL | {"learning_rate": rate, "precompute_ref_log_probs": True, "precompute_ref_batch_size": 1}
+        trainer = make_trainer(model, stored_rows, tmp_path, **settings)
+        found.append(trainer.train_dataset["ref_logps"][:])
+        forwards.append(len(count))
+    assert found[0] == found[1]
+    assert forwards[1] <= forwards[0] - len(stored_rows)
 
 
 # Tokens
