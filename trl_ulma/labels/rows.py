@@ -81,7 +81,9 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
         return str(found[0]) + (f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else "")
     of = "" if total is None else f" of {total:,}"
     lines = [f"{len(found):,}{of} rows of the {where} dataset are invalid:"]
-    lines += [f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED]]
+    # The halves of a pair can have one error, as of their weight
+    listed = (f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED])
+    lines += dict.fromkeys(listed)
     if len(found) > LISTED:
         lines.append(f"  … and {len(found) - LISTED:,} more.")
     kinds = Counter(each.kind for each in found)

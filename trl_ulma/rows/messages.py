@@ -180,9 +180,7 @@ def _leaves(value: Any, *, parts: bool = False) -> Iterator[str]:
     if isinstance(value, str):
         if value.strip():
             yield value
-    elif isinstance(value, bool):
-        yield "rue" if value else "alse"  # true or True
-    elif isinstance(value, int | float):
+    elif isinstance(value, int | float) and not isinstance(value, bool):  # templates write true or True
         yield f"{value:g}" if isinstance(value, float) and value == int(value) else str(value)
     elif isinstance(value, list):
         for each in value:

@@ -225,7 +225,11 @@ class Preparation:
         if not is_text and self.assistant_only_loss:
             kept.append("completion_mask")
         features = Features({c: _TYPES[c] for c in (*kept, "row", "length", *(_OF_IMAGES if images else ()))})
-        rules = {"transform": str(self.rules.transform), "names_demonstrations": "sft_mask" in names}
+        rules = {
+            "transform": str(self.rules.transform),
+            "names_demonstrations": "sft_mask" in names,
+            "is_for_training": self.is_for_training,
+        }
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)
             encode = replace(encode, shards=raw.num_shards)
@@ -261,16 +265,18 @@ class Preparation:
         """Rows that are prepared already, by these rules, at this length, and without the log-probabilities of
         another's reference."""
         rules = noted(rows).get("rules", {})
-        if self.rules.transform is not None and rules.get("transform", str(self.rules.transform)) != str(
-            self.rules.transform
-        ):
+        # Rows that are only to be scored have no labels to learn from
+        is_for_training = rules.get("is_for_training", True)
+        transform = str(self.rules.transform)
+        if is_for_training and self.rules.transform is not None and rules.get("transform", transform) != transform:
             raise ValueError(
                 f"The {name} dataset is prepared already, by a trainer with label_transform={rules['transform']}, and "
-                f"this one has label_transform={str(self.rules.transform)!r}. Pass the raw rows."
+                f"this one has label_transform={transform!r}. Pass the raw rows."
             )
         if "ref_logps" in names:
             rows = rows.remove_columns("ref_logps")
-        again = _Again(self, name, names_demonstrations=rules.get("names_demonstrations", True))
+        how = self if is_for_training else replace(self, rules=replace(self.rules, need_mask=False, binary_only=False))
+        again = _Again(how, name, rules.get("names_demonstrations", True) or not is_for_training)
         if isinstance(rows, IterableDataset):
             stream = rows.map(again.stream, batched=True, batch_size=64, features=rows.features)
             note(stream, rules=rules)
