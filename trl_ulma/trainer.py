@@ -306,7 +306,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             policy,
             self.train_dataset,
             at_start=self.state.global_step == 0,
-            is_moving=self.args.sync_ref_model,
+            is_moving=self.args.sync_ref_model or self._is_precomputed,
             resumed=self._resumed_identity,
         )
 

@@ -226,7 +226,7 @@ def test_a_moved_reference_is_restored_or_the_resume_is_refused(tiny_gpt2, tmp_p
 
 
 def test_a_logs_figures_are_of_the_rows_that_its_loss_is_of(tiny_gpt2, tmp_path):
-    """Where only some rows are compared, no figure stands for a part of the logged steps' rows alone."""
+    """A figure is of the rows that the loss is of, or the log says of how many rows it is."""
     rows = make_rows(16, sft_mask=[i % 4 != 3 for i in range(16)], label=[float(i % 4 != 3) for i in range(16)])
     trainer = make_trainer(
         tiny_gpt2,
@@ -255,8 +255,13 @@ def test_a_logs_figures_are_of_the_rows_that_its_loss_is_of(tiny_gpt2, tmp_path)
     (log,) = [log for log in trainer.state.log_history if "loss" in log]
     logs = [log for log in each.state.log_history if "loss" in log]
     # One row of each step is compared: the mean over four steps is the mean of the steps'
-    for name in ("loss", "loss/preference", "rewards/rejected", "logps/rejected"):
-        assert log[name] == pytest.approx(sum(entry[name] for entry in logs) / 4, rel=1e-4, abs=1e-5), name
+    for name in ("loss", "loss/preference", "logps/rejected"):
+        assert float(log[name]) == pytest.approx(np.mean([float(step[name]) for step in logs]), rel=1e-4)
+    # Demonstrations have rewards in the logged step only, and the log says of how many rows rewards are
+    assert log["rewards/rows"] == 4
+    for name in ("rewards/rejected", "rewards/chosen", "kl"):
+        assert float(log[name]) == pytest.approx(float(logs[-1][name]), rel=1e-4)
+    assert not any("rewards/rows" in step for step in logs)
 
 
 def test_an_error_in_a_sharded_stream_names_the_row(tiny_gpt2, tmp_path):

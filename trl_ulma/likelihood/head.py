@@ -142,10 +142,12 @@ class CompactHead:
         self._head = weakref.ref(head)
         self.logit_map: LogitMap | None = None
         # torch.compile runs these as they are: what they do depends on the batch
-        self._forward = torch.compiler.disable(self._score)
+        self._head_forward = torch.compiler.disable(self._score)
         self._keep_hook = torch.compiler.disable(self._keep)
-        self._replace_hook = torch.compiler.disable(self._replace)
+        # Not what it calls, which is the model
+        self._model_forward = torch.compiler.disable(self._handed_on, recursive=False)
         self._project: Any = None
+        self._run_model: Any = None
         self._wanted: _Wanted | None = None
         self._log_probs: torch.Tensor | None = None
         self._scores: Any = None
@@ -206,29 +208,27 @@ class CompactHead:
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
-        """The output embeddings' forward and the two hooks in place, and gone after."""
-        own = self.head.__dict__.get("forward")  # what accelerate or a user has put there
-        self._project = self.head.forward
-        # After all other hooks on the head, before all others on the model
-        handles = [
-            self.head.register_forward_hook(self._keep_hook),
-            self.model.register_forward_hook(self._replace_hook, prepend=True),
-        ]
-        self.head.forward = self._forward
+        """The two forwards and the hook in place, and gone after."""
+        head, model = self.head, self.model
+        self._project, self._run_model = head.forward, model.forward
+        own = [(module, vars(module).get("forward")) for module in (head, model)]
+        hook = head.register_forward_hook(self._keep_hook)  # after all others
+        head.forward, model.forward = self._head_forward, self._model_forward
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-            if own is None:
-                del self.head.forward
-            else:
-                self.head.forward = own
+            hook.remove()
+            self._project = self._run_model = None  # which would keep the model alive
+            for module, forward in own:  # what accelerate or a user has put there
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
 
     def _score(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         wanted = self._wanted
         if wanted is None:  # a compiled model outside a call
-            return self._project(hidden, *args, **kwargs)
+            return type(self.head).forward(self.head, hidden, *args, **kwargs)
         if isinstance(wanted, torch.Tensor):
             return wanted.to(hidden.device).expand(*hidden.shape[:-1], -1)
         if hidden.dim() != 3 or hidden.size(1) < wanted.width:
@@ -265,16 +265,17 @@ class CompactHead:
         if self._wanted is not None:
             self._log_probs = output
 
-    def _replace(self, model: nn.Module, args: Any, output: Any) -> dict[str, Any] | None:
-        """Hand on the log-probabilities as the model's output."""
-        if self._wanted is None:
-            return None
+    def _handed_on(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, with the log-probabilities as its output."""
+        if self._wanted is None:  # a compiled model outside a call
+            return type(self.model).forward(self.model, *args, **kwargs)
+        output = self._run_model(*args, **kwargs)
         if isinstance(self._wanted, torch.Tensor):
             return {"logits": output.logits}
         if self._log_probs is None:
             raise ValueError(
-                f"{type(model).__name__} does not call the output embeddings that `get_output_embeddings()` names, so "
-                "its log-probabilities cannot be read. Its forward must project its last hidden state through them."
+                f"{type(self.model).__name__} does not call the output embeddings that `get_output_embeddings()` names, "
+                "so its log-probabilities cannot be read. Its forward must project its last hidden state through them."
             )
         found = {"log_probs": self._log_probs}
         if getattr(output, "aux_loss", None) is not None:
