@@ -708,4 +708,4 @@ def peak_of_reading(path, number):
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
 def test_reading_is_flat_to_320_000_rows(tmp_path, suffix):
     few, many = (peak_of_reading(tmp_path / f"{number}.{suffix}", number) for number in (20_000, 320_000))
-    assert many - few < 0.1 * few
+    assert many - few < 0.15 * few  # the files are of 13 MB and of 210 MB
