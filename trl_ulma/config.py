@@ -4,8 +4,10 @@ import argparse
 import copy
 import difflib
 import math
+import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -249,10 +251,21 @@ class PointwiseDPOConfig(DPOConfig):
 
     def check(self) -> None:
         """Raise ValueError on a value that these trainers cannot take."""
+        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in ("1", "true"):
+            sizes = ("tp_size", "cp_size", "sp_size")
+            check_parallelism(
+                SimpleNamespace(**{s: int(os.environ.get(f"PARALLELISM_CONFIG_{s.upper()}", 1)) for s in sizes})
+            )
         for name, instead in _INSTEAD.items():
             original = DPOConfig.__dataclass_fields__[name]
             default = original.default if original.default is not MISSING else original.default_factory()
             value = getattr(self, name)
+            if name == "loss_type" and "kto" in (value if isinstance(value, list) else [value]):
+                raise ValueError(
+                    f"loss_type={value!r} is a setting of DPOConfig, which {type(self).__name__} does not have. Nearest "
+                    "to KTO is PointwiseDPOTrainer with PointwiseDPOConfig(log_z='batch_kl'): its reference point, with "
+                    "the cross-entropy of Eq. 8. Leave loss_type out."
+                )
             if value != default and [value] != default:
                 raise ValueError(
                     f"{name}={value!r} is a setting of pair-wise losses, which {type(self).__name__} does not have. "

@@ -18,6 +18,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftType
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -155,12 +156,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
         self._reference_kind = _reference_kind(model, ref_model, args, peft_config, plan.needs_reference)
-        if self._reference_kind == "none":
+        if self._reference_kind == "none" or (self._reference_kind == "copy" and _is_peft(model)):
             ref_model = NoReferenceModel()
         elif self._reference_kind == "copy" and _is_in_memory(model, args):
             ref_model = copy.deepcopy(model)
         if not isinstance(model, str) and peft_config is None:
-            check_trainable(model, "none")
+            check_trainable(model, "none" if args.precompute_ref_log_probs else self._reference_kind)
 
         # DPOTrainer says of its own padding_free that it is switched off
         theirs = copy.copy(args)
@@ -182,7 +183,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         plan.args = self.args
-        if self._reference_kind == "none":
+        if isinstance(self.ref_model, NoReferenceModel):
             self.ref_model = None
         if self.ref_model is None:
             self._reference.release()  # what DPOTrainer lets go of when all rows have been asked for
@@ -248,7 +249,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             else:  # TRL tells why it has not made one
                 kind = "adapter_off"
         model = self.ref_model if kind in ("given", "copy") else None
-        if kind == "copy" and model is None:  # until it is trained, the policy is what it is compared with
+        if kind == "copy" and (model is None or isinstance(model, NoReferenceModel)):
+            # Until it is trained, the policy is what it is compared with
             model = self._precomputing_policy
         name, revision = self._reference_name(model)
         return Reference(kind, self._scorer, model, name=name, revision=revision, autocast=self.accelerator.autocast)
@@ -257,6 +259,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._reference_kind == "none":
             return "", None
         bare = bare_model(self.model if model is None else model)
+        if self._reference_kind == "copy" and is_peft_model(bare):
+            return "", None  # a model and an adapter, of which no copy is kept
         revision = (self.args.model_init_kwargs or {}).get("revision") if self._reference_kind != "given" else None
         return get_config_model_id(bare.config), revision
 
@@ -301,11 +305,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         size = getattr(embeddings, "num_embeddings", len(tokenizer_of(self.processing_class)))
         return probe_tokens(tokenizer_of(self.processing_class), size).to(self.accelerator.device)
 
-    def _check_start(self, policy: Any) -> None:
+    def _check_start(self, policy: Any, *, is_training: bool = False) -> None:
         self._checks.start(
             policy,
             self.train_dataset,
             at_start=self.state.global_step == 0,
+            is_training=is_training,
             is_moving=self.args.sync_ref_model or self._is_precomputed,
             resumed=self._resumed_identity,
         )
@@ -313,7 +318,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _on_train_begin(self) -> None:
         self._sums.reset()  # of a try that ran out of memory
         self.log_partition.take_sums()
-        self._check_start(self.model_wrapped)
+        self._check_start(self.model_wrapped, is_training=True)
 
     def _on_train_end(self) -> None:
         self._checks.end(self.model_wrapped)
@@ -786,6 +791,11 @@ def _check_adapter_name(model: Any) -> None:
     """Raise ValueError if a PEFT model would train another adapter than the one that its reference is a copy of."""
     if isinstance(model, str) or not is_peft_model(model):
         return
+    if model.active_peft_config.peft_type == PeftType.ADALORA:
+        raise ValueError(
+            "PEFT keeps one AdaLoRA adapter per model, so that the reference cannot be a copy of it. Pass a ref_model: "
+            "the model with the adapter as it is before training."
+        )
     active = model.active_adapters
     if active != ["default"]:
         raise ValueError(
@@ -802,7 +812,15 @@ def _reference_kind(model: Any, ref_model: Any, args: PointwiseDPOConfig, peft_c
         return "given"
     if peft_config is not None:
         return "adapter_off"
-    return "adapter" if not isinstance(model, str) and is_peft_model(model) else "copy"
+    if not _is_peft(model):
+        return "copy"
+    # PEFT makes no second adapter with biases, whose log-probabilities are asked before training then
+    has_bias = getattr(model.active_peft_config, "bias", "none") != "none"
+    return "copy" if has_bias and args.precompute_ref_log_probs else "adapter"
+
+
+def _is_peft(model: Any) -> bool:
+    return not isinstance(model, str) and is_peft_model(model)
 
 
 def _is_in_memory(model: Any, args: PointwiseDPOConfig) -> bool:

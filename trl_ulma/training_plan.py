@@ -15,7 +15,6 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, DataCollator, ProcessorMixin
 from trl import DPOConfig
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from trl_ulma.checkpoints import refuse_pickle
@@ -165,7 +164,7 @@ def make_plan(
     Raises:
         TypeError, ValueError: for rows or settings that cannot be learned from.
     """
-    _check_kinds(args, train_dataset, eval_dataset, data_collator)
+    _check_kinds(args, train_dataset, eval_dataset)
     if isinstance(model, str):
         loading: Any = args.model_init_kwargs or {}
         refuse_pickle(model, loading)
@@ -201,7 +200,10 @@ def make_plan(
     if args.metric_for_best_model is not None and not has_own_metrics:
         args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
     plan.data_collator = data_collator
-    if data_collator is None:
+    _check_padding(tokenizer_of(processing_class), vocab_size)
+    if data_collator is not None:
+        _check_collator(data_collator, plan.train_dataset)
+    else:
         plan.data_collator = plan._own_collator()
         for rows in filter(has_images, plan.datasets):
             plan.data_collator(list(islice(rows, 2)))  # what the processor cannot take shows before a model is loaded
@@ -238,18 +240,13 @@ def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any,
     raise TypeError(f"args must be a {name} or a trl.DPOConfig; got {type(args).__name__}.")
 
 
-def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any, data_collator: Any) -> None:
+def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
     if train_dataset is None:
         raise TypeError("train_dataset is required: rows of prompt, completion and label, or pairs.")
     if not isinstance(train_dataset, Dataset | IterableDataset):
         raise TypeError(
             f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a dict of "
             "splits, pass one, as dataset['train']."
-        )
-    if isinstance(data_collator, DataCollatorForPreference):
-        raise ValueError(
-            "data_collator is TRL's DataCollatorForPreference, which makes pairs. Leave it out, or pass a "
-            "DataCollatorForPointwisePreference."
         )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise ValueError("train_dataset is a stream, whose length is not known. Set max_steps.")
@@ -259,6 +256,32 @@ def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any
             "precompute_ref_log_probs=True needs all rows at the start, which a stream does not have. Leave it at "
             "False, or load the data set without streaming."
         )
+
+
+def _check_padding(tokenizer: Any, vocab_size: int | None) -> None:
+    if vocab_size is not None and tokenizer.pad_token_id >= vocab_size:
+        raise ValueError(
+            f"The padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model has "
+            f"embeddings for the ids below {vocab_size} only. Call model.resize_token_embeddings(len(tokenizer)), or "
+            "set pad_token to a token that the model knows."
+        )
+
+
+def _check_collator(collator: Any, rows: Any) -> None:
+    """Raise ValueError if a collator does not make batches of rows with labels."""
+    name = getattr(collator, "__name__", type(collator).__name__)
+    remedy = "Leave it out, or pass a DataCollatorForPointwisePreference, or a subclass of it."
+    examples = [dict(row) for row in islice(rows, 2)]
+    try:
+        batch = collator(examples)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"data_collator is {name}, which cannot collate prepared rows ({type(error).__name__}: {error}). {remedy}"
+        ) from error
+    needed = ("input_ids", "attention_mask", "completion_mask", "label", "sft_mask")
+    missing = [key for key in needed if key not in batch]
+    if missing:
+        raise ValueError(f"data_collator is {name}, whose batches lack {', '.join(missing)}. {remedy}")
 
 
 def _sizes(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> tuple[int | None, int | None]:

@@ -317,7 +317,7 @@ WITH_THE_DATA = {
 def test_what_the_data_contradicts_is_told_before_a_model_is_loaded(without_weights, tmp_path, rows, options, message):
     with pytest.raises(ValueError) as error:
         make_trainer(without_weights, rows, tmp_path, **options)
-    assert str(error.value) == message
+    assert message in str(error.value)
 
 
 def test_a_pretrained_adapter_has_no_reference_to_synchronise(tiny_gpt2, tmp_path):

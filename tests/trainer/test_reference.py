@@ -87,7 +87,6 @@ WITH_DROPOUT = (
     "xglm",
     "blenderbot",
     "bloom",  # functional, by name hidden_dropout
-    "falcon",
     "gpt_neox",
     "gpt_bigcode",
     "gptj",
@@ -102,7 +101,6 @@ WITH_DROPOUT = (
     "dbrx",
     "modernbert-decoder",
     "stablelm",
-    "persimmon",
     "openai-gpt",
     "pegasus",
     "moshi",
@@ -115,6 +113,14 @@ def with_dropout(name: str):
     tokenizer = make_tokenizer()
     model_type, settings = ARCHITECTURES[name]
     return tokenizer, tiny_model(model_type, settings | {"vocab_size": len(tokenizer)}, dropout=0.3).train()
+
+
+@pytest.mark.parametrize("name", ["falcon", "persimmon"])
+def test_dropout_that_is_read_from_the_config_is_refused(tmp_path, name):
+    """Modules that keep no rate of their own cannot be quieted; the error says what can be set."""
+    tokenizer, model = with_dropout(name)
+    with pytest.raises(ValueError, match=r"\d nats a token .* Set its rate to 0 in the model's config"):
+        make_trainer(model, make_rows(4), tmp_path, processing_class=tokenizer, max_steps=1).train()
 
 
 @pytest.mark.parametrize("name", WITH_DROPOUT)

@@ -35,7 +35,7 @@ class TrainingChecks:
         *,
         is_on: bool,
     ):
-        self.is_done = False
+        self.is_done = self._has_trained = False
         self.identity: ReferenceIdentity | None = None
         self._proof = proof
         self._collate = collate
@@ -48,7 +48,14 @@ class TrainingChecks:
         return self._proof.reference
 
     def start(
-        self, policy: Any, rows: Any, *, at_start: bool, is_moving: bool, resumed: ReferenceIdentity | None = None
+        self,
+        policy: Any,
+        rows: Any,
+        *,
+        at_start: bool,
+        is_training: bool,
+        is_moving: bool = False,
+        resumed: ReferenceIdentity | None = None,
     ) -> None:
         """Prove, on all processes alike.
 
@@ -56,14 +63,16 @@ class TrainingChecks:
             policy: the policy's model as it is trained.
             rows: prepared rows to train on.
             at_start: whether the policy is as it was before training.
-            is_moving: whether the reference is to move while training.
+            is_training: whether a training begins, and not an evaluation.
+            is_moving: whether the reference is to move while training, or is asked before it alone.
             resumed: the identity in the checkpoint that training goes on from.
 
         Raises:
             ValueError: naming what is wrong, by how much, and what to do.
         """
         # A second training goes on from where the first one ended
-        at_start = at_start and not self.is_done
+        at_start = at_start and not self._has_trained
+        self._has_trained |= is_training
         self.is_done = True
         if self._is_on:
             examples = list(islice(rows, 4))
@@ -74,7 +83,7 @@ class TrainingChecks:
             if layout != "padded":
                 laid_out = self._batch(probe_rows(examples, LONGEST_OF_LAYOUT, same_prompt=layout == "shared"))
             with self._context():
-                self._proof(policy, batch, laid_out, at_start=at_start)
+                self._proof(policy, batch, laid_out, at_start=at_start, is_training=is_training)
                 if at_start and self._reference.kind != "given":
                     self._check_precomputed(policy, rows)
         if self._reference.kind != "none":

@@ -274,8 +274,8 @@ class CompactHead:
             return {"logits": output.logits}
         if self._log_probs is None:
             raise ValueError(
-                f"{type(self.model).__name__} does not call the output embeddings that `get_output_embeddings()` names, "
-                "so its log-probabilities cannot be read. Its forward must project its last hidden state through them."
+                f"{type(self.model).__name__} does not call the output embeddings that `get_output_embeddings()` "
+                "names, so its log-probabilities cannot be read. Its forward must project its last hidden state."
             )
         found = {"log_probs": self._log_probs}
         if getattr(output, "aux_loss", None) is not None:

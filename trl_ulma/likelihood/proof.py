@@ -79,7 +79,9 @@ class StartupProof:
         self.tolerance = TOLERANCE if exact else COARSE_TOLERANCE
 
     @torch.no_grad()
-    def __call__(self, policy: Any, batch: Batch, layout_batch: Batch | None, *, at_start: bool = True) -> None:
+    def __call__(
+        self, policy: Any, batch: Batch, layout_batch: Batch | None, *, at_start: bool = True, is_training: bool = True
+    ) -> None:
         """Check everything.
 
         Args:
@@ -87,6 +89,7 @@ class StartupProof:
             batch: a few short rows, padded.
             layout_batch: a few rows for the layout, see `probe_rows`; None where rows are padded.
             at_start: whether the policy is as it was before training.
+            is_training: whether it is to be trained.
 
         Raises:
             ValueError: naming what fails, by how much, and what to do.
@@ -102,7 +105,8 @@ class StartupProof:
             logits = logits[:, -inputs["input_ids"].size(1) :][:, :-1].double()
             own = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None].to(logits.device))[..., 0]
             own = torch.where(mask[:, 1:].to(scored.device) > 0, own.to(scored), 0.0)
-            changed = self.scorer(policy, _with_other_ends(batch), layout=place).log_probs.double()
+            other = _with_other_ends(batch)
+            changed = self.scorer(policy, other, layout=padded(other)).log_probs.double()
         self._check_head(policy, scored, own)
         self._check_causal(policy, scored, changed, batch)
         if layout_batch is not None and self.scorer.layout != "padded":
@@ -114,7 +118,7 @@ class StartupProof:
             self._check_same(first, again, tokens, "The reference", "dropout or noise that evaluation mode leaves on")
             if at_start and self.reference.kind != "given":
                 self.check_reference(policy, self.policy_logps(policy, batch), first, tokens)
-        if self.is_quiet:
+        if self.is_quiet and is_training:
             training = _in_training_mode(self.scorer, policy, batch, place)
             quiet = (
                 "dropout or noise that disable_dropout=True does not switch off. Set its rate to 0 in the model's "
@@ -182,7 +186,7 @@ class StartupProof:
         ends = batch["attention_mask"].sum(1) - 2
         last[torch.arange(len(last)), ends.to(last.device)] = True
         off = torch.where(last, 0.0, scored - changed).abs().max().item()
-        if not off <= max(self.tolerance, 1e-3):
+        if not off <= self.tolerance:
             raise ValueError(
                 f"In {type(bare_model(policy)).__name__} a token's log-probability depends on later tokens, by "
                 f"{off:.2g} nats: it is no causal language model as it is configured (is_decoder=True makes one of "

@@ -57,6 +57,8 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         FileNotFoundError: where the data set does not exist.
         ValueError: where it cannot be read, or has not the splits that are asked for.
     """
+    from trl_ulma.config import PointwiseDPOConfig
+
     said = ""
     if dataset_args.datasets:
         if script_args.dataset_name is not None:
@@ -74,7 +76,9 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
             columns=script_args.columns,
             label_map=script_args.label_map,
         )
-        notes = check_splits({split: splits[split] for split in (train_split, test_split) if split in splits}, name)
+        notes = []
+        if isinstance(training_args, PointwiseDPOConfig):  # examples/paper trains on prompts, too
+            notes = check_splits({split: splits[split] for split in (train_split, test_split) if split in splits}, name)
     said += "".join(f"{note}\n" for note in notes)
     there = ", ".join(map(str, splits))
     if train_split not in splits:
