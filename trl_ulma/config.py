@@ -262,9 +262,9 @@ class PointwiseDPOConfig(DPOConfig):
             value = getattr(self, name)
             if name == "loss_type" and "kto" in (value if isinstance(value, list) else [value]):
                 raise ValueError(
-                    f"loss_type={value!r} is a setting of DPOConfig, which {type(self).__name__} does not have. Nearest "
-                    "to KTO is PointwiseDPOTrainer with PointwiseDPOConfig(log_z='batch_kl'): its reference point, with "
-                    "the cross-entropy of Eq. 8. Leave loss_type out."
+                    f"loss_type={value!r} is a setting of DPOConfig, which {type(self).__name__} does not have. "
+                    "Nearest to KTO is PointwiseDPOTrainer with PointwiseDPOConfig(log_z='batch_kl'): its reference "
+                    "point, with the cross-entropy of Eq. 8. Leave loss_type out."
                 )
             if value != default and [value] != default:
                 raise ValueError(

@@ -52,6 +52,7 @@ def assert_alike(compiled, plain):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_model_trains_as_an_uncompiled_one(tiny_llama, tmp_path, kind):
     """With dynamo's own backend, which compiles nothing and traces everything."""
@@ -71,6 +72,7 @@ def test_with_inductor(tiny_llama, tmp_path, kind):
     assert_alike(compiled, plain)
 
 
+@pytest.mark.slow
 def test_against_a_given_reference(tiny_llama, tmp_path):
     compiled = figures(tiny_llama, tmp_path / "compiled", given=True, torch_compile=True, torch_compile_backend="eager")
     assert_alike(compiled, figures(tiny_llama, tmp_path / "plain", given=True))
