@@ -9,7 +9,7 @@ from datasets import Dataset
 from pool import Pool, Scored
 from prompts import prompt
 
-ROWS = 960
+ROWS = 960  # at most: a batch of 16 for each of 60 steps
 NOISE = 1.0  # standard deviation of a rating's error; the rewards' own is about 1.7
 THUMB_NOISE = 3.0  # of the thumbs beside demonstrations
 OFFSET = 2.0  # standard deviation of a prompt's offset
@@ -17,13 +17,13 @@ DISLIKED = 0.1  # share of thumbs down of a lenient public
 DEMONSTRATIONS = 48
 
 REGIMES = {
-    "ratings": "60 to 90 prompts with up to 16 rated answers each; a rating is the true reward plus noise (σ = 1).",
+    "ratings": "90 prompts with about ten rated answers each, of 16 drawn; a rating is the reward plus noise (σ = 1).",
     "one thumb": "One answer and one thumb per prompt: up if its rating is above the median.",
     "nine likes": "The prompts and answers of the first regime, but only thumbs, and 9 of 10 are up: the worst-rated "
     "tenth is disliked.",
     "offset": "As the first regime, but every prompt's ratings have an offset of their own (σ = 2): lenient and "
     "strict raters.",
-    "demonstrations": "48 demonstrations, each the best of up to 64 answers by true reward, and 912 thumbs from "
+    "demonstrations": "48 demonstrations, each the best of 64 draws by true reward, and about 900 thumbs from "
     "ratings with noise of σ = 3.",
 }
 

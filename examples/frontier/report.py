@@ -8,7 +8,7 @@ it refuses.
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from matplotlib import pyplot
 
 BUDGETS = (0.5, 1.0, 2.0)
 LEAST_SEEDS = 3
+FEW = 6
 # (one method, another, what the difference answers)
 QUESTIONS = (
     ("ratings-prior", "dpo", "ratings against pairs"),
@@ -253,15 +254,18 @@ Measured on {devices}, {hours:.1f} hours of training and sampling for {count} ce
 
 
 def status(records: Records) -> str:
-    """How many cells of each part are measured, and which methods are missing."""
+    """How many cells of each part are measured, and which are missing: by name if they are few, else per method."""
     lines = ["| reward | regime | cells | missing |", "|---|---|--:|---|"]
     for reward, regime in PARTS:
         whole = list(part(reward, regime))
         missing = records.missing(reward, regime)
-        by_method: dict[str, int] = defaultdict(int)
-        for cell in missing:
-            by_method[cell.method] += 1
-        named = "nothing" if not missing else ", ".join(f"{name} ({count})" for name, count in by_method.items())
+        by_method = Counter(cell.method for cell in missing)
+        if len(missing) == len(whole):
+            named = "all"
+        elif len(missing) <= FEW:
+            named = ", ".join(cell.name for cell in missing) or "nothing"
+        else:
+            named = ", ".join(f"{name} ({count})" for name, count in by_method.items())
         lines.append(f"| {reward} | {regime} | {len(whole) - len(missing)} of {len(whole)} | {named} |")
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "frontier"
 sys.path.append(str(FOLDER))
 
+import contenders  # noqa: E402
 import plan  # noqa: E402
 import pool as pools  # noqa: E402
 import prompts  # noqa: E402
@@ -389,6 +391,83 @@ def small(feedback: Feedback, rows: int) -> Feedback:
     )
 
 
+class Given(Exception):
+    """Raised in place of a trainer: what it was given."""
+
+
+@pytest.mark.parametrize(
+    ("method", "trainer", "settings"),
+    [
+        ("sft", "ULMATrainer", {"positive_loss": "sft", "negative_loss": "none"}),
+        ("dpo", "DPOTrainer", {}),
+        ("kto", "KTOTrainer", {"undesirable_weight": 1.0, "desirable_weight": 1.0}),
+        ("bco", "PointwiseDPOTrainer", {"label_type": "binary", "log_z": "running_mean"}),
+        # log Z of labels that are uniform on [0, 1], β = 0.1
+        ("qrpo", "PointwiseDPOTrainer", {"label_type": "continuous", "log_z": math.log(0.1 * (math.exp(10) - 1))}),
+        ("thumbs-0", "PointwiseDPOTrainer", {"label_type": "binary", "log_z": 0.0}),
+        ("thumbs-prior", "PointwiseDPOTrainer", {"label_type": "binary", "log_z": "prior"}),
+        ("thumbs-learned", "PointwiseDPOTrainer", {"label_type": "binary", "log_z": "learned"}),
+        ("ratings-0", "PointwiseDPOTrainer", {"label_type": "continuous", "log_z": 0.0}),
+        ("ratings-prior", "PointwiseDPOTrainer", {"label_type": "continuous", "log_z": "prior"}),
+        ("ratings-learned", "PointwiseDPOTrainer", {"label_type": "continuous", "log_z": "learned"}),
+        ("ulma-ratings-1", "ULMATrainer", {"label_type": "continuous", "sft_weight": 1.0, "log_z": "prior"}),
+        ("ulma-ratings-0.1", "ULMATrainer", {"label_type": "continuous", "sft_weight": 0.1, "log_z": "prior"}),
+        ("ulma-ratings-beta", "ULMATrainer", {"label_type": "continuous", "sft_weight": 0.1, "log_z": "prior"}),
+        ("ulma-thumbs-1", "ULMATrainer", {"label_type": "binary", "sft_weight": 1.0, "log_z": 0.0}),
+        ("ulma-thumbs-0.1", "ULMATrainer", {"label_type": "binary", "sft_weight": 0.1}),
+        ("ulma-thumbs-beta", "ULMATrainer", {"label_type": "binary", "sft_weight": 0.1}),
+    ],
+)
+def test_methods_differ_in_what_their_name_says(method, trainer, settings, pool, tiny_llama, monkeypatch):
+    reference, tokenizer = pools.load_reference(tiny_llama)
+    feedback = draw("ratings", "sentiment", 0, pool)
+    given: dict[str, Any] = {}
+
+    def caught(**arguments: Any) -> None:
+        given.update(arguments)
+        raise Given
+
+    monkeypatch.setattr(contenders, trainer, caught)
+    with pytest.raises(Given):
+        train(method, None if method == "sft" else 0.1, feedback, reference, tokenizer, seed=5)
+    args, rows = given["args"], given["train_dataset"]
+    assert {name: getattr(args, name) for name in settings} == pytest.approx(settings)
+    assert args.max_steps == 60
+    assert args.learning_rate == 2e-4
+    assert args.seed == 5
+    assert args.per_device_train_batch_size == (8 if method == "dpo" else 16)
+    if method != "sft":
+        assert args.beta == 0.1
+    if METHODS[method].kind in ("pointwise", "ulma"):
+        assert args.label_transform == ("prompt_quantile" if method == "qrpo" else None)
+        expected = feedback.rating if METHODS[method].continuous else feedback.thumb
+        assert rows["label"][:] == expected.astype(float).tolist()
+        assert sum(rows["sft_mask"][:]) == (240 if METHODS[method].kind == "ulma" else 0)
+    if method == "sft":
+        assert set(rows["completion"][:]) == {
+            answer for answer, good in zip(feedback.answer, feedback.imitated, strict=True) if good
+        }
+    if method == "kto":
+        assert rows["label"][:] == feedback.thumb.tolist()
+
+
+def test_kto_gives_both_classes_the_same_weight(pool, tiny_llama, monkeypatch):
+    reference, tokenizer = pools.load_reference(tiny_llama)
+    given: dict[str, Any] = {}
+
+    def caught(**arguments: Any) -> None:
+        given.update(arguments)
+        raise Given
+
+    monkeypatch.setattr(contenders, "KTOTrainer", caught)
+    with pytest.raises(Given):
+        train("kto", 0.1, draw("nine likes", "sentiment", 0, pool), reference, tokenizer, seed=0)
+    labels = given["train_dataset"]["label"][:]
+    liked, disliked = sum(labels), len(labels) - sum(labels)
+    args = given["args"]
+    assert liked * args.desirable_weight == pytest.approx(disliked * args.undesirable_weight)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_leaves_the_reference_alone(method, pool, tiny_llama, tmp_path):
     reference, tokenizer = pools.load_reference(tiny_llama)
@@ -542,7 +621,9 @@ def test_a_part_with_a_missing_cell_is_named_and_not_published(tmp_path, monkeyp
     cells = list(plan.part("sentiment", "ratings"))
     records(tmp_path / "results", {}, cells[1:])
     monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path / "results"), "--write"])
-    with pytest.raises(SystemExit, match=r"No part is whole, so nothing is written.*ratings-prior \(1\)") as refused:
+    with pytest.raises(
+        SystemExit, match=r"(?s)No part is whole, so.*\| sentiment_ratings_ratings-prior_0\.1_0 \|"
+    ) as refused:
         report.main()
     assert refused.value.code != 0
     assert not (tmp_path / "RESULTS.md").exists()
@@ -552,7 +633,9 @@ def test_a_part_with_a_missing_cell_is_named_and_not_published(tmp_path, monkeyp
     page = (tmp_path / "RESULTS.md").read_text()
     assert "## Ratings, sentiment" in page
     assert "## Ratings, length" not in page
-    assert "| length | ratings | 5 of " in page
+    (line,) = [line for line in page.splitlines() if line.startswith("| length | ratings | 5 of 147 |")]
+    assert {"ratings-prior (7)", "dpo (8)", "thumbs-prior (8)", "qrpo (9)"} < set(re.split(r" \| |, ", line))
+    assert "| sentiment | offset | 0 of 147 | all |" in page
 
 
 def test_nothing_is_concluded_from_two_seeds(tmp_path):
