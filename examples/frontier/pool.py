@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from answers import rewards, sample
+from answers import Answer, rewards, sample
+from filelock import FileLock
 from prompts import prompt, questions
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,7 +83,11 @@ class Pool:
         if name not in self._read:
             path = self.folder / f"{name}.json.gz"
             if not path.exists():
-                self._sample(name, path)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # Of several runs one samples, and the others wait for its answers
+                with FileLock(self.folder / f"{name}.lock"):
+                    if not path.exists():
+                        self._sample(name, path)
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 stored = json.load(file)
             self._read[name] = [
@@ -97,7 +102,6 @@ class Pool:
             raise FileNotFoundError(f"{path} is not there. `run.py` samples and stores it.")
         asked, answers = questions(name), ANSWERS[name.split("-")[0] if name != "held-out" else name]
         size = max(BATCH // answers, 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{name}.part")
         done = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()] if part.exists() else []
         for start in range(len(done), len(asked), size):
@@ -108,7 +112,7 @@ class Pool:
             found = sample(self.model, ids, answers=answers, eos=eos, max_tokens=MAX_TOKENS, seed=seed)
             with open(part, "a", encoding="utf-8") as file:
                 for question, drawn in zip(batch, found, strict=True):
-                    texts = [self._text(prompt(question), answer) for answer in drawn]
+                    texts = [read_back(self.tokenizer, prompt(question), answer) for answer in drawn]
                     file.write(json.dumps({"question": question, "answers": texts}) + "\n")
             self.say(f"{name}: {min(start + size, len(asked))} of {len(asked)} prompts sampled")
         done = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
@@ -119,12 +123,13 @@ class Pool:
         os.replace(whole, path)
         part.unlink()
 
-    def _text(self, asked: str, answer: Any) -> tuple[str, bool]:
-        assert self.tokenizer is not None
-        text = str(self.tokenizer.decode(answer.ids, skip_special_tokens=True))
-        again: Any = self.tokenizer(asked + text + str(self.tokenizer.eos_token), add_special_tokens=False)["input_ids"]
-        start: Any = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
-        return text, answer.ended and again == start + answer.ids and bool(text.strip())
+
+def read_back(tokenizer: PreTrainedTokenizerBase, asked: str, answer: Answer) -> tuple[str, bool]:
+    """(The answer's text; whether a trainer that reads the prompt and the text finds the tokens that were drawn)."""
+    text = str(tokenizer.decode(answer.ids, skip_special_tokens=True))
+    again: Any = tokenizer(asked + text + str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
+    start: Any = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    return text, answer.ended and again == start + answer.ids and bool(text.strip())
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
