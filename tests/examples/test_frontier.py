@@ -84,8 +84,8 @@ def store(folder: Path, group: str, *, answers: int) -> None:
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("answers")
-    for group, answers in [("held-out", 2), ("train-0", 16), ("train-1", 16), ("single-0", 1), ("demonstrations-0", 6)]:
-        store(folder, group, answers=answers)
+    for group, count in [("held-out", 2), ("train-0", 16), ("train-1", 16), ("single-0", 1), ("demonstrations-0", 6)]:
+        store(folder, group, answers=count)
     return folder
 
 
