@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from contenders import METHODS
+from contenders import METHODS, Method
 from plan import BETAS, PARTS, SEEDS, Cell, methods, part
 from pool import TEMPERATURE
 from regimes import REGIMES
@@ -82,9 +82,13 @@ class Records:
 
 
 def at(points: np.ndarray, budget: float) -> float | None:
-    """The reward at a KL of `budget` on the line through (KL, reward); None if the line ends before."""
+    """The reward at a KL of `budget` on the line through (√KL, reward); None if the line ends before.
+
+    Near the reference the best reward of a KL grows with its root, so that a line over KL itself would be too low
+    wherever a method's β leave a gap.
+    """
     kl, reward = points.T
-    return float(np.interp(budget, kl, reward)) if kl[-1] >= budget else None
+    return float(np.interp(budget**0.5, kl**0.5, reward)) if kl[-1] >= budget else None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float] | None:
@@ -101,7 +105,8 @@ def shown(values: Sequence[float | None], sign: str = "") -> str:
     if not inside:
         return "not reached" if values else "–"
     found = interval(inside)
-    text = f"{np.mean(inside):{sign}.2f}" + (f" [{found[1]:{sign}.2f}, {found[2]:{sign}.2f}]" if found else "")
+    # z: no minus before a zero
+    text = f"{np.mean(inside):{sign}z.2f}" + (f" [{found[1]:{sign}z.2f}, {found[2]:{sign}z.2f}]" if found else "")
     return text if len(inside) == len(values) else f"{text} ({len(inside)} of {len(values)} seeds reach it)"
 
 
@@ -200,6 +205,16 @@ def _listed(names: list[str], means: dict[str, float]) -> str:
     return "; ".join(f"{METHODS[name].name} ({means[name]:.2f})" for name in ordered)
 
 
+def _color(method: Method, shades: dict[str, int]) -> Any:
+    """Blue for ratings, red for thumbs, in shades; pairs are black, SFT is gray, KTO green."""
+    plain = {"dpo": "black", "sft": "gray", "kto": "green"}
+    if method.kind in plain:
+        return plain[method.kind]
+    name = "Blues" if method.continuous else "Reds"
+    shades[name] += 1
+    return pyplot.colormaps[name](1.1 - 0.1 * shades[name])
+
+
 def picture(records: Records, reward: str, regime: str, path: Path) -> None:
     """Reward against KL, a line per method through the means over its seeds, and a small point per cell."""
     figure, axes = pyplot.subplots(figsize=(11, 6), layout="constrained")
@@ -207,19 +222,21 @@ def picture(records: Records, reward: str, regime: str, path: Path) -> None:
     start = float(np.mean(records.reference[reward]))
     axes.axhline(start, color="gray", linewidth=0.8, linestyle=":", label="reference")
     styles = {"pointwise": "o-", "ulma": "^--", "sft": "s-", "dpo": "D-", "kto": "v-"}
-    for place, method in enumerate(METHODS):
+    shades: dict[str, int] = defaultdict(int)
+    for method in METHODS:
+        color = _color(METHODS[method], shades)
         means = [(0.0, start)]
         for beta in BETAS[method]:
             stored = [each for cell, each in records.of.items() if _is(cell, reward, regime, method, beta)]
             if stored:
                 points = np.array([(np.mean(each["kl"]), np.mean(each[reward])) for each in stored])
                 means.append(tuple(points.mean(0)))
-                axes.plot(*points.T, ".", color=pyplot.colormaps["tab20"](place % 20), markersize=4, alpha=0.5)
+                axes.plot(*points.T, ".", color=color, markersize=4, alpha=0.5)
         if len(means) > 1:
             axes.plot(
                 *np.array(sorted(means)).T,
                 styles[METHODS[method].kind],
-                color=pyplot.colormaps["tab20"](place % 20),
+                color=color,
                 label=METHODS[method].name,
                 markersize=5,
                 linewidth=1.2,
@@ -240,11 +257,12 @@ Written by `report.py` from the records in `results/`. SmolLM2-135M-Instruct at 
 reference. It answers "Write one simple sentence about …"; its answers are rated by a known reward, plus noise; every
 method learns from the same answers for {steps} steps of 16 rows, with LoRA of rank {rank} and a learning rate of
 {rate:g} (linear decay). What is measured is the true reward of 256 fresh answers to 64 held-out prompts, and their
-KL(π ‖ π_ref). The reward at a KL is read off the line through a method's β, which begins at the reference. Brackets are
-95 % t-intervals over seeds; each seed has its own prompts, answers, noise, adapters and order of rows. Differences are
-taken within seeds. The intervals are not corrected for the number of comparisons. "perplexity" is that of prose that
-people wrote (the reference's: {perplexity:.1f}) and "different" the share of answers that no other answer repeats, both
-at the smallest β. Nothing is concluded from fewer than {least} seeds.
+KL(π ‖ π_ref). The reward at a KL is read off the line through a method's β over √KL, which begins at the reference.
+
+Brackets are 95 % t-intervals over seeds. Each seed has its own prompts, answers, noise, adapters and order of rows, and
+differences are taken within seeds. The intervals are not corrected for the number of comparisons. "perplexity" is that
+of prose that people wrote (the reference's: {perplexity:.1f}), and "different" is the share of answers that differ from
+all before them, both at the smallest β. Nothing is concluded from fewer than {least} seeds.
 
     python examples/frontier/run.py
     python examples/frontier/report.py --write

@@ -12,7 +12,7 @@ list of answers, both as text, and returns a number per answer; it can ask a rew
 Every round trains the first model anew, with the first model as the reference, on the rated answers of all rounds so
 far, or of the last one with `--use_rows last`. A tenth of the prompts is held out. Before every round and after the
 last one the policy answers them, and the mean rating goes into `round-N/record.json`. Nothing that is stored is made
-again: run the same command after a crash, or with more rounds. Answers that reach `--max_new_tokens` are not trained on.
+again: run the same command after a crash, or with more rounds. Answers that are cut off are not trained on.
 """
 
 import copy

@@ -592,7 +592,7 @@ def records(folder: Path, gains: dict[str, float], cells: list[plan.Cell]) -> Pa
 
 def test_the_reports_digits_are_the_records(tmp_path):
     cells = list(plan.part("sentiment", "ratings"))
-    gains = {"ratings-prior": 0.8, "dpo": 0.5, "thumbs-prior": 0.8}
+    gains = {"ratings-prior": 0.7, "dpo": 0.5, "thumbs-prior": 0.8, "thumbs-learned": 0.8}
     found = report.Records(records(tmp_path, gains, cells))
     page = report.page(found, tmp_path, only_whole=True)
     assert (tmp_path / "frontier-1.png").stat().st_size > 10_000
@@ -605,7 +605,8 @@ def test_the_reports_digits_are_the_records(tmp_path):
         for beta in plan.BETAS[method]:
             record = json.loads((tmp_path / "cells" / f"sentiment_ratings_{method}_{beta:g}_{seed}.json").read_text())
             points.append((sum(record["kl"]) / 2, sum(record["sentiment"]) / 2))
-        return float(np.interp(budget, *zip(*sorted(points), strict=True)))
+        kl, reward = np.array(sorted(points)).T
+        return float(np.interp(budget**0.5, kl**0.5, reward))
 
     own = [earned("dpo", seed, 0.5) for seed in range(3)]
     half = 4.302653 * np.std(own, ddof=1) / 3**0.5
@@ -621,7 +622,7 @@ def test_the_reports_digits_are_the_records(tmp_path):
     (at_half,) = [line for line in page.splitlines() if line.startswith("- **At 0.5 nats**")]
     tied, behind = at_half.split("Behind it:")
     assert "Not told apart from it" in tied
-    assert {"ratings", "thumbs"} == set(re.findall(r"pointwise DPO, (\w+), log Z prior (?:earns most )?\(1\.4", tied))
+    assert {"prior", "learned"} == set(re.findall(r"thumbs, log Z (\w+) (?:earns most )?\(1\.4", tied))
     assert "DPO (TRL), pairs (1.2" in behind
 
 
@@ -664,7 +665,8 @@ def test_the_report_of_nothing(tmp_path):
 
 
 def test_reward_at_a_kl_is_on_the_line_and_not_beyond_it():
-    points = np.array([(0.0, 1.0), (0.5, 2.0), (1.5, 1.0)])
-    assert report.at(points, 0.25) == pytest.approx(1.5)
-    assert report.at(points, 1.0) == pytest.approx(1.5)
-    assert report.at(points, 1.6) is None
+    points = np.array([(0.0, 1.0), (1.0, 2.0), (4.0, 1.0)])
+    assert report.at(points, 0.25) == pytest.approx(1.5)  # half of the way in √KL
+    assert report.at(points, 2.25) == pytest.approx(1.5)
+    assert report.at(points, 4.0) == pytest.approx(1.0)
+    assert report.at(points, 4.1) is None
