@@ -1,8 +1,8 @@
 """python examples/frontier/report.py [--write]
 
 Prints what `run.py` has measured: the reward of each method at equal KL, differences within seeds with their intervals,
-and which cells are missing. `--write` writes RESULTS.md and the pictures of the parts that are whole; while no part is,
-it refuses.
+and which cells are missing. `--write` writes RESULTS.md and its pictures. They show the methods that have every β and
+seed, in parts where the methods that the plan begins with have. While there is no such part, nothing is written.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from contenders import METHODS, Method
-from plan import BETAS, PARTS, SEEDS, Cell, methods, part
+from plan import BETAS, FIRST, PARTS, SEEDS, Cell, methods, part
 from pool import TEMPERATURE
 from regimes import REGIMES
 from scipy import stats
@@ -66,6 +66,12 @@ class Records:
     def missing(self, reward: str, regime: str) -> list[Cell]:
         """The cells of a part that are not measured."""
         return [cell for cell in part(reward, regime) if cell not in self.of]
+
+    def whole(self, reward: str, regime: str) -> list[str]:
+        """The methods of a part with every β and seed, if those that the plan begins with are among them; else none."""
+        missing = {cell.method for cell in self.missing(reward, regime)}
+        found = [method for method in methods(regime) if method not in missing]
+        return found if set(FIRST) & set(methods(regime)) <= set(found) else []
 
     def curves(self, reward: str, regime: str) -> Curves:
         """Of each method and seed with every β, its points `(n, 2)` (KL, reward) by KL, the reference first."""
@@ -128,12 +134,12 @@ def verdict(values: Sequence[float]) -> str:
     return "better" if found[1] > 0 else "worse" if found[2] < 0 else "no difference shown"
 
 
-def frontier_table(records: Records, reward: str, regime: str) -> str:
-    """Each method's reward at each budget, its sweep, and what it did to the language."""
+def frontier_table(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:
+    """Each named method's reward at each budget, its sweep, and what it did to the language."""
     curves = records.curves(reward, regime)
     head = ["", "seeds", *(f"KL {budget:g}" for budget in BUDGETS), "β → KL, reward", "perplexity", "different"]
     lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (1 + len(BUDGETS))}---|--:|--:|"]
-    for method in methods(regime):
+    for method in named:
         own = curves.get(method, {})
         sweep, language = [], []
         for beta in BETAS[method]:
@@ -153,13 +159,12 @@ def _is(cell: Cell, reward: str, regime: str, method: str, beta: float | None) -
     return (cell.reward, cell.regime, cell.method, cell.beta) == (reward, regime, method, beta)
 
 
-def question_table(records: Records, reward: str, regime: str) -> str:
-    """The differences that were asked for, within seeds, with what they allow to say."""
+def question_table(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:
+    """The differences of named methods that were asked for, within seeds, with what they allow to say."""
     curves = records.curves(reward, regime)
-    able = methods(regime)
     lines = [f"| | {' | '.join(f'KL {budget:g}' for budget in BUDGETS)} |", f"|---|{'---|' * len(BUDGETS)}"]
     for one, other, question in QUESTIONS:
-        if one not in able or other not in able:
+        if one not in named or other not in named:
             continue
         cells = []
         for budget in BUDGETS:
@@ -169,9 +174,9 @@ def question_table(records: Records, reward: str, regime: str) -> str:
     return "\n".join(lines)
 
 
-def conclusions(records: Records, reward: str, regime: str) -> str:
-    """Who earns most at each budget, and from whom it is not told apart; only of three seeds and more."""
-    curves = records.curves(reward, regime)
+def conclusions(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:
+    """Which named method earns most at each budget, and which are not told apart from it; of three seeds and more."""
+    curves = {method: seeds for method, seeds in records.curves(reward, regime).items() if method in named}
     lines = []
     for budget in BUDGETS:
         means: dict[str, float] = {}
@@ -215,8 +220,8 @@ def _color(method: Method, shades: dict[str, int]) -> Any:
     return pyplot.colormaps[name](1.1 - 0.1 * shades[name])
 
 
-def picture(records: Records, reward: str, regime: str, path: Path) -> None:
-    """Reward against KL, a line per method through the means over its seeds, and a small point per cell."""
+def picture(records: Records, reward: str, regime: str, named: Sequence[str], path: Path) -> None:
+    """Reward against KL, a line per named method through the means over its seeds, and a small point per cell."""
     figure, axes = pyplot.subplots(figsize=(11, 6), layout="constrained")
     assert records.reference is not None
     start = float(np.mean(records.reference[reward]))
@@ -225,6 +230,8 @@ def picture(records: Records, reward: str, regime: str, path: Path) -> None:
     shades: dict[str, int] = defaultdict(int)
     for method in METHODS:
         color = _color(METHODS[method], shades)
+        if method not in named:
+            continue
         means = [(0.0, start)]
         for beta in BETAS[method]:
             stored = [each for cell, each in records.of.items() if _is(cell, reward, regime, method, beta)]
@@ -289,7 +296,10 @@ def status(records: Records) -> str:
 
 
 def page(records: Records, pictures: Path | None, *, only_whole: bool) -> str:
-    """The page of the parts that are whole, or of all that have a cell; pictures go into a folder if one is given."""
+    """The page of what is measured; pictures go into a folder if one is given.
+
+    With `only_whole`, of methods with every β and seed, in parts where those that the plan begins with are whole.
+    """
     if records.reference is None or not records.of:
         return f"Nothing is measured yet.\n\n{status(records)}\n"
     some = next(iter(records.of.values()))
@@ -310,23 +320,23 @@ def page(records: Records, pictures: Path | None, *, only_whole: bool) -> str:
         "",
     ]
     for number, (reward, regime) in enumerate(PARTS):
-        missing = records.missing(reward, regime)
-        if len(missing) == len(list(part(reward, regime))) or (missing and only_whole):
+        named = records.whole(reward, regime) if only_whole else methods(regime)
+        if not named or len(records.missing(reward, regime)) == len(list(part(reward, regime))):
             continue
         earned = np.mean(records.reference[reward])
         text += [
             f"## {regime.capitalize()}, {reward}\n",
             f"{REGIMES[regime]} The reference earns {earned:.2f}.\n",
-            conclusions(records, reward, regime),
+            conclusions(records, reward, regime, named),
             "",
-            frontier_table(records, reward, regime),
+            frontier_table(records, reward, regime, named),
             "",
-            question_table(records, reward, regime),
+            question_table(records, reward, regime, named),
             "",
         ]
         if pictures is not None:
             name = f"frontier-{number + 1}.png"
-            picture(records, reward, regime, pictures / name)
+            picture(records, reward, regime, named, pictures / name)
             text.append(f"![{regime}, {reward}]({pictures.name}/{name})\n")
     return "\n".join(text)
 
@@ -335,7 +345,7 @@ def main() -> None:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="Of run.py.")
-    parser.add_argument("--write", action="store_true", help="Write RESULTS.md beside the results, of whole parts.")
+    parser.add_argument("--write", action="store_true", help="Write RESULTS.md beside the results, of what is whole.")
     parser.add_argument("--pictures", type=Path, default=None, help="Draw pictures of what there is into this folder.")
     options = parser.parse_args()
     records = Records(options.results)
@@ -344,8 +354,11 @@ def main() -> None:
             options.pictures.mkdir(parents=True, exist_ok=True)
         print(page(records, options.pictures, only_whole=False), end="")
         return
-    if not any(not records.missing(*each) for each in PARTS):
-        sys.exit(f"No part is whole, so nothing is written. `run.py` goes on where it was.\n\n{status(records)}")
+    if not any(records.whole(*each) for each in PARTS):
+        sys.exit(
+            f"Nothing is written: no part has every β and seed of {', '.join(FIRST)}. `run.py` goes on where it was."
+            f"\n\n{status(records)}"
+        )
     target = options.results.parent / "RESULTS.md"
     target.write_text(page(records, options.results, only_whole=True), encoding="utf-8")
     print(f"Wrote {target}")

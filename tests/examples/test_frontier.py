@@ -631,7 +631,8 @@ def test_a_part_with_a_missing_cell_is_named_and_not_published(tmp_path, monkeyp
     records(tmp_path / "results", {}, cells[1:])
     monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path / "results"), "--write"])
     with pytest.raises(
-        SystemExit, match=r"(?s)No part is whole, so.*\| sentiment_ratings_ratings-prior_0\.1_0 \|"
+        SystemExit,
+        match=r"(?s)Nothing is written: no part has every β and .*\| sentiment_ratings_ratings-prior_0\.1_0 ",
     ) as refused:
         report.main()
     assert refused.value.code != 0
@@ -645,6 +646,21 @@ def test_a_part_with_a_missing_cell_is_named_and_not_published(tmp_path, monkeyp
     (line,) = [line for line in page.splitlines() if line.startswith("| length | ratings | 5 of 147 |")]
     assert {"ratings-prior (7)", "dpo (8)", "thumbs-prior (8)", "qrpo (9)"} < set(re.split(r" \| |, ", line))
     assert "| sentiment | offset | 0 of 147 | all |" in page
+
+
+def test_methods_that_are_not_whole_are_left_out_of_what_is_published(tmp_path, monkeypatch):
+    cells = list(plan.part("sentiment", "ratings"))
+    kept = [cell for cell in cells if cell.method in plan.FIRST]
+    some = [cell for cell in cells if cell.method == "qrpo"][1:]
+    records(tmp_path / "results", {}, [*kept, *some])
+    monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(tmp_path / "results"), "--write"])
+    report.main()
+    page = (tmp_path / "RESULTS.md").read_text()
+    rows = {line.split(" | ")[0] for line in page.split("## Ratings, sentiment")[1].splitlines() if line[:1] == "|"}
+    assert {f"| {METHODS[name].name}" for name in plan.FIRST} < rows
+    assert f"| {METHODS['qrpo'].name}" not in rows
+    assert "qrpo (1)" in page
+    assert f"| {METHODS['qrpo'].name}" in report.page(report.Records(tmp_path / "results"), None, only_whole=False)
 
 
 def test_nothing_is_concluded_from_two_seeds(tmp_path):
