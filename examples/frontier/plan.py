@@ -21,6 +21,8 @@ PARTS = (
     ("sentiment", "offset"),
     ("sentiment", "one thumb"),
     ("sentiment", "nine likes"),
+    ("sentiment", "few demonstrations"),
+    ("sentiment", "fair demonstrations"),
 )
 
 

@@ -14,7 +14,10 @@ NOISE = 1.0  # standard deviation of a rating's error; the rewards' own is about
 THUMB_NOISE = 3.0  # of the thumbs beside demonstrations
 OFFSET = 2.0  # standard deviation of a prompt's offset
 DISLIKED = 0.1  # share of thumbs down of a lenient public
-DEMONSTRATIONS = 48
+# How many, each the best of how many draws: the share and the quality of demonstrations
+DEMONSTRATIONS = {"demonstrations": (48, 64), "few demonstrations": (12, 64), "fair demonstrations": (48, 4)}
+# The stream of random numbers; regimes that share one have the same noise and order
+STREAMS = {"one thumb": 3, **dict.fromkeys(("ratings", "nine likes", "offset"), 4), **dict.fromkeys(DEMONSTRATIONS, 0)}
 
 REGIMES = {
     "ratings": "90 prompts with about ten rated answers each, of 16 drawn; a rating is the reward plus noise (σ = 1).",
@@ -25,6 +28,8 @@ REGIMES = {
     "strict raters.",
     "demonstrations": "48 demonstrations, each the best of 64 draws by true reward, and about 900 thumbs from "
     "ratings with noise of σ = 3.",
+    "few demonstrations": "The same with 12 demonstrations.",
+    "fair demonstrations": "The same with 48 demonstrations, each the best of 4 draws.",
 }
 
 
@@ -115,7 +120,7 @@ def groups(regime: str, seed: int) -> list[str]:
     """The groups of answers that a regime's feedback is made of."""
     if regime == "one thumb":
         return [f"single-{seed}"]
-    return [f"train-{seed}", *([f"demonstrations-{seed}"] if regime == "demonstrations" else [])]
+    return [f"train-{seed}", *([f"demonstrations-{seed}"] if regime in DEMONSTRATIONS else [])]
 
 
 def draw(regime: str, reward: str, seed: int, pool: Pool) -> Feedback:
@@ -132,21 +137,20 @@ def draw(regime: str, reward: str, seed: int, pool: Pool) -> Feedback:
     """
     if regime not in REGIMES:
         raise ValueError(f"There is no regime {regime!r}. Regimes are {', '.join(REGIMES)}.")
-    random = np.random.default_rng([seed, sorted(REGIMES).index(regime)])
-    if regime in ("nine likes", "offset"):  # the rows and the noise of the first regime
-        random = np.random.default_rng([seed, sorted(REGIMES).index("ratings")])
-    found = [[each for each in answers if each.usable] for answers in pool.group(groups(regime, seed)[0])]
+    random = np.random.default_rng([seed, STREAMS[regime]])
+    drawn = pool.group(groups(regime, seed)[0])
     best: list[Scored] = []
-    if regime == "demonstrations":
-        more = pool.group(f"demonstrations-{seed}")
-        for place, extra in enumerate(more):
-            best.append(max([*found[place], *(e for e in extra if e.usable)], key=lambda each: each.rewards[reward]))
-    found = _first(found, ROWS - len(best))
+    if regime in DEMONSTRATIONS:
+        count, draws = DEMONSTRATIONS[regime]
+        for first, more in zip(drawn, pool.group(f"demonstrations-{seed}")[:count], strict=False):
+            usable = [each for each in [*first, *more][:draws] if each.usable]
+            best += [max(usable, key=lambda each: each.rewards[reward])] if usable else []
+    found = _first([[each for each in answers if each.usable] for answers in drawn], ROWS - len(best))
     rows = [each for answers in found for each in answers]
     order = random.permutation(len(rows))
     noise = random.standard_normal(len(rows))[np.argsort(order)]
     truth = np.array([each.rewards[reward] for each in rows])
-    rating = truth + noise * (THUMB_NOISE if regime == "demonstrations" else NOISE)
+    rating = truth + noise * (THUMB_NOISE if regime in DEMONSTRATIONS else NOISE)
     if regime == "offset":
         place = np.repeat(np.arange(len(found)), [len(answers) for answers in found])
         rating += OFFSET * random.standard_normal(len(found))[place]

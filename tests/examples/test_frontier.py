@@ -335,21 +335,25 @@ def test_offsets_are_those_of_prompts(pool):
     assert pairs[:] == first_pairs[:]  # an offset cancels within a prompt
 
 
-def test_demonstrations_are_the_best_of_all_answers(pool):
-    found = draw("demonstrations", "sentiment", 0, pool)
+@pytest.mark.parametrize(
+    ("regime", "count", "draws"),
+    [("demonstrations", 48, 22), ("few demonstrations", 12, 22), ("fair demonstrations", 48, 4)],
+)
+def test_demonstrations_are_the_best_of_some_draws(regime, count, draws, pool):
+    found = draw(regime, "sentiment", 0, pool)
     assert len(found.answer) == 960
     own = found.demonstration
-    assert own.sum() == 48
+    assert own.sum() == count
     assert found.thumb[own].all()
     assert (found.imitated == own).all()
     more = dict(zip(prompts.questions("demonstrations-0"), pool.group("demonstrations-0"), strict=True))
     first = dict(zip(prompts.questions("train-0"), pool.group("train-0"), strict=True))
     for question, reward in zip(np.array(found.question)[own], found.reward[own], strict=True):
-        scores = [each.rewards["sentiment"] for each in first[question] + more[question] if each.usable]
-        assert reward == max(scores)
+        drawn = (first[question] + more[question])[:draws]
+        assert reward == max(each.rewards["sentiment"] for each in drawn if each.usable)
     error = (found.rating - found.reward)[~own]
     assert error.std() == pytest.approx(3, abs=0.3)
-    assert found.thumb[~own].mean() == 0.5
+    assert found.thumb[~own].mean() == pytest.approx(0.5, abs=0.001)
     assert 0 < np.flatnonzero(own).mean() / 960 < 1
     assert not found.rated
 
