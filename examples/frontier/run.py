@@ -7,6 +7,7 @@ several runs can share the work. `report.py` makes the tables and pictures.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -17,7 +18,6 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import trl
 from answers import REWARDS, human_texts, perplexity, rewards, sample
 from contenders import Recipe, train
 from plan import Cell, cells
@@ -26,10 +26,11 @@ from prompts import prompt, questions
 from regimes import draw
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import trl_ulma
 from trl_ulma.scripts.demo_models import fetch_checkpoint
 
 ANSWERS, BATCH = 4, 64
+# What the figures depend on; scikit-learn brings the prose, and vaderSentiment a reward
+VERSIONS = ("torch", "transformers", "trl", "trl-ulma", "peft", "vaderSentiment", "scikit-learn")
 
 
 def measure(
@@ -38,7 +39,6 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
-    asked: list[str] | None = None,
 ) -> dict[str, Any]:
     """What a policy's own answers to held-out prompts earn, and how far it went from the reference.
 
@@ -47,9 +47,8 @@ def measure(
         reference: what KL is taken against.
         tokenizer: of both.
         seed: of the draws.
-        asked: the questions; None for the held-out ones.
     """
-    asked = questions("held-out") if asked is None else asked
+    asked = questions("held-out")
     eos: Any = tokenizer.eos_token_id
     found: list[list[tuple[str, Any]]] = []
     size = BATCH // ANSWERS
@@ -199,7 +198,7 @@ def main() -> None:
                 else f"CPU, threads: {torch.get_num_threads()}",
                 "versions": {
                     "python": platform.python_version(),
-                    **{each.__name__: each.__version__ for each in (torch, transformers, trl, trl_ulma)},
+                    **{name: importlib.metadata.version(name) for name in VERSIONS},
                 },
             },
         )
