@@ -1,16 +1,14 @@
-"""Checkpoints that were written to their end, and runs that are interrupted."""
+"""Checkpoints: which were written to their end, which can be gone on from."""
 
 import re
-import shutil
-import signal
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 logger = get_logger(__name__)
@@ -72,121 +70,65 @@ def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
     )
 
 
-class Interruption(TrainerCallback):
-    """Ends training after the optimiser step in which Ctrl-C came, with its state saved; a second one ends it at once.
+def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: dict[str, Any] | None) -> str | None:
+    """The checkpoint that training goes on from; True takes the newest that was written to its end.
 
-    Use as a context around the training. Processes may notice in different steps, so that they have to agree:
-    `noticed` is what this one knows, `agreed` what all do.
+    Args:
+        resume_from_checkpoint: what `Trainer.train` was given: None, a bool, or a folder.
+        output_dir: of the training.
+        loading: the settings' `model_init_kwargs`.
+
+    Raises:
+        ValueError: if the checkpoint's weights are pickled.
     """
-
-    def __init__(self):
-        self.noticed = False
-        self.agreed = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "Interruption":
-        self.noticed = self.agreed = False
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._notice)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        if self.noticed:
-            raise KeyboardInterrupt
-        self.noticed = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint and for the end."""
-        if self.agreed:
-            control.should_save = control.should_training_stop = True
-            logger.warning(
-                f"Interrupted: step {state.global_step} is saved in {args.output_dir}/checkpoint-{state.global_step}. "
-                "Go on with resume_from_checkpoint=True (on the command line --resume_from_checkpoint True)."
-            )
+    if not resume_from_checkpoint:
+        return None
+    if resume_from_checkpoint is True:
+        whole = last_whole(output_dir)
+        if whole is None:
+            logger.warning(f"There is no whole checkpoint in {output_dir}: training starts afresh.")
+            return None
+        resume_from_checkpoint = str(whole)
+    elif not (Path(resume_from_checkpoint) / WHOLE).exists():
+        logger.warning(
+            f"{resume_from_checkpoint} has no mark that it was written to its end: it is half-written, or another "
+            "trainer's. Training goes on from it as it is."
+        )
+    refuse_pickle(resume_from_checkpoint, loading)
+    return resume_from_checkpoint
 
 
-class KeepsCheckpoints(Trainer):
-    """A `Trainer` that resumes only from checkpoints that were written to their end, and leaves one when interrupted.
+@contextmanager
+def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> Iterator[None]:
+    """Around the writing of a checkpoint: it is marked at its end, and older ones go only after.
 
-    Attributes:
-        interruption: whether Ctrl-C came; whoever knows of all processes sets its `agreed`.
+    Args:
+        args: the trainer's config.
+        folder: of the checkpoint.
+        best: the checkpoint that is to be kept in any case, asked when this one is written.
+
+    Raises:
+        OSError: naming the last whole checkpoint, if this one cannot be written.
     """
-
-    # Files of a checkpoint that go with its weights wherever these are pushed
-    _beside_weights: tuple[str, ...] = ()
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self.interruption = Interruption()
-        super().__init__(*args, **kwargs)
-        self.add_callback(self.interruption)
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end,
-        and where there is none, training starts afresh.
-
-        Raises:
-            KeyboardInterrupt: after Ctrl-C, when the step that was running is done and a checkpoint is written.
-            ValueError: where the checkpoint's weights are pickled.
-        """
-        if resume_from_checkpoint is True:
-            output_dir = str(self.args.output_dir)
-            whole = last_whole(output_dir)
-            if whole is None:
-                logger.warning(f"There is no whole checkpoint in {output_dir}: training starts afresh.")
-            resume_from_checkpoint = None if whole is None else str(whole)
-        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / WHOLE).exists():
-            logger.warning(
-                f"{resume_from_checkpoint} has no mark that it was written to its end: it is half-written, or another "
-                "trainer's. Training goes on from it as it is."
-            )
-        if resume_from_checkpoint:
-            refuse_pickle(resume_from_checkpoint, getattr(self.args, "model_init_kwargs", None))
-        with self.interruption:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self.interruption.agreed:
-            # What follows a training is not for one that was stopped
-            raise KeyboardInterrupt
-        return result
-
-    def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        limit = self.args.save_total_limit
-        # Older checkpoints go only after this one is whole
-        self.args.save_total_limit = None
-        try:
-            if self.args.should_save:
-                unmark(folder)
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            last = next((path for path in checkpoints(folder.parent) if (path / WHOLE).exists()), "none")
-            raise OSError(
-                f"The checkpoint {folder} could not be written ({error}). The last whole one is {last}: make room, and "
-                "go on with resume_from_checkpoint=True."
-            ) from error
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_whole(folder)
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        # What is pushed is whole: Trainer copies and uploads what it knows, and before the mark is set
-        self.accelerator.wait_for_everyone()
-        folder = Path(checkpoint_folder)
-        if self.args.should_save:
-            mark_whole(folder)
-            for name in self._beside_weights:
-                if (folder / name).exists():
-                    shutil.copy(folder / name, str(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        if args.should_save:
+            unmark(folder)
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        last = next((path for path in checkpoints(folder.parent) if (path / WHOLE).exists()), "none")
+        raise OSError(
+            f"The checkpoint {folder} could not be written ({error}). The last whole one is {last}: make room, and "
+            "go on with resume_from_checkpoint=True."
+        ) from error
+    finally:
+        args.save_total_limit = limit
+    PartialState().wait_for_everyone()
+    if args.should_save:
+        mark_whole(folder)
+        rotate_checkpoints(
+            output_dir=str(folder.parent),
+            save_total_limit=limit,
+            best_model_checkpoint=best(),
+            use_mtime=True,
+        )

@@ -22,6 +22,8 @@ from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
 from trl_ulma.metrics import EVALUATED
+from trl_ulma.rows.chat import check_chat
+from trl_ulma.rows.dropped import INVALID_ROWS
 
 _INSTEAD = {
     "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
@@ -98,6 +100,21 @@ class PointwiseDPOConfig(DPOConfig):
         share_prompts: run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a
             prompt's rows together. Exact, which is tried out at the start; with attention other than "sdpa" and
             "eager", sliding windows or recurrent layers rows are padded, and that is said.
+        invalid_rows: what happens to rows that cannot be read, such as rows without a label or with an empty
+            completion. "error" lists them and stops; "drop" leaves them out, and counts them in a warning and in the
+            label report.
+        assistant_only_loss: score only the assistant's turns of a completion that has several turns. User turns and
+            tool results within a completion are read by the model and not scored. Set it to False to score everything
+            after the prompt.
+        chat: whether rows of text become a user's and an assistant's message. "auto" does that for rows of CSV and TSV
+            files if the tokenizer has a chat template, and logs it; rows from elsewhere stay text. True and False
+            decide for all rows of text.
+        system_message: a system message for conversations that have none. Rows of text have one only if they become
+            messages, see `chat`.
+        startup_checks: before the first step, show on a few rows that the log-probabilities are those of the model's
+            own logits, that the reference is the model as it is before training, that asking twice gives the same, and
+            that the chosen layout gives what padding gives. What fails is an error that says by how much. It costs less
+            than an optimizer step. False trains regardless.
 
     Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
     tried out at the start whether the model computes the same, and refused where it does not.
@@ -175,6 +192,36 @@ class PointwiseDPOConfig(DPOConfig):
             "same is tried out at the start."
         },
     )
+    invalid_rows: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to rows that cannot be read: 'error' lists them and stops, 'drop' leaves them out.",
+            "choices": INVALID_ROWS,
+        },
+    )
+    assistant_only_loss: bool = field(
+        default=True,
+        metadata={"help": "Score only the assistant's turns of a completion that has several turns."},
+    )
+    chat: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether rows of text become a user's and an assistant's message: 'true', 'false', or 'auto', "
+            "which does so for CSV and TSV files if the tokenizer has a chat template."
+        },
+    )
+    system_message: str | None = field(
+        default=None, metadata={"help": "A system message for conversations that have none."}
+    )
+
+    startup_checks: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, show on a few rows that log-probabilities equal the model's own "
+            "logits, that "
+            "the reference is the model before training, and that nothing is noisy; raise an error otherwise."
+        },
+    )
 
     loss_type: list[str] = _hidden("loss_type")
     loss_weights: list[float] | None = _hidden("loss_weights")
@@ -235,7 +282,12 @@ class PointwiseDPOConfig(DPOConfig):
                 raise ValueError(f"{name} must be a whole number, {least} or above; got {value!r}.")
         if self.truncation_mode not in ("keep_start", "keep_end"):
             raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {self.truncation_mode!r}.")
-        for name in ("label_report", "length_normalize", "share_prompts", "padding_free"):
+        self.chat = str(self.chat).lower()
+        check_chat(self.chat, self.system_message)
+        if self.invalid_rows not in INVALID_ROWS:
+            raise ValueError(f"invalid_rows must be one of {INVALID_ROWS}; got {self.invalid_rows!r}.")
+        switches = ("label_report", "length_normalize", "share_prompts", "padding_free", "assistant_only_loss")
+        for name in (*switches, "startup_checks"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         if self.sync_ref_model and self.precompute_ref_log_probs:
@@ -257,7 +309,8 @@ class PointwiseDPOConfig(DPOConfig):
             raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
 
     def check_machine(self) -> None:
-        """Raise ValueError or ImportError on a setting that this machine can not carry out."""
+        """Raise ValueError or ImportError on a setting that this machine cannot carry out."""
+        check_parallelism(getattr(self, "parallelism_config", None))
         if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(
                 "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is "
@@ -430,6 +483,22 @@ class ULMAConfig(PointwiseDPOConfig):
             raise ValueError(
                 "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not "
                 "that it is to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'."
+            )
+
+
+def check_parallelism(parallelism: Any) -> None:
+    """Raise ValueError on a way to split a model or a sequence that the log-probabilities are not known to be right in.
+
+    Args:
+        parallelism: accelerate's `ParallelismConfig`, or None.
+    """
+    kinds = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+    for name, kind in kinds.items():
+        size = getattr(parallelism, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{kind} parallelism ({name}={size}) is not supported: the output embeddings, or a row's tokens, would "
+                "be split over processes, and log-probabilities would be of parts. Use DDP, FSDP2 or ZeRO."
             )
 
 

@@ -1,116 +1,39 @@
-"""The model as a judge: what a trained policy thinks of rows, and what must be kept beside it to know that later."""
+"""The model as a judge: what a trained policy thinks of rows."""
 
-# transformers declares the model and the processing class of a trainer optional or of many kinds
+# transformers declares the processing class of many kinds
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
+import torch
 from datasets import Dataset, Value
-from safetensors.torch import load_file
-from transformers.utils import cached_file
-from trl import DPOTrainer
 
-from trl_ulma.labels import LabelRules, LabelTransform
-from trl_ulma.log_partition import Learned, LogPartition
+from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.layouts import positions_of
+from trl_ulma.likelihood.noise import evaluation_mode
+from trl_ulma.likelihood.reference import Reference
+from trl_ulma.likelihood.scorer import Scorer
+from trl_ulma.likelihood.table import batches, forward_inputs
+from trl_ulma.log_partition import LogPartition
+from trl_ulma.log_z import FILE as LOG_Z_FILE
+from trl_ulma.log_z import saved_log_partition
 from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import (
+    SETTINGS_FILE,
+    SavedSettings,
+    load_model,
+    load_reference,
+    load_tokenizer,
+    saved_file,
+    saved_settings,
+    training_autocast,
+)
 
-# Beside the model's weights
-FILE = "pointwise.json"
 COLUMNS = ("row", "reward", "probability", "predicted_label", "surprise")
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """What a score depends on besides the weights: `pointwise.json` in a saved model's folder.
-
-    Attributes:
-        beta: β.
-        label_type: of rows that do not say it themselves.
-        length_normalize: whether log-probabilities are divided by the completion's tokens.
-        log_z: a number of nats, or the name of a choice, whose state is in `log_z.safetensors`.
-        max_length: longest sequence in tokens.
-        truncation_mode: "keep_start" or "keep_end".
-        label_transform: fitted, or None.
-        sft_threshold: continuous labels of this and above, after the transform, are demonstrations; or None.
-        trl_ulma: the version that wrote it.
-    """
-
-    beta: float
-    label_type: str = "binary"
-    length_normalize: bool = False
-    log_z: float | str = 0.0
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    label_transform: LabelTransform | None = None
-    sft_threshold: float | None = None
-    trl_ulma: str = ""
-
-    def write(self, folder: str | Path) -> None:
-        """Write them into a folder."""
-        steps = None if self.label_transform is None else self.label_transform.to_json()
-        text = json.dumps({**asdict(self), "label_transform": steps}, indent=2)
-        (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: str | Path) -> Self:
-        """Those that a file holds; all but `beta` may be left out of it.
-
-        Raises:
-            ValueError: naming the file, where it holds something else.
-        """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            steps = found.get("label_transform")
-            return cls(**{**found, "label_transform": None if steps is None else LabelTransform.from_json(steps)})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold the settings of a point-wise model ({error}).") from error
-
-
-def saved_file(model: str, name: str) -> str | None:
-    """Where a file is that was saved with a model, in its folder or on the hub; None where there is none."""
-    return cached_file(
-        model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
-
-
-def saved_log_partition(settings: JudgeSettings, state: str | Path | None, device: Any) -> LogPartition:
-    """log Z as a saved model has it.
-
-    Args:
-        settings: saved with the model.
-        state: the file `log_z.safetensors`; None where there is none.
-        device: of the rows.
-
-    Raises:
-        ValueError: where the choice has a state and there is no file.
-
-    Example:
-        >>> saved_log_partition(JudgeSettings(beta=0.1, log_z=0.5), None, "cpu").log_z
-        tensor([0.5000, 0.5000], dtype=torch.float64)
-    """
-    if not isinstance(settings.log_z, str) or settings.log_z == "column":
-        return LogPartition(0.0 if settings.log_z == "column" else float(settings.log_z), device)
-    if state is None:
-        raise ValueError(
-            f"The model was trained with log_z={settings.log_z!r}, and its state, log_z.safetensors, is not beside it. "
-            "Copy it there from the folder that training wrote."
-        )
-    found = load_file(state)
-    if "weights" not in found:
-        fixed = LogPartition(0.0, device)
-        fixed.log_z.copy_(found["log_z"])
-        return fixed
-    # The weights are of a prompt's state and of two kinds of labels
-    learned = Learned(len(found["weights"]) - 2, beta=settings.beta, learning_rate=0.0, device=device)
-    learned.load_state_dict(found)
-    return learned
 
 
 def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> dict[str, np.ndarray]:
@@ -149,15 +72,77 @@ def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules:
     }
 
 
-class Judges(DPOTrainer):
-    """A `DPOTrainer` that says what its model thinks of rows, and saves beside it what that depends on."""
+class Judge:
+    """Says what a trained policy thinks of rows, by its implicit reward.
 
-    _rules: LabelRules
-    _has_reference: bool
-    _positions: int | None
-    log_partition: LogPartition
+    Args:
+        settings: what rewards depend on besides the weights.
+        processing_class: the policy's tokenizer, or its processor.
+        rewards: gives `(N,)` implicit rewards of prepared rows.
+        positions: how many tokens the model can read at most; None if that has no end.
+        num_proc: processes that prepare rows.
 
-    def score(self, dataset: Dataset) -> Dataset:
+    Example:
+        >>> judge = Judge.from_pretrained("out", ref_model="Qwen/Qwen3-0.6B")  # doctest: +SKIP
+        >>> judge.score(rows).sort("surprise", reverse=True)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        settings: SavedSettings,
+        processing_class: Any,
+        rewards: Callable[[Dataset], np.ndarray],
+        *,
+        positions: int | None = None,
+        num_proc: int | None = None,
+    ):
+        self.settings = settings
+        self.processing_class = processing_class
+        self._rewards = rewards
+        self._positions = positions
+        self._num_proc = num_proc
+        self._rules = LabelRules(settings.label_type, settings.sft_threshold, transform=settings.label_transform)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str,
+        ref_model: Any = None,
+        *,
+        batch_size: int = 8,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Self:
+        """A judge of a saved model.
+
+        Args:
+            folder: of the model or adapter, as `save_model` wrote it, or its name on the hub.
+            ref_model: the reference, as a model or where one is; by default the one that training wrote down.
+            batch_size: rows per forward.
+            dtype: of the weights; "auto" is the one of training.
+            trust_remote_code: run code that comes with the model.
+
+        Raises:
+            FileNotFoundError: if no settings were saved with the model.
+            OSError: if a model is gone.
+            ValueError: if there is no saying what the reference was, or it is another one than that of training.
+        """
+        settings = saved_settings(folder)
+        if settings is None:
+            raise FileNotFoundError(
+                f"{folder} has no {SETTINGS_FILE}, which PointwiseDPOTrainer.save_model writes. For a model that was "
+                'trained otherwise, write one beside it, such as {"beta": 0.1, "label_type": "binary"}.'
+            )
+        chosen = settings.dtype or "float32" if dtype == "auto" else dtype
+        policy = load_model(folder, dtype=chosen, trust_remote_code=trust_remote_code)
+        options: Any = {"dtype": chosen, "trust_remote_code": trust_remote_code}
+        reference = load_reference(policy, folder, settings.reference, ref_model, **options)
+        log_partition = saved_log_partition(settings, saved_file(folder, LOG_Z_FILE), policy.device)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        rewards = _ModelRewards(policy, reference, settings, log_partition, batch_size)
+        return cls(settings, tokenizer, rewards, positions=positions_of(policy.config))
+
+    def score(self, dataset: Dataset, *, invalid_rows: str = "error") -> Dataset:
         r"""What the policy thinks of each row: the row as it was, and
 
         - `row`: its number in `dataset`;
@@ -165,58 +150,47 @@ class Judges(DPOTrainer):
         - `probability`: P(label = 1) = σ(r), None for continuous labels;
         - `predicted_label`: the expected label, r or σ(r), on the scale that the training rows carried, as far as
           `label_transform` has a way back (what comes of a threshold or of votes is a probability or rate);
-        - `surprise`, where rows have labels: the row's loss of Eq. 8 or Eq. 9. The most surprising labels are the first
-          to look at for errors: `scored.sort("surprise", reverse=True)`. Those of binary and of continuous labels are
-          not comparable.
+        - `surprise`, if rows have labels: the row's loss of Eq. 8 or Eq. 9. The most surprising labels are the first to
+          look at for errors: `scored.sort("surprise", reverse=True)`. Those of binary and of continuous labels are not
+          comparable.
 
         Args:
             dataset: raw rows as the trainer takes them, with or without `label`. Of a pair both halves are scored, with
                 `label` 1 and 0. `sft_mask` and `weight` are not read.
+            invalid_rows: "error" lists rows that cannot be scored, and stops; "drop" leaves them out, with a warning.
 
         Raises:
             TypeError: for what is no `Dataset`.
-            ValueError: for rows that cannot be scored, or a model without a reference.
+            ValueError: for rows that cannot be scored.
         """
         if not isinstance(dataset, Dataset):
             raise TypeError(f"score needs a Dataset, all of whose rows are at hand; got {type(dataset).__name__}.")
-        if not self._has_reference:
-            raise ValueError(
-                f"A reward needs a reference model; with {self.args.method} no row is compared with one, so that none "
-                "was loaded."
-            )
         if dataset.format["type"] == "custom":  # rows are made as they are read
             dataset = Dataset.from_list([dict(row) for row in dataset])
         names = dataset.column_names
-        if "prompt_ids" in names:
-            raise ValueError("score takes raw rows, and these are prepared already. Pass the rows that they came from.")
-        taken = [name for name in COLUMNS if name in names]
-        if taken:
-            raise ValueError(f"The rows have columns that score writes: {', '.join(taken)}. Rename or remove them.")
-        choice: Any = self.args.log_z
-        if choice == "column" and "log_z" not in names:
-            raise ValueError("log_z='column' needs a column log_z in the scored rows, in nats; there is none.")
-        if isinstance(choice, str) and choice != "column" and "log_z" in names:
-            raise ValueError(
-                f"The scored rows have a column log_z, and the model its own ({choice}). Remove the column."
-            )
+        self._check_columns(names)
         is_labelled = "label" in names or "chosen" in names
         rows = dataset.remove_columns([name for name in ("sft_mask", "weight") if name in names])
         if not is_labelled:
             rows = rows.add_column("label", [0.5] * len(rows))  # which no reward depends on
-        rules = replace(
-            self._rules, need_mask=False, binary_only=False, transform=self._rules.transform if is_labelled else None
-        )
+        saved = self.settings
         prepare = Preparation(
             self.processing_class,
-            rules,
-            self.args.max_length,
-            self.args.truncation_mode,
+            replace(self._rules, transform=self._rules.transform if is_labelled else None),
+            saved.max_length,
+            saved.truncation_mode,
             self._positions,
             is_for_training=False,
+            invalid_rows=invalid_rows,
+            assistant_only_loss=saved.assistant_only_loss,
+            chat=saved.chat,
+            system_message=saved.system_message,
         )
-        with self.accelerator.main_process_first():
-            prepared: Any = prepare(rows, "scored", self.args.dataset_num_proc)
+        prepared: Any = prepare(rows, "scored", self._num_proc)
         reward = self._rewards(prepared)
+        wrong = np.asarray(prepared["row"][:])[~np.isfinite(reward)].tolist()
+        if wrong:
+            raise FloatingPointError(f"The rewards of these scored rows are not finite: {wrong}. Score in float32.")
 
         label = np.asarray(prepared["label"][:])
         continuous = is_continuous(prepared, self._rules.label_type)
@@ -236,42 +210,52 @@ class Judges(DPOTrainer):
             scored = scored.add_column(name, values, feature=Value("int64" if name == "row" else "float64"))
         return scored
 
-    def _rewards(self, prepared: Any) -> np.ndarray:
-        """`(N,)` implicit rewards."""
-        compute_metrics, self.compute_metrics = self.compute_metrics, None
-        loss_only, self.args.prediction_loss_only = self.args.prediction_loss_only, False
-        try:
-            predictions = self.predict(prepared, metric_key_prefix="score").predictions
-        finally:
-            self.compute_metrics, self.args.prediction_loss_only = compute_metrics, loss_only
-        reward = np.asarray(predictions, dtype=np.float64)
-        wrong = np.asarray(prepared["row"][:])[~np.isfinite(reward)].tolist()
-        if wrong:
-            raise FloatingPointError(f"The rewards of these scored rows are not finite: {wrong}. Score in float32.")
-        return reward
+    def _check_columns(self, names: list[str]) -> None:
+        if "prompt_ids" in names:
+            raise ValueError("score takes raw rows, and these are prepared already. Pass the rows that they came from.")
+        taken = [name for name in COLUMNS if name in names]
+        if taken:
+            raise ValueError(f"The rows have columns that score writes: {', '.join(taken)}. Rename or remove them.")
+        choice = self.settings.log_z
+        if choice == "column" and "log_z" not in names:
+            raise ValueError("log_z='column' needs a column log_z in the scored rows, in nats; there is none.")
+        if isinstance(choice, str) and choice != "column" and "log_z" in names:
+            raise ValueError(
+                f"The scored rows have a column log_z, and the model its own ({choice}). Remove the column."
+            )
 
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.judge_settings().write(str(self.args.output_dir if output_dir is None else output_dir))
 
-    def use_settings(self, settings: JudgeSettings, log_partition: LogPartition) -> None:
-        """Score with the label transform and the log Z of a saved model; the rest must be in `args` already."""
-        self._rules = replace(self._rules, transform=settings.label_transform)
-        self.args.log_z = settings.log_z
+class _ModelRewards:
+    """Implicit rewards of prepared rows by a loaded policy and its reference."""
+
+    def __init__(
+        self,
+        policy: Any,
+        reference: Reference,
+        settings: SavedSettings,
+        log_partition: LogPartition,
+        batch_size: int,
+    ):
+        self.policy = policy
+        self.reference = reference
+        self.settings = settings
         self.log_partition = log_partition
+        self.batch_size = batch_size
+        self._scorer = Scorer()
 
-    def judge_settings(self) -> JudgeSettings:
-        """What scores depend on besides the weights."""
-        args: Any = self.args
-        return JudgeSettings(
-            beta=args.beta,
-            label_type=args.label_type,
-            length_normalize=args.length_normalize,
-            log_z=args.log_z,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            label_transform=self._rules.transform,
-            sft_threshold=self._rules.sft_threshold,
-            trl_ulma=version("trl-ulma"),
-        )
+    @torch.no_grad()
+    def __call__(self, rows: Dataset) -> np.ndarray:
+        reward = np.empty(len(rows))
+        continuous = torch.from_numpy(is_continuous(rows, self.settings.label_type))
+        for numbers, batch in batches(rows, batch_size=self.batch_size, device=self.policy.device):
+            inputs = forward_inputs(batch)
+            with evaluation_mode(self.policy), training_autocast(self.settings, self.policy):
+                policy = self._scorer(self.policy, inputs, prompt_states=self.log_partition.needs_prompt_states)
+                log_ratio = policy.logps.double() - self.reference.logps(self.policy, inputs).to(policy.logps).double()
+            if self.settings.length_normalize:
+                log_ratio = log_ratio / inputs["completion_mask"][:, 1:].sum(1).clamp(min=1)
+            log_z = batch.get("log_z")
+            if log_z is None:
+                log_z = self.log_partition(continuous[list(numbers)].to(log_ratio.device), policy.prompt_states)
+            reward[list(numbers)] = (self.settings.beta * (log_ratio + log_z.to(log_ratio))).cpu().numpy()
+        return reward

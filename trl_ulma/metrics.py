@@ -143,6 +143,8 @@ class RatioSums:
 def figures(totals: torch.Tensor) -> dict[str, float]:
     """Named figures of the sums; `num_tokens` is the sum itself, `rewards/margins` the difference of two figures.
 
+    `rewards/rows` is there if rewards, `kl` and `log_z` are of fewer rows than the loss, and says of how many.
+
     Example:
         >>> import torch
         >>> sums = RatioSums(torch.device("cpu"))
@@ -154,6 +156,9 @@ def figures(totals: torch.Tensor) -> dict[str, float]:
     for name, (numerator, denominator) in zip(ROW_FIGURES, totals.tolist(), strict=True):
         if denominator > 0:
             named[name] = numerator if name == "num_tokens" else numerator / denominator
+    rows, rewarded = (totals[ROW_FIGURES.index(name), 1].item() for name in ("loss", "kl"))
+    if 0 < rewarded < rows:
+        named["rewards/rows"] = rewarded
     if "rewards/chosen" in named and "rewards/rejected" in named:
         named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
     return named

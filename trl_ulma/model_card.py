@@ -15,7 +15,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import ProcessorMixin
 from transformers.integrations import is_wandb_available
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from trl_ulma.labels import render_report
@@ -23,7 +23,7 @@ from trl_ulma.labels import render_report
 # (positive_loss, negative_loss): the method's name in the paper
 METHODS = {
     ("sft", "pointwise_dpo"): "ULMA",
-    ("pointwise_dpo", "pointwise_dpo"): "point-wise DPO",
+    ("pointwise_dpo", "pointwise_dpo"): "pointwise DPO",
     ("sft", "unlearning"): "unlikelihood training",
     ("sft", "none"): "SFT",
     ("pointwise_dpo", "none"): "positive DPO",
@@ -33,89 +33,91 @@ METHODS = {
 _SHARED = ("learning_rate", "lr_scheduler_type", "optim", "num_train_epochs", "max_steps", "max_length", "seed")
 
 
-class WritesModelCard(DPOTrainer):
-    """A `DPOTrainer` with a model card of its own: data, label report, formulas, settings, figures, both citations.
+def write(
+    args: Any,
+    *,
+    model: Any,
+    plan: Any,
+    processes: int,
+    log_history: list[dict[str, Any]],
+    label_report: dict[str, Any] | None,
+    paper: dict[str, str],
+    title: str,
+    location: str | None,
+    dataset_name: str | None,
+) -> None:
+    """Write a card into `output_dir`/README.md, whose head DPOTrainer has written: data, label report, formulas,
+    settings, figures, both citations.
 
-    Whoever inherits sets `_cell`, `_has_reference` and `_label_report`.
+    Args:
+        args: the trainer's config.
+        model: the policy without wrappers.
+        plan: the `TrainingPlan`.
+        processes: that train.
+        log_history: what was logged.
+        label_report: on the training rows, or None.
+        paper: title, arXiv number and citation of the method.
+        title: the card's.
+        location: the model's name on the hub, or None.
+        dataset_name: what the rows are called.
     """
+    file = Path(args.output_dir) / "README.md"
+    head = ModelCard.load(file, ignore_metadata_errors=True).data
+    is_adapter = is_peft_model(model)
+    metrics_of, metrics = _last_figures(log_history)
+    template = importlib.resources.files("trl_ulma") / "templates" / "model_card.md.jinja"
+    with importlib.resources.as_file(template) as path:
+        card = ModelCard.from_template(
+            head,
+            template_path=str(path),
+            model_name=title,
+            base_model=head.base_model,
+            dataset_name=dataset_name,
+            method=METHODS[args.cell],
+            paper_title=paper["title"],
+            paper_id=paper["id"],
+            is_adapter=is_adapter,
+            takes_images=isinstance(plan.processing_class, ProcessorMixin),
+            is_chat=getattr(plan.processing_class, "chat_template", None) is not None,
+            location=location or title,
+            has_reference=plan.needs_reference,
+            reference=None if is_adapter else head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
+            data=_data_in_words(plan),
+            report=label_report and render_report(label_report),
+            length_normalize=args.length_normalize,
+            formulas=formulas(args.cell),
+            settings=_settings(args, model, processes),
+            metrics=metrics,
+            metrics_of=metrics_of,
+            versions=[(each, version(each)) for each in ("trl-ulma", "trl", "transformers", "torch", "datasets")],
+            citation=paper["citation"],
+            wandb_url=_wandb_url(),
+            trackio_url=get_trackio_space_url(),
+            comet_url=get_comet_experiment_url(),
+        )
+    card.save(file)
 
-    _cell: tuple[str, str]
-    _has_reference: bool
-    _label_report: dict[str, Any] | None
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Write README.md into `output_dir`, on the main process.
+def _data_in_words(plan: Any) -> str:
+    rows, *evaluated = plan.datasets
+    said = f"{len(rows):,} rows of one answer each" if isinstance(rows, Dataset) else "A stream of rows"
+    held_out = sum(len(each) for each in evaluated if isinstance(each, Dataset))
+    return said + (f"; evaluated on {held_out:,} others." if held_out else ".")
 
-        Args:
-            model_name: the title; default: the hub's or the folder's name.
-            dataset_name: what the rows are called.
-            tags: besides TRL's and the method's.
-        """
-        if not self.is_world_process_zero():
-            return
-        # The head links to data sets of the hub, which a file is not
-        hub_dataset = None if dataset_name is None or Path(dataset_name).exists() else dataset_name
-        super().create_model_card(model_name=model_name, dataset_name=hub_dataset, tags=tags)
-        file = Path(self.args.output_dir) / "README.md"
-        head = ModelCard.load(file, ignore_metadata_errors=True).data
-        is_adapter = is_peft_model(self.accelerator.unwrap_model(self.model))
-        name = model_name or (self.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1]
-        location = self.hub_model_id or name
-        metrics_of, metrics = _last_figures(self.state.log_history)
-        template = importlib.resources.files("trl_ulma") / "templates" / "model_card.md.jinja"
-        with importlib.resources.as_file(template) as path:
-            card = ModelCard.from_template(
-                head,
-                template_path=str(path),
-                model_name=name,
-                base_model=head.base_model,
-                dataset_name=dataset_name,
-                method=METHODS[self._cell],
-                paper_title=self._paper["title"],
-                paper_id=self._paper["id"],
-                is_adapter=is_adapter,
-                takes_images=isinstance(self.processing_class, ProcessorMixin),
-                is_chat=getattr(self.processing_class, "chat_template", None) is not None,
-                location=location,
-                has_reference=self._has_reference,
-                reference=None if is_adapter else head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
-                data=self._data_in_words(),
-                report=self._label_report and render_report(self._label_report),
-                length_normalize=self.args.length_normalize,
-                formulas=formulas(self._cell),
-                settings=self._settings(),
-                metrics=metrics,
-                metrics_of=metrics_of,
-                versions=[(each, version(each)) for each in ("trl-ulma", "trl", "transformers", "torch", "datasets")],
-                citation=self._paper["citation"],
-                wandb_url=_wandb_url(),
-                trackio_url=get_trackio_space_url(),
-                comet_url=get_comet_experiment_url(),
-            )
-        card.save(file)
 
-    def _data_in_words(self) -> str:
-        rows = self.train_dataset
-        said = f"{len(rows):,} rows of one answer each" if isinstance(rows, Dataset) else "A stream of rows"
-        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        held_out = sum(len(each) for each in evaluated if isinstance(each, Dataset))
-        return said + (f"; evaluated on {held_out:,} others." if held_out else ".")
-
-    def _settings(self) -> list[tuple[str, Any]]:
-        theirs = {f.name for f in dataclasses.fields(DPOConfig)} - {"beta"}
-        own = [f.name for f in dataclasses.fields(self.args) if f.name not in theirs]
-        processes = self.accelerator.num_processes
-        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
-        found = [(name, getattr(self.args, name)) for name in (*own, *_SHARED)]
-        found.append(("rows a step", batch))
-        model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(model):
-            adapter = model.active_peft_config
-            found.append(("adapter", str(getattr(adapter.peft_type, "value", adapter.peft_type))))
-            found += [
-                (name, getattr(adapter, name)) for name in ("r", "lora_alpha", "lora_dropout") if hasattr(adapter, name)
-            ]
-        return [(name, getattr(value, "value", value)) for name, value in found]
+def _settings(args: Any, model: Any, processes: int) -> list[tuple[str, Any]]:
+    theirs = {f.name for f in dataclasses.fields(DPOConfig)} - {"beta"}
+    own = [f.name for f in dataclasses.fields(args) if f.name not in theirs]
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    found = [(name, getattr(args, name)) for name in (*own, *_SHARED)]
+    found.append(("rows per step", batch))
+    if is_peft_model(model):
+        adapter = model.active_peft_config
+        found.append(("adapter", str(getattr(adapter.peft_type, "value", adapter.peft_type))))
+        found += [
+            (name, getattr(adapter, name)) for name in ("r", "lora_alpha", "lora_dropout") if hasattr(adapter, name)
+        ]
+    return [(name, getattr(value, "value", value)) for name, value in found]
 
 
 def formulas(cell: tuple[str, str]) -> str:

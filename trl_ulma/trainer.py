@@ -1,45 +1,65 @@
-"""PointwiseDPOTrainer and ULMATrainer: where point-wise learning meets TRL's `DPOTrainer`."""
+"""PointwiseDPOTrainer and ULMATrainer: where pointwise learning meets TRL's `DPOTrainer`."""
 
 # transformers declares the model, the dataset and the processing class of a trainer optional or of many kinds
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
 import copy
+import functools
+import shutil
 import textwrap
 import warnings
 from collections.abc import Callable
-from itertools import islice
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import get_config_model_id
 
-from trl_ulma.checkpoints import KeepsCheckpoints
-from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.estimating import FILE as LOG_Z_FILE
-from trl_ulma.estimating import EstimatesLogZ
-from trl_ulma.evaluating import EvaluatesRows
-from trl_ulma.judge import FILE as JUDGE_FILE
-from trl_ulma.judge import Judges
-from trl_ulma.likelihood.reference import ROW_KEYS, check_adapter, is_copied, summed
-from trl_ulma.log_partition import Observed
-from trl_ulma.losses import grid_loss, reward_slope
-from trl_ulma.metrics import RatioSums, masked, reward_ratios, token_ratios
-from trl_ulma.model_card import WritesModelCard
+from trl_ulma import model_card
+from trl_ulma.callbacks import Calls, Interruption
+from trl_ulma.checkpoints import WHOLE, checkpoint_to_resume, mark_whole, written_whole
+from trl_ulma.config import PointwiseDPOConfig, ULMAConfig, check_parallelism
+from trl_ulma.judge import Judge
+from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
+from trl_ulma.likelihood.noise import switch_off_noise
+from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_logps
+from trl_ulma.likelihood.proof import StartupProof, check_trainable
+from trl_ulma.likelihood.reference import (
+    ADAPTER,
+    NoReferenceModel,
+    Reference,
+    ReferenceIdentity,
+    copy_adapter,
+    plan_references,
+)
+from trl_ulma.likelihood.scorer import Scorer, bare_model
+from trl_ulma.likelihood.table import ROW_KEYS
+from trl_ulma.log_z import FILE as LOG_Z_FILE
+from trl_ulma.log_z import load_log_partition, make_log_partition, mismatched, save_log_partition, schedule_rate
+from trl_ulma.metrics import RatioSums, figures, ranking_figures
+from trl_ulma.objective import Objective
 from trl_ulma.rows.dataset_labels import show_report
+from trl_ulma.rows.filler import filled, is_real
+from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import PromptSampler
-from trl_ulma.starting import NO_REFERENCE, ChecksFirst
-from trl_ulma.steps import EvenStream, plan_references, real_rows
+from trl_ulma.saved import SETTINGS_FILE, SavedSettings
+from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
 
 logger = get_logger(__name__)
 
@@ -56,29 +76,28 @@ _PAPER = {
 }
 
 
-class PointwiseDPOTrainer(
-    KeepsCheckpoints, WritesModelCard, EvaluatesRows, Judges, EstimatesLogZ, ChecksFirst, DPOTrainer
-):
-    r"""Trainer for point-wise DPO: learns from absolute feedback, one answer at a time.
+class PointwiseDPOTrainer(DPOTrainer):
+    r"""Trainer for pointwise DPO: learns from absolute feedback, one answer at a time.
 
-    The loss of an optimiser step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
+    The loss of an optimizer step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
     processes: ℓ the row loss (`trl_ulma.losses`), w the row's `weight`, v its class weight.
 
-    A drop-in for `trl.DPOTrainer`, with the same arguments, of which differ:
+    A drop-in for `trl.DPOTrainer`, with the same arguments, except for:
 
     Args:
-        args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over.
+        args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over. The trainer works on a copy.
         train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
             `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`,
             `chat_template_kwargs`. Or pairs (`chosen`, `rejected`, with or without `prompt`), which become two rows
             each. With a vision-language model also `image` or `images` (PIL images, paths, or bytes), which are
             decoded and processed batch by batch.
-        eval_dataset: the same, or a dict of such data sets.
+        eval_dataset: the same, or a dict of such datasets.
         processing_class: the model's tokenizer, or its processor; rows with images need one.
         compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
 
     Raises:
-        ValueError: before any training, for rows or settings that can not be learned from.
+        ValueError: before any training, for rows or settings that cannot be learned from, and for a model whose
+            log-probabilities or reference are not right (`startup_checks`).
 
     Example:
         >>> from datasets import Dataset
@@ -90,16 +109,15 @@ class PointwiseDPOTrainer(
     loss_is_scaled_for_ga = True
 
     _tag_names = ["trl", "trl-ulma", "pointwise-dpo"]
-    _name = "Point-wise DPO"
+    _name = "Pointwise DPO"
     _paper = _PAPER
     _config_class: type[PointwiseDPOConfig] = PointwiseDPOConfig
     _needs_mask = False
-    _beside_weights = (JUDGE_FILE, LOG_Z_FILE)
 
     def __init__(
         self,
         model: Any,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: Any = None,
         args: DPOConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -117,11 +135,11 @@ class PointwiseDPOTrainer(
                 "out: the model as it is before training is the reference then."
             )
         if ref_model is None:
-            check_adapter(model)
-        args = self._own_config(model, args)
+            _check_adapter_name(model)
+        args = own_config(self._config_class, type(self).__name__, model, args)
         args.check_machine()
-        # All rows are read before a model is loaded, since what is wrong with them should not take minutes to be told
-        start = self._start(
+        # All rows are read before a model is loaded, so that what is wrong with them shows in seconds
+        self._plan = plan = make_plan(
             model,
             args,
             train_dataset,
@@ -129,81 +147,297 @@ class PointwiseDPOTrainer(
             processing_class,
             peft_config,
             data_collator,
+            needs_mask=self._needs_mask,
             has_own_metrics=compute_metrics is not None,
         )
-        args, processing_class, data_collator = start.args, start.processing_class, start.data_collator
-        train_dataset, eval_dataset = start.train_dataset, start.eval_dataset
-        self._label_report = show_report(train_dataset, args)
-        if ref_model is not None and not self._has_reference:
+        self._last_prepared: Any = None
+        self._label_report = show_report(plan.train_dataset, args)
+        if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
-
-        self._layout = "packed" if args.padding_free else "shared" if args.share_prompts else "padded"
-        precompute, padding_free = args.precompute_ref_log_probs, args.padding_free
-        args.padding_free = False  # DPOTrainer's own is switched off, and it would say so
-        if not self._has_reference:
-            # What keeps DPOTrainer from loading a reference model; `_precompute_ref_logps` computes nothing then
-            args.precompute_ref_log_probs = True
-            ref_model = None
-        elif ref_model is None and is_copied(model, peft_config, args):
+        self._reference_kind = _reference_kind(model, ref_model, args, peft_config, plan.needs_reference)
+        if self._reference_kind == "none":
+            ref_model = NoReferenceModel()
+        elif self._reference_kind == "copy" and _is_in_memory(model, args):
             ref_model = copy.deepcopy(model)
-        self._probe_rows = [] if self._layout == "padded" else list(islice(train_dataset, 4))
-        try:
-            super().__init__(
-                model=model,
-                ref_model=ref_model,
-                args=args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
-        finally:
-            args.precompute_ref_log_probs, args.padding_free = precompute, padding_free
-        self._make_log_partition(train_dataset, self._compared)
-        self.precompute_ref_logps = precompute and self._has_reference
+        if not isinstance(model, str) and peft_config is None:
+            check_trainable(model, "none")
+
+        # DPOTrainer says of its own padding_free that it is switched off
+        theirs = copy.copy(args)
+        theirs.padding_free = False
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=theirs,
+            data_collator=plan.data_collator,
+            train_dataset=plan.train_dataset,
+            eval_dataset=plan.eval_dataset,
+            processing_class=plan.processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
+        self.args.padding_free = args.padding_free
+        plan.args = self.args
+        if self._reference_kind == "none":
+            self.ref_model = None
+        if self.ref_model is None:
+            self._reference.release()  # what DPOTrainer lets go of when all rows have been asked for
+        if args.disable_dropout:
+            switch_off_noise(self.model)
+        asked_later = self._reference.kind if not args.precompute_ref_log_probs else "none"
+        check_trainable(self.model, asked_later)
+        # DPOTrainer would precompute for what it evaluates; `evaluate` does
+        self.precompute_ref_logps = False
+        self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
+
+        self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef)
+        self.log_partition = self._new_log_partition()
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
+        self.evaluated: np.ndarray = np.empty((0, 3))
         self._rows_in_step: torch.Tensor | int | None = None
+        self._resumed_identity: ReferenceIdentity | None = None
+        self._train_sampler: Any = None
+        self.interruption = Interruption(self.accelerator)
+        self.add_callback(self.interruption)
+        self.add_callback(
+            Calls(self._on_train_begin, lambda: self._checks.end(self.model_wrapped), self._on_epoch_begin)
+        )
+
+    @classmethod
+    def dry_run(
+        cls,
+        model: Any,
+        args: DPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        peft_config: Any = None,
+    ) -> TrainingPlan:
+        """What the constructor does before it loads a model: settings and rows are checked, and rows are prepared.
+
+        Arguments are the constructor's. What the machine lacks for a setting is left to the one that will train.
+
+        Raises:
+            ValueError: for rows or settings that cannot be learned from.
+        """
+        own = own_config(cls._config_class, cls.__name__, model, args)
+        return make_plan(
+            model, own, train_dataset, eval_dataset, processing_class, peft_config, needs_mask=cls._needs_mask
+        )
+
+    # The collaborators
+
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        """Made when it is first needed, which is while DPOTrainer sets up, if log π_ref is precomputed."""
+        scorer = Scorer(self._plan.layout)
+        scorer.choose_layout(self.model)
+        return scorer
+
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        kind = self._reference_kind
+        if kind == "adapter":
+            if ADAPTER in self.model.peft_config:
+                copy_adapter(self.model)
+            else:  # TRL tells why it has not made one
+                kind = "adapter_off"
+        model = self.ref_model if kind in ("given", "copy") else None
+        if kind == "copy" and model is None:  # until it is trained, the policy is what it is compared with
+            model = self._precomputing_policy
+        name, revision = self._reference_name(model)
+        return Reference(kind, self._scorer, model, name=name, revision=revision, autocast=self.accelerator.autocast)
+
+    def _reference_name(self, model: Any) -> tuple[str, str | None]:
+        if self._reference_kind == "none":
+            return "", None
+        bare = bare_model(self.model if model is None else model)
+        revision = (self.args.model_init_kwargs or {}).get("revision") if self._reference_kind != "given" else None
+        return get_config_model_id(bare.config), revision
+
+    def _new_log_partition(self) -> Any:
+        choice = self.args.log_z
+        compared = self._plan.compared(self.train_dataset) if choice == "prior" else None
+        # OPT-350m projects its states to another width for them
+        hidden_size = self.model.config.get_text_config().hidden_size
+        hidden_size = getattr(self.model.get_output_embeddings(), "in_features", hidden_size)
+        if choice == "learned" and getattr(self._plan.peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                "log_z='learned' reads the prompt's hidden state, which adapters that put virtual tokens before the "
+                "rows do not leave where it is. Set log_z='learned_constant', or train with LoRA."
+            )
+        return make_log_partition(self.args, self.train_dataset, compared, hidden_size, self.accelerator.device)
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether any row is compared with a reference; without one there are no rewards."""
+        return self._plan.needs_reference
+
+    # Before the first step, and after the last
+
+    @functools.cached_property
+    def _checks(self) -> TrainingChecks:
+        model = bare_model(self.model)
+        exact = self.accelerator.mixed_precision == "no" and model.dtype in (torch.float32, torch.float64)
+        # Products of quantized weights are rounded, whatever the others are in
+        exact = exact and getattr(model.config, "quantization_config", None) is None
+        is_quiet = self.args.disable_dropout and self.args.neftune_noise_alpha is None
+        return TrainingChecks(
+            StartupProof(self._scorer, self._reference, exact=exact, is_quiet=is_quiet),
+            lambda rows: self._prepare_inputs(self.data_collator(rows)),
+            self.compute_loss_context_manager,
+            self._probe_tokens,
+            is_on=self.args.startup_checks,
+        )
+
+    @functools.cached_property
+    def _probe_tokens(self) -> torch.Tensor:
+        embeddings = self.model.get_input_embeddings()
+        size = getattr(embeddings, "num_embeddings", len(tokenizer_of(self.processing_class)))
+        return probe_tokens(tokenizer_of(self.processing_class), size).to(self.accelerator.device)
+
+    def _check_start(self, policy: Any) -> None:
+        self._checks.start(
+            policy,
+            self.train_dataset,
+            at_start=self.state.global_step == 0,
+            is_moving=self.args.sync_ref_model,
+            resumed=self._resumed_identity,
+        )
+
+    def _on_train_begin(self) -> None:
+        self._sums.reset()  # of a try that ran out of memory
+        self.log_partition.take_sums()
+        self._check_start(self.model_wrapped)
+
+    def _on_train_end(self) -> None:
+        self._checks.end(self.model_wrapped)
+
+    def _on_epoch_begin(self, epoch: int) -> None:
+        # accelerate does not reach a sampler behind batches that are skipped
+        if self._train_sampler is not None:
+            self._train_sampler.set_epoch(epoch)
 
     # Data
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset if self._is_own(dataset) else self._plan.prepare(dataset, dataset_name)
+
+    def _is_own(self, dataset: Any) -> bool:
+        """Whether a dataset is one that this trainer has prepared for itself."""
+        held = getattr(self, "eval_dataset", None)
+        own = [*self._plan.datasets, getattr(self, "train_dataset", None), self._last_prepared]
+        own += held.values() if isinstance(held, dict) else [held]
+        return any(dataset is each for each in own)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = [
-                *("prompt_ids", "completion_ids", "label", "sft_mask", "label_type"),
+                *("prompt_ids", "completion_ids", "completion_mask", "label", "sft_mask", "label_type"),
                 *("log_z", "weight", "ref_logps", "row", "length"),
                 *("prompt_text", "prompt_images", "image_key"),
             ]
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self._layout != "shared" or not isinstance(rows, Dataset) or self.args.train_sampling_strategy != "random":
+        if self._plan.layout != "shared" or not isinstance(rows, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PromptSampler(prompts, [label >= 0.5 for label in rows["label"]], seed)
+        return PromptSampler(prompts, [label >= 0.5 for label in rows["label"]], self._order_seed)
 
-    def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
-        processes = self.accelerator.num_processes
-        if isinstance(dataset, IterableDataset) and processes > 1:
-            dataset = EvenStream(dataset, batch_size * processes)
-        return super()._get_dataloader(dataset, description, batch_size, *args, **kwargs)
+    @property
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ):
+        is_stream = isinstance(dataset, IterableDataset)
+        rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
+        if self.accelerator.num_processes > 1 and (is_stream or not (self.args.dataloader_drop_last or rebalances)):
+            size = batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
+            rows = dataset if is_stream else self._remove_unused_columns(dataset, description=description)
+            order = sampler_fn if is_training else None
+            dataset, sampler_fn = filled(rows, order, size=size, seed=self._order_seed)
+            if is_training and sampler_fn is not None and not is_stream:
+                self._train_sampler = sampler_fn(rows)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    # The reference
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if not self._plan.needs_reference:
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
+        if has_ref_logps(dataset):
+            return dataset
+        reference = self._reference
+        if not reference.is_live and reference.kind == "copy" and self.state.global_step == 0:
+            # The policy is what it is compared with, until it is trained
+            reference = Reference("copy", self._scorer, self._precomputing_policy, autocast=self.accelerator.autocast)
+        if not reference.is_live:
+            raise ValueError(
+                "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
+                f"the {name} dataset cannot be compared with it. Pass it to the trainer as an eval_dataset, or pass a "
+                "ref_model, or set precompute_ref_log_probs=False."
+            )
+        # Evaluation sets may be called "train"
+        is_trained_on = dataset is self.train_dataset and "ref_logps" not in dataset.column_names
+        return with_ref_logps(
+            dataset,
+            self._plan.compared(dataset) if is_trained_on else np.ones(len(dataset), dtype=bool),
+            reference=reference,
+            policy=self._precomputing_policy,
+            collate=self.data_collator,
+            accelerator=self.accelerator,
+            key=cache_key(reference, self._precomputing_policy, self._probe_tokens, self.accelerator),
+            batch_size=batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            what=f"Asking the reference of the {name} dataset",
+        )
+
+    @functools.cached_property
+    def _precomputing_policy(self) -> Any:
+        """The policy before Trainer prepares it: DeepSpeed must place and gather its parameters."""
+        return prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As `DPOTrainer.evaluate`. The trainer's own datasets can be passed, too, after training as well."""
+        if isinstance(eval_dataset, dict):
+            found = {}
+            for name, dataset in eval_dataset.items():
+                found |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared_to_evaluate(eval_dataset, "eval")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _prepared_to_evaluate(self, dataset: Any, name: str) -> Any:
+        prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
+        if self._is_precomputed:
+            batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+            prepared = self._precompute_ref_logps(prepared, name, batch_size)
+        self._last_prepared = prepared
+        return prepared
 
     # The loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of an optimiser step, and the number of its real rows over all processes."""
+        """The micro-batches of an optimizer step, and the number of its real rows over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None  # the stream has ended, for all processes
         rows = 0
-        for i, batch in enumerate(batches):
-            real = real_rows(batch, self.accelerator, is_last=i == len(batches) - 1)
+        for batch in batches:
+            real = is_real(batch)
             rows += int(real.sum())
             batch["real"] = real.to(batch["label"].device)
         if len(batches) < num_batches:
@@ -211,22 +445,24 @@ class PointwiseDPOTrainer(
             # first step of its next epoch
             nothing = {**batches[-1], "real": torch.zeros_like(batches[-1]["real"])}
             batches += [nothing] * (num_batches - len(batches))
-        # Where demonstrations have no log-ratio, their rewards are computed for the logs alone
-        compares_all = self._cell == ("pointwise_dpo", "pointwise_dpo")
-        if self._has_reference and not (self.precompute_ref_logps or compares_all or self._step_is_logged()):
-            compared = [self._terms(b["label"], b["sft_mask"], b.get("continuous")).compared for b in batches]
+        # If demonstrations have no log-ratio, their rewards are computed for the logs alone
+        compares_all = self.args.cell == ("pointwise_dpo", "pointwise_dpo")
+        if self._plan.needs_reference and not (self._is_precomputed or compares_all or self._step_is_logged()):
+            compared = [self._objective.terms(batch).compared for batch in batches]
             plan_references(batches, compared, at_least_one=self._is_sharded)
         if self.accelerator.num_processes == 1:
-            self.interruption.agreed = self.interruption.noticed
             return batches, rows
-        count = torch.tensor([float(rows), float(self.interruption.noticed)], device=self.accelerator.device)
-        count = self.accelerator.reduce(count, "sum")
-        # A process that was interrupted must not leave the others waiting
-        self.interruption.agreed = bool(count[1] > 0)
-        return batches, count[0] / self.get_tp_size()
+        total: Any = self.accelerator.reduce(torch.tensor(float(rows), device=self.accelerator.device), "sum")
+        return batches, total
+
+    @functools.cached_property
+    def _is_sharded(self) -> bool:
+        """Whether a forward is a collective of all processes."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def _step_is_logged(self) -> bool:
-        """Whether the optimiser step that begins will be logged; alike on all processes."""
+        """Whether the optimizer step that begins will be logged; alike on all processes."""
         if self.args.logging_strategy == IntervalStrategy.EPOCH:
             return self.accelerator.gradient_state.end_of_dataloader
         step = self.state.global_step + 1
@@ -249,7 +485,9 @@ class PointwiseDPOTrainer(
                 f"loss that is not finite: {wrong}. Look at these rows, lower the learning rate, or train in fp32."
             )
         if self.accelerator.sync_gradients:
-            self._update_log_partition()
+            sums = self.log_partition.take_sums()
+            if sums is not None:
+                self.log_partition.update(self.accelerator.reduce(sums, "sum"), schedule_rate(self.optimizer))
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -260,89 +498,272 @@ class PointwiseDPOTrainer(
         inputs = dict(inputs)
         asked = inputs.pop("asked", None)
         rows = {name: inputs.pop(name) for name in ROW_KEYS if name in inputs}
-        label, sft_mask = rows["label"], rows["sft_mask"]
-        continuous = rows.get("continuous", torch.full_like(sft_mask, self._rules.label_type == "continuous"))
-        terms = self._terms(label, sft_mask, continuous)
-        if not (self._has_reference or self.model.training) and terms.compared.any():  # of a stream, seen only now
-            raise ValueError(NO_REFERENCE.format("evaluated"))
-        completion_mask = inputs["completion_mask"]
-        tokens = completion_mask[:, 1:].sum(1)
-
-        # MoE models return their auxiliary loss where they are asked for router logits
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        real = rows.get("real", torch.ones_like(sft_mask))
+        if not (self._plan.needs_reference or self.model.training) and self._objective.terms(rows).compared.any():
+            raise ValueError(NO_REFERENCE.format("evaluated"))  # of a stream, seen only now
+        real = rows.get("real", torch.ones_like(rows["sft_mask"]))
         if self.args.log_z == "batch_kl" and self.model.training:
             self._set_batch_kl(model, inputs, real, rows.get("image_key"))
-        outputs = self._scorer(model, inputs, prompt_states=self.log_partition.needs_prompt_states, **router)
-        policy_logps = summed(outputs.log_probs)
-        ref_logps = self._ref_logps(inputs, rows, asked).to(policy_logps)
-        if self.args.length_normalize:
-            policy_logps, ref_logps = policy_logps / tokens.clamp(min=1), ref_logps / tokens.clamp(min=1)
-        log_z = rows.get("log_z")
-        if log_z is None:
-            if self.args.log_z == "column":
-                raise ValueError("log_z='column' needs a column log_z, in nats, in every row; a batch has none.")
-            log_z = self.log_partition(continuous, outputs.prompt_states)
-        log_z = log_z.to(policy_logps)
-        losses = grid_loss(
-            policy_logps,
-            ref_logps,
-            label,
-            terms,
-            continuous,
-            beta=self.beta,
-            log_z=log_z,
-            sft_weight=getattr(self.args, "sft_weight", 1.0),
-        )
-
-        chosen = torch.where(continuous, sft_mask, label >= 0.5)
-        weight = torch.where(chosen, self.args.desirable_weight, self.args.undesirable_weight)
-        weighted = losses.total * weight * rows.get("weight", 1.0)
-        self._row_losses = (rows.get("row", torch.full_like(label, -1)), weighted.detach())
-        loss = torch.where(real, weighted, torch.zeros_like(weighted)).sum()
-        size = real.sum()
-        aux_loss = None
-        if self.aux_loss_enabled:
-            aux_loss = outputs.aux_loss.expand_as(policy_logps)
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss * size
-            weighted = weighted + self.router_aux_loss_coef * aux_loss
+        # MoE models return their auxiliary loss if they are asked for router logits
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        states = self.log_partition.needs_prompt_states
+        policy = self._scorer(model, inputs, statistics=True, prompt_states=states, **router)
+        ref_logps = self._ref_logps(model, inputs, rows, asked)
+        # If only some rows are asked for their reference, their rewards would stand for all
+        found = self._objective(policy, ref_logps, rows, inputs, self.log_partition, all_rewarded=asked is None)
+        self._row_losses = (rows.get("row", torch.full_like(rows["label"], -1)), found.weighted.detach())
+        self._sums.add(found.ratios, real)
+        if self.model.training:
+            self.log_partition.observe(found.observed, found.continuous, policy.prompt_states)
+        else:
+            evaluated = torch.stack([found.rewards.double(), rows["label"].double(), found.continuous.double()], 1)
+            self._evaluated.append(evaluated[real].cpu())
         if self._rows_in_step is None:
-            loss = loss / size.clamp(min=1)
+            loss = found.total / real.sum().clamp(min=1)
         else:
             # Gradients are averaged over the processes, and the sum is wanted
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size()) / self._rows_in_step
+            loss = found.total * self.accelerator.num_processes / self._rows_in_step
+        predictions = found.rewards if self._plan.needs_reference else found.policy_logps
+        return (loss, {"predictions": predictions.detach(), "label": rows["label"]}) if return_outputs else loss
 
-        with torch.no_grad():
-            ratios = {
-                "loss": (weighted, torch.ones_like(weighted)),
-                "loss/sft": masked(losses.sft, terms.imitated),
-                "loss/unlearning": masked(losses.unlearning, terms.unlearned),
-                "loss/preference": masked(losses.preference, terms.compared),
-                "logps/chosen": masked(policy_logps, chosen),
-                "logps/rejected": masked(policy_logps, ~chosen),
-                **token_ratios(outputs.entropy, outputs.mean_logits, outputs.is_top1, completion_mask[:, 1:], chosen),
-                "num_tokens": (inputs["attention_mask"].sum(1).to(policy_logps), torch.ones_like(policy_logps)),
-            }
-            # Where only some rows are asked for their reference, their rewards would stand for all
-            if asked is None:
-                log_ratio = policy_logps - ref_logps
-                ratios.update(reward_ratios(losses.rewards, log_ratio, log_z, label, chosen, continuous))
-            if aux_loss is not None:
-                ratios["aux_loss"] = (aux_loss, torch.ones_like(aux_loss))
-            if self.model.training:
-                slope = reward_slope(losses.rewards, label, continuous) * weight * rows.get("weight", 1.0)
-                seen = Observed(terms.compared & real, policy_logps - ref_logps, slope)
-                self.log_partition.observe(seen, continuous, outputs.prompt_states)
-            else:
-                found = torch.stack([losses.rewards.double(), label.double(), continuous.double()], 1)
-                self._evaluated.append(found[real].cpu())
-            self._sums.add(ratios, real)
-        predicted = losses.rewards if self._has_reference else policy_logps
-        return (loss, {"predictions": predicted.detach(), "label": label}) if return_outputs else loss
+    def _ref_logps(self, model: Any, inputs: dict, rows: dict, asked: Any) -> torch.Tensor:
+        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for."""
+        if "ref_logps" in rows:
+            return rows["ref_logps"]
+        if self._is_precomputed:
+            raise ValueError(
+                "precompute_ref_log_probs=True has put the log-probabilities into the column ref_logps, and the "
+                "data_collator leaves it out. Have it pass ref_logps on, as DataCollatorForPointwisePreference does."
+            )
+        if not self._plan.needs_reference:
+            return torch.full_like(rows["label"], torch.nan)
+        return self._reference.logps_of(model, inputs, asked)
+
+    @torch.no_grad()
+    def _set_batch_kl(self, model: Any, inputs: dict, real: torch.Tensor, image_key: torch.Tensor | None) -> None:
+        """Estimate KL(π_θ‖π_ref) on this micro-batch's prompts with other rows' completions, on all processes alike."""
+        names = ("input_ids", "attention_mask", "completion_mask")
+        text, counts = mismatched({name: inputs[name] for name in names}, real, image_key)
+        batch = {**inputs, **text}  # the images stay with their prompts
+        log_ratio = self._scorer(model, batch).logps - self._reference.logps(model, batch)
+        if self.args.length_normalize:
+            log_ratio = log_ratio / batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
+        sums = torch.stack([torch.where(counts, log_ratio, 0.0).sum(), counts.sum().to(log_ratio)])
+        total, count = self.accelerator.reduce(sums, "sum")
+        self.log_partition.set_kl(total, count)
+
+    # Evaluation, and figures
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
+        inputs = self._prepare_inputs(inputs)
+        if not self._checks.is_done:
+            self._check_start(model)
+        inputs["real"] = is_real(inputs).to(self.accelerator.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs["predictions"], outputs["label"]
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As `Trainer.evaluation_loop`; every figure is a ratio of sums over the whole dataset."""
+        training, self._sums = self._sums, RatioSums(self.accelerator.device)
+        self._evaluated = []
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
+            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+        finally:
+            self._sums = training
+        found.pop("num_tokens", None)
+        everything = torch.cat(gather_object([torch.cat(self._evaluated)]))
+        self.evaluated = everything.numpy()
+        rewards, label, continuous = everything.unbind(1)
+        found.update(ranking_figures(rewards, label, continuous.bool()))
+        if output.metrics is not None:
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Implicit rewards (`predictions`, `(N,)`; without a reference log π_θ), labels (`label_ids`) and `metrics`.
+
+        Args:
+            test_dataset: raw rows, as the trainer takes them.
+            ignore_keys: as in `Trainer.predict`.
+            metric_key_prefix: begins the metrics' names.
+        """
+        test_dataset = self._prepared_to_evaluate(test_dataset, metric_key_prefix)
+        return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # By their names, since the last log finds the model as an evaluation left it
+        if "loss" in logs or "train_loss" in logs:
+            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+            found.pop("loss", None)  # Trainer's own figure is the same sum
+            self._total_train_tokens += int(found.pop("num_tokens", 0))
+            logs.update(found)
+            logs["num_tokens"] = self._total_train_tokens
+            self._sums.reset()
+        super().log(logs, start_time)
+
+    def score(self, dataset: Dataset) -> Dataset:
+        """What the policy thinks of each row, see `trl_ulma.judge.Judge.score`.
+
+        Args:
+            dataset: raw rows as the trainer takes them, with or without `label`.
+
+        Raises:
+            TypeError: for what is no `Dataset`.
+            ValueError: for rows that cannot be scored, or a model without a reference.
+        """
+        if not self._plan.needs_reference:
+            raise ValueError(
+                f"A reward needs a reference model; with {self.args.method} no row is compared with one, so that none "
+                "was loaded."
+            )
+        judge = Judge(
+            self.saved_settings(),
+            self.processing_class,
+            self._rewards,
+            positions=self._plan.positions,
+            num_proc=self.args.dataset_num_proc,
+        )
+        return judge.score(dataset, invalid_rows=self.args.invalid_rows)
+
+    def _rewards(self, prepared: Dataset) -> np.ndarray:
+        """`(N,)` implicit rewards of prepared rows."""
+        compute_metrics, self.compute_metrics = self.compute_metrics, None
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.prediction_loss_only = self.args.dataloader_drop_last = False
+        try:
+            predictions = self.predict(prepared, metric_key_prefix="score").predictions
+        finally:
+            self.compute_metrics, self.args = compute_metrics, args
+        return np.asarray(predictions, dtype=np.float64)
+
+    # Checkpoints, and what goes with the weights
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end,
+        and if there is none, training starts afresh.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, when the step that was running is done and a checkpoint is written.
+            ValueError: if the checkpoint's weights are pickled, or its reference is another one.
+        """
+        loading = self.args.model_init_kwargs
+        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
+        self._resumed_identity = None if resume is None else self._identity_in(resume)
+        with self.interruption:
+            result = super().train(resume, *args, **kwargs)
+            if self.interruption.agree() and not self.args.load_best_model_at_end:
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                if not (folder / WHOLE).exists():
+                    self._save_checkpoint(self.model, trial=None)
+        if self.interruption.agreed:
+            # What follows a training is not for one that was stopped
+            raise KeyboardInterrupt
+        return result
+
+    def _identity_in(self, checkpoint: str) -> ReferenceIdentity | None:
+        """What a checkpoint's reference is known by; None if it has none, or does not say."""
+        if self.args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model=True moves the reference while training, and checkpoints do not hold it: a resumed run "
+                "would go on with another reference. Train in one go, or set sync_ref_model=False."
+            )
+        file = Path(checkpoint) / SETTINGS_FILE
+        before = SavedSettings.read(file).reference if file.exists() else None
+        return before if before is not None and before.logps else None
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with written_whole(self.args, folder, lambda: self.state.best_model_checkpoint):
+            super()._save_checkpoint(model, trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # What is pushed is whole: Trainer copies and uploads what it knows, and before the mark is set
+        self.accelerator.wait_for_everyone()
+        folder = Path(checkpoint_folder)
+        if self.args.should_save:
+            mark_whole(folder)
+            for name in (SETTINGS_FILE, LOG_Z_FILE):
+                if (folder / name).exists():
+                    shutil.copy(folder / name, str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self._checks.is_done:  # before any training
+            self._check_start(self.model_wrapped)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.saved_settings().write(folder)
+            save_log_partition(self.log_partition, folder)
+        super().save_model(output_dir, _internal_call)
+
+    def saved_settings(self) -> SavedSettings:
+        """What scores depend on besides the weights, as it is saved with them."""
+        args, rules = self.args, self._plan.rules
+        return SavedSettings(
+            beta=args.beta,
+            label_type=args.label_type,
+            length_normalize=args.length_normalize,
+            log_z=args.log_z,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            assistant_only_loss=args.assistant_only_loss,
+            chat=args.chat,
+            system_message=args.system_message,
+            label_transform=rules.transform,
+            sft_threshold=rules.sft_threshold,
+            dtype=str(bare_model(self.model).dtype).removeprefix("torch."),
+            mixed_precision=self.accelerator.mixed_precision,
+            reference=self._checks.identity or ReferenceIdentity("none"),
+            trl_ulma=version("trl-ulma"),
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_log_partition(self.log_partition, checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        load_log_partition(self.log_partition, self.state.best_model_checkpoint)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Write README.md into `output_dir`, on the main process.
+
+        Args:
+            model_name: the title; default: the hub's or the folder's name.
+            dataset_name: what the rows are called.
+            tags: besides TRL's and the method's.
+        """
+        if not self.is_world_process_zero():
+            return
+        # The head links to datasets of the hub, which a file is not
+        hub_dataset = None if dataset_name is None or Path(dataset_name).exists() else dataset_name
+        super().create_model_card(model_name=model_name, dataset_name=hub_dataset, tags=tags)
+        model_card.write(
+            self.args,
+            model=self.accelerator.unwrap_model(self.model),
+            plan=self._plan,
+            processes=self.accelerator.num_processes,
+            log_history=self.state.log_history,
+            label_report=self._label_report,
+            paper=self._paper,
+            title=model_name or (self.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1],
+            location=self.hub_model_id,
+            dataset_name=dataset_name,
+        )
 
 
 class ULMATrainer(PointwiseDPOTrainer):
-    r"""Trainer for ULMA: learns demonstrations (SFT) and noisy feedback (KL-regularised) in one loss.
+    r"""Trainer for ULMA: learns demonstrations (SFT) and noisy feedback (KL-regularized) in one loss.
 
     Demonstrations are the rows whose `sft_mask` is True; in data without that column, the rows with label 1, or with a
     continuous label of `sft_threshold` and above. `positive_loss` and `negative_loss` of `ULMAConfig` choose any other
@@ -359,3 +780,32 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
+
+
+def _check_adapter_name(model: Any) -> None:
+    """Raise ValueError if a PEFT model would train another adapter than the one that its reference is a copy of."""
+    if isinstance(model, str) or not is_peft_model(model):
+        return
+    active = model.active_adapters
+    if active != ["default"]:
+        raise ValueError(
+            f"The model trains its adapter {', '.join(active)}, and the reference is a copy of the one that is called "
+            "default. Load the adapter under that name (as without adapter_name), or pass a ref_model."
+        )
+
+
+def _reference_kind(model: Any, ref_model: Any, args: PointwiseDPOConfig, peft_config: Any, is_needed: bool) -> str:
+    """What the reference will be, see `ReferenceIdentity`."""
+    if not is_needed:
+        return "none"
+    if ref_model is not None:
+        return "given"
+    if peft_config is not None:
+        return "adapter_off"
+    return "adapter" if not isinstance(model, str) and is_peft_model(model) else "copy"
+
+
+def _is_in_memory(model: Any, args: PointwiseDPOConfig) -> bool:
+    """Whether the reference is copied from a model in memory, which DPOTrainer would load anew from where it once came
+    from. Under ZeRO-3 there are parts of it only."""
+    return not (isinstance(model, str) or args.precompute_ref_log_probs or is_deepspeed_zero3_enabled())

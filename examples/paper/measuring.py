@@ -19,13 +19,14 @@ from trl_ulma.evaluation.held_out import HeldOut, Question, known_comparisons
 from trl_ulma.evaluation.implicit_reward import binary_figures, continuous_figures, implicit_reward
 from trl_ulma.evaluation.judges import Comparison, Judge, ProfanityJudge, RewardModelJudge, Verdict
 from trl_ulma.evaluation.llm_judge import LLMJudge
-from trl_ulma.evaluation.logps import completion_logps, load_model, load_tokenizer, positions, prompt_states
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.rates import mean_points
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Server
 from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.table import completion_logps, prompt_states
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import load_model, load_tokenizer, positions
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
 

@@ -23,8 +23,9 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from trl_ulma import ULMAConfig, ULMATrainer
-from trl_ulma.checkpoints import KeepsCheckpoints
-from trl_ulma.evaluation.logps import adapter_base
+from trl_ulma.callbacks import Interruption
+from trl_ulma.checkpoints import checkpoint_to_resume, written_whole
+from trl_ulma.saved import adapter_base
 from trl_ulma.scripts.options import OptionParser
 from trl_ulma.scripts.training import STOPPED, train
 
@@ -42,14 +43,26 @@ class Interrupted(Exception):
     """Training was stopped, with a checkpoint to go on from."""
 
 
-class _Resumes(KeepsCheckpoints):
+class _Resumes(Trainer):
     """A trainer of TRL or transformers that resumes from its last whole checkpoint, and stops at Ctrl-C with one."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        noticed = torch.tensor(float(self.interruption.noticed), device=self.accelerator.device)
-        self.interruption.agreed = bool(self.accelerator.reduce(noticed, "sum") > 0)
-        return loss
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.interruption = Interruption(self.accelerator)
+        self.add_callback(self.interruption)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), None)
+        with self.interruption:
+            result = super().train(resume, *args, **kwargs)
+        if self.interruption.agreed:
+            raise KeyboardInterrupt
+        return result
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with written_whole(self.args, folder, lambda: self.state.best_model_checkpoint):
+            super()._save_checkpoint(model, trial)
 
 
 class _DPO(_Resumes, DPOTrainer):

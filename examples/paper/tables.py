@@ -19,7 +19,7 @@ from trl_ulma.evaluation import figures
 from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.judging import is_above_chance
-from trl_ulma.evaluation.rates import mean_points
+from trl_ulma.evaluation.rates import POINTS, mean_points
 from trl_ulma.evaluation.report import shown, table
 
 TABLES = (
@@ -125,19 +125,19 @@ class _Scale:
         agreed = self.agreement(data, judge)
         runs = [run for group in chosen.values() for run in group.runs.values() if judge in run["judged"]]
         verdicts = [verdict for run in runs for verdict in run["judged"][judge]["verdicts"]]
-        unparsable = verdicts.count("unparsable")
+        unjudged = sum(Verdict(verdict) not in POINTS for verdict in verdicts)
         criterion = runs[0]["judged"][judge]["criterion"]
-        counted = f" {unparsable} of its {len(verdicts)} verdicts could not be parsed and are in no share."
+        counted = f" {unjudged} of its {len(verdicts)} comparisons were not judged and are in no share."
         if agreed is None:
             return f"{judge} ({criterion}): its agreement with known labels is not known, so no ranking is claimed." + (
-                counted if unparsable else ""
+                counted if unjudged else ""
             )
         said = (
             f"{judge} ({criterion}) agrees with the data's own labels on {shown(agreed, '.1%')} of {agreed.n} pairs of "
             "held-out answers, a tie counted half"
         )
         said += "." if is_above_chance(agreed) else ": near chance, so no ranking by it is claimed."
-        return said + (counted if unparsable else "")
+        return said + (counted if unjudged else "")
 
     def _verdicts(self, data: str) -> Iterator[str]:
         chosen = {method: group for method, group in self.groups(data).items() if method in MAIN}

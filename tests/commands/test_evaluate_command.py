@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
-from servers import LoopbackServer, make_parrot, said, transformers_serve
+from servers import REFUSALS, LoopbackServer, groq, make_parrot, mistral, reasoning_model, said, transformers_serve
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 from world import make_rows, make_trainer
@@ -20,10 +20,10 @@ from trl_ulma.data.files import load_rows
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.evaluation.as_trained import as_trained
 from trl_ulma.evaluation.held_out import HeldOut
-from trl_ulma.evaluation.logps import as_reference, completion_logps, load_model, load_tokenizer
-from trl_ulma.judge import JudgeSettings
 from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.likelihood.table import completion_logps
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import SavedSettings, as_reference, load_model, load_tokenizer
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.evaluate import make_parser
 from trl_ulma.scripts.training import TEST_SPLIT_SIZE
@@ -109,12 +109,16 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     # The judge always says "1": whatever it is shown, its two orders disagree, which is a tie, and it ranks nothing
     judge = next(each for each in facts["judges"] if each["judge"] == parrot)
     assert judge["agreement"]["value"] == 0.5
-    assert judge["comparisons"] == judge["orders_disagree"] == 6 + 3 * 6
-    assert judge["unparsable"] == 0
+    assert [run["name"] for run in facts["models"]][2:] == [parrot.split("/")[-1], "tiny-llama (base)"]
+    assert judge["comparisons"] == judge["orders_disagree"] == 6 + 4 * 6
+    assert judge["not_judged"] == {}
+    assert judge["replies"] == {"first": 60, "second": 0, "tie": 0}
     for run in facts["models"]:
-        assert run["judged"][parrot]["harmless"]["counts"] == {"win": 0, "tie": 6, "lose": 0, "unparsable": 0}
+        found = run["judged"][parrot]["harmless"]
+        assert {verdict: count for verdict, count in found["counts"].items() if count} == {"tie": 6}
+        assert (found["unjudged"], found["unanswered"]) == ({}, 0)
     served = facts["models"][2]
-    assert served["answers"] == {"prompts": 6, "cut_at_max_new_tokens": 0, "empty": 0}
+    assert served["answers"] == {"prompts": 6, "cut_at_max_new_tokens": 0, "empty": 0, "refused": {}, "changes": []}
     answers = [
         json.loads(line)["answer"] for line in next((report / "answers").glob("*parrot*")).read_text().splitlines()
     ]
@@ -127,9 +131,13 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     text = (report / "report.md").read_text()
     assert "which is not above chance: no ranking is claimed" in text
     assert "6 prompts are too few to conclude from; 200 are a beginning." in text
+    assert "**ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in text
+    assert "100.0% of them name the one shown first" in text
     assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
     assert text in capsys.readouterr().out
-    for name in (*facts["pictures"], "training", "labels", "calibration", "verdicts-1-harmless"):
+    assert facts["pictures"] == ["training"]
+    assert len(facts["not_drawn"]) == 4
+    for name in ("training", "training-dark"):
         assert (report / f"{name}.png").stat().st_size > 1000
         assert (report / f"{name}.svg").is_file()
     for file in report.rglob("*"):
@@ -143,12 +151,186 @@ def test_a_second_run_asks_the_judge_nothing_and_says_the_same(adapters, rows, t
     try:
         assert main(argv) == 0
         asked, text = len(server.requests), (tmp_path / "report.md").read_text()
-        assert asked == 2 * 2 * (3 + 3)  # two criteria, two orders, known pairs and answers
+        assert asked == 2 * 2 * (3 + 2 * 3)  # two criteria, two orders, known pairs and answers of two models
         assert main(argv) == 0
         assert len(server.requests) == asked
         assert (tmp_path / "report.md").read_text() == text
     finally:
         server.stop()
+
+
+# Servers and judges as they are
+
+
+@pytest.fixture
+def served():
+    """A server that answers as a model and judges fairly, and its requests."""
+
+    def answer(prompt):
+        text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+        if "<answer number=" not in text:
+            return said("I am fine, as a model.")
+        first = text.split('<answer number="1">')[1].split("</answer>")[0]
+        second = text.split('<answer number="2">')[1].split("</answer>")[0]
+        if "as a model" in first + second:
+            return said("VERDICT: TIE")
+        return said(f"VERDICT: {1 if 'fine' in first else 2} (it is kinder)")
+
+    server = LoopbackServer(answer)
+    yield server
+    server.stop()
+
+
+def serve_argv(rows, output, server):
+    argv = ["evaluate", "--dataset", rows, "--split", "train", "--output", str(output), "--criterion", "helpful"]
+    argv += ["--model", "served:m", "--server_url", server.url, "--judge", "llm:j", "--judge_url", server.url]
+    return [*argv, "--retries", "0"]
+
+
+def facts_in(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["azure", "vllm", "llama.cpp, 500", "gpt-5", "other"])
+def test_one_refused_request_does_not_end_an_evaluation(rows, tmp_path, capsys, served, name):
+    why, refusal = REFUSALS[name]
+    answer = served.answer
+    served.answer = lambda prompt: refusal if "the mat?" in json.dumps(prompt) else answer(prompt)
+    argv = serve_argv(rows, tmp_path, served)
+    assert main(argv) == 0
+    facts, text = facts_in(tmp_path), (tmp_path / "report.md").read_text()
+    assert facts["judges"][0]["agreement"]["value"] == 1
+    assert facts["judges"][0]["agreement"]["n"] == 5
+    assert facts["judges"][0]["not_judged"] == {why: 2}
+    assert (
+        f"1 of 6 comparisons of the data's own answers were not judged (j, helpful; missing replies: 2 {why})" in text
+    )
+    [model] = facts["models"]
+    assert model["answers"]["refused"] == {why: 1}
+    found = model["judged"]["j"]["helpful"]
+    assert (found["counts"]["tie"], found["counts"]["refused"], found["unanswered"]) == (5, 1, 1)
+    assert "the model's server refused to answer" in text
+    # It is remembered, and asked again where that is wanted
+    asked = len(served.requests)
+    assert main(argv) == 0
+    assert len(served.requests) == asked
+    served.answer = answer
+    assert main([*argv, "--retry_refused"]) == 0
+    facts = facts_in(tmp_path)
+    assert facts["judges"][0]["not_judged"] == {}
+    assert facts["models"][0]["answers"]["refused"] == {}
+    assert len(served.requests) == asked + 2 + 1 + 2  # known pair, answer, its judgment
+    assert main([*argv, "--no-resume"]) == 0
+    assert len(served.requests) == asked + 5 + 30  # all of it, none refused
+
+
+def test_a_limit_of_requests_is_kept_and_the_rest_is_asked_later(rows, tmp_path, capsys, served):
+    argv = serve_argv(rows, tmp_path, served)
+    assert main([*argv, "--max_requests", "15"]) == 0
+    told = capsys.readouterr().err
+    # Known pairs and answers of six prompts, both orders; the answers themselves
+    assert "Judge j: at most 24 requests (each comparison in both orders), about " in told
+    assert "Model m: at most 6 requests, with at most 256 output tokens each." in told
+    assert "This run stops asking after 15 requests (--max_requests)." in told
+    assert len(served.requests) == 15
+    facts = facts_in(tmp_path)
+    assert facts["models"][0]["answers"]["refused"] == {"not asked": 3}
+    assert "raise --max_requests, or run the same command again" in (tmp_path / "report.md").read_text()
+    assert main([*argv, "--max_requests", "15"]) == 0
+    assert len(served.requests) == 12 + 6 + 12
+    facts = facts_in(tmp_path)
+    assert facts["models"][0]["answers"]["refused"] == {}
+    assert facts["judges"][0]["not_judged"] == {}
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert "12 replies are already cached." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refuse", [mistral, reasoning_model, groq])
+def test_strict_servers_are_asked_what_they_take(tmp_path, served, refuse):
+    """Text rows, a temperature, and calls of tools, on servers that know chats only and not each parameter."""
+    file = tmp_path / "rows.jsonl"
+    made = [{"prompt": f"How are you, {i}?", "completion": f" fine {i}", "label": 1.0} for i in range(3)]
+    made += [{"prompt": f"How are you, {i}?", "completion": f" Go away {i}.", "label": 0.0} for i in range(3)]
+    file.write_text("\n".join(map(json.dumps, made)))
+    served.refuse = refuse
+    argv = [*serve_argv(str(file), tmp_path / "report", served), "--temperature", "0.5", "--top_p", "0.9"]
+    assert main(argv) == 0
+    facts, text = facts_in(tmp_path / "report"), (tmp_path / "report" / "report.md").read_text()
+    assert facts["judges"][0]["agreement"]["value"] == 1
+    assert facts["models"][0]["answers"]["refused"] == {}
+    dropped = {
+        mistral: ["seed"],
+        reasoning_model: ["temperature", "top_p"],
+        groq: ["seed", "top_p"],
+    }[refuse]
+    changes = [f"{name} is left out" for name in dropped]
+    if refuse is not groq:
+        changes = ["it takes chats only, so each text is asked as a user's message", *changes]
+    assert facts["models"][0]["answers"]["changes"] == changes
+    assert f"The server of m: {'; '.join(changes)}." in text
+    assert facts["judges"][0]["changes"] == (["temperature is left out"] if refuse is reasoning_model else [])
+    assert main(argv) == 0  # what was found out is in the report of a run that asks nothing, too
+    assert (tmp_path / "report" / "report.md").read_text() == text
+
+
+def test_calls_are_judged_as_calls_and_reasoning_is_not(tmp_path, served):
+    def call(city):
+        return {"type": "function", "function": {"name": "weather", "arguments": {"city": city, "zone": None}}}
+
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": f"Weather in {city}?"}],
+            "chosen": [{"role": "assistant", "content": "", "tool_calls": [call(city)], "reasoning_content": "Hm!"}],
+            "rejected": [{"role": "assistant", "content": "<think>Hm!</think>No idea."}],
+        }
+        for city in ("Oslo", "Rome")
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, turns)))
+
+    def answer(messages):
+        if "<answer number=" in messages[0]["content"]:
+            return said("VERDICT: TIE", reasoning="VERDICT: 1")
+        city = messages[0]["content"].split()[-1].rstrip("?")
+        asked = {**call(city), "id": "x"}
+        asked["function"]["arguments"] = json.dumps({"city": city})
+        return said("<think>Hm!</think>", "tool_calls", tool_calls=[asked])
+
+    served.answer = answer
+    assert main(serve_argv(str(file), tmp_path / "report", served)) == 0
+    judged = [text for request in served.requests if "<answer number=" in (text := request["messages"][0]["content"])]
+    assert len(judged) == 4  # the model's calls are the data's, which is a tie that nobody is asked about
+    assert all('[tool call] weather({"city": "Oslo"})' in text or "Rome" in text for text in judged)
+    assert all("Hm!" not in text and "(no answer)" not in text and "zone" not in text for text in judged)
+    assert facts_in(tmp_path / "report")["models"][0]["judged"]["j"]["helpful"]["counts"]["tie"] == 2
+    kept = [json.loads(line) for line in (tmp_path / "report" / "answers" / "m.jsonl").read_text().splitlines()]
+    assert [each["reasoning"] for each in kept] == ["Hm!", "Hm!"]
+
+
+def test_a_judge_that_is_cut_is_said_to_be(rows, tmp_path, served):
+    answer = served.answer
+
+    def cut(prompt):
+        is_judge = "<answer number=" in json.dumps(prompt)
+        return said("<think>The first answer", "length") if is_judge else answer(prompt)
+
+    served.answer = cut
+    assert main(serve_argv(rows, tmp_path, served)) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "missing replies: 12 cut). They count in no rate and no agreement. Cut: raise --judge_max_tokens" in text
+    assert "| m | – | – | – | – | 6 (6 cut) |" in text
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "It was asked without a key"), (404, "It has no model 'j'"), (403, "It was asked without a key")],
+)
+def test_what_makes_all_requests_pointless_ends_at_once(rows, tmp_path, capsys, served, monkeypatch, status, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    served.answer = lambda prompt: (status, {"error": {"message": "no"}})
+    assert message in error_of(capsys, serve_argv(rows, tmp_path, served)[1:])
+    assert len(served.requests) <= 2
 
 
 def test_a_model_that_is_no_adapter_needs_its_reference_named(tiny_llama, adapters, rows, tmp_path, capsys):
@@ -180,7 +362,7 @@ def test_ratings_have_correlations_and_log_z_moves_rewards(tiny_llama, adapters,
 
 
 def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_path, capsys, monkeypatch):
-    JudgeSettings(beta=0.1, log_z="column").write(tmp_path)
+    SavedSettings(beta=0.1, log_z="column").write(tmp_path)
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path)
     load_tokenizer(tiny_llama).save_pretrained(tmp_path)
     argv = ["--model", str(tmp_path), "--ref_model", tiny_llama, "--dataset", rows, "--split", "train"]
@@ -409,7 +591,7 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
 def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
     def saved(name, **settings):
         (tmp_path / name).mkdir()
-        JudgeSettings(beta=0.1, **settings).write(tmp_path / name)
+        SavedSettings(beta=0.1, **settings).write(tmp_path / name)
         return str(tmp_path / name)
 
     (tmp_path / "base").mkdir()

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Value
+from family_samples import SAMPLES
 
 from trl_ulma.data.adapters import FAMILIES
 from trl_ulma.data.convert import FEATURES
@@ -36,6 +37,7 @@ RAW = {
     "demonstrations": [{"prompt": f"{i}?", "completion": "Yes"} for i in range(20)],
 }
 RAW["golden-hh"] = RAW["hh"]
+RAW |= {family: [make(i) for i in range(20)] for family, make in SAMPLES.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,10 @@ def test_a_folder_has_a_train_and_a_test_part_without_a_common_prompt(raw, famil
     assert len(splits["test"]) == round(0.3 * report["rows_out"])
     assert not prompts(splits["train"]) & prompts(splits["test"])
     assert len(prompts(splits["train"])) == report["splits"]["train"]["prompts"]
-    assert dict(splits["train"].features) == {name: FEATURES[name] for name in splits["train"].column_names}
+    features = {name: FEATURES[name] for name in splits["train"].column_names}
+    if family == "stepwise":
+        features |= {"prompt": Value("string"), "completion": Value("string")}
+    assert dict(splits["train"].features) == features
     out = capsys.readouterr().out
     assert "rows in             20, with" in out
     assert "left out            nothing" in out
@@ -163,6 +168,7 @@ def test_a_split_of_several(raw, capsys):
 def test_what_is_wrong_is_said_in_a_line(raw, capsys):
     (raw / "file").write_text("")
     (raw / "bad.jsonl").write_text(json.dumps(RAW["hh"][0]) + "\n{oops}\n")
+    (raw / "q.jsonl").write_text(json.dumps({"question": "2 + 2?", "chosen": "It is 4", "rejected": "It is 5"}))
     (raw / "one.jsonl").write_text(json.dumps(RAW["demonstrations"][0]))
     (raw / "full").mkdir()
     (raw / "full" / "old.jsonl").write_text("{}")
@@ -172,6 +178,7 @@ def test_what_is_wrong_is_said_in_a_line(raw, capsys):
         (["hh", "--input", hh], "hh: error: the following arguments are required: --output"),
         (["hh", "--input", raw / "h.jsonl", "--output", out], "There is no file or folder"),
         (["votes", "--input", hh, "--output", out], "found chosen, rejected. It looks like hh or golden-hh or pairs."),
+        (["pairs", "--input", raw / "q.jsonl", "--output", out], "its column question would not be read. If that is"),
         (["hh", "--input", raw / "bad.jsonl", "--output", out], "bad.jsonl is broken JSON in line 2, column 2"),
         (["hh", "--input", hh, "--output", raw / "there.jsonl"], "exists already. Choose another name, or set --over"),
         (["hh", "--input", hh, "--output", raw / "rows.csv"], "--output ends in '.csv'; it must be a .parquet or"),
@@ -187,12 +194,15 @@ def test_what_is_wrong_is_said_in_a_line(raw, capsys):
         (["hh", "--input", hh, "--output", out, "--config", "x"], "is a file, which has no configurations"),
         (["votes", "--input", raw / "votes.jsonl", "--output", out, "--accepted"], "Leave `accepted` out."),
         (["hhh", "--input", hh], "trl-ulma prepare: error: hhh is not a family of data sets. Did you mean hh?"),
-        (["xyzzy"], "They are hh, golden-hh, qa-feedback, red-team, votes, pairs, demonstrations."),
+        (["xyzzy"], "They are hh, golden-hh, qa-feedback, red-team, votes, pairs, demonstrations, kto, messages, "),
     ):  # fmt: skip
         line = error_of(capsys, *argv)
         assert line.startswith("trl-ulma prepare")
         assert message in line, line
     assert not out.exists()
+    assert not (raw / "o").exists()
+    assert error_of(capsys, "hh", "--input", raw / "bad.jsonl", "--output", raw / "deep" / "er" / "out")
+    assert not (raw / "deep").exists()
     assert not list(raw.rglob("*.part"))
     assert not list(raw.rglob("*.parquet"))
 
@@ -201,7 +211,7 @@ def test_a_broken_file_in_a_folder(raw, capsys):
     (raw / "data").mkdir()
     (raw / "data" / "train.parquet").write_bytes(b"PAR1")
     line = error_of(capsys, "hh", "--input", raw / "data", "--output", raw / "new.jsonl")
-    assert f"The folder {raw / 'data'} cannot be read: Parquet file size is 4 bytes" in line
+    assert f"{raw / 'data' / 'train.parquet'} cannot be read as parquet: Parquet file size is 4 bytes" in line
 
 
 def test_overwriting_replaces_the_parts(raw):
@@ -233,6 +243,30 @@ def test_a_new_family_is_a_file_and_a_line(tmp_path, monkeypatch, capsys):
     assert "1 × nobody voted (first: row 2)" in capsys.readouterr().out
     written = load_rows(tmp_path / "out.jsonl")["train"]
     assert (written["label"][:], written["sft_mask"][:]) == ([1.0, 0.0], [True, True])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_family_of_a_file_is_detected(raw, family, capsys):
+    assert main(["prepare", "--detect", "--input", str(raw / f"{family}.jsonl")]) == 0
+    first, *found = capsys.readouterr().out.splitlines()
+    assert first == f"{raw / family}.jsonl, split train:"
+    answers = {line.split()[0]: line for line in found}
+    assert "of the first 20 rows can be used" in answers[family]
+    assert set(answers) - {family} <= {"hh": {"golden-hh", "pairs"}, "golden-hh": {"hh", "pairs"}}.get(family, set())
+
+
+def test_a_file_of_no_family_and_one_with_other_names(raw, capsys):
+    (raw / "other.jsonl").write_text(json.dumps({"text": "a"}))
+    assert main(["prepare", "--detect", "--input", str(raw / "other.jsonl")]) == 1
+    assert "no family reads it" in capsys.readouterr().out
+    (raw / "named.jsonl").write_text(json.dumps({"text": "\n\nHuman: Hi\n\nAssistant: Hello!", "score": "2"}))
+    argv = ["--input", str(raw / "named.jsonl"), "--columns", "transcript=text,rating=score"]
+    assert main(["prepare", "--detect", *argv]) == 0
+    assert "  red-team               1 of 1 answers of the first 1 rows can be used" in capsys.readouterr().out
+    assert prepare("red-team", argv[1], raw / "out.jsonl", *argv[2:]) == 0
+    assert error_of(capsys, "--detect", "--input", raw / "absent.jsonl").startswith(
+        "trl-ulma prepare --detect: error: "
+    )
 
 
 def test_the_commands_of_readme_are_commands():

@@ -56,6 +56,8 @@ def files(tmp_path, monkeypatch):
     demonstrations = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows if row["label"]]
     for name, each in {"feedback": rows, "pairs": pairs, "demonstrations": demonstrations}.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    votes = [f"What is {i}?,{answer},{vote}" for i in range(8) for answer, vote in (("It is.", "up"), ("No.", "down"))]
+    Path("votes.csv").write_text("\n".join(["question,response,rating", *votes]) + "\n")
     return tmp_path
 
 
@@ -150,12 +152,14 @@ def test_readmes_evaluation_runs_as_printed(tmp_path, tiny_llama, tmp_path_facto
     facts = json.loads(Path("report/report.json").read_text())
     held_out = facts["data"]["prompts"]
     assert facts["data"]["rows"] == 2 * held_out > 0
-    assert facts["judges"][0]["orders_disagree"] == 2 * held_out
+    assert facts["judges"][0]["orders_disagree"] == facts["judges"][0]["comparisons"] >= 2 * held_out
     assert facts["models"][0]["judged"][parrot]["harmless"]["counts"]["tie"] == held_out
     said = Path("report/report.md").read_text()
     assert "Perplexity" in said
     assert "no ranking is claimed" in said
-    assert Path("report/calibration.png").stat().st_size > 1000
+    assert "nothing can be concluded" in said
+    assert "Not drawn" in said
+    assert Path("report/report.html").stat().st_size > 1000
 
 
 def test_the_settings_page_has_our_fields_their_defaults_and_no_other():

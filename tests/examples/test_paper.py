@@ -643,7 +643,7 @@ def test_tables_have_means_over_seeds_and_say_whether_the_paper_is_met(results):
     assert "| points, a judge |" in claims[1]
     assert claims[1].endswith("**against the paper** |")
     assert "a judge (harmless) agrees with the data's own labels on 70.0% [64.4%, 75.2%] of 250 pairs" in text
-    assert "2 of its 1000 verdicts could not be parsed and are in no share." in text
+    assert "2 of its 1000 comparisons were not judged and are in no share." in text
     assert "Inconclusive" not in text
 
 

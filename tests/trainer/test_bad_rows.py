@@ -88,9 +88,11 @@ def stream(*rows: Any) -> IterableDataset:
 
 
 def prepare(tokenizer: Any, rows: Any, rules: LabelRules = BINARY, **how: Any) -> list[dict]:
-    """The prepared rows of a data set, or of a list of rows."""
+    """The prepared rows of a data set, or of a list of rows; without a `completion_mask` that is None, as in streams of
+    conversations."""
     rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    return list(Preparation(tokenizer, rules, **how)(rows, "train"))
+    found = list(Preparation(tokenizer, rules, **how)(rows, "train"))
+    return [{k: v for k, v in row.items() if k != "completion_mask" or v is not None} for row in found]
 
 
 def two(**changes: Any) -> list[dict]:
@@ -99,6 +101,11 @@ def two(**changes: Any) -> list[dict]:
     for name, values in changes.items():
         first[name], second[name] = values
     return [first, second]
+
+
+def said(error: Any) -> list[str]:
+    """What an error says of each row, or of the data set, without the starts of prompts."""
+    return [line.strip().split(" Prompt: ")[0] for line in str(error.value).splitlines()]
 
 
 def without(row: dict, *names: str) -> dict:
@@ -219,7 +226,7 @@ LABELS = {
 def test_labels_and_numbers(tokenizer, rows, message):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, rows)
-    assert str(error.value) == message
+    assert message in said(error)
 
 
 @pytest.mark.parametrize("as_stream", [False, True])
@@ -250,7 +257,7 @@ def test_labels_and_numbers(tokenizer, rows, message):
 def test_labels_that_the_method_cannot_take(tokenizer, rows, rules, message, as_stream):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, stream(*rows) if as_stream else rows, rules)
-    assert str(error.value) == message
+    assert message in said(error)
 
 
 COLUMNS = {
@@ -335,7 +342,7 @@ COLUMNS = {
 def test_columns(tokenizer, rows, message):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, rows)
-    assert str(error.value) == message
+    assert message in said(error)
 
 
 TEXTS = {
@@ -436,7 +443,7 @@ TEXTS = {
 def test_texts_and_messages(tokenizer, rows, message):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, rows)
-    assert str(error.value) == message
+    assert message in said(error)
 
 
 # What Arrow keeps out of a data set, and a stream lets through
@@ -501,7 +508,7 @@ ONLY_IN_STREAMS = {
 def test_what_only_a_stream_can_hold(tokenizer, rows, message):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, stream(*rows))
-    assert str(error.value) == message
+    assert message in said(error)
 
 
 def test_the_advice_on_surrogates_mends_them(tokenizer):
@@ -517,7 +524,7 @@ def test_text_of_another_encoding(tokenizer, num_proc):
     rows = Dataset(pa.table({"prompt": ["Hi"] * 3, "completion": latin, "label": [1, 0, 1]}))
     with pytest.raises(ValueError) as error:
         Preparation(tokenizer, BINARY)(rows, "train", num_proc)
-    assert str(error.value) == (
+    assert said(error)[0] == (
         "Row 2 of the train dataset holds text that is not UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 4: "
         "unexpected end of data). Write the file anew, reading the text in the encoding that it has."
     )
@@ -573,7 +580,7 @@ PAIRS = {
 def test_pairs(tokenizer, rows, message, as_stream):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, stream(*rows) if as_stream else rows)
-    assert str(error.value) == message
+    assert message in said(error)
 
 
 # rows → what is left out, of how many, and why
@@ -662,7 +669,7 @@ ALL_DROPPED = {
 def test_nothing_left_is_an_error(tokenizer, caplog, rows, message):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, rows, max_length=20)
-    assert str(error.value) == message
+    assert message in said(error)
     with pytest.raises(ValueError, match=r"^All rows of the train dataset were left out; a warning for each row says"):
         prepare(tokenizer, stream(*rows), max_length=20)
 
@@ -715,27 +722,28 @@ def test_a_chat_template_that_fails_names_the_row(tiny_llama, template, found):
     tokenizer.chat_template = template
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, [CHAT])
-    message = str(error.value)
+    message = said(error)[0]
     assert message.startswith(f"Row 0 of the train dataset: the chat template fails on it ({found}")
     assert message.endswith("). Mend the row, or set another tokenizer.chat_template.")
 
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "role"),
     [
-        "{# nothing #}",
-        "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}",
-        "{% for m in messages %}x{% endfor %}{% if add_generation_prompt %}x{% endif %}",
+        ("{# nothing #}", "user"),
+        ("{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}", "assistant"),
+        ("{% for m in messages %}x{% endfor %}{% if add_generation_prompt %}x{% endif %}", "user"),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content[:2] }}<|end|>{% endfor %}", "assistant"),
     ],
 )
-def test_a_chat_template_that_leaves_the_answer_out(tiny_llama, template):
+def test_a_chat_template_that_leaves_the_answer_out(tiny_llama, template, role):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = template
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, [CHAT] * 2)
     assert str(error.value) == (
-        "All 2 rows of the train dataset were left out: 2 because nothing of its completion is left in its tokens, as "
-        "where a chat template leaves it out. Look at the rows."
+        "All 2 rows of the train dataset were left out: 2 because the chat template leaves out the content of its "
+        f"{role} message. Look at the rows."
     )
 
 
@@ -817,9 +825,8 @@ def test_the_row_is_the_right_one_with_two_processes(tokenizer):
     rows = Dataset.from_list([GOOD | {"label": float(i == 7) * 3} for i in range(12)])
     with pytest.raises(ValueError) as error:
         Preparation(tokenizer, BINARY)(rows, "train", num_proc=2)
-    assert (
-        str(error.value)
-        == 'Row 7 of the train dataset: label is 3.0, outside [0, 1]. Rescale it, or set label_type="continuous".'
+    assert said(error)[0] == (
+        'Row 7 of the train dataset: label is 3.0, outside [0, 1]. Rescale it, or set label_type="continuous".'
     )
 
 
@@ -838,7 +845,7 @@ def test_the_row_is_the_right_one_with_two_processes(tokenizer):
         GOOD | {"label": -0.0},
         GOOD | {"chat_template_kwargs": {"thinking": True}, "tools": None, "source": b"\xff", "id": 3},
         CHAT | {"prompt": [{"role": "user", "content": None, "name": "Ann"}]},
-        CHAT | {"completion": [{"role": "assistant", "tool_calls": [{"name": "search"}]}]},
+        CHAT | {"completion": [{"role": "assistant", "content": "assistant", "tool_calls": [{"name": "sis"}]}]},
         CHAT | {"tools": '[{"name": "search"}]', "chat_template_kwargs": {"thinking": True}},
         GOOD | {"prompt_ids": [1], "completion_ids": [], "row": "x", "length": None, "left_out": "no", "cut": True},
     ],
@@ -888,7 +895,7 @@ def test_a_row_beyond_the_models_positions(tokenizer, as_stream):
     rows = [GOOD, GOOD | {"completion": " a" * 2_000}]
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, stream(*rows) if as_stream else rows, positions=512)
-    assert str(error.value) == (
+    assert said(error)[0] == (
         "Row 1 of the train dataset has 2,003 tokens, and the model only 512 positions. Set max_length=512, or drop "
         "the row."
     )
@@ -917,9 +924,7 @@ def test_prepared_rows_are_cut_and_left_out_as_raw_ones(tokenizer, caplog, trunc
         assert (why in caplog.messages) == (truncation_mode == "keep_start")
     else:
         assert caplog.messages == said
-    with pytest.raises(
-        ValueError, match=r"^Row 0 of the train dataset has \d tokens, and the model only 4 positions\."
-    ):
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset has \d tokens, and the model only 4 positions\."):
         prepare(tokenizer, prepared, positions=4)
     with pytest.raises(ValueError, match=r"^All .*rows of the train dataset were left out"):
         prepare(tokenizer, prepared, max_length=1)
@@ -956,7 +961,7 @@ def test_rows_are_read_before_a_model_is_loaded(without_weights, tmp_path, split
     evaluated = {"train": None, "eval": bad, "thumbs": {"ratings": make_rows(2), "thumbs": bad}}[split]
     with pytest.raises(ValueError) as error:
         make_trainer(without_weights, train, tmp_path, eval_dataset=evaluated, max_steps=1)
-    assert str(error.value) == f"Row 1 of the {split} dataset: {OUTSIDE}"
+    assert said(error)[0] == f"Row 1 of the {split} dataset: {OUTSIDE}"
     with pytest.raises(OSError, match=r"model\.safetensors"):
         make_trainer(without_weights, make_rows(2), tmp_path)
 

@@ -364,7 +364,7 @@ def test_the_pointwise_trainer_takes_no_ulma_config(without_weights):
     )
 
 
-@pytest.mark.parametrize("rows", [None, [{"prompt": "Hi"}], DatasetDict(train=make_rows(2)), "rows.jsonl"])
+@pytest.mark.parametrize("rows", [[{"prompt": "Hi"}], DatasetDict(train=make_rows(2)), "rows.jsonl"])
 def test_what_is_no_training_set(without_weights, tmp_path, rows):
     with pytest.raises(TypeError) as error:
         make_trainer(without_weights, rows, tmp_path)
@@ -527,3 +527,8 @@ def test_any_settings(changes):
 @given(st.dictionaries(st.sampled_from(OPTIONS), ANYTHING, min_size=1, max_size=3))
 def test_any_settings_at_length(changes):
     check_any_settings(changes)
+
+
+def test_a_training_set_is_required(without_weights, tmp_path):
+    with pytest.raises(TypeError, match=r"train_dataset is required: rows of prompt, completion and label, or pairs\."):
+        make_trainer(without_weights, None, tmp_path)

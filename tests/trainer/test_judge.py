@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import make_rows, make_trainer, plain_logps
 
 from trl_ulma.data.files import load_rows
-from trl_ulma.judge import JudgeSettings, judged, saved_log_partition
+from trl_ulma.judge import Judge, judged
 from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.log_z import saved_log_partition
+from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts.cli import main
-from trl_ulma.scripts.score import load_judge, make_parser
+from trl_ulma.scripts.score import make_parser
 
 QUIET = {"label_report": False}
 FAST = {"optim": "adamw_torch", "learning_rate": 1e-3, "logging_steps": 1000, **QUIET}
@@ -148,7 +150,7 @@ def test_both_halves_of_a_pair_are_scored(tiny_gpt2, tmp_path):
     assert scored["row"][:] == [0, 0, 1, 1]
     assert scored["label"][:] == [1.0, 0.0, 1.0, 0.0]
     alone = trainer.score(Dataset.from_dict({"prompt": ["Why?", "How?"], "completion": [" c", " d"]}))
-    assert alone["reward"][:] == pytest.approx(scored["reward"][1::2], abs=1e-6)
+    assert alone["reward"][:] == pytest.approx(scored["reward"][1::2], rel=2e-5, abs=2e-5)
 
 
 def test_precomputed_references_serve_new_rows(tiny_gpt2, tmp_path):
@@ -181,8 +183,13 @@ def test_what_cannot_be_scored_says_why(tiny_gpt2, tmp_path):
         trainer.score(make_rows(4, label=[0, 1, 7, 0]))
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match=r"The rewards of these scored rows are not finite: \[0, 1, 2, 3\]"):
+    with pytest.raises(FloatingPointError, match=r"The logits of GPT2LMHeadModel are not finite"):
         trainer.score(rows)
+    unchecked = judge_of(tiny_gpt2, rows, tmp_path, startup_checks=False)
+    with torch.no_grad():
+        next(unchecked.model.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"The rewards of these scored rows are not finite: \[0, 1, 2, 3\]"):
+        unchecked.score(rows)
     sft = make_trainer(tiny_gpt2, rows, tmp_path, negative_loss="none", **QUIET)
     with pytest.raises(
         ValueError, match="A reward needs a reference model; with positive_loss='sft' and negative_loss="
@@ -304,7 +311,7 @@ def test_a_loaded_model_scores_as_its_trainer_did(taught, tiny_gpt2, tmp_path, c
     assert [row["surprise"] for row in there] == sorted((row["surprise"] for row in there), reverse=True)
     there = sorted(there, key=lambda row: row["row"])
     for name in ("reward", "probability", "predicted_label", "surprise"):
-        assert [row[name] for row in there] == pytest.approx(here[name][:], abs=1e-6)
+        assert [row[name] for row in there] == pytest.approx(here[name][:], rel=2e-5, abs=2e-5)
     assert [row["completion"] for row in there] == held_out["completion"][:]
 
 
@@ -321,7 +328,7 @@ def test_an_adapter_is_compared_with_its_base_model(tiny_gpt2, tmp_path, log_z):
     there = scored_by_command(tmp_path, tmp_path / "out", rows, "--sort", "row", "--batch_size", "3")
     assert [row["row"] for row in there] == list(range(8))
     for name in ("reward", "predicted_label", "surprise"):
-        assert [row[name] for row in there] == pytest.approx(here[name][:], abs=1e-6)
+        assert [row[name] for row in there] == pytest.approx(here[name][:], rel=2e-5, abs=2e-5)
 
 
 def test_an_adapter_whose_training_began_from_one_is_compared_with_that(tiny_gpt2, tmp_path):
@@ -339,7 +346,7 @@ def test_an_adapter_whose_training_began_from_one_is_compared_with_that(tiny_gpt
     trainer.save_model()
     here = trainer.score(rows)["reward"][:]
     there = scored_by_command(tmp_path, tmp_path / "out", rows, "--sort", "row")
-    assert [row["reward"] for row in there] == pytest.approx(here, abs=1e-6)
+    assert [row["reward"] for row in there] == pytest.approx(here, rel=2e-5, abs=2e-5)
     base = scored_by_command(tmp_path, tmp_path / "out", rows, "--sort", "row", "--ref_model", tiny_gpt2)
     assert np.abs(np.array([row["reward"] for row in base]) - here).max() > 1e-3
 
@@ -349,7 +356,7 @@ def test_an_adapter_whose_training_began_from_one_is_compared_with_that(tiny_gpt
     assert main([*argv, "--split", "train", "--output", str(tmp_path / "report")]) == 0
     figures = json.loads((tmp_path / "report" / "report.json").read_text())["models"][0]["implicit_reward"]
     brier = np.mean((1 / (1 + np.exp(-np.array(here))) - np.array(rows["label"])) ** 2)
-    assert figures["brier"]["value"] == pytest.approx(brier, abs=1e-6)
+    assert figures["brier"]["value"] == pytest.approx(brier, rel=2e-5, abs=2e-5)
 
 
 def test_settings_are_saved_with_the_model_and_its_checkpoints(tiny_gpt2, tmp_path):
@@ -361,10 +368,10 @@ def test_settings_are_saved_with_the_model_and_its_checkpoints(tiny_gpt2, tmp_pa
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     for folder in (tmp_path / "saved", tmp_path / "checkpoint-1"):
-        found = JudgeSettings.read(folder / "pointwise.json")
+        found = SavedSettings.read(folder / "pointwise.json")
         assert (found.beta, found.label_type, found.log_z, found.max_length) == (0.25, "continuous", -1.5, 1024)
         assert str(found.label_transform) == "centre:3"
-        assert found == trainer.judge_settings()
+        assert found == trainer.saved_settings()
 
 
 def test_settings_that_are_none_are_refused(tmp_path):
@@ -377,15 +384,15 @@ def test_settings_that_are_none_are_refused(tmp_path):
         '{"beta": 1, "label_transform": [{}]}',
     ):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"pointwise.json does not hold the settings of a point-wise model"):
-            JudgeSettings.read(file)
+        with pytest.raises(ValueError, match=r"pointwise.json does not hold the settings of a pointwise model"):
+            SavedSettings.read(file)
     file.write_text('{"beta": 0.5}')
-    assert JudgeSettings.read(file) == JudgeSettings(beta=0.5)
+    assert SavedSettings.read(file) == SavedSettings(beta=0.5)
 
 
 def test_a_log_z_without_its_state_is_refused():
     with pytest.raises(ValueError, match=r"trained with log_z='learned', and its state, log_z.safetensors, is not bes"):
-        saved_log_partition(JudgeSettings(beta=0.1, log_z="learned"), None, "cpu")
+        saved_log_partition(SavedSettings(beta=0.1, log_z="learned"), None, "cpu")
 
 
 # The command
@@ -433,10 +440,6 @@ def test_what_is_wrong_with_model_or_data_is_said(capsys, tmp_path, tiny_gpt2):
         return capsys.readouterr().err.splitlines()[-1]
 
     full = ("--model", tiny_gpt2)
-    assert error(*full) == (
-        f"trl-ulma score: error: {tiny_gpt2} is a full model, and a reward compares it with the model that its "
-        "training began from. Name that with --ref_model."
-    )
     assert "has no pointwise.json, which PointwiseDPOTrainer.save_model writes" in error(
         *full, "--ref_model", tiny_gpt2
     )
@@ -445,8 +448,9 @@ def test_what_is_wrong_with_model_or_data_is_said(capsys, tmp_path, tiny_gpt2):
     assert "--sort surprise needs labels" in error(*full, "--sort", "surprise")
 
 
-def test_a_judge_has_nothing_to_train_on(taught, tiny_gpt2, tmp_path):
-    judge = load_judge(taught[0].args.output_dir, tiny_gpt2, folder=str(tmp_path), dtype="float64")
-    assert len(judge.train_dataset) == 1
-    assert next(judge.model.parameters()).dtype == torch.float64
-    assert judge.args.log_z == "learned_constant"
+def test_a_judge_needs_no_trainer(taught, tiny_gpt2, tmp_path):
+    trainer = taught[0]
+    judge = Judge.from_pretrained(trainer.args.output_dir, tiny_gpt2, dtype="float64")
+    assert judge.settings.log_z == "learned_constant"
+    rows = make_rows(5)
+    assert judge.score(rows)["reward"] == pytest.approx(trainer.score(rows)["reward"], abs=1e-4)

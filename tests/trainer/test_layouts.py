@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, TaskType
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 from world import make_rows, make_trainer, mixed_rows, weights
 
 from trl_ulma.likelihood.layouts import shared
@@ -175,13 +175,16 @@ def test_the_trainer_samples_by_prompt(tiny_gpt2, tmp_path):
 def test_the_head_scores_completion_tokens_only(tiny_gpt2, tmp_path):
     rows = make_rows(4)
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, per_device_eval_batch_size=4)
-    seen = []
-    trainer.model.transformer.register_forward_hook(lambda m, a, output: seen.append(output.last_hidden_state.shape))
-    trainer.evaluate(rows)  # makes the head's hook, which runs after this one from the next forward on
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-    trainer = make_trainer(model, rows, tmp_path, per_device_eval_batch_size=4)
     trainer.evaluate(rows)
-    trainer.model.transformer.register_forward_hook(lambda m, a, output: seen.append(output.last_hidden_state.shape))
+    seen, head = [], trainer.model.get_output_embeddings()
+    forward = head.forward
+
+    def spy(hidden):
+        seen.append(hidden.shape)
+        return forward(hidden)
+
+    head.forward = spy
     trainer.evaluate(rows)
     tokens = sum(len(ids) for ids in trainer.train_dataset["completion_ids"])
-    assert seen[-1][:2] == (1, tokens)
+    assert [shape[-2] for shape in seen] == [tokens]
+    assert head.forward is spy

@@ -11,7 +11,7 @@ from world import make_rows, make_trainer, mixed_rows, weights
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
 from trl_ulma.log_partition import LOG_Z_CHOICES
-from trl_ulma.steps import mismatched
+from trl_ulma.log_z import mismatched
 
 MOVING = ("running_mean", "batch_kl", "learned", "learned_constant")
 SETTINGS = {"beta": 0.5, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "lr_scheduler_type": "linear"}

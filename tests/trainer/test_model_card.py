@@ -93,7 +93,7 @@ def test_the_card_says_what_was_done(tiny_gpt2, tmp_path):
         f"| `eval_loss` | {loss:.4g} |",
         "| `beta` | 0.25 |",
         "| `sft_weight` | 0.5 |",
-        "| `rows a step` | 6 |",
+        "| `rows per step` | 6 |",
         "| `r` | 4 |",
         "| `lora_alpha` | 12 |",
         "@article{cai2023ulma",

@@ -155,17 +155,16 @@ def test_a_nan_loss_ends_the_run_though_it_would_be_left_out_of_the_logs(tiny_gp
     rows = make_rows(8)
     settings = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, max_steps=4, logging_nan_inf_filter=hides, **settings)
-    scored = type(trainer._scorer).__call__
+    scored = trainer._objective.__call__
 
-    class Broken:
-        def __call__(self, model, inputs, **kwargs):
-            outputs = scored(trainer.__dict__["_whole"], model, inputs, **kwargs)
-            if model.training and trainer.state.global_step == 1:
-                outputs.log_probs = outputs.log_probs * torch.tensor([[1.0], [math.nan], [1.0], [math.nan]])
-            return outputs
+    def broken(policy, *args, **kwargs):
+        if trainer.model.training and trainer.state.global_step == 1:
+            spoiled = policy.log_probs * torch.tensor([[1.0], [math.nan], [1.0], [math.nan]])
+            policy = policy._replace(log_probs=spoiled)
+        return scored(policy, *args, **kwargs)
 
-    trainer._whole = trainer._scorer
-    trainer.__dict__["_scorer"] = Broken()
+    trainer._objective = broken
+    broken.terms = scored.__self__.terms
     with pytest.raises(FloatingPointError, match=r"loss of step 2 is nan; rows of the train dataset .*: \[5, 7\]\."):
         trainer.train()
     assert trainer.state.global_step == 1

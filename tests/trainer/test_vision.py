@@ -13,9 +13,9 @@ from vlm import image_rows, make_qwen, picture, with_images
 from world import first_step_loss, make_rows, make_trainer, weights
 
 from trl_ulma.labels import LabelRules
+from trl_ulma.log_z import mismatched
 from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, as_images, with_placeholders
 from trl_ulma.rows.preparation import Preparation
-from trl_ulma.steps import mismatched
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +464,7 @@ PLACE, TEXT = {"type": "image"}, {"type": "text", "text": "What is this?"}
 def test_a_row_that_can_not_be_learned_from(tiny_llava, tmp_path, rows, message):
     with pytest.raises(ValueError) as error:
         make_trainer(tiny_llava, rows, tmp_path)
-    assert str(error.value) == message
+    assert str(error.value).splitlines()[0] == message
 
 
 def test_a_file_that_is_no_image(tiny_llava, tmp_path):

@@ -222,8 +222,9 @@ def test_one_speaker_twice_is_noted_or_left_out():
         (f"{HI} No.\n", 0.0, ("No.\n", 0.0, True)),
         (f"{HI} Sure.", 3, ("Sure.", -3.0, False)),
         (f"{HI} Sure.", 4.0, ("Sure.", -4.0, False)),
+        (f"{HI} Sure.", "4.0", ("Sure.", -4.0, False)),
         (f"{HI} Sure.\n\nHuman: Thanks", 4.0, HUMAN_LAST),
-        *((f"{HI} Sure.", rating, "its rating is not a number from 0 to 4") for rating in (None, "4.0", 5, -1, True)),
+        *((f"{HI} Sure.", rating, "its rating is not a number from 0 to 4") for rating in (None, "much", 5, -1, True)),
     ],
 )
 def test_a_rated_transcript(transcript, rating, outcome):
@@ -500,6 +501,8 @@ def test_turns_that_hold_more_than_text():
     picture = [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]
     outcomes = shape(pairs([{"prompt": turns("Hi"), "chosen": call, "rejected": picture}]))
     assert outcomes == ["a turn of it holds something else than text, as tool calls or images"] * 2
+    thought = [{"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}]
+    assert shape(demonstrations([{"prompt": turns("Hi"), "completion": thought}])) == outcomes[:1]
     outcomes = shape(pairs([{"prompt": turns("Hi"), "chosen": turns("Ho"), "rejected": BAD}]))
     assert outcomes == ["its answer begins with a turn of 'user'", ("Go.", 0.0, False)]
 
@@ -525,12 +528,51 @@ def test_layouts_of_demonstrations(raw):
     ("raw", "why"),
     [
         ({"messages": turns("Hi")}, "it does not end in an assistant turn"),
+        (
+            {"messages": [*turns("Hi"), GOOD[0] | {"label": 0}]},
+            "its turns have labels, which demonstrations do not: they are turns data",
+        ),
         ({"messages": None}, "its messages are no list of turns with a role and content"),
         ({"prompt": 5, "completion": "a"}, "its prompt is neither text nor messages"),
     ],
 )
 def test_demonstrations_that_are_left_out(raw, why):
     assert shape(demonstrations([raw])) == [why]
+
+
+# Messages with further keys
+
+
+def test_further_keys_of_messages_are_kept():
+    first = [{"role": "user", "content": "Hi", "name": "Ann"}, {"role": "assistant", "content": "Hello!", "weight": 0}]
+    second = [{"role": "user", "content": "Hi", "id": 7}, {"role": "assistant", "content": "Yes", "language": "en"}]
+    rows, account = convert(
+        "demonstrations", IterableDataset.from_generator(lambda: iter([{"messages": m} for m in (first, second)]))
+    )
+    assert (account.answers, account.rows_out) == (2, 2)
+    found = [
+        {key: value for key, value in turn.items() if value is not None}
+        for turn in rows[0]["prompt"] + rows[0]["completion"]
+    ]
+    assert found == first
+    assert rows[1]["completion"][0]["language"] == "en"
+    assert rows[1]["prompt"][0]["id"] == 7
+
+
+def test_further_keys_of_messages_may_differ(monkeypatch):
+    monkeypatch.setattr("trl_ulma.data.convert._CHUNK", 1)
+    raw = [
+        {"messages": [{"role": "user", "content": "Hi", **more}, *GOOD]}
+        for more in ({}, {"id": 1}, {"id": "a"}, {"n": 0.5})
+    ]
+    rows, _ = convert("demonstrations", IterableDataset.from_generator(lambda: iter(raw)))
+    found = [{k: v for k, v in row["prompt"][0].items() if v is not None} for row in rows]
+    assert [{k: v for k, v in turn.items() if k not in ("role", "content")} for turn in found] == [
+        {},
+        {"id": "1"},
+        {"id": "a"},
+        {"n": 0.5},
+    ]
 
 
 # All families

@@ -8,7 +8,7 @@ import traceback
 import pytest
 import torch
 from datasets import Dataset
-from servers import LoopbackServer, said
+from servers import REFUSALS, LoopbackServer, said
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -18,13 +18,15 @@ from transformers import (
 )
 
 from trl_ulma.evaluation.held_out import HeldOut, known_comparisons
-from trl_ulma.evaluation.judges import Comparison, ProfanityJudge, RewardModelJudge, Verdict, as_text
+from trl_ulma.evaluation.judges import Comparison, ProfanityJudge, RewardModelJudge, Verdict
 from trl_ulma.evaluation.judging import Judging
-from trl_ulma.evaluation.llm_judge import LLMJudge, read_verdict
+from trl_ulma.evaluation.llm_judge import LLMJudge, Plan, read_verdict
 from trl_ulma.evaluation.server import Server, ServerError
+from trl_ulma.evaluation.turns import as_text
 from trl_ulma.labels import LabelRules
 
-WIN, TIE, LOSE, UNPARSABLE = Verdict.WIN, Verdict.TIE, Verdict.LOSE, Verdict.UNPARSABLE
+WIN, TIE, LOSE = Verdict.WIN, Verdict.TIE, Verdict.LOSE
+UNPARSABLE, CUT, REFUSED = Verdict.UNPARSABLE, Verdict.CUT, Verdict.REFUSED
 KEY = "sk-planted-5f0c7b1e"
 GOOD, BAD = "Here you are: a good answer.", "No."
 
@@ -64,7 +66,7 @@ def test_both_orders_are_asked_and_the_better_answer_wins(judge, server):
         assert "more helpful" in text
         assert "harmless" not in text
         assert request["temperature"] == 0
-        assert (request["max_completion_tokens"], request["model"]) == (16, "m")
+        assert (request["max_tokens"], request["model"]) == (16, "m")
     assert judge([Comparison("Hi", GOOD, BAD)], "harmless") == [WIN]
     assert "more harmless" in server.requests[-1]["messages"][0]["content"]
 
@@ -109,7 +111,31 @@ def test_the_same_answer_twice_is_a_tie_unasked(judge, server):
         ("3", None),
         ("VERDICT: 12", None),
         ("VERDICT: 1 or 2", None),
-        ("VERDICT: 1\nOr is it?", None),
+        ("VERDICT: 1 (the first answer)", "1"),
+        ("VERDICT: **1** (if the first answer is more helpful)", "1"),
+        ("**VERDICT:** 2 - the second answer is better", "2"),
+        ("VERDICT: 1, because it is kind", "1"),
+        ("VERDICT: 1. It is kind.", "1"),
+        ("VERDICT: TIE (neither is)", "tie"),
+        ("VERDICT: neither", "tie"),
+        ("VERDICT: the second answer", "2"),
+        ("VERDICT: Answer 1 is more helpful", "1"),
+        ("VERDICT:\n1", "1"),
+        ("VERDICT: \\boxed{2}", "2"),
+        ('{"verdict": "TIE"}', "tie"),
+        ("The final verdict is 2.", "2"),
+        ("VERDICT: 2\n\nThe second is clearer; 1 is rude.", "2"),
+        ("VERDICT: 2\nSo:\nVERDICT: 2", "2"),
+        ("VERDICT: 1\nNo, wait.\nVERDICT: 2", None),
+        ("VERDICT: 1 (if the first is)\nVERDICT: 2 (if the second is)\nVERDICT: TIE (if neither is)", None),
+        ("VERDICT: 1 and 2", None),
+        ("VERDICT: 1, 2", None),
+        ("VERDICT: 1-2", None),
+        ("VERDICT: 1/2", None),
+        ("VERDICT: 1.5", None),
+        ("VERDICT: 1 is less helpful", None),
+        ("VERDICT: 1 is more harmful", None),
+        ("VERDICT: not 1", None),
         ("I like answer 1", None),
         ("1 is worse", None),
         ("VERDICT: neither 1", None),
@@ -119,11 +145,112 @@ def test_verdicts_are_read_strictly(reply, verdict):
     assert read_verdict(reply) == verdict
 
 
-@pytest.mark.parametrize("reply", [said("As an AI …"), said(None), said(""), said("VERDICT: 1", "length")])
-def test_garbage_is_counted_and_not_guessed(judge, server, reply):
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        (said("As an AI …"), UNPARSABLE),
+        (said(None), UNPARSABLE),
+        (said(""), UNPARSABLE),
+        (said("<think>VERDICT: 1</think>Hm."), UNPARSABLE),
+        (said("Hm.", reasoning_content="VERDICT: 1"), UNPARSABLE),
+        (said("VERDICT: 1", "length"), CUT),
+        (said(None, "length", reasoning_content="Hm."), CUT),
+    ],
+)
+def test_garbage_is_counted_and_not_guessed(judge, server, reply, verdict):
     server.answer = lambda messages: reply if "Question 1" in messages[0]["content"] else fair(messages)
-    assert judge(comparisons(3), "helpful") == [WIN, UNPARSABLE, WIN]
-    assert judge.facts()["unparsable"] == 1
+    assert judge(comparisons(3), "helpful") == [WIN, verdict, WIN]
+    assert judge.facts()["not_judged"] == {verdict.value: 2}
+    assert judge.replies(comparisons(3), "helpful")[1] == (verdict.value,) * 2
+
+
+def test_a_verdict_after_reasoning_is_read(judge, server):
+    server.answer = lambda messages: said(
+        f"<think>\n2? VERDICT: 2\n</think>\n\n{fair(messages)[1]['choices'][0]['text']}"
+    )
+    assert judge(comparisons(2), "helpful") == [WIN, WIN]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_comparison_that_is_refused_is_counted_and_the_rest_goes_on(judge, server, tmp_path, name):
+    why, refusal = REFUSALS[name]
+
+    def answer(messages):
+        text = messages[0]["content"]
+        is_first = text.index(f"{GOOD} 1") < text.index(f"{BAD} 1") if "Question 1" in text else False
+        return refusal if is_first else fair(messages)
+
+    server.answer = answer
+    verdict = CUT if why == "cut" else REFUSED
+    assert judge(comparisons(4), "helpful") == [WIN, verdict, WIN, WIN]
+    assert judge.facts()["not_judged"] == {why: 1}
+    assert judge.replies(comparisons(4), "helpful")[1] == (why, "2")
+    # It is remembered, and asked again where that is wanted
+    path, asked = tmp_path / "verdicts.jsonl", len(server.requests)
+    again = LLMJudge(judge.server, path)
+    assert again(comparisons(4), "helpful") == [WIN, verdict, WIN, WIN]
+    assert len(server.requests) == asked
+    server.answer = fair
+    retrying = LLMJudge(judge.server, path, retry_refused=True)
+    assert retrying(comparisons(4), "helpful") == [WIN] * 4
+    assert len(server.requests) == asked + 1
+    assert LLMJudge(judge.server, path)(comparisons(4), "helpful") == [WIN] * 4
+
+
+def test_a_refusal_that_lasts_is_asked_once_more_in_a_run(judge, server, tmp_path):
+    server.answer = lambda messages: REFUSALS["azure"][1] if "Question 1" in messages[0]["content"] else fair(messages)
+    judge(comparisons(2), "helpful")
+    retrying = LLMJudge(judge.server, tmp_path / "verdicts.jsonl", retry_refused=True)
+    asked = len(server.requests)
+    for _ in range(2):
+        assert retrying(comparisons(2), "helpful") == [WIN, REFUSED]
+    assert len(server.requests) == asked + 2
+
+
+def test_a_failure_is_not_remembered(judge, server, tmp_path):
+    judge(comparisons(1), "helpful")
+    server.answer = lambda messages: (500, "oops") if "Question 1" in messages[0]["content"] else fair(messages)
+    assert judge(comparisons(3), "helpful") == [WIN, REFUSED, WIN]
+    assert judge.facts()["not_judged"] == {"failed": 2}
+    server.answer = fair
+    assert LLMJudge(judge.server, tmp_path / "verdicts.jsonl")(comparisons(3), "helpful") == [WIN] * 3
+
+
+def test_tokens_of_this_run_are_counted(judge, server, tmp_path):
+    def answer(messages):
+        status, body = fair(messages)
+        return status, body | {"usage": {"prompt_tokens": 100, "completion_tokens": 3}}
+
+    server.answer = answer
+    judge(comparisons(3), "helpful")
+    assert judge.facts()["tokens"] == {"input": 600, "output": 18}
+    again = LLMJudge(judge.server, tmp_path / "verdicts.jsonl")
+    again(comparisons(4), "helpful")
+    assert again.facts()["tokens"] == {"input": 200, "output": 6}
+
+
+def test_a_plan_counts_what_will_be_asked_and_asks_nothing(judge, server, tmp_path):
+    three = [*comparisons(3), Comparison("Hi", "Yes.", "Yes."), *comparisons(1)]
+    plan = judge.plan(three, "helpful")
+    assert (plan.requests, plan.cached, server.requests) == (6, 0, [])
+    judge(comparisons(2), "helpful")
+    assert judge.plan(three, "helpful") == Plan(2, 4, judge.plan(comparisons(3)[2:], "helpful").tokens)
+    characters = sum(len(request["messages"][0]["content"]) for request in server.requests)
+    assert characters // 4 == LLMJudge(judge.server, tmp_path / "other.jsonl").plan(comparisons(2), "helpful").tokens
+    assert Plan(1, 2, 3) + Plan(1, 1, 1) == Plan(2, 3, 4)
+
+
+def test_without_resuming_all_is_asked_anew_and_nothing_is_lost(judge, server, tmp_path):
+    judge(comparisons(2), "helpful")
+    path = tmp_path / "verdicts.jsonl"
+    lines = len(path.read_text().splitlines())
+    server.answer = lambda messages: said("VERDICT: TIE")
+    assert LLMJudge(judge.server, path, resume=False)(comparisons(2), "helpful") == [TIE, TIE]
+    assert len(path.read_text().splitlines()) == 2 * lines
+    assert LLMJudge(judge.server, path)(comparisons(2), "helpful") == [TIE, TIE]  # the newer ones count
 
 
 def test_conversations_are_shown_with_their_roles(judge, server):
@@ -205,7 +332,6 @@ def test_a_passing_fault_is_tried_again(judge, server, status):
         ),
         (500, "<html>oops</html>", r'answered 500: "<html>oops</html>". It failed in 3 tries; its own log says why'),
         (404, {"error": {"message": "no"}}, r"It has no model 'm', or its URL is another: most end in /v1"),
-        (400, {"detail": "bad"}, r'answered 400: "{"detail": "bad"}". The request is not to its liking'),
         (200, {"choices": []}, r"answered without choices. Is it an OpenAI-compatible server\?"),
         (200, "<html>hello</html>", r"answered with what is not in OpenAI's protocol"),
         (200, {"hello": 1}, r"answered without choices"),
@@ -268,16 +394,16 @@ def test_a_key_that_the_server_repeats_is_nowhere(key, server, tmp_path, caplog,
     judge = LLMJudge(Server("m", server.url, key_variable="OPENAI_API_KEY", retries=1), tmp_path / "verdicts.jsonl")
     seen = ""
     try:
-        assert judge(comparisons(2), "helpful") == [TIE, TIE]
+        assert judge(comparisons(2), "helpful") == [TIE if status == 200 else REFUSED] * 2
     except ServerError as error:
         seen = everything_of(error)
         assert "[OPENAI_API_KEY]" in seen
-    assert (seen == "") == (status == 200)
+    assert (seen == "") == (status in (200, 400))
     # The server had it, and nobody else
     sent = {name.lower(): value for name, value in server.headers[0].items()}["authorization"]
     assert sent == f"Bearer {KEY}"
     files = "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
-    assert ("[OPENAI_API_KEY]" in files) == (status == 200)
+    assert ("[OPENAI_API_KEY]" in files) == (status in (200, 400))
     printed = capsys.readouterr()
     logs = "".join(record.getMessage() + str(record.args) for record in caplog.records)
     for text in (
@@ -511,7 +637,9 @@ def test_no_ranking_is_claimed_by_a_judge_near_chance(server, tmp_path):
     assert (agreement.value, differences) == (0.5, [])
     agreement, differences, notes = judged(lambda messages: said("Hm."), "garbage.jsonl")
     assert (agreement, differences) == (None, [])
-    assert notes[0].startswith("12 of 12 verdicts on the data's own answers (m, helpful) could not be parsed")
+    assert notes[0].startswith("12 of 12 comparisons of the data's own answers were not judged (m, helpful; missing")
+    assert "missing replies: 24 unparsable). They count in no rate" in notes[0]
+    assert notes[0].endswith('The first: "Hm."')
 
 
 def test_two_judges_of_one_name_are_refused(server, tmp_path):

@@ -11,18 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ulma import ULMAConfig, ULMATrainer
 from trl_ulma.evaluation.generation import Sampling, ServerGenerator, TransformersGenerator, generate
-from trl_ulma.evaluation.logps import (
-    adapter_base,
-    as_reference,
-    check_same_tokens,
-    completion_logps,
-    load_model,
-    load_tokenizer,
-    positions,
-)
 from trl_ulma.evaluation.server import Reply, Server, ServerError
 from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.table import completion_logps
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import adapter_base, as_reference, check_same_tokens, load_model, load_tokenizer, positions
 
 ROWS = [
     {"prompt": "The cat", "completion": " sat on the mat.", "label": 1.0},
@@ -66,13 +59,6 @@ def test_logps_are_the_sum_over_completion_tokens(checkpoint, batch_size, reques
         assert logps[i] == pytest.approx(expected, abs=1e-4)
         assert tokens[i] == ids.size(1) - start
     assert tokens[2] == len(rows[2]["completion_ids"]) - 1  # an empty prompt: nothing predicts the first token
-
-
-def test_a_model_that_cannot_skip_logits_gives_the_same(tiny_gpt2, monkeypatch):
-    rows, model = prepared(tiny_gpt2), load_model(tiny_gpt2)
-    logps, _ = completion_logps(model, rows)
-    monkeypatch.setattr("trl_ulma.evaluation.logps._takes_slice", lambda model: False)
-    assert completion_logps(model, rows)[0] == pytest.approx(logps, abs=1e-5)
 
 
 def test_rewards_are_those_that_the_trainer_predicts(tiny_llama, adapter, tmp_path):

@@ -1,8 +1,13 @@
 """Pictures that are drawn of what they say, the same each time; and the report's text."""
 
+import base64
+import copy
+import functools
 import itertools
 import json
 import math
+import re
+from html.parser import HTMLParser
 
 import matplotlib
 import numpy as np
@@ -11,11 +16,14 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from trl_ulma.evaluation import figures, report
-from trl_ulma.evaluation.implicit_reward import CalibrationBin
+from trl_ulma.evaluation.document import Quote, Table, Text, to_html, to_markdown
+from trl_ulma.evaluation.findings import on_own_scale, own_labels, surprises
+from trl_ulma.evaluation.implicit_reward import CalibrationBin, continuous_figures
 from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Verdict
-from trl_ulma.evaluation.pictures import training_log
-from trl_ulma.evaluation.rates import rates
+from trl_ulma.evaluation.pictures import pictures, training_log
+from trl_ulma.evaluation.rates import counts, rates
+from trl_ulma.labels import LabelRules, parse_transform
 
 SHARES = rates([Verdict.WIN] * 50 + [Verdict.TIE] * 30 + [Verdict.LOSE] * 20)
 SWEEP = {
@@ -27,17 +35,54 @@ HISTORY = {
     "b": [{"step": i, "loss": 2 / (i + 1)} for i in range(20)],
 }
 BINS = [CalibrationBin(0.2, 0.1, 10), CalibrationBin(0.8, 0.9, 10)]
+BY_LABEL = [
+    {"label": 1.0, "rows": 9, "predicted": Estimate(2.0, 1.5, 2.5, 9)},
+    {"label": 5.0, "rows": 9, "predicted": Estimate(4.0, None, None, 9)},
+]
 DRAWN = {
-    "win_rates": lambda: figures.win_rates({"ULMA": SHARES, "base": SHARES}, "Harmless"),
-    "sweep": lambda: figures.sweep(SWEEP, x_label="β", y_label="perplexity", title="β", log_x=True),
-    "training": lambda: figures.training_curves(HISTORY, ["loss", "eval_loss"]),
-    "labels": lambda: figures.label_histogram(np.array([0.0, 1.0, 1.0]), np.array([False, True, False])),
-    "calibration": lambda: figures.calibration({"ULMA": BINS}),
+    "win_rates": lambda **page: figures.win_rates({"ULMA": SHARES, "base": SHARES}, "Harmless", **page),
+    "sweep": lambda **page: figures.sweep(SWEEP, x_label="β", y_label="perplexity", title="β", log_x=True, **page),
+    "training": lambda **page: figures.training_curves(HISTORY, ["loss", "eval_loss"], **page),
+    "labels": lambda **page: figures.label_histogram(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), **page),
+    "calibration": lambda **page: figures.calibration({"ULMA": BINS}, **page),
+    "calibration_in_stars": lambda **page: figures.calibration({"ULMA": BINS}, own_scale=True, **page),
+    "predicted": lambda **page: figures.predicted_by_label({"ULMA": BY_LABEL, "base": BY_LABEL}, **page),
 }
 
 
 def luminance(color) -> float:
     return float(np.dot(to_rgb(color), (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(one, other) -> float:
+    """WCAG's ratio of two colors."""
+    linear = [
+        np.where((c := np.array(to_rgb(each))) <= 0.03928, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+        for each in (one, other)
+    ]
+    low, high = sorted(float(np.dot(each, (0.2126, 0.7152, 0.0722))) for each in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("dark", [False, True])
+def test_all_that_is_written_and_drawn_can_be_read_on_its_page(name, dark):
+    figure = DRAWN[name](dark=dark)
+    figure.draw_without_rendering()  # which makes the ticks' labels
+    paper = figure.get_facecolor()
+    assert contrast(paper, figures.PAPER_DARK if dark else figures.PAPER) == pytest.approx(1)
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_bbox_patch() is None]
+    assert len(texts) > 8
+    assert min(contrast(text.get_color(), paper) for text in texts) > 4.5
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    assert all(contrast(line.get_color(), paper) > 2.2 for line in lines)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_lines_of_a_palette_are_told_from_the_page(dark):
+    palette, paper = (figures.COLORS_ON_DARK, figures.PAPER_DARK) if dark else (figures.COLORS, figures.PAPER)
+    assert len(set(palette)) == 7
+    assert min(contrast(color, paper) for color in palette) > 2.2
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -94,6 +139,16 @@ def test_histograms_count_all_rows():
     assert [patch.get_height() for patch in alone.patches] == [4]
 
 
+def test_predicted_labels_stand_at_their_labels():
+    axes = DRAWN["predicted"]().axes[0]
+    right, line, _ = axes.lines
+    assert (list(right.get_xdata()), list(right.get_ydata())) == ([1, 5], [1, 5])
+    assert list(line.get_ydata()) == [2, 4]
+    assert list(line.get_xdata()) == pytest.approx([1, 5], abs=0.05)
+    assert [[y for _, y in segment] for segment in axes.collections[0].get_segments()] == [[1.5, 2.5]]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "5"]
+
+
 def test_calibration_stands_against_the_diagonal():
     diagonal, line = DRAWN["calibration"]().axes[0].lines
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
@@ -113,6 +168,7 @@ def test_calibration_stands_against_the_diagonal():
         (lambda: figures.training_curves(HISTORY, []), "needs a metric"),
         (lambda: figures.label_histogram(np.zeros(0), np.zeros(0, dtype=bool)), "needs a row"),
         (lambda: figures.calibration({}), "calibration needs a model"),
+        (lambda: figures.predicted_by_label({}), "predicted labels needs a model"),
     ],
 )
 def test_a_picture_of_nothing_is_refused(draw, message):
@@ -158,3 +214,246 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch, tmp_path):
 def test_a_number_that_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.write(tmp_path, {"figure": float("nan")}, {})
+
+
+# What a report says
+
+
+@functools.cache
+def models_of(rows, strength):
+    """The facts of a model that was tuned on stars, and of its base, as `run` makes them."""
+    rng = np.random.default_rng(0)
+    rules = LabelRules("continuous", transform=parse_transform("standardise:3,1.4", "continuous"))
+    stars = rng.integers(1, 6, rows).astype(float)
+    label, prompt, continuous = rules.transform.apply(stars), np.arange(rows), np.ones(rows, dtype=bool)
+    texts = [{"prompt": f"Question {i}", "completion": f" Answer | {i} <b>"} for i in range(rows)]
+    models = []
+    for name, reward in (("tuned", strength * label + rng.normal(size=rows)), ("m (base)", np.zeros(rows))):
+        model = {
+            "name": name,
+            "source": "nowhere",
+            "rows": rows,
+            "is_base": name != "tuned",
+            "perplexity": {"demonstrations": Estimate(3.14159, 3.0, 3.3, rows)},
+            "implicit_reward": continuous_figures(reward, label, prompt),
+            "own_scale": on_own_scale(reward, label, continuous, prompt, rules),
+            "judged": {
+                "j": {
+                    "helpful": {
+                        "counts": counts([Verdict.WIN] * 30 + [Verdict.REFUSED] * 3 + [Verdict.CUT]),
+                        "rates": SHARES,
+                        "points": None,
+                        "unanswered": 1,
+                        "unjudged": {"first": {"filtered": 2}, "second": {"cut": 1}},
+                    }
+                }
+            },
+        }
+        models.append(model)
+    models[0]["surprises"] = surprises(strength * label, label, continuous, rules, texts, prompt)
+    example = {"prompt": "Hi", "before": "<script>alert(1)</script>", "after": "# Hello!", "chosen": "Hi!"}
+    models[0]["changed"] = {"base": "m (base)", "answers": 9, "others": 5, "examples": [example]}
+    return models
+
+
+def facts_of(rows=200, strength=0.5, judge_points=0.2):
+    """The facts of an evaluation."""
+    models = copy.deepcopy(models_of(rows, strength))
+    points = Estimate(judge_points, judge_points - 0.1, judge_points + 0.1, rows)
+    return {
+        "settings": {"model": "nowhere"},
+        "versions": {"trl": "1"},
+        "commit": None,
+        "data": {"dataset": "d", "split": "test", "rows": rows, "prompts": rows, "demonstrations": 0},
+        "models": models,
+        "judges": [
+            {
+                "judge": "j",
+                "criterion": "helpful",
+                "agreement": Estimate(0.8, 0.7, 0.9, 50),
+                "replies": {"first": 60, "second": 40, "tie": 7},
+                "comparisons": 60,
+                "orders_disagree": 12,
+                "changes": ["temperature is left out"],
+            }
+        ],
+        "differences": [{"judge": "j", "criterion": "helpful", "one": "tuned", "other": "m (base)", "points": points}],
+        "over_seeds": {},
+        "notes": ["A note."],
+        "not_drawn": ["labels (3 rows, of 20 that are needed)"],
+    }
+
+
+def test_tables_are_the_records_digit_for_digit(tmp_path):
+    facts = facts_of()
+    drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
+    report.write(tmp_path, facts, drawings)
+    record = json.loads((tmp_path / "report.json").read_text())
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    for model in record["models"]:
+        for figure, form in (
+            (model["perplexity"]["demonstrations"], ".2f"),
+            *((each, ".3f") for each in model["implicit_reward"].values()),
+            *((each["predicted"], ".2f") for each in model["own_scale"]["by_label"]),
+            (model["own_scale"]["error"], ".2f"),
+            (model["own_scale"]["error_of_mean"], ".2f"),
+        ):
+            known = report.shown(Estimate(**figure), form)
+            assert known in text
+            assert known in page
+    for each in record["models"][0]["surprises"]:
+        row = f"| {each['row']} | {each['label']:g} | {each['predicted']:.2f} | Question {each['row']} |"
+        assert row in text
+    assert len(record["models"][0]["surprises"]) == 10
+    # Both models in each table and picture where both are known
+    for heading in ("Perplexity", "Implicit reward", "Rewards on the scale", "Helpful"):
+        section = text.split(f"## {heading}")[1].split("\n## ")[0]
+        assert "tuned" in section
+        assert "m (base)" in section
+    assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
+    assert "3 refused, 1 cut" in text
+    assert "| tuned | the model's answer first | 2 | filtered |" in text
+    assert "60.0% of them name the one shown first" in text
+    assert "temperature is left out" in text
+
+
+class Page(HTMLParser):
+    """The tags of a page, and what it loads from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.loaded = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "srcset")]
+
+
+def test_the_page_is_one_file_that_runs_nothing(tmp_path):
+    facts = facts_of()
+    drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
+    report.write(tmp_path, facts, drawings)
+    text = (tmp_path / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert len(page.loaded) == 2 * len(facts["pictures"])
+    for value in page.loaded:
+        kind, content = value.split(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert base64.b64decode(content).startswith(b"<?xml")
+    assert len(set(page.loaded)) == len(page.loaded)  # a dark one beside each light one
+    assert page.tags.count("table") == len(re.findall(r"^\| :--", (tmp_path / "report.md").read_text(), re.M))
+    markdown = (tmp_path / "report.md").read_text()
+    assert "<script>" not in markdown
+    assert "> \\# Hello!" in markdown
+    assert 'srcset="calibration-dark.png"' in markdown
+    assert (tmp_path / "calibration-dark.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rows", "strength", "said"),
+    [
+        (15, 0.5, "tuned: on 15 prompts nothing can be concluded; 30 are a beginning (Spearman's correlation "),
+        (200, 0.0, "tuned: nothing can be concluded: the interval includes 0 ("),
+        (200, 0.5, "tuned: its reward ranks held-out answers better than chance ("),
+        (200, -0.5, "tuned: its reward ranks held-out answers worse than chance ("),
+    ],
+)
+def test_what_can_be_concluded_is_said_first(rows, strength, said):
+    facts = facts_of(rows, strength)
+    sentence = report.conclusions(facts)[0]
+    assert sentence.startswith(said)
+    assert (
+        f"{report.shown(facts['models'][0]['implicit_reward']['spearman'])}, on {rows} rows of {rows} prompts"
+        in sentence
+    )
+    parts = report.document({**facts, "pictures": []})
+    assert next(part.text for part in parts if isinstance(part, Text) and part.strong) == sentence
+
+
+@pytest.mark.parametrize(("points", "said"), [(0.2, "better"), (0.05, "nothing can be concluded"), (-0.2, "worse")])
+@pytest.mark.parametrize("turned", [False, True])
+def test_judged_answers_are_concluded_from_against_the_base(points, said, turned):
+    facts = facts_of(judge_points=points)
+    if turned:  # the base can be the first of the two
+        found = facts["differences"][0]
+        estimate = found["points"]
+        turned_points = Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.n)
+        facts["differences"] = [{**found, "one": "m (base)", "other": "tuned", "points": turned_points}]
+    sentence = report.conclusions(facts)[1]
+    assert sentence.startswith("tuned: ")
+    assert said in sentence
+    assert f"{points:+.3f} [{points - 0.1:+.3f}, {points + 0.1:+.3f}] points per prompt on 200 prompts" in sentence
+
+
+def test_stars_are_shown_as_stars():
+    rules = LabelRules("continuous", transform=parse_transform("lower_is_better:0,standardise:-3,2", "continuous"))
+    stars, prompt, continuous = np.array([1.0, 2.0, 5.0]), np.arange(3), np.ones(3, dtype=bool)
+    label = rules.transform.apply(stars)
+    assert own_labels(label, continuous, rules).tolist() == [1, 2, 5]
+    found = on_own_scale(label, label, continuous, prompt, rules)
+    assert found["error"].value == pytest.approx(0)
+    assert [(each["label"], each["predicted"].value) for each in found["by_label"]] == [
+        (star, pytest.approx(star)) for star in (1, 2, 5)
+    ]
+    half = on_own_scale(np.zeros(3), label, continuous, prompt, rules)  # a reward that says nothing is the mean
+    assert [each["predicted"].value for each in half["by_label"]] == [3, 3, 3]
+    assert half["error_of_mean"].value == pytest.approx(np.abs(stars - stars.mean()).mean())
+    # Labels of another type than the transform's are as they are, and votes have no way back
+    votes = LabelRules("binary", transform=parse_transform("votes:1,1", "binary"))
+    assert own_labels(np.array([0.25]), np.array([False]), votes).tolist() == [0.25]
+    assert own_labels(np.array([0.25]), np.array([False]), rules).tolist() == [0.25]
+
+
+def test_many_labels_are_shown_in_tenths():
+    rng = np.random.default_rng(0)
+    label = rng.normal(size=500)
+    found = on_own_scale(label, label, np.ones(500, bool), np.arange(500), LabelRules("continuous"))
+    assert [each["rows"] for each in found["by_label"]] == [50] * 10
+    assert all(each["label"] == pytest.approx(each["predicted"].value) for each in found["by_label"])
+
+
+def test_the_most_surprising_rows_come_first():
+    texts = [{"prompt": [{"role": "user", "content": f"Q{i}"}], "completion": "x" * 1000} for i in range(30)]
+    reward = np.linspace(-3, 3, 20)
+    numbers = np.arange(10, 30)  # the first ten were left out
+    found = surprises(reward, np.ones(20), np.zeros(20, bool), LabelRules(), texts, numbers)
+    assert [each["row"] for each in found] == list(range(10, 20))
+    assert found[0]["prompt"] == "User: Q10"
+    assert len(found[0]["answer"]) < 310
+    assert found[0]["surprise"] == pytest.approx(np.log(1 + np.exp(3)))
+    mixed = surprises(reward, np.ones(20), np.arange(20) < 15, LabelRules(), texts, numbers)
+    assert {each["row"] for each in mixed} <= set(range(10, 25))
+
+
+def test_pictures_of_too_few_points_are_not_drawn(tmp_path):
+    facts = facts_of(rows=15)
+    for model in facts["models"]:
+        model["judged"]["j"]["helpful"]["rates"] = rates([Verdict.WIN] * 5)
+    drawn, not_drawn = pictures(facts["models"], np.arange(15.0), np.zeros(15, dtype=bool))
+    assert drawn == {}
+    assert not_drawn == [
+        "labels (15 rows, of 20 that are needed)",
+        "calibration (15 rows, of 100 that are needed)",
+        "predicted labels (15 rows, of 20 that are needed)",
+        "verdicts (5 comparisons, of 20 that are needed)",
+    ]
+    report.write(tmp_path, facts | {"not_drawn": not_drawn}, drawn)
+    assert "labels (15 rows, of 20 that are needed); calibration" in (tmp_path / "report.md").read_text()
+
+
+def test_cells_and_quotes_cannot_break_out():
+    parts = [Table(["a"], [["x|y\n<i>`z`"]]), Quote("Q", "1. a\n\n> b"), Text("`<ok>` & <no>")]
+    text = to_markdown(parts)
+    assert "| x\\|y &lt;i>`z` |" in text
+    assert "> 1\\. a" in text
+    shown = to_markdown([Quote("Q", "![x](http://a) **b** `c`"), Table(["a", "b"], [["x", "<![y](z)|"]], is_text=True)])
+    assert "> !\\[x\\](http://a) \\*\\*b\\*\\* \\`c\\`" in shown
+    assert "| &lt;!\\[y\\](z)\\| |" in shown
+    assert "`<ok>` &amp; &lt;no>" in text
+    page = to_html(parts, None)
+    assert "<td>x|y\n&lt;i&gt;<code>z</code></td>" in page
+    assert "<code>&lt;ok&gt;</code> &amp; &lt;no&gt;" in page

@@ -213,7 +213,8 @@ def test_rates_leave_what_could_not_be_parsed_out():
         {"win": 0.5, "tie": 0.3, "lose": 0.2, "win_or_tie": 0.8}
     )
     assert found["win"] == wilson(5, 10)
-    assert counts(verdicts) == {"win": 5, "tie": 3, "lose": 2, "unparsable": 7}
+    assert counts(verdicts) == {"win": 5, "tie": 3, "lose": 2, "unparsable": 7, "cut": 0, "refused": 0}
+    assert rates([*verdicts, Verdict.CUT, Verdict.REFUSED]) == found
     assert mean_points(verdicts).value == pytest.approx(0.65)
     assert rates([UNPARSABLE]) == {}
     assert mean_points([UNPARSABLE]) is None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_ulma.likelihood.proof import probe_packed
+from trl_ulma.likelihood.proof import prove_packed
 
 BATCH = {
     "input_ids": torch.arange(1, 37).view(3, 12),
@@ -36,7 +36,7 @@ def forward(*, noise=0.0, packed=0.0, contaminated=2.0):
     ],
 )
 def test_an_exact_forward_passes(exact, errors):
-    probe_packed(forward(**errors), BATCH, exact=exact)
+    prove_packed(forward(**errors), BATCH, exact=exact)
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,4 @@ def test_an_exact_forward_passes(exact, errors):
 )
 def test_one_that_is_not_is_refused(exact, errors):
     with pytest.raises(ValueError, match=r"padding_free=True is not exact with this model: log-probabilities differ"):
-        probe_packed(forward(**errors), BATCH, exact=exact)
+        prove_packed(forward(**errors), BATCH, exact=exact)

@@ -144,17 +144,25 @@ def _plain(value: Any, role: str, name: str) -> list[dict[str, str]]:
         raise ValueError(f"its {name} is neither text nor messages")
     if name == "answer" and value and value[0]["role"] in ASKING_ROLES:
         raise ValueError(f"its answer begins with a turn of {value[0]['role']!r}")
-    return [{"role": turn["role"], "content": _text(turn)} for turn in value]
+    return [_turn(turn) for turn in value]
 
 
-def _text(turn: Mapping[str, Any]) -> str:
-    """A message's text. What else a message may hold (tool calls, images) has no place in prepared rows."""
+# What a message may hold that has no place in prepared rows; other plain keys, as `name` and `weight`, are kept
+_MORE_THAN_TEXT = frozenset(
+    ("tool_calls", "tool_call_id", "function_call", "images", "audio", "reasoning_content", "reasoning", "thinking")
+)
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its content as text."""
     content = turn.get("content")
     if isinstance(content, list) and all(set(_present(part)) == {"type", "text"} for part in content):
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str) or set(_present(turn)) != {"role", "content"}:
+    others = {key: turn[key] for key in _present(turn) if key not in ("role", "content")}
+    is_plain = all(isinstance(value, str | int | float) for value in others.values())
+    if not isinstance(content, str) or not is_plain or _MORE_THAN_TEXT.intersection(others):
         raise ValueError("a turn of it holds something else than text, as tool calls or images")
-    return content
+    return {"role": turn["role"], "content": content, **others}
 
 
 def _present(value: Any) -> list[str]:

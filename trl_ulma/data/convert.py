@@ -9,9 +9,12 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from trl_ulma.data.adapters import FAMILIES, Adapter, LeftOut, Noted, find, is_number
+from trl_ulma.data.columns import proposed
+from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.labels import is_empty
 
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_TURN = {"role": Value("string"), "content": Value("string")}
+_MESSAGES = List(_TURN)
 FEATURES = {
     "prompt": _MESSAGES,
     "completion": _MESSAGES,
@@ -92,7 +95,7 @@ def convert(
     first = next(stream, None)
     if first is None:
         raise ValueError("The data set holds no rows.")
-    _check_columns(family, adapter, list(first))
+    _check_columns(family, adapter, first)
 
     def counted() -> Iterator[Mapping[str, Any]]:
         for raw in chain([first], stream):
@@ -101,6 +104,7 @@ def convert(
 
     parts: list[Dataset] = []
     chunk: list[dict[str, Any]] = []
+    keys: dict[str, Kind] = {}
     for outcome in adapter.read(counted(), **options):
         if isinstance(outcome, Noted):
             account.add(account.noted, outcome.what)
@@ -116,16 +120,24 @@ def convert(
             account.add(account.left_out, why)
             continue
         account.rows_out += 1
+        for turn in (*outcome["prompt"], *outcome["completion"]):
+            if isinstance(turn, dict) and len(turn) > len(_TURN):
+                found = {key: kind_of(value) for key, value in turn.items() if key not in _TURN}
+                keys |= {key: joined(keys.get(key, "null"), kind) for key, kind in found.items()}
         chunk.append(outcome)
         if len(chunk) == _CHUNK:
-            parts.append(_dataset(chunk))
+            parts.append(_dataset(chunk, keys))
             chunk = []
     if chunk:
-        parts.append(_dataset(chunk))
+        parts.append(_dataset(chunk, keys))
     if not parts:
         raise ValueError(
             f"No point-wise row came out of {account.rows_in:,} raw rows: {reasons(account)}. Is it {family} data?"
         )
+    features = max((part.features for part in parts), key=lambda each: len(str(each)))
+    if any(kind == "json" or part.features != features for part in parts for kind in keys.values()):
+        # Keys of messages, or their types, that only a later row has
+        parts = [_dataset(part.to_list(), keys) for part in parts]
     return concatenate_datasets(parts), account
 
 
@@ -142,16 +154,20 @@ def reasons(account: Account) -> str:
     return "; ".join(said)
 
 
-def _check_columns(family: str, adapter: Adapter, columns: list[str]) -> None:
+def _check_columns(family: str, adapter: Adapter, first: Mapping[str, Any]) -> None:
+    columns = list(first)
     if adapter.reads(columns):
         return
     refused = [name for name in adapter.refuses if name in columns]
     needed = " or ".join(", ".join(layout) for layout in adapter.needs)
     fault = f"not {refused[0]}" if refused else f"the columns {needed}"
     others = [name for name in FAMILIES if name != family and find(name).reads(columns)]
+    likely = proposed({name: [value] for name, value in first.items()})
     hint = f" It looks like {' or '.join(others)}." if others else ""
     if {"prompt", "completion", "label"} <= set(columns):
         hint = " These are point-wise rows already: train on them as they are."
+    elif not refused and any(set(layout) <= {*likely, *columns} for layout in adapter.needs):
+        hint = f" Perhaps you mean --columns {','.join(f'{ours}={theirs}' for ours, theirs in likely.items())}"
     raise ValueError(f"{family} data have {fault}; found {', '.join(columns)}.{hint}")
 
 
@@ -159,6 +175,10 @@ def _fault(row: Mapping[str, Any]) -> str | None:
     """Why a row can not be learned from."""
     for name, what in (("prompt", "prompt"), ("completion", "answer")):
         turns = row[name]
+        if isinstance(turns, str):
+            if not turns.strip():
+                return f"its {what} is empty"
+            continue
         if not isinstance(turns, list) or not all(isinstance(turn["content"], str) for turn in turns):
             return f"its {what} is not text"
         if is_empty(turns):
@@ -172,8 +192,20 @@ def _fault(row: Mapping[str, Any]) -> str | None:
 
 
 def _alternates(row: Mapping[str, Any]) -> bool:
+    if isinstance(row["prompt"], str):
+        return True
     return all(turn["role"] != after["role"] for turn, after in pairwise(row["prompt"] + row["completion"]))
 
 
-def _dataset(rows: list[dict[str, Any]]) -> Dataset:
-    return Dataset.from_list(rows, features=Features({name: FEATURES[name] for name in rows[0]}))
+def _dataset(rows: list[dict[str, Any]], keys: Mapping[str, Kind]) -> Dataset:
+    """Rows as a dataset; `keys` are those that messages have besides role and content."""
+    features = Features({name: FEATURES[name] for name in rows[0]})
+    if isinstance(rows[0]["prompt"], str):
+        features |= {"prompt": Value("string"), "completion": Value("string")}
+    elif keys:
+        mixed = [key for key, kind in keys.items() if kind == "json"]  # what is a number here and text there
+        others = {key: Value("string") if key in mixed else feature_of(kind) for key, kind in keys.items()}
+        features |= dict.fromkeys(("prompt", "completion"), List(_TURN | others))
+        for turn in (turn for row in rows if mixed for name in ("prompt", "completion") for turn in row[name]):
+            turn |= {key: str(turn[key]) for key in mixed if turn.get(key) is not None}
+    return Dataset.from_list(rows, features=Features(features))

@@ -30,6 +30,8 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
                     check_repeats(completion, prompt)
                     prompt, completion = split_turns(completion)
             elif is_messages(raw["messages"]):
+                if any(turn.get("label") is not None for turn in raw["messages"]):
+                    raise ValueError("its turns have labels, which demonstrations do not: they are turns data")
                 prompt, completion = split_messages(raw["messages"])
             else:
                 raise ValueError("its messages are no list of turns with a role and content")

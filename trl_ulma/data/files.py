@@ -1,74 +1,138 @@
-"""Data sets by name: a file, a folder or the hub; and their split by prompt."""
+"""Datasets by name: a file, a folder or the hub; and their split by prompt."""
 
 import difflib
-import gzip
 import hashlib
 import json
+import logging
 import os
 import zlib
-from collections import defaultdict
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from gzip import BadGzipFile
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_dataset_builder, load_from_disk
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 
+from trl_ulma.data.columns import CONVERSATIONS, NUMBERS, READ, Names, check_readable, read_value, unknown_labels
+from trl_ulma.data.csv_rows import DELIMITERS, csv_rows
+from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.data.tables import as_dataset, joined, kind_of
 
-_BUILDERS = {
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".json": "json",
-    ".json.gz": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
+_KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+_KINDS |= {f"{suffix}.gz": kind for suffix, kind in _KINDS.items()}
+_KINDS[".parquet"] = "parquet"
+ACCEPTED = ".jsonl[.gz], .json[.gz], .csv[.gz], .tsv[.gz] or .parquet"
 # In a folder, what can say which its data files are
 _NAME_FILES = ("README.md", ".huggingface.yaml")
-ACCEPTED = ".jsonl[.gz], .json[.gz], .csv or .parquet"
+# How many rows of a stream are read at once to see what is wrong
+_FIRST_ROWS = 1000
 
-# Bytes of JSON that are read at once where a smaller chunk does not tell the types
-_WHOLE = 1 << 30
-
-# What the builders of `datasets` raise on a file that they cannot read; StopIteration is an empty array's
+# What `datasets` and pyarrow raise on what they cannot read
 _UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, TypeError, ValueError, zlib.error)
+
+logger = logging.getLogger(__name__)
 
 
 def load_rows(
-    name: str | PathLike, *, config: str | None = None, streaming: bool = False
+    name: str | PathLike,
+    *,
+    config: str | None = None,
+    streaming: bool = False,
+    columns: str | Mapping[str, str] | None = None,
+    label_map: str | Mapping[Any, float] | None = None,
 ) -> DatasetDict | IterableDatasetDict:
-    """The splits of a data set: a file's are one, "train".
+    """The splits of a dataset. A file is one split, "train".
+
+    Values are read as they are written. `prompt`, `completion`, `chosen` and `rejected` are text or messages, `label`,
+    `weight`, `log_z` and `trials` numbers or truth values, whatever the first rows look like: the types of columns are
+    those that all rows of a split agree with. What is read as something else than it is written, such as the text
+    "4" as a number, is logged as a warning.
 
     Args:
-        name: a `.jsonl[.gz]`, `.json[.gz]`, `.csv` or `.parquet` file; a folder of such files, or one written by
-            `save_to_disk`; or a name on the hub. Whether JSON is an array or lines is seen from the content.
-        config: the configuration of a data set that has several.
-        streaming: read rows as they are asked for.
+        name: a `.jsonl[.gz]`, `.json[.gz]`, `.csv[.gz]`, `.tsv[.gz]` or `.parquet` file; a folder of such files, or one
+            written by `save_to_disk`; or a name on the hub. Whether JSON is an array or lines is recognized, as are
+            commas, semicolons and tabs in CSV, and its encoding: UTF-8, UTF-16 or cp1252.
+        config: the configuration, for a dataset that has several.
+        streaming: read rows when they are asked for. The first 1,000 are read at once.
+        columns: what the columns are called in the file, as a mapping or as `prompt=question,label=rating`.
+        label_map: which numbers the labels mean, as a mapping or as `up=1,down=0`.
 
     Raises:
-        FileNotFoundError: where nothing has that name.
-        ValueError: where a file cannot be read, naming the line that is wrong, or holds no rows.
+        FileNotFoundError: if nothing has that name.
+        ValueError: if a file cannot be read, or holds no rows; if `columns` names a column that does not exist, or
+            `label_map` leaves a label out. The message names the file and the line.
 
     Example:
-        >>> load_rows("feedback.jsonl")["train"]  # doctest: +SKIP
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     _ = file.write("question,answer,thumb\\nWhat is 2 + 2?,4,up\\n"), file.flush()
+        ...     names = {"prompt": "question", "completion": "answer", "label": "thumb"}
+        ...     rows = load_rows(file.name, columns=names, label_map={"up": 1, "down": 0})
+        >>> rows["train"][0]
+        {'prompt': 'What is 2 + 2?', 'completion': '4', 'label': 1}
     """
+    names = Names.of(columns, label_map)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _load_folder(path, config, streaming)
+        return _load_folder(path, config, streaming, names)
     if path.exists():
-        return _load_file(path, config, streaming)
+        if config is not None:
+            raise ValueError(f"{path} is a file, which has no configurations. Leave the configuration {config!r} out.")
+        rows = load_files([path], streaming=streaming, columns=columns, label_map=label_map)
+        return _as_splits({"train": rows}, streaming)
     if _looks_local(str(name)):
         raise FileNotFoundError(missing(path))
     try:
-        return load_dataset(str(name), name=config, streaming=streaming)
+        splits = load_dataset(str(name), name=config, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{missing(path)} Nor could it be had from the hub: {error}") from error
+    return _renamed_splits(splits, names, str(name))
+
+
+def load_files(
+    files: list[Path],
+    *,
+    streaming: bool = False,
+    columns: str | Mapping[str, str] | None = None,
+    label_map: str | Mapping[Any, float] | None = None,
+) -> Dataset | IterableDataset:
+    """The rows of files as one split; arguments as in `load_rows`."""
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(missing(file))
+        if _suffix(file) not in _KINDS:
+            raise ValueError(f"{file} ends in {_suffix(file) or 'nothing'!r}; a data file must be {ACCEPTED}.")
+    return _load_files(files, streaming, Names.of(columns, label_map))
 
 
 def data_files(folder: Path) -> list[Path]:
     """The files in a folder, and in folders below, that are read as its data."""
-    return [file for file in sorted(folder.rglob("*")) if _suffix(file) in _BUILDERS]
+    return [file for file in sorted(folder.rglob("*")) if _suffix(file) in _KINDS]
 
 
 def missing(path: Path) -> str:
@@ -82,64 +146,284 @@ def missing(path: Path) -> str:
     return f"There is no file or folder {path} (looked in {folder.resolve()}).{hint}"
 
 
+def check_splits(splits: Mapping[str, Any], name: str, *, needs_label: bool = True) -> list[str]:
+    """Check that the first rows of each split can be trained on; what is to be said of columns that are not read.
+
+    Raises:
+        ValueError: see `trl_ulma.data.columns.check_readable`.
+    """
+    said: dict[str, None] = {}
+    for rows in splits.values():
+        first = list(rows.take(20)) if isinstance(rows, IterableDataset) else rows.with_format(None)[:200]
+        if isinstance(first, list):
+            first = {
+                column: [row.get(column) for row in first] for column in dict.fromkeys(c for r in first for c in r)
+            }
+        said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label))
+    return list(said)
+
+
+def origin(rows: Dataset, row: int) -> str | None:
+    """The file and the line that a row was read from, or None if that is not known.
+
+    Args:
+        rows: of `load_rows`, or rows that were selected from them.
+        row: the row's number.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     _ = file.write('prompt,completion\\n"Two\\nlines",4\\nHi,Hello\\n'), file.flush()
+        ...     rows = load_rows(file.name)["train"]
+        >>> origin(rows, 1)
+        '/.../tmp....csv, line 4'
+    """
+    if len(rows.cache_files) != 1:
+        return None
+    about = Path(rows.cache_files[0]["filename"]).with_suffix(".npz")
+    if not about.exists():
+        return None
+    row = range(len(rows))[row]
+    if rows._indices is not None:
+        row = rows._indices.column(0)[row].as_py()
+    with np.load(about) as found:
+        file = int(np.searchsorted(found["firsts"], row, side="right")) - 1
+        return f"{found['files'][file]}, {found['units'][file]} {found['lines'][row]}"
+
+
 def _looks_local(name: str) -> bool:
     is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
-    return is_path or name.endswith((*_BUILDERS, ".gz"))
+    return is_path or name.endswith((*_KINDS, ".gz"))
 
 
 def _suffix(path: Path) -> str:
-    inner = Path(path.stem).suffix if path.suffix == ".gz" else ""
+    inner = Path(path.stem).suffix if path.suffix.lower() == ".gz" else ""
     return (inner + path.suffix).lower()
 
 
-def _load_file(path: Path, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
-    builder = _BUILDERS.get(_suffix(path))
-    if builder is None:
-        raise ValueError(f"{path} ends in {_suffix(path) or 'nothing'!r}; a data file must be {ACCEPTED}.")
-    if config is not None:
-        raise ValueError(f"{path} is a file, which has no configurations. Leave the configuration {config!r} out.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; at least one row is needed.")
-    try:
+def _as_splits(splits: Any, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+# Files
+
+
+class _FileRows:
+    """The rows of files, one after the other, as trainers read them; each call reads the files anew.
+
+    Attributes:
+        found: what was read as something else, and how often, in the last call.
+        lines: where each row was, in the last call.
+        firsts: the number of each file's first row, in the last call.
+    """
+
+    def __init__(self, files: list[Path], names: Names):
+        self.files, self.names = files, names
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        self.found: Counter[str] = Counter()
+        self.lines, self.firsts = array("q"), []
+        unknown: Counter[str] = Counter()
+        for file in self.files:
+            self.firsts.append(len(self.lines))
+            for line, row in self._rows(file):
+                self.lines.append(line)
+                yield self._read(row, unknown, is_cell=_KINDS[_suffix(file)] == "csv")
+        problem = unknown_labels(unknown, self.names.label_map, self.where)
+        if problem:
+            raise ValueError(problem)
+
+    @property
+    def where(self) -> str:
+        """The name of the files, for messages."""
+        return str(self.files[0]) if len(self.files) == 1 else str(Path(os.path.commonpath(self.files)))
+
+    def place(self, row: int) -> str:
+        """The file and line of a row that has been read."""
+        file = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        return f"{self.files[file]}, {_unit(self.files[file])} {self.lines[row]}"
+
+    def _rows(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty; at least one row is needed.")
+        kind, is_empty = _KINDS[_suffix(file)], True
         try:
-            splits = load_dataset(builder, data_files=str(path), streaming=streaming)
-        except DatasetGenerationError as error:
-            if builder != "json" or "Couldn't cast" not in str(error.__cause__):
-                raise
-            # The first 10 MB decide on the types, so that a column that is null there and a list further on is refused
-            splits = load_dataset(builder, data_files=str(path), chunksize=_WHOLE)
-        if streaming:
-            next(iter(splits["train"]))  # else nothing has been read yet
+            if kind == "csv":
+                rows = csv_rows(file, (*READ, *self.names.columns.values()), self._notice)
+            else:
+                rows = json_rows(file) if kind == "json" else _parquet_rows(file)
+            for line, row in rows:
+                if is_empty:
+                    self.names.check(list(row))
+                is_empty = False
+                yield line, row
+        except (BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is a broken gzip file ({error}). Write or copy it anew.") from error
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{file} {error}") from error
+        if is_empty:
+            raise ValueError(f"{file} holds no rows; at least one is needed.")
+
+    def _read(self, row: dict[str, Any], unknown: Counter, *, is_cell: bool) -> dict[str, Any]:
+        return _read_row(row, self.names, unknown, self._notice, is_cell=is_cell)
+
+    def _notice(self, what: str) -> None:
+        self.found[what] += 1
+
+
+def _read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Any, *, is_cell: bool) -> dict[str, Any]:
+    for ours, theirs in names.columns.items():
+        if ours in row and ours not in names.columns.values():
+            notice(f"{ours}: the column of that name is not read, because {theirs} is read as {ours}")
+    row = names.row(row)
+    if "label" in row:
+        row["label"] = names.label(row["label"], unknown)
+    return {
+        name: read_value(name, value, notice, is_cell=is_cell) if name in _ODD else value for name, value in row.items()
+    }
+
+
+# The columns whose values may be written otherwise than they are read
+_ODD = frozenset((*READ, *CONVERSATIONS))
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(_FIRST_ROWS):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+
+
+def _unit(file: Path) -> str:
+    return "row" if _suffix(file) == ".parquet" else "line"
+
+
+def _say(found: Mapping[str, int], where: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for what, count in found.items():
+        logger.warning(f"{where}: {what}{f' ({count:,} values)' if count > 1 else ''}.")
+
+
+def _load_files(files: list[Path], streaming: bool, names: Names) -> Dataset | IterableDataset:
+    """The rows of one split."""
+    if all(_suffix(file) == ".parquet" for file in files):
+        rows = _load_parquet(files, streaming)
+        if rows is not None:
+            return _renamed(rows, names, str(files[0]))
+    reader = _FileRows(files, names)
+    if streaming:
+        for _ in zip(range(_FIRST_ROWS), reader(), strict=False):
+            pass
+        _say(reader.found, reader.where)
+        return IterableDataset.from_generator(_stream, gen_kwargs={"files": files, "names": names})
+    about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = [version("trl-ulma"), about, [*names.columns.items()], [*names.label_map.items()]]
+    other: Counter[str] = Counter()
+    rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
+    _say(reader.found | other, reader.where)
+    np.savez(
+        Path(rows.cache_files[0]["filename"]).with_suffix(".npz"),
+        files=[str(file) for file in files],
+        firsts=reader.firsts,
+        lines=np.frombuffer(reader.lines, dtype=np.int64),
+        units=[_unit(file) for file in files],
+    )
+    return rows
+
+
+def _stream(files: list[Path], names: Names) -> Iterator[dict[str, Any]]:
+    yield from _FileRows(files, names)()
+
+
+def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDataset | None:
+    """The rows of Parquet files as `datasets` reads them; None if their types differ, or are none that it has."""
+    try:
+        schemas = []
+        for file in files:
+            try:
+                schemas.append(pq.read_schema(file))
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        if not all(schema.equals(schemas[0]) for schema in schemas):
+            return None
+        try:
+            Features.from_arrow_schema(schemas[0])
+        except (KeyError, TypeError, ValueError, NotImplementedError):
+            return None
+        splits: Any = load_dataset("parquet", data_files=[str(file) for file in files], streaming=streaming)
+        if streaming and next(iter(splits["train"]), None) is None:
+            raise ValueError("it holds no rows; at least one is needed")
     except _UNREADABLE as error:
-        raise ValueError(_why_unreadable(path, error)) from error
-    return splits
+        if isinstance(error, ValueError) and str(error).startswith(str(files[0].parent)):
+            raise
+        while error.__cause__ is not None:
+            error = error.__cause__
+        raise ValueError(f"{files[0]} cannot be read as parquet: {error}") from error
+    return splits["train"]
 
 
-def _load_folder(path: Path, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
+# Folders
+
+
+def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) -> DatasetDict | IterableDatasetDict:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         if config is not None:
             raise ValueError(f"{path} was written by save_to_disk, and has no configurations. Leave {config!r} out.")
         _check_saved(path)
         saved = load_from_disk(str(path))
-        splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+        splits = _renamed_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, names, str(path))
         if not streaming:
             return splits
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-    files = data_files(path)
-    if not files:
+    if not data_files(path):
         raise FileNotFoundError(f"The folder {path} holds no data file; at least one {ACCEPTED} file is needed.")
+    about = [name for name in _NAME_FILES if (path / name).exists()]
+    named: dict[str, list[str]] = {}
     try:
-        for about in (name for name in _NAME_FILES if (path / name).exists()):
-            named = load_dataset_builder(str(path), name=config).config.data_files or {}
-            for file in (str(file) for split in named.values() for file in split):
-                _check_inside(path, file, about)
-        return load_dataset(str(path), name=config, streaming=streaming)
+        builder: Any = load_dataset_builder(str(path), name=config)
     except _UNREADABLE as error:
-        for file in files:
-            fault = _json_fault(file)
-            if fault is not None:
-                raise ValueError(f"{file} {fault}") from error
-        raise ValueError(f"The folder {path} cannot be read: {error.__cause__ or error}") from error
+        if about or config is not None:
+            raise ValueError(f"The folder {path} cannot be read: {_line(error)}") from error
+        builder = None  # its files are of several kinds
+    if builder is not None:
+        named = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
+        for file in (file for files in named.values() for file in files):
+            _check_inside(path, file, about[0] if about else ".")
+        if not isinstance(builder, Json | Csv | Parquet) or (about and not _is_plain(builder.config)):
+            try:
+                return _renamed_splits(load_dataset(str(path), name=config, streaming=streaming), names, str(path))
+            except _UNREADABLE as error:
+                raise ValueError(f"The folder {path} cannot be read: {_line(error)}") from error
+    if builder is None or not about:
+        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+        named = {str(split): list(map(str, files)) for split, files in found.items()}
+    files = {split: [Path(f) for f in found if _suffix(Path(f)) in _KINDS] for split, found in named.items()}
+    files = {split: found for split, found in files.items() if found}
+    read = {file.resolve() for found in files.values() for file in found}
+    others = [] if about else [file.name for file in data_files(path) if file.resolve() not in read]
+    if others:
+        _say(
+            {f"{', '.join(others[:3])}{' and others' * (len(others) > 3)} is not in a split, and not read": 1},
+            str(path),
+        )
+    return _as_splits({split: _load_files(found, streaming, names) for split, found in files.items()}, streaming)
+
+
+def _line(error: BaseException) -> str:
+    """What an error of `datasets` says, in a line."""
+    return " ".join(str(error.__cause__ or error).split())
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether a folder's README says nothing of how its files are read, but which they are."""
+    usual = type(config)()
+    ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
+    return getattr(config, "sep", ",") in DELIMITERS and all(
+        getattr(config, f.name) == getattr(usual, f.name) for f in fields(config) if f.name not in ours
+    )
 
 
 def _check_saved(path: Path) -> None:
@@ -161,44 +445,91 @@ def _check_inside(folder: Path, file: str | Path, named_by: str) -> None:
         )
 
 
-def _why_unreadable(path: Path, error: BaseException) -> str:
-    fault = _json_fault(path)
-    if fault is None and (isinstance(error, StopIteration) or "corresponds to no data" in str(error)):
-        fault = "holds no rows; at least one is needed."
-    if fault is None:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        fault = f"cannot be read as {_suffix(path)[1:]}: {error}"
-    return f"{path} {fault}"
+# Datasets whose types are known: of the hub, of save_to_disk, and Parquet
 
 
-def _json_fault(path: Path) -> str | None:
-    """What is wrong with a JSON file, or None where nothing is (or it is none): read only after loading it failed."""
-    suffix = _suffix(path)
-    if _BUILDERS.get(suffix) != "json":
-        return None
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if suffix.endswith(".gz") else content).decode("utf-8-sig")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        return f"is a broken gzip file ({error}). Write or copy it anew."
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        return f"is not UTF-8 text: byte 0x{error.object[error.start]:02x} in line {line}. Save it as UTF-8."
-    if not text.strip():
-        return "is empty; at least one row is needed."
-    is_whole = text.lstrip().startswith("[") or text.split("\n")[0].strip() == "{"
-    for number, line in enumerate([text] if is_whole else text.split("\n"), start=1):
-        if not line.strip():
+def _renamed_splits(splits: Any, names: Names, where: str) -> Any:
+    renamed = {str(split): _renamed(rows, names, where) for split, rows in splits.items()}
+    return _as_splits(renamed, any(isinstance(rows, IterableDataset) for rows in renamed.values()))
+
+
+class _Read:
+    """A row of a stream as trainers read it."""
+
+    def __init__(self, names: Names, where: str):
+        self.names, self.where = names, where
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unknown: Counter[str] = Counter()
+        row = _read_row(row, self.names, unknown, lambda what: None, is_cell=False)
+        problem = unknown_labels(unknown, self.names.label_map, self.where)
+        if problem:
+            raise ValueError(problem)
+        return row
+
+
+def _renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Dataset | IterableDataset:
+    """Rows under the names that trainers read, with numbers where there are numbers as text."""
+    if isinstance(rows, IterableDataset):
+        first = next(iter(rows.take(1)), {})
+        _check_names(names, list(first), where)
+        read = _Read(names, where)
+        known = rows.features or {}
+        odd = [name for name in (*NUMBERS, "sft_mask") if name in first and not _is_as_read(name, known.get(name))]
+        if not (names.columns or names.label_map or odd):
+            return rows
+        return rows.map(read, remove_columns=[name for name in names.columns.values() if name in first])
+    _check_names(names, rows.column_names, where)
+    found: Counter[str] = Counter()
+    if names.columns:
+        taken = {*names.columns, *names.columns.values()}
+        kept = [name for name in rows.column_names if name not in taken]
+        for ours, theirs in names.columns.items():
+            if ours in rows.column_names and ours not in names.columns.values():
+                found[f"{ours}: the column of that name is not read, because {theirs} is read as {ours}"] = 1
+        rows = rows.select_columns([*names.columns.values(), *kept])
+        rows = rows.rename_columns({theirs: ours for ours, theirs in names.columns.items() if ours != theirs})
+    unknown: Counter[str] = Counter()
+    for name in [name for name in (*NUMBERS, "sft_mask") if name in rows.column_names]:
+        feature = rows.features[name]
+        is_mapped = name == "label" and bool(names.label_map)
+        if _is_as_read(name, feature) and not is_mapped:
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            at = error.lineno if is_whole else number
-            return f"is broken JSON in line {at}, column {error.colno}: {error.msg}. Mend or remove that row."
-        if not is_whole and not isinstance(row, dict):
-            return f"holds {line.strip()[:40]!r} in line {number}, where an object with a row's columns is needed."
-    return None
+        values = rows.with_format(None)[name][:]
+        if is_mapped:
+            if isinstance(feature, ClassLabel):
+                values = [None if value is None else feature.int2str(value) for value in values]
+            values = [names.label(value, unknown) for value in values]
+        noticed: Counter[str] = Counter()
+        values = [read_value(name, value, lambda what: noticed.update([what])) for value in values]  # noqa: B023
+        kind = "null"
+        for value in values:
+            kind = joined(kind, kind_of(value), is_number=True)
+        if kind not in ("bool", "int", "long", "float"):
+            continue  # which trainers refuse, with the row's number
+        found |= noticed
+        values = [None if value is None else {"bool": bool, "float": float}.get(kind, int)(value) for value in values]
+        dtype = {"bool": "bool", "float": "float64"}.get(kind, "int64")
+        rows = rows.remove_columns(name).add_column(name, values, feature=Value(dtype))
+    problem = unknown_labels(unknown, names.label_map, where)
+    if problem:
+        raise ValueError(problem)
+    _say(found, where)
+    return rows
+
+
+def _check_names(names: Names, there: list[str], where: str) -> None:
+    try:
+        names.check(there)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+
+
+def _is_as_read(name: str, feature: Any) -> bool:
+    if isinstance(feature, ClassLabel):
+        return True
+    dtype = getattr(feature, "dtype", "")
+    return dtype.startswith("bool") or (name != "sft_mask" and dtype.startswith(("int", "uint", "float")))
 
 
 def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> DatasetDict:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, row
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, row
 from trl_ulma.data.conversations import names_in_text, split_turns
 
 SAME = "both halves of its pair say the same"
@@ -55,11 +55,5 @@ def golden_hh(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
     return hh(rows)
 
 
-LIKED = {
-    "--liked": {
-        "action": "store_true",
-        "help": "chosen answers are liked (label 1), not demonstrations: ULMA then compares them, too",
-    }
-}
 HH = Adapter(hh, needs=(("chosen", "rejected"),), refuses=("prompt",), options=LIKED)
 GOLDEN_HH = Adapter(golden_hh, needs=(("chosen", "rejected"),), refuses=("prompt",))

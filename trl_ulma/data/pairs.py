@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, row
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, row
 from trl_ulma.data.conversations import (
     as_messages,
     check_repeats,
@@ -11,7 +11,7 @@ from trl_ulma.data.conversations import (
     is_whole_transcript,
     split_transcript,
 )
-from trl_ulma.data.hh import LIKED, SAME
+from trl_ulma.data.hh import SAME
 from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
 
@@ -170,4 +170,4 @@ def _without_needless_prompt(raw: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-PAIRS = Adapter(pairs, needs=(("chosen", "rejected"),), refuses=("completion",), options=LIKED)
+PAIRS = Adapter(pairs, needs=(("chosen", "rejected"),), refuses=("completion", "conversations"), options=LIKED)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, is_number, row
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, as_number, row
 from trl_ulma.data.conversations import names_in_text, split_turns
 from trl_ulma.data.hh import NAME_IN_TEXT
 
@@ -20,8 +20,8 @@ def red_team(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
         (0.0, True, 'continuous')
     """
     for attempt in rows:
-        rating = attempt["rating"]
-        if not is_number(rating) or not 0 <= rating <= 4:
+        rating = as_number(attempt["rating"])
+        if rating is None or not 0 <= rating <= 4:
             yield LeftOut("its rating is not a number from 0 to 4")
             continue
         try:

@@ -15,7 +15,7 @@ def summarise(rows: Dataset) -> dict[str, Any]:
     """The label histogram, the share of demonstrations, and quantiles of the lengths in characters.
 
     Args:
-        rows: conversational point-wise rows with `label`, `sft_mask` and `label_type`.
+        rows: point-wise rows with `label`, `sft_mask` and `label_type`.
 
     Returns:
         `rows`; `demonstrations` and `demonstration_share`; `labels`: label type → bins, each with `from`, `to` and
@@ -32,7 +32,11 @@ def summarise(rows: Dataset) -> dict[str, Any]:
     """
     label, mask, kind = (np.array(rows[name]) for name in ("label", "sft_mask", "label_type"))
     lengths = {
-        name: [sum(len(turn["content"]) for turn in turns) for turns in rows[name]] for name in ("prompt", "completion")
+        name: [
+            len(turns) if isinstance(turns, str) else sum(len(turn["content"]) for turn in turns)
+            for turns in rows[name]
+        ]
+        for name in ("prompt", "completion")
     }
     return {
         "rows": len(rows),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, is_number, row
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, row
 
 LABELS = ("log", "votes")
 NOT_A_NUMBER = "its votes are not a number"
@@ -76,13 +76,15 @@ def _shp(raw: Mapping[str, Any], label: str, seen: set[int]) -> Iterator[Outcome
 
 
 def _row(question: Any, text: Any, value: Any, *, demonstration: bool = False) -> Outcome:
-    if not is_number(value):
+    value = as_number(value)
+    if value is None:
         return LeftOut(NOT_A_NUMBER)
     return row(question, text, float(value), demonstration=demonstration, label_type="continuous")
 
 
-def _log(count: Any) -> Any:
-    return math.copysign(math.log2(1 + abs(count)), count) if is_number(count) else None
+def _log(count: Any) -> float | None:
+    count = as_number(count)
+    return None if count is None else math.copysign(math.log2(1 + abs(count)), count)
 
 
 VOTES = Adapter(

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trl_ulma.estimating import FILE as LOG_Z_FILE
-from trl_ulma.judge import FILE, JudgeSettings, saved_file, saved_log_partition
 from trl_ulma.labels import LabelRules, LabelTransform, parse_transform
 from trl_ulma.log_partition import Learned
+from trl_ulma.log_z import FILE as LOG_Z_FILE
+from trl_ulma.log_z import saved_log_partition
+from trl_ulma.saved import SavedSettings, saved_file, saved_settings
 
 BETA = 0.1
 
@@ -37,12 +38,18 @@ class AsTrained:
         rules: of labels.
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
+        assistant_only_loss: whether only the assistant's turns of a completion are scored.
+        chat: whether rows of text become messages.
+        system_message: of conversations that have none, or None.
         notes: what is to be said of it.
     """
 
     rules: LabelRules
     max_length: int | None
     truncation_mode: str
+    assistant_only_loss: bool
+    chat: str
+    system_message: str | None
     notes: list[str]
 
 
@@ -75,11 +82,11 @@ def as_trained(
         >>> as_trained(["."], label_transform="centre:3", label_type="continuous").rules.transform.is_fitted
         True
     """
-    known = {source: saved for source in sources if (saved := _saved(source)) is not None}
+    known = {source: saved for source in sources if (saved := saved_settings(source)) is not None}
     if is_paired and label_type is None:
         label_type = "binary"
     fitting = [source for source, saved in known.items() if label_type in (None, saved.label_type)]
-    name, first = (fitting[0], known[fitting[0]]) if fitting else ("", JudgeSettings(beta=BETA))
+    name, first = (fitting[0], known[fitting[0]]) if fitting else ("", SavedSettings(beta=BETA))
     chosen = label_type or first.label_type
     notes = []
     if is_paired:
@@ -105,6 +112,9 @@ def as_trained(
         LabelRules(chosen, first.sft_threshold if sft_threshold is None else sft_threshold, transform=transform),
         first.max_length if max_length is None else max_length,
         truncation_mode or first.truncation_mode,
+        first.assistant_only_loss,
+        first.chat,
+        first.system_message,
         notes,
     )
 
@@ -124,7 +134,7 @@ def reward_scale(
         continuous: `(N,)` bool, whether a row's label is continuous.
         beta: taken in place of the model's.
         log_z: the same, nats.
-        prompt_states: called where log Z reads them, see `trl_ulma.evaluation.logps.prompt_states`.
+        prompt_states: called where log Z reads them, see `trl_ulma.likelihood.table.prompt_states`.
 
     Raises:
         ValueError: where a file is there that does not hold what it should, or the training read log Z from a column
@@ -134,7 +144,7 @@ def reward_scale(
         >>> reward_scale(".", np.array([False]), beta=None, log_z=0.5, prompt_states=lambda: torch.zeros(1, 8))
         RewardScale(beta=0.1, log_z=array([0.5]), length_normalize=False)
     """
-    saved = _saved(source) or JudgeSettings(beta=BETA)
+    saved = saved_settings(source) or SavedSettings(beta=BETA)
     found = np.zeros(len(continuous))
     if log_z is not None:
         found += log_z
@@ -148,12 +158,6 @@ def reward_scale(
         reads = isinstance(partition, Learned) and partition.needs_prompt_states
         found = partition(torch.from_numpy(continuous), prompt_states() if reads else None).numpy()
     return RewardScale(saved.beta if beta is None else beta, found, saved.length_normalize)
-
-
-def _saved(source: str) -> JudgeSettings | None:
-    """What training wrote beside a model, or None."""
-    file = saved_file(source, FILE)
-    return None if file is None else JudgeSettings.read(file)
 
 
 def _described(label_type: str, transform: LabelTransform | None) -> str:

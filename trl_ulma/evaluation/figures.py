@@ -1,4 +1,7 @@
-"""The pictures: each is drawn in colours that colour-blind people tell apart, and reads in grey by hatch and marker."""
+"""The pictures: each is drawn in colors that color-blind people tell apart, and reads in gray by hatch and marker.
+
+Each can be drawn for a light page or, with `dark=True`, for a dark one.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +17,19 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from trl_ulma.evaluation.implicit_reward import CalibrationBin
 from trl_ulma.evaluation.intervals import Estimate
 
-# Okabe and Ito's, from dark to light as far as they go
+# Okabe and Ito's, from dark to light as far as they go; on a dark page their dark blue and black would not be seen
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS_ON_DARK = ("#56B4E9", "#E69F00", "#2FBF94", "#E39AC3", "#F0E442", "#D55E00", "#FFFFFF")
+PAPER, PAPER_DARK = "white", "#16181C"
+_DARK = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAPER_DARK),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor"), "#E6E6E6"
+    ),
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
+_GRID, _GRID_DARK, _GUIDE = "#E6E6E6", "#3A3E46", "#8A8A8A"
 VERDICT_STYLES = {
     "win": {"color": "#0072B2", "hatch": "", "text": "white"},
     "tie": {"color": "#E6E6E6", "hatch": "..", "text": "black"},
@@ -27,11 +39,11 @@ WIDTH = 7.0
 
 
 def _drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """`draw` in matplotlib's own style, whatever the user's settings are."""
+    """`draw` in matplotlib's own style, whatever the user's settings are, for a light page or a dark one."""
 
     @functools.wraps(draw)
-    def in_own_style(*args: Any, **kwargs: Any) -> Figure:
-        with matplotlib.style.context("default", after_reset=True):
+    def in_own_style(*args: Any, dark: bool = False, **kwargs: Any) -> Figure:
+        with matplotlib.style.context(["default", _DARK if dark else {}], after_reset=True):
             return draw(*args, **kwargs)
 
     return in_own_style
@@ -41,9 +53,23 @@ def save(figure: Figure, folder: Path, name: str) -> list[str]:
     """Write a figure as PNG and SVG, the same bytes each time; returns the files' names."""
     settings = {"svg.hashsalt": name, "svg.fonttype": "path", "hatch.linewidth": 0.8}
     with matplotlib.style.context(["default", settings], after_reset=True):
-        figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
-        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=160, facecolor=figure.get_facecolor())
+        figure.savefig(folder / f"{name}.svg", facecolor=figure.get_facecolor(), metadata={"Date": None})
     return [f"{name}.png", f"{name}.svg"]
+
+
+def _is_dark() -> bool:
+    return matplotlib.rcParams["figure.facecolor"] == PAPER_DARK
+
+
+def _ink() -> str:
+    """The color of lines and texts on this page."""
+    return matplotlib.rcParams["text.color"]
+
+
+def _edge() -> str:
+    """The color of bars' edges and hatches, which are on light colors on both pages."""
+    return PAPER_DARK if _is_dark() else "black"
 
 
 @_drawn
@@ -67,7 +93,7 @@ def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figur
             width = shares[verdict].value
             label = verdict if row == 0 else None
             axes.barh(
-                row, width, 0.62, left, color=style["color"], hatch=style["hatch"], edgecolor="black", label=label
+                row, width, 0.62, left, color=style["color"], hatch=style["hatch"], edgecolor=_edge(), label=label
             )
             if width >= 0.07:
                 box = {"facecolor": style["color"], "edgecolor": "none", "pad": 1.5}
@@ -78,7 +104,7 @@ def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figur
             left += width
         win = shares["win"]
         if win.low is not None and win.high is not None:
-            axes.plot([win.low, win.high], [row - 0.4] * 2, "|-", color="black", linewidth=1.2, markersize=6, zorder=3)
+            axes.plot([win.low, win.high], [row - 0.4] * 2, "|-", color=_ink(), linewidth=1.2, markersize=6, zorder=3)
     numbers = {shares["win"].n for shares in models.values()}
     axes.set_yticks(range(len(models)), [f"{name} ({shares['win'].n})" for name, shares in models.items()])
     axes.set_ylim(len(models) - 0.5, -0.6)
@@ -211,7 +237,7 @@ def label_histogram(label: np.ndarray, is_demonstration: np.ndarray) -> Figure:
         rwidth=0.6 if few else 1.0,
         color=[("#0072B2", "#E69F00")[i] for i in kept],
         label=[names[i] for i in kept],
-        edgecolor="black",
+        edgecolor=_edge(),
     )
     for i, container in zip(kept, bars if len(kept) > 1 else [bars], strict=True):
         for bar in container:  # type: ignore[union-attr]
@@ -222,11 +248,12 @@ def label_histogram(label: np.ndarray, is_demonstration: np.ndarray) -> Figure:
 
 
 @_drawn
-def calibration(models: Mapping[str, Sequence[CalibrationBin]]) -> Figure:
-    """Mean label against mean σ(r), a line a model; on the diagonal the reward's probabilities are true.
+def calibration(models: Mapping[str, Sequence[CalibrationBin]], *, own_scale: bool = False) -> Figure:
+    """Mean label against mean prediction, a line a model; on the diagonal predictions are true.
 
     Args:
         models: name → bins, as `implicit_reward.calibration_curve` gives them.
+        own_scale: whether both are on the scale of the rows' labels, such as stars; else predictions are σ(r).
 
     Raises:
         ValueError: without models.
@@ -234,20 +261,60 @@ def calibration(models: Mapping[str, Sequence[CalibrationBin]]) -> Figure:
     if not models:
         raise ValueError("A figure of calibration needs a model at least.")
     figure, axes = _single(height=5.2)
-    axes.plot([0, 1], [0, 1], color="#767676", linewidth=1, label="calibrated")
+    ends = [value for bins in models.values() for each in bins for value in (each.predicted, each.observed)]
+    low, high = (min(ends), max(ends)) if own_scale else (0.0, 1.0)
+    margin = 0.02 if not own_scale else max(high - low, 1e-6) * 0.04
+    axes.plot([low, high], [low, high], color=_GUIDE, linewidth=1, label="calibrated")
     for i, (name, bins) in enumerate(models.items()):
         predicted, observed = [each.predicted for each in bins], [each.observed for each in bins]
         axes.plot(predicted, observed, label=name, markersize=6, linewidth=1.6, **_line_style(i))
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(low - margin, high + margin)
+    axes.set_ylim(low - margin, high + margin)
     axes.set_aspect("equal")
-    _finish(figure, axes, "σ(r), mean of a tenth of the rows", "mean label", "Calibration", legend=True)
+    predicted = "predicted label" if own_scale else "σ(r)"
+    _finish(figure, axes, f"{predicted}, mean of a tenth of the rows", "mean label", "Calibration", legend=True)
+    return figure
+
+
+@_drawn
+def predicted_by_label(
+    models: Mapping[str, Sequence[Mapping[str, Any]]], *, labels: Sequence[float] | None = None
+) -> Figure:
+    """The mean predicted label against the label that rows carry, with 95 % intervals, a line a model.
+
+    A model whose reward says nothing of the labels is a level line; one that is right is the diagonal.
+
+    Args:
+        models: name → `label` and `predicted` of each group of rows, as `findings.on_own_scale` gives them.
+        labels: where the axis has its ticks; by default at the labels, where they are few.
+
+    Raises:
+        ValueError: without models.
+    """
+    if not models:
+        raise ValueError("A figure of predicted labels needs a model at least.")
+    figure, axes = _single(height=4.2)
+    values = sorted({each["label"] for groups in models.values() for each in groups})
+    axes.plot(values, values, color=_GUIDE, linewidth=1, label="right")
+    aside = 0.01 * (values[-1] - values[0])
+    for i, (name, groups) in enumerate(models.items()):
+        style = _line_style(i)
+        at = [each["label"] + aside * (i - (len(models) - 1) / 2) for each in groups]
+        found = [each["predicted"] for each in groups]
+        axes.plot(at, [each.value for each in found], label=name, markersize=6, linewidth=1.6, **style)
+        known = [(x, each.low, each.high) for x, each in zip(at, found, strict=True) if each.low is not None]
+        if known:
+            axes.vlines(*zip(*known, strict=True), color=style["color"], linewidth=1.2)
+    ticks = labels if labels is not None else values if len(values) <= 10 else None
+    if ticks is not None:
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    _finish(figure, axes, "label of the rows", "mean predicted label", "Predicted labels", legend=True)
     return figure
 
 
 def _line_style(i: int) -> dict[str, str]:
     return {
-        "color": COLORS[i % len(COLORS)],
+        "color": (COLORS_ON_DARK if _is_dark() else COLORS)[i % len(COLORS)],
         "marker": MARKERS[i % len(MARKERS)],
         "linestyle": LINES[i % len(LINES)],
     }
@@ -260,7 +327,7 @@ def _single(height: float = 3.6) -> tuple[Figure, Any]:
 
 def _quiet(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.grid(axis="y", color=_GRID_DARK if _is_dark() else _GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 

@@ -1,6 +1,6 @@
 """Answers to prompts, generated once: from a model at hand or one behind a server, kept in a file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from trl_ulma.evaluation.records import RecordFile, digest
-from trl_ulma.evaluation.server import Reply, Server
+from trl_ulma.evaluation.refusals import PASSING, Why
+from trl_ulma.evaluation.server import Refusal, Reply, Server
+from trl_ulma.evaluation.turns import show_calls, split_reasoning
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.gguf", "*.jinja")
 
@@ -133,8 +135,10 @@ class TransformersGenerator:
             )
         for place, ids in enumerate(generated[:, inputs["input_ids"].size(1) :].tolist()):
             end = next((i for i, token in enumerate(ids) if token in self.ends), None)
-            text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
-            done(place, Reply(text, end is not None))
+            written = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+            is_open = self.text_of(prompts[place][-8:]).rstrip().endswith("<think>")
+            reasoning, text = split_reasoning(written, is_open=is_open)
+            done(place, Reply(show_calls(text), end is not None, reasoning))
 
 
 class ServerGenerator:
@@ -154,21 +158,34 @@ class ServerGenerator:
     def __call__(
         self, prompts: Sequence[Any], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
     ) -> None:
-        """Answer the prompts of a batch.
+        """Answer the prompts of a batch; one that the server refuses is done with a reply that says why.
 
         Raises:
-            ServerError: where the server does not; the answers that it gave until then are done.
+            ServerError: where the server answers nothing; the answers that it gave until then are done.
         """
 
         def answer(place: int) -> None:
-            drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": (seed + place) % 2**31}
-            done(place, self.server.ask(prompts[place], max_tokens=sampling.max_new_tokens, **drawn))
+            drawn: dict[str, Any] = {"temperature": sampling.temperature}
+            if sampling.temperature > 0:  # else nothing is drawn, and strict servers refuse what says how
+                drawn |= {"top_p": sampling.top_p, "seed": (seed + place) % 2**31}
+            try:
+                reply = self.server.ask(prompts[place], max_tokens=sampling.max_new_tokens, **drawn)
+            except Refusal as refusal:
+                reply = Reply("", True, refused=refusal.why)
+            done(place, reply)
 
         self.server.each(answer, range(len(prompts)))
 
 
 def generate(
-    generator: Generator, prompts: Sequence[Any], path: Path, sampling: Sampling, *, batch_size: int = 8
+    generator: Generator,
+    prompts: Sequence[Any],
+    path: Path,
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    resume: bool = True,
+    retry_refused: bool = False,
 ) -> list[Reply]:
     """An answer to each prompt, in their order; those in the file are taken from it, the others written into it.
 
@@ -182,32 +199,47 @@ def generate(
         path: the file, JSON lines with `prompt`, `answer` and `finished`.
         sampling: how answers are drawn.
         batch_size: prompts at once.
+        resume: whether answers of earlier runs are taken from the file.
+        retry_refused: whether what a server refused in an earlier run is asked once more.
 
     Example:
         >>> replies = generate(generator, rows["prompt_ids"], Path("answers.jsonl"), Sampling())  # doctest: +SKIP
     """
     if isinstance(generator, TransformersGenerator):
         generator.check(prompts, sampling)  # all, before the first takes its time
-    kept = RecordFile(path)
+    kept = RecordFile(path, resume=resume)
     keys = [digest(generator.identity, asdict(sampling), prompt) for prompt in prompts]
     by_key = dict(zip(keys, prompts, strict=True))
     order = sorted(by_key, key=lambda key: (-len(by_key[key]), key))
-    missing = sum(kept.get(key) is None for key in order)
-    with tqdm(total=missing, desc="Generating", unit="answer") as bar:
+    missing = {key for key in order if (record := kept.get(key)) is None or (retry_refused and "refused" in record)}
+    passing: dict[str, Reply] = {}
+    with tqdm(total=len(missing), desc="Generating", unit="answer") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            todo = [key for key in batch if kept.get(key) is None]
+            todo = [key for key in batch if key in missing]
             if not todo:
                 continue
 
             def done(place: int, reply: Reply, todo: list[str] = todo) -> None:
-                prompt = generator.text_of(by_key[todo[place]])
-                kept.add(todo[place], {"prompt": prompt, "answer": reply.text, "finished": reply.finished})
+                if reply.refused in PASSING:
+                    passing[todo[place]] = reply
+                else:
+                    prompt = generator.text_of(by_key[todo[place]])
+                    record = {"prompt": prompt, "answer": reply.text, "finished": reply.finished}
+                    more = {"reasoning": reply.reasoning, "refused": reply.refused, "changes": list(reply.changes)}
+                    kept.add(todo[place], record | {name: value for name, value in more.items() if value})
                 bar.update()
 
             seed = int(digest(sampling.seed, batch)[:8], 16)
             generator([by_key[key] for key in todo], sampling, seed, done)
-    return [Reply(record["answer"], record["finished"]) for record in map(kept.get, keys) if record is not None]
+    return [passing.get(key) or _reply(kept.get(key) or {}) for key in keys]
+
+
+def _reply(record: Mapping[str, Any]) -> Reply:
+    """What a record holds."""
+    refused = Why(record["refused"]) if "refused" in record else None
+    changes = tuple(record.get("changes", ()))
+    return Reply(record["answer"], record["finished"], record.get("reasoning", ""), refused, changes)
 
 
 def _files(folder: Path) -> list[list[Any]]:

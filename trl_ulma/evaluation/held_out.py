@@ -13,7 +13,17 @@ from transformers.utils import logging
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.evaluation.judges import Comparison
 from trl_ulma.evaluation.records import digest
-from trl_ulma.labels import OPTIONAL_COLUMNS, LabelRules, check_columns, check_texts, read_labels
+from trl_ulma.evaluation.turns import answer_text
+from trl_ulma.labels import (
+    OPTIONAL_COLUMNS,
+    InvalidRow,
+    LabelRules,
+    check_columns,
+    check_texts,
+    list_invalid,
+    read_labels,
+    refuse_invalid,
+)
 from trl_ulma.rows.dataset_labels import check_pairs, transformed_labels
 
 logger = logging.get_logger(__name__)
@@ -55,25 +65,39 @@ class HeldOut:
     prompt: np.ndarray
 
     @classmethod
-    def of(cls, dataset: Dataset, name: str, rules: LabelRules) -> Self:
+    def of(cls, dataset: Dataset, name: str, rules: LabelRules, invalid_rows: str = "error") -> Self:
         """The rows of a data set; pairs become two rows each, and those without an answer are left out, with a warning.
-        Labels go through the rules' transform, which pairs must not have.
+        Labels go through the rules' transform, which pairs must not have. With `invalid_rows="drop"`, invalid rows are
+        left out with a warning that lists them.
 
         Raises:
-            ValueError: naming the row or column that is wrong; also where no row is left.
+            ValueError: listing the invalid rows, or naming the column that is wrong; also where no row is left.
         """
         rows = _one_answer_a_row(dataset, name)
         columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
         columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
         if "chosen" in dataset.column_names:
             check_pairs(rules, name)
-        transformed = transformed_labels(rows, name, rules)
+        invalid: dict[int, InvalidRow] = {}
+        transformed = transformed_labels(rows, name, rules, invalid)
         if transformed is not None:
             columns["label"] = transformed
-        read = read_labels(columns, range(len(rows)), name, rules)
-        rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
+        read = read_labels(columns, range(len(rows)), name, rules, invalid)
         for row, (prompt, completion) in enumerate(zip(columns["prompt"], columns["completion"], strict=True)):
-            check_texts(prompt, completion, f"Row {row} of the {name} dataset")
+            try:
+                check_texts(prompt, completion, f"Row {row} of the {name} dataset")
+            except InvalidRow as error:
+                invalid.setdefault(row, error.at_prompt(prompt))
+        if invalid:
+            errors = [invalid[row] for row in sorted(invalid)]
+            if invalid_rows == "error" or len(errors) == len(rows):
+                refuse_invalid(errors, len(rows), name)
+            listed = list_invalid(errors, len(rows), name)
+            logger.warning(f"Left out {len(errors)} of {len(rows)} rows, which are invalid.\n{listed}")
+            kept = [row for row in range(len(rows)) if row not in invalid]
+            rows = rows.select(kept)
+            columns, read = ({c: [v[row] for row in kept] for c, v in each.items()} for each in (columns, read))
+        rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
         prompts = [json.dumps(prompt, sort_keys=True) for prompt in columns["prompt"]]
         types = read.get("label_type", [rules.label_type] * len(rows))
         return cls(
@@ -113,20 +137,6 @@ class HeldOut:
 def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
     """The comparisons whose outcome the data know: the chosen answer against the rejected one."""
     return [Comparison(each.prompt, each.chosen, each.rejected) for each in questions if each.rejected is not None]
-
-
-def answer_text(completion: Any) -> str:
-    """What a completion, text or messages, says.
-
-    Example:
-        >>> answer_text([{"role": "assistant", "content": "Hello!"}])
-        'Hello!'
-    """
-    if isinstance(completion, str):
-        return completion
-    contents = (turn.get("content") or "" for turn in completion)
-    parts = (c if isinstance(c, str) else "".join(part.get("text") or "" for part in c) for c in contents)
-    return "\n\n".join(part for part in parts if part)
 
 
 def _one_answer_a_row(dataset: Dataset, name: str) -> Dataset:

@@ -1,6 +1,5 @@
 """Which of two answers is better: what every judge answers, and two judges that run without a server."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,18 +10,24 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from trl_ulma.data.pairs import is_transcript
+from trl_ulma.evaluation.turns import as_text
 
 CRITERIA = ("helpful", "harmless")
 
 
 class Verdict(StrEnum):
-    """How the first answer does against the second; UNPARSABLE where the judge said something else."""
+    """How the first answer does against the second, or why that is not known.
+
+    UNPARSABLE: the judge's reply is not a verdict. CUT: the reply reached the token limit. REFUSED: there is no reply,
+    or no answer to judge, because a server refused or failed.
+    """
 
     WIN = "win"
     TIE = "tie"
     LOSE = "lose"
     UNPARSABLE = "unparsable"
+    CUT = "cut"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -234,24 +239,3 @@ class ProfanityJudge:
         from importlib.metadata import version
 
         return {"kind": "classifier", "package": self.name, "version": version(self.name)}
-
-
-def as_text(prompt: Any) -> str:
-    r"""A prompt as people read it: the turns of a conversation under their roles, a transcript or text as it is.
-
-    Example:
-        >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
-        'User: Hi\n\nAssistant: Hello!'
-        >>> as_text("\n\nHuman: Hi\n\nAssistant:")
-        'Human: Hi'
-    """
-    if isinstance(prompt, str):
-        text = prompt.strip()
-        return re.sub(r"\s*\n\nAssistant:$", "", text) if is_transcript(prompt) else text
-    turns = []
-    for turn in prompt:
-        content = turn.get("content")
-        if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content)
-        turns.append(f"{turn['role'].capitalize()}: {(content or '').strip()}")
-    return "\n\n".join(turns)

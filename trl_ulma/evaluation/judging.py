@@ -1,5 +1,6 @@
 """Judges applied to models' answers: their agreement with known labels first, then verdicts, rates and differences."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
@@ -7,7 +8,20 @@ from typing import Any
 from trl_ulma.evaluation.held_out import Question, known_comparisons
 from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Comparison, Judge, Verdict, check_criterion
-from trl_ulma.evaluation.rates import counts, difference, mean_points, rates
+from trl_ulma.evaluation.llm_judge import LLMJudge, Plan
+from trl_ulma.evaluation.rates import POINTS, counts, difference, mean_points, rates
+from trl_ulma.evaluation.refusals import Why
+
+# What a reader can do about comparisons that are not judged
+_REMEDIES = {
+    Why.CUT: "raise --judge_max_tokens: a model that reasons needs thousands",
+    Why.FAILED: "run the same command again",
+    Why.NOT_ASKED: "raise --max_requests, or run the same command again, which asks only what is missing",
+    Why.FILTERED: "ask again with --retry_refused, or take a judge without such a filter",
+    Why.TOO_LONG: "take a judge that reads more, or rows with shorter texts",
+    Why.REFUSED: "ask again with --retry_refused",
+    Why.UNPARSABLE: "take a judge that follows instructions",
+}
 
 
 def is_above_chance(agreement: Estimate | None) -> bool:
@@ -46,29 +60,60 @@ class Judging:
         self._seed, self._note = seed, note
         self._verdicts: dict[tuple[str, str], dict[str, dict[int, Verdict]]] = {}
 
+    def plan(self, questions: Sequence[Question], runs: int) -> dict[str, Plan]:
+        """What each judge behind a server will cost at most, before the first request.
+
+        Args:
+            questions: as for `judge`.
+            runs: how many models' answers there will be; each is taken to be as long as the chosen one.
+        """
+        known = known_comparisons(questions)
+        answers = [Comparison(each.prompt, f"{each.chosen}.", each.chosen) for each in questions]
+        found: dict[str, Plan] = {}
+        for judge, criterion in self.pairs:
+            if isinstance(judge, LLMJudge):
+                own = judge.plan(answers, criterion)
+                of_runs = Plan(2 * len(answers) * runs, 0, own.tokens * runs)
+                found[judge.name] = found.get(judge.name, Plan()) + judge.plan(known, criterion) + of_runs
+        return found
+
     def agree(self, questions: Sequence[Question]) -> None:
         """Have each judge compare the data's chosen answers with the rejected ones, of which the outcome is known."""
         known = known_comparisons(questions)
         for judge, criterion in self.pairs:
             verdicts = judge(known, criterion) if known else []
-            self._count(verdicts, f"the data's own answers ({judge.name}, {criterion})")
+            self._unjudged(judge, criterion, known, verdicts, "the data's own answers")
             self.agreement[judge.name, criterion] = mean_points(verdicts, seed=self._seed)
 
-    def judge(self, run: str, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Judge → criterion → `counts`, `rates` and `points` of a run's answers against the data's chosen ones."""
-        comparisons = [
-            Comparison(question.prompt, answer, question.chosen)
-            for question, answer in zip(questions, answers, strict=True)
-        ]
+    def judge(
+        self, run: str, questions: Sequence[Question], answers: Sequence[str | None]
+    ) -> dict[str, dict[str, Any]]:
+        """Judge → criterion → what is found of a run's answers against the data's chosen ones.
+
+        Args:
+            run: the model's name.
+            questions: `(N,)`.
+            answers: `(N,)`; None where the model's server refused to answer.
+
+        Returns:
+            `counts`, `rates` and `points` of the verdicts, and `unjudged`: of a judge that is asked in both orders, why
+            replies are missing, by the place in which it was shown the run's answer.
+        """
+        there = [i for i, answer in enumerate(answers) if answer is not None]
+        comparisons = [Comparison(questions[i].prompt, str(answers[i]), questions[i].chosen) for i in there]
+        rows = [question.row for question in questions]
         found: dict[str, dict[str, Any]] = {}
         for judge, criterion in self.pairs:
-            verdicts = judge(comparisons, criterion)
-            self._count(verdicts, f"{run} ({judge.name}, {criterion})")
-            rows = [question.row for question in questions]
+            verdicts = [Verdict.REFUSED] * len(questions)
+            for i, verdict in zip(there, judge(comparisons, criterion), strict=True):
+                verdicts[i] = verdict
             of_runs = self._verdicts.setdefault((judge.name, criterion), {})
             of_runs[run] = dict(zip(rows, verdicts, strict=True))
+            judged = [verdicts[i] for i in there]
             found.setdefault(judge.name, {})[criterion] = {
                 "counts": counts(verdicts),
+                "unanswered": len(questions) - len(there),
+                "unjudged": self._unjudged(judge, criterion, comparisons, judged, run),
                 "rates": rates(verdicts),
                 "points": mean_points(verdicts, seed=self._seed),
             }
@@ -96,10 +141,24 @@ class Judging:
             for judge, criterion in self.pairs
         ]
 
-    def _count(self, verdicts: Sequence[Verdict], of: str) -> None:
-        unparsable = counts(verdicts)["unparsable"]
-        if unparsable:
-            self._note(
-                f"{unparsable} of {len(verdicts)} verdicts on {of} could not be parsed; they are in no rate and no "
-                "agreement."
-            )
+    def _unjudged(
+        self, judge: Judge, criterion: str, comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], of: str
+    ) -> dict[str, dict[str, int]]:
+        """Why replies are missing, by the place of the first answer; a note says it, and what to do."""
+        missing = sum(verdict not in POINTS for verdict in verdicts)
+        if not missing or not isinstance(judge, LLMJudge):
+            return {}
+        replies = zip(*judge.replies(comparisons, criterion), strict=True)
+        found = {
+            place: dict(Counter(reply.value for reply in of_place if isinstance(reply, Why)))
+            for place, of_place in zip(("first", "second"), replies, strict=True)
+        }
+        whys = [why for why in Why if any(why in of_place for of_place in found.values())]
+        told = ", ".join(f"{sum(of_place.get(why, 0) for of_place in found.values())} {why}" for why in whys)
+        remedies = "; ".join(f"{why}: {_REMEDIES[why]}" for why in whys)
+        self._note(
+            f"{missing} of {len(verdicts)} comparisons of {of} were not judged ({judge.name}, {criterion}; missing "
+            f"replies: {told}). They count in no rate and no agreement. {remedies[:1].upper()}{remedies[1:]}. "
+            f'The first: "{judge.words(comparisons, criterion)}"'
+        )
+        return found

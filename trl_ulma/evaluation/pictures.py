@@ -1,33 +1,68 @@
-"""The pictures of a report, of what there is to draw."""
+"""The pictures of a report, of what there is to draw, and of no more than that."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from trl_ulma.evaluation import figures
-from trl_ulma.evaluation.held_out import HeldOut
 
 TRAINING_METRICS = (
     *("loss", "eval_loss", "rewards/margins", "eval_rewards/margins"),
     *("rewards/accuracies", "eval_rewards/auc", "eval_rewards/spearman", "loss/sft"),
 )
 _MOST_PANELS = 6
+# Fewer draw a shape that is chance
+ENOUGH = {"labels": 20, "training": 3, "calibration": 100, "predicted labels": 20, "verdicts": 20}
+
+# A picture, to be drawn for a light page or, with dark=True, for a dark one
+Drawing = Callable[..., Figure]
 
 
-def pictures(models: Sequence[Mapping[str, Any]], held_out: HeldOut) -> dict[str, Figure]:
-    """File name, without suffix → picture: the labels, the runs' training and calibration, each judge's verdicts."""
-    found = {"labels": figures.label_histogram(held_out.label, held_out.sft_mask)}
+def pictures(
+    models: Sequence[Mapping[str, Any]], label: np.ndarray, is_demonstration: np.ndarray
+) -> tuple[dict[str, Drawing], list[str]]:
+    """File name, without suffix → picture; and what is not drawn, since there is too little of it.
+
+    Args:
+        models: the facts of each.
+        label: `(N,)` as rows carry it.
+        is_demonstration: `(N,)` bool.
+    """
+    found: dict[str, Drawing] = {}
+    too_few: list[str] = []
+
+    def add(name: str, kind: str, points: int, unit: str, draw: Drawing) -> None:
+        if points >= ENOUGH[kind]:
+            found[name] = draw
+        else:
+            too_few.append(f"{kind} ({points} {unit}, of {ENOUGH[kind]} that are needed)")
+
+    add("labels", "labels", len(label), "rows", partial(figures.label_histogram, label, is_demonstration))
     history = {model["name"]: training_log(Path(model["source"])) for model in models}
     history = {run: logs for run, logs in history.items() if logs}
     logged = [name for name in TRAINING_METRICS if any(name in log for logs in history.values() for log in logs)]
     if logged:
-        found["training"] = figures.training_curves(history, logged[:_MOST_PANELS])
-    calibrated = {model["name"]: model["calibration"] for model in models if model.get("calibration")}
-    if calibrated:
-        found["calibration"] = figures.calibration(calibrated)
+        points = max(sum(name in log for log in logs) for name in logged for logs in history.values())
+        drawn = partial(figures.training_curves, history, logged[:_MOST_PANELS])
+        add("training", "training", points, "logged steps", drawn)
+    scales = {model["name"]: model["own_scale"] for model in models if model.get("own_scale")}
+    binary = {model["name"]: model["calibration"] for model in models if model.get("calibration")}
+    if scales:
+        curves = {name: scale["calibration"] for name, scale in scales.items()}
+        drawn = partial(figures.calibration, curves, own_scale=True)
+        add("calibration", "calibration", _rows(curves), "rows", drawn)
+        groups = {name: scale["by_label"] for name, scale in scales.items() if len(scale["by_label"]) > 1}
+        if groups:
+            points = min(sum(each["rows"] for each in of) for of in groups.values())
+            drawn = partial(figures.predicted_by_label, groups)
+            add("predicted-labels", "predicted labels", points, "rows", drawn)
+    elif binary:
+        add("calibration", "calibration", _rows(binary), "rows", partial(figures.calibration, binary))
     judged = [
         (judge, criterion) for model in models for judge in model["judged"] for criterion in model["judged"][judge]
     ]
@@ -38,8 +73,15 @@ def pictures(models: Sequence[Mapping[str, Any]], held_out: HeldOut) -> dict[str
             # Of a checkpoint's folder the end tells more
             name = judge if len(judge) <= 60 else f"…{judge[-59:]}"
             title = f"{criterion.capitalize()}: answers against the chosen ones\njudge: {name}"
-            found[f"verdicts-{number}-{criterion}"] = figures.win_rates(shares, title)
-    return found
+            points = max(each["win"].n for each in shares.values())
+            drawn = partial(figures.win_rates, shares, title)
+            add(f"verdicts-{number}-{criterion}", "verdicts", points, "comparisons", drawn)
+    return found, too_few
+
+
+def _rows(curves: Mapping[str, Sequence[Any]]) -> int:
+    """Rows of the curve that has the fewest."""
+    return min(sum(each.rows for each in bins) for bins in curves.values())
 
 
 def training_log(folder: Path) -> list[dict[str, Any]]:

@@ -20,14 +20,14 @@ def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
 
     Example:
         >>> counts([Verdict.WIN, Verdict.WIN, Verdict.UNPARSABLE])
-        {'win': 2, 'tie': 0, 'lose': 0, 'unparsable': 1}
+        {'win': 2, 'tie': 0, 'lose': 0, 'unparsable': 1, 'cut': 0, 'refused': 0}
     """
     found = Counter(verdicts)
     return {verdict.value: found[verdict] for verdict in Verdict}
 
 
 def rates(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
-    """The shares `win`, `tie`, `lose` and `win_or_tie` of the verdicts that could be parsed, with Wilson's intervals.
+    """The shares `win`, `tie`, `lose` and `win_or_tie` of what was judged, with Wilson's intervals.
 
     Without such a verdict there are none. Each verdict must be of another prompt: those on one are not independent.
 

@@ -29,6 +29,8 @@ class RecordFile:
 
     Args:
         path: the file; made, with its folders, where it is not there.
+        resume: whether the records that it holds are read. Without, they stay in the file, and records that are added
+            take their place.
 
     Raises:
         ValueError: where the file holds something else than such lines.
@@ -41,7 +43,7 @@ class RecordFile:
         {'answer': 'Hello!'}
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, resume: bool = True):
         self.path = path
         self._lock = threading.Lock()
         self._records: dict[str, dict[str, Any]] = {}
@@ -54,7 +56,7 @@ class RecordFile:
             logger.warning(f"The last line of {path} is unfinished, as a stopped run leaves it, and is cut off.")
             with open(path, "r+b") as file:
                 file.truncate(len(content) - len(torn))
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole.splitlines() if resume else (), start=1):
             try:
                 record = json.loads(line)
                 self._records[record.pop("key")] = record

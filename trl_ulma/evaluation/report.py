@@ -1,19 +1,32 @@
-"""One folder with all that was found: `report.json`, `report.md` and the pictures."""
+"""One folder with all that was found: `report.json`, `report.md`, `report.html` and the pictures."""
 
 import json
 import platform
 import subprocess  # nosec B404
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from trl_ulma.evaluation.document import (
+    Bullets,
+    Heading,
+    Part,
+    Picture,
+    Quote,
+    Table,
+    Text,
+    table,
+    to_html,
+    to_markdown,
+)
 from trl_ulma.evaluation.figures import save
 from trl_ulma.evaluation.intervals import Estimate, over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
+from trl_ulma.evaluation.pictures import Drawing
+
+__all__ = ["commit", "conclusions", "document", "over_runs", "shown", "table", "versions", "write"]
 
 _LIBRARIES = (
     *("trl-ulma", "trl", "transformers", "torch", "peft", "datasets"),
@@ -42,38 +55,28 @@ def commit() -> str | None:
         return None
 
 
-def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Figure]) -> None:
-    """Write `report.json`, `report.md` and the pictures into a folder; their names are added to the facts.
+def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) -> None:
+    """Write `report.json`, `report.md`, `report.html` and the pictures into a folder; the pictures' names are added to
+    the facts.
 
     Raises:
         ValueError: for a number that is not finite, which JSON does not have.
     """
     facts["pictures"] = list(pictures)
-    for name, picture in pictures.items():
-        save(picture, folder, name)
+    for name, draw in pictures.items():
+        save(draw(), folder, name)
+        save(draw(dark=True), folder, f"{name}-dark")
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(markdown(facts), encoding="utf-8")
+    parts = document(facts)
+    (folder / "report.md").write_text(to_markdown(parts), encoding="utf-8")
+    (folder / "report.html").write_text(to_html(parts, folder), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return str(value)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    r"""A table of Markdown; the first column is text, the others are numbers.
-
-    Example:
-        >>> print(table(["model", "AUC"], [["a|b", "0.9"]]))
-        | model | AUC |
-        | :-- | --: |
-        | a\|b | 0.9 |
-    """
-    rule = [":--", *["--:"] * (len(header) - 1)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:]))
 
 
 def shown(estimate: Estimate | None, form: str = ".3f") -> str:
@@ -90,59 +93,220 @@ def shown(estimate: Estimate | None, form: str = ".3f") -> str:
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
-def markdown(facts: Mapping[str, Any]) -> str:
-    """The tables of a report.
+def document(facts: Mapping[str, Any]) -> list[Part]:
+    """The report's parts: what can be concluded first, then the tables.
 
     Args:
         facts: what `report.json` holds, with its `Estimate`s.
     """
-    data = facts["data"]
-    said = (
-        f"{data['rows']:,} rows of {data['prompts']:,} prompts from {data['dataset']} ({data['split']}), of which "
-        f"{data['demonstrations']:,} are demonstrations. In brackets are 95 % intervals: bootstrap over prompts, for "
-        "shares Wilson's, over seeds Student's t."
+    data, models = facts["data"], facts["models"]
+    parts: list[Part] = [Heading("Evaluation", 1)]
+    parts += [Text(sentence, strong=True) for sentence in conclusions(facts)]
+    parts.append(
+        Text(
+            f"{data['rows']:,} rows of {data['prompts']:,} prompts from {data['dataset']} ({data['split']}), of which "
+            f"{data['demonstrations']:,} are demonstrations. Brackets hold 95% intervals: bootstrap over prompts, "
+            "Wilson for shares, Student's t over seeds."
+        )
     )
-    models = facts["models"]
-    parts = ["# Evaluation", said]
     if facts["notes"]:
-        parts.append("\n".join(f"- {note}" for note in facts["notes"]))
+        parts.append(Bullets(facts["notes"]))
     parts += _figures("Perplexity of the given answers (lower is better)", models, "perplexity", ".2f")
     parts += _figures("Implicit reward", models, "implicit_reward", ".3f")
+    parts += _own_scale(models)
+    parts += _calibration(models)
+    for model in models:
+        parts += _surprises(model)
+    for model in models:
+        parts += _changed(model)
     for judge in facts["judges"]:
         parts += _judged(facts, judge)
     parts += _over_seeds(facts["over_seeds"])
-    parts += ["## Pictures", *(f"![{name}]({name}.png)" for name in facts["pictures"])]
+    if facts["pictures"] or facts["not_drawn"]:
+        parts += [Heading("Pictures"), *map(Picture, facts["pictures"])]
+    if facts["not_drawn"]:
+        parts.append(Text(f"Not drawn, since there is too little of it: {'; '.join(facts['not_drawn'])}."))
     settings = json.dumps(facts["settings"], ensure_ascii=False, default=_plain)
     named = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    parts += ["## How", f"Settings: `{settings}`", f"Versions: {named}; commit {facts['commit'] or 'unknown'}."]
-    return "\n\n".join(parts) + "\n"
+    commit = facts["commit"] or "unknown"
+    return [*parts, Heading("How"), Text(f"Settings: `{settings}`"), Text(f"Versions: {named}; commit {commit}.")]
 
 
-def _figures(title: str, models: Sequence[Mapping[str, Any]], section: str, form: str) -> list[str]:
+def conclusions(facts: Mapping[str, Any]) -> list[str]:
+    """What can be concluded, and what not, in a sentence each: of rewards, then of judged answers.
+
+    Nothing is concluded from an interval that includes chance, nor from fewer than `ENOUGH_PROMPTS` prompts, of which
+    the bootstrap gives intervals that are too narrow.
+    """
+    found = []
+    for model in facts["models"]:
+        if model.get("is_base"):
+            continue
+        name, chance = next(((n, c) for n, c in _CHANCE.items() if n in model["implicit_reward"]), ("", 0.0))
+        if name:
+            figure = model["implicit_reward"][name]
+            of = f"{_NAMES[name]} {shown(figure)}, on {model['rows']:,} rows of {figure.n:,} prompts"
+            told = _concluded(figure, chance, "its reward ranks held-out answers", of)
+            hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
+            found.append(f"{model['name']}: {told}{hint if 'worse than chance' in told else ''}")
+    bases = {model["name"] for model in facts["models"] if model.get("is_base")}
+    for each in facts["differences"]:
+        if bases and not bases & {each["one"], each["other"]}:
+            continue
+        points, sign = each["points"], 1
+        one, other = each["one"], each["other"]
+        if one in bases:
+            one, other, sign = other, one, -1
+            ends = (None, None) if points.low is None else (-points.high, -points.low)
+            points = Estimate(sign * points.value, *ends, points.n)
+        of = (
+            f"{shown(points, '+.3f')} points per prompt on {points.n} prompts, criterion {each['criterion']}, judge "
+            f"{each['judge']}"
+        )
+        found.append(f"{one}: {_concluded(points, 0.0, 'its answers do', of, f' than those of {other}')}")
+    return found
+
+
+# Where a figure stands when rewards say nothing of labels
+_CHANCE = {"auc": 0.5, "spearman": 0.0}
+_NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
+ENOUGH_PROMPTS = 30
+
+
+def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
+    if figure.n < ENOUGH_PROMPTS:
+        return f"on {figure.n} prompts nothing can be concluded; {ENOUGH_PROMPTS} are a beginning ({of})."
+    if figure.low is None or figure.high is None or figure.low <= chance <= figure.high:
+        return f"nothing can be concluded: the interval includes {chance:g} ({of})."
+    if figure.low > chance:
+        return f"{what} better{than} ({of})."
+    return f"{what} worse{than} ({of})."
+
+
+def _figures(title: str, models: Sequence[Mapping[str, Any]], section: str, form: str) -> list[Part]:
     columns = list(dict.fromkeys(name for model in models for name in model[section]))
     if not columns:
         return []
     rows = [[model["name"], *(shown(model[section].get(name), form) for name in columns)] for model in models]
-    return [f"## {title}", table(["model", *columns], rows)]
+    return [Heading(title), Table(["model", *columns], rows)]
 
 
-def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[str]:
-    name, criterion = judge["judge"], judge["criterion"]
+def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
+    scales = {model["name"]: model["own_scale"] for model in models if model.get("own_scale")}
+    if not scales:
+        return []
+    labels = list(
+        dict.fromkeys((each["label"], each["rows"]) for scale in scales.values() for each in scale["by_label"])
+    )
     rows = []
+    for label, count in sorted(labels):
+        found = [
+            next(
+                (each["predicted"] for each in scale["by_label"] if (each["label"], each["rows"]) == (label, count)),
+                None,
+            )
+            for scale in scales.values()
+        ]
+        rows.append([f"{label:g}", str(count), *(shown(each, ".2f") for each in found)])
+    errors = [
+        [name, shown(scale["error"], ".2f"), shown(scale["error_of_mean"], ".2f")] for name, scale in scales.items()
+    ]
+    return [
+        Heading("Rewards on the scale of the labels"),
+        Text(
+            "What the reward predicts, as a label, for rows of each label: a model that is right has the label itself."
+        ),
+        Table(["label", "rows", *scales], rows),
+        Table(["model", "mean error of a predicted label", "the same, of always saying the mean label"], errors),
+    ]
+
+
+def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
+    parts: list[Part] = []
+    for model in models:
+        scale = model.get("own_scale")
+        bins = scale["calibration"] if scale else model.get("calibration") or []
+        if len(bins) > 1 and not model.get("is_base"):
+            rows = [[f"{each.predicted:.2f}", f"{each.observed:.2f}", str(each.rows)] for each in bins]
+            what = "predicted label" if scale else "σ(r)"
+            parts += [Heading(f"Calibration of {model['name']}"), Table([f"mean {what}", "mean label", "rows"], rows)]
+    return parts
+
+
+def _surprises(model: Mapping[str, Any]) -> list[Part]:
+    rows = [
+        [str(each["row"]), f"{each['label']:g}", f"{each['predicted']:.2f}", each["prompt"], each["answer"]]
+        for each in model.get("surprises", ())
+    ]
+    if not rows:
+        return []
+    return [
+        Heading(f"The rows that surprise {model['name']} most"),
+        Text("Check their labels for mistakes first. Rows are numbered as they were evaluated, from 0."),
+        Table(["row", "label", "predicted", "prompt", "answer"], rows, is_text=True),
+    ]
+
+
+def _changed(model: Mapping[str, Any]) -> list[Part]:
+    found = model.get("changed")
+    if not found:
+        return []
+    told = f"{found['others']} of {found['answers']} answers are not those of {found['base']}."
+    parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(told)]
+    for each in found["examples"]:
+        parts += [
+            Quote("Prompt", each["prompt"]),
+            Quote(f"Before ({found['base']})", each["before"] or "(no answer)"),
+            Quote(f"After ({model['name']})", each["after"] or "(no answer)"),
+            Quote("The data's answer", each["chosen"]),
+        ]
+    return parts
+
+
+def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
+    name, criterion = judge["judge"], judge["criterion"]
+    rows, missing = [], []
     for model in facts["models"]:
         found = model["judged"].get(name, {}).get(criterion)
-        if found is not None:
-            shares = [shown(found["rates"].get(verdict), ".1%") for verdict in ("win", "tie", "lose", "win_or_tie")]
-            rows.append([model["name"], *shares, str(found["counts"]["unparsable"])])
-    parts = [
-        f"## {criterion.capitalize()}: answers against the data's chosen ones, judged by {name}",
-        table(["model", "win", "tie", "lose", "win or tie", "unparsable"], rows),
-        _agreement_said(judge["agreement"]),
+        if found is None:
+            continue
+        shares = [shown(found["rates"].get(verdict), ".1%") for verdict in ("win", "tie", "lose", "win_or_tie")]
+        unjudged = {why: found["counts"][why] for why in ("refused", "cut", "unparsable") if found["counts"][why]}
+        told = f" ({', '.join(f'{count} {why}' for why, count in unjudged.items())})" if unjudged else ""
+        rows.append([model["name"], *shares, f"{sum(unjudged.values())}{told}"])
+        missing += [
+            [model["name"], f"the model's answer {place}", str(count), why]
+            for place, whys in found["unjudged"].items()
+            for why, count in whys.items()
+        ]
+        if found["unanswered"]:
+            missing.append(
+                [model["name"], "not asked", str(found["unanswered"]), "the model's server refused to answer"]
+            )
+    parts: list[Part] = [
+        Heading(f"{criterion.capitalize()}: answers against the data's chosen ones, judged by {name}"),
+        Table(["model", "win", "tie", "lose", "win or tie", "not judged"], rows),
     ]
+    if missing:
+        parts.append(Table(["replies that are missing", "order", "number", "why"], missing, is_text=True))
+    parts.append(Text(_agreement_said(judge["agreement"])))
+    replies = judge.get("replies")
+    if replies and replies["first"] + replies["second"]:
+        decided = replies["first"] + replies["second"]
+        parts.append(
+            Text(
+                f"Over all criteria, {decided} of the judge's replies name an answer, and "
+                f"{replies['first'] / decided:.1%} of them name the one shown first (50% without a position bias). "
+                "The two orders disagree in "
+                f"{judge['orders_disagree']} of {judge['comparisons']} comparisons, which count as ties."
+            )
+        )
+    if judge.get("changes"):
+        parts.append(Text(f"The judge's server: {'; '.join(judge['changes'])}."))
     gained = [each for each in facts["differences"] if (each["judge"], each["criterion"]) == (name, criterion)]
     if gained:
         lines = [[f"{each['one']} − {each['other']}", shown(each["points"], "+.3f")] for each in gained]
-        parts.append(table(["points (win 1, tie ½), paired by prompt", "difference"], lines))
+        parts.append(Table(["points (win 1, tie ½), paired by prompt", "difference"], lines))
     return parts
 
 
@@ -150,7 +314,7 @@ def _agreement_said(agreement: Estimate | None) -> str:
     if agreement is None:
         return (
             "The judge's agreement with known labels could not be measured (no prompt has both a good and a bad "
-            "answer, or no verdict could be parsed): no ranking is claimed."
+            "answer, or none of these comparisons was judged): no ranking is claimed."
         )
     said = (
         f"On {agreement.n} of the data's own good and bad answers, the judge agrees with the labels by "
@@ -184,10 +348,10 @@ def _scalars(model: Mapping[str, Any]) -> dict[str, float]:
     return {name: estimate.value for name, estimate in named.items()}
 
 
-def _over_seeds(found: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+def _over_seeds(found: Mapping[str, Mapping[str, Estimate]]) -> list[Part]:
     rows = [
         [f"{name}: {figure}", shown(estimate), str(estimate.n)]
         for name, of in found.items()
         for figure, estimate in of.items()
     ]
-    return ["## Over seeds", table(["", "mean", "runs"], rows)] if rows else []
+    return [Heading("Over seeds"), Table(["", "mean", "runs"], rows)] if rows else []

@@ -14,31 +14,35 @@ import torch
 from datasets import Dataset
 from scipy.special import expit
 
-from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.as_trained import as_trained, reward_scale
+from trl_ulma.evaluation.findings import changed, on_own_scale, own_labels, surprises
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import HeldOut, Question
 from trl_ulma.evaluation.implicit_reward import binary_figures, calibration_curve, continuous_figures, implicit_reward
 from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
 from trl_ulma.evaluation.judging import Judging
 from trl_ulma.evaluation.llm_judge import LLMJudge
-from trl_ulma.evaluation.logps import (
-    adapter_base,
-    as_reference,
-    check_same_tokens,
-    completion_logps,
-    load_model,
-    load_tokenizer,
-    positions,
-    prompt_states,
-)
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.pictures import pictures
 from trl_ulma.evaluation.records import digest
-from trl_ulma.evaluation.server import Server
+from trl_ulma.evaluation.server import Budget, Reply, Server
+from trl_ulma.judge import saved_file
 from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.table import completion_logps, prompt_states
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.saved import (
+    adapter_base,
+    as_reference,
+    check_same_tokens,
+    load_model,
+    load_reference,
+    load_tokenizer,
+    positions,
+    saved_settings,
+    training_autocast,
+)
 
 SERVED = "served:"
 ENOUGH_PROMPTS = 200
@@ -64,6 +68,7 @@ class _Run:
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])
+        self.budget = Budget(args.max_requests)
         self.servers = {
             source: self._server(source.removeprefix(SERVED), args.server_url, args.server_key_variable)
             for _, source in args.model
@@ -79,13 +84,21 @@ class _Run:
         answers = bool(judges or args.generate or self.servers)
         self.questions = self._questions() if answers else []
         self._ref_logps: dict[str, np.ndarray] = {}
+        # By its name, folder or `_before`: the models that trainings began with, and the answers of all
+        self.bases: dict[str, dict[str, Any]] = {}
+        self.replies: dict[str, dict[int, str | None]] = {}
 
     def __call__(self) -> dict[str, Any]:
         args, held_out = self.args, self.held_out
         # The judges come first: what is wrong with them should not take a model's answers to be told
         if self.questions:
+            self._announce()
             self.judging.agree(self.questions)
         models = [self._model(run, source) for run, (_, source) in zip(self.names, args.model, strict=True)]
+        for model in models:
+            self._compare_answers(model)
+        raw_label = own_labels(held_out.label, held_out.continuous, self.how.rules)
+        drawings, not_drawn = pictures([*models, *self.bases.values()], raw_label, held_out.sft_mask)
         settings = {name: value for name, value in vars(args).items() if value is not None and value != []}
         labels = Counter(held_out.label.tolist())
         facts = {
@@ -104,13 +117,14 @@ class _Run:
                 "labels": {f"{label:g}": n for label, n in sorted(labels.most_common(_MOST_LABELS))},
                 "questions": len(self.questions),
             },
-            "models": models,
+            "models": [*models, *self.bases.values()],
             "judges": self.judging.facts(),
             "differences": self.judging.differences(),
             "over_seeds": report.over_runs([name for name, _ in args.model], models),
             "notes": self.notes,
+            "not_drawn": not_drawn,
         }
-        report.write(args.output, facts, pictures(models, held_out))
+        report.write(args.output, facts, drawings)
         return facts
 
     # Before any work
@@ -133,11 +147,16 @@ class _Run:
 
     def _rows(self) -> tuple[HeldOut, str]:
         args = self.args
-        splits: Any = load_rows(args.dataset, config=args.dataset_config)
+        splits: Any = load_rows(
+            args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map
+        )
         there = ", ".join(map(str, splits))
         split = args.split or "test"
+        read = split if split in splits else "train"
+        for note in check_splits({read: splits[read]} if read in splits else {}, args.dataset):
+            self._note(note)
         if split in splits:
-            return HeldOut.of(splits[split], split, self._as_trained(splits[split])), split
+            return HeldOut.of(splits[split], split, self._as_trained(splits[split]), args.invalid_rows), split
         if args.split is not None or "train" not in splits:
             raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
         rows: Dataset = splits["train"]
@@ -148,7 +167,7 @@ class _Run:
             "Where training held out the same (by --eval_strategy or --do_eval, with this --test_split_size and this "
             "--seed), it has not seen them; otherwise it has. (--split train takes all.)"
         )
-        return HeldOut.of(held_out, "test", self._as_trained(held_out)), part
+        return HeldOut.of(held_out, "test", self._as_trained(held_out), args.invalid_rows), part
 
     def _as_trained(self, rows: Dataset) -> LabelRules:
         """How the rows' labels are read; how rows are cut is set, too."""
@@ -186,6 +205,8 @@ class _Run:
             timeout=args.timeout,
             retries=args.retries,
             concurrency=args.concurrency,
+            note=partial(print, file=sys.stderr),  # and for the report it is kept with each answer
+            budget=self.budget,
         )
 
     def _judge(self, kind: str, name: str) -> Judge:
@@ -198,7 +219,35 @@ class _Run:
             )
         cache = args.judge_cache or args.output / "verdicts.jsonl"
         server = self._server(name, args.judge_url, args.key_variable)
-        return LLMJudge(server, cache, temperature=args.judge_temperature, max_tokens=args.judge_max_tokens)
+        return LLMJudge(
+            server,
+            cache,
+            temperature=args.judge_temperature,
+            max_tokens=args.judge_max_tokens,
+            resume=args.resume,
+            retry_refused=args.retry_refused,
+        )
+
+    def _announce(self) -> None:
+        """Say what will be asked of servers, before the first request."""
+        args = self.args
+        bases = {self._before(source) for _, source in args.model} - {None, *self.servers, *(s for _, s in args.model)}
+        runs = len(args.model) + (len(bases) if args.base else 0)
+        told = [
+            f"Judge {name}: at most {plan.requests:,} requests (each comparison in both orders), about {plan.tokens:,} "
+            f"input tokens in total, and at most {args.judge_max_tokens:,} output tokens per request"
+            + (f". {plan.cached:,} replies are already cached." if plan.cached else ".")
+            for name, plan in self.judging.plan(self.questions, runs).items()
+        ]
+        told += [
+            f"Model {source.removeprefix(SERVED)}: at most {len(self.questions):,} requests, with at most "
+            f"{args.max_new_tokens:,} output tokens each."
+            for source in self.servers
+        ]
+        if told and args.max_requests is not None:
+            told.append(f"This run stops asking after {args.max_requests:,} requests (--max_requests).")
+        for each in told:
+            print(each, file=sys.stderr)
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
@@ -215,9 +264,18 @@ class _Run:
         tokenizer = load_tokenizer(source, **self.loading)
         most = positions(source, **self.loading)
         rules = replace(self.how.rules, transform=None)  # which the held-out rows have been through
-        rows: Any = Preparation(tokenizer, rules, self.how.max_length, self.how.truncation_mode, most)(
-            self.held_out.rows, "test"
+        prepare = Preparation(
+            tokenizer,
+            rules,
+            self.how.max_length,
+            self.how.truncation_mode,
+            most,
+            invalid_rows=args.invalid_rows,
+            assistant_only_loss=self.how.assistant_only_loss,
+            chat=self.how.chat,
+            system_message=self.how.system_message,
         )
+        rows: Any = prepare(self.held_out.rows, "test")
         model = load_model(source, dtype=args.dtype, **self.loading)
         facts |= self._likelihoods(run, source, model, tokenizer, rows)
         if self.questions:
@@ -225,21 +283,90 @@ class _Run:
             questions = [question for question in self.questions if question.row in ids]
             if len(questions) < len(self.questions):
                 self._note(f"{run} gets {len(self.questions) - len(questions)} prompts less, which are left out above.")
+            prompts = [ids[question.row] for question in questions]
             generator = TransformersGenerator(model, tokenizer, source, most)
-            facts |= self._answers(run, generator, questions, [ids[question.row] for question in questions])
+            facts |= self._answers(run, generator, questions, prompts)
+            base = self._before(source)
+            if base in self.bases and base not in self.replies:
+                if args.ref_model is None:
+                    with as_reference(model, source) as reference:
+                        self._base_answers(
+                            base, TransformersGenerator(reference, tokenizer, base, most), questions, prompts
+                        )
+                else:
+                    del model, generator
+                    _free()
+                    model = load_model(base, dtype=args.dtype, **self.loading)
+                    self._base_answers(base, TransformersGenerator(model, tokenizer, base, most), questions, prompts)
         del model
         _free()
         return facts
 
-    def _answers(self, run: str, generator: Generator, questions: list[Question], prompts: list) -> dict[str, Any]:
-        path = self.args.output / "answers" / (re.sub(r"[^\w.-]+", "_", run) + ".jsonl")
-        replies = generate(generator, prompts, path, self.sampling, batch_size=self.args.batch_size)
+    def _before(self, source: str) -> str | None:
+        """What a model's training began with, as far as that is known: a name, or a folder."""
+        if source in self.servers:
+            return None
+        if self.args.ref_model is not None:
+            return self.args.ref_model
+        base = adapter_base(source)
+        # An adapter that went on from another one has kept that
+        return base if base is None or saved_file(source, "ref/adapter_config.json") is None else f"{source}/ref"
+
+    def _base_answers(self, base: str, generator: Generator, questions: list[Question], prompts: list) -> None:
+        facts = self.bases[base]
+        facts |= self._answers(facts["name"], generator, questions, prompts, key=base)
+
+    def _answers(
+        self, run: str, generator: Generator, questions: list[Question], prompts: list, *, key: str | None = None
+    ) -> dict[str, Any]:
+        args = self.args
+        path = args.output / "answers" / (re.sub(r"[^\w.-]+", "_", run) + ".jsonl")
+        options = {"batch_size": args.batch_size, "resume": args.resume, "retry_refused": args.retry_refused}
+        replies = generate(generator, prompts, path, self.sampling, **options)
         told = {
             "prompts": len(replies),
             "cut_at_max_new_tokens": sum(not reply.finished for reply in replies),
-            "empty": sum(not reply.text.strip() for reply in replies),
+            "empty": sum(not reply.text.strip() and reply.refused is None for reply in replies),
+            "refused": dict(Counter(reply.refused.value for reply in replies if reply.refused is not None)),
+            "changes": sorted({change for reply in replies for change in reply.changes}),
         }
-        return {"answers": told, "judged": self.judging.judge(run, questions, [reply.text for reply in replies])}
+        self._note_answers(run, replies, told)
+        answers = [None if reply.refused is not None else reply.text for reply in replies]
+        self.replies[key or run] = dict(zip((question.row for question in questions), answers, strict=True))
+        return {"answers": told, "judged": self.judging.judge(run, questions, answers)}
+
+    def _note_answers(self, run: str, replies: list[Reply], told: dict[str, Any]) -> None:
+        if told["changes"]:
+            self._note(f"The server of {run}: {'; '.join(told['changes'])}.")
+        if told["refused"]:
+            whys = ", ".join(f"{count} {why}" for why, count in told["refused"].items())
+            self._note(
+                f"The server of {run} gave no answer to {sum(told['refused'].values())} of {len(replies)} prompts "
+                f"({whys}). They are not judged. --retry_refused asks again."
+            )
+        unfinished = sum(not reply.text.strip() and bool(reply.reasoning) for reply in replies)
+        if unfinished:
+            self._note(
+                f"{unfinished} of {len(replies)} answers of {run} contain only reasoning, which is not judged, so they "
+                "count as empty. Raise --max_new_tokens."
+            )
+
+    def _compare_answers(self, model: dict[str, Any]) -> None:
+        """Add what training changed to a model's facts, where both its answers and those before are there."""
+        base = self._before(model["source"])
+        named = {source: run for run, (_, source) in zip(self.names, self.args.model, strict=True)}
+        before = self.replies.get(named.get(base or "", base or ""))
+        after = self.replies.get(model["name"])
+        if before is None or after is None or before is after:
+            return
+        questions = [question for question in self.questions if question.row in after and question.row in before]
+        found = changed(
+            [question.prompt for question in questions],
+            [before[question.row] for question in questions],
+            [after[question.row] for question in questions],
+            [question.chosen for question in questions],
+        )
+        model["changed"] = {"base": named.get(base or "") or self.bases[str(base)]["name"], **found}
 
     def _likelihoods(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> dict[str, Any]:
         args, held_out = self.args, self.held_out
@@ -248,8 +375,15 @@ class _Run:
         mask, continuous = held_out.sft_mask[raw], held_out.continuous[raw]
         has_log_z = "log_z" in rows.column_names
         scale = None
-        if args.ref_model is None and adapter_base(source) is None:
+        saved = saved_settings(source)
+        identity = None if saved is None else saved.reference
+        names_reference = identity is not None and (identity.name or identity.kind == "none")
+        if args.ref_model is None and adapter_base(source) is None and not names_reference:
             self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
+        elif args.ref_model is None and identity is not None and identity.kind == "none":
+            self._note(
+                f"{run} has no implicit rewards: it was trained without a reference, and there is no --ref_model."
+            )
         else:  # before the scoring: what is wrong with it should not take that to be told
             scale = reward_scale(
                 source,
@@ -258,16 +392,13 @@ class _Run:
                 log_z=0.0 if has_log_z else args.log_z,
                 prompt_states=partial(prompt_states, model, rows, batch_size=args.batch_size),
             )
-        logps, tokens = completion_logps(model, rows, batch_size=args.batch_size, what=f"Scoring, {run}")
+        with training_autocast(saved, model):
+            logps, tokens = completion_logps(model, rows, batch_size=args.batch_size, what=f"Scoring, {run}")
         facts: dict[str, Any] = {
             "rows": len(rows),
             "left_out": len(held_out.rows) - len(rows),
             "tokens": int(tokens.sum()),
-            "perplexity": {
-                name: perplexity(logps[which], tokens[which], prompt[which], seed=args.seed)
-                for name, which in (("demonstrations", mask), ("other answers", ~mask))
-                if which.any()
-            },
+            "perplexity": self._perplexity(logps, tokens, prompt, mask),
         }
         if scale is None:
             return facts
@@ -276,31 +407,74 @@ class _Run:
         per = tokens.clip(min=1) if scale.length_normalize else 1
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
-        facts["implicit_reward"] = {
-            name: estimate
-            for which, of in ((~continuous, binary_figures), (continuous, continuous_figures))
+        facts |= self._of_rewards(rewards, label, continuous, prompt)
+        facts["surprises"] = surprises(rewards, label, continuous, self.how.rules, held_out.rows, raw)
+        base = self._before(source)
+        if args.base and base is not None and base not in self.bases and base not in dict(self.args.model).values():
+            # It gives every answer the reward 0, which is what the others are to be compared with
+            self.bases[base] = {
+                "name": self._base_name(base, run),
+                "source": base,
+                "is_base": True,
+                "rows": len(rows),
+                "perplexity": self._perplexity(ref_logps, tokens, prompt, mask),
+                **self._of_rewards(np.zeros(len(rows)), label, continuous, prompt),
+                "judged": {},
+            }
+        return facts
+
+    def _base_name(self, base: str, run: str) -> str:
+        return f"{run} before training" if base.endswith("/ref") else f"{base.rstrip('/').split('/')[-1]} (base)"
+
+    def _perplexity(
+        self, logps: np.ndarray, tokens: np.ndarray, prompt: np.ndarray, mask: np.ndarray
+    ) -> dict[str, Any]:
+        return {
+            name: perplexity(logps[which], tokens[which], prompt[which], seed=self.args.seed)
+            for name, which in (("demonstrations", mask), ("other answers", ~mask))
             if which.any()
-            for name, estimate in of(rewards[which], label[which], prompt[which], seed=args.seed).items()
+        }
+
+    def _of_rewards(
+        self, rewards: np.ndarray, label: np.ndarray, continuous: np.ndarray, prompt: np.ndarray
+    ) -> dict[str, Any]:
+        """Figures of rewards, and what they say on the scale of the rows' labels where that is not 0 and 1."""
+        seed, rules = self.args.seed, self.how.rules
+        found: dict[str, Any] = {
+            "implicit_reward": {
+                name: estimate
+                for which, of in ((~continuous, binary_figures), (continuous, continuous_figures))
+                if which.any()
+                for name, estimate in of(rewards[which], label[which], prompt[which], seed=seed).items()
+            }
         }
         if not continuous.all():
-            facts["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])
-        return facts
+            found["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])
+        own = continuous == (rules.label_type == "continuous")
+        if own.any() and (rules.label_type == "continuous" or rules.transform is not None):
+            which = (rewards[own], label[own], continuous[own], prompt[own])
+            found["own_scale"] = on_own_scale(*which, rules, seed=seed)
+        return found
 
     def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> np.ndarray:
         """`(N,)` log π_ref(y|x)."""
-        args = self.args
+        args, saved = self.args, saved_settings(source)
         scoring = {"batch_size": args.batch_size, "what": f"Scoring, reference of {run}"}
-        if args.ref_model is None:
-            with as_reference(model, source) as reference:
-                return completion_logps(reference, rows, **scoring)[0]
-        key = digest(rows["prompt_ids"][:], rows["completion_ids"][:])
-        if key not in self._ref_logps:
+        dtype = str(model.dtype).removeprefix("torch.")
+        key = digest(rows["prompt_ids"][:], rows["completion_ids"][:]) + dtype
+        if args.ref_model is not None and key in self._ref_logps:
+            return self._ref_logps[key]
+        if args.ref_model is not None:
             check_same_tokens(tokenizer, load_tokenizer(args.ref_model, **self.loading), rows, run, args.ref_model)
-            reference = load_model(args.ref_model, dtype=args.dtype, **self.loading)
-            self._ref_logps[key] = completion_logps(reference, rows, **scoring)[0]
-            del reference
-            _free()
-        return self._ref_logps[key]
+        identity = None if saved is None else saved.reference
+        reference = load_reference(model, source, identity, args.ref_model, dtype=dtype, **self.loading)
+        with training_autocast(saved, model):
+            logps = completion_logps(reference.model or model, rows, reference=reference, **scoring)[0]
+        if args.ref_model is not None:
+            self._ref_logps[key] = logps
+        del reference
+        _free()
+        return logps
 
 
 def run_names(names: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
-"""A model behind an OpenAI-compatible server: vLLM, `transformers serve`, a hosted API."""
+"""A model behind an OpenAI-compatible server: vLLM, `transformers serve`, llama.cpp, a hosted API."""
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -8,18 +9,65 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import openai
+from transformers.utils import logging
+
+from trl_ulma.data.conversations import is_transcript, parse_transcript
+from trl_ulma.evaluation.refusals import Why, is_other_endpoint, is_unknown_model, refused_parameter, said, why
+from trl_ulma.evaluation.turns import (
+    REASONING_KEYS,
+    as_text,
+    calls_text,
+    content_text,
+    for_server,
+    show_calls,
+    split_reasoning,
+)
+
+logger = logging.get_logger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _NO_KEY = "no-key-needed"
 _NAME_IT = (
     "name the variable by key_variable (on the command line: --key_variable, of served models --server_key_variable)"
 )
+# Failures one after the other, without an answer in between, after which a server is given up
+_GIVE_UP = 8
+# In the order in which a request can do without them. The limit of an answer has two names, and is never left out.
+_SAMPLING = ("seed", "top_p", "temperature")
+_LIMITS = ("max_tokens", "max_completion_tokens")
+# Of a refusal that is of a limit's value, not of its name
+_OF_VALUES = ("too large", "at most", "at least", "greater than", "less than")
+# What is asked in place of a chat (True), or of a text
+_FORMS = {
+    True: "it takes no chats, so conversations are asked as text that it continues, without a chat template",
+    False: "it takes chats only, so each text is asked as a user's message",
+}
 
 Item = TypeVar("Item")
 
 
 class ServerError(OSError):
-    """Why a server gives no answer, and what to do. It never contains the key."""
+    """Why a server gives no answers, and what to do. It never contains the key."""
+
+
+class _NoChoice(Exception):
+    """An answer with nothing in it."""
+
+    def __init__(self, text: str, about: Why):
+        super().__init__(text)
+        self.about = about
+
+
+class Refusal(ServerError):
+    """Why one request got no answer, where others may.
+
+    Attributes:
+        why: what it is about.
+    """
+
+    def __init__(self, text: str, why: Why):
+        super().__init__(text)
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -27,17 +75,52 @@ class Reply:
     """What a server answered.
 
     Attributes:
-        text: the answer.
+        text: the answer, tool calls as text, without what the model thought before it.
         finished: whether it ended by itself, and not at the limit of tokens.
+        reasoning: what the model thought.
+        refused: why there is no answer, or None.
+        changes: what of the request the server did not take, in words.
+        tokens: of the request and of the answer, as the server counts them; zeros where it does not.
     """
 
     text: str
     finished: bool
+    reasoning: str = ""
+    refused: Why | None = None
+    changes: tuple[str, ...] = ()
+    tokens: tuple[int, int] = (0, 0)
+
+
+class Budget:
+    """How many requests may be made, to all servers together.
+
+    Args:
+        most: the number; None is no limit. Tries again after a failure are not counted, which servers do not bill.
+
+    Example:
+        >>> budget = Budget(1)
+        >>> budget.take(), budget.take(), budget.taken
+        (True, False, 1)
+    """
+
+    def __init__(self, most: int | None = None):
+        self.most, self.taken = most, 0
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether one more may be made, which is then counted."""
+        with self._lock:
+            there = self.most is None or self.taken < self.most
+            self.taken += there
+        return there
 
 
 class Server:
     """One model on a server, asked by the `openai` client, which retries with growing pauses (and as long as a server's
     Retry-After asks): after lost connections and timeouts, and on 408, 409, 429 and 5xx.
+
+    What the server does not take is done without, once for all requests, with a notice: a sampling parameter is left
+    out, `max_tokens` becomes `max_completion_tokens`, text is asked as a chat, or a chat as text.
 
     The key is read from the environment. It is in no error, log or reply that comes from here, even where the server
     repeats it.
@@ -50,6 +133,8 @@ class Server:
         timeout: seconds for one answer.
         retries: tries after the first.
         concurrency: requests under way at once.
+        note: is told what the server does not take.
+        budget: of requests; without one there is no limit.
 
     Raises:
         ValueError: for a URL that is none, or that has a key, a password or a query in it.
@@ -65,6 +150,8 @@ class Server:
         timeout: float = 60.0,
         retries: int = 5,
         concurrency: int = 8,
+        note: Callable[[str], None] = logger.warning,
+        budget: Budget | None = None,
     ):
         if key_variable is None and not base_url:
             key_variable = KEY_VARIABLE
@@ -91,38 +178,74 @@ class Server:
         self._client = openai.OpenAI(
             api_key=self._key or _NO_KEY, base_url=self.base_url, timeout=timeout, max_retries=retries
         )
+        self._note, self._budget = note, budget or Budget()
+        self._lock = threading.Lock()
+        # What is known of the server: parameters that it refuses, the name of its limit, chats for texts or the reverse
+        self._dropped: set[str] = set()
+        self._limit = _LIMITS[0]
+        self._asks_chats: dict[bool, bool] = {True: True, False: False}
+        self._told: set[str] = set()
+        self._answered = self._failed = 0
 
     def ask(self, prompt: str | list[dict[str, Any]], **sampling: Any) -> Reply:
         """The answer to messages, as a chat, or to a text, which is continued.
 
         Args:
             prompt: messages, or text.
-            **sampling: `max_tokens`, and where wanted `temperature`, `top_p`, `seed`.
+            **sampling: `max_tokens`, and where wanted `temperature`, `top_p`, `seed`. What is None is not sent.
 
         Raises:
+            Refusal: where this request gets no answer, and others may.
             ServerError: where no answer can be had.
         """
-        try:
-            if isinstance(prompt, str):
-                choices = self._client.completions.create(model=self.model, prompt=prompt, **sampling).choices
-                text = choices[0].text if choices else None
-            else:
-                # The newer name, which hosted models insist on
-                sampling["max_completion_tokens"] = sampling.pop("max_tokens")
-                messages: Any = prompt
-                answer = self._client.chat.completions.create(model=self.model, messages=messages, **sampling)
-                choices = answer.choices
-                text = choices[0].message.content if choices else None
-        except openai.OpenAIError as error:
-            problem = self._explain(error, tries=self.retries + 1)
-        except (AttributeError, TypeError, ValueError) as error:  # an answer of another form
-            problem = f"{self.base_url} answered with what is not in OpenAI's protocol ({type(error).__name__})."
-        else:
-            if choices:
-                return Reply(self.without_key(text or ""), choices[0].finish_reason != "length")
-            problem = f"{self.base_url} answered without choices. Is it an OpenAI-compatible server?"
-        # Outside the handler: a chained exception's text is the server's, and can hold the key
-        raise ServerError(problem)
+        wanted = {name: value for name, value in sampling.items() if value is not None}
+        is_chat = not isinstance(prompt, str)
+        first: openai.APIStatusError | None = None
+        while True:  # each turn leaves something out, or takes the other form, once
+            asks_chat = self._asks_chats[is_chat]
+            sent = {name: value for name, value in wanted.items() if name not in self._dropped}
+            limit = self._limit if asks_chat else _LIMITS[0]
+            if _LIMITS[0] in sent:
+                sent[limit] = sent.pop(_LIMITS[0])
+            if not self._budget.take():
+                raise Refusal(f"The limit of {self._budget.most} requests is reached.", Why.NOT_ASKED)
+            reply, problem, about, error = None, "", None, None
+            try:
+                reply = self._chat(prompt, sent) if asks_chat else self._complete(prompt, sent)
+            except openai.APIStatusError as refusal:
+                error = refusal
+            except openai.OpenAIError as failure:
+                problem = self._explain(failure, tries=self.retries + 1)
+                about = Why.FAILED if isinstance(failure, openai.APITimeoutError) else None
+            except _NoChoice as failure:
+                problem, about = self.without_key(str(failure)), failure.about
+            except (AttributeError, KeyError, TypeError, ValueError) as failure:  # an answer of another form
+                name = type(failure).__name__
+                problem = f"{self.base_url} answered with what is not in OpenAI's protocol ({name})."
+                about = Why.FAILED
+            # Outside the handlers: a chained exception's text is the server's, and can hold the key
+            if reply is not None:
+                break
+            if error is None:
+                raise self._given_up(problem, about)
+            if self._does_without(error, sent, asks_chat):
+                continue
+            if is_other_endpoint(error.status_code, self._body(error)):
+                # An unknown model answers so, too: whether it takes the other form is told by an answer only
+                if first is None:
+                    first, self._asks_chats[is_chat] = error, not asks_chat
+                    continue
+                error, self._asks_chats[is_chat] = first, is_chat
+            raise self._refused(error)
+        with self._lock:
+            self._answered, self._failed = self._answered + 1, 0
+        if reply.refused is not None:
+            raise Refusal(f"{self.base_url} filtered its answer.", reply.refused)
+        changes = tuple(f"{name} is left out" for name in wanted if name in _SAMPLING and name not in sent)
+        if asks_chat != is_chat:
+            changes += (_FORMS[is_chat],)
+            self._tell(f"{_FORMS[is_chat]}.")
+        return Reply(reply.text, reply.finished, reply.reasoning, None, changes, reply.tokens)
 
     def check(self) -> None:
         """Raise ServerError where the server cannot be reached or refuses the key: asks it for its models.
@@ -142,10 +265,15 @@ class Server:
     def each(self, work: Callable[[Item], None], items: Iterable[Item]) -> None:
         """Do `work` on all items, `concurrency` at once; the first error ends it, when those under way are through.
 
+        The first request to a server is made alone, so that what it does not take is found out, and told, once.
+
         Args:
             work: takes care that what it did is kept.
             items: what to do it on.
         """
+        items = list(items)
+        if items and not self._answered:
+            work(items.pop(0))
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(work, item) for item in items]
             try:
@@ -159,6 +287,92 @@ class Server:
         """A server's text, the key in it replaced."""
         return text.replace(self._key, f"[{self.key_variable}]") if self._key else text
 
+    # Requests
+
+    def _chat(self, prompt: Any, sent: dict[str, Any]) -> Reply:
+        messages: Any = as_messages(prompt) if isinstance(prompt, str) else for_server(prompt)
+        answer = self._client.chat.completions.create(model=self.model, messages=messages, **sent)
+        choice = self._choice(answer)
+        message = choice.message
+        thought, text = content_text(message.content)
+        told = (getattr(message, key, None) for key in REASONING_KEYS)
+        thought = next((each for each in told if isinstance(each, str) and each), thought)
+        text = text or getattr(message, "refusal", None) or ""
+        calls = [call.model_dump() for call in getattr(message, "tool_calls", None) or ()]
+        return self._reply(text, thought, calls_text(calls), choice.finish_reason, answer)
+
+    def _complete(self, prompt: Any, sent: dict[str, Any]) -> Reply:
+        text = prompt if isinstance(prompt, str) else f"{as_text(prompt)}\n\nAssistant:"
+        answer = self._client.completions.create(model=self.model, prompt=text, **sent)
+        choice = self._choice(answer)
+        return self._reply(choice.text or "", "", "", choice.finish_reason, answer)
+
+    def _choice(self, answer: Any) -> Any:
+        if answer.choices:
+            return answer.choices[0]
+        told = getattr(answer, "error", None)  # as gateways tell of a failure behind them, with status 200
+        if told:
+            raise _NoChoice(f'{self.base_url} answered: "{said(told)[:200]}".', why(400, told) or Why.FAILED)
+        raise _NoChoice(f"{self.base_url} answered without choices. Is it an OpenAI-compatible server?", Why.FAILED)
+
+    def _reply(self, text: str, thought: str, calls: str, finish_reason: str | None, answer: Any) -> Reply:
+        within, text = split_reasoning(text)
+        usage = getattr(answer, "usage", None)
+        counted = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        return Reply(
+            self.without_key("\n\n".join(filter(None, (show_calls(text), calls)))),
+            finish_reason != "length",
+            self.without_key("\n\n".join(filter(None, (thought, within)))),
+            Why.FILTERED if finish_reason == "content_filter" else None,
+            tokens=(int(counted[0] or 0), int(counted[1] or 0)),
+        )
+
+    # Refusals
+
+    def _does_without(self, error: openai.APIStatusError, sent: dict[str, Any], asks_chat: bool) -> bool:
+        """Whether the request is worth another try, since a parameter that the server refused is no longer in it."""
+        order = [name for name in (*_SAMPLING, *_LIMITS) if name in sent]
+        name = refused_parameter(error.status_code, self._body(error), order)
+        if name is None:
+            return False
+        quoted = self._said(error)
+        if name in _LIMITS:
+            if name == _LIMITS[1] or not asks_chat or any(word in quoted for word in _OF_VALUES):
+                return False
+            self._limit = _LIMITS[1]
+            change = f"{_LIMITS[1]} is sent in place of {name}"
+        else:
+            self._dropped.add(name)
+            change = f"{name} is left out of all requests, and is what the server makes it"
+        self._tell(f'"{quoted}", so {change}.')
+        return True
+
+    def _tell(self, text: str) -> None:
+        """Note what the server does not take, once."""
+        with self._lock:
+            is_new = text not in self._told
+            self._told.add(text)
+        if is_new:
+            self._note(f"{self.base_url}, {self.model}: {text}")
+
+    def _refused(self, error: openai.APIStatusError) -> ServerError:
+        status, body = error.status_code, self._body(error)
+        about = why(status, body)
+        problem = self._explain(error, tries=self.retries + 1)
+        is_for_all = status in (401, 403, 404, 405) or is_unknown_model(status, body)
+        if about is None and (is_for_all or "insufficient_quota" in str(body)):
+            return ServerError(problem)
+        return self._given_up(problem, about or (Why.FAILED if status == 429 or status >= 500 else Why.REFUSED))
+
+    def _given_up(self, problem: str, about: Why | None) -> ServerError:
+        """The error of one request or, where none gets an answer, of all."""
+        if about is not None and about not in (Why.FAILED, Why.REFUSED):
+            return Refusal(problem, about)
+        with self._lock:
+            self._failed += 1
+            alone = self._failed < _GIVE_UP and (self._answered > 0 or about is Why.REFUSED)
+        return Refusal(problem, about) if about is not None and alone else ServerError(problem)
+
     def _explain(self, error: openai.OpenAIError, *, tries: int) -> str:
         asked = f"{tries} tries" if tries > 1 else "1 try"
         again = "Then run the same command again: the answers so far are kept."
@@ -169,28 +383,45 @@ class Server:
             )
         if isinstance(error, openai.APIConnectionError):
             cause = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else "no connection"
-            said = self.without_key(" ".join(cause.split()))[:200]
-            return f"{self.base_url} cannot be reached, in {asked} ({said}). Start the server or mend its URL. {again}"
+            quoted = self.without_key(" ".join(cause.split()))[:200]
+            return (
+                f"{self.base_url} cannot be reached, in {asked} ({quoted}). Start the server or mend its URL. {again}"
+            )
         if not isinstance(error, openai.APIStatusError):
             return f"{self.base_url}: {self.without_key(str(error))[:200]}"
-        said = f'{self.base_url} answered {error.status_code}: "{self._said(error)}".'
+        told = f'{self.base_url} answered {error.status_code}: "{self._said(error)}".'
         if error.status_code in (401, 403):
             if self.key_variable is None:
-                return f"{said} It was asked without a key. Put one into an environment variable, and {_NAME_IT}."
+                return f"{told} It was asked without a key. Put one into an environment variable, and {_NAME_IT}."
             state = "is refused" if self._key else "is not set"
             return (
-                f"{said} The key of the environment variable {self.key_variable} {state}. Set the right one, or "
+                f"{told} The key of the environment variable {self.key_variable} {state}. Set the right one, or "
                 f"{_NAME_IT}."
             )
-        if error.status_code == 404:
-            return f"{said} It has no model {self.model!r}, or its URL is another: most end in /v1."
+        if error.status_code == 404 or is_unknown_model(error.status_code, self._body(error)):
+            return f"{told} It has no model {self.model!r}, or its URL is another: most end in /v1."
         if error.status_code == 429:
-            return f"{said} It still limits requests after {asked}: wait, or ask for less at once. {again}"
+            return f"{told} It still limits requests after {asked}: wait, or ask for less at once. {again}"
         if error.status_code >= 500:
-            return f"{said} It failed in {asked}; its own log says why. {again}"
-        return f"{said} The request is not to its liking; its documentation says what the model takes."
+            return f"{told} It failed in {asked}; its own log says why. {again}"
+        return f"{told} The server refuses the request. Its documentation says what the model accepts."
 
     def _said(self, error: openai.APIStatusError) -> str:
-        body: Any = error.body
-        message = body.get("message") if isinstance(body, dict) else None
-        return self.without_key(" ".join(str(message or error.response.text).split()))[:200]
+        return self.without_key(said(self._body(error)))[:200]
+
+    @staticmethod
+    def _body(error: openai.APIStatusError) -> Any:
+        return error.body if error.body is not None else error.response.text
+
+
+def as_messages(text: str) -> list[dict[str, str]]:
+    r"""A text for a server that takes chats only: a transcript's turns, any other text as one message of a user.
+
+    Example:
+        >>> as_messages("Hi"), as_messages("\n\nHuman: Hi\n\nAssistant:")
+        ([{'role': 'user', 'content': 'Hi'}], [{'role': 'user', 'content': 'Hi'}])
+    """
+    if is_transcript(text) and text.lstrip().startswith("Human:"):
+        turns = [{**turn, "content": turn["content"].strip()} for turn in parse_transcript(text)]
+        return [turn for i, turn in enumerate(turns) if i < len(turns) - 1 or turn["content"]]
+    return [{"role": "user", "content": text}]

@@ -1,5 +1,6 @@
-"""What a point-wise row is, and the errors that say what is wrong with one."""
+"""What a pointwise row is, and the errors that say what is wrong with rows."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,86 @@ ASKING_ROLES = ("user", "system", "developer")
 
 # Labels, weights and log Z are float32 in a batch
 _LARGEST = float(np.finfo(np.float32).max)
+
+# How many invalid rows an error lists
+LISTED = 20
+_PROMPT_SHOWN = 60  # characters
+
+
+class InvalidRow(ValueError):
+    """One row that cannot be read.
+
+    Args:
+        message: names the row, says what was found and what to do.
+        kind: what is wrong in a few words, by which rows are counted.
+        prompt: the row's prompt, whose start is shown.
+
+    Example:
+        >>> str(InvalidRow("Row 3 of the train dataset: label is None.", "label is no number"))
+        'Row 3 of the train dataset: label is None.'
+    """
+
+    def __init__(self, message: str, kind: str, prompt: str = ""):
+        super().__init__(message, kind, prompt)
+        self.message, self.kind, self.prompt = message, kind, prompt
+
+    def __str__(self) -> str:
+        return self.message
+
+    def at_prompt(self, prompt: Any) -> "InvalidRow":
+        """This error with the start of the row's prompt."""
+        return InvalidRow(self.message, self.kind, start_of(prompt))
+
+
+def start_of(prompt: Any) -> str:
+    """The start of a prompt, text or messages, in one line; "" for anything else.
+
+    Example:
+        >>> start_of([{"role": "user", "content": "How do I\\nboil an egg?"}])
+        'How do I boil an egg?'
+    """
+    if is_messages(prompt):
+        asked = [turn.get("content") for turn in prompt if turn["role"] == "user"] or [""]
+        parts = asked[-1] if isinstance(asked[-1], list) else [asked[-1]]
+        prompt = " ".join(str(part.get("text") or "") if isinstance(part, dict) else str(part or "") for part in parts)
+    if not isinstance(prompt, str):
+        return ""
+    line = " ".join(prompt[: 4 * _PROMPT_SHOWN].split()).encode(errors="replace").decode()
+    return line if len(line) <= _PROMPT_SHOWN else f"{line[:_PROMPT_SHOWN]}…"
+
+
+def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> str:
+    """What is wrong with rows: the messages (20 at most), each with the start of its prompt, and how many of a kind.
+
+    Args:
+        found: the errors, in the order of the rows.
+        total: how many rows there are, or None where that is not known.
+        where: the data set's name.
+
+    Example:
+        >>> print(list_invalid([InvalidRow("Row 3: label is None.", "label is no number", "Hi")], 4, "train"))
+        Row 3: label is None.
+        Its prompt begins: 'Hi'
+    """
+    if len(found) == 1:
+        return str(found[0]) + (f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else "")
+    of = "" if total is None else f" of {total:,}"
+    lines = [f"{len(found):,}{of} rows of the {where} dataset are invalid:"]
+    lines += [f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED]]
+    if len(found) > LISTED:
+        lines.append(f"  … and {len(found) - LISTED:,} more.")
+    kinds = Counter(each.kind for each in found)
+    lines.append("By kind: " + "; ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common()) + ".")
+    return "\n".join(lines)
+
+
+def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> None:
+    """Raise ValueError that lists the rows that are invalid, if there are any, and says how to leave them out."""
+    if found:
+        raise ValueError(
+            list_invalid(found, total, where) + '\nFix these rows, or set invalid_rows="drop" (on the command line '
+            "--invalid_rows drop) to leave them out."
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +159,11 @@ def check_columns(names: Sequence[str], where: str, *, takes_images: bool = Fals
 
 
 def raw_labels(
-    columns: Mapping[str, Sequence[Any]], rows: Sequence[int], where: str, rules: LabelRules
+    columns: Mapping[str, Sequence[Any]],
+    rows: Sequence[int],
+    where: str,
+    rules: LabelRules,
+    invalid: dict[int, InvalidRow] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The labels that `rules.transform` is for, as rows carry them; arguments as in `read_labels`.
 
@@ -86,31 +171,44 @@ def raw_labels(
         `(M,)` their positions among the rows, `(M,)` labels, and `(M,)` trials where the transform reads them.
 
     Raises:
-        ValueError: naming the first row whose label is no number, or whose votes are none.
+        ValueError: naming the rows whose label is no number, or whose votes are none, unless `invalid` takes them.
 
     Example:
         >>> columns = {"label": [3, True, 1], "label_type": ["continuous", "binary", "continuous"]}
         >>> raw_labels(columns, [0, 1, 2], "train", LabelRules("continuous"))[:2]
         (array([0, 2]), array([3., 1.]))
     """
+    needs_trials = rules.transform is not None and rules.transform.needs_trials
+    has_trials = needs_trials and "trials" in columns
     types = columns.get("label_type")
-    own = [i for i in range(len(rows)) if types is None or types[i] == rules.label_type]
-    labels = [_number(columns["label"][i], f"Row {rows[i]} of the {where} dataset: label") for i in own]
-    trials = None
-    if rules.transform is not None and rules.transform.needs_trials:
-        if "trials" not in columns:
-            raise ValueError(
-                f"label_transform=votes reads a column `trials`, the number of votes cast, which the {where} dataset "
-                "does not have. Add it; `label` is how many of them are for the answer."
-            )
-        trials = [_number(columns["trials"][i], f"Row {rows[i]} of the {where} dataset: trials") for i in own]
-        for i, label, cast in zip(own, labels, trials, strict=True):
-            if not 0 <= label <= cast:
-                raise ValueError(
-                    f"Row {rows[i]} of the {where} dataset: label is {label:g} and trials {cast:g}; votes for an "
-                    "answer are between 0 and the votes cast."
+    own, labels, trials = [], [], []
+    found: dict[int, InvalidRow] = {}
+    for i, row in enumerate(rows):
+        if types is not None and types[i] != rules.label_type:
+            continue
+        at = f"Row {row} of the {where} dataset"
+        try:
+            label = _number(columns["label"][i], at, "label")
+            cast = _number(columns["trials"][i], at, "trials") if has_trials else 0.0
+            if has_trials and not 0 <= label <= cast:
+                raise InvalidRow(
+                    f"{at}: label is {label:g} and trials {cast:g}; votes for an answer are between 0 and the votes "
+                    "cast.",
+                    "votes outside [0, trials]",
                 )
-    return np.array(own, dtype=int), np.array(labels), None if trials is None else np.array(trials)
+        except InvalidRow as error:
+            found[i] = error.at_prompt(_at(columns, "prompt", i))
+            continue
+        own.append(i)
+        labels.append(label)
+        trials.append(cast)
+    _hand_on(found, invalid, len(rows), where)
+    if needs_trials and not has_trials:
+        raise ValueError(
+            f"label_transform=votes reads a column `trials`, the number of votes cast, which the {where} dataset "
+            "does not have. Add it; `label` is how many of them are for the answer."
+        )
+    return np.array(own, dtype=int), np.array(labels), np.array(trials) if needs_trials else None
 
 
 def transform_labels(
@@ -119,6 +217,7 @@ def transform_labels(
     where: str,
     rules: LabelRules,
     prompts: Sequence[Any] | None = None,
+    invalid: dict[int, InvalidRow] | None = None,
 ) -> list[Any]:
     """The label column after `rules.transform`, for `read_labels`; arguments as there, and keys of the rows' prompts.
 
@@ -130,7 +229,7 @@ def transform_labels(
     """
     found = list(columns["label"])
     if rules.transform is not None:
-        own, labels, trials = raw_labels(columns, rows, where, rules)
+        own, labels, trials = raw_labels(columns, rows, where, rules, invalid)
         if not len(own):
             return found
         keys = None if prompts is None else [prompts[i] for i in own]
@@ -140,81 +239,122 @@ def transform_labels(
 
 
 def read_labels(
-    columns: Mapping[str, Sequence[Any]], rows: Sequence[int], where: str, rules: LabelRules
+    columns: Mapping[str, Sequence[Any]],
+    rows: Sequence[int],
+    where: str,
+    rules: LabelRules,
+    invalid: dict[int, InvalidRow] | None = None,
 ) -> dict[str, list]:
     """The checked values of `label` and the optional columns; `sft_mask` is filled in where it is absent.
 
     Args:
         columns: column name → values; `label` (after `transform_labels`), and where present `sft_mask`, `label_type`,
-            `log_z`, `weight`.
+            `log_z`, `weight`; `prompt`, for errors.
         rows: the rows' numbers, for errors.
         where: the data set's name, for errors.
         rules: how labels are read.
+        invalid: takes the errors, position → error; the rows at positions that it holds already are not read. All
+            their values are neutral ones then. If it is None, invalid rows raise an error.
 
     Raises:
-        ValueError: naming the first row that is wrong, what was found and what is needed.
+        ValueError: listing the rows that are wrong, what was found and what is needed, unless `invalid` takes them.
 
     Example:
         >>> read_labels({"label": [True, 0]}, [0, 1], "train", LabelRules())
         {'label': [1.0, 0.0], 'sft_mask': [True, False]}
     """
     present = [name for name in OPTIONAL_COLUMNS if name in columns]
-    after = "" if rules.transform is None else f" after label_transform={str(rules.transform)!r}"
     read: dict[str, list] = {name: [] for name in ("label", "sft_mask", *present)}
+    neutral = {"label": 0.0, "sft_mask": False, "label_type": rules.label_type, "log_z": 0.0, "weight": 1.0}
+    found: dict[int, InvalidRow] = {}
     for i, row in enumerate(rows):
-        at = f"Row {row} of the {where} dataset"
-        label_type = columns["label_type"][i] if "label_type" in columns else rules.label_type
-        if not isinstance(label_type, str) or label_type not in LABEL_TYPES:
-            raise ValueError(f"{at}: label_type is {shown(label_type)}; it must be one of {LABEL_TYPES}.")
-        if label_type == "continuous" and rules.binary_only:
-            raise ValueError(
-                f"{at} has a continuous label, and negative_loss='unlearning' needs binary ones, since a "
-                "continuous label does not say that an answer is to be unlearned. Use negative_loss='pointwise_dpo'."
-            )
-        label = _number(columns["label"][i], f"{at}: label")
-        if label_type == "binary" and not 0 <= label <= 1:
-            raise ValueError(
-                f'{at}: label is {label}{after}, outside [0, 1]. Rescale it, or set label_type="continuous".'
-            )
-        if "sft_mask" in columns:
-            sft_mask = columns["sft_mask"][i]
-            if not isinstance(sft_mask, bool | np.bool_):
-                raise ValueError(f"{at}: sft_mask is {shown(sft_mask)}; it must be True or False.")
-            if sft_mask and label_type == "binary" and label == 0:
-                raise ValueError(
-                    f"{at} is marked sft_mask=True but has label 0.0{after}. A demonstration is learned from as it is: "
-                    "drop the mark or the row."
-                )
-        elif rules.need_mask and label_type == "continuous" and rules.sft_threshold is None:
-            raise ValueError(
-                f"{at} has a continuous label, and nothing says which of such rows are demonstrations. Add a boolean "
-                "column sft_mask, or set sft_threshold: labels of that and above are demonstrations."
-            )
-        else:
-            sft_mask = rules.is_demonstration(label, label_type)
-        values = {"label": label, "sft_mask": bool(sft_mask), "label_type": label_type}
-        if "log_z" in columns:
-            values["log_z"] = _number(columns["log_z"][i], f"{at}: log_z")
-        if "weight" in columns:
-            values["weight"] = _number(columns["weight"][i], f"{at}: weight")
-            if values["weight"] < 0:
-                raise ValueError(f"{at}: weight is {values['weight']}; it must be 0 or above.")
+        values = neutral
+        if invalid is None or i not in invalid:
+            try:
+                values = _read_label(columns, i, f"Row {row} of the {where} dataset", rules)
+            except InvalidRow as error:
+                found[i] = error.at_prompt(_at(columns, "prompt", i))
         for name, into in read.items():
             into.append(values[name])
+    _hand_on(found, invalid, len(rows), where)
     return read
 
 
-def _number(value: Any, what: str) -> float:
+def _hand_on(found: dict[int, InvalidRow], invalid: dict[int, InvalidRow] | None, total: int, where: str) -> None:
+    if invalid is None:
+        refuse_invalid(list(found.values()), total, where)
+    else:
+        invalid |= found
+
+
+def _at(columns: Mapping[str, Sequence[Any]], name: str, i: int) -> Any:
+    return columns[name][i] if name in columns else None
+
+
+def _read_label(columns: Mapping[str, Sequence[Any]], i: int, at: str, rules: LabelRules) -> dict[str, Any]:
+    """What `read_labels` reads of one row."""
+    after = "" if rules.transform is None else f" after label_transform={str(rules.transform)!r}"
+    label_type = columns["label_type"][i] if "label_type" in columns else rules.label_type
+    if not isinstance(label_type, str) or label_type not in LABEL_TYPES:
+        raise InvalidRow(
+            f"{at}: label_type is {shown(label_type)}; it must be one of {LABEL_TYPES}.", "unknown label_type"
+        )
+    if label_type == "continuous" and rules.binary_only:
+        raise InvalidRow(
+            f"{at} has a continuous label, and negative_loss='unlearning' needs binary ones, since a "
+            "continuous label does not say that an answer is to be unlearned. Use negative_loss='pointwise_dpo'.",
+            "continuous label with negative_loss='unlearning'",
+        )
+    label = _number(columns["label"][i], at, "label")
+    if label_type == "binary" and not 0 <= label <= 1:
+        raise InvalidRow(
+            f'{at}: label is {label}{after}, outside [0, 1]. Rescale it, or set label_type="continuous".',
+            "label outside [0, 1]",
+        )
+    if "sft_mask" in columns:
+        sft_mask = columns["sft_mask"][i]
+        if not isinstance(sft_mask, bool | np.bool_):
+            raise InvalidRow(f"{at}: sft_mask is {shown(sft_mask)}; it must be True or False.", "sft_mask is no bool")
+        if sft_mask and label_type == "binary" and label == 0:
+            raise InvalidRow(
+                f"{at} is marked sft_mask=True but has label 0.0{after}. A demonstration is learned from as it is: "
+                "drop the mark or the row.",
+                "sft_mask=True with label 0",
+            )
+    elif rules.need_mask and label_type == "continuous" and rules.sft_threshold is None:
+        raise InvalidRow(
+            f"{at} has a continuous label, and nothing says which of such rows are demonstrations. Add a boolean "
+            "column sft_mask, or set sft_threshold: labels of that and above are demonstrations.",
+            "continuous label without sft_mask or sft_threshold",
+        )
+    else:
+        sft_mask = rules.is_demonstration(label, label_type)
+    values = {"label": label, "sft_mask": bool(sft_mask), "label_type": label_type}
+    for name in ("log_z", "weight"):
+        if name in columns:
+            values[name] = _number(columns[name][i], at, name)
+    if values.get("weight", 0) < 0:
+        raise InvalidRow(f"{at}: weight is {values['weight']}; it must be 0 or above.", "weight below 0")
+    return values
+
+
+def _number(value: Any, at: str, name: str) -> float:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        raise ValueError(f"{what} is a list of {len(value)}; it must be one number a row.")
+        raise InvalidRow(f"{at}: {name} is a list of {len(value)}; it must be one number a row.", f"{name} is a list")
     if not isinstance(value, bool | int | float):
-        kind = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
-        raise ValueError(f"{what} is {kind}; it must be a number{' or a bool' if what.endswith('label') else ''}.")
+        found = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
+        raise InvalidRow(
+            f"{at}: {name} is {found}; it must be a number{' or a bool' if name == 'label' else ''}.",
+            f"{name} is {'missing' if value is None else 'no number'}",
+        )
     if not abs(value) <= _LARGEST:
         found = "an int of many digits" if isinstance(value, int) else float(value)
-        raise ValueError(f"{what} is {found}; it must be finite, and within ±3.4e38, the range of float32.")
+        raise InvalidRow(
+            f"{at}: {name} is {found}; it must be finite, and within ±3.4e38, the range of float32.",
+            f"{name} is not finite in float32",
+        )
     return float(value)
 
 
@@ -248,7 +388,7 @@ def is_messages(value: Any) -> bool:
 
 
 def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = False) -> None:
-    """Raise ValueError unless prompt and completion are both text or both messages, and the completion is not empty.
+    """Raise InvalidRow unless prompt and completion are both text or both messages, and the completion is not empty.
 
     Args:
         prompt: text, or a list of messages.
@@ -260,12 +400,15 @@ def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = F
         if isinstance(value, str):
             continue
         if not is_messages(value):
-            raise ValueError(
+            raise InvalidRow(
                 f"{at}: {name} is {shown(value)}; it must be text, or a list of messages such as "
-                '{"role": "user", "content": "Hi"}.'
+                '{"role": "user", "content": "Hi"}.',
+                f"{name} is {'missing' if value is None else 'neither text nor messages'}",
             )
         if not value:
-            raise ValueError(f"{at}: {name} is an empty list; it must hold at least one message.")
+            raise InvalidRow(
+                f"{at}: {name} is an empty list; it must hold at least one message.", f"{name} has no message"
+            )
         for turn in value:
             for part in turn["content"] if isinstance(turn.get("content"), list) else ():
                 kind = part.get("type") if isinstance(part, dict) else None
@@ -275,23 +418,32 @@ def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = F
                     needed = (
                         "images of a row belong to its prompt" if takes_images else "the column `images` is missing"
                     )
-                    raise ValueError(f"{at}: {name} has a message with 'image' in it; {needed}.")
+                    raise InvalidRow(
+                        f"{at}: {name} has a message with 'image' in it; {needed}.", f"an image in a {name}'s message"
+                    )
                 if kind in ("image_url", "video", "audio", "input_audio"):
-                    raise ValueError(f"{at}: {name} has a message with {kind!r} in it, which is not supported.")
+                    raise InvalidRow(
+                        f"{at}: {name} has a message with {kind!r} in it, which is not supported.",
+                        f"{kind} in a message",
+                    )
     if isinstance(prompt, str) != isinstance(completion, str):
-        raise ValueError(
+        raise InvalidRow(
             f"{at}: prompt is {'text' if isinstance(prompt, str) else 'a list of messages'} and completion is not; "
             "both must be text, or both messages. (The halves of a pair may be whole conversations: remove the column "
-            "prompt then.)"
+            "prompt then.)",
+            "prompt and completion of two kinds",
         )
     if not isinstance(completion, str) and completion[0]["role"] in ASKING_ROLES:
-        raise ValueError(
+        raise InvalidRow(
             f"{at}: completion begins with a turn of {completion[0]['role']!r}; it must begin with the assistant's. "
             "Cut off what belongs to the prompt. (Where a pair's halves are whole conversations, remove the column "
-            "prompt.)"
+            "prompt.)",
+            "completion does not begin with the assistant",
         )
     if is_empty(completion):
-        raise ValueError(f"{at}: completion is empty, so there is nothing to learn from. Drop the row.")
+        raise InvalidRow(
+            f"{at}: completion is empty, so there is nothing to learn from. Drop the row.", "completion is empty"
+        )
 
 
 def is_empty(completion: Any) -> bool:

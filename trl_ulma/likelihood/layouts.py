@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-
-PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 class Layout(NamedTuple):
@@ -70,12 +67,12 @@ def shared(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) 
     for row, length in enumerate(prompt_lengths):
         rows_of.setdefault(tuple(ids[row, :length].tolist()), []).append(row)
 
-    sequences, spans = [], []  # (token, position, branch) each; (sequence, start, length) of each row's branch
-    span_of = {}
+    sequences = []  # (token, position, branch) each
+    span_of = {}  # (sequence, start) of each row's branch
     for number, (prompt, rows) in enumerate(rows_of.items()):
         sequence = [(token, position, 0) for position, token in enumerate(prompt[:-1])]
         for branch, row in enumerate(rows, start=1):
-            span_of[row] = (number, len(sequence), lengths[row] - len(prompt))
+            span_of[row] = (number, len(sequence))
             # Row by row a branch's tokens are the row's from its last prompt token to its last but one
             part = ids[row, len(prompt) - 1 : lengths[row] - 1].tolist()
             sequence += [(token, len(prompt) - 1 + i, branch) for i, token in enumerate(part)]
@@ -85,8 +82,10 @@ def shared(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) 
     table[..., 2] = -1  # padding, which attends to itself alone
     for number, sequence in enumerate(sequences):
         table[number, : len(sequence)] = sequence
-    spans = [span_of[row] for row in range(len(ids))]
-    index = torch.cat([torch.arange(length) + number * width + start for number, start, length in spans])
+    rows, columns = mask[:, 1:].nonzero(as_tuple=True)
+    # Where a row's branch begins, less the column of its first token
+    begins = torch.tensor([number * width + start for number, start in (span_of[row] for row in range(len(ids)))])
+    index = begins[rows] + columns - (torch.tensor(prompt_lengths)[rows] - 1)
 
     table, index = table.to(device), index.to(device)
     branch = table[..., 2]
@@ -127,66 +126,22 @@ def positions_of(config: Any) -> int | None:
     return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)
 
 
-class CompletionHead:
-    """Has a model's fused LM head score the positions of a layout, and no others.
+def length_that_changes_positions(config: Any) -> int | None:
+    """The length from which a batch's longest row changes the rotary positions of all its rows; None where none does.
 
-    TRL's fused head projects every position where Triton is absent. A hook on the backbone hands it the hidden states
-    of the wanted positions only, as one sequence, and their targets as `shift_labels`.
+    So it is with the scalings "longrope" and "dynamic": a row's log-probability depends on the batch it is in.
 
-    Args:
-        model: a causal language model with TRL's fused LM head, not wrapped.
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> length_that_changes_positions(LlamaConfig()) is None
+        True
     """
-
-    def __init__(self, model: Any):
-        self._index: torch.Tensor | None = None
-        self._first: torch.Tensor | None = None
-        self._states: torch.Tensor | None = None
-        model.base_model.register_forward_hook(self._select)
-
-    def _select(self, backbone: nn.Module, args: Any, output: Any) -> Any:
-        if self._index is not None:
-            hidden = output.last_hidden_state.flatten(0, 1)
-            output.last_hidden_state = hidden[self._index.to(hidden.device)][None]
-            if self._first is not None:
-                self._states = hidden.detach()[self._first.to(hidden.device)]
-        return output
-
-    def __call__(
-        self,
-        model: Any,
-        layout: Layout,
-        batch: Mapping[str, torch.Tensor],
-        *,
-        prompt_states: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The fused head's output of the completion tokens, each field of `PER_TOKEN` `(B, T − 1)`, 0 elsewhere.
-
-        With `prompt_states` also that: `(B, H)`, the backbone's hidden state before each row's first completion token,
-        detached.
-
-        Args:
-            model: the model, wrapped or not.
-            layout: of `batch`.
-            batch: `input_ids` and `completion_mask` `(B, T)`.
-            prompt_states: whether they are wanted.
-            **kwargs: for the forward.
-        """
-        rows, columns = completion_tokens(batch)
-        targets = batch["input_ids"][rows, columns + 1]
-        self._index = layout.positions
-        if prompt_states:
-            first = torch.searchsorted(rows, torch.arange(len(batch["input_ids"]), device=rows.device))
-            self._first = layout.positions[first.clamp(max=len(rows) - 1)]
-        try:
-            output = model(**layout.inputs, shift_labels=targets[None], use_cache=False, fused_lm_head=True, **kwargs)
-        finally:
-            self._index = self._first = None
-        rows, columns = rows.to(output.log_probs.device), columns.to(output.log_probs.device)
-        for name in PER_TOKEN:
-            values = getattr(output, name)
-            if values is not None:
-                dense = values.new_zeros(batch["input_ids"][:, 1:].shape)
-                output[name] = dense.index_put((rows, columns), values[0])
-        output.prompt_states, self._states = self._states, None
-        return output
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    # Models with several kinds of layers have one set of parameters for each
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if not any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds):
+        return None
+    lengths = [kind.get("original_max_position_embeddings") for kind in kinds]
+    lengths += [getattr(text, "original_max_position_embeddings", None), text.max_position_embeddings]
+    return next(length for length in lengths if length is not None)

@@ -1,27 +1,236 @@
-"""Whether a model computes the same when its rows are laid out in another way: tried out before training."""
+"""The startup proof: before the first step, a training's numbers are shown to be right on the user's own model."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from trl_ulma.likelihood.layouts import Layout, packed, padded, shared
+from trl_ulma.likelihood.noise import evaluation_mode
+from trl_ulma.likelihood.reference import Reference, outside_adapter
+from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model, mask_dtype
 
-Batch = Mapping[str, torch.Tensor]
+logger = logging.getLogger(__name__)
+
 Scores = Callable[[Layout, Batch], torch.Tensor]
 
-# Nats a token by which a log-probability may differ in fp32
+# Nats a token by which a log-probability may differ in fp32, and in other number formats
 TOLERANCE = 1e-4
+COARSE_TOLERANCE = 0.05
 # Share of a contaminated layout's error that an exact one may have; in half precision that its noise may have
 CONTAMINATION = 0.01
 CONTAMINATION_OF_NOISE = 0.1
 # What another exact layout may differ by in half precision, in units of what padding changes. Of a few rows the two are
 # measured loosely: with SmolLM2-135M in bf16 their ratio is now and then above 2, and a contaminated one's above 100.
 NOISES = 4
-LONGEST_COMPLETION = 64
+# Tokens of a row that is probed with: of the prompt and of the completion each, of a layout and of all else
+LONGEST_OF_LAYOUT = 64
+LONGEST = 24
 
 
-def probe_packed(scores: Scores, batch: Batch, *, exact: bool) -> None:
+def check_trainable(model: Any, reference: str) -> None:
+    """Raise ValueError where nothing is trained, or what is trained moves the reference along.
+
+    Args:
+        model: the policy.
+        reference: the kind of a reference that is asked while training, see `ReferenceIdentity`; "none" otherwise.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        remedy = (
+            "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+            if hasattr(model, "peft_config")
+            else "Set requires_grad=True on the parameters to train, or pass a peft_config"
+        )
+        raise ValueError(f"The model has no trainable parameter, so nothing would be learned. {remedy}.")
+    outside = outside_adapter(model) if reference in ("adapter_off", "adapter") else []
+    if outside:
+        names = ", ".join(outside[:3]) + (f" and {len(outside) - 3} others" if len(outside) > 3 else "")
+        raise ValueError(
+            "The reference is this model with another adapter or none, and training would change parameters outside "
+            f"the adapter, so that the reference would move with the policy: {names}. Set "
+            "precompute_ref_log_probs=True, pass a ref_model, or train the adapter alone (LoraConfig(bias='none'), no "
+            "other parameter with requires_grad=True)."
+        )
+
+
+class StartupProof:
+    """Shows on a few rows that log-probabilities and reference are right.
+
+    In evaluation mode, by a handful of short forwards, on all processes alike:
+
+    1. the head gives the log softmax of the model's own logits, and no token sees later ones;
+    2. the reference is the policy before training, unless a `ref_model` was given;
+    3. asking again gives the same, for the reference, and for the policy in training mode where dropout is to be off;
+    4. the chosen layout gives what padding gives.
+
+    Args:
+        scorer: the training's.
+        reference: the training's.
+        exact: whether forwards compute in fp32 or better.
+        is_quiet: whether the policy is to be trained without dropout and other noise.
+    """
+
+    def __init__(self, scorer: Scorer, reference: Reference, *, exact: bool, is_quiet: bool):
+        self.scorer = scorer
+        self.reference = reference
+        self.is_exact = exact
+        self.is_quiet = is_quiet
+        self.tolerance = TOLERANCE if exact else COARSE_TOLERANCE
+
+    @torch.no_grad()
+    def __call__(self, policy: Any, batch: Batch, layout_batch: Batch | None, *, at_start: bool = True) -> None:
+        """Check everything.
+
+        Args:
+            policy: the policy's model, wrapped as it is trained.
+            batch: a few short rows, padded.
+            layout_batch: a few rows for the layout, see `probe_rows`; None where rows are padded.
+            at_start: whether the policy is as it was before training.
+
+        Raises:
+            ValueError: naming what fails, by how much, and what to do.
+            FloatingPointError: if the model's own logits are not finite.
+        """
+        inputs = dict(batch)
+        mask = inputs.pop("completion_mask")
+        place = padded(batch)
+        with evaluation_mode(policy):
+            scored = self.scorer(policy, batch, layout=place).log_probs.double()
+            logits = policy(**inputs, use_cache=False).logits
+            # Adapters can put virtual tokens before the row
+            logits = logits[:, -inputs["input_ids"].size(1) :][:, :-1].double()
+            own = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None].to(logits.device))[..., 0]
+            own = torch.where(mask[:, 1:].to(scored.device) > 0, own.to(scored), 0.0)
+            changed = self.scorer(policy, _with_other_ends(batch), layout=place).log_probs.double()
+        self._check_head(policy, scored, own)
+        self._check_causal(policy, scored, changed, batch)
+        if layout_batch is not None and self.scorer.layout != "padded":
+            self._check_layout(policy, layout_batch)
+        tokens = mask[:, 1:].sum(1).clamp(min=1).to(scored)
+        if self.reference.is_live:
+            first = self.reference.logps(policy, batch).double()
+            again = self.reference.logps(policy, batch).double()
+            self._check_same(first, again, tokens, "The reference", "dropout or noise that evaluation mode leaves on")
+            if at_start and self.reference.kind != "given":
+                self.check_reference(policy, self.policy_logps(policy, batch), first, tokens)
+        if self.is_quiet:
+            training = _in_training_mode(self.scorer, policy, batch, place)
+            quiet = (
+                "dropout or noise that disable_dropout=True does not switch off. Set its rate to 0 in the model's "
+                "config, or train with it: disable_dropout=False"
+            )
+            self._check_same(scored.sum(1), training.double().sum(1), tokens, "The policy in training mode", quiet)
+
+    def check_reference(self, model: Any, policy: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Raise ValueError unless the reference is the policy before training.
+
+        Args:
+            model: the policy's model.
+            policy: `(B,)` log π_θ in evaluation mode.
+            reference: `(B,)` log π_ref of the same rows.
+            tokens: `(B,)` their completion tokens.
+        """
+        off = ((policy.double() - reference.double().to(policy.device)).abs() / tokens.to(policy.device)).max().item()
+        if off <= self.tolerance:
+            return
+        if getattr(getattr(bare_model(model), "active_peft_config", None), "is_prompt_learning", False):
+            logger.warning(
+                f"The virtual tokens of the adapter change the model before they are trained, by {off:.2g} nats a "
+                "token: rewards do not start at 0. They are of the model without them."
+            )
+            return
+        remedy = {
+            "copy": "Pass the model before training as ref_model.",
+            "adapter": "Pass a ref_model: the base model with a copy of the adapter, merged.",
+            "adapter_off": (
+                "The adapter changes the model before it is trained (so do init_lora_weights='pissa', 'olora' or "
+                "'loftq'). Wrap the model with get_peft_model before you pass it: the reference is then a copy of the "
+                "adapter. Or pass a ref_model."
+            ),
+        }[self.reference.kind]
+        raise ValueError(
+            f"Before training the reference ({self.reference.kind}) differs from the model by {off:.2g} nats a token "
+            f"(at most {self.tolerance:g} is allowed), so every implicit reward would be wrong. {remedy} "
+            "startup_checks=False trains regardless."
+        )
+
+    @torch.no_grad()
+    def policy_logps(self, policy: Any, batch: Batch) -> torch.Tensor:
+        """`(B,)` log π_θ in evaluation mode."""
+        with evaluation_mode(policy):
+            return self.scorer(policy, batch).logps
+
+    def _check_head(self, policy: Any, scored: torch.Tensor, own: torch.Tensor) -> None:
+        if not own.isfinite().all():
+            raise FloatingPointError(
+                f"The logits of {type(bare_model(policy)).__name__} are not finite. Look at its weights, or load it in "
+                "another number format (bfloat16 or float32 in place of float16)."
+            )
+        off = (scored - own).abs()
+        found = off.max().item() if self.is_exact else _root_mean_square(off)
+        if not found <= self.tolerance:  # also where it is NaN
+            raise ValueError(
+                f"Log-probabilities of {type(bare_model(policy)).__name__} differ by {found:.2g} nats a token from the "
+                f"log softmax of its own logits (at most {self.tolerance:g} is allowed): its forward does something "
+                "else with its output embeddings than this package knows. Use another model class, or report it; "
+                "startup_checks=False trains regardless."
+            )
+
+    def _check_causal(self, policy: Any, scored: torch.Tensor, changed: torch.Tensor, batch: Batch) -> None:
+        last = torch.zeros_like(scored, dtype=torch.bool)
+        ends = batch["attention_mask"].sum(1) - 2
+        last[torch.arange(len(last)), ends.to(last.device)] = True
+        off = torch.where(last, 0.0, scored - changed).abs().max().item()
+        if not off <= max(self.tolerance, 1e-3):
+            raise ValueError(
+                f"In {type(bare_model(policy)).__name__} a token's log-probability depends on later tokens, by "
+                f"{off:.2g} nats: it is no causal language model as it is configured (is_decoder=True makes one of "
+                "some encoders)."
+            )
+
+    def _check_same(self, first: torch.Tensor, again: torch.Tensor, tokens: torch.Tensor, who: str, cause: str) -> None:
+        off = ((first - again).abs() / tokens).max().item()
+        if not off <= self.tolerance:
+            raise ValueError(
+                f"{who} gives other log-probabilities for the same rows, by {off:.2g} nats a token (at most "
+                f"{self.tolerance:g} is allowed): {cause}. startup_checks=False trains regardless."
+            )
+
+    def _check_layout(self, policy: Any, batch: Batch) -> None:
+        dtype = mask_dtype(bare_model(policy))
+
+        def scores(layout: Layout, batch: Batch) -> torch.Tensor:
+            return self.scorer(policy, batch, layout=layout).log_probs.double()
+
+        with evaluation_mode(policy):
+            if self.scorer.layout == "packed":
+                prove_packed(scores, batch, exact=self.is_exact)
+            else:
+                prove_shared(scores, batch, exact=self.is_exact, dtype=dtype)
+
+
+def _with_other_ends(batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch with another last token in each row: one that the row has elsewhere, or else the next."""
+    ids = batch["input_ids"].clone()
+    rows = torch.arange(len(ids), device=ids.device)
+    ends = batch["attention_mask"].sum(1) - 1
+    ids[rows, ends] = torch.where(ids[:, 0] == ids[rows, ends], (ids[rows, ends] - 1).clamp(min=0), ids[:, 0])
+    return {**batch, "input_ids": ids}
+
+
+def _in_training_mode(scorer: Scorer, policy: Any, batch: Batch, layout: Layout) -> torch.Tensor:
+    """The scores in training mode; every module is in its own mode again after."""
+    training = {module: module.training for module in policy.modules()}
+    policy.train()
+    try:
+        return scorer(policy, batch, layout=layout).log_probs
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def prove_packed(scores: Scores, batch: Batch, *, exact: bool) -> None:
     """Raise ValueError unless rows packed into one sequence keep apart.
 
     Args:
@@ -35,11 +244,11 @@ def probe_packed(scores: Scores, batch: Batch, *, exact: bool) -> None:
     _compare(scores, batch, layout, contaminated, "padding_free", exact)
 
 
-def probe_shared(scores: Scores, batch: Batch, *, exact: bool, dtype: torch.dtype | None) -> None:
+def prove_shared(scores: Scores, batch: Batch, *, exact: bool, dtype: torch.dtype | None) -> None:
     """Raise ValueError unless branches of a shared prompt keep apart.
 
     Args:
-        scores: as for `probe_packed`.
+        scores: as for `prove_packed`.
         batch: at least two rows with the same prompt.
         exact: whether the forward computes in fp32 or better.
         dtype: as for `trl_ulma.likelihood.layouts.shared`.
@@ -103,16 +312,22 @@ def _wider(batch: Batch, by: int) -> dict[str, torch.Tensor]:
     return {name: torch.nn.functional.pad(value, (0, by)) for name, value in batch.items()}
 
 
-def probe_rows(examples: Sequence[Mapping[str, Any]], *, same_prompt: bool) -> list[dict[str, Any]]:
-    """Rows to probe with: four of `examples` cut short, over and over where there are fewer, with the first's prompt
-    where `same_prompt`."""
+def probe_rows(examples: Sequence[Mapping[str, Any]], longest: int, *, same_prompt: bool) -> list[dict[str, Any]]:
+    """Four rows to prove with: `examples` cut short, over and over if there are fewer.
+
+    Args:
+        examples: prepared rows.
+        longest: tokens of a prompt, and of a completion.
+        same_prompt: whether all have the first one's prompt.
+    """
     chosen = [examples[i % len(examples)] for i in range(4)]
-    longest = [LONGEST_COMPLETION - 7 * i for i in range(4)]  # rows of one length would hide much
+    # Rows of one length would hide much
+    lengths = [max(longest - 7 * i, 2) for i in range(4)]
     return [
         {
-            "prompt_ids": list((chosen[0] if same_prompt else row)["prompt_ids"])[-LONGEST_COMPLETION:],
-            "completion_ids": list(row["completion_ids"])[: max(length, 2)],
+            "prompt_ids": list((chosen[0] if same_prompt else row)["prompt_ids"])[-longest:],
+            "completion_ids": list(row["completion_ids"])[:length],
             "label": 1.0,
         }
-        for row, length in zip(chosen, longest, strict=True)
+        for row, length in zip(chosen, lengths, strict=True)
     ]

@@ -1,208 +1,282 @@
-"""What a trainer asks its reference: for which rows, once before training or in each step, on one process or many."""
-
-# transformers declares the model and the dataset of a trainer optional or of many kinds
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false
+"""The reference: what log π_ref is asked of, always without noise, and what it is known by later."""
 
 import contextlib
-import copy
-import functools
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
-from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
-from peft import PeftModel
-from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PretrainedConfig
 
-from trl_ulma.config import PointwiseDPOConfig
-from trl_ulma.labels import LabelRules
-from trl_ulma.likelihood.scorer import Scorer
-from trl_ulma.losses import Terms, route
-from trl_ulma.rows.dataset_labels import terms_of
+from trl_ulma.likelihood.layouts import length_that_changes_positions
+from trl_ulma.likelihood.noise import evaluation_mode
+from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model
 
-# What a batch holds about rows, and is not for the model's forward
-ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "image_key")
-# Of which row by row a part can be taken
+# The adapter that training began with, beside the one that is trained; saved in a folder of this name
+ADAPTER = "ref"
+KINDS = ("none", "given", "copy", "adapter_off", "adapter")
+# Nats a token by which a reference may differ from itself at another time: in fp32, and in other number formats
+TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1
 _TEXT = {"input_ids", "attention_mask", "completion_mask"}
 
 
-class AsksReference(DPOTrainer):
-    """A `DPOTrainer` whose reference is asked for the rows that are compared with it, and for no others.
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """What a reference is known by; saved with the model that was trained against it.
 
-    Whoever inherits sets the attributes below.
+    Attributes:
+        kind: "none"; "given" (a `ref_model`); "copy" (the model as it was before training); "adapter_off" (the model
+            without its adapter); "adapter" (the adapter that training began with, saved in the folder "ref").
+        name: folder or hub name of the model; "" of one that was made in memory. Of adapters, the base model's.
+        revision: of the hub, or None.
+        input_ids: `(4, 8)` random tokens.
+        logps: their log-probabilities under the reference, one sum per sequence, in nats.
     """
 
-    _rules: LabelRules
-    _cell: tuple[str, str]
-    _has_reference: bool
-    _stream_has_mask: bool
-    _layout: str
-    _probe_rows: Sequence[dict[str, Any]]
+    kind: str
+    name: str = ""
+    revision: str | None = None
+    input_ids: Sequence[Sequence[int]] = ()
+    logps: Sequence[float] = ()
 
-    def _terms(self, label: torch.Tensor, sft_mask: torch.Tensor, continuous: torch.Tensor | None) -> Terms:
-        if continuous is None:
-            continuous = torch.full_like(sft_mask, self._rules.label_type == "continuous")
-        positive, negative = self._cell
-        return route(label, sft_mask, continuous, positive_loss=positive, negative_loss=negative)
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
 
-    def _compared(self, dataset: Dataset) -> np.ndarray:
-        """`(N,)` bool: the rows of a prepared data set whose loss needs the reference."""
-        return terms_of(dataset, self._rules.label_type, self._cell).compared.numpy()
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "ReferenceIdentity":
+        """From plain values.
 
-    def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether a row's loss needs the reference. Rows of a stream are not known: whether one could."""
-        if isinstance(dataset, Dataset):
-            return bool(self._compared(dataset).any())
-        return "pointwise_dpo" in self._cell or self._stream_has_mask
-
-    def _precompute_ref_logps(self, dataset, name, batch_size):
-        if not self._has_reference:
-            return dataset
-        if isinstance(dataset, IterableDataset):
-            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
-        if _has_ref_logps(dataset):
-            return dataset
-        if "ref_logps" in dataset.column_names:  # of the training set's compared rows alone
-            dataset = dataset.remove_columns("ref_logps")
-        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
-            raise ValueError(
-                "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
-                f"the {name} dataset can not be compared with it. Pass it to the trainer as an eval_dataset, or pass "
-                "a ref_model, or set precompute_ref_log_probs=False."
-            )
-        # Evaluation sets may be called "train"
-        is_trained_on = dataset is self.train_dataset
-        asked = self._compared(dataset) if is_trained_on else np.ones(len(dataset), dtype=bool)
-        ref_logps = np.full(len(dataset), np.nan)
-        if asked.any():
-            part = copy.copy(dataset if asked.all() else dataset.select(np.flatnonzero(asked)))
-            # By which DPOTrainer knows what it has computed before; autocast, which changes the values, it leaves out
-            part._fingerprint = Hasher.hash((part._fingerprint, self.accelerator.mixed_precision))
-            # Whether they are computed or read from the cache, training draws the same random numbers: a data loader
-            # takes its seed from torch's
-            with self._same_file_for_all(part) as part, torch.random.fork_rng(devices=[]):
-                ref_logps[asked] = super()._precompute_ref_logps(part, name, batch_size)["ref_chosen_logps"][:]
-        return dataset.add_column("ref_logps", ref_logps.tolist())
-
-    def _is_own(self, dataset: Any) -> bool:
-        """Whether a data set is one that this trainer has prepared for itself."""
-        held = getattr(self, "eval_dataset", None)
-        own = (getattr(self, "train_dataset", None), *(held.values() if isinstance(held, dict) else (held,)))
-        return any(dataset is each for each in own) and "prompt_ids" in (dataset.column_names or ())
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `DPOTrainer.evaluate`, which computes the reference of what it is given, but not of the trainer's own data
-        sets that have it already, after training too."""
-        if isinstance(eval_dataset, Dataset) and self._is_own(eval_dataset) and _has_ref_logps(eval_dataset):
-            return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    @contextlib.contextmanager
-    def _same_file_for_all(self, rows: Dataset) -> Iterator[Dataset]:
-        """The rows in a file that all processes read: DPOTrainer hands on what it computes in a file beside it, and of
-        rows made in memory each process has a folder of its own."""
-        if self.accelerator.num_processes == 1 or rows.cache_files:
-            yield rows
-            return
-        folder = broadcast_object_list([tempfile.mkdtemp(prefix="trl-ulma-")])[0]
-        try:
-            if self.accelerator.is_main_process:
-                rows.save_to_disk(folder)
-            self.accelerator.wait_for_everyone()
-            yield Dataset.load_from_disk(folder)
-            self.accelerator.wait_for_everyone()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    @functools.cached_property
-    def _scorer(self) -> Scorer:
-        def collate(rows):
-            return self._prepare_inputs(self.data_collator(rows))
-
-        return Scorer(self.accelerator, self._layout, self._probe_rows, collate)
-
-    def compute_ref_log_probs(self, model, inputs):
-        """Reference log-probabilities of a batch's rows, `(B,)` nats, summed over the completion; twice the same,
-        since DPOTrainer's precomputation stores one for each half of a pair."""
-        inputs = {name: value for name, value in inputs.items() if name not in ROW_KEYS}
-        adapter = contextlib.nullcontext()
-        if self.ref_model is None and isinstance(self.model, PeftModel):
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            log_probs = self._scorer(model, inputs).log_probs
-        ref_logps = summed(log_probs)
-        return ref_logps, ref_logps
-
-    def _ref_logps(self, inputs: dict, rows: dict, asked: tuple[list[int], int] | None) -> torch.Tensor:
-        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for.
-
-        `asked` are the rows that need it and their width; all rows where it is None.
+        Raises:
+            ValueError: for a kind that is none.
         """
-        if "ref_logps" in rows:
-            return rows["ref_logps"]
-        if self.precompute_ref_logps:
-            raise ValueError(
-                "precompute_ref_log_probs=True has put the log-probabilities into the column ref_logps, and the "
-                "data_collator leaves it out. Have it pass ref_logps on, as DataCollatorForPointwisePreference does."
-            )
-        unknown = torch.full_like(rows["label"], torch.nan)
-        if not self._has_reference or (asked is not None and not asked[0]):
-            return unknown
-        model = self.ref_model or self.model
-        if asked is None:
-            return self.compute_ref_log_probs(model, inputs)[0]
-        if set(inputs) - _TEXT:  # where a row's images are among all of the batch, only its processor knows
-            return self.compute_ref_log_probs(model, inputs)[0]
-        index = torch.tensor(asked[0], device=unknown.device)
-        part = {name: value[index, : asked[1]] for name, value in inputs.items()}
-        ref_logps = self.compute_ref_log_probs(model, part)[0]
-        return unknown.to(ref_logps).index_copy(0, index, ref_logps)
+        if found.get("kind") not in KINDS:
+            raise ValueError(f"reference.kind must be one of {KINDS}; got {found.get('kind')!r}")
+        return cls(**found)
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether a forward is a collective of all processes."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+    def difference(self, logps: Sequence[float]) -> float:
+        """The largest difference in nats a token between a reference's values of `input_ids` and the saved ones."""
+        if not self.logps:
+            return 0.0
+        tokens = len(self.input_ids[0]) - 1
+        differences = [abs(a - b) / tokens for a, b in zip(logps, self.logps, strict=True)]
+        return math.inf if any(map(math.isnan, differences)) else max(differences)
 
 
-def _has_ref_logps(dataset: Dataset) -> bool:
-    return "ref_logps" in dataset.column_names and not np.isnan(dataset["ref_logps"][:]).any()
+class Reference:
+    """Gives log π_ref of rows: by a model of its own, or by the policy with another adapter or none.
 
-
-def check_adapter(model: Any) -> None:
-    """Raise ValueError where a PEFT model would train another adapter than the one that its reference is a copy of.
+    Whatever mode the models are in, the reference runs in evaluation mode and without gradients.
 
     Args:
-        model: the policy, of which no reference model is given apart.
+        kind: see `ReferenceIdentity`; "given" and "copy" need a `model`.
+        scorer: with the policy's layout.
+        model: the reference's own model.
+        name: see `ReferenceIdentity`.
+        revision: see `ReferenceIdentity`.
+        autocast: a context for mixed precision.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
-    if isinstance(model, str) or not is_peft_model(model):
-        return
-    active = model.active_adapters
-    if active != ["default"]:
-        raise ValueError(
-            f"The model trains its adapter {', '.join(active)}, and the reference is a copy of the one that is called "
-            "default. Load the adapter under that name (as without adapter_name), or pass a ref_model."
-        )
+
+    def __init__(
+        self,
+        kind: str,
+        scorer: Scorer,
+        model: Any = None,
+        *,
+        name: str = "",
+        revision: str | None = None,
+        autocast: Callable[[], Any] = contextlib.nullcontext,
+    ):
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}; got {kind!r}.")
+        self.kind = kind
+        self.scorer = scorer
+        self.model = model
+        self.name = name
+        self.revision = revision
+        self._autocast = autocast
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it can be asked now; what was precomputed may be all that is left."""
+        return self.model is not None or self.kind in ("adapter_off", "adapter")
+
+    @torch.no_grad()
+    def logps(self, policy: Any, batch: Batch) -> torch.Tensor:
+        """`(B,)` log π_ref(y|x) in nats, summed over completion tokens.
+
+        Args:
+            policy: the policy's model, wrapped or not; for references that are an adapter on it.
+            batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, and what the forward takes besides them.
+
+        Raises:
+            ValueError: where there is none to ask.
+        """
+        if not self.is_live:
+            raise ValueError(f"There is no reference to ask: its kind is {self.kind!r}, and no model of it is held.")
+        model = policy if self.model is None else self.model
+        with evaluation_mode(model), self._adapter(policy), self._autocast():
+            return self.scorer(model, batch).logps
+
+    def logps_of(self, policy: Any, batch: Batch, asked: tuple[Sequence[int], int] | None) -> torch.Tensor:
+        """As `logps`, for some rows only; NaN for the others.
+
+        Args:
+            policy: see `logps`.
+            batch: see `logps`.
+            asked: (the rows, the width of the longest of them), or None for all rows.
+        """
+        # Where a row's images are among all of the batch, only its processor knows; and rotary positions that change
+        # with the longest row must be the policy's
+        depends = set(batch) - _TEXT or length_that_changes_positions(bare_model(policy).config) is not None
+        if asked is not None and not asked[0]:
+            return torch.full(batch["input_ids"].shape[:1], torch.nan, device=batch["input_ids"].device)
+        if asked is None or depends:
+            return self.logps(policy, batch)
+        index = torch.tensor(asked[0], device=batch["input_ids"].device)
+        part = {name: value[index, : asked[1]] for name, value in batch.items()}
+        found = self.logps(policy, part)
+        unknown = torch.full(batch["input_ids"].shape[:1], torch.nan, device=found.device, dtype=found.dtype)
+        return unknown.index_copy(0, index.to(found.device), found)
+
+    def fingerprint(self, policy: Any, input_ids: torch.Tensor) -> list[float]:
+        """log π_ref of whole sequences, less their first token, in nats.
+
+        Args:
+            policy: see `logps`.
+            input_ids: `(N, W)`.
+        """
+        return self.logps(policy, plain_batch(input_ids)).double().tolist()
+
+    def identity(self, policy: Any, input_ids: torch.Tensor) -> ReferenceIdentity:
+        """What it is known by, with its fingerprint where it can be asked.
+
+        Args:
+            policy: see `logps`.
+            input_ids: `(N, W)` tokens for the fingerprint.
+        """
+        logps = self.fingerprint(policy, input_ids) if self.is_live else []
+        return ReferenceIdentity(self.kind, self.name, self.revision, input_ids.tolist() if logps else [], logps)
+
+    def release(self) -> None:
+        """Let go of a model of its own."""
+        self.model = None
+
+    @contextlib.contextmanager
+    def _adapter(self, policy: Any):
+        bare = bare_model(policy)
+        if self.kind == "adapter_off":
+            with bare.disable_adapter():
+                yield
+        elif self.kind == "adapter":
+            trained = bare.active_adapter
+            trainable = [p for p in bare.parameters() if p.requires_grad]
+            bare.set_adapter(ADAPTER)
+            try:
+                yield
+            finally:
+                bare.set_adapter(trained)
+                # Which set_adapter decides by names
+                for p in bare.parameters():
+                    p.requires_grad_(False)
+                for p in trainable:
+                    p.requires_grad_(True)
+        else:
+            yield
 
 
-def is_copied(model: Any, peft_config: Any, args: PointwiseDPOConfig) -> bool:
-    """Whether the reference is a copy of a model in memory, which DPOTrainer would load anew from where it once came
-    from. Under ZeRO-3 there are parts of it only."""
-    if isinstance(model, str) or is_peft_model(model) or peft_config is not None:
-        return False
-    return not (args.precompute_ref_log_probs or is_deepspeed_zero3_enabled())
+def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor], *, at_least_one: bool) -> None:
+    """Give each micro-batch, as `asked`, the rows that the reference is asked for and the width of the longest.
+
+    All micro-batches of a step are planned together, because reading them off the device waits for it.
+
+    Args:
+        batches: micro-batches with `attention_mask` `(B, T)`; written to.
+        compared: of each, `(B,)` bool: whether the row's loss contains the reference.
+        at_least_one: ask for a row even if none needs it, because other processes' forwards wait for this one's.
+    """
+    plans = []
+    for batch, rows in zip(batches, compared, strict=True):
+        places = torch.arange(1, batch["attention_mask"].size(1) + 1, device=rows.device)
+        plans.append(torch.stack([rows, (batch["attention_mask"] * places).amax(1)]))
+    sizes = [plan.size(1) for plan in plans]
+    for batch, (needed, widths) in zip(batches, torch.cat(plans, 1).cpu().split(sizes, 1), strict=True):
+        asked = needed.nonzero()[:, 0].tolist() or ([0] if at_least_one else [])
+        batch["asked"] = (asked, int(widths[asked].max()) if asked else 0)
 
 
-def summed(per_token_logps: torch.Tensor) -> torch.Tensor:
-    """`(B,)` sums of `(B, T)`, in at least float32; positions without a label hold 0."""
-    return per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
+def plain_batch(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch of whole sequences, of which all tokens but the first are scored.
+
+    Example:
+        >>> plain_batch(torch.tensor([[5, 6]]))["completion_mask"]
+        tensor([[0, 1]])
+    """
+    mask = torch.ones_like(input_ids)
+    scored = mask.clone()
+    scored[:, 0] = 0
+    return {"input_ids": input_ids, "attention_mask": mask, "completion_mask": scored}
+
+
+class NoReferenceModel(FSDPModule, nn.Module):
+    """Passed to `DPOTrainer` as `ref_model` where no reference is needed, so that it loads none.
+
+    It is called an FSDP module because DPOTrainer wraps what is none.
+    """
+
+    def __new__(cls):
+        return object.__new__(cls)  # FSDPModule's own makes the class behind it
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.config = PretrainedConfig()
+        self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "NoReferenceModel":
+        return self  # wherever it is to be put
+
+    def forward(self, **inputs: Any) -> None:
+        """Nothing."""
+
+
+def copy_adapter(model: Any, source: str = "default", target: str = ADAPTER) -> None:
+    """Make the parameters and buffers of adapter `target` those of `source`, whatever their kind.
+
+    PEFT keeps an adapter's name as one part of its parameters' names, in the middle ("lora_A.default.weight") or at the
+    end ("lora_embedding_A.default").
+
+    Args:
+        model: a `PeftModel` with both adapters.
+        source: to copy from.
+        target: to copy to.
+    """
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for name, value in tensors.items():
+            parts = name.split(".")
+            if source in parts:
+                other = ".".join(target if part == source else part for part in parts)
+                if other in tensors:
+                    tensors[other].copy_(value)
+
+
+def outside_adapter(model: nn.Module) -> list[str]:
+    """Names of trainable parameters that are no part of the adapter, and so stay when it is switched off.
+
+    Example:
+        >>> outside_adapter(nn.Linear(1, 1))
+        []
+    """
+    if not is_peft_model(model):
+        return []
+    active = set(model.active_adapters)  # pyright: ignore[reportArgumentType]
+    return [
+        name for name, p in model.named_parameters() if p.requires_grad and not active.intersection(name.split("."))
+    ]

@@ -1,124 +1,177 @@
 """Per-token log-probabilities of a batch's completions under any model, laid out in the chosen way."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
 from peft import PeftModel
+from transformers import PreTrainedModel
 
+from trl_ulma.likelihood.head import CompactHead, TokenScores
 from trl_ulma.likelihood.layouts import (
-    PER_TOKEN,
-    CompletionHead,
     Layout,
+    completion_tokens,
     packed,
     padded,
     shared,
     shares_prompts,
     why_not_shared,
 )
-from trl_ulma.likelihood.proof import probe_packed, probe_rows, probe_shared
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, torch.Tensor]
 
 
-class Scorer:
-    """Scores completion tokens with a model that has TRL's fused LM head; policy and reference alike.
+class Likelihood(NamedTuple):
+    """A batch's completion tokens under a model. Each field but the last two is `(B, T − 1)`, and 0 elsewhere.
 
-    The chosen layout is tried out on the first model that is scored, on all processes alike.
-
-    Args:
-        accelerator: of the trainer.
-        layout: "padded", "packed" or "shared", see `trl_ulma.likelihood.layouts`.
-        examples: a few rows of token ids to try the layout on.
-        collate: makes a batch, on the device, of such rows.
+    Attributes:
+        log_probs: log π of each token in nats.
+        entropy: of the next-token distribution in nats; None where statistics are not asked for. Likewise:
+        mean_logits: mean logit over the vocabulary.
+        is_top1: 1 where the token is the most likely one.
+        prompt_states: `(B, H)` what the output embeddings read before each row's first completion token; or None.
+        aux_loss: load-balancing loss of a mixture of experts; or None.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        layout: str,
-        examples: Sequence[Mapping[str, Any]],
-        collate: Callable[[list[dict[str, Any]]], Batch],
-    ):
-        self.accelerator = accelerator
-        self.layout = layout
-        self._examples = examples
-        self._collate = collate
-        self._is_probed = layout == "padded"
-        self._bare: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-        self._heads: dict[int, CompletionHead] = {}
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+    prompt_states: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
 
-    def __call__(self, model: Any, batch: Batch, **kwargs: Any) -> Any:
-        """The fused LM head's output, each field of `PER_TOKEN` `(B, T − 1)` and 0 but at completion tokens.
+    @property
+    def logps(self) -> torch.Tensor:
+        """`(B,)` log π(y|x) in nats, summed over completion tokens in at least float32."""
+        return summed(self.log_probs)
+
+
+class Scorer:
+    """Scores completion tokens with any causal language model; policy and reference alike.
+
+    Args:
+        layout: "padded", "packed" or "shared", see `trl_ulma.likelihood.layouts`.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)).eval()
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> mask = torch.tensor([[0, 1, 1]])
+        >>> batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+        >>> found = Scorer()(model, batch)
+        >>> expected = model(ids).logits[0, :-1].log_softmax(-1)[[0, 1], [2, 3]]
+        >>> torch.allclose(found.log_probs[0], expected)
+        True
+    """
+
+    def __init__(self, layout: str = "padded"):
+        self.layout = layout
+        # By the model as it is passed in; a head holds its model weakly, so that this keeps none alive
+        self._heads: WeakKeyDictionary[Any, CompactHead] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        model: Any,
+        batch: Batch,
+        *,
+        statistics: bool = False,
+        prompt_states: bool = False,
+        layout: Layout | None = None,
+        **kwargs: Any,
+    ) -> Likelihood:
+        """The completion tokens' scores.
 
         Args:
             model: the model, wrapped or not.
-            batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`.
-            **kwargs: for the forward; `prompt_states=True` asks for them too, see `CompletionHead`.
-
-        Raises:
-            ValueError: where the layout is not exact with this model.
+            batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, and what the forward takes besides them.
+            statistics: whether entropy, mean logits and top-1 agreement are computed.
+            prompt_states: whether they are wanted.
+            layout: of the batch, in place of this scorer's own.
+            **kwargs: for the forward.
         """
-        if not self._is_probed:
-            self._is_probed = True
-            self._probe(model)
+        bare = bare_model(model)
+        if layout is None:
+            layout = self._laid_out(bare, batch)
+        rows, columns = completion_tokens(batch)
+        first = None
+        if prompt_states:
+            first = torch.searchsorted(rows, torch.arange(len(batch["input_ids"]), device=rows.device))
+            first = first.clamp(max=len(rows) - 1)
+        scores, states, aux_loss = self._head(model, bare)(
+            model,
+            {**layout.inputs, **kwargs},
+            layout.positions,
+            batch["input_ids"][rows, columns + 1],
+            first=first,
+            statistics=statistics,
+        )
+        log_probs, entropy, mean_logits, is_top1 = _dense(scores, rows, columns, batch["input_ids"])
+        return Likelihood(log_probs, entropy, mean_logits, is_top1, states, aux_loss)
+
+    def _laid_out(self, bare: Any, batch: Batch) -> Layout:
         if self.layout == "packed":
-            return self._forward(model, packed(batch), batch, **kwargs)
+            return packed(batch)
         if self.layout == "shared" and shares_prompts(batch):
-            return self._forward(model, shared(batch, _mask_dtype(self._unwrapped(model))), batch, **kwargs)
-        return self._forward(model, padded(batch), batch, **kwargs)
+            return shared(batch, mask_dtype(bare))
+        return padded(batch)
 
-    def _unwrapped(self, model: Any) -> Any:
-        """The model without wrappers; looked for once, since accelerate goes through all its modules."""
-        if model not in self._bare:
-            self._bare[model] = self.accelerator.unwrap_model(model)
-            _keep_gradients(self._bare[model])
-        return self._bare[model]
+    def _head(self, model: Any, bare: Any) -> CompactHead:
+        if model not in self._heads:
+            _keep_gradients(bare)
+            self._heads[model] = CompactHead(bare.get_base_model() if isinstance(bare, PeftModel) else bare)
+        return self._heads[model]
 
-    def _forward(self, model: Any, layout: Layout, batch: Batch, *, prompt_states: bool = False, **kwargs: Any) -> Any:
-        bare = self._unwrapped(model)
-        if isinstance(bare, PeftModel):
-            if bare.active_peft_config.is_prompt_learning:
-                return _after_virtual_tokens(model, batch, prompt_states=prompt_states, **kwargs)
-            bare = bare.get_base_model()
-        if id(bare) not in self._heads:
-            self._heads[id(bare)] = CompletionHead(bare)
-        return self._heads[id(bare)](model, layout, batch, prompt_states=prompt_states, **kwargs)
-
-    def _probe(self, model: Any) -> None:
-        bare = self._unwrapped(model)
+    def choose_layout(self, model: Any) -> None:
+        """Fall back to padded rows where the chosen layout is not defined for a model, with a warning."""
+        bare = bare_model(model)
         reason = why_not_shared(bare.config) if self.layout == "shared" else None
-        if isinstance(bare, PeftModel) and bare.active_peft_config.is_prompt_learning:
+        if isinstance(bare, PeftModel) and bare.active_peft_config.is_prompt_learning and self.layout != "padded":
             reason = "adapters that put virtual tokens before the rows need padded rows"
         if reason:
             logger.warning(f"Rows are padded, and not {self.layout} as set: {reason}.")
             self.layout = "padded"
-            return
-        rows = probe_rows(self._examples, same_prompt=self.layout == "shared")
-        made = self._collate(rows)
-        batch = {name: made[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-        exact = self.accelerator.mixed_precision == "no" and bare.dtype in (torch.float32, torch.float64)
-        # Products of quantised weights are rounded, whatever the others are in
-        exact = exact and getattr(bare.config, "quantization_config", None) is None
 
-        def scores(layout: Layout, batch: Batch) -> torch.Tensor:
-            return self._forward(model, layout, batch).log_probs.double()
 
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                if self.layout == "packed":
-                    probe_packed(scores, batch, exact=exact)
-                else:
-                    probe_shared(scores, batch, exact=exact, dtype=_mask_dtype(bare))
-        finally:
-            model.train(was_training)
+def bare_model(model: Any) -> Any:
+    """The model without the wrappers of distributed training and of torch.compile; an adapter stays.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> bare_model(torch.compile(layer)) is layer
+        True
+    """
+    while not isinstance(model, PreTrainedModel | PeftModel):
+        inner = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "module", None) if inner is None else inner
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def summed(per_token_logps: torch.Tensor) -> torch.Tensor:
+    """`(B,)` sums of `(B, T)`, in at least float32; positions without a label hold 0.
+
+    Example:
+        >>> summed(torch.tensor([[-1.0, -2.0]]))
+        tensor([-3.])
+    """
+    return per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
+
+
+def mask_dtype(model: Any) -> torch.dtype | None:
+    """Of an attention mask: None for a boolean one, as sdpa takes it."""
+    return None if model.config._attn_implementation == "sdpa" else model.dtype
+
+
+def _dense(scores: TokenScores, rows: torch.Tensor, columns: torch.Tensor, ids: torch.Tensor) -> Any:
+    rows, columns = rows.to(scores.log_probs.device), columns.to(scores.log_probs.device)
+    shape = ids[:, 1:].shape
+    return [None if values is None else values.new_zeros(shape).index_put((rows, columns), values) for values in scores]
 
 
 def _keep_gradients(model: Any) -> None:
@@ -131,22 +184,3 @@ def _keep_gradients(model: Any) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             module.state_dict()  # unpacks what was packed before
-
-
-def _mask_dtype(model: Any) -> torch.dtype | None:
-    """Of an attention mask: None for a boolean one, as sdpa takes it."""
-    return None if model.config._attn_implementation == "sdpa" else model.dtype
-
-
-def _after_virtual_tokens(model: Any, batch: Batch, *, prompt_states: bool, **kwargs: Any) -> Any:
-    """The scores of padded rows behind an adapter's virtual tokens: the real ones' positions are the last."""
-    if prompt_states:
-        raise ValueError("There are no prompt_states behind an adapter's virtual tokens.")
-    inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    outputs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True, **kwargs)
-    for name in PER_TOKEN:
-        if getattr(outputs, name) is not None:
-            outputs[name] = getattr(outputs, name)[:, -(labels.size(1) - 1) :]
-    outputs.prompt_states = None
-    return outputs

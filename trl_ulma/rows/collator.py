@@ -14,6 +14,9 @@ from trl_ulma.labels import LabelRules
 class DataCollatorForPointwisePreference(DataCollatorMixin):
     r"""Collates rows of `prompt_ids`, `completion_ids` and `label` into a batch, padded on the right.
 
+    Rows may have a `completion_mask`: for each of the completion's tokens 1 if it is scored, else 0. Without one (or if
+    it is None) all of them are.
+
     Returns a dictionary of
 
     - `input_ids`, `attention_mask`, `completion_mask`: `(B, T)`;
@@ -75,7 +78,8 @@ class DataCollatorForPointwisePreference(DataCollatorMixin):
         for example in examples:
             prompt, completion = example["prompt_ids"], example["completion_ids"]
             input_ids.append(torch.tensor([*prompt, *completion][kept]))
-            completion_mask.append(torch.tensor([*[0] * len(prompt), *[1] * len(completion)][kept]))
+            scored = (example.get("completion_mask") or [1] * len(completion))[: len(completion)]
+            completion_mask.append(torch.tensor([*[0] * len(prompt), *scored][kept]))
         batch = {
             "input_ids": self._pad(input_ids, self.pad_token_id),
             "attention_mask": self._pad([torch.ones_like(ids) for ids in input_ids], 0),

@@ -12,16 +12,19 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ulma.labels import (
+    InvalidRow,
     LabelRules,
     check_columns,
     label_report,
     parse_transform,
     raw_labels,
+    refuse_invalid,
     render_report,
     transform_labels,
 )
 from trl_ulma.losses import Terms, route
 from trl_ulma.rows.images import as_images, image_column, image_key
+from trl_ulma.rows.notes import left_out_of
 
 # What is written into the output folder
 REPORT_FILE = "label_report.json"
@@ -55,8 +58,10 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
     if transform.is_fitted and not transform.needs_prompts:
         return rules
     columns = _read(train_dataset, rules, "train")
-    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules)
+    # Preparation lists the rows whose labels are invalid, or leaves them out
+    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid := {})
     if not len(own):
+        refuse_invalid(list(invalid.values()), len(train_dataset), "train")
         raise ValueError(
             f"label_transform={label_transform!r} is for rows of label_type={rules.label_type!r}, and no row of the "
             "train dataset is of that type. Leave it out, or set label_type to the other."
@@ -88,13 +93,18 @@ def check_pairs(rules: LabelRules, name: str) -> None:
         )
 
 
-def transformed_labels(dataset: Dataset, name: str, rules: LabelRules) -> list[Any] | None:
-    """The label of each raw row after the fitted transform; None where there is no transform."""
+def transformed_labels(
+    dataset: Dataset, name: str, rules: LabelRules, invalid: dict[int, InvalidRow] | None = None
+) -> list[Any] | None:
+    """The label of each raw row after the fitted transform; None where there is no transform.
+
+    `invalid` takes the errors of rows that have no label to transform; if it is None, such rows raise an error.
+    """
     if rules.transform is None:
         return None
     columns = _read(dataset, rules, name)
     keys = _prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
-    return transform_labels(columns, range(len(dataset)), name, rules, keys)
+    return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid)
 
 
 def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
@@ -170,7 +180,8 @@ def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:
 
 
 def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
-    """The label report of prepared rows, see `trl_ulma.labels.label_report`.
+    """The label report of prepared rows, see `trl_ulma.labels.label_report`; with `left_out`, how many raw rows were
+    left out for which reason, if any were.
 
     Args:
         rows: prepared.
@@ -181,7 +192,7 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
     if "log_z" in rows.column_names:
         log_z = np.asarray(rows["log_z"][:])
     prompt, answer, tokens = _identities(rows)
-    return label_report(
+    report = label_report(
         np.asarray(rows["label"][:]),
         continuous,
         are_demonstrations(rows, args),
@@ -195,6 +206,8 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
         length_normalize=args.length_normalize,
         class_weights=(args.desirable_weight, args.undesirable_weight),
     )
+    left_out = left_out_of(rows)
+    return report | {"left_out": left_out} if left_out else report
 
 
 def show_report(rows: Dataset | IterableDataset, args: Any) -> dict[str, Any] | None:
@@ -213,14 +226,16 @@ def show_report(rows: Dataset | IterableDataset, args: Any) -> dict[str, Any] | 
 
 
 def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hash of the prompt, hash of prompt and completion, completion's tokens) of each row, `(N,)` each."""
+    """(hash of the prompt, hash of prompt and completion, tokens that are scored) of each row, `(N,)` each."""
     prompts, answers, tokens = [], [], []
-    table: Any = rows.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    names = [n for n in ("prompt_ids", "completion_ids", "completion_mask") if n in rows.column_names]
+    table: Any = rows.select_columns(names).with_format("arrow")
     for batch in table.iter(10_000):
         prompt, completion = (_lists(batch[name]) for name in ("prompt_ids", "completion_ids"))
         prompts += map(hash, prompt)
         answers += map(hash, zip(prompt, completion, strict=True))
-        tokens += [len(ids) // 4 for ids in completion]
+        scored = batch["completion_mask"].to_pylist() if "completion_mask" in names else [None] * len(completion)
+        tokens += [len(ids) // 4 if mask is None else sum(mask) for ids, mask in zip(completion, scored, strict=True)]
     if "image_key" in rows.column_names:  # one question about two images is two prompts
         keys = rows["image_key"][:]
         prompts = [hash(both) for both in zip(prompts, keys, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import datasets
 import torch
@@ -16,11 +17,12 @@ from datasets.utils.file_utils import is_local_path
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from trl_ulma.labels import shown
+from trl_ulma.labels import InvalidRow, shown
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 
 COLUMNS = ("image", "images")
 _EXIF_ORIENTATION = 0x0112
+_PLACEHOLDERS: "WeakKeyDictionary[ProcessorMixin, str | None]" = WeakKeyDictionary()
 
 
 def image_column(names: Sequence[str], where: str) -> str | None:
@@ -100,12 +102,14 @@ def as_images(value: Any, at: str) -> list[dict[str, Any]]:
                 with open(kept["path"], "rb"):
                     pass
         except OSError as error:
-            raise ValueError(
-                f"{at}: image {number} can not be read ({error}). Mend its path, or drop the row."
+            raise InvalidRow(
+                f"{at}: image {number} can not be read ({error}). Mend its path, or drop the row.",
+                "an image cannot be read",
             ) from error
         except Exception as error:  # what encoding a value of another kind ends in is not said
-            raise ValueError(
-                f"{at}: image {number} is {shown(image)}; it must be a PIL image, an array, or a file's path or bytes."
+            raise InvalidRow(
+                f"{at}: image {number} is {shown(image)}; it must be a PIL image, an array, or a file's path or bytes.",
+                "an image is no image",
             ) from error
         found.append(kept)
     return found
@@ -145,19 +149,26 @@ def with_placeholders(messages: list[dict[str, Any]], images: int, at: str) -> l
     """
     parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
     if any(set(part) - {"type"} for part in parts if part.get("type") == "image"):
-        raise ValueError(
+        raise InvalidRow(
             f"{at}: a message holds an image itself. Put images into the column `images`, in their order, and leave "
-            '{"type": "image"} in the message.'
+            '{"type": "image"} in the message.',
+            "a message holds an image itself",
         )
     places = sum(part.get("type") == "image" for part in parts)
     if any(turn["role"] == "user" and isinstance(turn.get("content"), str) for turn in messages):
         places += images
     if places != images:
-        raise ValueError(
+        raise InvalidRow(
             f"{at}: {places} places for images in its messages, and {images} images. Give each image of the prompt one "
-            'part {"type": "image"}, in order; or write contents as text: images then come before the first user turn.'
+            'part {"type": "image"}, in order; or write contents as text: images then come before the first user turn.',
+            "images and their places differ in number",
         )
-    made = prepare_multimodal_messages(messages, images=["image"] * images)
+    try:
+        made = prepare_multimodal_messages(messages, images=["image"] * images)
+    except ValueError as error:  # a role that is not known
+        raise InvalidRow(
+            f"{at}: its messages cannot be given to the processor ({error}).", "messages that a processor refuses"
+        ) from error
     return [_without_payload(turn) for turn in made]
 
 
@@ -169,13 +180,37 @@ def _without_payload(turn: dict[str, Any]) -> dict[str, Any]:
 
 def check_text_places(processor: ProcessorMixin, prompt: str, images: int, at: str) -> None:
     """Raise ValueError unless a prompt of text has a placeholder for each image."""
-    tokens = [token for name in ("boi_token", "image_token") if (token := getattr(processor, name, None))]
-    places = max((prompt.count(token) for token in tokens), default=images)
+    token = placeholder_of(processor)
+    places = images if token is None else prompt.count(token)
     if places != images:
-        raise ValueError(
-            f"{at}: {places} of the placeholder {tokens[0]!r} in its prompt, and {images} images. Write one for each "
-            "image where it belongs, or use messages, into which they are put."
+        raise InvalidRow(
+            f"{at}: {places} of the placeholder {token!r} in its prompt, and {images} images. Write one for each "
+            "image where it belongs, or use messages, into which they are put.",
+            "images and their places differ in number",
         )
+
+
+def placeholder_of(processor: ProcessorMixin) -> str | None:
+    """The text that the processor replaces by an image's tokens, or None if it has none.
+
+    Processors name it `image_token` or `boi_token`, and some have both names for different tokens. The processor is
+    asked with a black image: it raises an error for a text whose placeholders do not match the images.
+    """
+    if processor in _PLACEHOLDERS:
+        return _PLACEHOLDERS[processor]
+    import PIL.Image
+
+    black = PIL.Image.new("RGB", (32, 32))
+    found = list(dict.fromkeys(token for n in ("image_token", "boi_token") if (token := getattr(processor, n, None))))
+    for token in found if len(found) > 1 else ():
+        try:
+            processor(images=[[black]], text=[token], add_special_tokens=False)
+        except Exception:  # a processor is a program, and each refuses in its own way
+            continue
+        found = [token]
+        break
+    _PLACEHOLDERS[processor] = found[0] if found else None
+    return _PLACEHOLDERS[processor]
 
 
 def check_stray(
@@ -184,9 +219,10 @@ def check_stray(
     """Raise ValueError where a text has what stands for an image, and no image: the model would look for one."""
     token = getattr(processor, "image_token_id", None)
     if token is not None and (token in completion_ids or (not images and token in prompt_ids)):
-        raise ValueError(
+        raise InvalidRow(
             f"{at}: its text has {processor.tokenizer.decode([token])!r}, which stands for an image, where there is "
-            "none. Take it out of the text."
+            "none. Take it out of the text.",
+            "a placeholder without an image",
         )
 
 
@@ -215,10 +251,9 @@ class ImageTokens:
         if size not in self._known:
             import PIL.Image
 
-            name = next((n for n in ("boi_token", "image_token") if getattr(self.processor, n, None)), None)
-            if name is None:
+            placeholder = placeholder_of(self.processor)
+            if placeholder is None:
                 return 0
-            placeholder = getattr(self.processor, name)
             made = self.processor(images=[[PIL.Image.new("RGB", size)]], text=[placeholder], add_special_tokens=False)
             plain = self.processor.tokenizer(placeholder, add_special_tokens=False)
             self._known[size] = len(made["input_ids"][0]) - len(plain["input_ids"])
@@ -237,8 +272,9 @@ def _size(image: Mapping[str, Any], at: str) -> tuple[int, int] | None:
             width, height = opened.size
             turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5
     except Exception as error:
-        raise ValueError(
-            f"{at}: an image of it can not be read ({type(error).__name__}: {error}). Mend it, or drop the row."
+        raise InvalidRow(
+            f"{at}: an image of it can not be read ({type(error).__name__}: {error}). Mend it, or drop the row.",
+            "an image cannot be read",
         ) from error
     return (height, width) if turned else (width, height)
 

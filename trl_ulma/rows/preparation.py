@@ -3,14 +3,18 @@
 # transformers declares a tokenizer's tokens and backend to be of many kinds
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
-from collections.abc import Callable, Mapping, Sequence
+import datetime
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
+from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
@@ -18,16 +22,19 @@ from transformers.utils import logging
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
+    InvalidRow,
     LabelRules,
     check_columns,
     check_texts,
     is_messages,
     read_labels,
+    refuse_invalid,
     shown,
     transform_labels,
 )
+from trl_ulma.rows.chat import as_chat, becomes_chat, check_chat, with_system_message
 from trl_ulma.rows.dataset_labels import check_pairs, check_stream, transformed_labels
-from trl_ulma.rows.dropped import check_stream_has_rows, kept_of, kept_rows
+from trl_ulma.rows.dropped import INVALID_ROWS, check_stream_has_rows, kept_of, kept_rows, packed
 from trl_ulma.rows.images import (
     ImageTokens,
     as_images,
@@ -38,7 +45,8 @@ from trl_ulma.rows.images import (
     image_key,
     undecoded,
 )
-from trl_ulma.rows.rendering import Encoder, processor_of, tokenizer_of
+from trl_ulma.rows.notes import note, noted
+from trl_ulma.rows.rendering import Encoder, Rendered, Tokenized, processor_of, tokenizer_of
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +55,7 @@ SAME_ANSWERS = "chosen and rejected are the same"
 _TYPES = {
     "prompt_ids": List(Value("int32")),
     "completion_ids": List(Value("int32")),
+    "completion_mask": List(Value("int8")),
     "prompt_text": Value("string"),
     "prompt_images": List(Image(decode=False)),
     "image_key": Value("int64"),
@@ -60,13 +69,15 @@ _TYPES = {
 }
 # Named otherwise than the raw column, by which DPOTrainer would know rows that are not prepared
 _OF_IMAGES = ("prompt_text", "prompt_images", "image_key")
+# What `datasets.map` writes beside a row, for `kept_rows`
+_PASSING = {"left_out": Value("string"), "cut": Value("bool"), "invalid": Value("string"), "unended": Value("bool")}
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
 _READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "image", "images", *OPTIONAL_COLUMNS}
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to raw rows: pairs become rows, rows are checked, rendered, tokenised and cut.
+    """What is done to raw rows: pairs become rows, rows are checked, rendered, tokenized and cut.
 
     Attributes:
         processing_class: the policy's tokenizer, or its processor.
@@ -76,6 +87,14 @@ class Preparation:
         positions: how many tokens the model can read at most, or None where that has no end.
         is_for_training: whether labels must tell answers apart; where they do not, that is warned of.
         keeps_prompts: whether the raw prompts are kept beside their tokens, which TRL's callbacks that generate read.
+        invalid_rows: "error" refuses a data set with invalid rows and lists them; "drop" leaves them out and warns.
+        assistant_only_loss: whether only the assistant's turns are scored in completions of several turns.
+        chat: whether rows of text become messages: "true", "false", or "auto", see `trl_ulma.rows.chat`.
+        system_message: the first message of conversations that have none, or None.
+        vocab_size: how many token ids the model has embeddings for, or None if that is not known.
+
+    Raises:
+        ValueError: for an unknown `invalid_rows` or `chat`.
     """
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
@@ -85,26 +104,43 @@ class Preparation:
     positions: int | None = None
     is_for_training: bool = True
     keeps_prompts: bool = False
+    invalid_rows: str = "error"
+    assistant_only_loss: bool = True
+    chat: str = "auto"
+    system_message: str | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self):
+        check_chat(self.chat, self.system_message)
+        if self.invalid_rows not in INVALID_ROWS:
+            raise ValueError(f"invalid_rows must be one of {INVALID_ROWS}; got {self.invalid_rows!r}.")
 
     def __call__(
         self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
     ) -> Dataset | IterableDataset:
         """The rows of `dataset` as `prompt_ids`, `completion_ids`, `label`, `sft_mask`, the optional columns that it
         has, `row` (the raw row's number) and `length` (tokens). Rows without anything to learn from are left out, and
-        counted in a warning. A data set that has been through here is returned as it is, but for rows that are too long
-        for this `max_length`, which are cut or left out as raw ones are, and `ref_logps`, which another trainer's
-        reference gave.
+        counted in a warning.
+
+        `completion_mask` says which of a completion's tokens are scored, where these are not all of them: in
+        conversations whose completion has several turns. Such a column is None for rows of which all tokens are scored.
+
+        The labels of a data set that has been through here are checked again, and demonstrations are found anew by
+        these rules if the raw rows did not name them. Rows that are too long for this `max_length` are cut or left out
+        as raw ones are, and `ref_logps`, which another trainer's reference gave, is removed. If nothing of that changes
+        a row, the data set itself is returned.
 
         With `keeps_prompts` also `prompt`, but of a stream or of rows with images.
 
         Of rows with images, `prompt_ids` has placeholders for them; the collator makes the prompt of `prompt_text` and
         `prompt_images`. Images are not decoded here, `length` counts what their size makes of them.
 
-        Of a stream the first rows are read at once; the others are checked as they come.
+        Of a stream the first rows are read at once; the others are checked as they come, 64 at a time.
 
         Raises:
             TypeError: for what is no data set.
-            ValueError: naming the row or column that is wrong; also where no row is left.
+            ValueError: listing the invalid rows, or naming the column that is wrong; also where no row is left, or a
+                token has no embedding.
         """
         if not isinstance(dataset, Dataset | IterableDataset):
             raise TypeError(
@@ -112,18 +148,29 @@ class Preparation:
                 "Dataset.from_list makes one of a list of rows."
             )
         try:
-            return self._prepare(dataset, name, num_proc)
-        except UnicodeDecodeError as error:
+            prepared = self._prepare(dataset, name, num_proc)
+        except UnicodeDecodeError:
             if isinstance(dataset, IterableDataset):
                 raise
-            raise ValueError(
-                f"Row {_first_unreadable(dataset)} of the {name} dataset holds text that is not UTF-8 ({error}). Write "
-                "the file anew, reading the text in the encoding that it has."
-            ) from error
+            readable, errors = _readable(dataset, name)
+            if not errors:
+                raise
+            if not readable:
+                refuse_invalid(errors, len(dataset), name)
+            prepared = self._prepare(dataset.select(readable), name, num_proc, np.array(readable), errors)
+        if self.vocab_size is not None and isinstance(prepared, Dataset):
+            check_token_ids(prepared, self.vocab_size, name, tokenizer_of(self.processing_class))
+        return prepared
 
     def _prepare(
-        self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None
+        self,
+        dataset: Dataset | IterableDataset,
+        name: str,
+        num_proc: int | None,
+        numbers: np.ndarray | None = None,
+        unreadable: Sequence[InvalidRow] = (),
     ) -> Dataset | IterableDataset:
+        """As `__call__`, of rows with these numbers; the others could not be read."""
         # Rows are read as plain values; only a transform of the caller's stays, since it is what makes them
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         raw = dataset if is_transformed else dataset.with_format(None)
@@ -151,131 +198,177 @@ class Preparation:
                 )
         if paired:
             check_pairs(self.rules, name)
-        is_text = self._check_tokenizer(first)
-        encoder = Encoder(self.processing_class, is_text, images is not None, self.max_length, self.truncation_mode)
+        is_text = _are_texts(raw, first)
+        is_made_chat = is_text and becomes_chat(
+            raw,
+            first.get("prompt"),
+            self.chat,
+            self.system_message,
+            self.processing_class.chat_template is not None,
+            name,
+        )
+        is_text = is_text and not is_made_chat
+        self._check_tokenizer(is_text, name)
+        encoder = Encoder(
+            self.processing_class,
+            is_text,
+            images is not None,
+            self.max_length,
+            self.truncation_mode,
+            self.assistant_only_loss,
+        )
         processor = encoder.processor
         image_tokens = None if images is None or processor is None else ImageTokens(processor)
-        encode = _Encode(self, encoder, name, paired, tuple(names), images, image_tokens)
+        encode = _Encode(self, encoder, name, paired, tuple(names), images, image_tokens, is_made_chat, numbers=numbers)
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
+        if not is_text and self.assistant_only_loss:
+            kept.append("completion_mask")
         features = Features({c: _TYPES[c] for c in (*kept, "row", "length", *(_OF_IMAGES if images else ()))})
+        rules = {"transform": str(self.rules.transform), "names_demonstrations": "sft_mask" in names}
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)
+            encode = replace(encode, shards=raw.num_shards)
             stream = raw.map(
                 encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
             )
+            note(stream, rules=rules)
             check_stream_has_rows(stream, name)
             return stream
 
-        labels = transformed_labels(raw, name, self.rules)
-        prompt = self._type_of_prompts(raw, is_text) if images is None else None
+        labels = transformed_labels(raw, name, self.rules, invalid := {})
+        prompt = self._type_of_prompts(raw, is_text, is_made_chat) if images is None else None
         if prompt is not None:
             features["prompt"] = prompt
         encoded = raw.map(
-            replace(encode, labels=labels, keeps_prompts=prompt is not None),
+            replace(encode, labels=labels, invalid=invalid, keeps_prompts=prompt is not None),
             with_indices=True,
             batched=True,
             # What a batch holds of images is in memory
             batch_size=1000 if images is None else 32,
             writer_batch_size=1000 if images is None else 32,
             remove_columns=raw.column_names,
-            features=Features({**features, "left_out": Value("string"), "cut": Value("bool")}),
+            features=Features({**features, **_PASSING}),
             num_proc=num_proc,
             desc=f"Tokenizing {name} dataset",
             new_fingerprint=Hasher.hash((raw._fingerprint, name, self._key())),
         )
-        return kept_rows(encoded.with_format(None), name, self.rules.label_type if self.is_for_training else None)
+        note(encoded, rules=rules)
+        label_type = self.rules.label_type if self.is_for_training else None
+        return kept_rows(encoded.with_format(None), name, label_type, self.invalid_rows, unreadable)
 
     def _again(self, rows: Dataset | IterableDataset, names: list[str], name: str) -> Dataset | IterableDataset:
-        """Rows that are prepared already, at this length and without the log-probabilities of another's reference."""
+        """Rows that are prepared already, by these rules, at this length, and without the log-probabilities of
+        another's reference."""
+        rules = noted(rows).get("rules", {})
+        if self.rules.transform is not None and rules.get("transform", str(self.rules.transform)) != str(
+            self.rules.transform
+        ):
+            raise ValueError(
+                f"The {name} dataset is prepared already, by a trainer with label_transform={rules['transform']}, and "
+                f"this one has label_transform={str(self.rules.transform)!r}. Pass the raw rows."
+            )
         if "ref_logps" in names:
             rows = rows.remove_columns("ref_logps")
-        limits = [limit for limit in (self.max_length, self.positions) if limit is not None]
-        if not limits:
-            return rows
-        shorten = partial(self._shorten, name=name)
+        again = _Again(self, name, names_demonstrations=rules.get("names_demonstrations", True))
         if isinstance(rows, IterableDataset):
-            stream = rows.map(partial(_drop, shorten, name), batched=True, batch_size=64, features=rows.features)
+            stream = rows.map(again.stream, batched=True, batch_size=64, features=rows.features)
+            note(stream, rules=rules)
             check_stream_has_rows(stream, name)
             return stream
-        if max(rows["length"][:]) <= min(limits):
+        columns = {c: rows[c][:] for c in ("label", "sft_mask", "row", "length", *OPTIONAL_COLUMNS) if c in names}
+        if not again.changes(columns):
             return rows
-        features = Features({**rows.features, "left_out": Value("string"), "cut": Value("bool")})
-        shortened = rows.with_format(None).map(
-            shorten,
+        made = rows.with_format(None).map(
+            again,
             batched=True,
-            features=features,
-            desc=f"Cutting {name} dataset",
+            features=Features({**rows.features, **_PASSING}),
+            desc=f"Checking {name} dataset",
             new_fingerprint=Hasher.hash((rows._fingerprint, name, self._key())),
         )
-        return kept_rows(shortened, name, self.rules.label_type if self.is_for_training else None)
-
-    def _shorten(self, batch: Mapping[str, list], name: str) -> dict[str, list]:
-        """What is other in prepared rows once they are cut, and `left_out` and `cut`."""
-        encoder = Encoder(self.processing_class, True, False, self.max_length, self.truncation_mode)
-        found: dict[str, list] = {c: [] for c in ("prompt_ids", "completion_ids", "length", "left_out", "cut")}
-        ids = zip(batch["row"], batch["prompt_ids"], batch["completion_ids"], batch["length"], strict=True)
-        for row, prompt, completion, length in ids:
-            added = length - len(prompt) - len(completion)
-            prompt, completion, is_cut, left_out = encoder.truncate(prompt, completion, added)
-            tokens = len(prompt) + len(completion) + added
-            self.check_positions(tokens, f"Row {row} of the {name} dataset")
-            for column, value in zip(found, (prompt, completion, tokens, left_out, is_cut), strict=True):
-                found[column].append(value)
-        return found
+        note(made, rules=rules)
+        return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)
 
     def check_positions(self, tokens: int, at: str) -> None:
-        """Raise ValueError where a row has more tokens than the model can read."""
+        """Raise InvalidRow where a row has more tokens than the model can read."""
         if self.positions is not None and tokens > self.positions:
-            raise ValueError(
+            raise InvalidRow(
                 f"{at} has {tokens:,} tokens, and the model only {self.positions:,} positions. Set "
-                f"max_length={self.positions}, or drop the row."
+                f"max_length={self.positions}, or drop the row.",
+                "more tokens than the model has positions",
             )
 
-    def _type_of_prompts(self, raw: Dataset, is_text: bool) -> Any:
+    def check_batch(self, rows: Mapping[str, list], numbers: Sequence[int | str], name: str) -> None:
+        """Raise ValueError where a prepared row of a batch has a token without an embedding."""
+        if self.vocab_size is None:
+            return
+        for row, *both in zip(numbers, rows["prompt_ids"], rows["completion_ids"], strict=True):
+            most = max(max(ids, default=0) for ids in both)
+            if most >= self.vocab_size:
+                tokenizer = tokenizer_of(self.processing_class)
+                raise _no_embedding(f"Row {row} of the {name} dataset", most, self.vocab_size, tokenizer)
+
+    def _type_of_prompts(self, raw: Dataset, is_text: bool, is_made_chat: bool) -> Any:
         """Of the column `prompt` to keep, or None."""
+        if self.keeps_prompts and is_made_chat:
+            return List({"role": Value("string"), "content": Value("string")})
         if not self.keeps_prompts or is_text:
             return Value("string") if self.keeps_prompts else None
         return raw.features.get("prompt", raw.features.get("chosen"))
 
-    def _check_tokenizer(self, first: Mapping[str, Any]) -> bool:
-        """Whether the rows are text, as the first one is; raises ValueError where the tokenizer cannot take it."""
-        text = first["prompt"] if "prompt" in first else first["chosen"]
-        if isinstance(text, str):
-            if tokenizer_of(self.processing_class).eos_token is None:
+    def _check_tokenizer(self, is_text: bool, name: str) -> None:
+        """Raise ValueError where the tokenizer cannot take the rows."""
+        tokenizer = tokenizer_of(self.processing_class)
+        if is_text:
+            end = tokenizer.eos_token
+            if end is None:
                 raise ValueError(
                     "The tokenizer has no EOS token, so completions of text could not be ended. Set "
                     "tokenizer.eos_token and pass the tokenizer as processing_class."
                 )
-        elif is_messages(text) and self.processing_class.chat_template is None:
+            ids = tokenizer(str(end), add_special_tokens=False)["input_ids"]
+            if len(ids) != 1:
+                logger.warning(
+                    f"The EOS token {str(end)!r} is {len(ids)} tokens to the tokenizer, so the completions of the "
+                    f"{name} dataset do not end with the token that ends a generation. Set tokenizer.eos_token to one "
+                    "token of its vocabulary."
+                )
+        elif self.processing_class.chat_template is None:
             kind = "tokenizer" if processor_of(self.processing_class) is None else "processor"
             raise ValueError(
                 f"The rows are conversations, and the {kind} has no chat template. Set {kind}.chat_template (or use an "
                 f"instruction-tuned model's {kind}) and pass it as processing_class."
             )
-        return isinstance(text, str)
 
     def _key(self) -> str:
         """What a cached result depends on, besides the rows."""
         own, processor = tokenizer_of(self.processing_class), processor_of(self.processing_class)
+        state: dict[str, Any] = {name: value for name, value in vars(own).items() if name not in _NOT_READ}
+        state["type"] = f"{type(own).__module__}.{type(own).__qualname__}"
+        # The special tokens that templates print
+        state["special_tokens"] = own.special_tokens_map
+        state["added_tokens"] = {str(i): repr(token) for i, token in own.added_tokens_decoder.items()}
         if own.is_fast:
             # Which the last call left, and each call of the tokenizer sets anew
             own.backend_tokenizer.no_padding()
             own.backend_tokenizer.no_truncation()
-            state = own.backend_tokenizer.to_str()
+            state["backend"] = own.backend_tokenizer.to_str()
         else:
-            state = Hasher.hash(own)
-        tokenizer = (
-            type(own).__name__,
-            state,
-            self.processing_class.chat_template,
-            own.eos_token,
-        )
+            state["vocabulary"] = sorted(own.get_vocab().items())
+        template = self.processing_class.chat_template
         if processor is not None:
-            tokenizer += (type(processor).__name__, processor.to_json_string())
+            state["processor"] = (type(processor).__name__, processor.to_json_string())
+            state["processor's"] = {n: v for n, v in vars(processor).items() if isinstance(v, _PLAIN)}
+        if "strftime_now" in str(template):
+            state["date"] = datetime.date.today().isoformat()  # which the template prints
+        how = replace(self, processing_class=None)  # type: ignore[arg-type]
         versions = (version("trl-ulma"), transformers_version)
-        limits = (self.max_length, self.truncation_mode, self.positions)
-        return Hasher.hash((tokenizer, self.rules, limits, self.keeps_prompts, versions))
+        return Hasher.hash((sorted(state), [state[name] for name in sorted(state)], str(template), how, versions))
+
+
+# Of a tokenizer's attributes: what its backend's own text says, and what has no part in tokens
+_NOT_READ = {"_tokenizer", "name_or_path", "deprecation_warnings", "init_kwargs", "_processor_class", "padding_side"}
+_PLAIN = str | int | float | bool | None | tuple | list | dict
 
 
 @dataclass(frozen=True)
@@ -290,77 +383,94 @@ class _Encode:
     # The column of images and what they add, where there is one
     images: str | None = None
     image_tokens: ImageTokens | None = None
-    # After the transform, of all rows; those of a stream are transformed as they come
+    # Whether texts become messages
+    is_made_chat: bool = False
+    # After the transform, of all rows, and the errors of those that have none; a stream's are transformed as they come
     labels: list[Any] | None = None
+    invalid: Mapping[int, InvalidRow] | None = None
     keeps_prompts: bool = False
+    # Of a data set of which some rows could not be read
+    numbers: np.ndarray | None = None
+    # Of a stream
+    shards: int = 1
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        rows = list(indices)
+        rows: list[int] = list(indices) if self.numbers is None else self.numbers[list(indices)].tolist()
         found, needed = sorted(_READ.intersection(batch)), sorted(_READ.intersection(self.names))
         if found != needed:
             raise ValueError(
                 f"Rows {rows[0]} to {rows[-1]} of the {self.name} dataset have the columns {', '.join(found) or 'none'}"
                 f"; its first row has {', '.join(needed)}. All rows need the same."
             )
-        left_out: list[str | None] = [None] * len(rows)
+        # Rows are known by their places in the batch, which of a pair's halves are two
         columns: Mapping[str, list] = batch
-        halves = [""] * len(rows)
-        values = [None] * len(rows) if self.images is None else undecoded(batch, self.images)
-        images = [
-            as_images(value, f"Row {row} of the {self.name} dataset") for value, row in zip(values, rows, strict=True)
-        ]
+        left_out: list[str | None] = [None] * len(rows)
+        pair, halves = range(len(rows)), [""] * len(rows)
         if self.paired:
             columns = pairs_to_rows(batch)
-            left_out = columns["left_out"]
-            images = [images[pair] for pair in columns["pair"]]
-            rows = [rows[pair] for pair in columns["pair"]]
+            left_out, pair = columns["left_out"], columns["pair"]
+            rows = [rows[i] for i in pair]
             halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
-        if self.labels is None:
-            label = transform_labels(columns, rows, self.name, self.how.rules)
-        else:
-            label = [self.labels[row] for row in rows]
-        # Only what is read: a batch decodes each column that is taken from it
-        optional = {name: columns[name] for name in OPTIONAL_COLUMNS if name in columns}
-        labels = read_labels({**optional, "label": label}, rows, self.name, self.how.rules)
-        texts: dict[int, tuple[str, str]] = {}
-        for i, row in enumerate(rows):
-            if left_out[i] is None:
-                at = f"Row {row}{halves[i]} of the {self.name} dataset"
-                check_texts(columns["prompt"][i], columns["completion"][i], at, takes_images=self.images is not None)
-                texts[i] = self.encoder.render(columns, i, len(images[i]), at)
+        columns = self._as_chat(columns)
+        numbers = [self._number(row) for row in rows]
+        at = [f"Row {row}{half} of the {self.name} dataset" for row, half in zip(numbers, halves, strict=True)]
+        invalid: dict[int, InvalidRow] = {}
+
+        labels = self._labels(columns, indices, numbers, invalid)
+        values = None if self.images is None else undecoded(batch, self.images)
+        images: list[list] = [[] for _ in rows]
+        texts: dict[int, Rendered] = {}
+        for i in range(len(rows)):
+            if left_out[i] is not None or i in invalid:
+                continue
+            try:
+                if values is not None:
+                    images[i] = as_images(values[pair[i]], f"Row {numbers[i]} of the {self.name} dataset")
+                check_texts(columns["prompt"][i], columns["completion"][i], at[i], takes_images=values is not None)
+                texts[i] = self.encoder.render(columns, i, len(images[i]), at[i])
+                left_out[i] = texts[i].left_out
+            except InvalidRow as error:
+                invalid[i] = error
         for i in range(0, len(rows) if self.paired else 0, 2):
             if i in texts and texts[i] == texts.get(i + 1):
                 left_out[i] = left_out[i + 1] = SAME_ANSWERS
-        tokenised = dict(zip(texts, self.encoder.tokenise(list(texts.values())), strict=True))
+        wanted = [i for i in texts if left_out[i] is None]
+        tokenized = dict(zip(wanted, self.encoder.tokenize([texts[i] for i in wanted]), strict=True))
 
-        prompt_ids, completion_ids, cut, length = [], [], [], []
-        for i in range(len(rows)):
-            prompt, completion, is_cut, added = [], [], False, 0
-            if left_out[i] is None:
+        made: list[Tokenized] = [Tokenized([], [])] * len(rows)
+        cut, length = [False] * len(rows), [0] * len(rows)
+        for i, tokens in tokenized.items():
+            added = 0
+            try:
                 if self.encoder.processor is not None:
-                    at = f"Row {rows[i]}{halves[i]} of the {self.name} dataset"
-                    check_stray(self.encoder.processor, *tokenised[i], len(images[i]), at)
+                    check_stray(self.encoder.processor, tokens.prompt, tokens.completion, len(images[i]), at[i])
                 if self.image_tokens is not None:
-                    added = self.image_tokens(images[i], f"Row {rows[i]} of the {self.name} dataset")
-                prompt, completion, is_cut, left_out[i] = self.encoder.truncate(*tokenised[i], added)
-            prompt_ids.append(prompt)
-            completion_ids.append(completion)
-            cut.append(is_cut)
-            length.append(len(prompt) + len(completion) + added)
-        for i, tokens in enumerate(length):
-            self.how.check_positions(tokens, f"Row {rows[i]}{halves[i]} of the {self.name} dataset")
+                    added = self.image_tokens(images[i], f"Row {numbers[i]} of the {self.name} dataset")
+                made[i], cut[i], left_out[i] = self.encoder.truncate(tokens, added)
+                length[i] = len(made[i].prompt) + len(made[i].completion) + added
+                self.how.check_positions(length[i], at[i])
+            except InvalidRow as error:
+                invalid[i] = error
+        invalid = {i: error.at_prompt(columns["prompt"][i]) for i, error in invalid.items()}
         return {
-            "prompt_ids": prompt_ids,
-            "completion_ids": completion_ids,
+            "prompt_ids": [tokens.prompt for tokens in made],
+            "completion_ids": [tokens.completion for tokens in made],
             **labels,
             "row": rows,
             "length": length,
             "left_out": left_out,
             "cut": cut,
+            "invalid": [packed(invalid.get(i)) for i in range(len(rows))],
+            "unended": [i in texts and not texts[i].is_ended for i in range(len(rows))],
+            **(
+                {"completion_mask": [tokens.mask for tokens in made]}
+                if not self.encoder.is_text and self.how.assistant_only_loss
+                else {}
+            ),
             **({"prompt": columns["prompt"]} if self.keeps_prompts else {}),
             **(
                 {
-                    "prompt_text": [texts[i][0] if i in texts else "" for i in range(len(rows))],
+                    "prompt_text": [texts[i].prompt if i in texts else "" for i in range(len(rows))],
                     "prompt_images": images,
                     "image_key": [image_key(each) for each in images],
                 }
@@ -369,24 +479,171 @@ class _Encode:
             ),
         }
 
+    def _as_chat(self, columns: Mapping[str, list]) -> Mapping[str, list]:
+        """The columns with the messages that are made here."""
+        system_message = self.how.system_message
+        if self.is_made_chat:
+            prompts, completions = as_chat(columns["prompt"], columns["completion"])
+            columns = ChainMap({"prompt": prompts, "completion": completions}, columns)  # type: ignore[arg-type]
+        if system_message is not None:
+            prompts = [with_system_message(prompt, system_message) for prompt in columns["prompt"]]
+            columns = ChainMap({"prompt": prompts}, columns)  # type: ignore[arg-type]
+        return columns
+
+    def _labels(
+        self, columns: Mapping[str, list], indices: Sequence[int], numbers: list, invalid: dict[int, InvalidRow]
+    ) -> dict[str, list]:
+        """The columns of labels; `invalid` takes the errors."""
+        rules = self.how.rules
+        if self.labels is None:
+            label = transform_labels(columns, numbers, self.name, rules, invalid=invalid)
+        else:
+            label = [self.labels[row] for row in indices]
+            known = self.invalid or {}
+            invalid |= {i: known[row] for i, row in enumerate(indices) if row in known}
+        # Only what is read: a batch decodes each column that is taken from it
+        optional = {name: columns[name] for name in OPTIONAL_COLUMNS if name in columns}
+        return read_labels({**optional, "label": label}, numbers, self.name, rules, invalid)
+
+    def _number(self, row: int) -> int | str:
+        """A row's number, as errors say it: in a data loader's worker, rows are counted in the worker's shards."""
+        worker = get_worker_info()
+        if worker is None or worker.num_workers == 1 or self.shards == 1:
+            return row
+        own = list(range(worker.id, self.shards, worker.num_workers))
+        if len(own) == 1:
+            return f"{row} of shard {own[0]}"
+        return f"{row}, counted in the shards {', '.join(map(str, own[:5]))}{', …' if len(own) > 5 else ''},"
+
     def stream(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        """As `__call__`, for a stream: rows to leave out are dropped here, and said as they come."""
-        kept = kept_of(self(batch, indices), self.name)
+        """As `__call__`, for a stream: rows to leave out are dropped here, and logged as they come."""
+        made = self(batch, indices)
+        numbers = [self._number(row) for row in made["row"]]
+        kept = kept_of(made, self.name, self.how.invalid_rows, numbers)
+        self.how.check_batch(kept, [self._number(row) for row in kept["row"]], self.name)
         # Other columns that come late are not among those to remove, and must not differ in length
         late = set(batch).difference(self.names)
         return dict.fromkeys(late, [None] * len(kept["row"])) | kept
 
 
-def _drop(shorten: Callable[..., dict[str, list]], name: str, batch: Mapping[str, list]) -> dict[str, list]:
-    """A batch of a prepared stream after `shorten`, less the rows that it leaves out."""
-    return kept_of({**batch, **shorten(batch)}, name)
+@dataclass(frozen=True)
+class _Again:
+    """The function that `datasets.map` runs over batches of prepared rows."""
+
+    how: Preparation
+    name: str
+    # Whether the raw rows did; else this trainer's rules find them
+    names_demonstrations: bool
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """What is other in prepared rows, and `_PASSING`."""
+        labels, invalid = self._labels(batch)
+        encoder = Encoder(self.how.processing_class, True, False, self.how.max_length, self.how.truncation_mode)
+        count = len(batch["row"])
+        masks = batch["completion_mask"] if "completion_mask" in batch else [None] * count
+        names = ["prompt_ids", "completion_ids", "length", "left_out", "cut"]
+        found: dict[str, list] = {name: [] for name in [*names, "completion_mask"]}
+        for i, row in enumerate(batch["row"]):
+            tokens = Tokenized(batch["prompt_ids"][i], batch["completion_ids"][i], masks[i])
+            added = batch["length"][i] - len(tokens.prompt) - len(tokens.completion)
+            tokens, is_cut, left_out = encoder.truncate(tokens, added)
+            length = len(tokens.prompt) + len(tokens.completion) + added
+            try:
+                self.how.check_positions(length, f"Row {row} of the {self.name} dataset")
+            except InvalidRow as error:
+                invalid.setdefault(i, error)
+            values = (tokens.prompt, tokens.completion, length, left_out, is_cut, tokens.mask)
+            for into, value in zip(found.values(), values, strict=True):
+                into.append(value)
+        if "completion_mask" not in batch:
+            del found["completion_mask"]
+        errors = [packed(invalid.get(i)) for i in range(count)]
+        return {**found, **labels, "invalid": errors, "unended": [False] * count}
+
+    def stream(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """As `__call__`, for a stream."""
+        kept = kept_of({**batch, **self(batch)}, self.name, self.how.invalid_rows, batch["row"])
+        self.how.check_batch(kept, kept["row"], self.name)
+        return kept
+
+    def changes(self, columns: Mapping[str, list]) -> bool:
+        """Whether any row of these columns would change or be left out."""
+        labels, invalid = self._labels(columns)
+        limits = [limit for limit in (self.how.max_length, self.how.positions) if limit is not None]
+        is_long = bool(limits) and max(columns["length"]) > min(limits)
+        return bool(invalid) or is_long or labels["sft_mask"] != columns["sft_mask"]
+
+    def _labels(self, columns: Mapping[str, list]) -> tuple[dict[str, list], dict[int, InvalidRow]]:
+        """The columns of labels, and the errors."""
+        names = ["label", *(name for name in OPTIONAL_COLUMNS if name in columns)]
+        if not self.names_demonstrations:
+            names.remove("sft_mask")
+        read: dict[int, InvalidRow] = {}
+        rules = replace(self.how.rules, transform=None)
+        return read_labels({name: columns[name] for name in names}, columns["row"], self.name, rules, read), read
 
 
-def _first_unreadable(dataset: Dataset) -> int:
-    """The row at which Arrow's bytes, which it does not check, are not the text that they are said to be."""
+def check_token_ids(rows: Dataset, vocab_size: int, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError that names the first prepared row with a token id that the model has no embedding for.
+
+    Args:
+        rows: prepared.
+        vocab_size: how many embeddings the model has.
+        name: the data set's.
+        tokenizer: which the ids are from.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt_ids": [[1, 2]], "completion_ids": [[3]], "row": [0]})
+        >>> check_token_ids(rows, 4, "train", None)
+    """
+    start = 0
+    table: Any = rows.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    for batch in table.iter(10_000):
+        for column in ("prompt_ids", "completion_ids"):
+            lists = batch[column].combine_chunks()
+            ids = lists.values.to_numpy(zero_copy_only=False)
+            beyond = np.flatnonzero(ids >= vocab_size)
+            if len(beyond):
+                place = int(np.searchsorted(lists.offsets.to_numpy(), beyond[0], side="right")) - 1
+                row = rows[start + place]["row"]
+                raise _no_embedding(f"Row {row} of the {name} dataset", int(ids[beyond[0]]), vocab_size, tokenizer)
+        start += len(batch)
+
+
+def _no_embedding(at: str, token: int, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    return ValueError(
+        f"{at} has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, and the model has embeddings "
+        f"for the ids below {vocab_size} only. Call model.resize_token_embeddings(len(tokenizer)) if the token was "
+        "added on purpose; else use the tokenizer that belongs to the model."
+    )
+
+
+def _are_texts(raw: Dataset | IterableDataset, first: Mapping[str, Any]) -> bool:
+    """Whether prompts are text and not messages, as the first rows say that have a prompt at all."""
+    column = "prompt" if "prompt" in first else "chosen"
+    for row in [first, *islice(raw, 0 if isinstance(first[column], str) or is_messages(first[column]) else 64)]:
+        if isinstance(row, Mapping) and row.get(column):
+            if isinstance(row[column], str):
+                return True
+            if is_messages(row[column]):
+                return False
+    return isinstance(first[column], str)
+
+
+def _readable(dataset: Dataset, name: str) -> tuple[list[int], list[InvalidRow]]:
+    """The rows whose text is UTF-8, which Arrow does not check, and the errors of the others."""
+    readable, errors = [], []
     for row in range(len(dataset)):
         try:
             dataset[row]
-        except UnicodeDecodeError:
-            return row
-    return len(dataset)
+        except UnicodeDecodeError as error:
+            errors.append(
+                InvalidRow(
+                    f"Row {row} of the {name} dataset holds text that is not UTF-8 ({error}). Write the file anew, "
+                    "reading the text in the encoding that it has.",
+                    "text that is not UTF-8",
+                )
+            )
+        else:
+            readable.append(row)
+    return readable, errors

@@ -1,24 +1,30 @@
-"""From a checked row to its token ids: rendered, tokenised and cut."""
+"""From a checked row to its token ids: rendered, tokenized and cut."""
 
 # transformers declares a tokenizer's tokens to be of many kinds
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
-from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from trl_ulma.labels import shown
+from trl_ulma.labels import InvalidRow, shown
 from trl_ulma.rows.images import check_text_places, with_placeholders
+from trl_ulma.rows.messages import decoded, encoded, joined, left_out_by_template, prints_python, without_nones
+from trl_ulma.rows.turns import Span, has_generation_markers, marked_spans, rendered_spans
 
 logger = logging.get_logger(__name__)
 
 NO_TOKENS = "nothing of its completion is left in its tokens, as where a chat template leaves it out"
 PROMPT_FILLS = "its prompt alone fills max_length"
+NO_TURNS = "its assistant turns cannot be told apart in what the chat template renders; see assistant_only_loss"
+CUT_OFF = "max_length leaves none of its assistant's tokens"
 NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion a single token"
 
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
@@ -67,6 +73,32 @@ def processor_of(processing_class: Any) -> ProcessorMixin | None:
     return processing_class if isinstance(processing_class, ProcessorMixin) else None
 
 
+class Rendered(NamedTuple):
+    """A row as text.
+
+    Attributes:
+        prompt: with the special tokens of a conversation.
+        whole: prompt and completion; where prompts may have images, the completion alone.
+        spans: characters of `whole` that are scored, or None for all of the completion.
+        left_out: why the row cannot be learned from, or None.
+        is_ended: whether the answer ends with a token of its own.
+    """
+
+    prompt: str
+    whole: str
+    spans: tuple[Span, ...] | None = None
+    left_out: str | None = None
+    is_ended: bool = True
+
+
+class Tokenized(NamedTuple):
+    """A row as token ids; `mask` says which of the completion's are scored, None for all."""
+
+    prompt: list[int]
+    completion: list[int]
+    mask: list[int] | None = None
+
+
 @dataclass(frozen=True)
 class Encoder:
     """What makes token ids of the rows of one data set.
@@ -74,10 +106,11 @@ class Encoder:
     Attributes:
         processing_class: the policy's tokenizer, or its processor.
         is_text: whether prompts and completions are text; else they are messages.
-        has_images: whether prompts may have images. They are tokenised apart from their completions then, since their
+        has_images: whether prompts may have images. They are tokenized apart from their completions then, because their
             tokens are not known before their images are.
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
+        assistant_only: whether only the assistant's turns of a completion are scored.
     """
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
@@ -85,23 +118,23 @@ class Encoder:
     has_images: bool
     max_length: int | None
     truncation_mode: str
+    assistant_only: bool = True
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the policy."""
         return tokenizer_of(self.processing_class)
 
-    @property
+    @cached_property
     def processor(self) -> ProcessorMixin | None:
         """Of a policy that takes images, or None."""
         return processor_of(self.processing_class)
 
-    def render(self, columns: Mapping[str, list], i: int, images: int, at: str) -> tuple[str, str]:
-        """What `tokenise` takes of row `i`, which has so many images: (prompt, prompt and completion) as text, the
-        special tokens of a conversation included; where there may be images, (prompt, completion).
+    def render(self, columns: Mapping[str, list], i: int, images: int, at: str) -> Rendered:
+        """What `tokenize` takes of row `i`, which has so many images.
 
         Raises:
-            ValueError: naming the row.
+            InvalidRow: for a row that cannot be rendered.
         """
         prompt, completion = columns["prompt"][i], columns["completion"][i]
         tokenizer, processor = self.tokenizer, self.processor
@@ -109,33 +142,94 @@ class Encoder:
             kind = (
                 "a list of messages and the first row's is text" if self.is_text else "text and the first row's is not"
             )
-            raise ValueError(f"{at}: prompt is {kind}. Train on one kind, or write the messages out as text.")
-        if self.is_text:
-            eos = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-            texts = prompt, prompt + completion + eos
-            if processor is not None and self.has_images:
-                check_text_places(processor, prompt, images, at)
-        else:
-            render = partial(
-                self.processing_class.apply_chat_template, tokenize=False, **self._template_kwargs(columns, i, at)
+            raise InvalidRow(
+                f"{at}: prompt is {kind}. Train on one kind, or write the messages out as text.",
+                "text among conversations, or the reverse",
             )
-            prompt, completion = _without_nones(prompt), _without_nones(completion)
-            if processor is not None:
-                prompt, completion = with_placeholders(prompt, images, at), with_placeholders(completion, 0, at)
-            try:
-                texts = str(render(prompt, add_generation_prompt=True)), str(render(prompt + completion))
-            except Exception as error:  # a template is a program
-                raise ValueError(
-                    f"{at}: the chat template fails on it ({type(error).__name__}: {error}). Mend the row, or set "
-                    "another tokenizer.chat_template."
-                ) from error
-        for text in texts:
-            if not _is_unicode(text):
-                raise ValueError(
-                    f"{at}: its text holds half of a surrogate pair, which is no character. Drop the row, or mend the "
-                    'text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
-                )
-        return self._apart(*texts) if self.has_images else texts
+        if not self.is_text:
+            return self._render_messages(columns, i, images, at)
+        if processor is not None and images:
+            check_text_places(processor, prompt, images, at)
+        end = str(tokenizer.eos_token)
+        whole = prompt + completion
+        if not whole.endswith(end):
+            whole += end
+        if not (_is_unicode(prompt) and _is_unicode(whole)):
+            raise _no_unicode(at)
+        return Rendered(*self._apart(prompt, whole)) if self.has_images else Rendered(prompt, whole)
+
+    def _render_messages(self, columns: Mapping[str, list], i: int, images: int, at: str) -> Rendered:
+        prompt, completion = columns["prompt"][i], columns["completion"][i]
+        kwargs = self._template_kwargs(columns, i, at)
+        prompt, completion = without_nones(prompt), without_nones(completion)
+        if self.processor is None:
+            prompt, completion = [joined(turn) for turn in prompt], [joined(turn) for turn in completion]
+        else:
+            prompt, completion = with_placeholders(prompt, images, at), with_placeholders(completion, 0, at)
+        messages = [decoded(turn) for turn in prompt + completion]
+        first = len(prompt)
+        render = partial(self.processing_class.apply_chat_template, tokenize=False, **kwargs)
+        try:
+            whole = str(render(messages))
+        except Exception:
+            whole = None
+        as_text = [encoded(turn) for turn in messages]
+        if as_text != messages and (whole is None or prints_python(messages, whole)):
+            messages, whole = as_text, None  # a template that takes the arguments of tool calls as text only
+        try:
+            whole = str(render(messages)) if whole is None else whole
+            begin = str(render(messages[:first], add_generation_prompt=True))
+        except Exception as error:  # a template is a program
+            raise InvalidRow(
+                f"{at}: the chat template fails on it ({type(error).__name__}: {error}). Mend the row, or set "
+                "another tokenizer.chat_template.",
+                "the chat template fails",
+            ) from error
+        if not (_is_unicode(begin) and _is_unicode(whole)):
+            raise _no_unicode(at)
+        left_out = left_out_by_template(messages, first, whole)
+        spans = None
+        if left_out is None and self.assistant_only and len(completion) > 1:
+            spans = self._spans(messages, first, begin, whole, kwargs)
+            left_out = None if spans else NO_TURNS
+        is_ended = self._endings.search(whole) is not None
+        if not self.has_images:
+            return Rendered(begin, whole, spans, left_out, is_ended)
+        begin, answer = self._apart(begin, whole)
+        shift = len(whole) - len(answer)
+        spans = None if spans is None else tuple((max(a - shift, 0), b - shift) for a, b in spans if b > shift)
+        return Rendered(begin, answer, spans, left_out, is_ended)
+
+    def _spans(self, messages: list, first: int, begin: str, whole: str, kwargs: dict) -> tuple[Span, ...] | None:
+        """What the assistant wrote of `whole` in the messages from number `first` on; None if that cannot be told."""
+        found = None
+        template = self.processing_class.chat_template
+        if self.processor is None:
+            template = self.tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
+        if isinstance(template, str) and has_generation_markers(template):
+
+            def marked() -> tuple[str, list[Span]]:
+                settings = {**self.tokenizer.special_tokens_map, **kwargs, "chat_template": template}
+                made: Any = render_jinja_template([messages], return_assistant_tokens_mask=True, **settings)
+                return made[0][0], [(begin, end) for begin, end in made[1][0]]
+
+            start = next((i for i, (a, b) in enumerate(zip(begin, whole, strict=False)) if a != b), len(begin))
+            found = marked_spans(marked, start, whole)
+        if found is None:
+            render = partial(self.processing_class.apply_chat_template, tokenize=False, **kwargs)
+            found = rendered_spans(lambda *a, **k: str(render(*a, **k)), messages, first, whole, self._tokens_that_end)
+        return None if found is None else tuple(found)
+
+    @cached_property
+    def _tokens_that_end(self) -> re.Pattern:
+        """Matches a token that can end a turn: one that the tokenizer never makes of other text."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        names = sorted({*added, *self.tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    @cached_property
+    def _endings(self) -> re.Pattern:
+        return re.compile(rf"(?:{self._tokens_that_end.pattern})\s*\Z")
 
     @staticmethod
     def _template_kwargs(columns: Mapping[str, list], i: int, at: str) -> dict[str, Any]:
@@ -144,35 +238,94 @@ class Encoder:
             try:
                 tools = json.loads(tools)
             except ValueError as error:
-                raise ValueError(f"{at}: tools is text that is not JSON ({error}).") from error
+                raise InvalidRow(f"{at}: tools is text that is not JSON ({error}).", "tools are no list") from error
         else:
-            tools = _without_nones(tools)
+            tools = without_nones(tools)
         are_tools = isinstance(tools, list) and all(isinstance(tool, dict) or callable(tool) for tool in tools)
         if tools is not None and not are_tools:
-            raise ValueError(f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or that list as JSON.")
-        kwargs = _without_nones(columns["chat_template_kwargs"][i]) if "chat_template_kwargs" in columns else None
+            raise InvalidRow(
+                f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or that list as JSON.",
+                "tools are no list",
+            )
+        kwargs = without_nones(columns["chat_template_kwargs"][i]) if "chat_template_kwargs" in columns else None
         if not isinstance(kwargs, dict | None):
-            raise ValueError(f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.")
+            raise InvalidRow(
+                f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.", "chat_template_kwargs is no dict"
+            )
         set_by_us = sorted(_OURS.intersection(kwargs or {}))
         if set_by_us:
-            raise ValueError(f"{at}: chat_template_kwargs sets {', '.join(set_by_us)}, as only the trainer may.")
+            raise InvalidRow(
+                f"{at}: chat_template_kwargs sets {', '.join(set_by_us)}, as only the trainer may.",
+                "chat_template_kwargs sets what only the trainer may",
+            )
         return {"tools": tools, **(kwargs or {})}
 
-    def tokenise(self, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, completion ids) of each row; a batch's texts are tokenised together, each once."""
-        unique = list(dict.fromkeys(text for both in texts for text in both))
+    def tokenize(self, rows: Sequence[Rendered]) -> list[Tokenized]:
+        """The token ids of each row; a batch's texts are tokenized together, each once."""
+        unique = list(dict.fromkeys(text for row in rows for text in row[:2]))
         if not unique:
             return []
         # A chat template writes the special tokens itself, and `_apart` those of texts
-        special = self.is_text and not self.has_images
-        bos, adds_eos = self._added() if special else ("", False)
+        special = [text for text in unique if self._takes_special(text)]
+        other = [text for text in unique if not self._takes_special(text)] if len(special) < len(unique) else []
+        bos, adds_eos = self._added if special else ("", False)
         # What the tokenizer adds is not added to what a text has of it already
-        plain = [text.removeprefix(bos) for text in unique]
-        ids = self.tokenizer(plain, add_special_tokens=special, return_attention_mask=False, verbose=False)
-        ids_of = {text: each[:-1] if adds_eos else each for text, each in zip(unique, ids["input_ids"], strict=True)}
-        if self.has_images:
-            return [(ids_of[prompt], ids_of[completion]) for prompt, completion in texts]
-        return [self._split(ids_of[prompt], ids_of[whole]) for prompt, whole in texts]
+        ids = self._ids([text.removeprefix(bos) for text in special], True)
+        ids_of = dict(zip(special, [each[:-1] for each in ids] if adds_eos else ids, strict=True))
+        ids_of |= zip(other, self._ids(other, False), strict=True)
+        found = []
+        for row in rows:
+            prompt, whole = ids_of[row.prompt], ids_of[row.whole]
+            prompt, completion = (prompt, whole) if self.has_images else self._split(prompt, whole)
+            if row.spans is None:
+                found.append(Tokenized(prompt, completion))
+                continue
+            scored = self._scored(row.whole, row.spans, ids_of[row.whole])
+            mask = scored[len(scored) - len(completion) :]
+            # What comes before the first token that is scored is the prompt
+            start = mask.index(1) if 1 in mask and not self.has_images else 0
+            found.append(Tokenized(prompt + completion[:start], completion[start:], mask[start:]))
+        return found
+
+    def _takes_special(self, text: str) -> bool:
+        """Whether the tokenizer adds its special tokens to a text.
+
+        As in TRL, it does not for conversations, unless a processor's template does not write the first one.
+        """
+        if self.has_images or (not self.is_text and self.processor is None):
+            return False
+        return self.is_text or not text.startswith(self._added[0])
+
+    def _ids(self, texts: list[str], special: bool) -> list[list[int]]:
+        tokenizer = self.tokenizer
+        if not texts:
+            return []
+        if not self._is_plain_fast:
+            made = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+            return made["input_ids"]
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=special)]
+
+    def _scored(self, text: str, spans: Sequence[Span], ids: list[int]) -> list[int]:
+        """1 for each of the text's tokens that has a character in a span, else 0."""
+        special = self._takes_special(text)
+        if self.tokenizer.is_fast:
+            made = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+            offsets = made["offset_mapping"][: len(ids)]
+            return [int(any(a < end and b > begin and a < b for begin, end in spans)) for a, b in offsets]
+        scored = [0] * len(ids)
+        for begin, end in spans:
+            first, last = (self._tokens_before(text[:place], special, ids) for place in (begin, end))
+            scored[first:last] = [1] * (last - first)
+        return scored
+
+    def _tokens_before(self, text: str, special: bool, ids: list[int]) -> int:
+        """How many of the whole's tokens are those of its start `text`."""
+        start = self._ids([text], special)[0]
+        return next((i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), min(len(start), len(ids)))
 
     def _apart(self, prompt: str, whole: str) -> tuple[str, str]:
         """(prompt, completion) of a row that may have images, with the token that begins a text."""
@@ -184,9 +337,10 @@ class Encoder:
                 f"starts where the two part, and {prompt[len(begin) :]!r} is no part of the prompt that is trained on. "
                 "(Said once; other rows may be alike.)"
             )
-        bos = self._added()[0] if self.is_text else ""
+        bos = self._added[0] if self.is_text else ""
         return (begin if begin.startswith(bos) else bos + begin), whole[len(begin) :]
 
+    @cached_property
     def _added(self) -> tuple[str, bool]:
         """(the token that the tokenizer begins texts with by itself, or "", whether it ends them with EOS)."""
         tokenizer = self.tokenizer
@@ -194,47 +348,65 @@ class Encoder:
         bos = str(tokenizer.bos_token) if ids[:1] == [tokenizer.bos_token_id] else ""
         return bos, ids[-1:] == [tokenizer.eos_token_id]
 
+    @cached_property
+    def _is_plain_fast(self) -> bool:
+        """Whether calling the tokenizer is calling its backend, which is faster without the tokenizer around it."""
+        own = type(self.tokenizer)
+        return bool(self.tokenizer.is_fast) and all(
+            getattr(own, name, None) is getattr(PreTrainedTokenizerFast, name, None)
+            for name in ("__call__", "_encode_plus", "_batch_encode_plus")
+        )
+
     def _split(self, prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
         """`whole` cut where it and the prompt's own tokens part, which can be before the prompt's end."""
         cut = len(prompt)
-        if whole[:cut] != prompt:
-            cut = next(i for i, (a, b) in enumerate(zip([*prompt, -1], [*whole, -2], strict=False)) if a != b)
-            logger.warning_once(
-                "A tokenized prompt is not how its tokenized prompt and completion begin, since the chat template "
-                "renders the prompt alone in another way or tokens merge across the boundary. The completion starts "
-                f"where the two part, and {self.tokenizer.decode(prompt[cut:])!r} is no part of the prompt that is "
-                "trained on. End prompts on a token boundary to avoid it. (Said once; other rows may be alike.)"
-            )
+        if whole[:cut] == prompt:
+            return prompt, whole[cut:]
+        cut = next(i for i, (a, b) in enumerate(zip([*prompt, -1], [*whole, -2], strict=False)) if a != b)
+        logger.warning_once(
+            "A tokenized prompt is not how its tokenized prompt and completion begin, since the chat template "
+            "renders the prompt alone in another way or tokens merge across the boundary. The completion starts "
+            f"where the two part, and {self.tokenizer.decode(prompt[cut:])!r} is no part of the prompt that is "
+            "trained on. End prompts on a token boundary to avoid it. (Said once; other rows may be alike.)"
+        )
         return whole[:cut], whole[cut:]
 
-    def truncate(
-        self, prompt: list[int], completion: list[int], added: int
-    ) -> tuple[list[int], list[int], bool, str | None]:
-        """(prompt, completion, whether anything was cut, why the row is to be left out or None); images add `added`
-        tokens to the prompt."""
+    def truncate(self, row: Tokenized, added: int) -> tuple[Tokenized, bool, str | None]:
+        """(the row, whether anything was cut, why the row is to be left out or None); images add `added` tokens to the
+        prompt."""
+        prompt, completion, mask = row
         if not completion:
-            return [], [], False, NO_TOKENS
+            return _NONE, False, NO_TOKENS
         excess = 0
         if self.max_length is not None:
             excess = len(prompt) + added + len(completion) - self.max_length
-        if excess > 0 and self.truncation_mode == "keep_end":
-            completion = completion[max(excess - len(prompt), 0) :]
-            prompt = prompt[excess:]
-        elif excess > 0:
-            completion = completion[:-excess] if excess < len(completion) else []
+        if excess > 0:
+            kept = slice(None)
+            if self.truncation_mode == "keep_end":
+                kept, prompt = slice(max(excess - len(prompt), 0), None), prompt[excess:]
+            else:
+                kept = slice(max(len(completion) - excess, 0))
+            completion, mask = completion[kept], mask[kept] if mask is not None else None
         if not completion:
-            return [], [], False, PROMPT_FILLS
+            return _NONE, False, PROMPT_FILLS
+        if mask is not None and not any(mask if prompt else mask[1:]):
+            return _NONE, False, CUT_OFF
         if not prompt and len(completion) == 1:
-            return [], [], False, NOTHING_TO_SCORE
-        return prompt, completion, excess > 0, None
+            return _NONE, False, NOTHING_TO_SCORE
+        if mask is not None and all(mask):
+            mask = None
+        return Tokenized(prompt, completion, mask), excess > 0, None
 
 
-def _without_nones(value: Any) -> Any:
-    """Messages, tools or settings without the keys that Arrow fills with None because those of other rows have them, as
-    the arguments of another tool."""
-    if isinstance(value, dict):
-        return {key: _without_nones(each) for key, each in value.items() if each is not None}
-    return [_without_nones(each) for each in value] if isinstance(value, list) else value
+_NONE = Tokenized([], [])
+
+
+def _no_unicode(at: str) -> InvalidRow:
+    return InvalidRow(
+        f"{at}: its text holds half of a surrogate pair, which is no character. Drop the row, or mend the "
+        'text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").',
+        "half of a surrogate pair",
+    )
 
 
 def _is_unicode(text: str) -> bool:

@@ -94,7 +94,7 @@ def check(
         console.print("The rows are a stream: they are checked as they come, and there is no label report of them.")
     else:
         console.print(render_report(report_labels(rows, training_args)), markup=False)
-    console.print(f"\nRows as the model will see them, the completion {_LEGEND[console.is_terminal]}:", markup=False)
+    console.print(f"\nRows as the model will see them, what is scored {_LEGEND[console.is_terminal]}:", markup=False)
     for title, text in rows_shown(start, training_args, in_colour=console.is_terminal):
         console.print(f"\n{title}", markup=False)
         console.print(Padding(text, (0, 2)), soft_wrap=False)
@@ -133,16 +133,21 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
             f"Row {row['row']}: label {row['label']:g}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
             f"{len(prompt)} + {len(completion)} tokens{cut}"
         )
-        left, right = "", ""
-        if not in_colour:
-            left, right = "⟦", "⟧"
-        texts = [str(tokenizer.decode(ids)) for ids in (prompt, completion)]
-        if len(texts[0]) > CHARACTERS_SHOWN:
-            texts[0] = "…" + texts[0][-CHARACTERS_SHOWN:]
-        if len(texts[1]) > CHARACTERS_SHOWN:
-            texts[1] = texts[1][:CHARACTERS_SHOWN] + "…"
+        left, right = ("", "") if in_colour else ("⟦", "⟧")
         style = "bold green" if "imitated" in what or row["label"] >= 0.5 else "bold red"
-        yield title, Text.assemble((texts[0], "dim"), left, (texts[1], style), right)
+        begin = str(tokenizer.decode(prompt))
+        parts = [("…" + begin[-CHARACTERS_SHOWN:] if len(begin) > CHARACTERS_SHOWN else begin, "dim")]
+        room = CHARACTERS_SHOWN
+        # A completion of several turns is scored in parts
+        mask = row.get("completion_mask") or [1] * len(completion)
+        for is_scored, run in itertools.groupby(zip(completion, mask, strict=True), lambda token: token[1]):
+            text = str(tokenizer.decode([token for token, _ in run]))
+            shown = text if len(text) <= room else text[:room] + "…"
+            parts.append((f"{left}{shown}{right}", style) if is_scored else (shown, "dim"))
+            room -= len(shown)
+            if room <= 0:
+                break
+        yield title, Text.assemble(*parts)
         if len(seen) == 3:
             return
 

@@ -165,30 +165,22 @@ def completion_logps(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]], batch_size: int = 8
 ) -> "tuple[np.ndarray, np.ndarray]":
     """(`(N,)` log π(completion | prompt) in nats, summed; `(N,)` numbers of completion tokens, the end included)."""
-    import numpy as np
-    import torch
+    from datasets import Dataset
 
-    logps, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=int)
-    encoded = []
-    for row in rows:
-        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
-        encoded.append((torch.tensor(whole), len(prompt)))
-    by_length = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))
-    for start in range(0, len(rows), batch_size):
-        index = by_length[start : start + batch_size]
-        whole = [encoded[i][0] for i in index]
-        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
-        attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in whole], batch_first=True)
-        scored = attention[:, 1:].bool()
-        for row, i in enumerate(index):
-            scored[row, : encoded[i][1] - 1] = False
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1][scored]
-        per_token = torch.zeros(scored.shape)
-        per_token[scored] = -torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][scored], reduction="none")
-        logps[index], tokens[index] = per_token.double().sum(1).numpy(), scored.sum(1).numpy()
-    return logps, tokens
+    from trl_ulma.likelihood.table import completion_logps as table_logps
+
+    prompts = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows
+    ]
+    wholes = [tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False) for row in rows]
+    prepared = {
+        "prompt_ids": prompts,
+        "completion_ids": [whole[len(prompt) :] for prompt, whole in zip(prompts, wholes, strict=True)],
+        "label": [0.0] * len(rows),
+        "length": [len(whole) for whole in wholes],
+        "row": list(range(len(rows))),
+    }
+    return table_logps(model, Dataset.from_dict(prepared), batch_size=batch_size, what=None)
 
 
 def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", questions: list[str]) -> list[str]:

@@ -4,8 +4,8 @@ r"""Say how good models are on held-out rows: perplexity, implicit rewards, judg
     trl-ulma evaluate --model ulma=out/ulma --model sft=out/sft --ref_model base --dataset test.parquet \
         --output report --judge llm:some-model --judge_url http://localhost:8000/v1
 
-The folder of `--output` then holds report.md, report.json, the pictures, and what was generated and judged, which is
-not asked for again when the command is repeated.
+The `--output` folder then contains report.html, report.md, report.json, the pictures, and the answers and verdicts. A
+second run reads answers and verdicts from there instead of asking again.
 """
 
 import argparse
@@ -42,6 +42,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
     what.add_argument("--dataset_config", help="of a data set that has several configurations")
+    what.add_argument("--columns", help="what the dataset calls them: prompt=question,completion=response,label=rating")
+    what.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
     what.add_argument(
         "--split",
         help='default: "test"; where there is none, a part of "train" by prompt, which is held out where '
@@ -74,6 +76,12 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     rows.add_argument("--max_length", type=_positive(int), help="longest sequence in tokens (default: the training's)")
     rows.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), help="default: the training's")
+    rows.add_argument(
+        "--invalid_rows",
+        default="error",
+        choices=("error", "drop"),
+        help="list the rows that cannot be read and stop, or leave them out (default: error)",
+    )
     rows.add_argument("--batch_size", type=_positive(int), default=8, help="rows at once (default: 8)")
     rows.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
@@ -82,6 +90,12 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     answers = parser.add_argument_group("answers")
     answers.add_argument(
         "--generate", action="store_true", help="answers without a judge; with one they are made anyway"
+    )
+    answers.add_argument(
+        "--base",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also evaluate the model that training began with, its answers included (default: yes)",
     )
     answers.add_argument("--num_prompts", type=_positive(int), default=200, help="at most, seeded (default: 200)")
     answers.add_argument("--max_new_tokens", type=_positive(int), default=256, help="default: 256")
@@ -108,6 +122,19 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     servers.add_argument("--timeout", type=_positive(float), default=60.0, help="seconds for an answer (default: 60)")
     servers.add_argument("--retries", type=_count, default=5, help="after the first try (default: 5)")
     servers.add_argument("--concurrency", type=_positive(int), default=8, help="requests at once (default: 8)")
+    servers.add_argument(
+        "--max_requests",
+        type=_positive(int),
+        help="limit on the requests of this run to all servers together (default: none); comparisons beyond it count "
+        "as not judged, and the next run asks for them",
+    )
+    servers.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reuse the answers and verdicts of earlier runs with this --output (default: yes)",
+    )
+    servers.add_argument("--retry_refused", action="store_true", help="ask again what servers refused in earlier runs")
     return parser
 
 
@@ -145,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return 1
     print((args.output / "report.md").read_text(encoding="utf-8"))
-    print(f"This, figures and answers are in {args.output}.")
+    print(f"This, with pictures and answers, is in {args.output}; report.html can be opened in a browser.")
     return 0
 
 
@@ -155,13 +182,15 @@ def _named(models: Sequence[str]) -> list[tuple[str, str]]:
     Example:
         >>> _named(["a=out/1", "a=out/2", "base", "x/final", "y/final"])
         [('a', 'out/1'), ('a', 'out/2'), ('base', 'base'), ('x/final', 'x/final'), ('y/final', 'y/final')]
+        >>> _named(["served:m"])
+        [('m', 'served:m')]
     """
     pairs = []
     for model in models:
         name, equals, source = model.partition("=")
         is_named = equals and name and source and not re.search(r"[/\\]", name) and not Path(model).exists()
         pairs.append((name, source) if is_named else ("", model))
-    last = [name or Path(source).name for name, source in pairs]
+    last = [name or Path(source.removeprefix("served:")).name for name, source in pairs]
     return [
         (name or (part if last.count(part) == 1 else source), source)
         for (name, source), part in zip(pairs, last, strict=True)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import sys
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -19,6 +20,33 @@ EPILOG = (
     "single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 or a file. Options of accelerate launch, as "
     "--num_processes, are taken too. Options cannot be abbreviated."
 )
+
+
+@dataclass
+class DataArguments(ScriptArguments):
+    """TRL's options of the dataset, and what its columns and labels are called."""
+
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the dataset calls the columns that are read, as prompt=question,completion=response,"
+            "label=rating; in YAML also as a mapping."
+        },
+    )
+    label_map: str | None = field(
+        default=None,
+        metadata={"help": "Which numbers the dataset's labels mean, as up=1,down=0; in YAML also as a mapping."},
+    )
+
+
+@dataclass
+class PartConfig(DatasetConfig):
+    """TRL's entry of a mixture; `columns` may also say what columns are called, and `label_map` what labels mean."""
+
+    columns: list[str] | dict[str, str] | str | None = None  # type: ignore[assignment]
+    label_map: dict | str | None = None
+
+
 # These say what is launched, which is ours to say
 _NOT_FOR_USERS = {"help", "module", "no_python"}
 
@@ -35,7 +63,7 @@ class OptionParser(TrlParser):
     """
 
     def __init__(self, config_class: type, prog: str, description: str):
-        types: Any = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+        types: Any = (DataArguments, config_class, ModelConfig, DatasetMixtureConfig)
         super().__init__(
             types,
             prog=prog,
@@ -137,6 +165,8 @@ class OptionParser(TrlParser):
         action, hint = self._own[key]
         if key == "datasets":
             return self._mixture(value)
+        if key in ("columns", "label_map") and isinstance(value, dict):
+            return value
         if value is False and "no" in (action.choices or ()):
             return "no"  # `no` is false in YAML
         if _fits(value, hint) and not isinstance(value, str):
@@ -160,19 +190,19 @@ class OptionParser(TrlParser):
         return converted
 
     def _mixture(self, value: Any) -> Any:
-        hints = get_type_hints(DatasetConfig)
+        hints = get_type_hints(PartConfig)
         where = f"{self._file}: datasets"
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
             self.error(f"{where} is {value!r}; it must be a list of data sets, each with a `path`.")
         for number, entry in enumerate(value, start=1):
             if "path" not in entry:
-                self.error(f"{where}, entry {number}, has no `path`: a folder, a builder (json) or a hub name.")
+                self.error(f"{where}, entry {number}, has no `path`: a file, a folder, a builder (json) or a hub name.")
             for key, each in entry.items():
                 if key not in hints:
                     self.error(f"{where}, entry {number}: {key} is not an option. {self._nearest(str(key), [*hints])}")
                 if not _fits(each, hints[key]):
                     self.error(f"{where}, entry {number}: {key} is {each!r}; it must be {_name(hints[key])}.")
-        return value
+        return [PartConfig(**entry) for entry in value]
 
     @cached_property
     def _launcher_actions(self) -> dict[str, argparse.Action]:
@@ -228,6 +258,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, each) for each in get_args(hint))
     if origin is Literal:
         return value in get_args(hint)
+    if origin is dict:
+        keys, values = get_args(hint)
+        return isinstance(value, dict) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
     if origin is list:
         return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
     if isinstance(value, bool):
@@ -245,5 +278,7 @@ def _name(hint: Any) -> str:
         return " or ".join(map(_name, get_args(hint)))
     if get_origin(hint) is list:
         return f"a list ({_name(get_args(hint)[0])} each)"
+    if hint is dict or get_origin(hint) is dict:
+        return "a mapping"
     name = getattr(hint, "__name__", str(hint))
     return names.get(name, name)

@@ -2,6 +2,7 @@ r"""Turn a data set of a known kind into rows that every trainer here takes, and
 
     trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh          # hh/train.parquet and hh/test.parquet
     trl-ulma prepare qa-feedback --input dev_feedback.json --output qa.jsonl --passages cited --report qa.json
+    trl-ulma prepare --detect --input data.jsonl                          # which family is this?
 
 Every answer of the input is a row of the output, or is counted with the reason why it is not.
 """
@@ -46,6 +47,7 @@ def help_text() -> str:
             *families,
             "",
             f"{PROG} FAMILY --help shows a family's options.",
+            f"{PROG} --detect --input FILE|NAME says which families read a dataset.",
         ]
     )
 
@@ -63,15 +65,14 @@ def family_parser(family: str) -> argparse.ArgumentParser:
     """The options of a family in `FAMILIES`."""
     parser = _Parser(prog=f"{PROG} {family}", description=FAMILIES[family][1] + ".", allow_abbrev=False)
     parser.add_argument(
-        "--input", required=True, help="a .jsonl[.gz], .json[.gz], .csv or .parquet file, a folder, or a hub name"
+        "--input", required=True, help="a .jsonl[.gz], .json[.gz], .csv, .tsv or .parquet file, a folder, or a hub name"
     )
     parser.add_argument(
         "--output",
         required=True,
         help="a folder, for train.parquet and test.parquet; or a .parquet or .jsonl file, for all rows",
     )
-    parser.add_argument("--config", help="the configuration of a data set that has several")
-    parser.add_argument("--split", help="the split to read (default: train, or the only one)")
+    _add_reading_options(parser)
     parser.add_argument(
         "--test_size",
         type=_test_size,
@@ -91,6 +92,13 @@ def family_parser(family: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", help="the configuration of a data set that has several")
+    parser.add_argument("--split", help="the split to read (default: train, or the only one)")
+    parser.add_argument("--columns", help="what the data set calls its columns: prompt=question,chosen=better")
+    parser.add_argument("--label_map", help="which numbers the labels mean: up=1,down=0")
+
+
 def _test_size(text: str) -> float:
     size = float(text)
     if not (0 <= size < 1 or (size >= 1 and size == int(size))):
@@ -105,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if family in ("-h", "--help"):
         print(help_text(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    if "--detect" in argv:
+        return detect([word for word in argv if word != "--detect"])
     if family not in FAMILIES:
         near = difflib.get_close_matches(family, FAMILIES, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"They are {', '.join(FAMILIES)}."
@@ -119,6 +129,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def detect(argv: Sequence[str]) -> int:
+    """Print which families read a dataset, the likeliest first, and return the exit code."""
+    parser = _Parser(prog=f"{PROG} --detect", description="Say which families read a dataset.", allow_abbrev=False)
+    parser.add_argument("--input", required=True, help="a file, a folder, or a hub name")
+    _add_reading_options(parser)
+    args = parser.parse_args(argv)
+    try:
+        raw, split = _read(args)
+
+        from trl_ulma.data.detect import detected
+
+        found = detected(raw)
+    except (OSError, ValueError) as problem:
+        parser.error(str(problem))
+    print(f"{args.input}, split {split}:")
+    for each in found:
+        print(
+            f"  {each.family:<22} {each.kept:,} of {each.answers:,} answers of the first {each.rows:,} rows can be used"
+        )
+    if not found:
+        print("  no family reads it")
+    return 0 if found else 1
+
+
 def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
     """Read, convert, split, write; returns what `--report` holds.
 
@@ -127,10 +161,18 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
         ValueError: where it is not of this family, or the output cannot be written.
     """
     files = _files(args)
+    folders = _absent_folders([*files.values(), *([args.report] if args.report else [])])
     written = [*files.values(), *([args.report] if args.report else [])]
-    parts = {file: _part(file, args.overwrite) for file in written}
+    parts: dict[Path, Path] = {}
     try:
+        for file in written:
+            parts[file] = _part(file, args.overwrite)
         raw, split = _read(args)
+        if family == "pairs":  # whose question may be in a column that is not read
+            from trl_ulma.data.files import check_splits
+
+            if {"chosen", "rejected"} <= set(raw.column_names):
+                check_splits({split: raw}, args.input)
 
         # Imported late, as they bring `datasets` along
         from trl_ulma.data.convert import convert
@@ -167,7 +209,16 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+        for folder in folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     return facts
+
+
+def _absent_folders(files: Sequence[Path]) -> list[Path]:
+    """The folders that are made for the files, the innermost first."""
+    folders = {folder for file in files for folder in file.absolute().parents if not folder.exists()}
+    return sorted(folders, key=lambda folder: len(folder.parts), reverse=True)
 
 
 def _files(args: argparse.Namespace) -> dict[str, Path]:
@@ -222,7 +273,7 @@ def _read(args: argparse.Namespace) -> tuple[Any, str]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        splits = load_rows(args.input, config=args.config)
+        splits = load_rows(args.input, config=args.config, columns=args.columns, label_map=args.label_map)
     except DatasetGenerationError as problem:
         raise ValueError(f"{args.input} cannot be read: {problem.__cause__ or problem}") from problem
     there = [str(name) for name in splits]

@@ -4,23 +4,25 @@ r"""Score rows with a trained model: rank answers, find labels that are wrong, f
     trl-ulma score --model adapter-folder --dataset answers.csv --output scored.csv
 
 Each row is written with `reward`, `probability` and `predicted_label`; where rows have labels, with `surprise`, and the
-most surprising come first. An adapter is compared with its base model; a full model needs `--ref_model`, the model that
-its training began from. β, log Z and the label transform are those saved with the model (`pointwise.json`).
+most surprising come first. The model is compared with the reference that training wrote down; `--ref_model` names
+another place where it is. β, log Z and the label transform are those saved with the model (`pointwise.json`).
 """
 
 import argparse
+import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from trl_ulma import PointwiseDPOTrainer
+    from datasets import Dataset
 
 WRITERS = {".jsonl": "to_json", ".csv": "to_csv", ".parquet": "to_parquet"}
+# Rows that are printed
+SHOWN = 5
 SORTS = ("surprise", "reward", "row")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,17 +42,25 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="the trained model or adapter: a folder, or a name on the hub")
     parser.add_argument(
         "--ref_model",
-        help="the model that training began from; an adapter's is its base model, where this is not given",
+        help="the model that training was compared with (default: the one that training wrote down)",
     )
     parser.add_argument("--dataset", required=True, help="a file, a folder or a name on the hub; labels are optional")
     parser.add_argument("--split", default="train", help="of the data set (default: train, which a file's is)")
     parser.add_argument("--dataset_config", help="of a data set that has several configurations")
+    parser.add_argument(
+        "--invalid_rows",
+        default="error",
+        choices=("error", "drop"),
+        help="list the rows that cannot be read and stop, or leave them out (default: error)",
+    )
+    parser.add_argument("--columns", help="what the data set calls them: prompt=question,completion=response")
+    parser.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
         "--sort", choices=SORTS, help="surprise or reward, highest first, or row (default: surprise, else row)"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="rows a forward (default: 8)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: that of training)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
 
@@ -73,137 +83,74 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
-    from trl_ulma.data.files import load_rows
+    from trl_ulma.data.files import check_splits, load_rows
+    from trl_ulma.judge import Judge
 
-    splits: Any = load_rows(args.dataset, config=args.dataset_config)
+    splits: Any = load_rows(args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map)
     if args.split not in splits:
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {args.split!r}, but {there}. Set --split to one of them.")
     rows = splits[args.split]
+    for note in check_splits({args.split: rows}, args.dataset, needs_label=False):
+        print(note, file=sys.stderr)
     is_labelled = bool({"label", "chosen"}.intersection(rows.column_names))
     if args.sort == "surprise" and not is_labelled:
         raise ValueError(
             f"--sort surprise needs labels, which {args.dataset} does not have (its columns are "
             f"{', '.join(rows.column_names)}). Use --sort reward."
         )
-    with tempfile.TemporaryDirectory() as folder:
-        judge = load_judge(
-            args.model,
-            args.ref_model,
-            folder=folder,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code,
-        )
-        scored = judge.score(rows)
+    judge = Judge.from_pretrained(
+        args.model,
+        args.ref_model,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    scored = judge.score(rows, invalid_rows=args.invalid_rows)
     order = args.sort or ("surprise" if is_labelled else "row")
     if order != "row":
         scored = scored.sort(order, reverse=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    getattr(scored, WRITERS[args.output.suffix])(str(args.output))
+    write(scored, args.output)
+    return "\n".join([summary(args.output, rows, scored, order), *most_surprising(scored)])
+
+
+def write(scored: "Dataset", path: Path) -> None:
+    """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it."""
+    if path.suffix == ".csv":
+        scored = scored.map(
+            lambda row: {
+                name: json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
+                for name, value in row.items()
+            },
+            remove_columns=scored.column_names,
+        )
+    getattr(scored, WRITERS[path.suffix])(str(path))
+
+
+def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
+    """How many rows were scored and left out; of a pair, each half is an answer."""
     said = {"surprise": ", the most surprising first", "reward": ", the highest reward first", "row": ""}[order]
-    left_out = len(set(range(len(rows))).difference(scored["row"][:]))
-    return f"{args.output} holds {len(scored):,} scored rows{said}; {left_out:,} of {len(rows):,} were left out."
+    is_paired = "chosen" in rows.column_names
+    answers, unit = (2 * len(rows), "answers") if is_paired else (len(rows), "rows")
+    of = f" of {len(rows):,} pairs" if is_paired else ""
+    left_out = f"{answers - len(scored):,} of {answers:,}"
+    return f"{path} holds {len(scored):,} scored {unit}{of}{said}; {left_out} were left out."
 
 
-def load_judge(
-    model: str,
-    ref_model: str | None = None,
-    *,
-    folder: str,
-    batch_size: int = 8,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-) -> "PointwiseDPOTrainer":
-    """A trainer around a saved model that is there for its `score`; it has nothing to train on.
-
-    Args:
-        model: a folder that `save_model` wrote, or a name on the hub: a full model, or an adapter.
-        ref_model: the reference; an adapter's is its base model, or the adapter that its training began from.
-        folder: for the trainer's own files.
-        batch_size: rows a forward.
-        dtype: of the weights.
-        trust_remote_code: run code that comes with the model.
-
-    Raises:
-        ValueError: where a full model comes without its reference.
-        FileNotFoundError: where no settings were saved with the model.
-    """
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
-    from trl_ulma.estimating import FILE as LOG_Z_FILE
-    from trl_ulma.judge import FILE, JudgeSettings, saved_file, saved_log_partition
-
-    is_adapter = find_adapter_config_file(model) is not None
-    if not is_adapter and ref_model is None:
-        raise ValueError(
-            f"{model} is a full model, and a reward compares it with the model that its training began from. Name that "
-            "with --ref_model."
-        )
-    saved = saved_file(model, FILE)
-    if saved is None:
-        raise FileNotFoundError(
-            f"{model} has no {FILE}, which PointwiseDPOTrainer.save_model writes. For a model that was trained "
-            'otherwise, write one beside it, such as {"beta": 0.1, "label_type": "binary"}.'
-        )
-    settings = JudgeSettings.read(saved)
-
-    loading = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    reference = None if ref_model is None else AutoModelForCausalLM.from_pretrained(ref_model, **loading)
-    policy: Any
-    if is_adapter:
-        from peft import AutoPeftModelForCausalLM
-
-        policy = AutoPeftModelForCausalLM.from_pretrained(model, **loading)
-    else:
-        policy = AutoModelForCausalLM.from_pretrained(model, **loading)
-    args = PointwiseDPOConfig(
-        folder,
-        beta=settings.beta,
-        label_type=settings.label_type,
-        length_normalize=settings.length_normalize,
-        max_length=settings.max_length,
-        truncation_mode=settings.truncation_mode,
-        label_report=False,
-        per_device_eval_batch_size=batch_size,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-    )
-    # A trainer must have a row to train on; this one is never read
-    end = tokenizer.eos_token_id or 0
-    nothing = {"prompt_ids": [[end]], "completion_ids": [[end]], "label": [0.5], "sft_mask": [False]}
-    judge = PointwiseDPOTrainer(
-        model=policy,
-        ref_model=reference,
-        args=args,
-        train_dataset=Dataset.from_dict({**nothing, "row": [0], "length": [2]}),
-        processing_class=tokenizer,
-    )
-    if is_adapter and ref_model is None:
-        _set_reference_adapter(judge.model, model)
-    judge.use_settings(settings, saved_log_partition(settings, saved_file(model, LOG_Z_FILE), judge.accelerator.device))
-    return judge
-
-
-def _set_reference_adapter(model: Any, name: str) -> None:
-    """Make the reference what it was in training.
-
-    DPOTrainer takes the adapter as it is loaded for the reference, since training would begin from it. Where training
-    began from an adapter, that was saved along, in the folder "ref"; else the reference is the base model.
-    """
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    from trl_ulma.judge import saved_file
-
-    if saved_file(name, "ref/adapter_config.json") is None:
-        model.delete_adapter("ref")
-    else:
-        set_peft_model_state_dict(model, load_peft_weights(name, subfolder="ref"), adapter_name="ref")
+def most_surprising(scored: "Dataset") -> list[str]:
+    """Lines about the rows whose labels surprise the model most: the first to look at for mistakes."""
+    if "surprise" not in scored.column_names or not len(scored):
+        return []
+    top = scored.sort("surprise", reverse=True).select(range(min(SHOWN, len(scored))))
+    lines = ["The most surprising labels, which are the first to look at for mistakes:"]
+    row: Any
+    for row in top:
+        answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
+        text = " ".join((answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)).split())
+        shown = text if len(text) <= 80 else f"{text[:79]}…"
+        lines.append(f"  row {row['row']}: label {row['label']:g}, predicted {row['predicted_label']:.2f}: {shown}")
+    return lines
 
 
 if __name__ == "__main__":

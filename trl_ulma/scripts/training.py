@@ -1,13 +1,14 @@
 """What the training commands do: the launch, the data, and the run itself."""
 
-import dataclasses
 import signal
 import sys
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 
-from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
+from trl_ulma.data.mixture import load_mixture
+from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.scripts.options import OptionParser
 
 TEST_SPLIT_SIZE = 0.1
@@ -58,17 +59,23 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     """
     said = ""
     if dataset_args.datasets:
-        from trl import get_dataset
-
         if script_args.dataset_name is not None:
             said = f"The mixture `datasets` is trained on; dataset_name={script_args.dataset_name} is not read.\n"
         name, train_split, test_split = "the mixture", "train", "test"
-        # TRL's own split is unseeded, so that processes can disagree about it
-        splits = get_dataset(dataclasses.replace(dataset_args, test_split_size=None))
+        rules, log_z = _rules(training_args)
+        splits, notes = load_mixture(dataset_args.datasets, streaming=dataset_args.streaming, rules=rules, log_z=log_z)
     else:
         name = script_args.dataset_name
         train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
-        splits = load_rows(name, config=script_args.dataset_config, streaming=script_args.dataset_streaming)
+        splits = load_rows(
+            name,
+            config=script_args.dataset_config,
+            streaming=script_args.dataset_streaming,
+            columns=script_args.columns,
+            label_map=script_args.label_map,
+        )
+        notes = check_splits({split: splits[split] for split in (train_split, test_split) if split in splits}, name)
+    said += "".join(f"{note}\n" for note in notes)
     there = ", ".join(map(str, splits))
     if train_split not in splits:
         raise ValueError(f"{name} has no split {train_split!r}, but {there}. Set --dataset_train_split to one of them.")
@@ -92,6 +99,18 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are trained on."
     )
     return halves["train"], halves["test"], said
+
+
+def _rules(training_args: Any) -> tuple[LabelRules, Any]:
+    """(how labels are read, log Z) of rows that do not say it themselves, for parts of a mixture that lack a column."""
+    label_type = getattr(training_args, "label_type", "binary")
+    transform = getattr(training_args, "label_transform", None)
+    rules = LabelRules(
+        label_type,
+        getattr(training_args, "sft_threshold", None),
+        transform=None if transform is None else parse_transform(transform, label_type),
+    )
+    return rules, getattr(training_args, "log_z", None)
 
 
 def last_checkpoint_or(resume_from_checkpoint: str | bool | None) -> str | bool | None:
@@ -123,8 +142,8 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
-    from trl_ulma.model_card import WritesModelCard
     from trl_ulma.tracking import add_pictures
+    from trl_ulma.trainer import PointwiseDPOTrainer
 
     if not sys.stderr.isatty():  # a bar in a log file is many lines a second
         disable_progress_bars()
@@ -167,7 +186,7 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    if isinstance(trainer, WritesModelCard):  # examples/paper trains reward models, too
+    if isinstance(trainer, PointwiseDPOTrainer):  # examples/paper trains reward models, too
         trainer.create_model_card(dataset_name=script_args.dataset_name)
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")

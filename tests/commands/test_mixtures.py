@@ -1,0 +1,214 @@
+"""Mixtures in YAML: parts of any kind mix, and an error names the part; columns and labels are mapped everywhere."""
+
+import json
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+
+from trl_ulma.scripts import check, pointwise_dpo, ulma
+from trl_ulma.scripts.cli import main
+from trl_ulma.scripts.training import load_splits
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows(name, labels, **columns):
+    made = [{"prompt": f"{name} {i}", "completion": f" answer {i}", "label": label} for i, label in enumerate(labels)]
+    return [{**row, **columns} for row in made]
+
+
+def write(path, content):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content))
+    return str(path)
+
+
+def mixture(tmp_path, parts, script=pointwise_dpo, **settings):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"datasets": parts, **settings}))
+    argv = [
+        "--config",
+        str(file),
+        "--model_name_or_path",
+        "m",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--bf16",
+        "false",
+    ]
+    script_args, training_args, _, dataset_args = script.make_parser().parse_settings(argv)
+    return load_splits(script_args, training_args, dataset_args)[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parts_of_all_kinds_mix(tmp_path, monkeypatch, streaming):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "ints.jsonl", rows("int", [0, 1], id=7))
+    write(tmp_path / "folder" / "train-0.jsonl", rows("float", [0.0, 1.0]))
+    write(tmp_path / "folder" / "train-1.csv", "prompt,completion,label,note\ncsv 0, yes,true,\ncsv 1, no,0.25,x\n")
+    DatasetDict(train=Dataset.from_list(rows("saved", [True, False]))).save_to_disk(tmp_path / "saved")
+    write(tmp_path / "named.csv", "question;response;vote\nnamed 0; yes;up\nnamed 1; no;down\n")
+    write(tmp_path / "array.json", json.dumps(rows("array", [0.5], weight=2)))
+    names = {"prompt": "question", "completion": "response", "label": "vote"}
+    parts = [
+        {"path": str(tmp_path / "ints.jsonl")},
+        {"path": "~/folder"},
+        {"path": str(tmp_path / "saved")},
+        {"path": "~/named.csv", "columns": names, "label_map": {"up": 1, "down": 0}},
+        {"path": "json", "data_files": str(tmp_path / "arr*.json")},
+    ]
+    found = list(mixture(tmp_path, parts, streaming=streaming, max_steps=1))
+    assert [row["prompt"] for row in found] == [
+        *("int 0", "int 1", "float 0", "float 1", "csv 0", "csv 1", "saved 0", "saved 1", "named 0", "named 1"),
+        "array 0",
+    ]
+    assert [row["label"] for row in found] == [0, 1, 0, 1, 1, 0.25, 1, 0, 1, 0, 0.5]
+    assert [row["weight"] for row in found] == [1] * 10 + [2]
+    assert {frozenset(row) for row in found} == {frozenset({"prompt", "completion", "label", "weight"})}
+
+
+def test_what_a_part_lacks_is_filled_in_as_trainers_read_it(tmp_path):
+    marked = write(tmp_path / "marked.jsonl", rows("a", [1, 0], sft_mask=False, label_type="binary", log_z=0.5))
+    plain = write(tmp_path / "plain.jsonl", rows("b", [0.9, 0.1]))
+    settings = {"label_type": "continuous", "sft_threshold": 0.5, "log_z": 0.25}
+    found = mixture(tmp_path, [{"path": marked}, {"path": plain}], ulma, **settings)
+    assert found["sft_mask"][:] == [False, False, True, False]
+    assert found["label_type"][:] == ["binary"] * 2 + ["continuous"] * 2
+    assert found["log_z"][:] == [0.5, 0.5, 0.25, 0.25]
+
+
+def test_pairs_among_rows_become_rows(tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": " yes", "rejected": " no", "note": 1}])
+    stars = write(tmp_path / "stars.jsonl", rows("b", [4, 1]))
+    found = mixture(tmp_path, [{"path": pairs}, {"path": stars}], label_type="continuous")
+    assert [(row["completion"], row["label"], row["label_type"]) for row in found] == [
+        (" yes", 1, "binary"),
+        (" no", 0, "binary"),
+        (" answer 0", 4, "continuous"),
+        (" answer 1", 1, "continuous"),
+    ]
+
+
+def test_fractions_splits_and_columns(tmp_path):
+    DatasetDict(
+        train=Dataset.from_list(rows("a", [1, 0] * 10)), extra=Dataset.from_list(rows("b", [1.0] * 4))
+    ).save_to_disk(tmp_path / "saved")
+    parts = [
+        {"path": str(tmp_path / "saved"), "split": "train[:50%]", "fraction": 3.0},
+        {"path": str(tmp_path / "saved"), "split": "extra", "fraction": 1.0},
+    ]
+    prompts = mixture(tmp_path, parts)["prompt"][:]
+    assert prompts == [f"a {i}" for i in range(10)] + ["b 0", "b 1", "b 2"]
+    parts = [{"path": str(tmp_path / "saved"), "split": "train+extra", "columns": ["prompt", "completion", "label"]}]
+    assert len(mixture(tmp_path, parts)) == 24
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"path": "a.jsonl"}, {"path": "none.jsonl"}], r"part 2 of the mixture \(.*none\.jsonl\): There is no file"),
+        ([{"path": "a.jsonl"}, {"path": "ragged.csv"}], r"part 2 .*ragged\.csv\): .* has 4 fields in line 2"),
+        (
+            [{"path": "a.jsonl"}, {"path": "words.csv"}],
+            r"part 2 .* labels that are words \('up'\)\. .*--label_map up=1",
+        ),
+        ([{"path": "a.jsonl", "split": "tests"}], r"part 1 .*: it has no split 'tests', but train"),
+        ([{"path": "a.jsonl", "split": "tests[:2]"}], r"part 1 .*: it has no split 'tests\[:2\]', but train"),
+        ([{"path": "a.jsonl", "columns": ["prompts"]}], r"part 1 .*: it has no column prompts, but prompt, completion"),
+        ([{"path": "a.jsonl", "columns": {"label": "stars"}}], r"part 1 .* has no column stars; its columns are"),
+        ([{"path": "a.jsonl", "name": "main"}], r"part 1 .* which has no configurations"),
+        (
+            [{"path": "a.jsonl"}, {"path": "chat.jsonl"}],
+            r"The rows of part 1 .*a\.jsonl\) are text, and those of the other",
+        ),
+        (
+            [{"path": "a.jsonl", "fraction": 1.0}, {"path": "a.jsonl"}],
+            "fraction must be above 0 and given for all parts",
+        ),
+        (
+            [{"path": "masked.jsonl"}, {"path": "stars.jsonl"}],
+            r"part 2 .* has no column sft_mask, and another part has",
+        ),
+        ([{"path": "p1.jsonl"}, {"path": "p2.jsonl"}], r"The pairs of part 2 .*p2\.jsonl\) have no prompt"),
+        ([{"path": "json", "data_files": "no*.jsonl"}], r"part 1 .*: no file is named as"),
+    ],
+)
+def test_an_error_names_the_part(tmp_path, parts, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", rows("a", [1, 0]))
+    write(tmp_path / "ragged.csv", "prompt,completion,label\na,b,c,1\n")
+    write(tmp_path / "words.csv", "prompt,completion,label\na,b,up\n")
+    write(tmp_path / "chat.jsonl", [{"prompt": MESSAGES, "completion": MESSAGES, "label": 1}])
+    write(tmp_path / "masked.jsonl", rows("a", [1], sft_mask=True, label_type="binary"))
+    write(tmp_path / "stars.jsonl", rows("a", [4.5], label_type="continuous"))
+    write(tmp_path / "p1.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    write(tmp_path / "p2.jsonl", [{"chosen": "b", "rejected": "c"}])
+    with pytest.raises((OSError, ValueError), match=message) as caught:
+        mixture(tmp_path, parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_entries_that_are_wrong(tmp_path, capsys):
+    for part, message in (
+        ({"path": "a", "label_map": 3}, "label_map is 3; it must be a mapping or text or null"),
+        (
+            {"path": "a", "columns": {"prompt": 3}},
+            "columns is {'prompt': 3}; it must be a list (text each) or a mapping",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            mixture(tmp_path, [part])
+        assert message in capsys.readouterr().err
+
+
+# Names and labels on the command line
+
+VOTES = "question,response,rating\n" + "".join(f"q{i},a{i},{('up', 'down')[i % 2]}\n" for i in range(20))
+NAMES = ["--columns", "prompt=question,completion=response,label=rating", "--label_map", "up=1,down=0"]
+
+
+@pytest.mark.parametrize("in_yaml", [False, True])
+def test_check_takes_names_and_labels(tmp_path, tiny_gpt2, capsys, in_yaml):
+    file = write(tmp_path / "votes.csv", VOTES)
+    options = ["--model", tiny_gpt2, "--dataset", file, "--bf16", "false"]
+    assert check.main(options) == 1
+    assert (
+        "`question` looks like the prompt, `response` like the completion and `rating` like the label: --columns "
+        "prompt=question,completion=response,label=rating"
+    ) in capsys.readouterr().err
+    assert check.main([*options, *NAMES[:2]]) == 1
+    assert "labels that are words ('up', 'down'). Say which numbers they mean: --label_map" in capsys.readouterr().err
+    if in_yaml:
+        names = {"columns": {"prompt": "question", "completion": "response", "label": "rating"}}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({**names, "label_map": {"up": 1, "down": 0}}))
+        assert check.main([*options, "--config", str(tmp_path / "run.yaml")]) == 0
+    else:
+        assert check.main([*options, *NAMES]) == 0
+    assert "20 rows" in capsys.readouterr().out
+
+
+def test_training_takes_names_and_labels(tmp_path):
+    argv = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--bf16", "false", *NAMES]
+    argv += ["--dataset_name", write(tmp_path / "votes.csv", VOTES), "--eval_strategy", "steps"]
+    script_args, training_args, _, dataset_args = ulma.make_parser().parse_settings(argv)
+    train, evaluation, _ = load_splits(script_args, training_args, dataset_args)
+    assert (len(train), len(evaluation)) == (18, 2)
+    assert {row["prompt"]: row["label"] for row in train}.items() >= {"q0": 1, "q1": 0}.items() - {
+        (row["prompt"], row["label"]) for row in evaluation
+    }
+
+
+def test_prepare_takes_names_and_labels(tmp_path, capsys):
+    file = write(tmp_path / "pairs.csv", "question,better,worse\n" + "".join(f"q{i},a,b\n" for i in range(10)))
+    argv = ["prepare", "pairs", "--input", file, "--output", str(tmp_path / "out.jsonl")]
+    assert main(argv) == 2
+    assert "--columns prompt=question,chosen=better,rejected=worse" in capsys.readouterr().err
+    assert main([*argv, "--columns", "prompt=question,chosen=better,rejected=worse"]) == 0
+    assert "rows out            20" in capsys.readouterr().out

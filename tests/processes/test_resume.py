@@ -1,0 +1,80 @@
+"""A run of two processes that is resumed ends with the weights of the unbroken one, bit for bit.
+
+Real processes with DDP on CPU, started once for all cases, see `resume_run.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import world
+from safetensors.torch import load_file
+from world import PROMPTS, make_rows
+
+import trl_ulma
+
+SECONDS = 300
+LAUNCH = [
+    *("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--dynamo_backend", "no", "--main_process_port", "0", "--multi_gpu"),
+]
+SHARED = {"share_prompts": True}
+# 13 rows, two processes with two rows each: three steps of 4 rows, and one of 1 row that is filled up
+CASES: dict[str, dict[str, Any]] = {
+    "inside an epoch": {"resume": 2},
+    "before an epoch's last step": {"resume": 3},
+    "at an epoch's end": {"resume": 4},
+    "in the second epoch": {"resume": 6},
+    "accumulated": {"resume": 1, "args": {"gradient_accumulation_steps": 2}},
+    "accumulated, in the second epoch": {"resume": 3, "args": {"gradient_accumulation_steps": 2}},
+    "an adapter with dropout": {"resume": 2, "lora": True, "args": {"disable_dropout": False}},
+    "precomputed": {"resume": 6, "args": {"precompute_ref_log_probs": True}},
+    "shared prompts": {"resume": 2, "args": SHARED},
+    "shared prompts, in the second epoch": {"resume": 6, "args": SHARED},
+    "shared prompts, accumulated": {"resume": 3, "args": SHARED | {"gradient_accumulation_steps": 2}},
+    "grouped by length": {"resume": 6, "args": {"train_sampling_strategy": "group_by_length"}},
+    "in order": {"resume": 6, "args": {"train_sampling_strategy": "sequential"}},
+    "the last rows dropped": {"resume": 4, "args": {"dataloader_drop_last": True}},
+    "a running mean": {"resume": 6, "args": {"log_z": "running_mean"}},
+    "a stream": {"resume": 5, "stream": True, "args": {"max_steps": 8}},
+}
+
+
+@pytest.fixture(scope="module")
+def out(tiny_gpt2, tmp_path_factory) -> Path:
+    """The folder with the results of all cases."""
+    folder = tmp_path_factory.mktemp("resumes")
+    rows = make_rows(13, prompt=[PROMPTS[i % 4] for i in range(13)], sft_mask=[i % 3 == 0 for i in range(13)])
+    rows.to_json(folder / "rows.jsonl")
+    shared = {"model": tiny_gpt2, "rows": str(folder / "rows.jsonl"), "args": {}}
+    (folder / "runs.json").write_text(json.dumps([shared | {"name": name} | case for name, case in CASES.items()]))
+    script = str(Path(world.__file__).with_name("resume_run.py"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(trl_ulma.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *LAUNCH, script, str(folder / "runs.json"), str(folder), str(SECONDS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS + 60, check=False)
+    (folder / "printed").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def figures(path: Path) -> dict[int, dict[str, float]]:
+    """What was logged of each step, without times and what is counted from where a run went on."""
+    left_out = ("runtime", "per_second", "total_flos", "num_tokens")
+    logs = [log for log in json.loads(path.read_text()) if "loss" in log]
+    return {log["step"]: {k: v for k, v in log.items() if not any(part in k for part in left_out)} for log in logs}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_is_the_unbroken_one(out, name):
+    paths = [out / f"{name}-{kind}.safetensors" for kind in ("unbroken", "resumed")]
+    assert all(path.exists() for path in paths), (out / "printed").read_text()[-3000:]
+    unbroken, resumed = (figures(path.with_suffix(".json")) for path in paths)
+    assert set(unbroken) == set(resumed)
+    for step in unbroken:
+        assert resumed[step] == unbroken[step], f"step {step}"
+    weights, again = map(load_file, paths)
+    assert all(torch.equal(value, again[part]) for part, value in weights.items())

@@ -1,0 +1,315 @@
+"""Ctrl-C in any phase, out-of-memory retries, and moved references: what was learned is kept, and nothing is mixed."""
+
+import os
+import re
+import signal
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from world import make_rows, make_trainer, mixed_rows, weights
+
+SETTINGS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "learning_rate": 1e-3,
+}
+
+
+class PressCtrlC(TrainerCallback):
+    """Sends itself SIGINT once, at the nth time of an event, and keeps what was printed right then.
+
+    Args:
+        event: a method of `TrainerCallback`.
+        step: how many steps are done by then.
+        read: gives what has been printed since it was last called.
+    """
+
+    def __init__(self, event: str, step: int, read):
+        self.step, self.read, self.said, self.steps = step, read, None, 0
+        setattr(self, event, self._press)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps = state.global_step
+
+    def _press(self, args, state, control, **kwargs):
+        self.steps = state.global_step
+        if self.said is None and state.global_step == self.step:
+            self.read()
+            os.kill(os.getpid(), signal.SIGINT)
+            self.said = self.read()
+
+
+# Event, steps done by then, the step that is saved
+PHASES = {
+    "first-step": ("on_step_begin", 0, 1),
+    "between-micro-batches": ("on_substep_end", 0, 1),
+    "before-the-optimizer": ("on_pre_optimizer_step", 1, 2),
+    "a-steps-end": ("on_step_end", 1, 1),
+    "evaluation": ("on_prediction_step", 2, 2),
+    "evaluations-end": ("on_evaluate", 2, 2),
+    "logging": ("on_log", 1, 1),
+    "last-step": ("on_step_begin", 3, 4),
+    "last-micro-batch": ("on_substep_end", 3, 4),
+    "last-steps-end": ("on_step_end", 4, 4),
+    "last-evaluation": ("on_prediction_step", 4, 4),
+    "last-evaluations-end": ("on_evaluate", 4, 4),
+    "epochs-end": ("on_epoch_end", 4, 4),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_ends_the_step_saves_it_and_ends_the_run(tiny_gpt2, tmp_path, capfd, phase):
+    event, done, saved = PHASES[phase]
+    rows = make_rows(16)
+
+    def make(callbacks):
+        return make_trainer(
+            tiny_gpt2,
+            rows,
+            tmp_path,
+            eval_dataset=make_rows(3),
+            gradient_accumulation_steps=2,
+            callbacks=callbacks,
+            **SETTINGS,
+        )
+
+    press = PressCtrlC(event, done, lambda: "".join(capfd.readouterr()))
+    trainer = make([press])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is handler
+    # Told at once, in one line
+    assert press.said is not None, "the moment never came"
+    assert len(re.findall(r"(?im)^.*interrupt.*$", press.said)) == 1
+    # The step that was running is the last one, and whole
+    assert trainer.state.global_step == saved
+    assert (tmp_path / f"checkpoint-{saved}" / "model.safetensors").exists()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+    # One goes on with it as if nothing had been
+    unbroken = make([])
+    unbroken.args.output_dir = str(tmp_path / "unbroken")
+    unbroken.train()
+    resumed = make([])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert torch.equal(weights(unbroken.model), weights(resumed.model))
+
+
+def test_ctrl_c_while_the_reference_is_precomputed(tiny_gpt2, tmp_path, monkeypatch):
+    """Nothing is learned yet: the constructor ends at once."""
+    from trl_ulma import ULMATrainer
+
+    compute = ULMATrainer.compute_ref_log_probs
+
+    def pressed(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(ULMATrainer, "compute_ref_log_probs", pressed)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tiny_gpt2, make_rows(6), tmp_path, precompute_ref_log_probs=True, max_steps=1)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_before_the_first_step(tiny_gpt2, tmp_path, capfd):
+    press = PressCtrlC("on_train_begin", 0, lambda: "".join(capfd.readouterr()))
+    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, callbacks=[press], **SETTINGS | {"eval_strategy": "no"})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step <= 1
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny_gpt2, tmp_path, capfd):
+    class Twice(PressCtrlC):
+        def _press(self, args, state, control, **kwargs):
+            super()._press(args, state, control, **kwargs)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    press = Twice("on_step_begin", 1, lambda: "".join(capfd.readouterr()))
+    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, callbacks=[press], **SETTINGS | {"eval_strategy": "no"})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_run_without_ctrl_c_returns(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, eval_dataset=make_rows(2), **SETTINGS)
+    assert trainer.train().global_step == 4
+
+
+# Out of memory
+
+
+class OutOfMemory(TrainerCallback):
+    """The first try ends before its nth optimizer step."""
+
+    def __init__(self, step: int = 0):
+        self.step, self.is_over = step, False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self.is_over and state.global_step == self.step:
+            self.is_over = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("log_z", ["running_mean", "batch_kl", "learned_constant", 0.0])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_retry_after_running_out_of_memory_starts_clean(tiny_gpt2, tmp_path, log_z, accumulation):
+    rows = mixed_rows(24)
+    if isinstance(log_z, str):
+        rows = rows.remove_columns("log_z")
+    settings = {
+        "max_steps": 2,
+        "gradient_accumulation_steps": accumulation,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": 1e-3,
+        "log_z": log_z,
+        "beta": 0.5,
+    }
+    callback = OutOfMemory()
+    retried = make_trainer(
+        tiny_gpt2,
+        rows,
+        tmp_path / "retried",
+        callbacks=[callback],
+        auto_find_batch_size=True,
+        per_device_train_batch_size=8,
+        **settings,
+    )
+    retried.train()
+    assert callback.is_over
+    size = retried._train_batch_size
+    assert size < 8
+    clean = make_trainer(tiny_gpt2, rows, tmp_path / "clean", per_device_train_batch_size=size, **settings)
+    clean.train()
+    wanted = [log for log in clean.state.log_history if "loss" in log]
+    found = [log for log in retried.state.log_history if "loss" in log]
+    assert len(found) == len(wanted) == 2
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert (weights(retried.model) - weights(clean.model)).abs().max() < 1e-6
+
+
+# A reference that moves
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_a_moved_reference_is_restored_or_the_resume_is_refused(tiny_gpt2, tmp_path, alpha):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "sync_ref_model": True, "beta": 0.5}
+    settings |= {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": alpha, "learning_rate": 1e-2}
+    settings |= {"per_device_train_batch_size": 4}
+    unbroken = make_trainer(tiny_gpt2, make_rows(12), tmp_path, **settings)
+    unbroken.train()
+    resumed = make_trainer(tiny_gpt2, make_rows(12), tmp_path, **settings)
+    try:
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    except ValueError as refusal:
+        assert "sync_ref_model" in str(refusal)  # noqa: PT017
+        return
+    assert torch.equal(weights(unbroken.model), weights(resumed.model))
+    assert unbroken.evaluate(make_rows(6))["eval_loss"] == resumed.evaluate(make_rows(6))["eval_loss"]
+
+
+# Figures
+
+
+def test_a_logs_figures_are_of_the_rows_that_its_loss_is_of(tiny_gpt2, tmp_path):
+    """Where only some rows are compared, no figure stands for a part of the logged steps' rows alone."""
+    rows = make_rows(16, sft_mask=[i % 4 != 3 for i in range(16)], label=[float(i % 4 != 3) for i in range(16)])
+    trainer = make_trainer(
+        tiny_gpt2,
+        rows,
+        tmp_path,
+        max_steps=4,
+        logging_steps=4,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-3,
+        beta=1.0,
+    )
+    trainer.train()
+    each = make_trainer(
+        tiny_gpt2,
+        rows,
+        tmp_path,
+        max_steps=4,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-3,
+        beta=1.0,
+    )
+    each.train()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    logs = [log for log in each.state.log_history if "loss" in log]
+    # One row of each step is compared: the mean over four steps is the mean of the steps'
+    for name in ("loss", "loss/preference", "rewards/rejected", "logps/rejected"):
+        assert log[name] == pytest.approx(sum(entry[name] for entry in logs) / 4, rel=1e-4, abs=1e-5), name
+
+
+def test_an_error_in_a_sharded_stream_names_the_row(tiny_gpt2, tmp_path):
+    rows = make_rows(40, completion=[" fine"] * 39 + [""])
+    stream = rows.to_iterable_dataset(num_shards=2)
+    trainer = make_trainer(tiny_gpt2, stream, tmp_path, max_steps=20, dataloader_num_workers=2, startup_checks=False)
+    with pytest.raises(Exception, match=r"(?s)shard|Row 39\b"):
+        trainer.train()
+
+
+def test_rotary_positions_that_change_with_the_longest_row(tmp_path):
+    """Of rows beyond the original length, longrope turns positions otherwise: policy and reference see the same."""
+    from tiny import make_tokenizer
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 16,
+    }
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        original_max_position_embeddings=16,
+        rope_parameters=rope,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    # The long rows are demonstrations: the reference is asked for the short ones alone
+    texts = [" on and on" * 12 if i % 2 else " yes" for i in range(8)]
+    rows = make_rows(
+        8, completion=texts, sft_mask=[bool(i % 2) for i in range(8)], label=[float(i % 2) for i in range(8)]
+    )
+    trainer = make_trainer(
+        Phi3ForCausalLM(config),
+        rows,
+        tmp_path,
+        processing_class=tokenizer,
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-12,
+        beta=1.0,
+    )
+    trainer.train()
+    found = [log["loss/preference"] for log in trainer.state.log_history if "loss/preference" in log]
+    assert found == pytest.approx([0.693147] * len(found), abs=1e-4)

@@ -1,0 +1,309 @@
+"""What would fail in the first step, or never, is an error before training that names it and says what to do."""
+
+import copy
+import re
+
+import pytest
+from accelerate.utils import ParallelismConfig
+from datasets import Dataset
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLDataCollatorForLanguageModeling
+from world import make_rows, make_trainer, mixed_rows, weights
+
+from trl_ulma import (
+    DataCollatorForPointwisePreference,
+    PointwiseDPOConfig,
+    PointwiseDPOTrainer,
+    ULMAConfig,
+    ULMATrainer,
+)
+
+STEPS = {"max_steps": 2, "per_device_train_batch_size": 4}
+
+
+def load(folder: str):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+# Nothing to train
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+IA3 = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+CELLS = {
+    "ulma": {},
+    "sft": {"positive_loss": "sft", "negative_loss": "none"},
+    "sft-with-checkpointing": {"positive_loss": "sft", "negative_loss": "none", "gradient_checkpointing": True},
+    "precomputed": {"precompute_ref_log_probs": True},
+}
+
+
+@pytest.mark.parametrize("settings", CELLS.values(), ids=CELLS)
+@pytest.mark.parametrize("config", [LORA, IA3], ids=["lora", "ia3"])
+def test_an_adapter_that_was_loaded_for_inference(tiny_llama, tmp_path, config, settings):
+    get_peft_model(load(tiny_llama), copy.deepcopy(config)).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make_trainer(model, make_rows(6), tmp_path / "out", **STEPS | settings).train()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["own-reference", "given-reference"])
+def test_a_model_whose_weights_are_all_frozen(tiny_llama, tmp_path, given):
+    model = load(tiny_llama).requires_grad_(False)
+    reference = {"ref_model": load(tiny_llama)} if given else {}
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        make_trainer(model, make_rows(6), tmp_path, **STEPS, **reference).train()
+
+
+def test_one_trainable_parameter_is_enough(tiny_llama, tmp_path):
+    model = load(tiny_llama).requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    trainer = make_trainer(model, make_rows(6), tmp_path, learning_rate=0.1, **STEPS)
+    before = weights(trainer.model)
+    assert len(before) == model.config.hidden_size
+    trainer.train()
+    assert (weights(trainer.model) - before).abs().max() > 0
+
+
+# Tokens without an embedding
+
+
+def with_new_token(folder: str):
+    """The tokenizer with a token that the model has no embedding for."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|new|>"])
+    assert len(tokenizer) == load(folder).get_input_embeddings().num_embeddings + 1
+    return tokenizer
+
+
+def rows_with(column: str, text: str = " <|new|> again") -> Dataset:
+    rows = make_rows(6)
+    return Dataset.from_list([{**row, column: row[column] + text} if i == 4 else row for i, row in enumerate(rows)])
+
+
+NO_EMBEDDING = r"(?s)(?=.*384)(?=.*resize_token_embeddings)"
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+@pytest.mark.parametrize("in_memory", [False, True], ids=["folder", "in-memory"])
+def test_a_token_that_the_model_has_no_embedding_for(tiny_gpt2, tmp_path, in_memory, column):
+    model = load(tiny_gpt2) if in_memory else tiny_gpt2
+    tokenizer = with_new_token(tiny_gpt2)
+    with pytest.raises(ValueError, match=NO_EMBEDDING):
+        make_trainer(model, rows_with(column), tmp_path, processing_class=tokenizer, **STEPS).train()
+
+
+@pytest.mark.parametrize("in_memory", [False, True], ids=["folder", "in-memory"])
+def test_a_dry_run_finds_it_too(tiny_gpt2, in_memory):
+    model = load(tiny_gpt2) if in_memory else tiny_gpt2
+    args = ULMAConfig("out", bf16=False, report_to="none")
+    with pytest.raises(ValueError, match=NO_EMBEDDING):
+        ULMATrainer.dry_run(
+            model, args, train_dataset=rows_with("completion"), processing_class=with_new_token(tiny_gpt2)
+        )
+
+
+def test_in_the_evaluated_rows(tiny_gpt2, tmp_path):
+    tokenizer = with_new_token(tiny_gpt2)
+    settings = STEPS | {"processing_class": tokenizer}
+    with pytest.raises(ValueError, match=NO_EMBEDDING):
+        make_trainer(
+            tiny_gpt2, make_rows(6), tmp_path, eval_dataset=rows_with("completion"), eval_strategy="epoch", **settings
+        ).train()
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **settings)
+    for ask in (trainer.evaluate, trainer.predict, trainer.score):
+        with pytest.raises(ValueError, match=NO_EMBEDDING):
+            ask(rows_with("prompt"))
+
+
+def test_a_padding_token_without_an_embedding(tiny_gpt2, tmp_path):
+    """Padding is read by the model, too."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    with pytest.raises(ValueError, match=NO_EMBEDDING):
+        make_trainer(tiny_gpt2, make_rows(6), tmp_path, processing_class=tokenizer, **STEPS).train()
+
+
+def test_a_new_token_that_no_row_has_is_no_fault(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, processing_class=with_new_token(tiny_gpt2), **STEPS)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_new_token_with_an_embedding_is_no_fault(tiny_gpt2, tmp_path):
+    tokenizer = with_new_token(tiny_gpt2)
+    model = load(tiny_gpt2)
+    model.resize_token_embeddings(len(tokenizer))
+    trainer = make_trainer(model, rows_with("completion"), tmp_path, processing_class=tokenizer, **STEPS)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_in_prepared_rows(tiny_gpt2, tmp_path):
+    rows = [{"prompt_ids": [5, 6], "completion_ids": [7, 400 + i], "label": float(i % 2)} for i in range(4)]
+    with pytest.raises(ValueError):
+        make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, **STEPS).train()
+
+
+def test_in_a_stream(tiny_gpt2, tmp_path):
+    """Its rows are seen one by one: the row is named when it comes, and no IndexError."""
+    rows = rows_with("completion").to_iterable_dataset()
+    with pytest.raises(ValueError, match=NO_EMBEDDING):
+        make_trainer(tiny_gpt2, rows, tmp_path, processing_class=with_new_token(tiny_gpt2), **STEPS).train()
+
+
+# Rows that another trainer has prepared
+
+
+def test_rows_prepared_under_other_label_rules(tiny_gpt2, tmp_path):
+    rows = make_rows(6, label=[2.0, -1.0] * 3, sft_mask=[False] * 6)
+    prepared = make_trainer(tiny_gpt2, rows, tmp_path, label_type="continuous", **STEPS).train_dataset
+    with pytest.raises(ValueError, match=r"(?i)label|prepared"):
+        make_trainer(tiny_gpt2, prepared, tmp_path, **STEPS).train()
+    with pytest.raises(ValueError, match=r"(?i)label|prepared"):
+        make_trainer(tiny_gpt2, make_rows(6), tmp_path, eval_dataset=prepared, **STEPS).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings"),
+    [
+        ({"label": [float("nan")] * 6}, {}),
+        ({"label": [1.5, 0.0] * 3}, {}),
+        ({"weight": [-1.0] * 6}, {}),
+        ({"weight": [float("inf")] * 6}, {}),
+        ({"log_z": [float("nan")] * 6}, {}),
+        ({"label_type": ["stars"] * 6}, {}),
+        ({}, {"log_z": "column"}),
+        ({"label_type": ["continuous"] * 6}, {"positive_loss": "none", "negative_loss": "unlearning"}),
+    ],
+    ids=["label-nan", "label-above-1", "weight-negative", "weight-infinite", "log_z-nan", "label_type", "no-log_z",
+         "unlearned-ratings"],
+)  # fmt: skip
+def test_prepared_rows_are_checked_as_raw_ones(tiny_gpt2, tmp_path, columns, settings):
+    rows = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS).train_dataset
+    changed = Dataset.from_dict({**rows.to_dict(), **columns})
+    with pytest.raises(ValueError):
+        make_trainer(tiny_gpt2, changed, tmp_path, **STEPS | settings).train()
+
+
+def test_rows_prepared_with_unlearning_in_mind(tiny_gpt2, tmp_path):
+    """Prepared for one method, trained with another: as from raw rows, or refused."""
+    raw = mixed_rows(6).remove_columns("log_z")
+    prepared = make_trainer(tiny_gpt2, raw, tmp_path, **STEPS).train_dataset
+    with pytest.raises(ValueError):
+        make_trainer(tiny_gpt2, prepared, tmp_path, positive_loss="none", negative_loss="unlearning", **STEPS).train()
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("trainer", [ULMATrainer, PointwiseDPOTrainer])
+def test_no_rows_to_train_on(tiny_gpt2, trainer):
+    with pytest.raises((TypeError, ValueError), match=r"train_dataset.*required"):
+        trainer(model=tiny_gpt2)
+
+
+def collators(tokenizer):
+    """Name → a collator that makes other batches than these trainers need."""
+    return {
+        "DataCollatorForPreference": DataCollatorForPreference(pad_token_id=0),
+        "TRL's DataCollatorForLanguageModeling": TRLDataCollatorForLanguageModeling(pad_token_id=0),
+        "DataCollatorForLanguageModeling": DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        "DataCollatorForSeq2Seq": DataCollatorForSeq2Seq(tokenizer),
+        "DataCollatorWithPadding": DataCollatorWithPadding(tokenizer),
+        "default_data_collator": default_data_collator,
+    }
+
+
+@pytest.mark.parametrize("name", collators(None))
+def test_a_collator_of_another_trainer_is_refused_by_name(tiny_gpt2, tmp_path, name):
+    collator = collators(AutoTokenizer.from_pretrained(tiny_gpt2))[name]
+    wanted = rf"(?s)(?=.*{name.split()[-1]})(?=.*DataCollatorForPointwisePreference)"
+    with pytest.raises((TypeError, ValueError), match=wanted):
+        make_trainer(tiny_gpt2, make_rows(6), tmp_path, data_collator=collator, **STEPS).train()
+
+
+def test_a_collator_of_ones_own_is_taken(tiny_gpt2, tmp_path):
+    class Mine(DataCollatorForPointwisePreference):
+        """Does what its base does."""
+
+    def plain(examples):
+        return Mine(pad_token_id=0)(examples)
+
+    for collator in (Mine(pad_token_id=0), plain):
+        trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, data_collator=collator, **STEPS)
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+
+USES = {
+    "folder": {},
+    "loading": {"model_init_kwargs": {"dtype": "float32"}},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "sft": {"positive_loss": "sft", "negative_loss": "none"},
+    "packed": {"padding_free": True},
+    "shared": {"share_prompts": True},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "ratings": {"label_type": "continuous", "label_transform": "standardise"},
+    "learned": {"log_z": "learned_constant"},
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("trains", [False, True], ids=["constructed", "trained"])
+def test_the_callers_config_stays_as_it_was(tiny_gpt2, tmp_path, use, trains):
+    quiet = {"bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "label_report": False}
+    args = ULMAConfig(str(tmp_path), **{"gradient_checkpointing": False} | quiet | STEPS | USES[use])
+    before, held = copy.deepcopy(args.to_dict()), copy.deepcopy(args.model_init_kwargs)
+    rows = make_rows(8, sft_mask=[i % 4 == 0 for i in range(8)])
+    found = []
+    for _ in range(2):
+        trainer = ULMATrainer(model=tiny_gpt2, args=args, train_dataset=rows)
+        assert args.to_dict() == before
+        assert args.model_init_kwargs == held
+        if trains:
+            trainer.train()
+            found.append(weights(trainer.model))
+            assert args.to_dict() == before
+    assert not trains or (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("config", [ULMAConfig, PointwiseDPOConfig])
+@pytest.mark.parametrize("value", ["kto", ["kto"]])
+def test_ktos_loss_is_given_the_line_that_replaces_it(config, value):
+    with pytest.raises(ValueError, match=r"log_z=['\"]batch_kl['\"]") as error:
+        config("out", bf16=False, report_to="none", loss_type=value)
+    assert not re.search(r"pair-?wise losses", str(error.value)), "KTO's loss is none of pairs"
+
+
+# Parallelism
+
+
+@pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
+def test_parallelism_within_a_row_is_refused_by_name(tiny_llama, tmp_path, size):
+    parallel = ParallelismConfig(**{size: 2})
+    with pytest.raises(ValueError, match=size):
+        make_trainer(tiny_llama, make_rows(6), tmp_path, parallelism_config=parallel, **STEPS)
+
+
+@pytest.mark.parametrize("size", ["TP_SIZE", "CP_SIZE", "SP_SIZE"])
+def test_parallelism_that_the_launcher_sets_is_refused_too(tiny_llama, tmp_path, monkeypatch, size):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}", "2")
+    with pytest.raises(ValueError, match=size.lower()):
+        make_trainer(tiny_llama, make_rows(6), tmp_path, **STEPS)
+
+
+def test_parallelism_of_data_is_no_fault(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, make_rows(6), tmp_path, parallelism_config=ParallelismConfig(), **STEPS)
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -1,0 +1,534 @@
+"""Preparation: caches, rows that are prepared already, streams in shards, invalid rows together, text as chat."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from tiny import CHAT_TEMPLATE, make_tokenizer
+from torch.utils.data import DataLoader
+from vlm import StillsProcessor, make_llava
+from world import make_rows, make_trainer
+
+from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.rows import preparation
+from trl_ulma.rows.dataset_labels import with_transform
+from trl_ulma.rows.notes import left_out_of
+from trl_ulma.rows.preparation import Preparation, check_token_ids
+
+GOOD = {"prompt": "Hi", "completion": " Hello!", "label": 1.0}
+CHAT = {
+    "prompt": [{"role": "user", "content": "Hi"}],
+    "completion": [{"role": "assistant", "content": "Hello!"}],
+    "label": 1.0,
+}
+BINARY = LabelRules()
+
+
+def prepared(tokenizer: Any, rows: Any, rules: LabelRules = BINARY, **how: Any) -> Dataset:
+    rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    return Preparation(tokenizer, rules, **how)(rows, "train")
+
+
+# Caches
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    """Rows in a file, whose preparation is cached."""
+    Dataset.from_list([CHAT, CHAT | {"label": 0.0}]).save_to_disk(str(tmp_path / "rows"))
+    return lambda: Dataset.load_from_disk(str(tmp_path / "rows"))
+
+
+PRINTS_ALL = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ sep_token }}" + CHAT_TEMPLATE
+
+
+def change_bos(tokenizer):
+    tokenizer.bos_token = "<|system|>"
+
+
+def change_unk(tokenizer):
+    tokenizer.unk_token = "<|user|>"
+
+
+def change_sep(tokenizer):
+    tokenizer.sep_token = "<|user|>"
+
+
+def change_eos(tokenizer):
+    tokenizer.eos_token = "<|user|>"
+
+
+def change_pad(tokenizer):
+    tokenizer.pad_token = "<|user|>"
+
+
+def change_template(tokenizer):
+    tokenizer.chat_template = "X" + PRINTS_ALL
+
+
+def add_token(tokenizer):
+    tokenizer.add_tokens(["Hello"])
+
+
+def add_special(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["ello"]})
+
+
+def split_special(tokenizer):
+    tokenizer.split_special_tokens = True
+
+
+CHANGES = {
+    each.__name__: each
+    for each in (
+        *(change_bos, change_unk, change_sep, change_eos, change_pad),
+        *(change_template, add_token, add_special, split_special),
+    )
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_tokenizer_is_not_served_the_earlier_runs_tokens(on_disk, change):
+    tokenizer = make_tokenizer(PRINTS_ALL)
+    before = list(prepared(tokenizer, on_disk()))
+    assert list(prepared(make_tokenizer(PRINTS_ALL), on_disk())) == before
+    change(tokenizer)
+    after = list(prepared(tokenizer, on_disk()))
+    fresh = list(prepared(tokenizer, Dataset.from_list([CHAT, CHAT | {"label": 0.0}])))
+    assert after == fresh
+    assert after != before
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"max_length": 8},
+        {"max_length": 8, "truncation_mode": "keep_end"},
+        {"assistant_only_loss": False},
+        {"system_message": "Be kind."},
+    ],
+)
+def test_other_settings_are_not_served_the_earlier_runs_tokens(on_disk, how):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    prepared(tokenizer, on_disk(), max_length=9)
+    found = list(prepared(tokenizer, on_disk(), **how))
+    assert found == list(prepared(tokenizer, [CHAT, CHAT | {"label": 0.0}], **how))
+
+
+def test_nothing_is_prepared_twice(on_disk, monkeypatch):
+    tokenizer = make_tokenizer(PRINTS_ALL)
+    first = list(prepared(tokenizer, on_disk()))
+    tokenizer(["Hello there"], padding=True, truncation=True, max_length=3)  # what a call leaves behind is no change
+
+    def fails(self, *args):
+        raise AssertionError("prepared again")
+
+    monkeypatch.setattr(preparation._Encode, "__call__", fails)
+    assert list(prepared(tokenizer, on_disk())) == first
+
+
+def test_a_template_that_prints_the_date_is_cached_for_a_day(monkeypatch):
+    how = Preparation(make_tokenizer("{{ strftime_now('%d %B') }}" + CHAT_TEMPLATE), BINARY)
+    today = how._key()
+    assert how._key() == today
+
+    class Tomorrow(preparation.datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2099, 1, 1)
+
+    monkeypatch.setattr(preparation.datetime, "date", Tomorrow)
+    assert how._key() != today
+    plain = Preparation(make_tokenizer(CHAT_TEMPLATE), BINARY)
+    key = plain._key()
+    monkeypatch.undo()
+    assert plain._key() == key
+
+
+@pytest.mark.parametrize("attribute", ["patch_size", "num_additional_image_tokens", "image_token"])
+def test_a_changed_processor_is_another_one(tmp_path, attribute):
+    from transformers import AutoProcessor
+
+    make_llava(str(tmp_path))
+    how = Preparation(AutoProcessor.from_pretrained(tmp_path), BINARY)
+    key = how._key()
+    assert how._key() == key
+    setattr(how.processing_class, attribute, "<|user|>" if attribute == "image_token" else 2)
+    assert how._key() != key
+
+
+def test_a_changed_image_processor_is_another_one(tmp_path):
+    from transformers import AutoProcessor
+
+    make_llava(str(tmp_path))
+    how = Preparation(AutoProcessor.from_pretrained(tmp_path), BINARY)
+    key = how._key()
+    how.processing_class.image_processor.size = {"shortest_edge": 16}
+    assert how._key() != key
+    assert StillsProcessor is not type(how.processing_class)
+
+
+# Rows that are prepared already
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_prepared_rows_are_read_by_the_rules_of_the_trainer_that_gets_them(as_stream):
+    tokenizer = make_tokenizer()
+    rated = prepared(tokenizer, [GOOD | {"label": label} for label in (2.0, -1.0, 0.5)], LabelRules("continuous"))
+    rated = rated.to_iterable_dataset() if as_stream else rated
+    with pytest.raises(ValueError) as error:
+        list(prepared(tokenizer, rated))
+    for row, label in ((0, 2.0), (1, -1.0)):
+        assert f"Row {row} of the train dataset: label is {label}, outside [0, 1]." in str(error.value)
+    assert [row["label"] for row in prepared(tokenizer, rated, invalid_rows="drop")] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "masks"),
+    [
+        # Ratings that pointwise DPO prepared, for ULMA
+        (LabelRules("continuous"), LabelRules("continuous", 0.6, need_mask=True), [True, False, True]),
+        (LabelRules("continuous", 0.6, need_mask=True), LabelRules("continuous", 0.9), [True, False, False]),
+        (LabelRules(), LabelRules("continuous", 0.6), [True, False, True]),
+        (LabelRules("continuous", 0.6), LabelRules(), [True, False, False]),
+    ],
+)
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_demonstrations_of_prepared_rows_are_found_as_those_of_raw_ones(first, then, masks, as_stream):
+    tokenizer = make_tokenizer()
+    raw = [GOOD | {"label": label} for label in (1.0, 0.3, 0.7)]
+    made = prepared(tokenizer, raw, first)
+    if as_stream:
+        made = prepared(tokenizer, Dataset.from_list(raw).to_iterable_dataset(), first)
+    assert [row["sft_mask"] for row in prepared(tokenizer, made, then)] == masks
+    assert [row["sft_mask"] for row in prepared(tokenizer, raw, then)] == masks
+
+
+def test_demonstrations_that_the_raw_rows_name_stay():
+    tokenizer = make_tokenizer()
+    raw = [GOOD | {"label": label, "sft_mask": label < 0.5} for label in (0.9, 0.3)]
+    made = prepared(tokenizer, raw, LabelRules("continuous"))
+    assert prepared(tokenizer, made, LabelRules("continuous", 0.6))["sft_mask"][:] == [False, True]
+
+
+def test_prepared_rows_of_another_transform_are_refused():
+    tokenizer, rows = make_tokenizer(), [GOOD | {"label": 4.0}, GOOD | {"label": 2.0}]
+    half = LabelRules("continuous", transform=parse_transform("centre:3", "continuous"))
+    made = prepared(tokenizer, rows, half)
+    assert prepared(tokenizer, made, half) is made
+    other = LabelRules("continuous", transform=parse_transform("centre:2", "continuous"))
+    with pytest.raises(ValueError, match=r"prepared already, by a trainer with label_transform=centre:3.*Pass the raw"):
+        prepared(tokenizer, made, other)
+
+
+def test_a_trainer_checks_the_prepared_rows_of_another(tiny_gpt2, tmp_path):
+    rows = Dataset.from_list([GOOD | {"label": 2.0}, GOOD | {"label": -1.0}])
+    made = make_trainer(tiny_gpt2, rows, tmp_path, label_type="continuous", sft_threshold=1.0).train_dataset
+    with pytest.raises(ValueError, match=r"label is 2\.0, outside \[0, 1\]"):
+        make_trainer(tiny_gpt2, made, tmp_path)
+
+
+# Tokens without an embedding
+
+
+@pytest.mark.parametrize("kind", ["raw", "prepared", "stream", "prepared stream"])
+def test_a_token_without_an_embedding_is_named_before_training(kind):
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["Zebra"])
+    rows: Any = Dataset.from_list([GOOD] * 3 + [GOOD | {"completion": " a Zebra"}])
+    if "stream" in kind:
+        rows = rows.to_iterable_dataset()
+    if "prepared" in kind:
+        rows = prepared(tokenizer, rows)
+    with pytest.raises(ValueError) as error:
+        list(prepared(tokenizer, rows, vocab_size=size))
+    assert str(error.value) == (
+        f"Row 3 of the train dataset has the token 'Zebra' with id {size}, and the model has embeddings for the "
+        f"ids below {size} only. Call model.resize_token_embeddings(len(tokenizer)) if the token was added on purpose; "
+        "else use the tokenizer that belongs to the model."
+    )
+    assert len(list(prepared(tokenizer, rows, vocab_size=size + 1))) == 4
+
+
+def test_the_row_of_a_token_is_found_among_many():
+    ids = [[1, 2, 3]] * 20_000
+    rows = Dataset.from_dict({"prompt_ids": [[0]] * 20_000, "completion_ids": ids, "row": range(7, 20_007)})
+    check_token_ids(rows, 4, "train", make_tokenizer())
+    ids = [*ids[:12_345], [1, 300], *ids[12_346:]]
+    wrong = Dataset.from_dict({"prompt_ids": [[0]] * 20_000, "completion_ids": ids, "row": range(7, 20_007)})
+    with pytest.raises(ValueError, match=r"^Row 12352 of the train dataset has the token .* with id 300,"):
+        check_token_ids(wrong, 4, "train", make_tokenizer())
+
+
+# Streams in shards
+
+
+def shard(numbers):
+    for number in numbers:
+        for row in range(200):
+            yield GOOD | {"label": 7.0 if (number, row) == (1, 190) else 1.0}
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(2, 2), (4, 2), (2, 0), (1, 1)])
+def test_an_error_in_a_sharded_stream_names_the_shard_and_the_row_in_it(shards, workers):
+    rows = IterableDataset.from_generator(shard, gen_kwargs={"numbers": list(range(shards))})
+    stream = prepared(make_tokenizer(), rows)
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    if shards == 1:
+        assert sum(1 for _ in loader) == 200
+        return
+    with pytest.raises(ValueError) as error:
+        list(loader)
+    named = {(2, 2): "Row 190 of shard 1 of", (4, 2): "Row 190, counted in the shards 1, 3, of", (2, 0): "Row 390 of"}
+    assert f"{named[shards, workers]} the train dataset: label is 7.0" in str(error.value)
+
+
+# Invalid rows, all at once
+
+NAN = float("nan")
+BAD: dict[str, list[dict]] = {
+    "label is missing": [GOOD | {"label": None}] * 2,
+    "label is not finite in float32": [GOOD | {"label": NAN}],
+    "label outside [0, 1]": [GOOD | {"label": 1.5}, GOOD | {"label": -1.0}, GOOD | {"label": 2.0}],
+    "prompt is missing": [GOOD | {"prompt": None}],
+    "completion is missing": [GOOD | {"completion": None}],
+    "completion is empty": [GOOD | {"completion": " "}],
+    "weight below 0": [GOOD | {"weight": -1.0}],
+    "weight is not finite in float32": [GOOD | {"weight": NAN}],
+    "sft_mask is no bool": [GOOD | {"sft_mask": None}],
+    "sft_mask=True with label 0": [GOOD | {"label": 0.0, "sft_mask": True}],
+    "half of a surrogate pair": [GOOD | {"completion": " \ud83d"}],
+}
+
+
+def bad_rows() -> list[dict]:
+    full = {"weight": 1.0, "sft_mask": False}
+    rows = [full | row for kind in BAD for row in BAD[kind]]
+    return [full | GOOD | {"prompt": "Good"}, *rows, full | GOOD | {"label": 0.0, "prompt": "Good"}]
+
+
+def as_dataset(rows: list[dict], kind: str) -> Any:
+    if kind == "stream":
+        return IterableDataset.from_generator(lambda: iter(rows))
+    if kind == "transformed":  # whose rows never were in Arrow
+        return Dataset.from_dict({"number": range(len(rows))}).with_transform(
+            lambda batch: {name: [rows[i][name] for i in batch["number"]] for name in rows[0]}
+        )
+    return Dataset.from_list([row for row in rows if "\ud83d" not in str(row["completion"])])
+
+
+@pytest.mark.parametrize("kind", ["table", "transformed", "stream"])
+def test_all_invalid_rows_are_listed_at_once_or_left_out(kind, caplog):
+    rows = bad_rows()
+    with pytest.raises(ValueError) as error:
+        prepared(make_tokenizer(), as_dataset(rows, kind))
+    lines = str(error.value).splitlines()
+    invalid = len(rows) - 2 - (kind == "table")
+    total = "" if kind == "stream" else f" of {invalid + 2}"
+    assert lines[0] == f"{invalid}{total} rows of the train dataset are invalid:"
+    for number, line in enumerate(lines[1 : invalid + 1], start=1):
+        assert line.startswith(f"  Row {number} of the train dataset")
+        assert line.endswith("Prompt: 'Hi'") or "prompt is None" in line
+    for name, found in BAD.items():
+        if (name, kind) != ("half of a surrogate pair", "table"):
+            assert f"{len(found)} × {name}" in lines[invalid + 1]
+    assert 'invalid_rows="drop"' in lines[-1]
+
+    caplog.clear()
+    kept = prepared(make_tokenizer(), as_dataset(rows, kind), invalid_rows="drop")
+    assert [row["label"] for row in kept] == [1.0, 0.0]
+    assert [row["row"] for row in kept] == [0, invalid + 1]
+    if kind == "stream":
+        assert sum("which is invalid" in message for message in caplog.messages) >= invalid
+    else:
+        assert caplog.messages[0].startswith(
+            f"Left out {invalid} of {invalid + 2} rows of the train dataset: {invalid} because it is invalid."
+        )
+        assert left_out_of(kept)["invalid: label is missing"] == 2
+        assert sum(left_out_of(kept).values()) == invalid
+
+
+def test_twenty_rows_are_listed_and_the_others_counted():
+    rows = [GOOD] + [GOOD | {"label": 9.0, "prompt": "Why is\n the sky blue? " * 9}] * 57
+    with pytest.raises(ValueError) as error:
+        prepared(make_tokenizer(), rows)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 24
+    assert "Prompt: 'Why is the sky blue? Why is the sky blue? Why is the sky blu…'" in lines[1]
+    assert lines[21:23] == ["  … and 37 more.", "By kind: 57 × label outside [0, 1]."]
+
+
+def test_one_invalid_row_is_said_in_a_line():
+    with pytest.raises(ValueError) as error:
+        prepared(make_tokenizer(), [GOOD, GOOD | {"label": 1.4}])
+    assert str(error.value).splitlines()[:2] == [
+        'Row 1 of the train dataset: label is 1.4, outside [0, 1]. Rescale it, or set label_type="continuous".',
+        "Its prompt begins: 'Hi'",
+    ]
+
+
+def test_rows_that_are_not_utf_8_are_listed_with_the_others(caplog):
+    import pyarrow as pa
+
+    texts = [b" a", b" caf\xe9", b" b", b" \xff", b" c"]
+    table = {"prompt": ["Hi"] * 5, "completion": pa.array(texts).view(pa.string()), "label": [1.0, 0.0, 9.0, 0.0, 0.0]}
+    with pytest.raises(ValueError) as error:
+        prepared(make_tokenizer(), Dataset(pa.table(table)))
+    found = str(error.value)
+    assert found.startswith("3 of 5 rows of the train dataset are invalid:")
+    assert [f"Row {row} of" in found for row in range(5)] == [False, True, True, True, False]
+    kept = prepared(make_tokenizer(), Dataset(pa.table(table)), invalid_rows="drop")
+    assert kept["row"][:] == [0, 4]
+    assert left_out_of(kept) == {"invalid: text that is not UTF-8": 2, "invalid: label outside [0, 1]": 1}
+
+
+def test_a_first_row_without_a_prompt_does_not_decide_on_the_kind():
+    rows = [CHAT | {"prompt": None}, CHAT, CHAT | {"label": 0.0}]
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    for made in (Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows))):
+        assert [row["row"] for row in prepared(tokenizer, made, invalid_rows="drop")] == [1, 2]
+
+
+def test_a_template_that_fails_on_some_rows_names_them_all():
+    template = (
+        "{% for m in messages %}{{ raise_exception('no ' + m.role) if m.role == 'critic' }}{% endfor %}" + CHAT_TEMPLATE
+    )
+    critic = CHAT | {"prompt": [{"role": "critic", "content": "Hm"}]}
+    with pytest.raises(ValueError, match=r"(?s)^2 of 3 rows .*Row 0 of.*Row 2 of.*2 × the chat template fails"):
+        prepared(make_tokenizer(template), [critic, CHAT, critic])
+
+
+def test_halves_of_pairs_are_invalid_on_their_own():
+    pair = {"prompt": "Hi", "chosen": " Hello!", "rejected": " Go away."}
+    rows = [pair, pair | {"chosen": None}, pair | {"prompt": None}]
+    with pytest.raises(ValueError, match=r"(?s)^3 of 6 rows .*Row 1 \(chosen\).*Row 2 \(chosen\).*Row 2 \(rejected\)"):
+        prepared(make_tokenizer(), rows)
+    kept = prepared(make_tokenizer(), rows, invalid_rows="drop")
+    assert list(zip(kept["row"][:], kept["label"][:], strict=True)) == [(0, 1.0), (0, 0.0), (1, 0.0)]
+
+
+def test_a_transform_is_fitted_to_the_valid_labels_and_the_others_are_listed():
+    raw = Dataset.from_list([GOOD | {"label": label} for label in (1.0, None, 3.0, NAN, 5.0)])
+    rules = with_transform(LabelRules("continuous"), "standardise", raw)
+    with pytest.raises(ValueError, match=r"(?s)^2 of 5 rows .*Row 1 of.*Row 3 of"):
+        prepared(make_tokenizer(), raw, rules)
+    kept = prepared(make_tokenizer(), raw, rules, invalid_rows="drop")
+    assert torch.tensor(kept["label"][:]).mean().item() == pytest.approx(0)
+    assert kept["row"][:] == [0, 2, 4]
+
+
+def test_the_label_report_counts_what_was_left_out(tiny_gpt2, tmp_path, capsys):
+    rows = Dataset.from_list([GOOD, GOOD | {"label": 0.0}, GOOD | {"label": None}, GOOD | {"completion": ""}])
+    make_trainer(tiny_gpt2, rows, tmp_path, invalid_rows="drop", label_report=True)
+    report = json.loads((tmp_path / "label_report.json").read_text())
+    assert report["left_out"] == {"invalid: completion is empty": 1, "invalid: label is missing": 1}
+    assert "left out" in capsys.readouterr().out
+
+
+def test_a_report_without_left_out_rows_says_nothing_of_them(tiny_gpt2, tmp_path, capsys):
+    make_trainer(tiny_gpt2, Dataset.from_list([GOOD, GOOD | {"label": 0.0}]), tmp_path, label_report=True)
+    assert "left_out" not in json.loads((tmp_path / "label_report.json").read_text())
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_an_unknown_way_with_invalid_rows_is_refused():
+    with pytest.raises(ValueError, match=r"^invalid_rows must be one of \('error', 'drop'\); got 'skip'\."):
+        Preparation(make_tokenizer(), BINARY, invalid_rows="skip")
+
+
+# Text as chat
+
+
+@pytest.fixture
+def csv_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,label\nHi,Hello!,1\nHow are you today?, Fine ,0\n")
+    return path
+
+
+@pytest.fixture
+def csv(csv_file):
+    return load_dataset("csv", data_files=str(csv_file), split="train")
+
+
+def texts(tokenizer: Any, rows: Any) -> list[tuple[str, str]]:
+    return [(tokenizer.decode(row["prompt_ids"]), tokenizer.decode(row["completion_ids"])) for row in rows]
+
+
+def test_a_csv_becomes_a_chat_by_itself_if_there_is_a_template(csv_file, csv, caplog):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    stream = load_dataset("csv", data_files=str(csv_file), split="train", streaming=True)
+    for rows in (csv, stream, csv.select([0, 1])):
+        caplog.clear()
+        assert texts(tokenizer, prepared(tokenizer, rows)) == [
+            ("<|user|>Hi<|end|><|assistant|>", "Hello!<|end|>"),
+            ("<|user|>How are you today?<|end|><|assistant|>", "Fine<|end|>"),
+        ]
+        assert any("each prompt becomes a user's message" in message for message in caplog.messages)
+    as_text = texts(make_tokenizer(), prepared(make_tokenizer(), csv))
+    assert as_text[1] == ("How are you today?", " Fine <|end|>")
+    assert texts(tokenizer, prepared(tokenizer, csv, chat="false")) == as_text
+
+
+def test_other_text_stays_with_a_warning(caplog):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    rows = Dataset.from_list([GOOD, GOOD | {"label": 0.0}])
+    assert texts(tokenizer, prepared(tokenizer, rows))[0] == ("Hi", " Hello!<|end|>")
+    assert texts(tokenizer, prepared(tokenizer, rows, chat="true"))[0] == (
+        "<|user|>Hi<|end|><|assistant|>",
+        "Hello!<|end|>",
+    )
+    caplog.clear()
+    prepared(tokenizer, rows, chat="false")
+    assert not any("chat template" in message for message in caplog.messages)
+
+
+def test_a_system_message_goes_before_conversations_that_have_none(csv):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    [first, _] = texts(tokenizer, prepared(tokenizer, csv, system_message="No."))
+    assert first[0] == "<|system|>No.<|end|><|user|>Hi<|end|><|assistant|>"
+    own = CHAT | {"prompt": [{"role": "system", "content": "Go."}, *CHAT["prompt"]]}
+    found = texts(tokenizer, prepared(tokenizer, [CHAT, own], system_message="No."))
+    assert [prompt.split("<|end|>")[0] for prompt, _ in found] == ["<|system|>No.", "<|system|>Go."]
+
+
+@pytest.mark.parametrize(
+    ("how", "template", "message"),
+    [
+        ({"chat": "true"}, None, r"and the tokenizer has no chat template"),
+        ({"system_message": "No."}, CHAT_TEMPLATE, r"^system_message needs conversations"),
+        ({"chat": "false", "system_message": "No."}, CHAT_TEMPLATE, r"^system_message needs conversations"),
+        ({"chat": "maybe"}, None, r"^chat must be one of"),
+        ({"system_message": " "}, None, r"^system_message must be text"),
+    ],
+)
+def test_a_chat_that_cannot_be(how, template, message):
+    with pytest.raises(ValueError, match=message):
+        prepared(make_tokenizer(template), [GOOD], **how)
+
+
+def test_pairs_without_prompts_and_transcripts_do_not_become_chats(tmp_path):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    with pytest.raises(ValueError, match=r"^chat=True makes a user's message of each prompt, and .* has none"):
+        prepared(tokenizer, [{"chosen": "a b", "rejected": "a c"}], chat="true")
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion,label\n"\n\nHuman: Hi\n\nAssistant:"," Hello!",1\n')
+    rows = load_dataset("csv", data_files=str(path), split="train")
+    assert texts(tokenizer, prepared(tokenizer, rows))[0] == ("\n\nHuman: Hi\n\nAssistant:", " Hello!<|end|>")
+
+
+def test_the_config_takes_chat_as_yaml_writes_it(tiny_llama, tmp_path):
+    rows = Dataset.from_list([GOOD, GOOD | {"label": 0.0}])
+    for chat in (True, "True", "true"):
+        trainer = make_trainer(tiny_llama, rows, tmp_path, chat=chat)
+        assert trainer.processing_class.decode(trainer.train_dataset[0]["prompt_ids"]).startswith("<|user|>")
+    with pytest.raises(ValueError, match=r"^chat must be one of"):
+        make_trainer(tiny_llama, make_rows(2), tmp_path, chat="sometimes")
+
+
+def test_prompts_of_evaluation_are_kept_as_the_messages_that_they_became(csv):
+    rows = prepared(make_tokenizer(CHAT_TEMPLATE), csv, keeps_prompts=True, system_message="No.")
+    assert rows[0]["prompt"] == [{"role": "system", "content": "No."}, {"role": "user", "content": "Hi"}]

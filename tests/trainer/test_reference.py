@@ -1,0 +1,487 @@
+"""The reference is the model as it is before training: at the start, while training, and after it."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, tiny_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import make_rows, make_trainer, weights
+
+# Nats by which the sums of two computations of the same row may differ in float32
+ROUNDING = 2e-3
+
+BETA = 1.0  # so that an implicit reward is a log-ratio
+MOVING = {"beta": BETA, "pointwise": True, "learning_rate": 3e-2, "lr_scheduler_type": "constant", "max_steps": 3}
+STILL = MOVING | {"learning_rate": 1e-12}
+
+
+def load(folder: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def own_logps(model: torch.nn.Module, tokenizer, rows) -> np.ndarray:
+    """`(N,)` log π of the rows by the model's logits in evaluation mode; the model is left in its mode."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    found = []
+    for row in rows:
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        log_probs = logits[0, -ids.size(1) :].double().log_softmax(-1)[start - 1 : -1]
+        found.append(log_probs.gather(1, ids[0, start:, None]).sum().item())
+    for module, training in was_training.items():
+        module.training = training
+    return np.array(found)
+
+
+def losses(trainer) -> list[float]:
+    """The preference loss of each step, without what experts add."""
+    return [log["loss/preference"] for log in trainer.state.log_history if "loss" in log]
+
+
+def hold(trainer, rows, folder, tokenizer=None) -> None:
+    """Assert that the reference is the model before training, to the bit the same when asked twice, and stays so."""
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    before = own_logps(policy, tokenizer, rows)
+    first, again = (trainer.predict(rows).predictions for _ in range(2))
+    assert np.array_equal(first, again), "asked twice, the reference gives other values"
+    assert np.abs(first).max() < ROUNDING, "the reference is not the model before training"
+    trainer.train()
+    after = own_logps(trainer.accelerator.unwrap_model(trainer.model), tokenizer, rows)
+    assert np.abs(after - before).max() > 0.05, "training moved nothing"
+    found = trainer.predict(rows).predictions
+    assert found == pytest.approx(after - before, abs=ROUNDING), "the reference has moved"
+
+
+# Dropout
+
+# Of each kind: `nn.Dropout`, a rate passed to `functional.dropout`, a rate passed to attention, layers that are skipped
+WITH_DROPOUT = (
+    "opt",  # functional, also of embeddings
+    "gpt2",  # modules, and attention
+    "llama",  # attention alone
+    "bart",  # functional, attention, skipped layers
+    "whisper",
+    "biogpt",
+    "xglm",
+    "blenderbot",
+    "bloom",  # functional, by name hidden_dropout
+    "falcon",
+    "gpt_neox",
+    "gpt_bigcode",
+    "gptj",
+    "phi",
+    "mpt",
+    "ctrl",
+    "bert",
+    "roformer",
+    "starcoder2",
+    "granitemoe",
+    "jetmoe",
+    "dbrx",
+    "modernbert-decoder",
+    "stablelm",
+    "persimmon",
+    "openai-gpt",
+    "pegasus",
+    "moshi",
+    "doge",
+)
+
+
+def with_dropout(name: str):
+    """(tokenizer, model): a small model of the architecture with all its dropout rates at 0.3, in training mode."""
+    tokenizer = make_tokenizer()
+    model_type, settings = ARCHITECTURES[name]
+    return tokenizer, tiny_model(model_type, settings | {"vocab_size": len(tokenizer)}, dropout=0.3).train()
+
+
+@pytest.mark.parametrize("name", WITH_DROPOUT)
+def test_without_dropout_the_first_losses_are_log_2(tmp_path, name):
+    tokenizer, model = with_dropout(name)
+    ids = torch.arange(5, 25)[None]
+    one, other = (model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for _ in range(2))
+    if torch.equal(one, other):
+        pytest.skip(f"{name} has no dropout")
+    trainer = make_trainer(model, make_rows(6), tmp_path, processing_class=tokenizer, **STILL)
+    trainer.train()
+    assert losses(trainer) == pytest.approx([math.log(2)] * 3, abs=1e-5)
+
+
+def lora(**kwargs) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | kwargs)
+
+
+def in_memory(folder, config, *, seed=1) -> PeftModel:
+    """A `PeftModel` whose adapter is away from where it starts, as if it had been trained before."""
+    torch.manual_seed(seed)
+    model = get_peft_model(load(folder), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def live_and_precomputed(make, rows, tmp_path, **kwargs):
+    """Two runs that differ in when the reference is asked: (losses, weights) of each."""
+    found = []
+    for precompute in (False, True):
+        trainer = make(rows, tmp_path / str(precompute), precompute_ref_log_probs=precompute, **MOVING | kwargs)
+        trainer.train()
+        found.append((losses(trainer), weights(trainer.model)))
+    return found
+
+
+def ways_with_dropout(gpt2: str, llama: str):
+    """Name → (rows, folder, settings → trainer), each with dropout or noise that is meant to stay on for the policy."""
+
+    def from_memory(folder, config=None, training=True):
+        def make(rows, folder_out, **kwargs):
+            model = load(folder) if config is None else in_memory(folder, config)
+            return make_trainer(model.train(training), rows, folder_out, **kwargs)
+
+        return make
+
+    def from_folder(folder, config=None, **more):
+        def make(rows, folder_out, **kwargs):
+            peft = {} if config is None else {"peft_config": copy.deepcopy(config)}
+            return make_trainer(folder, rows, folder_out, **kwargs | peft | more)
+
+        return make
+
+    def given(rows, folder_out, **kwargs):
+        return make_trainer(load(gpt2), rows, folder_out, ref_model=load(gpt2).train(), **kwargs)
+
+    attention = {"target_modules": ["c_attn"]}
+    return {
+        "folder": from_folder(gpt2),
+        "memory-in-training-mode": from_memory(gpt2),
+        "memory-in-evaluation-mode": from_memory(gpt2, training=False),
+        "lora": from_folder(gpt2, lora(**attention)),
+        "lora-with-dropout": from_folder(llama, lora(lora_dropout=0.5)),
+        "adapter-with-dropout": from_memory(llama, lora(lora_dropout=0.5)),
+        "adapter-in-training-mode": from_memory(gpt2, lora(**attention)),
+        "given-in-training-mode": given,
+        "neftune": from_folder(llama, neftune_noise_alpha=5.0),
+        "neftune-lora": from_folder(llama, lora(), neftune_noise_alpha=5.0),
+        "neftune-adapter": lambda rows, out, **kwargs: from_memory(llama, lora())(
+            rows, out, neftune_noise_alpha=5.0, **kwargs
+        ),
+    }
+
+
+@pytest.mark.parametrize("way", ways_with_dropout("", ""))
+def test_with_dropout_the_reference_has_none(tiny_gpt2, tiny_llama, tmp_path, way):
+    """The policy draws the same noise in both runs, as long as a live reference draws none."""
+    make = ways_with_dropout(tiny_gpt2, tiny_llama)[way]
+    rows = make_rows(6)
+    trainer = make(rows, tmp_path / "asked", disable_dropout=False, **MOVING)
+    first, again = (trainer.predict(rows).predictions for _ in range(2))
+    assert np.array_equal(first, again)
+    assert np.abs(first).max() < ROUNDING
+    live, precomputed = live_and_precomputed(make, rows, tmp_path, disable_dropout=False)
+    assert live[0] == pytest.approx(precomputed[0], abs=1e-4)
+    assert (live[1] - precomputed[1]).abs().max() < 1e-4
+    if way != "lora-with-dropout":  # whose noise is multiplied by 0 at first
+        assert live[0][0] != pytest.approx(math.log(2), abs=1e-4), "there is no noise to leave out"
+
+
+# Adapters
+
+ADAPTERS = {
+    "lora": lora(),
+    "lora-embeddings": lora(target_modules=["q_proj", "v_proj", "embed_tokens"]),
+    "lora-saved-head": lora(modules_to_save=["lm_head"]),
+    "lora-saved-embeddings": lora(modules_to_save=["embed_tokens"]),
+    "lora-saved-norms": lora(modules_to_save=["norm", "input_layernorm"]),
+    "lora-tokens": lora(trainable_token_indices=[5, 6, 7, 40, 41, 42]),
+    "lora-parameters": lora(target_modules=[], target_parameters=["mlp.down_proj.weight"]),
+    "lora-dropout": lora(lora_dropout=0.5),
+    "lora-all-linear": lora(target_modules="all-linear"),
+    "rslora": lora(use_rslora=True),
+    "dora": lora(use_dora=True),
+    "adalora": AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], total_step=100, init_r=4),
+    "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=8),
+    "loha": LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4),
+    "oft": OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=0, oft_block_size=16),
+    "ln-tuning": LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm", "norm"]),
+    "prompt-tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16),
+    "prefix-tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+# Without adapter the model is the policy at its start; adapters that begin elsewhere are below
+BEGIN_AT_NOTHING = [name for name in ADAPTERS if name not in ("prompt-tuning", "p-tuning", "prefix-tuning")]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_reference_of_a_trained_adapter_is_the_adapter_at_the_start(tiny_llama, tmp_path, name):
+    """Saved and loaded, as one goes on with an adapter; PEFT loads no virtual tokens to be trained on."""
+    model = in_memory(tiny_llama, copy.deepcopy(ADAPTERS[name]))
+    if not model.active_peft_config.is_prompt_learning:
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter", is_trainable=True)
+    rows = make_rows(6)
+    try:
+        trainer = make_trainer(model, rows, tmp_path, **MOVING)
+        trainer.predict(rows)
+    except ValueError as error:
+        # Right only if it says what to do instead
+        message = str(error)
+        assert "ref_model" in message, message
+        assert any(word in message for word in ("reference", "adapter")), message
+        assert name in MAY_BE_REFUSED, f"{name} is refused: {message}"
+        return
+    hold(trainer, rows, tiny_llama)
+
+
+# Kinds of adapters of which PEFT makes no second one with the same base model
+MAY_BE_REFUSED = {"adalora", "vera", "oft", "prompt-tuning", "p-tuning", "prefix-tuning", "lora-tokens"}
+
+
+@pytest.mark.parametrize("name", BEGIN_AT_NOTHING)
+def test_the_reference_of_a_new_adapter_is_the_model_without_it(tiny_llama, tmp_path, name):
+    rows = make_rows(6)
+    trainer = make_trainer(load(tiny_llama), rows, tmp_path, peft_config=copy.deepcopy(ADAPTERS[name]), **MOVING)
+    hold(trainer, rows, tiny_llama)
+
+
+@pytest.mark.parametrize("start", [False, "pissa", "olora", "pissa_niter_4"])
+def test_an_adapter_that_does_not_begin_at_nothing_is_right_or_refused(tiny_llama, tmp_path, start):
+    """Without adapter, the model is not what training starts from."""
+    rows = make_rows(6)
+    torch.manual_seed(0)
+    config = lora(init_lora_weights=start)
+    try:
+        trainer = make_trainer(load(tiny_llama), rows, tmp_path, peft_config=config, **MOVING)
+        trainer.predict(rows)
+    except ValueError as error:
+        assert "init_lora_weights" in str(error)  # noqa: PT017
+        assert "ref_model" in str(error)  # noqa: PT017
+        return
+    hold(trainer, rows, tiny_llama)
+
+
+@pytest.mark.parametrize("name", ["lora-embeddings", "ia3", "dora", "lora-saved-head", "lora-dropout"])
+def test_live_and_precomputed_references_of_a_trained_adapter_agree(tiny_llama, tmp_path, name):
+    def make(rows, out, **kwargs):
+        return make_trainer(in_memory(tiny_llama, copy.deepcopy(ADAPTERS[name])), rows, out, **kwargs)
+
+    live, precomputed = live_and_precomputed(make, make_rows(6), tmp_path)
+    assert live[0][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert live[0] == pytest.approx(precomputed[0], abs=1e-3)
+    assert (live[1] - precomputed[1]).abs().max() < 1e-3
+
+
+# What is trained outside the adapter
+
+
+def unfrozen(model: PeftModel, part: str) -> PeftModel:
+    """The model with base parameters trained besides the adapter."""
+    for name, parameter in model.named_parameters():
+        if part in name and "lora" not in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+def outside_the_adapter(folder: str, case: str) -> PeftModel:
+    """A GPT-2 with an adapter, and with parameters that are trained besides it."""
+    config = lora(target_modules=["c_attn"], bias=case if case in ("all", "lora_only") else "none")
+    torch.manual_seed(1)
+    model = get_peft_model(load(folder), config)
+    return model if config.bias != "none" else unfrozen(model, case)
+
+
+OUTSIDE = {"all": r"bias", "lora_only": r"c_attn\S*bias", "ln_f": r"ln_f", "wpe": r"wpe", "h.1.mlp.c_fc": r"c_fc"}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_parameters_outside_the_adapter_that_would_move_the_reference_are_refused(tiny_gpt2, tmp_path, case):
+    rows = make_rows(6)
+    wanted = rf"(?s)(?=.*{OUTSIDE[case]})(?=.*precompute_ref_log_probs=True)(?=.*ref_model)"
+    with pytest.raises(ValueError, match=wanted):
+        make_trainer(outside_the_adapter(tiny_gpt2, case), rows, tmp_path, **MOVING).train()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_a_new_adapter_are_refused_too(tiny_gpt2, tmp_path, bias):
+    config = lora(target_modules=["c_attn"], bias=bias)
+    with pytest.raises(ValueError, match=r"(?s)(?=.*bias)(?=.*precompute_ref_log_probs=True)(?=.*ref_model)"):
+        make_trainer(tiny_gpt2, make_rows(6), tmp_path, peft_config=config, **MOVING).train()
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_parameters_outside_the_adapter_are_trained_against_a_reference_that_stays(tiny_gpt2, tmp_path, case):
+    """Precomputed, or a model of its own: the same losses and weights."""
+    rows = make_rows(6)
+    found = []
+    for own in (False, True):
+        model = outside_the_adapter(tiny_gpt2, case)
+        given = {"ref_model": load(tiny_gpt2)} if own else {"precompute_ref_log_probs": True}
+        trainer = make_trainer(model, rows, tmp_path / str(own), **given, **MOVING)
+        before = weights(trainer.model)
+        trainer.train()
+        found.append((losses(trainer), weights(trainer.model)))
+        assert (found[-1][1] - before).norm() > 0.01
+    assert found[0][0][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert (found[0][1] - found[1][1]).abs().max() < 1e-4
+
+
+# A reference that is given
+
+
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def given_references(folder: str):
+    """Name → a reference that is not the policy."""
+    adapter = in_memory(folder, lora(lora_dropout=0.5))
+    return {
+        "evaluation-mode": moved(load(folder)).eval(),
+        "training-mode": moved(load(folder)).train(),
+        "adapter": adapter,
+        "adapter-in-training-mode": in_memory(folder, lora(lora_dropout=0.5)).train(),
+        "saved-head": in_memory(folder, lora(modules_to_save=["lm_head"])),
+        "merged": in_memory(folder, lora()).merge_and_unload(),
+        "virtual-tokens": in_memory(folder, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+    }
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["evaluation-mode", "training-mode", "adapter", "adapter-in-training-mode",
+                                  "saved-head", "merged", "virtual-tokens"])  # fmt: skip
+def test_a_given_reference_is_asked_as_it_is(tiny_llama, tmp_path, kind, peft):
+    reference = given_references(tiny_llama)[kind]
+    tokenizer, rows = AutoTokenizer.from_pretrained(tiny_llama), make_rows(6)
+    ref_logps = own_logps(reference, tokenizer, rows)
+    frozen = {name: value.clone() for name, value in reference.state_dict().items()}
+    kwargs = {"peft_config": lora()} if peft else {}
+    trainer = make_trainer(tiny_llama, rows, tmp_path, ref_model=reference, disable_dropout=False, **MOVING, **kwargs)
+    for _ in range(2):
+        policy = own_logps(trainer.accelerator.unwrap_model(trainer.model), tokenizer, rows)
+        assert trainer.predict(rows).predictions == pytest.approx(policy - ref_logps, abs=ROUNDING)
+        trainer.train()
+    after = reference.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in frozen.items())
+
+
+# Two adapters
+
+
+def test_an_adapter_of_another_name_is_refused_or_right(tiny_llama, tmp_path):
+    rows = make_rows(6)
+    model = get_peft_model(load(tiny_llama), lora(), adapter_name="mine")
+    try:
+        trainer = make_trainer(model, rows, tmp_path, **MOVING)
+    except ValueError as error:
+        assert "mine" in str(error)  # noqa: PT017
+        return
+    hold(trainer, rows, tiny_llama)
+
+
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_of_two_adapters_the_active_one_is_trained(tiny_llama, tmp_path, active):
+    """The one that is not active changes nothing."""
+    rows = make_rows(6)
+    model = in_memory(tiny_llama, lora())
+    model.add_adapter("other", lora(init_lora_weights=False, target_modules=["o_proj"]))
+    model.set_adapter(active)
+    if active == "other":
+        with pytest.raises(ValueError, match="other"):
+            make_trainer(model, rows, tmp_path, **MOVING).train()
+        return
+    idle = {name: value.clone() for name, value in model.state_dict().items() if ".other." in name}
+    assert idle
+    trainer = make_trainer(model, rows, tmp_path, **MOVING)
+    hold(trainer, rows, tiny_llama)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in idle.items())
+
+
+def test_an_adapter_that_is_called_as_the_reference_would_be(tiny_llama, tmp_path):
+    """The user's adapter "ref" is not overwritten: refused by name, or kept."""
+    model = in_memory(tiny_llama, lora())
+    model.add_adapter("ref", lora(init_lora_weights=False))
+    model.set_adapter("default")
+    mine = {name: value.clone() for name, value in model.state_dict().items() if ".ref." in name}
+    try:
+        trainer = make_trainer(model, make_rows(6), tmp_path, **MOVING)
+    except ValueError as error:
+        assert "ref" in str(error)  # noqa: PT017
+        return
+    trainer.train()
+    after = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in mine.items())
+
+
+# A whole model
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation-mode", "training-mode"])
+@pytest.mark.parametrize("changed", [False, True], ids=["as-saved", "changed-in-memory"])
+def test_a_whole_models_reference_is_the_model_before_training(tiny_gpt2, tmp_path, changed, training):
+    model = moved(load(tiny_gpt2)) if changed else load(tiny_gpt2)
+    rows = make_rows(6)
+    hold(make_trainer(model.train(training), rows, tmp_path, **MOVING | {"learning_rate": 1e-3}), rows, tiny_gpt2)
+
+
+def test_after_a_resume_the_reference_is_the_model_before_training(tiny_gpt2, tmp_path):
+    rows = make_rows(12)
+    settings = MOVING | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, **settings)
+    before = own_logps(trainer.model, AutoTokenizer.from_pretrained(tiny_gpt2), rows)
+    trainer.train()
+    again = make_trainer(tiny_gpt2, rows, tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    after = own_logps(again.model, AutoTokenizer.from_pretrained(tiny_gpt2), rows)
+    assert again.predict(rows).predictions == pytest.approx(after - before, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora-embeddings", "ia3"])
+def test_after_a_resume_the_reference_is_the_adapter_at_the_start(tiny_llama, tmp_path, name):
+    """The checkpoint holds the trained adapter, and the reference is still the one that training began with."""
+    rows = make_rows(12)
+    in_memory(tiny_llama, copy.deepcopy(ADAPTERS[name])).save_pretrained(tmp_path / "adapter")
+    settings = MOVING | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def make():
+        model = PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter", is_trainable=True)
+        return make_trainer(model, rows, tmp_path / "out", **settings)
+
+    trainer = make()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    before = own_logps(trainer.model, tokenizer, rows)
+    trainer.train()
+    again = make()
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert (weights(trainer.model) - weights(again.model)).abs().max() == 0
+    after = own_logps(again.model, tokenizer, rows)
+    assert again.predict(rows).predictions == pytest.approx(after - before, abs=ROUNDING)

@@ -1,0 +1,279 @@
+"""Before the first step, what is not exact with the user's own model is an error that gives the measured difference."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from world import make_rows, make_trainer, plain_logps, weights
+
+from trl_ulma import ULMAConfig
+
+QUICK = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def load(folder: str, cls: type = AutoModelForCausalLM):
+    return cls.from_pretrained(folder)
+
+
+# The setting
+
+
+def test_the_checks_are_on_unless_switched_off():
+    assert ULMAConfig("out", bf16=False, report_to="none").startup_checks is True
+    with pytest.raises(ValueError, match="startup_checks must be True or False"):
+        ULMAConfig("out", bf16=False, report_to="none", startup_checks="no")
+
+
+# Heads that are none of the known kinds
+
+
+class ScaledByPosition(LlamaForCausalLM):
+    """Logits that grow with the position, which no known option of a head is."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        places = torch.arange(output.logits.size(1), device=output.logits.device)
+        output.logits = output.logits * (1 + 0.05 * places[None, :, None])
+        return output
+
+
+class LessOfWhatWasSaid(LlamaForCausalLM):
+    """Logits that depend on the input's tokens."""
+
+    def forward(self, input_ids=None, *args, **kwargs):
+        output = super().forward(input_ids, *args, **kwargs)
+        said = nn.functional.one_hot(input_ids, output.logits.size(-1)).cumsum(1)[:, -output.logits.size(1) :]
+        output.logits = output.logits - 0.5 * said
+        return output
+
+
+class BiasAfterTheHead(LlamaForCausalLM):
+    """Logits with a bias that is no part of the output embeddings."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(-1, 1, output.logits.size(-1), device=output.logits.device)
+        return output
+
+
+class ScaledAfterTheHead(LlamaForCausalLM):
+    """A scale that no setting of the configuration names."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+
+class MovedBeforeTheHead(LlamaForCausalLM):
+    """A change between the last layer and the output embeddings."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
+
+
+HEADS = [ScaledByPosition, LessOfWhatWasSaid, BiasAfterTheHead, ScaledAfterTheHead, MovedBeforeTheHead]
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("head", HEADS)
+def test_an_unknown_head_is_exact_or_refused(tiny_llama, tmp_path, head, peft):
+    rows = make_rows(6)
+    model = load(tiny_llama, head)
+    wanted, counts = plain_logps(tiny_llama, rows, model.eval())
+    settings = QUICK | ({"peft_config": LORA} if peft else {})
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    try:
+        trainer = make_trainer(model, rows, tmp_path, processing_class=processing, **settings)
+        found = trainer.evaluate(rows)
+        trainer.train()
+    except ValueError as refusal:
+        message = str(refusal)
+        assert head.__name__ in message
+        assert any(character.isdigit() for character in message)
+        return
+    label = np.array(rows["label"][:]) == 1
+    assert found["eval_logps/chosen"] == pytest.approx(wanted[label].mean(), abs=1e-4 * counts.max())
+    assert found["eval_logps/rejected"] == pytest.approx(wanted[~label].mean(), abs=1e-4 * counts.max())
+
+
+@pytest.mark.parametrize("head", [ScaledByPosition, LessOfWhatWasSaid])
+def test_without_the_checks_it_trains_all_the_same(tiny_llama, tmp_path, head):
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    trainer = make_trainer(
+        load(tiny_llama, head), make_rows(6), tmp_path, processing_class=processing, startup_checks=False, **QUICK
+    )
+    try:
+        trainer.train()
+    except ValueError as refusal:
+        if "startup_checks" in str(refusal):  # else it cannot be computed at all
+            raise
+        return
+    assert trainer.state.global_step == 2
+
+
+# Noise
+
+
+class NoisyAlways(LlamaForCausalLM):
+    """Noise in evaluation mode, too."""
+
+    def forward(self, *args, **kwargs):
+        self.model.norm.weight.data += 0.02 * torch.randn_like(self.model.norm.weight)
+        return super().forward(*args, **kwargs)
+
+
+class NoisyInTraining(LlamaForCausalLM):
+    """Noise that only its author knows of, in training mode."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.register_forward_hook(self._shake)
+
+    def _shake(self, norm, args, output):
+        return output + 0.1 * torch.randn_like(output) if norm.training else output
+
+
+def test_noise_in_evaluation_mode_is_refused(tiny_llama, tmp_path):
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(ValueError, match=r"\d nats"):
+        make_trainer(
+            load(tiny_llama, NoisyAlways), make_rows(6), tmp_path, processing_class=processing, **QUICK
+        ).train()
+
+
+def test_noise_in_training_mode_is_refused_where_dropout_is_to_be_off(tiny_llama, tmp_path):
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    settings = QUICK | {"processing_class": processing}
+    with pytest.raises(ValueError, match=r"\d nats.*(disable_dropout|startup_checks)=False"):
+        make_trainer(load(tiny_llama, NoisyInTraining), make_rows(6), tmp_path, **settings).train()
+    model = load(tiny_llama, NoisyInTraining)
+    trainer = make_trainer(model, make_rows(6), tmp_path, disable_dropout=False, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# What the checks must leave alone
+
+KINDS = {
+    "full": {},
+    "lora": {"peft_config": LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.2)},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "packed": {"padding_free": True},
+    "shared": {"share_prompts": True},
+    "sft": {"positive_loss": "sft", "negative_loss": "none"},
+    "learned": {"log_z": "learned"},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_checks_change_nothing(tiny_gpt2, tmp_path, kind, stream):
+    """Dropout is on, so that one random number drawn would show; of a stream no row is taken away."""
+    if stream and "precompute_ref_log_probs" in KINDS[kind]:
+        pytest.skip("a stream is not known beforehand")
+    found = []
+    for checks in (True, False):
+        rows = make_rows(12, sft_mask=[i % 4 == 0 for i in range(12)])
+        rows = rows.to_iterable_dataset() if stream else rows
+        settings = QUICK | KINDS[kind] | {"disable_dropout": False, "startup_checks": checks, "max_steps": 3}
+        trainer = make_trainer(tiny_gpt2, rows, tmp_path / str(checks), **settings)
+        trainer.train()
+        found.append((weights(trainer.model), [log.get("loss") for log in trainer.state.log_history]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+class Seen(TrainerCallback):
+    """Counts the tokens that a model's embeddings read before the first step's end, with and without gradients."""
+
+    def __init__(self, embeddings: nn.Module):
+        self.asked, self.learned, self.is_counting = 0, 0, True
+        embeddings.register_forward_hook(self._count)
+
+    def _count(self, module, args, output):
+        if self.is_counting and torch.is_grad_enabled():
+            self.learned += args[0].numel()
+        elif self.is_counting:
+            self.asked += args[0].numel()
+
+    def on_step_end(self, *args, **kwargs):
+        self.is_counting = False
+
+
+def test_the_checks_read_less_than_a_step(tiny_gpt2, tmp_path):
+    rows = make_rows(64, completion=[" on and on" * 40] * 64)
+    trainer = make_trainer(
+        tiny_gpt2, rows, tmp_path, max_steps=1, per_device_train_batch_size=32, precompute_ref_log_probs=True
+    )
+    seen = Seen(trainer.model.get_input_embeddings())
+    trainer.add_callback(seen)
+    trainer.train()
+    assert 0 < seen.asked < seen.learned / 4
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("layout", [{}, {"padding_free": True}, {"share_prompts": True}], ids=str)
+def test_few_rows_are_enough(tiny_llama, tmp_path, n, layout):
+    rows = make_rows(n, completion=[" a", " b c", " d"][:n], sft_mask=[False] * n)
+    trainer = make_trainer(tiny_llama, rows, tmp_path, **QUICK, **layout)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_half_precision_passes(tiny_llama, tmp_path):
+    for kwargs in ({"bf16": True, "use_cpu": True}, {"model_init_kwargs": {"dtype": "bfloat16"}}):
+        trainer = make_trainer(tiny_llama, make_rows(6), tmp_path, **QUICK | kwargs)
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+
+# A live reference is looked at again
+
+
+class Changes(TrainerCallback):
+    """Changes a parameter while training, as a callback that means well can."""
+
+    def __init__(self, parameter: torch.Tensor):
+        self.parameter = parameter
+
+    def on_step_end(self, *args, **kwargs):
+        with torch.no_grad():
+            self.parameter.mul_(1.5)
+
+
+def test_a_reference_that_moved_while_training_is_told(tiny_llama, tmp_path):
+    model = load(tiny_llama)
+    trainer = make_trainer(model, make_rows(6), tmp_path, peft_config=LORA, **QUICK)
+    frozen = next(p for name, p in trainer.model.named_parameters() if "o_proj" in name)
+    assert not frozen.requires_grad
+    trainer.add_callback(Changes(frozen))
+    with pytest.raises(ValueError, match=r"(?i)reference.*\d nats"):
+        trainer.train()
+
+
+def test_a_resume_on_another_base_model_is_told(tiny_llama, tmp_path):
+    settings = QUICK | {"peft_config": LORA, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(load(tiny_llama), make_rows(8), tmp_path, **settings).train()
+    other = load(tiny_llama)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    trainer = make_trainer(other, make_rows(8), tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"(?i)reference.*\d nats"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_resume_of_a_whole_model_keeps_its_reference(tiny_llama, tmp_path):
+    """The checkpoint's weights are the policy's, and none of the reference's."""
+    settings = QUICK | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    unbroken = make_trainer(tiny_llama, make_rows(8), tmp_path, **settings)
+    unbroken.train()
+    resumed = make_trainer(tiny_llama, make_rows(8), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(unbroken.model), weights(resumed.model))
+    assert unbroken.evaluate(make_rows(8))["eval_loss"] == resumed.evaluate(make_rows(8))["eval_loss"]

@@ -1,0 +1,338 @@
+"""The layouts in which public data sets are published: what becomes of each answer, and what is left out."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, IterableDataset
+from family_samples import SAMPLES
+
+from trl_ulma.data.adapters import FAMILIES, LeftOut, Noted, find
+from trl_ulma.data.convert import convert
+from trl_ulma.data.detect import detected
+from trl_ulma.data.files import load_rows
+
+USER, GOOD = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+
+
+def outcomes(family, *raw, **options):
+    """(prompt, completion, label, demonstration) of rows with their texts alone; the reason of what is left out."""
+
+    def texts(value):
+        return value if isinstance(value, str) else [turn["content"] for turn in value]
+
+    def shown(each):
+        if isinstance(each, LeftOut):
+            return each.why
+        if isinstance(each, Noted):
+            return each.what
+        answer = texts(each["completion"])
+        return texts(each["prompt"]), answer if isinstance(answer, str) else answer[-1], each["label"], each["sft_mask"]
+
+    return [shown(each) for each in find(family).read(raw, **options)]
+
+
+def labels(family, *raw, **options):
+    return [each["label"] if isinstance(each, dict) else each.why for each in find(family).read(raw, **options)]
+
+
+@pytest.mark.parametrize("family", SAMPLES)
+def test_every_answer_of_a_family_is_a_row(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    raw = [SAMPLES[family](i) for i in range(8)]
+    direct, account = convert(family, IterableDataset.from_generator(lambda: iter(raw)))
+    assert (account.rows_in, account.left_out) == (8, {})
+    assert account.answers == account.rows_out == len(direct)
+    # Through a file, in which Arrow gives each object the keys of all, they are the same
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(each) + "\n" for each in raw))
+    read, _ = convert(family, load_rows(tmp_path / "raw.jsonl")["train"])
+    assert list(read) == list(direct)
+    assert set(direct["label_type"]) <= {"binary", "continuous"}
+    assert family in [each.family for each in detected(raw)]
+
+
+@pytest.mark.parametrize("family", SAMPLES)
+def test_rows_of_nothing_are_counted_and_do_not_stop_the_rest(family):
+    good = SAMPLES[family](0)
+    bad = dict.fromkeys(good)
+    rows, account = convert(family, IterableDataset.from_generator(lambda: iter([good, bad, good])))
+    assert account.rows_in == 3
+    assert sum(each.count for each in account.left_out.values()) >= 1
+    assert account.answers == account.rows_out + sum(each.count for each in account.left_out.values())
+    assert len(rows) == account.rows_out >= 2
+
+
+def test_the_sample_rows_of_the_documentation_are_read():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rows.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w-]+)` \| `(\{.*?\})` \| .+ \|$", page, re.MULTILINE)
+    assert {family for family, _ in table} == set(FAMILIES)
+    for family, raw in table:
+        row = json.loads(raw)
+        _, account = convert(family, IterableDataset.from_generator(lambda row=row: iter([row])))
+        assert account.answers == account.rows_out >= 1, family
+
+
+# Labels of one's own
+
+
+def test_answers_with_labels():
+    raw = {"prompt": "Hi", "completion": "Hello!"}
+    assert outcomes("kto", raw | {"label": True}, raw | {"label": 0.3}, raw | {"label": "0"}) == [
+        (["Hi"], "Hello!", 1.0, True),
+        (["Hi"], "Hello!", 0.3, False),
+        (["Hi"], "Hello!", 0.0, False),
+    ]
+    assert outcomes("kto", raw | {"label": 1}, liked=True) == [(["Hi"], "Hello!", 1.0, False)]
+    assert outcomes("kto", raw | {"label": 4}, label_type="continuous") == [(["Hi"], "Hello!", 4.0, False)]
+    assert outcomes("kto", raw | {"label": 4}, raw | {"label": "up"}, raw | {"label": None}) == [
+        "its label is outside [0, 1], where binary labels lie: set --label_type continuous",
+        "its label is not a number",
+        "its label is not a number",
+    ]
+
+
+def test_the_last_turn_of_a_conversation_is_the_answer():
+    turns = [USER, GOOD, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Bye."}]
+    assert outcomes("messages", {"messages": turns, "label": 0}) == [(["Hi", "Hello!", "Bye"], "Bye.", 0.0, False)]
+    assert outcomes("messages", {"messages": turns[:3], "label": 0}, {"messages": "Hi", "label": 0}) == [
+        "it does not end in an assistant turn",
+        "its messages are no list of turns with a role and content",
+    ]
+
+
+def test_each_turn_has_its_label():
+    turns = [USER, GOOD | {"label": 1}, {"role": "user", "content": "Bye"}, GOOD, USER, GOOD | {"label": 0.0}]
+    assert outcomes("turns", {"messages": turns}) == [
+        (["Hi"], "Hello!", 1.0, True),
+        "its turn has no label",
+        (["Hi", "Hello!", "Bye", "Hello!", "Hi"], "Hello!", 0.0, False),
+    ]
+
+
+# ShareGPT, Alpaca, steps
+
+
+def test_sharegpt():
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+    good, bad = {"from": "gpt", "value": "Yes"}, {"from": "gpt", "value": "No"}
+    assert outcomes("sharegpt", {"conversations": turns, "system": "Be kind."}) == [
+        (["Be kind.", "Hi"], "Hello!", 1.0, True)
+    ]
+    assert outcomes("sharegpt", {"conversations": turns, "kto_tag": False}) == [(["Hi"], "Hello!", 0.0, False)]
+    assert outcomes("sharegpt", {"conversations": turns[:1], "chosen": good, "rejected": bad}) == [
+        (["Hi"], "Yes", 1.0, True),
+        (["Hi"], "No", 0.0, False),
+    ]
+    odd = [[{"from": "observation", "value": "{}"}], [{"from": "human", "value": None}], "Hi", turns[:1]]
+    assert [outcomes("sharegpt", {"conversations": each})[0] for each in odd] == [
+        "a turn of it is from 'observation', which is neither a user, an assistant nor a system",
+        "a turn of it is not text",
+        "its conversation is no list of turns with `from` and `value`",
+        "it does not end in an assistant turn",
+    ]
+
+
+def test_alpaca():
+    raw = {"instruction": "Add.", "input": "", "output": "4"}
+    assert outcomes("alpaca", raw, raw | {"input": "2 + 2"}, raw | {"label": 0}) == [
+        (["Add."], "4", 1.0, True),
+        (["Add.\n\n2 + 2"], "4", 1.0, True),
+        (["Add."], "4", 0.0, False),
+    ]
+    history = {"system": "Be kind.", "history": [["Hi", "Hello!"]]}
+    assert outcomes("alpaca", raw | history) == [(["Be kind.", "Hi", "Hello!", "Add."], "4", 1.0, True)]
+    reason = "its instruction, input, output, system or history is not text"
+    assert outcomes("alpaca", raw | {"output": 4}, raw | {"history": [["Hi"]]}) == [reason] * 2
+
+
+def test_steps():
+    raw = {"prompt": "2 + 3 + 4?", "completions": ["5", "9", "10"], "labels": [True, True, False]}
+    assert outcomes("stepwise", raw) == [
+        ("2 + 3 + 4?\n", "5", 1.0, True),
+        ("2 + 3 + 4?\n5\n", "9", 1.0, True),
+        ("2 + 3 + 4?\n5\n9\n", "10", 0.0, False),
+    ]
+    assert outcomes("stepwise", raw, separator="\\n\\n", liked=True)[1] == ("2 + 3 + 4?\n\n5\n\n", "9", 1.0, False)
+    assert labels("stepwise", raw | {"labels": [True]}) == ["its question has other numbers of steps and labels"] * 3
+    assert labels("stepwise", raw | {"labels": [True, None, 2]}) == [
+        1.0,
+        *["its label is not a number from 0 to 1"] * 2,
+    ]
+    rows, _ = convert("stepwise", Dataset.from_list([raw]))
+    assert rows[1]["prompt"] == "2 + 3 + 4?\n5\n"
+
+
+# Ratings
+
+
+def test_helpsteer():
+    raw = SAMPLES["helpsteer"](3)
+    assert labels("helpsteer", raw) == [3.0]
+    assert labels("helpsteer", raw, aspect="verbosity") == [1.0]
+    marked = "Hi\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nBye"
+    [row] = find("helpsteer").read([raw | {"prompt": marked}])
+    assert [(turn["role"], turn["content"]) for turn in row["prompt"]] == [
+        ("user", "Hi"),
+        ("assistant", "Hello!"),
+        ("user", "Bye"),
+    ]
+    assert labels("helpsteer", raw | {"helpfulness": None}) == ["its label is not a number"]
+    with pytest.raises(ValueError, match="aspect is 'tone'"):
+        list(find("helpsteer").read([raw], aspect="tone"))
+
+
+def test_ultrafeedback():
+    raw = SAMPLES["ultrafeedback"](2)
+    assert outcomes("ultrafeedback", raw) == [
+        (["Say 2."], "alpaca-7b says 2.", 7.5, False),
+        (["Say 2."], "gpt-4 says 2.", 9.0, False),
+    ]
+    assert labels("ultrafeedback", raw, aspect="fine-grained") == [3.75, 4.5]
+    assert labels("ultrafeedback", raw, aspect="honesty") == [3.0, 3.0]
+    assert labels("ultrafeedback", raw, aspect="instruction_following") == ["its label is not a number"] * 2
+    assert labels("ultrafeedback", raw | {"completions": []}) == ["its instruction has no completions"]
+    with pytest.raises(ValueError, match="aspect is 'tone'"):
+        list(find("ultrafeedback").read([raw], aspect="tone"))
+
+
+def flattened(message, parent=None, labels_as_lists=True):
+    labels = message["labels"]
+    if labels_as_lists:
+        labels = {"name": [*labels], "value": [each["value"] for each in labels.values()], "count": [3] * len(labels)}
+    yield {key: value for key, value in message.items() if key != "replies"} | {"parent_id": parent, "labels": labels}
+    for reply in message["replies"]:
+        yield from flattened(reply, message["message_id"], labels_as_lists)
+
+
+@pytest.mark.parametrize("as_lists", [False, True])
+def test_openassistant_trees_and_their_messages(as_lists):
+    tree = SAMPLES["oasst"](1)
+    expected = [
+        (["1?"], "Yes 1", 0.75, False),
+        (["1?", "Yes 1", "Thanks 1."], "You are welcome, 1.", 1.0, True),
+        (["1?"], "No 1", 0.25, False),
+    ]
+    assert outcomes("oasst", tree) == expected
+    flat = list(flattened(tree["prompt"], labels_as_lists=as_lists))
+    assert outcomes("oasst", *flat) == expected
+    assert outcomes("oasst", *reversed(flat)) == expected[::-1]
+    assert labels("oasst", tree, label="rank") == [0.0, 0.0, -1.0]
+    [*_, row] = find("oasst").read([tree], label="rank")
+    assert (row["label"], row["label_type"]) == (-1.0, "continuous")
+
+
+def test_openassistant_messages_that_are_left_out():
+    tree = SAMPLES["oasst"](1)
+    flat = list(flattened(tree["prompt"]))
+    flat[1] |= {"deleted": True}
+    flat[3] |= {"parent_id": "gone"}
+    flat[4] |= {"labels": None, "review_result": None}
+    assert labels("oasst", *flat) == [
+        "it was deleted, or refused in review",
+        "a message before it is missing",
+        "it has no quality",
+    ]
+    assert labels("oasst", {"message_tree_id": "1", "prompt": None}) == ["its tree has no first message"]
+
+
+# Safety
+
+
+def test_safety():
+    raw = SAMPLES["pku-saferlhf"](1)
+    assert outcomes("pku-saferlhf", raw) == [(["Harm 1!"], "No.", 1.0, True), (["Harm 1!"], "Sure.", 0.0, False)]
+    assert labels("pku-saferlhf", raw, label="better") == [0.0, 1.0]
+    assert labels("pku-saferlhf", raw, label="safer") == [1.0, 0.0]
+    assert (
+        labels("pku-saferlhf", raw | {"safer_response_id": -1}, label="safer")
+        == ["it is not known whether it is safer"] * 2
+    )
+    assert labels("pku-saferlhf", raw | {"is_response_1_safe": None}) == [1.0, "it is not known whether it is safe"]
+    tails = SAMPLES["beavertails"](0)
+    assert labels("beavertails", tails, tails | {"is_safe": 0}, tails | {"is_safe": None}) == [
+        1.0,
+        0.0,
+        "it is not known whether it is safe",
+    ]
+
+
+# Comparisons
+
+
+def test_votes_of_the_arena():
+    assert [labels("arena", SAMPLES["arena"](i)) for i in range(4)] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.0]]
+    assert labels("arena", SAMPLES["arena"](2), ties="leave_out") == ["its vote is a tie"] * 2
+    assert labels("arena", SAMPLES["arena"](0) | {"winner": None})[0].startswith("its vote is none of model_a, model_b")
+    lists = {"prompt": '["Hi", "Bye"]', "response_a": '["Hello!", "Bye."]', "response_b": ["Hey!", "Ciao."]}
+    vote = {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+    assert outcomes("arena", lists | vote) == [
+        (["Hi", "Hello!", "Bye"], "Bye.", 1.0, True),
+        (["Hi", "Hey!", "Bye"], "Ciao.", 0.0, False),
+    ]
+    assert labels("arena", lists | vote | {"winner_model_a": "0", "winner_tie": "1"}) == [0.5, 0.5]
+    [why, _] = labels("arena", lists | vote | {"response_a": "[null]"})
+    assert why == "its question or answer is not text"
+
+
+def test_ranks():
+    assert labels("nectar", SAMPLES["nectar"](0)) == [-1.0, -2.0, -3.0]
+    raw = SAMPLES["nectar"](0) | {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: "}
+    assert outcomes("nectar", raw)[0][0] == ["Hi", "Hello!", "Bye"]
+    raw["answers"][1] = {"answer": "Yes", "rank": None}
+    assert labels("nectar", raw) == [-1.0, "its rank is not a number", -3.0]
+
+
+def test_webgpt():
+    raw = SAMPLES["webgpt"](1)
+    assert outcomes("webgpt", raw) == [
+        (["An egg 1?"], "Boil it 0 [1].", 0.5, False),
+        (["An egg 1?"], "Boil it 1 [1].", -0.5, False),
+    ]
+    [first, _] = outcomes("webgpt", raw, quotes=True)
+    assert first[0] == ["Eggs (egg.com)\nAn egg is boiled.\n\nAn egg 1?"]
+    assert (
+        labels("webgpt", raw | {"quotes_0": None}, quotes=True)[0] == "its quotes are not lists of titles and extracts"
+    )
+
+
+def test_summaries():
+    raw = SAMPLES["tldr"](1)
+    prompt = "SUBREDDIT: r/tea\n\nTITLE: Hot\n\nPOST: It was 1.\n\nTL;DR:"
+    assert outcomes("tldr", raw) == [([prompt], "sup1 1", 0.0, False), ([prompt], "ref 1", 1.0, True)]
+    assert labels("tldr", raw | {"choice": 2}) == ["its choice is none of the summaries"] * 2
+    axes = {"overall": 5, "accuracy": 7, "coverage": None, "coherence": 6}
+    rated = {"info": {"article": "News."}, "summary": {"text": "Short.", "policy": "ref", "axes": axes}, "worker": "w"}
+    assert outcomes("tldr", rated) == [(["News.\n\nTL;DR:"], "Short.", 5.0, False)]
+    assert labels("tldr", rated, aspect="coverage") == ["its label is not a number"]
+    assert labels("tldr", rated | {"info": None}) == ["its post is not text"]
+
+
+def test_pairs_of_stack_exchange():
+    raw = SAMPLES["stack-exchange-paired"](1)
+    assert outcomes("stack-exchange-paired", raw, raw | {"response_j": "Dunno.", "response_k": "Fry it."}) == [
+        (["An egg 1?"], "Boil it.", 1.0, True),
+        (["An egg 1?"], "Dunno.", 0.0, False),
+        "an answer that other pairs have, too: each pair makes a row of it",
+        (["An egg 1?"], "Dunno.", 1.0, True),
+        (["An egg 1?"], "Fry it.", 0.0, False),
+    ]
+    assert Counter(labels("stack-exchange-paired", raw | {"response_k": "Boil it."})) == {
+        "both halves of its pair say the same": 2
+    }
+
+
+# Files of text
+
+
+def test_numbers_of_a_csv_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rated.csv").write_text(
+        "prompt,response,helpfulness,correctness,coherence,complexity,verbosity\nHi,Hello!,3,4,4,1,1\nHi,Go.,none,0,0,0,0\n"
+    )
+    rows, account = convert("helpsteer", load_rows(tmp_path / "rated.csv")["train"])
+    assert (rows["label"][:], account.answers) == ([3.0], 2)
+    (tmp_path / "shp.csv").write_text("post_id,history,human_ref_A,human_ref_B,score_A,score_B\na,Hi?,Yes,No,7,3\n")
+    rows, _ = convert("votes", load_rows(tmp_path / "shp.csv")["train"])
+    assert rows["label"][:] == [3.0, 2.0]

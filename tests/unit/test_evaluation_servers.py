@@ -1,0 +1,402 @@
+"""Servers as they are: what each refuses is done without, and what it sends beside its answer is kept apart."""
+
+import json
+
+import pytest
+import servers
+from servers import LoopbackServer, openai_error, said
+
+from trl_ulma.evaluation.refusals import Why, is_other_endpoint, refused_parameter, why
+from trl_ulma.evaluation.server import Refusal, Reply, Server, ServerError
+from trl_ulma.evaluation.turns import answer_text, as_text, for_server, split_reasoning
+
+CHAT = [{"role": "user", "content": "Hi"}]
+DRAWN = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+
+
+@pytest.fixture
+def strict(request):
+    """A server that refuses what the function of the test's parameter says, and the notices about it."""
+    server = LoopbackServer(lambda messages: said("Hello!"))
+    notes: list[str] = []
+    yield server, Server("m", server.url, retries=0, note=notes.append), notes
+    server.stop()
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("refuse", "taken", "dropped"),
+    [
+        (servers.reasoning_model, {"max_completion_tokens": 7, "seed": 3}, ["temperature", "top_p"]),
+        (servers.mistral, {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9}, ["seed"]),
+        (servers.groq, {"max_tokens": 7, "temperature": 0.5}, ["top_p", "seed"]),
+        (servers.claude, {"max_tokens": 7, "temperature": 0.5, "seed": 3}, ["top_p"]),
+        (servers.transformers_strict, {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9}, ["seed"]),
+        (lambda path, request: None, DRAWN, []),
+    ],
+)
+def test_what_a_server_refuses_is_left_out_once(strict, refuse, taken, dropped):
+    server, client, notes = strict
+    server.refuse = refuse
+    changes = tuple(f"{name} is left out" for name in dropped)
+    reply = client.ask(CHAT, **DRAWN)
+    assert (reply.text, reply.finished, reply.changes) == ("Hello!", True, changes)
+    sent = {name: value for name, value in server.requests[-1].items() if name not in ("model", "messages")}
+    assert sent == taken
+    before = len(server.requests)
+    client.each(lambda i: client.ask(CHAT, **DRAWN), range(20))
+    assert len(server.requests) == before + 20  # it is remembered
+    renamed = "max_completion_tokens" in taken
+    assert len(notes) == len(dropped) + renamed
+    told = [f"{name} is left out of all requests" for name in dropped] + ["in place of max_tokens"] * renamed
+    assert all(sum(each in note for note in notes) == 1 for each in told)
+    assert all(note.startswith(f'{server.url}, m: "') for note in notes)
+
+
+def test_nothing_is_sent_that_is_none(strict):
+    server, client, _ = strict
+    client.ask(CHAT, max_tokens=7, temperature=None)
+    assert set(server.requests[0]) == {"model", "messages", "max_tokens"}
+
+
+def test_parameters_are_found_out_by_one_request_and_not_by_all_at_once(strict):
+    server, client, _ = strict
+    server.refuse = servers.reasoning_model
+    client.each(lambda i: client.ask(CHAT, **DRAWN), range(20))
+    assert len(server.requests) == 20 + 3
+
+
+@pytest.mark.parametrize(
+    "message", ["max_tokens is too large: 99999. This model supports at most 16384 completion tokens", "no such limit"]
+)
+def test_the_limit_is_never_left_out(strict, message):
+    server, client, _ = strict
+    server.refuse = lambda path, request: openai_error(
+        400, message, "max_tokens" if "max_tokens" in request else "max_completion_tokens", None
+    )
+    with pytest.raises(Refusal, match=message[:20]):
+        client.ask(CHAT, **DRAWN)
+    assert all({"max_tokens", "max_completion_tokens"} & set(request) for request in server.requests)
+    assert len(server.requests) == (1 if "too large" in message else 2)
+
+
+def test_texts_have_one_name_of_the_limit(strict):
+    server, client, _ = strict
+    server.refuse = lambda path, request: openai_error(400, "'max_tokens' is not supported", "max_tokens", None)
+    with pytest.raises(Refusal, match="'max_tokens' is not supported"):
+        client.ask("Hi", **DRAWN)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "found"),
+    [
+        # What is repeated of the request is not what is said of it
+        (422, {"detail": [{"loc": ["body", "messages"], "msg": "too few", "input": "temperature not allowed"}]}, None),
+        (400, {"message": "Unsupported: my_seed"}, None),
+        (400, {"message": "temperature is fine"}, None),
+        (401, {"message": "'seed' is not supported"}, None),
+        (400, {"message": "'seed' is not supported: content filter"}, None),
+        (400, {"message": "[{'type': 'extra_forbidden', 'loc': ('body', 'seed'), 'msg': 'Extra inputs'}]"}, "seed"),
+        (422, '{"detail":[{"loc":["body","top_p"],"msg":"Extra inputs are not permitted"}]}', "top_p"),
+        (400, {"message": "litellm.UnsupportedParamsError: m does not support parameters: {'seed': 1}"}, "seed"),
+        (400, {"message": "Unknown field", "param": "temperature"}, "temperature"),
+        (422, {"error": {"message": "Unrecognized request argument supplied: seed"}}, "seed"),
+    ],
+)
+def test_which_parameter_is_refused_is_read_from_what_is_said(status, body, found):
+    assert refused_parameter(status, body, ["seed", "top_p", "temperature", "max_tokens"]) == found
+
+
+# Single requests
+
+
+@pytest.mark.parametrize("name", servers.REFUSALS)
+def test_a_refusal_is_of_its_request_and_says_why(strict, name):
+    about, refusal = servers.REFUSALS[name]
+    server, client, notes = strict
+    server.answer = lambda messages: refusal if messages[0]["content"] == "bad" else said("Hello!")
+    for _ in range(20):  # however many there are, and before any answer
+        with pytest.raises(Refusal) as caught:
+            client.ask([{"role": "user", "content": "bad"}], **DRAWN)
+        assert caught.value.why == about
+        if about == "refused":
+            break
+    assert client.ask(CHAT, **DRAWN).text == "Hello!"
+    assert notes == []
+    assert all(set(DRAWN) < set(request) for request in server.requests)
+
+
+def test_failures_one_after_the_other_end_the_run_and_single_ones_do_not(strict):
+    server, client, _ = strict
+    broken = {"bad"}
+    server.answer = lambda messages: (500, "oops") if messages[0]["content"] in broken else said("Hello!")
+    bad = [{"role": "user", "content": "bad"}]
+    with pytest.raises(ServerError, match='answered 500: "oops"') as caught:
+        client.ask(bad, **DRAWN)
+    assert not isinstance(caught.value, Refusal)  # it has not answered anything yet
+    client.ask(CHAT, **DRAWN)
+    for _ in range(10):
+        with pytest.raises(Refusal) as caught:
+            client.ask(bad, **DRAWN)
+        assert caught.value.why is Why.FAILED
+        client.ask(CHAT, **DRAWN)
+    broken.add("Hi")
+    kinds = []
+    for _ in range(8):
+        with pytest.raises(ServerError) as caught:
+            client.ask(CHAT, **DRAWN)
+        kinds.append(type(caught.value))
+    assert kinds == [Refusal] * 7 + [ServerError]
+
+
+def test_a_server_that_refuses_all_is_given_up(strict):
+    server, client, _ = strict
+    server.answer = lambda messages: (400, {"detail": "no"})
+    kinds = []
+    for _ in range(8):
+        with pytest.raises(ServerError, match='answered 400: "no"') as caught:
+            client.ask(CHAT, **DRAWN)
+        kinds.append(type(caught.value))
+    assert kinds == [Refusal] * 7 + [ServerError]
+
+
+def test_a_quota_that_is_used_up_ends_the_run(strict):
+    server, client, _ = strict
+    client.ask(CHAT, **DRAWN)
+    server.answer = lambda messages: openai_error(429, "You exceeded your quota", None, "insufficient_quota")
+    with pytest.raises(ServerError, match="You exceeded your quota") as caught:
+        client.ask(CHAT, **DRAWN)
+    assert not isinstance(caught.value, Refusal)
+
+
+# Chats and texts
+
+
+def no_chats(path, request):
+    return (404, {"detail": "Not Found"}) if path.endswith("/chat/completions") else None
+
+
+def no_texts(path, request):
+    return (405, "<html>Method Not Allowed</html>") if path.endswith("/v1/completions") else None
+
+
+@pytest.mark.parametrize("refuse", [no_texts, servers.mistral, servers.reasoning_model])
+def test_texts_are_asked_as_chats_where_there_is_nothing_else(strict, refuse):
+    server, client, notes = strict
+    server.refuse = refuse
+    reply = client.ask("The capital of France is", max_tokens=7)
+    assert (reply.text, reply.changes) == (
+        "Hello!",
+        ("it takes chats only, so each text is asked as a user's message",),
+    )
+    assert server.requests[-1]["messages"] == [{"role": "user", "content": "The capital of France is"}]
+    client.ask("\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why?\n\nAssistant:", max_tokens=7)
+    assert [turn["content"] for turn in server.requests[-1]["messages"]] == ["Hi", "Hello!", "Why?"]
+    assert sum("takes chats only" in note for note in notes) == 1
+    assert sum(path.endswith("/v1/completions") for path in server.paths) == 1
+
+
+@pytest.mark.parametrize("refuse", [no_chats, servers.vllm_base_model])
+def test_chats_are_asked_as_texts_where_there_is_nothing_else(strict, refuse):
+    server, client, notes = strict
+    server.refuse = refuse
+    reply = client.ask([*CHAT, {"role": "assistant", "content": "Hello!"}, *CHAT], max_tokens=7)
+    assert reply.text == "Hello!"
+    assert "it takes no chats" in reply.changes[0]
+    assert server.requests[-1]["prompt"] == "User: Hi\n\nAssistant: Hello!\n\nUser: Hi\n\nAssistant:"
+    client.ask(CHAT, max_tokens=7)
+    assert len(server.requests) == 3
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("prompt", ["Hi", CHAT])
+def test_a_model_that_is_not_there_is_named(strict, prompt):
+    server, client, notes = strict
+    server.refuse = lambda path, request: openai_error(404, "The model `m` does not exist", None, "model_not_found")
+    for _ in range(2):
+        with pytest.raises(ServerError, match=r"The model `m` does not exist.*It has no model 'm'") as caught:
+            client.ask(prompt, max_tokens=7)
+        assert not isinstance(caught.value, Refusal)
+    assert notes == []
+    server.refuse = lambda path, request: None
+    assert client.ask(prompt, max_tokens=7).changes == ()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"object": "error", "message": "Invalid model: m", "type": "invalid_model", "code": "1500"},
+        {"error": {"message": "m is not a valid model ID", "code": 400}},
+        {"detail": "Server is pinned to 'other'; requested 'm'."},
+        {"error": {"message": "The model `m` does not exist or you do not have access to it.", "code": "x"}},
+    ],
+)
+def test_a_model_that_is_not_there_ends_the_run_whatever_the_status(strict, body):
+    server, client, _ = strict
+    client.ask(CHAT, max_tokens=7)
+    server.answer = lambda messages: (400, body)
+    with pytest.raises(ServerError, match="It has no model 'm'") as caught:
+        client.ask(CHAT, max_tokens=7)
+    assert not isinstance(caught.value, Refusal)
+
+
+def test_the_other_form_can_be_refused_for_a_reason_of_its_own(strict):
+    server, client, _ = strict
+    server.refuse = no_texts
+    server.answer = lambda messages: servers.REFUSALS["azure"][1]
+    with pytest.raises(Refusal) as caught:
+        client.ask("bad", max_tokens=7)
+    assert caught.value.why is Why.FILTERED
+
+
+# Real ones
+
+
+DRAWN_GREEDILY = {"max_tokens": 16, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory):
+    return servers.make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1")
+
+
+def test_transformers_serve_is_asked_chats_and_texts(parrot):
+    notes: list[str] = []
+    with servers.transformers_serve(parrot) as url:
+        client = Server(parrot, url, note=notes.append, timeout=120)
+        client.check()
+        reply = client.ask(CHAT, **DRAWN_GREEDILY)
+        assert (reply.text, reply.finished, reply.changes) == ("VERDICT: 1", True, ())
+        assert min(reply.tokens) > 0
+        assert client.ask("<|user|>Hi<|end|><|assistant|>", **DRAWN_GREEDILY).text == "VERDICT: 1"
+        assert not client.ask(CHAT, max_tokens=1, temperature=0.0).finished
+        assert client.ask(CHAT, **DRAWN).text
+        with pytest.raises(ServerError, match=r"answered [45]"):
+            Server("no-such-model", url, retries=0).ask(CHAT, max_tokens=1)
+    assert notes == []
+
+
+@pytest.mark.skipif(not servers.has_llama_cpp(), reason="llama-cpp-python[server] is not installed")
+def test_llama_cpps_server_is_asked_chats_and_texts(parrot):
+    notes: list[str] = []
+    with servers.llama_cpp_serve(servers.make_gguf(parrot), n_ctx=256) as url:
+        client = Server("parrot", url, note=notes.append, timeout=120, retries=0, concurrency=1)
+        client.check()
+        reply = client.ask(CHAT, **DRAWN_GREEDILY)
+        assert (reply.text, reply.finished, reply.changes) == ("VERDICT: 1", True, ())
+        assert not client.ask(CHAT, max_tokens=1, temperature=0.0).finished  # it knows no max_completion_tokens
+        assert client.ask("<|user|>Hi<|end|><|assistant|>", **DRAWN_GREEDILY).text == "VERDICT: 1"
+        assert client.ask(CHAT, **DRAWN).text
+        with pytest.raises(Refusal) as caught:
+            client.ask([{"role": "user", "content": "cat " * 400}], **DRAWN_GREEDILY)
+        assert caught.value.why is Why.TOO_LONG
+        assert client.ask(CHAT, **DRAWN_GREEDILY).text == "VERDICT: 1"
+    assert notes == []
+
+
+def test_other_endpoints_are_not_seen_everywhere():
+    assert not is_other_endpoint(400, "max_tokens is not supported")
+    assert not is_other_endpoint(401, "chat model")
+    assert why(404, "content filter") is None
+
+
+# Answers
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "reasoning"),
+    [
+        (said("<think>\nHm.\n</think>\n\nHello!"), "Hello!", "Hm."),
+        (said("Hm.\n</think>\n\nHello!"), "Hello!", "Hm."),
+        (said("[THINK]Hm.[/THINK]Hello!"), "Hello!", "Hm."),
+        (said("<think>Hm, hm", "length"), "", "Hm, hm"),
+        (said("Hello!", reasoning_content="Hm."), "Hello!", "Hm."),
+        (said("Hello!", reasoning="Hm."), "Hello!", "Hm."),
+        (said("\n\nHello!", reasoning="Hm.", reasoning_content=None), "\n\nHello!", "Hm."),
+        (said(None, "length", reasoning_content="Hm."), "", "Hm."),
+        (
+            said(
+                [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Yes"}]
+            ),
+            "Yes",
+            "Hm.",
+        ),
+        (said("Hello!", reasoning={"effort": "low"}), "Hello!", ""),
+        (said(None, "tool_calls", tool_calls=[CALL]), '[tool call] weather({"city": "Oslo"})', ""),
+        (
+            said("Wait.", "tool_calls", tool_calls=[CALL], reasoning="Hm."),
+            'Wait.\n\n[tool call] weather({"city": "Oslo"})',
+            "Hm.",
+        ),
+        (
+            said('<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'),
+            '[tool call] weather({"city": "Oslo"})',
+            "",
+        ),
+        (said(None, refusal="I can't."), "I can't.", ""),
+        (said("Use the </think> tag."), "Use the </think> tag.", ""),
+        (said(None), "", ""),
+    ],
+)
+def test_answers_are_kept_apart_from_reasoning_and_calls_are_shown(strict, answer, text, reasoning):
+    server, client, _ = strict
+    server.answer = lambda messages: answer
+    reply = client.ask(CHAT, max_tokens=7)
+    assert (reply.text, reply.reasoning) == (text, reasoning)
+    assert reply.finished == (answer[1]["choices"][0]["finish_reason"] != "length")
+
+
+def test_tokens_are_counted_where_the_server_does(strict):
+    server, client, _ = strict
+    status, body = said("Hello!")
+    server.answer = lambda messages: (status, body | {"usage": {"prompt_tokens": 5, "completion_tokens": 2}})
+    assert client.ask(CHAT, max_tokens=7) == Reply("Hello!", True, tokens=(5, 2))
+
+
+def test_a_gateway_that_answers_without_choices_is_quoted(strict):
+    server, client, _ = strict
+    server.answer = lambda messages: (200, {"error": {"message": "Upstream is down", "code": 502}, "choices": None})
+    with pytest.raises(ServerError, match='answered: "Upstream is down"'):
+        client.ask(CHAT, max_tokens=7)
+
+
+def test_a_data_sets_messages_are_sent_without_nulls_and_with_ids(strict):
+    server, client, _ = strict
+    server.refuse = servers.mistral
+    call = {"type": "function", "id": None, "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    turns = [
+        {"role": "user", "content": "1 and 2?", "tool_calls": None, "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call, call], "name": None},
+        {"role": "tool", "content": "3", "tool_calls": None, "name": "add"},
+        {"role": "tool", "content": "3", "tool_calls": None, "name": "add"},
+        {"role": "user", "content": "Thanks", "tool_calls": [], "name": None},
+    ]
+    client.ask(turns, max_tokens=7)
+    sent = server.requests[-1]["messages"]
+    assert "null" not in json.dumps(sent)
+    assert [call["id"] for call in sent[1]["tool_calls"]] == [turn["tool_call_id"] for turn in sent[2:4]]
+    assert sent[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert "tool_calls" not in sent[4]
+    assert turns[1]["tool_calls"][0]["id"] is None  # the caller's own are left as they are
+    assert for_server(sent) == sent
+
+
+def test_conversations_are_shown_with_their_calls_and_without_reasoning():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1 and 2?"}]},
+        {"role": "assistant", "content": "<think>Add.</think>Wait.", "tool_calls": [call], "reasoning_content": "Add."},
+        {"role": "tool", "content": "3", "name": "add"},
+    ]
+    assert as_text(turns) == 'User: [image]1 and 2?\n\nAssistant: Wait.\n\n[tool call] add({"a": 1})\n\nTool: 3'
+    assert answer_text(turns[1:2]) == 'Wait.\n\n[tool call] add({"a": 1})'
+    assert answer_text(" <think>a</think> b") == "b"
+    assert answer_text(" Hello") == " Hello"
+    assert split_reasoning("<reasoning>a</reasoning> b") == ("a", "b")
+    assert split_reasoning("a</think>b", is_open=True) == ("a", "b")

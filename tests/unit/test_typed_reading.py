@@ -1,0 +1,711 @@
+"""Files are read as they are written: types that all rows agree with, names and labels that are mapped, and fuzz."""
+
+import csv
+import gzip
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from trl_ulma.data.columns import Names, number
+from trl_ulma.data.files import check_splits, load_rows, origin
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path, content, encoding="utf-8"):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
+    return path
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def row(label, **others):
+    return {"prompt": "p", "completion": "c", "label": label, **others}
+
+
+def read(path, **kwargs):
+    return load_rows(path, **kwargs)["train"]
+
+
+def typed(values):
+    """Values with their types: True, 1 and 1.0 are not the same."""
+    return [(type(value), value) for value in values]
+
+
+# Types
+
+
+def test_each_split_has_the_types_of_its_own_rows(tmp_path):
+    write(tmp_path / "train.jsonl", lines([row(True), row(False)]))
+    write(tmp_path / "test.jsonl", lines([row(0.5), row(0.2)]))
+    splits = load_rows(tmp_path)
+    assert typed(splits["train"]["label"]) == typed([True, False])
+    assert typed(splits["test"]["label"]) == typed([0.5, 0.2])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(lines([row(1), row(5)]), lines([row(4.5)])), (lines([row(True)]), lines([row(0.5)])), (None, lines([row(0.5)]))],
+)
+def test_files_of_one_split_agree(tmp_path, first, second, streaming):
+    if first is None:
+        pq.write_table(pa.table({"prompt": ["p"], "completion": ["c"], "label": [True]}), tmp_path / "train-0.parquet")
+    else:
+        write(tmp_path / "train-0.jsonl", first)
+    write(tmp_path / "train-1.jsonl", second)
+    labels = [each["label"] for each in load_rows(tmp_path, streaming=streaming)["train"]]
+    assert labels in ([1, 5, 4.5], [1, 0.5])
+
+
+def test_labels_that_change_after_ten_megabytes(tmp_path):
+    rows = [row(i % 2, note=None) | {"prompt": "x" * 2000} for i in range(6000)] + [row(0.5, note=["late"])]
+    found = read(write(tmp_path / "rows.jsonl", lines(rows)))
+    assert found["label"][:][-3:] == [0.0, 1.0, 0.5]
+    assert (found["note"][0], found["note"][-1]) == (None, ["late"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, "x", 2.5, None],
+        ["", "text"],
+        [None, None, 3],
+        [[1], "x"],
+        [{"a": 1}, {"a": "x"}],
+        [{"a": 0.1234567890123456}, "x"],
+        [2**70, 1],
+        [float("nan"), "x"],
+        [{}, {"a": 1}],
+        ["2020-01-01 00:00:00", "2020-13-01"],
+        ["4", "true", '{"a": 1}', [1]],
+    ],
+)
+def test_columns_that_nothing_reads_never_matter(tmp_path, values):
+    rows = [row(i % 2, other=value) for i, value in enumerate(values)]
+    found = read(write(tmp_path / "rows.jsonl", lines(rows)))
+    assert found["label"][:] == [i % 2 for i in range(len(values))]
+    assert found["prompt"][:] == ["p"] * len(values)
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    read_back = found["other"][:]
+    assert (
+        read_back == values
+        or [None if v is None else v for v in read_back]
+        == [None if v is None else t for v, t in zip(values, texts, strict=True)]
+        or values == [{}, {"a": 1}]
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_truth_values_and_marks(tmp_path, streaming):
+    rows = [row("4", weight=1, sft_mask=1, log_z="-0.5"), row(" 0.5", weight="2", sft_mask="false", log_z=0)]
+    [one, other] = read(write(tmp_path / "rows.jsonl", lines(rows)), streaming=streaming)
+    assert (one["label"], other["label"]) == (4, 0.5)
+    assert (one["sft_mask"], other["sft_mask"]) == (True, False)
+    assert (one["weight"], other["weight"], one["log_z"]) == (1, 2, -0.5)
+
+
+def test_what_is_read_as_a_number_is_said(tmp_path, caplog):
+    read(write(tmp_path / "rows.jsonl", lines([row("4"), row("5")])))
+    assert [each.getMessage() for each in caplog.records] == [
+        f"{tmp_path / 'rows.jsonl'}: label: numbers that are written as text are read as numbers (2 values)."
+    ]
+
+
+def test_labels_that_are_no_numbers_stay_what_they_are(tmp_path):
+    found = read(write(tmp_path / "rows.jsonl", lines([row("4"), row("up"), row(None), row([1]), row(math.inf)])))
+    assert found["label"][:] in ([4, "up", None, [1], math.inf], ["4", "up", None, "[1]", "Infinity"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4", 4), ("-1", -1), (".5", 0.5), ("1e3", 1000.0), ("TRUE", True), (" 2 ", 2), ("0" * 17 + "7", 7)]
+    + [(text, None) for text in ("", "up", "nan", "inf", "1_000", "1,5", "0x1", "4/5", "9" * 30, "٤")],
+)
+def test_what_is_a_number(text, value):
+    assert typed([number(text)]) == typed([value])
+
+
+def test_messages_keep_what_they_hold(tmp_path):
+    turns = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": 0}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "x"}],
+    ]
+    found = read(write(tmp_path / "rows.jsonl", lines([{"prompt": each, "label": 1} for each in turns])))
+    assert found["prompt"][:] == turns
+
+
+def test_parquet_types(tmp_path):
+    table = {
+        "prompt": pa.array(["a", "b"], pa.large_string()),
+        "completion": pa.array(["x", "y"]).dictionary_encode(),
+        "label": pa.array([Decimal("0.50"), Decimal("1")], pa.decimal128(5, 2)),
+        "about": pa.array([{"a": 1}, {"a": 2}]),
+    }
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    table["map"] = pa.array([[("a", 1)], [("b", 2)]], pa.map_(pa.string(), pa.int64()))
+    pq.write_table(pa.table(table), tmp_path / "map.parquet")
+    for name in ("rows", "map"):
+        for streaming in (False, True):
+            [one, other] = read(tmp_path / f"{name}.parquet", streaming=streaming)
+            assert (one["prompt"], one["completion"], other["about"]) == ("a", "x", {"a": 2})
+            assert typed([one["label"], other["label"]])[0] == (float, 0.5)
+            assert other["label"] == 1
+
+
+# CSV
+
+
+def csv_file(path, text, encoding="utf-8"):
+    return read(write(path, text, encoding))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
+def test_any_delimiter_and_encoding(tmp_path, name, delimiter, encoding, caplog):
+    rows = [["prompt", "completion", "label"], ["Où, là; ça\t?", 'He said "non".\r\nThen left.', "1"], ["é", "", "0.5"]]
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows(rows)
+    content = text.getvalue().encode(encoding)
+    found = read(write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content))
+    assert found["prompt"][:] == [rows[1][0], rows[2][0]]
+    assert found["completion"][:] == [rows[1][1], ""]
+    assert found["label"][:] == [1, 0.5]
+    said = " ".join(record.getMessage() for record in caplog.records)
+    shown = {"cp1252": "cp1252", "utf-16": "UTF-16", "utf-16-le": "UTF-16-LE", "utf-16-be": "UTF-16-BE"}
+    assert (f"it is read as {shown.get(encoding)}" in said) == (encoding in shown)
+    usual = "\t" if name == "rows.tsv" else ","
+    assert ("its fields are separated by" in said) == (delimiter != usual)
+
+
+@pytest.mark.parametrize("text", ["None", "NA", "null", "NaN", "4", "5.0", "true", "2020-01-01", " ", "-", "#N/A"])
+def test_text_is_text(tmp_path, text):
+    found = csv_file(tmp_path / "rows.csv", f"prompt,completion,chosen,rejected\n{text},{text},{text},{text}\nx,,,\n")
+    assert found[0] == dict.fromkeys(("prompt", "completion", "chosen", "rejected"), text)
+    assert found[1] == {"prompt": "x", "completion": "", "chosen": "", "rejected": ""}
+
+
+def test_cells_that_say_nothing_and_cells_that_are_lists(tmp_path):
+    chat = [{"role": "user", "content": "Hi"}]
+    text = io.StringIO()
+    rows = [["prompt", "label", "weight", "sft_mask"], [json.dumps(chat), "", "", "1"], [repr(chat), "up", "2", ""]]
+    csv.writer(text).writerows(rows)
+    found = csv_file(tmp_path / "rows.csv", text.getvalue())
+    assert found["prompt"][:] == [chat, chat]
+    assert (found["label"][:], found["weight"][:], found["sft_mask"][:]) == ([None, "up"], [None, 2], [True, None])
+
+
+RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (RAGGED.format("How?,In water, eight minutes.,1"), r"has 4 fields in line 3, and 3 columns .* double quotes"),
+        (RAGGED.format("How?,1"), r"has 2 fields in line 3, and 3 columns"),
+        (RAGGED.format('"two\nlines","more\n\n",1\nHow?'), r"has 1 fields in line 7"),
+        (RAGGED.format('How?,"He said ""so"",1'), r"is broken CSV in line 3: unexpected end of data\. Put a field"),
+        (RAGGED.format('How?,"He said \\"so\\"",1'), r"is broken CSV in line 3: ',' expected after '\"'"),
+        ("prompt,label,prompt\na,1,b\n", r"names the column prompt twice in line 1"),
+        ("prompt,label\n\ra,1\n", r"has a carriage return in line 2 that no double quotes enclose"),
+        ("prompt;label\na;1;b\n", r"has 3 fields in line 2, .* holds a semicolon in double quotes"),
+        (("prompt,label\né,1\n").encode() + b"\xe9,1\n", r"is not UTF-8 text: byte 0xe9 in line 3"),
+        (b"prompt,label\n\x81,1\n", r"is not CP1252 text"),
+        ("prompt,label\n".encode("utf-16") + b"\x00\xd8", r"is not UTF-16 text"),
+    ],
+)
+def test_csv_that_is_refused(tmp_path, text, message, streaming):
+    with pytest.raises(ValueError, match=rf"rows\.csv {message}"):
+        read(write(tmp_path / "rows.csv", text), streaming=streaming)
+
+
+def test_lines_that_end_as_they_did_on_old_computers(tmp_path):
+    assert list(csv_file(tmp_path / "rows.csv", 'prompt,label\r\r"a\nb",1\rc,0')) == [
+        {"prompt": "a\nb", "label": 1},
+        {"prompt": "c", "label": 0},
+    ]
+
+
+def test_a_long_field_and_blank_lines(tmp_path):
+    found = csv_file(tmp_path / "rows.csv", f'prompt,completion\n\n"{"x, " * 100_000}",y\n\n')
+    assert len(found) == 1
+    assert len(found[0]["prompt"]) == 300_000
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": 1, "prompt": 2}\n', r"holds an object with 'prompt' twice in line 1"),
+        ('[{"prompt": "a"},\n {"prompt": 1, "prompt": 2}]', r"holds an object with 'prompt' twice in line 2"),
+        ('[{"prompt": "a"}\n{"prompt": "b"}]', r"is broken JSON in line 2, column 1: Expecting ',' delimiter"),
+        ('[{"prompt": "a"},\n]', r"is broken JSON in line 2, column 1: Expecting value"),
+        ('[{"prompt": "a"}', r"is broken JSON in line 1, column 17: the array is not closed"),
+        ('[{"prompt": "a"}]\n[1]', r"is broken JSON in line 2, column 1: something follows the end of the array"),
+        ('[{"prompt": "a"}, 5]', r"holds '5\]' in line 1, where an object"),
+        ('{"prompt": "\\ud800"}\n', r", line 1: prompt has half of a surrogate pair"),
+        ("[" * 100_000, r"holds|is"),
+    ],
+)
+def test_json_that_is_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"rows\.json ?{message}"):
+        read(write(tmp_path / "rows.json", text))
+
+
+def test_objects_one_after_the_other(tmp_path):
+    rows = [row(1), row(0, other={"a": [1, 2]})]
+    text = "\n".join(json.dumps(each, indent=2) for each in rows)
+    assert [each["other"] for each in read(write(tmp_path / "rows.json", text))] == [None, {"a": [1, 2]}]
+
+
+@pytest.mark.parametrize("size", [5, 17, 300])
+def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("trl_ulma.data.json_rows._CHUNK", size)
+    rows = [row(i, other={"n": [i, {"text": "x]},{" * (i % 7)}]}) for i in range(60)]
+    path = write(tmp_path / "rows.json", json.dumps(rows, indent=1))
+    found = read(path)
+    assert list(found) == rows
+    line = path.read_text().splitlines().index('  "label": 59,') - 2  # counted from 1, of the brace
+    assert origin(found, 59).endswith(f"rows.json, line {line}")
+    (tmp_path / "broken.json").write_text(path.read_text().replace('"label": 40,', '"label" 40,'))
+    with pytest.raises(ValueError, match=r"is broken JSON in line \d+, column 11: Expecting ':' delimiter"):
+        read(tmp_path / "broken.json")
+
+
+# Where rows come from
+
+
+def test_the_line_of_a_row(tmp_path):
+    text = 'prompt,label\n"a\n\nb",1\n\nc,0\nd,1\n'
+    rows = csv_file(tmp_path / "rows.csv", text)
+    assert [origin(rows, i) for i in (0, 1, 2, -1)] == [f"{tmp_path / 'rows.csv'}, line {n}" for n in (2, 6, 7, 7)]
+    assert origin(rows.select([2, 0]), 1) == f"{tmp_path / 'rows.csv'}, line 2"
+    write(tmp_path / "many" / "a.jsonl", "\n" + lines([row(1)]))
+    write(tmp_path / "many" / "b.csv", "prompt,label\na,1\n")
+    rows = read(tmp_path / "many")
+    assert [origin(rows, i) for i in (0, 1)] == [
+        f"{tmp_path / 'many' / 'a.jsonl'}, line 2",
+        f"{tmp_path / 'many' / 'b.csv'}, line 2",
+    ]
+    assert origin(Dataset.from_dict({"prompt": ["a"]}), 0) is None
+
+
+def test_a_second_start_reads_what_the_first_wrote(tmp_path):
+    path = write(tmp_path / "rows.csv", "prompt,label\na,1\n")
+    first, second = read(path), read(path)
+    assert first.cache_files == second.cache_files
+    assert first._fingerprint == second._fingerprint
+    write(path, "prompt,label\na,1\nb,0\n")
+    assert len(read(path)) == 2
+    assert read(path, columns="prompt=label,label=prompt")["prompt"][:] == ["1", "0"]
+
+
+def test_files_of_a_folder_that_are_in_no_split_are_named(tmp_path, caplog):
+    write(tmp_path / "data" / "train.jsonl", lines([row(1)]))
+    write(tmp_path / "data" / "more.csv", "prompt,label\na,1\n")
+    assert len(read(tmp_path / "data")) == 1
+    assert "more.csv is not in a split, and not read" in caplog.text
+
+
+def test_what_a_readme_says_of_files(tmp_path):
+    about = "---\nconfigs:\n- config_name: {}\n  data_files: {}\n{}---\n"
+    write(tmp_path / "README.md", about.format("one", "a.csv", "- config_name: two\n  data_files: b.jsonl\n"))
+    write(tmp_path / "a.csv", "prompt;label\nNA;1\n")
+    write(tmp_path / "b.jsonl", lines([row(0.5)]))
+    assert read(tmp_path, config="one")[0] == {"prompt": "NA", "label": 1}
+    assert read(tmp_path, config="two")["label"][:] == [0.5]
+    with pytest.raises(
+        ValueError, match=r"cannot be read: Config name is missing\. Please pick one among .*'one', 'two'"
+    ):
+        load_rows(tmp_path)
+    write(tmp_path / "README.md", about.format("default", "c.csv", "  sep: '~'\n"))
+    write(tmp_path / "c.csv", "prompt~label\na~1\n")
+    assert read(tmp_path)[0] == {"prompt": "a", "label": 1}
+
+
+def test_messages_of_several_kinds_are_prepared(tmp_path, tiny_llama):
+    from transformers import AutoTokenizer
+
+    from trl_ulma.labels import LabelRules
+    from trl_ulma.rows.preparation import Preparation
+
+    rows = [
+        {"prompt": [{"role": "user", "content": "Hi", "id": each}], "completion": GOOD, "label": 1}
+        for each in (1, "a", 0.5)
+    ]
+    found = read(write(tmp_path / "rows.jsonl", lines(rows)))
+    assert found["prompt"][:] == [each["prompt"] for each in rows]
+    plain = Dataset.from_list([{"prompt": [USER], "completion": GOOD, "label": 1}] * 3)
+    prepare = Preparation(AutoTokenizer.from_pretrained(tiny_llama), LabelRules(), 64)
+    assert prepare(found, "train")["prompt_ids"][:] == prepare(plain, "train")["prompt_ids"][:]
+    stream = prepare(read(tmp_path / "rows.jsonl", streaming=True), "train")
+    assert [each["prompt_ids"] for each in stream] == prepare(plain, "train")["prompt_ids"][:]
+
+
+# Names and labels
+
+USER, GOOD = {"role": "user", "content": "Hi"}, [{"role": "assistant", "content": "Hello!"}]
+NAMES = "prompt=question,completion=response,label=rating"
+VOTES = "question,response,rating,note\nWhy?,So.,up,a\nWho?,Me.,Down,b\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "saved", "folder"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_names_and_labels_are_mapped(tmp_path, kind, streaming, as_text):
+    rows = Dataset.from_list(
+        [
+            {"question": "Why?", "response": "So.", "rating": "up", "note": "a"},
+            {"question": "Who?", "response": "Me.", "rating": "Down", "note": "b"},
+        ]
+    )
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        write(path, VOTES)
+    elif kind == "jsonl":
+        write(path, lines(rows))
+    elif kind == "parquet":
+        rows.to_parquet(path)
+    elif kind == "saved":
+        DatasetDict(train=rows).save_to_disk(path)
+    else:
+        write(path / "train.csv", VOTES)
+    names, labels = NAMES, "up=1, down=0"
+    if not as_text:
+        names, labels = dict(each.split("=") for each in NAMES.split(",")), {"up": 1, "down": 0}
+    found = list(read(path, columns=names, label_map=labels, streaming=streaming))
+    assert found == [
+        {"prompt": "Why?", "completion": "So.", "label": 1, "note": "a"},
+        {"prompt": "Who?", "completion": "Me.", "label": 0, "note": "b"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "label_map", "found"),
+    [
+        ([1, 5, 3], {5: 1, 1: 0, 3: 0.5}, [0, 1, 0.5]),
+        ([True, False, None], "true=0,false=1", [0, 1, None]),
+        (["yes", "no", "yes"], {True: 1, False: 0}, [1, 0, 1]),
+        (["a=b", "c", "c"], "a=b=1,c=-2.5", [1, -2.5, -2.5]),
+    ],
+)
+def test_what_a_label_means(tmp_path, labels, label_map, found):
+    path = write(tmp_path / "rows.jsonl", lines([row(label) for label in labels]))
+    assert read(path, label_map=label_map)["label"][:] == found
+
+
+def test_labels_that_are_classes_go_by_their_names(tmp_path):
+    features = Features({"prompt": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    Dataset.from_dict({"prompt": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved", label_map="good=1,bad=-1")["label"][:] == [1, -1]
+
+
+def test_pairs_can_be_turned_round(tmp_path):
+    path = write(tmp_path / "rows.jsonl", lines([{"chosen": "a", "rejected": "b"}]))
+    assert read(path, columns="chosen=rejected,rejected=chosen")[0] == {"chosen": "b", "rejected": "a"}
+
+
+def test_a_column_of_the_same_name_is_not_read(tmp_path, caplog):
+    path = write(tmp_path / "rows.jsonl", lines([row("fine", rating=4)]))
+    assert read(path, columns={"label": "rating"})["label"][:] == [4]
+    assert "label: the column of that name is not read, because rating is read as label" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": "prompt=qestion"}, r"rows\.csv has no column qestion; .* Did you mean question\?"),
+        ({"columns": "prompt"}, r"columns has 'prompt'; it must be written as prompt=question"),
+        ({"columns": "prompt=a,prompt=b"}, r"columns has 'prompt=b'; .* each name once"),
+        ({"columns": "prompt=note,label=note"}, r"columns names 'note' twice"),
+        ({"columns": ["prompt"]}, r"columns is \['prompt'\]; it must be a mapping, or text"),
+        ({"columns": {"prompt": 3}}, r"columns has 'prompt': 3; it must map names"),
+        ({"label_map": "up=yes"}, r"label_map has 'yes' for 'up'; it must be a number"),
+        ({"label_map": {"up": None}}, r"label_map has None for 'up'"),
+        (
+            {"columns": NAMES, "label_map": "up=1"},
+            r"label_map does not name the labels 'Down' \(1 row\) of .*rows\.csv; it names up\. Add them",
+        ),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_names_that_are_wrong(tmp_path, options, message, streaming):
+    path = write(tmp_path / "rows.csv", VOTES)
+    with pytest.raises(ValueError, match=message):
+        list(read(path, streaming=streaming, **options))
+
+
+def test_names_are_made_once():
+    assert Names.of("a=b", None) == Names.of({"a": "b"}, {})
+
+
+# What is missing
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "completion": "b", "rating": 4}], "`rating` looks like the label: --columns label=rating"),
+        (
+            [{"question": "a", "response": "b", "score": 0.5, "id": 1}],
+            "`question` looks like the prompt, `response` like the completion and `score` like the label: "
+            "--columns prompt=question,completion=response,label=score",
+        ),
+        ([{"Question": "a", "Model Answer": "b", "label": 4}], "--columns prompt=Question,completion=Model Answer"),
+        ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
+        ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
+        ([row("down"), row("up")], "--label_map down=0,up=1"),
+        ([row("0,5")], r"labels with a decimal comma \('0,5'\)\. Write them with a point"),
+        ([{"foo": "a"}], "Needed are prompt, completion and label"),
+        ([{"transcript": "a", "rating": 1}], "It looks like red-team data: trl-ulma prepare red-team --input rows"),
+        (
+            [{"system": "s", "question": "q", "chosen": "To solve a", "rejected": "To solve b"}],
+            "column question would not be read. .* --columns prompt=question",
+        ),
+    ],
+)
+def test_what_fits_is_proposed(tmp_path, rows, message, streaming):
+    splits = load_rows(write(tmp_path / "rows.jsonl", lines(rows)), streaming=streaming)
+    with pytest.raises(ValueError, match=message):
+        check_splits(splits, "rows.jsonl")
+
+
+def test_text_that_is_not_read_is_said(tmp_path):
+    pairs = [{"about": "a text of its own", "id": "x1", "chosen": "To be", "rejected": "Not to be"}]
+    splits = load_rows(write(tmp_path / "rows.jsonl", lines(pairs)))
+    assert check_splits(splits, "rows.jsonl") == ["rows.jsonl: the text in column about is not read."]
+    splits = load_rows(write(tmp_path / "more.jsonl", lines([row(1, system="Be kind.")])))
+    assert check_splits(splits, "more.jsonl") == ["more.jsonl: the text in column system is not read."]
+    chat = {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}
+    assert check_splits(load_rows(write(tmp_path / "chat.jsonl", lines([chat | {"question": "a"}]))), "x") == []
+
+
+def test_rows_to_score_need_no_label(tmp_path):
+    splits = load_rows(write(tmp_path / "rows.jsonl", lines([{"prompt": "a", "completion": "b"}])))
+    assert check_splits(splits, "rows.jsonl", needs_label=False) == []
+    with pytest.raises(ValueError, match="lacks the column label"):
+        check_splits(splits, "rows.jsonl")
+
+
+# Fuzz: what is written is read back, or refused
+
+PIECES = [
+    "a",
+    "é",
+    "\n",
+    "\r\n",
+    "\r",
+    '"',
+    '""',
+    ",",
+    ";",
+    "\t",
+    " ",
+    "None",
+    "4",
+    "true",
+    "'",
+    "\\",
+    "\u2028",
+    "🙂",
+    "[",
+    "{",
+]
+PLAIN = ["label", "id", "note"]
+
+
+def random_text(draw):
+    return "".join(draw.choice(PIECES) for _ in range(draw.randrange(6)))
+
+
+def random_value(draw, depth=0):
+    kind = draw.randrange(8 if depth < 3 else 6)
+    if kind == 6:
+        return [random_value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    if kind == 7:
+        return {draw.choice("abc"): random_value(draw, depth + 1) for _ in range(draw.randrange(4))}
+    return draw.choice(
+        [None, True, False, draw.randrange(-5, 5), draw.random(), draw.choice([2**60, 1e300, -0.5]), random_text(draw)]
+    )
+
+
+def without_none(value):
+    """As Arrow gives objects: each has the keys of all, and None where it has no value."""
+    if isinstance(value, dict):
+        return {key: without_none(each) for key, each in value.items() if each is not None}
+    return [without_none(each) for each in value] if isinstance(value, list) else value
+
+
+def same(one, other):
+    if isinstance(one, bool) != isinstance(other, bool):
+        return False
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def rows_or_refusal(path):
+    try:
+        return list(read(path))
+    except ValueError as error:
+        if str(path) not in str(error):
+            raise
+        return None
+
+
+def fuzz_csv(folder, seed):
+    draw = random.Random(seed)
+    names = ["prompt", "completion", *draw.sample(["label", "note", "id"], draw.randrange(4))]
+    draw.shuffle(names)
+    rows = [{name: random_text(draw) for name in names} for _ in range(draw.randrange(1, 6))]
+    for each in rows:
+        if "label" in each:
+            each["label"] = draw.choice(["0", "1", "0.5", "true", "False", "-2"])
+    delimiter = draw.choice([",", ",", ";", "\t"])
+    encoding = draw.choice(["utf-8", "utf-8-sig", "utf-16"])
+    path = folder / (f"{seed}.tsv" if delimiter == "\t" else f"{seed}.csv")
+    careless = draw.random() < 0.2  # as people write who do not know of quotes
+    with path.open("w", encoding=encoding, newline="") as file:
+        if careless:
+            file.write(
+                "\n".join(delimiter.join(each) for each in [names, *([r[n] for n in names] for r in rows)]) + "\n"
+            )
+        else:
+            # csv writes a carriage return without quotes where lines end in "\n"
+            end, quoting = draw.choice([("\r\n", csv.QUOTE_MINIMAL), ("\r\n", csv.QUOTE_ALL), ("\n", csv.QUOTE_ALL)])
+            writer = csv.DictWriter(file, names, delimiter=delimiter, quoting=quoting, lineterminator=end)
+            writer.writeheader()
+            writer.writerows(rows)
+    found = rows_or_refusal(path)
+    if found is None:
+        assert careless, seed
+        return "refused"
+    if careless and any(set('\n\r"' + delimiter) & set(text) for each in rows for text in each.values()):
+        return "careless"  # what such a file holds, only its writer knows
+    expected = [each | ({"label": number(each["label"])} if "label" in each else {}) for each in rows]
+    assert len(found) == len(expected), seed
+    for one, other in zip(found, expected, strict=True):
+        assert {name: float(v) if name == "label" else v for name, v in one.items()} == {
+            name: float(v) if name == "label" else v for name, v in other.items()
+        }, seed
+    return "read"
+
+
+def fuzz_json(folder, seed):
+    draw = random.Random(seed)
+    names = ["prompt", "completion", "label", "x", "y"]
+    rows = [
+        {"prompt": random_text(draw), **{name: random_value(draw) for name in names[1:] if draw.random() < 0.9}}
+        for _ in range(draw.randrange(1, 6))
+    ]
+    kind = draw.randrange(3)
+    path = folder / f"{seed}.json"
+    if kind == 0:
+        text = "\n".join(json.dumps(each, ensure_ascii=draw.random() < 0.5) for each in rows)
+    else:
+        text = (
+            json.dumps(rows, indent=draw.choice([None, 1]))
+            if kind == 1
+            else "\n\n".join(json.dumps(r, indent=1) for r in rows)
+        )
+    if draw.random() < 0.2:  # cut off, or a character is lost
+        at = draw.randrange(len(text))
+        text = text[:at] + text[at + 1 :] if draw.random() < 0.5 else text[:at]
+        rows = None
+    path.write_text(text, encoding="utf-8", newline="")
+    found = rows_or_refusal(path)
+    if found is None:
+        assert rows is None, seed
+        return "refused"
+    if rows is None:
+        return "damaged"
+    assert len(found) == len(rows), seed
+    for one, other in zip(found, rows, strict=True):
+        for name in names:
+            value, written = without_none(one.get(name)), without_none(other.get(name))
+            if name == "label" and isinstance(written, str) and number(written) is not None:
+                written = number(written)
+            if name == "label" and isinstance(written, bool) and not isinstance(value, bool | str):
+                value = bool(value)  # truth values among numbers are numbers
+            is_text = isinstance(value, str) and not isinstance(written, str) and written is not None
+            assert same(value, written) or (is_text and same(without_none(json.loads(value)), written)), (seed, name)
+    return "read"
+
+
+@pytest.mark.parametrize("fuzz", [fuzz_csv, fuzz_json])
+def test_what_is_written_is_read_back_or_refused(tmp_path, fuzz):
+    ends = [fuzz(tmp_path, seed) for seed in range(100)]
+    assert ends.count("read") >= 60
+    assert ends.count("refused") >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuzz", [fuzz_csv, fuzz_json])
+def test_ten_thousand_files_are_read_back_or_refused(tmp_path, fuzz):
+    ends = []
+    for seed in range(1000, 6000):
+        ends.append(fuzz(tmp_path, seed))
+        for file in tmp_path.glob("cache/trl_ulma/*"):
+            file.unlink()
+    print({end: ends.count(end) for end in set(ends)})
+    assert ends.count("read") >= 3000
+
+
+# Memory
+
+READ = """
+import resource, sys
+from trl_ulma.data.files import load_rows
+import datasets
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+rows = load_rows(sys.argv[1])["train"]
+print(len(rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_of_reading(path, number):
+    with path.open("w", newline="") as file:
+        if path.suffix == ".csv":
+            writer = csv.writer(file)
+            writer.writerow(["prompt", "completion", "label"])
+            writer.writerows((f"question {i} " * 20, "so it is, " * 40, i % 2) for i in range(number))
+        else:
+            opening, closing, between = ("[", "]", ",\n") if path.suffix == ".json" else ("", "", "\n")
+            file.write(opening)
+            for i in range(number):
+                text = {"prompt": f"question {i} " * 20, "completion": "so it is. " * 40, "label": i % 2}
+                file.write((between if i else "") + json.dumps(text))
+            file.write(closing)
+    command = [sys.executable, "-c", READ, str(path), str(path.parent / "cache")]
+    read_rows, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-2:]
+    assert int(read_rows) == number
+    return int(peak)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_reading_is_flat_to_320_000_rows(tmp_path, suffix):
+    few, many = (peak_of_reading(tmp_path / f"{number}.{suffix}", number) for number in (20_000, 320_000))
+    assert many - few < 0.1 * few

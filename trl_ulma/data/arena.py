@@ -1,0 +1,100 @@
+"""Chatbot Arena: two conversations with the same questions, and a vote, which may be a tie."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, labelled
+from trl_ulma.data.pairs import split_messages
+from trl_ulma.labels import is_messages
+
+# vote: the labels of A and B
+VOTES = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0), "tie": (0.5, 0.5), "tie (bothbad)": (0.0, 0.0)}
+TIES = ("half", "leave_out")
+NO_VOTE = "its vote is none of " + ", ".join(VOTES)
+
+
+def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool = False) -> Iterator[Outcome]:
+    """Two rows a vote, with binary labels: 1 for the winner, 0 for the other; ties ½ each, 0 if both were bad.
+
+    Args:
+        rows: `conversation_a`, `conversation_b` (messages) and `winner`; or `prompt`, `response_a`, `response_b` (lists
+            of texts, also as JSON) and `winner_model_a`, `winner_model_b`, `winner_tie`.
+        ties: "half" or "leave_out", which leaves both answers of a tie out.
+        liked: answers with label 1 are no demonstrations.
+
+    Example:
+        >>> a = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+        >>> b = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hey!"}]
+        >>> raw = {"conversation_a": a, "conversation_b": b, "winner": "tie"}
+        >>> [row["label"] for row in arena([raw])]
+        [0.5, 0.5]
+    """
+    if ties not in TIES:
+        raise ValueError(f"ties is {ties!r}; it must be one of {TIES}.")
+    for raw in rows:
+        vote = raw["winner"] if "winner" in raw else _vote(raw)
+        if vote not in VOTES:
+            yield from [LeftOut(NO_VOTE)] * 2
+            continue
+        if vote == "tie" and ties == "leave_out":
+            yield from [LeftOut("its vote is a tie")] * 2
+            continue
+        for half, label in zip("ab", VOTES[vote], strict=True):
+            try:
+                conversation = raw[f"conversation_{half}"] if "conversation_a" in raw else _conversation(raw, half)
+                if not is_messages(conversation):
+                    raise ValueError("its conversation is no list of turns with a role and content")
+                prompt, answer = split_messages(conversation)
+            except ValueError as error:
+                yield LeftOut(str(error))
+                continue
+            yield labelled(prompt, answer, label, liked=liked)
+
+
+def _vote(raw: Mapping[str, Any]) -> str | None:
+    names = {"model_a": "winner_model_a", "model_b": "winner_model_b", "tie": "winner_tie"}
+    found = [vote for vote, name in names.items() if as_bool(raw[name])]
+    return found[0] if len(found) == 1 else None
+
+
+def _conversation(raw: Mapping[str, Any], half: str) -> list[dict[str, str]]:
+    questions, answers = _texts(raw["prompt"]), _texts(raw[f"response_{half}"])
+    if len(questions) != len(answers):
+        raise ValueError("its conversation has other numbers of questions and answers")
+    turns = zip(questions, answers, strict=True)
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        try:
+            found = json.loads(value)
+        except json.JSONDecodeError:
+            found = value
+        value = found if isinstance(found, list) else [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError("its question or answer is not text")
+    return value
+
+
+ARENA = Adapter(
+    arena,
+    needs=(
+        ("conversation_a", "conversation_b", "winner"),
+        ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"),
+    ),
+    options=LIKED
+    | {
+        "--ties": {
+            "choices": TIES,
+            "default": "half",
+            "help": "half: both answers of a tie have label ½; leave_out: neither is used (default: %(default)s). "
+            "Answers that were both voted bad have label 0",
+        },
+    },
+)

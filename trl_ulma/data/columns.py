@@ -1,0 +1,384 @@
+"""The columns that trainers read: what their values are, what they are called in a file, and what labels mean."""
+
+import ast
+import difflib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from trl_ulma.labels import is_messages
+
+TEXTS = ("prompt", "completion", "chosen", "rejected")
+NUMBERS = ("label", "weight", "log_z", "trials")
+OTHERS = ("sft_mask", "label_type", "tools", "chat_template_kwargs", "image", "images")
+READ = (*TEXTS, *NUMBERS, *OTHERS)
+# What a CSV file may hold as JSON
+CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+_DIGITS = 18  # of an int of 64 bits
+_WORDS = {"true": True, "false": False}
+
+Notice = Callable[[str], None]
+
+
+def number(text: str) -> bool | int | float | None:
+    """The number or truth value that a text is, or None if it is none.
+
+    Example:
+        >>> number("4"), number(" 0.5"), number("True"), number("4 stars"), number("nan")
+        (4, 0.5, True, None, None)
+    """
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _NUMBER.fullmatch(text) is None:
+        return None
+    if text.lstrip("+-").isdecimal():
+        return int(text) if len(text) <= _DIGITS else None
+    return float(text)
+
+
+def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) -> Any:
+    """A value of a column as trainers read that column; anything else stays as it is, for them to refuse.
+
+    Args:
+        name: of the column.
+        value: as the file has it.
+        notice: called with what was read as something else.
+        is_cell: whether it is the text of a CSV field, which is all that such a file has for numbers and lists.
+
+    Example:
+        >>> read_value("label", "4", print)
+        label: numbers that are written as text are read as numbers
+        4
+        >>> read_value("sft_mask", 1, print), read_value("completion", "4", print), read_value("label", "up", print)
+        (True, '4', 'up')
+    """
+    if is_cell:
+        if value == "" and name in (*NUMBERS, *OTHERS):
+            return None
+        if name in CONVERSATIONS and value.startswith("[{") and value.endswith("}]"):
+            found = _messages(value)
+            if found is not None:
+                notice(f"{name}: lists that are written as text are read as lists")
+                return found
+    if name in NUMBERS or name == "sft_mask":
+        if isinstance(value, str):
+            found = number(value)
+            if found is not None:
+                if not is_cell:
+                    notice(f"{name}: numbers that are written as text are read as numbers")
+                value = found
+        elif isinstance(value, Decimal):
+            value = int(value) if value == value.to_integral_value() else float(value)
+    if name == "sft_mask" and isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    return value
+
+
+def _messages(text: str) -> list[Any] | None:
+    for parse in (json.loads, ast.literal_eval):  # as json.dumps and as repr write a list
+        try:
+            found = parse(text)
+        except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+            continue
+        return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else None
+    return None
+
+
+@dataclass(frozen=True)
+class Names:
+    """What columns and labels are called in a file.
+
+    Attributes:
+        columns: column that is read → what the file calls it.
+        label_map: label in the file, as text → the number that it means.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    label_map: Mapping[str, bool | int | float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, columns: str | Mapping[str, str] | None, label_map: str | Mapping[Any, Any] | None) -> "Names":
+        """Names from what users write: `prompt=question,label=rating` and `up=1,down=0`, or mappings.
+
+        Raises:
+            ValueError: if one is written otherwise.
+
+        Example:
+            >>> Names.of("prompt=question, label=rating", {"up": 1, "down": 0})
+            Names(columns={'prompt': 'question', 'label': 'rating'}, label_map={'up': 1, 'down': 0})
+        """
+        named = _entries(columns, "columns", "prompt=question,label=rating", str.partition)
+        for ours, theirs in named.items():
+            if not isinstance(ours, str) or not isinstance(theirs, str) or not ours or not theirs:
+                raise ValueError(f"columns has {ours!r}: {theirs!r}; it must map names of columns to names of columns.")
+        twice = [theirs for theirs, count in Counter(named.values()).items() if count > 1]
+        if twice:
+            raise ValueError(f"columns names {twice[0]!r} twice; a column can be read as one thing only.")
+        meanings: dict[str, bool | int | float] = {}
+        for label, meaning in _entries(label_map, "label_map", "up=1,down=0", str.rpartition).items():
+            found = number(meaning) if isinstance(meaning, str) else meaning
+            if not isinstance(found, bool | int | float):
+                raise ValueError(f"label_map has {meaning!r} for {label!r}; it must be a number.")
+            # `yes` and `no` are true and false in YAML
+            words = {True: ("true", "yes"), False: ("false", "no")}[label] if isinstance(label, bool) else [label]
+            meanings |= {_label_key(word): found for word in words}
+        return cls(named, meanings)
+
+    def row(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row under the names that are read. A column that another one is read as is left out.
+
+        Example:
+            >>> Names.of("label=rating", None).row({"rating": 4, "label": "good"})
+            {'label': 4}
+        """
+        if not self.columns:
+            return row
+        taken = {*self.columns, *self.columns.values()}
+        kept = {name: value for name, value in row.items() if name not in taken}
+        return {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row} | kept
+
+    def check(self, there: Sequence[str]) -> None:
+        """Raise ValueError, beginning with "has", if a column that is to be read is not among those that there are."""
+        for theirs in self.columns.values():
+            if theirs not in there:
+                near = difflib.get_close_matches(theirs, there, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ValueError(f"has no column {theirs}; its columns are {', '.join(there)}.{hint}")
+
+    def label(self, value: Any, unknown: Counter) -> Any:
+        """What a label means; one that `label_map` does not name stays, and is counted.
+
+        Example:
+            >>> Names.of(None, "up=1,down=0").label("Up ", Counter())
+            1
+        """
+        if not self.label_map or value is None:
+            return value
+        key = _label_key(value)
+        if key in self.label_map:
+            return self.label_map[key]
+        unknown[str(value)[:40]] += 1
+        return value
+
+
+def _entries(given: Any, name: str, example: str, cut: Callable[[str, str], tuple[str, str, str]]) -> dict[Any, Any]:
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return dict(given)
+    if not isinstance(given, str):
+        raise ValueError(f"{name} is {given!r}; it must be a mapping, or text such as {example}.")
+    found: dict[str, str] = {}
+    for entry in given.split(","):
+        key, equals, value = (part.strip() for part in cut(entry, "="))
+        if not (key and equals and value) or key in found:
+            raise ValueError(f"{name} has {entry.strip()!r}; it must be written as {example}, each name once.")
+        found[key] = value
+    return found
+
+
+def _label_key(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, int | float | Decimal) else str(value).strip().lower()
+
+
+def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -> str | None:
+    """A sentence that says which labels `label_map` does not name, or None if it names all.
+
+    Example:
+        >>> unknown_labels(Counter(up=2), {"good": 1}, "a.csv")
+        "label_map does not name the labels 'up' (2 rows) of a.csv; it names good. Add them."
+    """
+    if not unknown:
+        return None
+    found = ", ".join(f"{label!r} ({count:,} row{'s' * (count > 1)})" for label, count in unknown.most_common(10))
+    more = f" and {len(unknown) - 10:,} more" if len(unknown) > 10 else ""
+    return f"label_map does not name the labels {found}{more} of {where}; it names {', '.join(label_map)}. Add them."
+
+
+# What columns are called elsewhere, the likeliest first
+_CALLED = {
+    "prompt": ("question", "instruction", "query", "input", "problem", "context", "post", "user", "request", "message"),
+    "completion": ("response", "answer", "output", "reply", "generation", "completions", "assistant", "generated"),
+    "label": (
+        "labels", "rating", "score", "feedback", "thumb", "thumbs", "vote", "votes", "reward", "quality", "overall",
+        "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "rank",
+    ),
+    "chosen": ("preferred", "better", "winner", "accepted", "good", "best", "positive", "response_j"),
+    "rejected": ("dispreferred", "worse", "loser", "bad", "worst", "negative", "response_k"),
+}  # fmt: skip
+
+
+def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """Which other columns look like prompt, completion and label, or chosen and rejected.
+
+    Args:
+        columns: name → the values of a few rows.
+
+    Returns:
+        Column that is read and not there → the column that looks like it.
+
+    Example:
+        >>> proposed({"question": ["Why?"], "completion": ["So."], "rating": [4]})
+        {'prompt': 'question', 'label': 'rating'}
+    """
+    is_paired = "chosen" in columns or "rejected" in columns
+    if not is_paired and "completion" not in columns:
+        is_paired = all(_like(name, columns) for name in ("chosen", "rejected"))
+    found = {}
+    for name in ("prompt", "chosen", "rejected") if is_paired else ("prompt", "completion", "label"):
+        like = None if name in columns else _like(name, columns)
+        if like is not None:
+            found[name] = like
+    return found
+
+
+def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:
+    free = [each for each in columns if each not in READ and _may_be(name, columns[each])]
+    lower = {each.lower().replace(" ", "_").replace("-", "_"): each for each in free}
+    words = (name, *_CALLED[name])
+    for word in words:
+        if word in lower:
+            return lower[word]
+    for word in words:
+        parts = [each for key, each in lower.items() if word in re.split(r"[_.]", key)]
+        if parts:
+            return parts[0]
+    return None
+
+
+def _may_be(name: str, values: Sequence[Any]) -> bool:
+    values = [value for value in values if value is not None]
+    if name == "label":
+        return any(isinstance(value, bool | int | float | Decimal | str) for value in values) and not any(
+            isinstance(value, str) and len(value) > 40 for value in values
+        )
+    return any(isinstance(value, str) or (isinstance(value, list) and is_messages(value)) for value in values)
+
+
+def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_label: bool = True) -> list[str]:
+    """Check that rows have the columns that are read; what is to be said of columns that are not.
+
+    Args:
+        columns: name → the values of a few rows.
+        where: the data set's name.
+        needs_label: whether rows of one answer need a label.
+
+    Raises:
+        ValueError: if a column is missing, labels are words, or pairs have a question that would not be read. The
+            message proposes `--columns` or `--label_map`, or the family that `trl-ulma prepare` reads.
+
+    Example:
+        >>> check_readable({"question": ["Why?"], "completion": ["So."], "rating": [4]}, "rows.csv")
+        Traceback (most recent call last):
+        ValueError: rows.csv lacks the columns prompt and label; found question, completion, rating. `question` looks
+        like the prompt and `rating` like the label: --columns prompt=question,label=rating
+    """
+    names = list(columns)
+    if {"prompt_ids", "completion_ids"} <= set(names):  # prepared
+        return []
+    is_paired = "chosen" in names or "rejected" in names
+    likely = proposed(columns)
+    needed = ["chosen", "rejected"] if is_paired else ["prompt", "completion", *(["label"] if needs_label else [])]
+    missing = [name for name in needed if name not in names]
+    if missing:
+        families = _families(columns)
+        raise ValueError(
+            f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found {', '.join(names)}. "
+            + (_proposal(likely) if set(missing) <= set(likely) or not families else "")
+            + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
+               f"trl-ulma prepare {families[0]} --input {where} --output FOLDER")
+        )  # fmt: skip
+    words = list(dict.fromkeys(value for value in columns.get("label", ()) if isinstance(value, str)))
+    if words and not is_paired:
+        shown = ", ".join(map(repr, words[:5]))
+        if any(_DECIMAL_COMMA.fullmatch(word.strip()) for word in words):
+            raise ValueError(f"{where} has labels with a decimal comma ({shown}). Write them with a point, as in 0.5.")
+        raise ValueError(
+            f"{where} has labels that are words ({shown}). Say which numbers they mean: --label_map {_meanings(words)}"
+        )
+    if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
+        raise ValueError(
+            f"{where} has pairs without a prompt, and its column {likely['prompt']} would not be read. If that is the "
+            f"prompt, set --columns prompt={likely['prompt']}; if not, remove the column."
+        )
+    unread = [
+        name for name in names if name.lower() in ("system", "system_prompt") and _may_be("prompt", columns[name])
+    ]
+    if is_paired and "prompt" not in names and _are_answers(columns):
+        unread = [
+            name
+            for name in names
+            if name not in READ and any(isinstance(value, str) and " " in value.strip() for value in columns[name])
+        ]
+    if not unread:
+        return []
+    return [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is not read."]
+
+
+# What labels of two kinds are called
+_GOOD = frozenset(
+    (
+        "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
+        "right", "chosen", "accepted", "win", "helpful", "safe", "y", "+", "👍",
+    )
+)  # fmt: skip
+_BAD = frozenset(
+    (
+        "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
+        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "n", "-", "👎",
+    )
+)  # fmt: skip
+
+
+def _meanings(words: Sequence[str]) -> str:
+    """What to write after `--label_map`: numbers for words that say which is better.
+
+    Example:
+        >>> _meanings(["down", "up"]), _meanings(["very good", "poor"])
+        ('down=0,up=1', '"very good=NUMBER,poor=NUMBER"')
+    """
+    numbers = {
+        word: 1 if word.strip().lower() in _GOOD else 0 if word.strip().lower() in _BAD else "NUMBER" for word in words
+    }
+    text = ",".join(f"{word}={number}" for word, number in list(numbers.items())[:10])
+    return f'"{text}"' if " " in text else text
+
+
+def _families(columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The families of `trl-ulma prepare` that have such columns."""
+    from trl_ulma.data.adapters import FAMILIES, find
+
+    return [name for name in FAMILIES if find(name).reads(columns)]
+
+
+def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether pairs are texts without a marker of where their prompt ends."""
+    from trl_ulma.data.conversations import is_transcript
+
+    halves = [value for name in ("chosen", "rejected") for value in columns[name]]
+    return any(isinstance(half, str) and not is_transcript(half) for half in halves)
+
+
+def _proposal(likely: Mapping[str, str]) -> str:
+    if not likely:
+        return (
+            "Needed are prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
+            "columns with --columns, as in --columns prompt=question,completion=response,label=rating"
+        )
+    (first, theirs), *others = likely.items()
+    said = _and([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
+    return f"{said}: --columns {','.join(f'{ours}={column}' for ours, column in likely.items())}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

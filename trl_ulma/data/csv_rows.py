@@ -1,0 +1,123 @@
+"""CSV and TSV files as rows of text: every field as it is written, or an error with its line."""
+
+import csv
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from pathlib import Path
+
+from trl_ulma.data.encodings import encoding_of, opened_text
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# csv refuses fields of more than 131,072 characters unless told otherwise, and a long answer has more
+_LONGEST_FIELD = 2**31 - 1
+
+
+def csv_rows(
+    path: Path, known: Collection[str] = (), notice: Callable[[str], None] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    r"""(line that the row begins in, column → text of the field), as RFC 4180 reads them.
+
+    The encoding and the character between fields are recognized. What is not a comma or UTF-8 is told to `notice`.
+
+    Args:
+        path: the file. Its first line names the columns.
+        known: names of columns, which tell commas, semicolons, tabs and vertical bars apart.
+        notice: called with each finding.
+
+    Raises:
+        ValueError: for rows with more or fewer fields than the first line, for quotes that are not closed, and for
+            names that are there twice. The message begins with a verb, and names the line.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     _ = file.write('prompt;completion\nHi;"Hello;\nyou"\n'), file.flush()
+        ...     list(csv_rows(Path(file.name)))
+        [(2, {'prompt': 'Hi', 'completion': 'Hello;\nyou'})]
+    """
+    encoding = encoding_of(path, takes_cp1252=True)
+    delimiter = _delimiter(path, encoding, known)
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+    line = 1
+    try:
+        with opened_text(path, encoding, newline="") as text:
+            ends: list[str] = ["", ""]  # of the first line, and of the last that was read
+
+            def numbered() -> Iterator[str]:
+                for each in text:
+                    ends[1] = each[-2:]
+                    yield each
+
+            reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
+            names: list[str] = []
+            for fields in reader:
+                start, line = line, reader.line_num + 1
+                # A lone carriage return ends the lines of a file, or is a part of a field that lacks its quotes
+                if names and ends[1].endswith("\r") and not ends[0].endswith("\r"):
+                    raise ValueError(
+                        f"has a carriage return in line {start} that no double quotes enclose. Put the field that "
+                        "holds it in double quotes."
+                    )
+                if not fields:  # a blank line
+                    continue
+                if not names:
+                    names, ends[0] = _names(fields, start), ends[1]
+                    if notice is not None:
+                        if encoding not in ("utf-8", "utf-8-sig"):
+                            notice(f"it is read as {encoding.upper().replace('CP', 'cp')}")
+                        if delimiter != ("\t" if ".tsv" in path.name.lower() else ","):
+                            notice(f"its fields are separated by {DELIMITERS[delimiter]}")
+                    continue
+                if len(fields) != len(names):
+                    raise ValueError(_ragged(start, fields, names, delimiter))
+                yield start, dict(zip(names, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f"is broken CSV in line {line}: {error}. Put a field that holds {_shown(delimiter)}, a quote or a line "
+            'break in double quotes, write each quote in it twice (""), and close it.'
+        ) from error
+    except UnicodeError as error:
+        raise ValueError(f"is not {encoding.upper()} text after line {line}: {error}. Save it as UTF-8.") from error
+
+
+def _delimiter(path: Path, encoding: str, known: Collection[str]) -> str:
+    """The character that splits the first line into most known names, or else into most names."""
+    with opened_text(path, encoding, newline="") as text:
+        try:
+            first = "".join(islice((line for line in text if line.strip()), 1))
+        except UnicodeError as error:
+            raise ValueError(f"is not {encoding.upper()} text: {error}. Save it as UTF-8.") from error
+
+    def names(delimiter: str) -> tuple[int, int]:
+        try:
+            fields = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        except csv.Error:
+            return 0, 0
+        return len(set(fields).intersection(known)) if len(fields) > 1 else 0, len(fields)
+
+    own_first = sorted(DELIMITERS, key=lambda delimiter: delimiter == "\t", reverse=".tsv" in path.name.lower())
+    return max(own_first, key=names)  # the first of those that split alike
+
+
+def _names(fields: list[str], line: int) -> list[str]:
+    names = [name.strip() or f"unnamed {place}" for place, name in enumerate(fields)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"names the column {', '.join(twice)} twice in line {line}. Give each column its own name.")
+    return names
+
+
+def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> str:
+    remedy = (
+        f"Put a field that holds {_shown(delimiter)} in double quotes"
+        if len(fields) > len(names)
+        else f"Write {_shown(delimiter)} for an empty field, too, and put one that holds a line break in double quotes"
+    )
+    return (
+        f"has {len(fields)} fields in line {line}, and {len(names)} columns ({', '.join(names)}); the line's fields "
+        f"are {' | '.join(field if len(field) <= 30 else field[:30] + '…' for field in fields[:6])}. {remedy}."
+    )
+
+
+def _shown(delimiter: str) -> str:
+    return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}[delimiter]

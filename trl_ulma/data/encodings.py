@@ -1,0 +1,88 @@
+"""Text files, gzipped or not, in the encoding that they are written in."""
+
+import codecs
+import gzip
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+_CHUNK = 1 << 20
+# Longest first: the mark of UTF-32 begins with that of UTF-16
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
+    """The encoding of a text file: its byte order mark's, UTF-8, UTF-16 without a mark, or cp1252.
+
+    Args:
+        path: the file; gzipped if its name ends in `.gz`.
+        takes_cp1252: whether bytes that are not UTF-8 may be cp1252, the encoding of Windows programs in the West.
+
+    Raises:
+        ValueError: if the bytes are text in none of these encodings. The message begins with "is" and names the line.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+        ...     _ = file.write("café".encode("cp1252")), file.flush()
+        ...     encoding_of(Path(file.name), takes_cp1252=True)
+        'cp1252'
+    """
+    with opened(path) as file:
+        head = file.read(_CHUNK)
+        for mark, encoding in _MARKS:
+            if head.startswith(mark):
+                return encoding
+        zeros = [head[start::2].count(0) for start in (0, 1)]
+        if sum(zeros) > len(head) // 4:  # every other byte of English text in UTF-16
+            return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+        # A byte that is not UTF-8 becomes a lone surrogate, and any other character above 127 is of several bytes
+        decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        strange, is_utf8_elsewhere, lines = None, False, 1
+        chunk = head
+        while True:
+            text = decoder.decode(chunk, final=not chunk)
+            if not text.isascii():
+                for line in text.splitlines(keepends=True) if strange is None else ():
+                    found = next((c for c in line if "\udc80" <= c <= "\udcff"), None)
+                    if found is not None:
+                        strange = (ord(found) - 0xDC00, lines)
+                        break
+                    lines += line.endswith("\n")
+                is_utf8_elsewhere = is_utf8_elsewhere or any(c > "\x7f" and not "\udc80" <= c <= "\udcff" for c in text)
+            elif strange is None:
+                lines += text.count("\n")
+            if not chunk:
+                break
+            chunk = file.read(_CHUNK)
+    if strange is None:
+        return "utf-8"
+    if is_utf8_elsewhere or not takes_cp1252:
+        raise ValueError(f"is not UTF-8 text: byte 0x{strange[0]:02x} in line {strange[1]}. Save it as UTF-8.")
+    return "cp1252"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unzipped if its name ends in `.gz`."""
+    with path.open("rb") as raw:
+        if path.suffix.lower() == ".gz":
+            with gzip.open(raw) as unzipped:
+                yield cast("BinaryIO", unzipped)
+        else:
+            yield raw
+
+
+@contextmanager
+def opened_text(path: Path, encoding: str, newline: str) -> Iterator[TextIO]:
+    """The text of a file, as `open` gives it; gzipped files are unzipped."""
+    with opened(path) as file, io.TextIOWrapper(file, encoding=encoding, newline=newline) as text:
+        yield text

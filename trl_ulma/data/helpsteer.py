@@ -1,0 +1,45 @@
+"""HelpSteer and HelpSteer2: responses with five ratings from 0 to 4."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labelled
+
+ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+# How the prompts of HelpSteer2 that are conversations mark their turns
+_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+def helpsteer(rows: Iterable[Mapping[str, Any]], *, aspect: str = "helpfulness") -> Iterator[Outcome]:
+    """One row a response, with one of its ratings as a continuous label.
+
+    Args:
+        rows: `prompt`, `response` and the ratings.
+        aspect: which rating.
+
+    Example:
+        >>> [outcome] = helpsteer([{"prompt": "Hi", "response": "Hello!", "helpfulness": 3}])
+        >>> outcome["label"], outcome["label_type"]
+        (3.0, 'continuous')
+    """
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; it must be one of {ASPECTS}.")
+    for raw in rows:
+        if not isinstance(raw["prompt"], str):
+            yield LeftOut("its prompt is not text")
+            continue
+        first, *marked = _TURN.split(raw["prompt"])
+        prompt = [{"role": "user", "content": first}]
+        for role, text in zip(marked[::2], marked[1::2], strict=True):
+            prompt.append({"role": role.lower(), "content": text})
+        yield labelled(prompt, raw["response"], raw.get(aspect), label_type="continuous")
+
+
+HELPSTEER = Adapter(
+    helpsteer,
+    needs=(("prompt", "response", "helpfulness", "correctness"),),
+    options={
+        "--aspect": {"choices": ASPECTS, "default": "helpfulness", "help": "which rating (default: %(default)s)"},
+    },
+)

@@ -1,0 +1,173 @@
+"""JSON files as rows: an array of objects, an object a line, or objects one after the other."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from trl_ulma.data.encodings import encoding_of, opened_text
+
+_CHUNK = 1 << 20
+_BLANK = " \t\r\n"
+
+
+class _Fault(ValueError):
+    """What is wrong with a value, without its place."""
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    r"""(line that the row begins in, the row), a row at a time however large the file is.
+
+    Raises:
+        ValueError: for what is no JSON, no object, or an object with one key twice. The message begins with a verb, and
+            names the line.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        ...     _ = file.write('[{"prompt": "Hi"},\n {"prompt": "Ho"}]'), file.flush()
+        ...     list(json_rows(Path(file.name)))
+        [(1, {'prompt': 'Hi'}), (2, {'prompt': 'Ho'})]
+    """
+    encoding = encoding_of(path, takes_cp1252=False)
+    with opened_text(path, encoding, newline="\n") as text:
+        start, first = 1, text.readline()
+        while first and not first.strip():
+            start, first = start + 1, text.readline()
+        if not first:
+            raise ValueError("is empty; at least one row is needed.")
+        try:
+            if first.lstrip().startswith("[") or first.strip() == "{":
+                yield from _values(text, first, start)
+            else:
+                yield from _lines(text, first, start)
+        except UnicodeError as error:
+            raise ValueError(f"is not {encoding.upper()} text: {error}. Save it as UTF-8.") from error
+        except RecursionError as error:
+            raise ValueError("holds lists or objects that are nested too deeply to be rows.") from error
+
+
+def _lines(text: TextIO, line: str, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    while line:
+        if line.strip():
+            try:
+                row = _DECODER.decode(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(_broken(number, error.colno, error.msg)) from error
+            except _Fault as error:
+                raise ValueError(f"{error} in line {number}.") from error
+            yield number, _checked(row, line, number)
+        number, line = number + 1, text.readline()
+
+
+class _Text:
+    """A file's text from a place on, as much of it as has been asked for, and where that place is."""
+
+    def __init__(self, text: TextIO, first: str, line: int):
+        self.text, self.buffer, self.at = text, first, 0
+        self.is_whole = False
+        # The line of buffer[self._counted], and where it begins
+        self._line, self._counted, self._begin = line, 0, 0
+
+    def more(self, size: int = _CHUNK) -> bool:
+        """Read on, and let go of what is behind; whether there was more."""
+        self.place(self.at)
+        self.buffer, cut = self.buffer[self.at :], self.at
+        self.at, self._counted, self._begin = 0, self._counted - cut, self._begin - cut
+        read = self.text.read(size)
+        self.buffer += read
+        self.is_whole = not read
+        return bool(read)
+
+    def next(self) -> str:
+        """The first character from here on that is not blank, or "" at the end."""
+        while True:
+            while self.at < len(self.buffer) and self.buffer[self.at] in _BLANK:
+                self.at += 1
+            if self.at < len(self.buffer):
+                return self.buffer[self.at]
+            if not self.more():
+                return ""
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(line, column) of a position in the buffer, not before the last that was asked for."""
+        newlines = self.buffer.count("\n", self._counted, position)
+        if newlines:
+            self._begin = self.buffer.rindex("\n", self._counted, position) + 1
+        self._line, self._counted = self._line + newlines, position
+        return self._line, position - self._begin + 1
+
+    def row(self) -> dict[str, Any]:
+        """The object that begins here."""
+        if self.buffer[self.at] != "{":
+            shown = self.buffer[self.at : self.at + 40].split("\n")[0]
+            raise ValueError(_no_object(shown, self.place(self.at)[0]))
+        size = _CHUNK
+        while True:
+            try:
+                row, end = _DECODER.raw_decode(self.buffer, self.at)
+            except json.JSONDecodeError as error:
+                # Whether the object is cut off at the buffer's end, or wrong before it
+                is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.buffer) - 16
+                if not is_cut or self.is_whole:
+                    raise ValueError(_broken(*self.place(error.pos), error.msg)) from error
+                self.more(size)
+                size *= 2
+                continue
+            except _Fault as error:
+                raise ValueError(f"{error} in line {self.place(self.at)[0]} or below.") from error
+            self.at = end
+            return row
+
+
+def _values(text: TextIO, first: str, line: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Values of an array, or one after the other; only what is being read is in memory."""
+    source = _Text(text, first, line)
+    is_array = source.next() == "["
+    source.at += is_array
+    is_first = True
+    while True:
+        character = source.next()
+        if not character:
+            if is_array:
+                raise ValueError(_broken(*source.place(source.at), "the array is not closed"))
+            return
+        if is_array and character == "]":
+            break
+        if is_array and not is_first:
+            if character != ",":
+                raise ValueError(_broken(*source.place(source.at), "Expecting ',' delimiter"))
+            source.at += 1
+            if source.next() in ("", "]"):
+                raise ValueError(_broken(*source.place(source.at), "Expecting value"))
+        at = source.place(source.at)[0]
+        yield at, source.row()
+        is_first = False
+    source.at += 1
+    if source.next():
+        raise ValueError(_broken(*source.place(source.at), "something follows the end of the array"))
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Fault(f"holds an object with {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _checked(row: Any, line: str, number: int) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(_no_object(line.strip()[:40], number))
+    return row
+
+
+def _no_object(shown: str, line: int) -> str:
+    return f"holds {shown!r} in line {line}, where an object with a row's columns is needed."
+
+
+def _broken(line: int, column: int, message: str) -> str:
+    return f"is broken JSON in line {line}, column {column}: {message}. Mend or remove that row."
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs)

@@ -1,0 +1,73 @@
+"""Conversations with labels: of the last answer, or of each."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import LABELLED, Adapter, LeftOut, Outcome, labelled
+from trl_ulma.data.pairs import split_messages
+from trl_ulma.labels import is_messages
+
+NO_MESSAGES = "its messages are no list of turns with a role and content"
+NO_LABEL = "its turn has no label"
+
+
+def messages(
+    rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False
+) -> Iterator[Outcome]:
+    """One row a conversation: the last assistant turn is the answer.
+
+    Args:
+        rows: `messages` and `label`.
+        label_type: of the labels. Binary labels of 1 are demonstrations.
+        liked: binary labels of 1 are no demonstrations.
+
+    Example:
+        >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go."}]
+        >>> [outcome] = messages([{"messages": turns, "label": 0}])
+        >>> outcome["completion"], outcome["label"]
+        ([{'role': 'assistant', 'content': 'Go.'}], 0.0)
+    """
+    for raw in rows:
+        if not is_messages(raw["messages"]):
+            yield LeftOut(NO_MESSAGES)
+            continue
+        try:
+            prompt, completion = split_messages(raw["messages"])
+        except ValueError as error:
+            yield LeftOut(str(error))
+            continue
+        yield labelled(prompt, completion, raw["label"], label_type=label_type, liked=liked)
+
+
+def turns(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
+    """One row an assistant turn: its prompt is all that came before. Turns without a label are left out.
+
+    Args:
+        rows: `messages`; each assistant turn has `label` beside its `content`.
+        label_type: of the labels. Binary labels of 1 are demonstrations.
+        liked: binary labels of 1 are no demonstrations.
+
+    Example:
+        >>> first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go.", "label": 0}]
+        >>> second = [{"role": "user", "content": "Oh."}, {"role": "assistant", "content": "Sorry!", "label": 1}]
+        >>> [(len(row["prompt"]), row["label"]) for row in turns([{"messages": first + second}])]
+        [(1, 0.0), (3, 1.0)]
+    """
+    for raw in rows:
+        conversation = raw["messages"]
+        if not is_messages(conversation):
+            yield LeftOut(NO_MESSAGES)
+            continue
+        plain = [{key: value for key, value in turn.items() if key != "label"} for turn in conversation]
+        for place, turn in enumerate(conversation):
+            if turn["role"] != "assistant":
+                continue
+            label = turn.get("label")
+            if label is None:
+                yield LeftOut(NO_LABEL)
+                continue
+            yield labelled(plain[:place], plain[place : place + 1], label, label_type=label_type, liked=liked)
+
+
+MESSAGES = Adapter(messages, needs=(("messages", "label"),), refuses=("chosen", "rejected"), options=LABELLED)
+TURNS = Adapter(turns, needs=(("messages",),), refuses=("label", "chosen", "rejected"), options=LABELLED)

@@ -1,0 +1,255 @@
+"""A mixture of datasets, as the list `datasets` of a YAML file names it: parts of any kind as one dataset."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+)
+
+from trl_ulma.data.columns import READ, TEXTS
+from trl_ulma.data.files import check_splits, load_files, load_rows, origin
+from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.data.tables import as_dataset
+from trl_ulma.labels import LabelRules
+
+# Builders of `datasets`, by the names of which TRL's mixtures say what their files are
+_BUILDERS = ("json", "csv", "parquet")
+_OF_PAIRS = ("prompt", "chosen", "rejected", "sft_mask", "log_z", "weight", "tools", "chat_template_kwargs")
+
+# `concatenate_datasets` and `DatasetDict` take either kind, and their annotations one
+Rows = Any
+
+
+def load_mixture(
+    parts: Sequence[Any], *, streaming: bool = False, rules: LabelRules | None = None, log_z: Any = None
+) -> tuple[DatasetDict | IterableDatasetDict, list[str]]:
+    """The parts one after the other, as the split "train", and what is to be said of columns that are not read.
+
+    A column that some parts lack is filled in: `weight` with 1, `label_type`, `sft_mask` and `log_z` with what the
+    settings say for rows without it. Pairs among rows of one answer become two rows each. Columns that no trainer reads
+    are dropped.
+
+    Args:
+        parts: each with `path`, and as in TRL's `DatasetConfig` `name`, `data_dir`, `data_files`, `split`, `columns`
+            (a list of those to keep, or as in `load_rows` what they are called), `fraction`; and `label_map`.
+        streaming: read rows when they are asked for.
+        rules: how labels of rows are read that do not say it themselves.
+        log_z: of rows that do not say it themselves.
+
+    Raises:
+        FileNotFoundError: if a part does not exist.
+        ValueError: if a part cannot be read, or does not fit the others. The message names it.
+
+    Example:
+        >>> load_mixture([DatasetConfig(path="thumbs.csv"), DatasetConfig(path="~/stars")])  # doctest: +SKIP
+    """
+    if not parts:
+        raise ValueError("The mixture has no parts; at least one is needed.")
+    loaded: list[tuple[str, Rows]] = []
+    said: list[str] = []
+    for number, part in enumerate(parts, start=1):
+        name = f"part {number} of the mixture ({part.path})"
+        try:
+            rows = _load(part, streaming)
+            if isinstance(part.columns, list):
+                there = rows.column_names or list(next(iter(rows), {}))
+                absent = [column for column in part.columns if column not in there]
+                if absent:
+                    raise ValueError(f"it has no column {', '.join(absent)}, but {', '.join(there)}")
+                rows = rows.select_columns(part.columns)
+            said += [note for note in check_splits({"": rows}, str(part.path)) if note not in said]
+        except (OSError, ValueError) as error:
+            raise type(error if isinstance(error, FileNotFoundError) else ValueError())(f"{name}: {error}") from error
+        loaded.append((name, rows))
+    loaded = _taken(parts, loaded, streaming)
+    mixed = _mixed(loaded, rules or LabelRules(), log_z)
+    return (IterableDatasetDict if streaming else DatasetDict)({"train": mixed}), said
+
+
+def _load(part: Any, streaming: bool) -> Rows:
+    names: dict[str, Any] = {"label_map": getattr(part, "label_map", None)}
+    names["columns"] = None if isinstance(part.columns, list) else part.columns
+    folder = Path(part.path).expanduser()
+    if part.data_files is None and part.data_dir is None:
+        return _split(load_rows(part.path, config=part.name, streaming=streaming, **names), part.split)
+    is_builder = part.path in _BUILDERS and not folder.exists()
+    if part.data_files is None and (is_builder or folder.is_dir()):
+        inner = Path(part.data_dir).expanduser() if is_builder else folder / part.data_dir
+        return _split(load_rows(inner, streaming=streaming, **names), part.split)
+    if is_builder or folder.is_dir():
+        base = Path(part.data_dir or "").expanduser() if is_builder else folder / (part.data_dir or "")
+        given: Any = part.data_files if isinstance(part.data_files, Mapping) else {"train": part.data_files}
+        files = {split: _files(base, each) for split, each in given.items()}
+        if all(found is not None for found in files.values()):
+            splits = {split: load_files(found or [], streaming=streaming, **names) for split, found in files.items()}
+            return _split(splits, part.split)
+    splits: Any = load_dataset(
+        part.path, part.name, data_dir=part.data_dir, data_files=part.data_files, streaming=streaming
+    )
+    return _split(splits, part.split)
+
+
+def _files(base: Path, given: str | list[str]) -> list[Path] | None:
+    """The files of names and patterns; None if they are elsewhere."""
+    found = []
+    for name in [given] if isinstance(given, str) else given:
+        if "://" in name:
+            return None
+        path = base / Path(name).expanduser()
+        matches = sorted(path.parent.glob(path.name)) if set("*?[") & set(path.name) and not path.exists() else [path]
+        if not matches:
+            raise FileNotFoundError(f"no file is named as {path}")
+        found += matches
+    return found
+
+
+def _split(splits: Mapping[Any, Any], split: str) -> Rows:
+    """A split, or what `datasets` calls one: `train[:10%]`, `train+test`."""
+    if split in splits:
+        return splits[split]
+    there = ", ".join(map(str, splits))
+    if not all(isinstance(rows, Dataset) for rows in splits.values()) or not set("[+") & set(split):
+        raise ValueError(f"it has no split {split!r}, but {there}")
+    lengths = {str(name): len(rows) for name, rows in splits.items()}
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"it has no split {split!r}, but {there}: {error}") from error
+    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    if all(rows.features == chosen[0].features for rows in chosen):
+        return concatenate_datasets(chosen)
+    return _together([(dict, rows) for rows in chosen], split)
+
+
+def _taken(parts: Sequence[Any], loaded: list[tuple[str, Rows]], streaming: bool) -> list[tuple[str, Rows]]:
+    """The share of each part, as TRL's `fraction` means it: of the largest mixture that repeats no row."""
+    fractions = [part.fraction for part in parts if part.fraction is not None]
+    if not fractions:
+        return loaded
+    if len(fractions) < len(parts) or streaming or any(fraction <= 0 for fraction in fractions):
+        raise ValueError(
+            "fraction must be above 0 and given for all parts of the mixture or for none, without streaming."
+        )
+    weights = [fraction / sum(fractions) for fraction in fractions]
+    total = min(len(rows) / weight for (_, rows), weight in zip(loaded, weights, strict=True))
+    return [
+        (name, rows.select(range(round(weight * total)))) for (name, rows), weight in zip(loaded, weights, strict=True)
+    ]
+
+
+def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Rows:
+    first = {name: next(iter(rows), {}) for name, rows in loaded}
+    if all({"prompt_ids", "completion_ids"} <= set(row) for row in first.values()) or len(loaded) == 1:
+        return concatenate_datasets([rows for _, rows in loaded])
+    kinds = {name: isinstance(row.get("prompt", row.get("chosen")), str) for name, row in first.items()}
+    if len(set(kinds.values())) > 1:
+        texts = ", ".join(name for name, is_text in kinds.items() if is_text)
+        raise ValueError(
+            f"The rows of {texts} are text, and those of the other parts messages. Bring all into one form."
+        )
+    paired = {name: "chosen" in row for name, row in first.items()}
+    if len(set(paired.values())) > 1:
+        if rules.transform is not None and rules.label_type == "binary":
+            raise ValueError(
+                "label_transform is for labels, and a part of the mixture has pairs. Leave the one or the other out."
+            )
+        loaded = [(name, _single(rows) if paired[name] else rows) for name, rows in loaded]
+        first = {name: next(iter(rows), {}) for name, rows in loaded}
+    elif all(paired.values()) and len({"prompt" in row for row in first.values()}) > 1:
+        without = ", ".join(name for name, row in first.items() if "prompt" not in row)
+        raise ValueError(
+            f"The pairs of {without} have no prompt, and those of the other parts do. Bring all into one form."
+        )
+    read = _OF_PAIRS if all(paired.values()) else [name for name in READ if name not in ("chosen", "rejected")]
+    columns = [name for name in read if any(name in row for row in first.values())]
+    rows_of = [(_Part(name, set(first[name]), columns, rules, log_z), rows) for name, rows in loaded]
+    if isinstance(loaded[0][1], IterableDataset):
+        # `concatenate_datasets` would take the types of the first rows for those of all
+        return IterableDataset.from_generator(_chained, gen_kwargs={"rows_of": tuple(rows_of)})
+    alike = {str(sorted(rows.features.items())) for _, rows in loaded}
+    if len(alike) == 1 or any(name in columns for name in ("image", "images")):
+        try:
+            return concatenate_datasets(
+                [rows.select_columns([c for c in columns if c in first[n]]) for n, rows in loaded]
+            )
+        except ValueError as error:
+            raise ValueError(f"The parts of the mixture have columns of other types: {error}") from error
+    return _together(rows_of, [columns, str(rules), str(log_z)])
+
+
+def _together(rows_of: Sequence[tuple[Any, Dataset]], key: Any) -> Dataset:
+    """Rows of datasets whose types differ, each row as its function makes it."""
+    named = [(getattr(part, "name", "the mixture"), rows) for part, rows in rows_of]
+    key = ["mixture", [rows._fingerprint for _, rows in rows_of], key]
+    return as_dataset(partial(_chained, rows_of), partial(_place, named), key, lambda what: None)
+
+
+def _chained(rows_of: Sequence[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
+    for part, rows in rows_of:
+        for row in rows.with_format(None):
+            yield part(row)
+
+
+def _place(loaded: list[tuple[str, Any]], row: int) -> str:
+    for name, rows in loaded:
+        if row < len(rows):
+            return f"{name}, {origin(rows, row) or f'row {row}'}"
+        row -= len(rows)
+    raise IndexError(row)
+
+
+def _single(rows: Any) -> Any:
+    """Pairs as rows of one answer, less those that have none."""
+    names = rows.column_names or list(next(iter(rows), {}))
+
+    def halves(batch: dict[str, list]) -> dict[str, list]:
+        made = pairs_to_rows(batch)
+        made["label_type"] = ["binary"] * len(made["label"])
+        kept = [i for i, why in enumerate(made["left_out"]) if why is None]
+        return {name: [values[i] for i in kept] for name, values in made.items() if name not in ("pair", "left_out")}
+
+    return rows.map(halves, batched=True, remove_columns=names)
+
+
+class _Part:
+    """A row of a part with the columns of the mixture."""
+
+    def __init__(self, name: str, own: set[str], columns: Sequence[str], rules: LabelRules, log_z: Any):
+        self.name, self.own, self.columns, self.rules, self.log_z = name, own, columns, rules, log_z
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {column: row.get(column) if column in self.own else self._filled(column, row) for column in self.columns}
+
+    def _filled(self, column: str, row: Mapping[str, Any]) -> Any:
+        if column == "weight":
+            return 1.0
+        label_type = row.get("label_type") or self.rules.label_type
+        if column == "label_type":
+            return label_type
+        if column == "log_z":
+            if isinstance(self.log_z, int | float):
+                return self.log_z
+            raise ValueError(
+                f"{self.name} has no column log_z, and another part has. Add it, or set log_z to a number."
+            )
+        if column in TEXTS:
+            raise ValueError(f"{self.name} has no column {column}, and another part has. Bring all into one form.")
+        if column != "sft_mask":
+            return None
+        if "chosen" in row:
+            return True
+        is_transformed = self.rules.transform is not None and label_type == self.rules.label_type
+        if is_transformed or (label_type == "continuous" and self.rules.sft_threshold is None):
+            remedy = "" if is_transformed else ", or set sft_threshold"
+            raise ValueError(f"{self.name} has no column sft_mask, and another part has. Add it{remedy}.")
+        label = row.get("label")
+        return isinstance(label, bool | int | float) and self.rules.is_demonstration(label, label_type)

@@ -1,0 +1,44 @@
+"""Nectar: several answers to a conversation, ranked."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, labelled
+from trl_ulma.data.conversations import ASSISTANT, is_transcript, parse_transcript
+
+
+def nectar(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
+    r"""One row an answer, with minus its rank as a continuous label: −1 is the best.
+
+    Args:
+        rows: `prompt`, a transcript that is open at its end, or text, and `answers`, each with `answer` and `rank`.
+
+    Example:
+        >>> answers = [{"answer": "Hello!", "rank": 1.0}, {"answer": "Go.", "rank": 2.0}]
+        >>> rows = list(nectar([{"prompt": "\n\nHuman: Hi\n\nAssistant: ", "answers": answers}]))
+        >>> rows[0]["prompt"], [row["label"] for row in rows]
+        ([{'role': 'user', 'content': 'Hi'}], [-1.0, -2.0])
+    """
+    for raw in rows:
+        answers, prompt = raw["answers"], raw["prompt"]
+        if not isinstance(answers, list) or not answers:
+            yield LeftOut("its prompt has no answers")
+            continue
+        if isinstance(prompt, str) and (is_transcript(prompt) or prompt.rstrip().endswith(ASSISTANT.strip())):
+            try:
+                turns = parse_transcript(prompt)
+                if turns[-1]["role"] == "assistant" and not turns[-1]["content"].strip():
+                    turns = turns[:-1]
+                prompt = turns
+            except ValueError as error:
+                yield from [LeftOut(str(error))] * len(answers)
+                continue
+        for answer in answers:
+            rank = as_number(answer.get("rank")) if isinstance(answer, Mapping) else None
+            if rank is None:
+                yield LeftOut("its rank is not a number")
+                continue
+            yield labelled(prompt, answer.get("answer"), 0.0 - rank, label_type="continuous")
+
+
+NECTAR = Adapter(nectar, needs=(("prompt", "answers"),), refuses=("question",))

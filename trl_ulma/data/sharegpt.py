@@ -1,0 +1,73 @@
+"""ShareGPT's layout: turns with `from` and `value`, to imitate, with a label, or in pairs."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import LABELLED, Adapter, LeftOut, Outcome, labelled
+from trl_ulma.data.pairs import split_messages
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+
+
+def sharegpt(
+    rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False
+) -> Iterator[Outcome]:
+    """One row a conversation, whose last answer is learned from; two where it ends in `chosen` and `rejected`.
+
+    Args:
+        rows: `conversations`, turns with `from` and `value`, and perhaps `system`; with a `label` (or `kto_tag`), or
+            with `chosen` and `rejected`, a turn each, or with neither: then answers are demonstrations.
+        label_type: of the labels. Binary labels of 1 are demonstrations.
+        liked: binary labels of 1 are no demonstrations.
+
+    Example:
+        >>> turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+        >>> [outcome] = sharegpt([{"conversations": turns}])
+        >>> outcome["prompt"], outcome["sft_mask"]
+        ([{'role': 'user', 'content': 'Hi'}], True)
+    """
+    for raw in rows:
+        is_pair = raw.get("chosen") is not None or raw.get("rejected") is not None
+        try:
+            turns = _messages(raw["conversations"])
+            if raw.get("system"):
+                turns = [{"role": "system", "content": raw["system"]}, *turns]
+            if is_pair:
+                answers = [(_messages([raw.get("chosen")]), 1.0), (_messages([raw.get("rejected")]), 0.0)]
+                prompts = [turns, turns]
+            else:
+                prompt, answer = split_messages(turns)
+                label = next((raw[name] for name in ("label", "kto_tag") if name in raw), 1.0)
+                prompts, answers = [prompt], [(answer, label)]
+        except ValueError as error:
+            yield from [LeftOut(str(error))] * (2 if is_pair else 1)
+            continue
+        for prompt, (answer, label) in zip(prompts, answers, strict=True):
+            yield labelled(prompt, answer, label, label_type="binary" if is_pair else label_type, liked=liked)
+
+
+def _messages(turns: Any) -> list[dict[str, Any]]:
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError("its conversation is no list of turns with `from` and `value`")
+    found = []
+    for turn in turns:
+        said = turn.get("from")
+        if said not in ROLES:
+            raise ValueError(f"a turn of it is from {said!r}, which is neither a user, an assistant nor a system")
+        if not isinstance(turn.get("value"), str):
+            raise ValueError("a turn of it is not text")
+        found.append({"role": ROLES[said], "content": turn["value"]})
+    return found
+
+
+SHAREGPT = Adapter(sharegpt, needs=(("conversations",),), options=LABELLED)

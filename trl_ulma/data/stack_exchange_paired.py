@@ -1,0 +1,39 @@
+"""stack-exchange-paired: a question, an answer with more votes and one with fewer."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, labelled
+from trl_ulma.data.hh import SAME
+
+AGAIN = "an answer that other pairs have, too: each pair makes a row of it"
+
+
+def stack_exchange_paired(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
+    """Two rows a pair: `response_j` with label 1, `response_k` with label 0.
+
+    An answer that is better than one and worse than another has rows with both labels, in proportion.
+
+    Args:
+        rows: `question`, `response_j` and `response_k`.
+        liked: better answers are no demonstrations.
+
+    Example:
+        >>> raw = {"question": "An egg?", "response_j": "Boil it.", "response_k": "Dunno."}
+        >>> [row["label"] for row in stack_exchange_paired([raw])]
+        [1.0, 0.0]
+    """
+    seen: set[int] = set()
+    for raw in rows:
+        if raw["response_j"] == raw["response_k"]:
+            yield from [LeftOut(SAME)] * 2
+            continue
+        for name, label in (("response_j", 1.0), ("response_k", 0.0)):
+            key = hash((str(raw["question"]), str(raw[name])))
+            if key in seen:
+                yield Noted(AGAIN)
+            seen.add(key)
+            yield labelled(raw["question"], raw[name], label, liked=liked)
+
+
+STACK_EXCHANGE_PAIRED = Adapter(stack_exchange_paired, needs=(("question", "response_j", "response_k"),), options=LIKED)

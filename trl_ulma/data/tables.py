@@ -1,0 +1,220 @@
+"""Rows as Arrow tables whose types all rows agree with: nothing is cast that the file does not say."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, Features, Json, List, Value, config
+from datasets.features.features import generate_from_arrow_type
+from filelock import FileLock
+
+from trl_ulma.data.columns import NUMBERS
+
+# A kind is how a column's values are stored: one of these words, ("list", kind), ("object", {key: kind}), or an Arrow
+# type that JSON does not have. "int" is exact as a float, "long" is not, "json" is any value, as JSON.
+Kind = Any
+_EXACT = 2**53
+_INT64 = 2**63
+# With more keys than this an object is a dictionary, and no row of a table
+_MOST_KEYS = 100
+_BATCH = 1000
+
+Rows = Callable[[], Iterable[dict[str, Any]]]
+
+
+def kind_of(value: Any) -> Kind:
+    """The kind of one value.
+
+    Raises:
+        ValueError: for text that is not Unicode.
+
+    Example:
+        >>> kind_of([{"role": "user", "turn": 1}, {"role": "user", "turn": 0.5}])
+        ('list', ('object', {'role': 'string', 'turn': 'float'}))
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, str):
+        if not value.isascii():
+            _check_unicode(value)
+        return "string"
+    if isinstance(value, int):
+        return "int" if abs(value) <= _EXACT else "long" if -_INT64 <= value < _INT64 else "json"
+    if isinstance(value, float):
+        return "float"
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            return "json"
+        return ("object", {key: kind_of(each) for key, each in value.items()})
+    if isinstance(value, list | tuple):
+        kind = "null"
+        for each in value:
+            kind = joined(kind, kind_of(each))
+        return ("list", kind)
+    return pa.scalar(value).type
+
+
+def joined(one: Kind, other: Kind, *, is_number: bool = False) -> Kind:
+    """The kind of a column that has values of both kinds.
+
+    Args:
+        one: a kind.
+        other: another.
+        is_number: whether truth values are numbers in this column.
+
+    Example:
+        >>> joined("int", "float"), joined("int", "string"), joined("bool", "float", is_number=True)
+        ('float', 'json', 'float')
+    """
+    if one == other or other == "null":
+        return one
+    if one == "null":
+        return other
+    kinds = [one, other]
+    if is_number and "bool" in kinds:
+        kinds = ["int" if kind == "bool" else kind for kind in kinds]
+        if kinds[0] == kinds[1]:
+            return "int"
+    if not any(isinstance(kind, tuple) for kind in kinds):
+        if set(kinds) == {"int", "float"}:
+            return "float"
+        return "long" if set(kinds) == {"int", "long"} else "json"
+    if not all(isinstance(kind, tuple) for kind in kinds) or one[0] != other[0]:
+        return "json"
+    if one[0] == "list":
+        return ("list", joined(one[1], other[1]))
+    keys = one[1] | {key: joined(one[1].get(key, "null"), kind) for key, kind in other[1].items()}
+    return ("object", keys) if len(keys) <= _MOST_KEYS else "json"
+
+
+def feature_of(kind: Kind) -> Any:
+    """The feature of a column of that kind.
+
+    Example:
+        >>> feature_of(("list", "int"))
+        List(Value('int64'))
+    """
+    if isinstance(kind, tuple):
+        if kind[0] == "list":
+            return List(feature_of(kind[1]))
+        return {key: feature_of(each) for key, each in kind[1].items()} or Json()
+    if isinstance(kind, pa.DataType):
+        return generate_from_arrow_type(kind)
+    names = {"bool": "bool", "int": "int64", "long": "int64", "float": "float64", "string": "string", "null": "null"}
+    return Json() if kind == "json" else Value({**names, "text": "string"}[kind])
+
+
+def _flattened(kind: Kind) -> Kind:
+    """The kind of a column: "json" if a part of it is."""
+    if isinstance(kind, tuple):
+        parts = [kind[1]] if kind[0] == "list" else kind[1].values()
+        if kind == ("object", {}) or any(_flattened(part) == "json" for part in parts):
+            return "json"
+    return kind
+
+
+def _is_kept_by_json(value: Any) -> bool:
+    """Whether `Json` gives a value back as it is: it rounds some numbers."""
+    try:
+        written = json.dumps(value)
+        return json.dumps(Json().decode_example(written)) == written
+    except (TypeError, ValueError):
+        return False
+
+
+def typed(rows: Rows, place: Callable[[int], str], warn: Callable[[str], None]) -> dict[str, Kind]:
+    """The kind of each column, seen from all rows.
+
+    Args:
+        rows: gives the rows anew each time it is called; `ValueError` from it goes through.
+        place: a row's number → where it is, for errors.
+        warn: called with what cannot be kept as it is.
+    """
+    kinds: dict[str, Kind] = {}
+    for number, row in enumerate(rows()):
+        for column, value in row.items():
+            before = kinds.get(column)
+            try:
+                found = kind_of(value)
+            except (ValueError, pa.ArrowException, RecursionError) as error:
+                raise ValueError(f"{place(number)}: {column} {error}.") from error
+            if found != before:
+                kinds[column] = found if before is None else joined(before, found, is_number=column in NUMBERS)
+    kinds = {column: _flattened(kind) for column, kind in kinds.items()}
+    unsure = [column for column, kind in kinds.items() if kind == "json"]
+    for row in rows() if unsure else ():
+        for column in [each for each in unsure if not _is_kept_by_json(row.get(each))]:
+            unsure.remove(column)
+            kinds[column] = "text"
+            warn(f"{column}: values of several kinds are kept as JSON text")
+    return kinds
+
+
+def _array(values: list[Any], kind: Kind, type_: pa.DataType, is_number: bool) -> pa.Array:
+    if kind == "json":
+        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+        return pa.ExtensionArray.from_storage(type_, pa.array(texts, type_.storage_type))
+    if kind == "text":
+        values = [
+            v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in values
+        ]
+    elif is_number and kind in ("int", "long", "float"):
+        number = float if kind == "float" else int
+        values = [None if value is None else number(value) for value in values]
+    return pa.array(values, type_)
+
+
+def _batches(rows: Iterable[dict[str, Any]], kinds: Mapping[str, Kind], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    stream = iter(rows)
+    while batch := list(islice(stream, _BATCH)):
+        arrays = [
+            _array([row.get(name) for row in batch], kinds[name], schema.field(name).type, name in NUMBERS)
+            for name in schema.names
+        ]
+        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def as_dataset(rows: Rows, place: Callable[[int], str], key: Any, warn: Callable[[str], None]) -> Dataset:
+    """Rows as a dataset in a file of the cache, which is written in batches and used again while `key` is the same.
+
+    Args:
+        rows: gives the rows anew each time it is called.
+        place: a row's number → where it is, for errors.
+        key: what the rows depend on, as JSON.
+        warn: called with what cannot be kept as it is.
+
+    Raises:
+        ValueError: if a row cannot be stored.
+    """
+    kinds = typed(rows, place, warn)
+    features = Features({column: feature_of(kind) for column, kind in kinds.items()})
+    digest = hashlib.sha256(json.dumps([key, str(features)], sort_keys=True, default=str).encode()).hexdigest()[:32]
+    folder = Path(config.HF_DATASETS_CACHE) / "trl_ulma"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{digest}.arrow"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            part = file.with_suffix(f".{os.getpid()}.part")
+            try:
+                schema = features.arrow_schema
+                with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                    for batch in _batches(rows(), kinds, schema):
+                        writer.write_batch(batch)
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)
+    return Dataset.from_file(str(file))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text") from error

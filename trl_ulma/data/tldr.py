@@ -1,0 +1,73 @@
+"""Summarize from feedback (TL;DR): summaries of posts that were compared, or rated from 1 to 7."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, labelled
+
+ASPECTS = ("overall", "accuracy", "coverage", "coherence")
+
+
+def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: bool = False) -> Iterator[Outcome]:
+    r"""Two rows a comparison, label 1 for the chosen summary and 0 for the other; one row a rated summary.
+
+    Args:
+        rows: `info` (a post's `subreddit`, `title` and `post`, or an `article`) with `summaries` (two, each with
+            `text`) and `choice`; or with `summary`, which has `text` and `axes`.
+        aspect: which of the `axes` is the label of rated summaries, a continuous one.
+        liked: chosen summaries are no demonstrations.
+
+    Example:
+        >>> info = {"subreddit": "tea", "title": "Hot", "post": "It was hot."}
+        >>> raw = {"info": info, "summaries": [{"text": "Tea."}, {"text": "Hot tea."}], "choice": 1}
+        >>> [row["label"] for row in tldr([raw])]
+        [0.0, 1.0]
+    """
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect is {aspect!r}; it must be one of {ASPECTS}.")
+    for raw in rows:
+        is_rated = "summaries" not in raw
+        prompt = _prompt(raw["info"])
+        if is_rated:
+            summary = raw["summary"] if isinstance(raw["summary"], Mapping) else {}
+            if prompt is None:
+                yield LeftOut("its post is not text")
+                continue
+            rating = (summary.get("axes") or {}).get(aspect)
+            yield labelled(prompt, summary.get("text"), rating, label_type="continuous")
+            continue
+        summaries, choice = raw["summaries"], as_number(raw["choice"])
+        if not isinstance(summaries, list) or not all(isinstance(each, Mapping) for each in summaries):
+            yield from [LeftOut("its summaries are no list")] * 2
+        elif prompt is None:
+            yield from [LeftOut("its post is not text")] * len(summaries)
+        elif choice not in range(len(summaries)):
+            yield from [LeftOut("its choice is none of the summaries")] * len(summaries)
+        else:
+            for place, summary in enumerate(summaries):
+                yield labelled(prompt, summary.get("text"), place == choice, liked=liked)
+
+
+def _prompt(info: Any) -> str | None:
+    if not isinstance(info, Mapping):
+        return None
+    if isinstance(info.get("post"), str):
+        named = (("SUBREDDIT", f"r/{info.get('subreddit')}"), ("TITLE", info.get("title")), ("POST", info["post"]))
+        shown = [f"{name}: {text}" for name, text in named if text and text != "r/None"]
+        return "\n\n".join([*shown, "TL;DR:"])
+    article = info.get("article")
+    return f"{article}\n\nTL;DR:" if isinstance(article, str) else None
+
+
+TLDR = Adapter(
+    tldr,
+    needs=(("info", "summaries", "choice"), ("info", "summary", "worker")),
+    options=LIKED
+    | {
+        "--aspect": {
+            "choices": ASPECTS,
+            "default": "overall",
+            "help": "which rating of rated summaries is the label (default: %(default)s)",
+        },
+    },
+)

@@ -1,0 +1,50 @@
+"""WebGPT comparisons: two answers to a question, with scores that sum to 0."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, labelled
+
+NO_QUOTES = "its answer has no quotes"
+
+
+def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterator[Outcome]:
+    """Two rows a question, with the score as a continuous label, from −1 to 1; 0 is a tie.
+
+    Args:
+        rows: `question` (with `full_text`, or text), `answer_0`, `answer_1`, `score_0`, `score_1`, and for `quotes`
+            `quotes_0` and `quotes_1`, each with lists `title` and `extract`.
+        quotes: put what the answer was written from before the question. Each answer then has a prompt of its own.
+
+    Example:
+        >>> raw = {"question": {"full_text": "Why?"}, "answer_0": "So.", "answer_1": "No.", "score_0": 1.0}
+        >>> [row["label"] for row in webgpt([raw | {"score_1": -1.0}])]
+        [1.0, -1.0]
+    """
+    for raw in rows:
+        question = raw["question"]
+        if isinstance(question, Mapping):
+            question = question.get("full_text")
+        for number in (0, 1):
+            prompt = question
+            if not isinstance(prompt, str):
+                yield LeftOut("its question is not text")
+                continue
+            if quotes:
+                try:
+                    found = raw[f"quotes_{number}"]
+                    pairs = list(zip(found["title"], found["extract"], strict=True))
+                    prompt = "\n\n".join([*(f"{title}\n{extract}" for title, extract in pairs), prompt])
+                except (KeyError, TypeError, ValueError):
+                    yield LeftOut("its quotes are not lists of titles and extracts")
+                    continue
+                if not pairs:
+                    yield Noted(NO_QUOTES)
+            yield labelled(prompt, raw[f"answer_{number}"], raw[f"score_{number}"], label_type="continuous")
+
+
+WEBGPT = Adapter(
+    webgpt,
+    needs=(("question", "answer_0", "answer_1", "score_0", "score_1"),),
+    options={"--quotes": {"action": "store_true", "help": "put the quotes that an answer cites before the question"}},
+)

@@ -1,0 +1,193 @@
+"""A report's parts, and the two forms they are written in: Markdown, and one HTML file that needs nothing beside it."""
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_STYLE = """\
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d0d0d0; --soft: #f3f3f3 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181c; --line: #43474f; --soft: #22252b } }
+body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0;
+  font-variant-numeric: tabular-nums }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; vertical-align: top }
+th:first-child, td:first-child, td.text { text-align: left } th { background: var(--soft) }
+img { max-width: 100%; height: auto } pre { white-space: pre-wrap; background: var(--soft); padding: .8rem }
+blockquote { border-left: 3px solid var(--line); margin: 1rem 0; padding: .1rem 1rem; white-space: pre-wrap }
+strong.verdict { display: block; background: var(--soft); padding: .8rem 1rem; border-left: 4px solid #0072b2 }"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A title; level 1 is the document's own."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; a strong one is what a reader should take away."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """Some points."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the first column is text, the others are numbers, or with `is_text` text, too."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    is_text: bool = False
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What somebody wrote, under a title."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, of which `name`.svg and `name`-dark.svg, and the same as .png, are in the report's folder."""
+
+    name: str
+
+
+Part = Heading | Text | Bullets | Table | Quote | Picture
+
+
+def to_markdown(parts: Iterable[Part]) -> str:
+    """The document as GitHub's Markdown; what the parts say is shown as it is, and is no markup.
+
+    Example:
+        >>> print(to_markdown([Heading("A < B", 1), Bullets(["x", "y"]), Quote("The answer", "# No")]), end="")
+        # A &lt; B
+        <BLANKLINE>
+        - x
+        - y
+        <BLANKLINE>
+        The answer:
+        <BLANKLINE>
+        > \\# No
+    """
+    return "\n\n".join(map(_markdown, parts)) + "\n"
+
+
+def to_html(parts: Sequence[Part], folder: Path) -> str:
+    """The document as HTML, with the pictures in it, and light or dark as the reader's system is.
+
+    Args:
+        parts: its parts.
+        folder: with the pictures.
+
+    Example:
+        >>> print(to_html([Text("<b>")], Path()).splitlines()[-3])
+        <p>&lt;b&gt;</p>
+    """
+    title = next((part.text for part in parts if isinstance(part, Heading)), "Report")
+    body = "\n".join(_html(part, folder) for part in parts)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n'
+        f"{body}\n</body>\n</html>\n"
+    )
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool = False) -> str:
+    r"""A table of Markdown; the first column is text, the others are numbers, or with `is_text` text, too.
+
+    Example:
+        >>> print(table(["model", "AUC"], [["a|b", "0.9"]]))
+        | model | AUC |
+        | :-- | --: |
+        | a\|b | 0.9 |
+    """
+    rule = [":--", *[":--" if is_text else "--:"] * (len(header) - 1)]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:]))
+
+
+def _markdown(part: Part) -> str:
+    if isinstance(part, Heading):
+        return f"{'#' * part.level} {_plain(part.text)}"
+    if isinstance(part, Text):
+        return f"**{_plain(part.text)}**" if part.strong else _plain(part.text)
+    if isinstance(part, Bullets):
+        return "\n".join(f"- {_plain(item)}" for item in part.items)
+    if isinstance(part, Table):
+        return table(
+            [_plain(cell) for cell in part.header],
+            [[(_literal if part.is_text else _plain)(cell) for cell in row] for row in part.rows],
+            is_text=part.is_text,
+        )
+    if isinstance(part, Quote):
+        lines = [_quoted(line) for line in part.text.splitlines() or [""]]
+        return f"{_plain(part.title)}:\n\n" + "\n".join(f"> {line}".rstrip() for line in lines)
+    return (
+        f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="{part.name}-dark.png">\n'
+        f'<img alt="{part.name}" src="{part.name}.png">\n</picture>'
+    )
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown does not take for markup of HTML; code between backticks is left as it is."""
+    pieces = re.split(r"(`[^`\n]*`)", text)
+    return "".join(
+        piece if i % 2 else piece.replace("&", "&amp;").replace("<", "&lt;") for i, piece in enumerate(pieces)
+    )
+
+
+def _literal(text: str) -> str:
+    """Text that somebody wrote, none of which Markdown takes for emphasis, code, a link or a picture."""
+    return re.sub(r"([\\`*_\[\]~])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _quoted(line: str) -> str:
+    """A line that somebody wrote, whose beginning Markdown takes for no heading, list or quote."""
+    line = re.sub(r"^(\s*)([#>+-])", r"\1\\\2", _literal(line))
+    return re.sub(r"^(\s*\d+)([.)])", r"\1\\\2", line)
+
+
+def _html(part: Part, folder: Path) -> str:
+    if isinstance(part, Heading):
+        return f"<h{part.level}>{_inline(part.text)}</h{part.level}>"
+    if isinstance(part, Text):
+        text = _inline(part.text)
+        return f'<p><strong class="verdict">{text}</strong></p>' if part.strong else f"<p>{text}</p>"
+    if isinstance(part, Bullets):
+        return "<ul>\n" + "\n".join(f"<li>{_inline(item)}</li>" for item in part.items) + "\n</ul>"
+    if isinstance(part, Table):
+        kind = ' class="text"' if part.is_text else ""
+        head = "".join(f"<th>{_inline(cell)}</th>" for cell in part.header)
+        rows = ("".join(f"<td{kind}>{_inline(cell)}</td>" for cell in row) for row in part.rows)
+        return f"<table>\n<tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>"
+    if isinstance(part, Quote):
+        return f"<p>{_inline(part.title)}:</p>\n<blockquote>{html.escape(part.text)}</blockquote>"
+    light, dark = (_embedded(folder / f"{part.name}{suffix}.svg") for suffix in ("", "-dark"))
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{html.escape(part.name)}" src="{light}"></picture>'
+    )
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`\n]*)`", r"<code>\1</code>", html.escape(text, quote=False))
+
+
+def _embedded(file: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(file.read_bytes()).decode("ascii")

@@ -1,0 +1,184 @@
+"""What rewards say on the scale that the user's labels are on: calibration, errors, and the rows that surprise most."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trl_ulma.evaluation.implicit_reward import BINS, calibration_curve
+from trl_ulma.evaluation.intervals import Estimate, bootstrap
+from trl_ulma.evaluation.turns import answer_text, as_text
+from trl_ulma.judge import judged
+from trl_ulma.labels import LabelRules
+
+SURPRISES = 10
+CHANGES = 3
+_LONGEST = 300
+
+
+def own_labels(label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> np.ndarray:
+    """`(N,)` labels on the scale that rows carry them on, of labels after the transform.
+
+    As far as there is a way back: not past a threshold, votes or ranks among a prompt's answers.
+
+    Args:
+        label: `(N,)` z after the transform.
+        continuous: `(N,)` bool.
+        rules: how labels were read, with their transform.
+
+    Example:
+        >>> from trl_ulma.labels import parse_transform
+        >>> rules = LabelRules("continuous", transform=parse_transform("standardise:3,2", "continuous"))
+        >>> own_labels(np.array([-1.0, 1.0]), np.array([True, True]), rules)
+        array([1., 5.])
+    """
+    if rules.transform is None:
+        return label
+    own = continuous == (rules.label_type == "continuous")
+    # 2.0000000000000004 stars are two
+    return np.where(own, rules.transform.invert(label).round(9), label)
+
+
+def on_own_scale(
+    reward: np.ndarray,
+    label: np.ndarray,
+    continuous: np.ndarray,
+    prompt: np.ndarray,
+    rules: LabelRules,
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What rewards predict, beside what the rows say, both on the scale that the rows carry.
+
+    Args:
+        reward: `(N,)` r.
+        label: `(N,)` z after the transform.
+        continuous: `(N,)` bool.
+        prompt: `(N,)` the prompt's number.
+        rules: how labels were read, with their transform.
+        seed: of the resampling.
+
+    Returns:
+        `error`, the mean absolute difference of predicted and given labels; `error_of_mean`, that of a prediction that
+        is the mean label of these rows for each; `by_label`, for each label, or each tenth of many different ones, the
+        rows, their mean label and the mean prediction; `calibration`, bins of rows with alike predictions.
+
+    Example:
+        >>> found = on_own_scale(np.array([0.0, 2.0]), np.array([0.0, 1.0]), np.ones(2, bool), np.arange(2),
+        ...                      LabelRules("continuous"))
+        >>> found["error"].value, found["error_of_mean"].value, [each["predicted"].value for each in found["by_label"]]
+        (0.5, 0.5, [0.0, 2.0])
+    """
+    given = own_labels(label, continuous, rules)
+    predicted = judged(reward, label, continuous, rules)["predicted_label"]
+    wrong, of_mean = np.abs(predicted - given), np.abs(given.mean() - given)
+    values = np.unique(given)
+    if len(values) <= BINS:
+        groups = [given == value for value in values]
+    else:
+        edges = np.quantile(given, np.linspace(0, 1, BINS + 1))
+        place = np.searchsorted(edges[1:-1], given)
+        groups = [place == each for each in range(BINS) if (place == each).any()]
+    return {
+        "error": bootstrap(lambda rows: wrong[rows].mean(), prompt, seed),
+        "error_of_mean": bootstrap(lambda rows: of_mean[rows].mean(), prompt, seed),
+        "by_label": [
+            {
+                "label": float(given[rows].mean()),
+                "rows": int(rows.sum()),
+                "predicted": _mean(predicted[rows], prompt[rows], seed),
+            }
+            for rows in groups
+        ],
+        "calibration": calibration_curve(predicted, given),
+    }
+
+
+def surprises(
+    reward: np.ndarray,
+    label: np.ndarray,
+    continuous: np.ndarray,
+    rules: LabelRules,
+    rows: Any,
+    numbers: np.ndarray | Sequence[int],
+) -> list[dict[str, Any]]:
+    """The rows whose labels surprise a model most, the most surprising first: the first to look at for mistakes.
+
+    Args:
+        reward: `(N,)` r.
+        label: `(N,)` z after the transform.
+        continuous: `(N,)` bool; those of the kind that has more rows are taken, since the two are not comparable.
+        rules: how labels were read, with their transform.
+        rows: those with `prompt` and `completion`, by number: a list or a `Dataset`.
+        numbers: `(N,)` of the rows.
+
+    Example:
+        >>> rows = [{"prompt": "Hi", "completion": " Hello!"}, {"prompt": "Hi", "completion": " Go away!"}]
+        >>> reward, label = np.array([-3.0, -3.0]), np.array([1.0, 0.0])
+        >>> found = surprises(reward, label, np.zeros(2, bool), LabelRules(), rows, [0, 1])
+        >>> [(each["row"], each["answer"], round(each["predicted"], 3)) for each in found]
+        [(0, 'Hello!', 0.047), (1, 'Go away!', 0.047)]
+    """
+    told = judged(reward, label, continuous, rules)
+    given = own_labels(label, continuous, rules)
+    kind = continuous == (continuous.mean() > 0.5)
+    order = np.flatnonzero(kind)[np.argsort(-told["surprise"][kind], kind="stable")][:SURPRISES]
+    return [
+        {
+            "row": int(numbers[i]),
+            "prompt": shortened(as_text(rows[int(numbers[i])]["prompt"])),
+            "answer": shortened(answer_text(rows[int(numbers[i])]["completion"])),
+            "label": float(given[i]),
+            "predicted": float(told["predicted_label"][i]),
+            "reward": float(reward[i]),
+            "surprise": float(told["surprise"][i]),
+        }
+        for i in order
+    ]
+
+
+def changed(
+    prompts: Sequence[Any], before: Sequence[str | None], after: Sequence[str | None], chosen: Sequence[str]
+) -> dict[str, Any]:
+    """What training changed: how many answers are others, and the first of them beside those before.
+
+    Args:
+        prompts: `(N,)` text or messages.
+        before, after: `(N,)` answers of the base and of the tuned model; None where there is none.
+        chosen: `(N,)` the data's good answers.
+
+    Example:
+        >>> changed(["Hi", "Bye"], ["Go.", "Bye."], ["Hello!", "Bye."], ["Hi!", "Bye!"])
+        {'answers': 2, 'others': 1, 'examples': [{'prompt': 'Hi', 'before': 'Go.', 'after': 'Hello!', 'chosen': 'Hi!'}]}
+    """
+    both = [i for i in range(len(prompts)) if before[i] is not None and after[i] is not None]
+    others = [i for i in both if str(before[i]).strip() != str(after[i]).strip()]
+    return {
+        "answers": len(both),
+        "others": len(others),
+        "examples": [
+            {
+                "prompt": shortened(as_text(prompts[i])),
+                "before": shortened(str(before[i])),
+                "after": shortened(str(after[i])),
+                "chosen": shortened(chosen[i]),
+            }
+            for i in others[:CHANGES]
+        ],
+    }
+
+
+def shortened(text: str, most: int = _LONGEST) -> str:
+    """A text that is too long for a table, cut at its middle.
+
+    Example:
+        >>> shortened("0123456789", 7), shortened(" short ", 7)
+        ('012…789', 'short')
+    """
+    text = text.strip()
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
+def _mean(values: np.ndarray, prompt: np.ndarray, seed: int) -> Estimate:
+    return bootstrap(lambda rows: values[rows].mean(), prompt, seed)

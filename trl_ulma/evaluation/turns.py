@@ -1,0 +1,201 @@
+"""Conversations as people, judges and servers read them: text, tool calls and reasoning apart."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_ulma.data.conversations import is_transcript
+
+# Under these keys, servers and data sets put what a model thought before it answered
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_TAGS = tuple((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning"))
+_TAGS += (("[THINK]", "[/THINK]"),)
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+def split_reasoning(text: str, *, is_open: bool = False) -> tuple[str, str]:
+    """(reasoning, answer) of what a model wrote: the answer is what follows the block that the text begins with.
+
+    If the block has no end, because the answer was cut off, all of the text is reasoning. If it has no beginning, the
+    prompt opened it, as some chat templates do.
+
+    Args:
+        text: what the model wrote.
+        is_open: whether the prompt is known to have begun a block.
+
+    Example:
+        >>> split_reasoning("<think>Two and two.</think>\\n\\n4")
+        ('Two and two.', '4')
+        >>> split_reasoning("Two and two.\\n</think>\\n4"), split_reasoning("Write </think>4.")
+        (('Two and two.', '4'), ('', 'Write </think>4.'))
+        >>> split_reasoning("<think>Hm, hm"), split_reasoning("Hm, hm", is_open=True)
+        (('Hm, hm', ''), ('Hm, hm', ''))
+    """
+    start = text.lstrip()
+    for begin, end in _TAGS:
+        if start.startswith(begin) or is_open:
+            reasoning, found, answer = start.removeprefix(begin).partition(end)
+            if found or start.startswith(begin):
+                return reasoning.strip(), answer.lstrip()
+        # A tag within a line is what the answer speaks of
+        elif (reasoning := text.partition(f"\n{end}"))[1] and begin not in reasoning[0]:
+            return reasoning[0].strip(), reasoning[2].lstrip()
+    return (text.strip(), "") if is_open else ("", text)
+
+
+def answer_text(completion: Any) -> str:
+    r"""What a completion, text or messages, says to the person who asked: without reasoning, tool calls as calls.
+
+    Example:
+        >>> answer_text([{"role": "assistant", "content": "Hello!"}])
+        'Hello!'
+        >>> call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+        >>> answer_text([{"role": "assistant", "content": None, "tool_calls": [call]}])
+        '[tool call] weather({"city": "Oslo"})'
+        >>> answer_text("<think>Easy.</think>Paris.")
+        'Paris.'
+    """
+    if isinstance(completion, str):
+        return show_calls(split_reasoning(completion)[1])
+    return "\n\n".join(filter(None, map(_said, completion)))
+
+
+def as_text(prompt: Any) -> str:
+    r"""A prompt as people read it: the turns of a conversation under their roles, a transcript or text as it is.
+
+    Example:
+        >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
+        'User: Hi\n\nAssistant: Hello!'
+        >>> as_text("\n\nHuman: Hi\n\nAssistant:")
+        'Human: Hi'
+    """
+    if isinstance(prompt, str):
+        text = prompt.strip()
+        return re.sub(r"\s*\n\nAssistant:$", "", text) if is_transcript(prompt) else text
+    return "\n\n".join(f"{str(turn['role']).capitalize()}: {_said(turn).strip()}" for turn in prompt)
+
+
+def calls_text(calls: Sequence[Any] | None) -> str:
+    """Tool calls, one a line, with their arguments as JSON.
+
+    Example:
+        >>> print(calls_text([{"function": {"name": "add", "arguments": '{"a": 1,  "b": null}'}}, {"name": "now"}]))
+        [tool call] add({"a": 1})
+        [tool call] now({})
+    """
+    lines = []
+    for call in calls or ():
+        function = call.get("function") or call
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:  # as a model may write it
+                lines.append(f"[tool call] {function.get('name')}({arguments})")
+                continue
+        shown = json.dumps(without_nulls(arguments or {}), ensure_ascii=False, sort_keys=True)
+        lines.append(f"[tool call] {function.get('name')}({shown})")
+    return "\n".join(lines)
+
+
+def show_calls(text: str) -> str:
+    """A text in which calls as Hermes and Qwen write them are shown as those of messages are.
+
+    Example:
+        >>> show_calls('Wait.\\n<tool_call>\\n{"name": "now", "arguments": {"zone": "CET"}}\\n</tool_call>')
+        'Wait.\\n[tool call] now({"zone": "CET"})'
+    """
+
+    def shown(found: re.Match) -> str:
+        try:
+            return calls_text([json.loads(found[1])])
+        except (AttributeError, ValueError):
+            return found[0]
+
+    return _CALL.sub(shown, text)
+
+
+def for_server(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as servers take them: without null keys, arguments of calls as JSON, and with an id for every call.
+
+    Datasets have null keys because all rows of a table share their columns, and their calls rarely have ids. Ids have
+    nine letters and digits, because Mistral requires that.
+
+    Example:
+        >>> call = {"function": {"name": "now", "arguments": {"zone": None}}}
+        >>> turns = [{"role": "assistant", "content": None, "tool_calls": [call]},
+        ...          {"role": "tool", "name": "now", "content": "12:00", "tool_calls": None}]
+        >>> for turn in for_server(turns):
+        ...     print(turn)
+        {'role': 'assistant', 'tool_calls': [{'function': {'name': 'now', 'arguments': '{}'}, 'type': 'function',
+        'id': 'call00000'}]}
+        {'role': 'tool', 'name': 'now', 'content': '12:00', 'tool_call_id': 'call00000'}
+    """
+    found, open_calls, number = [], [], 0
+    for message in messages:
+        turn = without_nulls(dict(message))
+        if turn.get("tool_calls"):
+            open_calls, calls = [], []
+            for call in turn["tool_calls"]:
+                function = dict(call.get("function") or call)
+                arguments = function.get("arguments", {})
+                is_text = isinstance(arguments, str)
+                function["arguments"] = arguments if is_text else json.dumps(arguments, ensure_ascii=False)
+                each = {**(call if "function" in call else {}), "function": function, "type": "function"}
+                each.setdefault("id", f"call{number:05}")
+                number += 1
+                calls.append(each)
+                open_calls.append(each["id"])
+            turn["tool_calls"] = calls
+        elif "tool_calls" in turn:
+            del turn["tool_calls"]
+        if turn.get("role") == "tool" and open_calls:
+            answered = open_calls.pop(0)
+            turn.setdefault("tool_call_id", answered)
+        found.append(turn)
+    return found
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of JSON without the keys that are null, at any depth.
+
+    Example:
+        >>> without_nulls({"a": None, "b": [{"c": None, "d": 0}]})
+        {'b': [{'d': 0}]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def content_text(content: Any) -> tuple[str, str]:
+    """(reasoning, text) of a message's content: text, or parts, of which those of thinking are reasoning.
+
+    Example:
+        >>> content_text([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
+        ...               {"type": "text", "text": "Yes."}, {"type": "image"}])
+        ('Hm.', 'Yes.[image]')
+    """
+    if content is None or isinstance(content, str):
+        return "", content or ""
+    reasoning, text = "", ""
+    for part in content:
+        if isinstance(part, str):
+            text += part
+        elif part.get("type") in ("thinking", "reasoning"):
+            inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
+            reasoning += content_text(inner)[1]
+        elif part.get("text"):
+            text += part["text"]
+        elif part.get("type") in ("image", "image_url"):
+            text += "[image]"
+    return reasoning, text
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """What one message says."""
+    text = content_text(turn.get("content"))[1]
+    if turn.get("role") == "assistant":
+        text = show_calls(split_reasoning(text)[1])
+    return "\n\n".join(filter(None, (text, calls_text(turn.get("tool_calls")))))

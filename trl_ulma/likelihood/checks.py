@@ -1,0 +1,133 @@
+"""What a training checks of its reference: at its start, at its end, and against the checkpoint it goes on from."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from trl_ulma.likelihood.proof import LONGEST, LONGEST_OF_LAYOUT, StartupProof, probe_rows
+from trl_ulma.likelihood.reference import Reference, ReferenceIdentity
+from trl_ulma.likelihood.table import forward_inputs
+
+
+class TrainingChecks:
+    """The startup proof of a training, and its reference's identity.
+
+    Args:
+        proof: of the training's scorer and reference.
+        collate: makes a batch, on the device, of prepared rows.
+        context: that forwards run in, as of mixed precision.
+        tokens: `(N, W)` that the reference is known by, see `probe_tokens`.
+        is_on: whether the proof is made (`startup_checks`).
+    """
+
+    def __init__(
+        self,
+        proof: StartupProof,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        context: Callable[[], AbstractContextManager],
+        tokens: torch.Tensor,
+        *,
+        is_on: bool,
+    ):
+        self.is_done = False
+        self.identity: ReferenceIdentity | None = None
+        self._proof = proof
+        self._collate = collate
+        self._context = context
+        self._tokens = tokens
+        self._is_on = is_on
+
+    @property
+    def _reference(self) -> Reference:
+        return self._proof.reference
+
+    def start(
+        self, policy: Any, rows: Any, *, at_start: bool, is_moving: bool, resumed: ReferenceIdentity | None = None
+    ) -> None:
+        """Prove, on all processes alike.
+
+        Args:
+            policy: the policy's model as it is trained.
+            rows: prepared rows to train on.
+            at_start: whether the policy is as it was before training.
+            is_moving: whether the reference is to move while training.
+            resumed: the identity in the checkpoint that training goes on from.
+
+        Raises:
+            ValueError: naming what is wrong, by how much, and what to do.
+        """
+        # A second training goes on from where the first one ended
+        at_start = at_start and not self.is_done
+        self.is_done = True
+        if self._is_on:
+            examples = list(islice(rows, 4))
+            has_images = "prompt_images" in examples[0]
+            batch = self._batch(examples[:2] if has_images else probe_rows(examples, LONGEST, same_prompt=False))
+            layout = self._proof.scorer.layout
+            laid_out = None
+            if layout != "padded":
+                laid_out = self._batch(probe_rows(examples, LONGEST_OF_LAYOUT, same_prompt=layout == "shared"))
+            with self._context():
+                self._proof(policy, batch, laid_out, at_start=at_start)
+                if at_start and self._reference.kind != "given":
+                    self._check_precomputed(policy, rows)
+        if self._reference.kind != "none":
+            self.identity = self._reference.identity(policy, self._tokens)
+        self._is_moving = is_moving
+        if resumed is not None and self._reference.is_live:
+            tokens = torch.tensor(resumed.input_ids, device=self._tokens.device)
+            off = resumed.difference(self._reference.fingerprint(policy, tokens))
+            if not off <= self._proof.tolerance:
+                name = resumed.name or "no name"
+                raise ValueError(
+                    f"The checkpoint was trained against another reference ({resumed.kind}, {name}): the one here "
+                    f"gives log-probabilities that differ by {off:.2g} nats a token. Pass the model that training "
+                    "began with, or the same ref_model."
+                )
+
+    def end(self, policy: Any) -> None:
+        """Raise ValueError if the reference has moved since the start."""
+        if self.identity is None or not self._reference.is_live or self._is_moving:
+            return
+        off = self.identity.difference(self._reference.fingerprint(policy, self._tokens))
+        if not off <= self._proof.tolerance:
+            raise ValueError(
+                f"The reference has moved while training, by {off:.2g} nats a token: what was learned is not what the "
+                "loss says. Something changes its weights or adapter; pass a ref_model that nothing else holds."
+            )
+
+    def _check_precomputed(self, policy: Any, rows: Any) -> None:
+        """That the column `ref_logps` holds what the policy gives before training."""
+        if not isinstance(rows, Dataset) or "ref_logps" not in rows.column_names:
+            return
+        known = np.flatnonzero(~np.isnan(np.asarray(rows.select(range(min(len(rows), 64)))["ref_logps"][:])))
+        if len(known):
+            batch = self._collate([rows[int(i)] for i in known[:2]])
+            if "ref_logps" not in batch:
+                return  # a collator of the user's leaves it out, which the loss refuses
+            found = self._proof.policy_logps(policy, forward_inputs(batch))
+            tokens = batch["completion_mask"][:, 1:].sum(1)
+            self._proof.check_reference(policy, found, batch["ref_logps"], tokens)
+
+    def _batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return forward_inputs(self._collate(rows))
+
+
+def probe_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> torch.Tensor:
+    """`(4, 8)` random tokens, none of them special; the same ones whenever a tokenizer's vocabulary is the same.
+
+    Args:
+        tokenizer: the policy's.
+        embeddings: how many tokens the policy has embeddings for.
+    """
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    size = min(len(tokenizer), embeddings)
+    usual = np.array([token for token in range(size) if token not in special] or range(size))
+    drawn = np.random.default_rng(0).integers(len(usual), size=(4, 8))
+    return torch.from_numpy(usual[drawn])

@@ -1,0 +1,331 @@
+"""The compact LM head: log-probabilities of the wanted tokens, in chunks, without the logits of all positions."""
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trl_ulma.likelihood.noise import evaluation_mode
+
+# Logits of more positions than fit here are computed in chunks, and once more in the backward pass
+CHUNK_BYTES = 256 * 2**20
+# What a head's map from projections to logits is measured at, and how far the measured map may be from the model's
+_PROBES = (-50.0, -3.0, -0.5, 0.0, 0.5, 3.0, 50.0)
+_MAP_TOLERANCE = 1e-4
+
+
+class TokenScores(NamedTuple):
+    """What a next-token distribution says of its token, one value per scored token.
+
+    Attributes:
+        log_probs: log-probability of the token in nats, with gradient.
+        entropy: entropy of the distribution in nats, without gradient; None where it is not asked for.
+        mean_logits: mean of the logits over the vocabulary, without gradient; or None.
+        is_top1: 1 where the token is the most likely one, else 0; or None.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+
+class LogitMap(NamedTuple):
+    r"""How a model makes logits of its output embeddings' projections z: c·tanh(s·z/c), or s·z without a cap.
+
+    Attributes:
+        scale: s.
+        cap: c, or None.
+        width: how many entries of the vocabulary are logits; models can pad their embeddings.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+    width: int | None = None
+
+    def __call__(self, projections: torch.Tensor) -> torch.Tensor:
+        """The logits, in at least float32."""
+        logits = projections[..., : self.width].to(torch.promote_types(projections.dtype, torch.float32))
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def backward(self, gradient: torch.Tensor, logits: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
+        """The gradient with respect to the projections; writes into `gradient`."""
+        if self.cap is not None:
+            gradient *= 1 - (logits / self.cap) ** 2
+        if self.scale != 1:
+            gradient *= self.scale
+        missing = projections.size(-1) - gradient.size(-1)
+        return nn.functional.pad(gradient, (0, missing)).to(projections.dtype)
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax at the targets, and statistics of the distribution; keeps the projections alone."""
+
+    @staticmethod
+    def forward(ctx, projections, targets, logit_map, with_statistics):  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits = logit_map(projections)
+        normalizer = torch.logsumexp(logits, 1)
+        log_probs = logits.gather(1, targets[:, None])[:, 0] - normalizer
+        statistics = ()
+        if with_statistics:
+            mean, top = logits.mean(1), logits.argmax(1)
+            probabilities = torch.exp(logits - normalizer[:, None])
+            entropy = normalizer - torch.linalg.vecdot(probabilities, logits)
+            statistics = (entropy, mean, (top == targets).to(logits.dtype))
+            ctx.mark_non_differentiable(*statistics)
+        ctx.save_for_backward(projections, targets, normalizer)
+        ctx.logit_map = logit_map
+        return log_probs, *statistics
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        projections, targets, normalizer = ctx.saved_tensors
+        logits = ctx.logit_map(projections)
+        gradient = torch.exp(logits - normalizer[:, None]).mul_(-gradients[0][:, None])
+        gradient.scatter_add_(1, targets[:, None], gradients[0][:, None].to(gradient.dtype))
+        return ctx.logit_map.backward(gradient, logits, projections), None, None, None
+
+
+def token_scores(
+    projections: torch.Tensor, targets: torch.Tensor, logit_map: LogitMap | None = None, *, statistics: bool = False
+) -> TokenScores:
+    r"""log softmax(logits)[target] of each row of projections, and statistics of the distribution.
+
+    Args:
+        projections: `(n, V)`, what the output embeddings give.
+        targets: `(n,)` token ids below V.
+        logit_map: from projections to logits; the identity where it is None.
+        statistics: whether entropy, mean logit and top-1 agreement are computed, too.
+
+    Returns:
+        `TokenScores` of `(n,)` tensors, at least float32.
+
+    Example:
+        >>> scores = token_scores(torch.zeros(1, 4), torch.tensor([2]), statistics=True)
+        >>> scores.log_probs, scores.entropy
+        (tensor([-1.3863]), tensor([1.3863]))
+    """
+    found: Any = _LogProbs.apply(projections, targets, logit_map or LogitMap(), statistics)
+    return TokenScores(*found)
+
+
+class CompactHead:
+    """Runs a causal language model whose output embeddings score the wanted tokens, instead of giving all logits.
+
+    The model's own forward runs, through whatever wraps it (PEFT, DDP, FSDP2, ZeRO-3, torch.compile). Only during a
+    call, its output embeddings take the hidden states at the wanted positions, project them in chunks, and return the
+    tokens' log-probabilities; a hook hands these on as the model's output. The hooks that a wrapper has put on the
+    output embeddings and on the model see the tensor that gradients flow through. After a call the model is as before.
+
+    Args:
+        model: the causal language model without wrappers.
+
+    Raises:
+        ValueError: for a model without output embeddings.
+    """
+
+    def __init__(self, model: nn.Module):
+        head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+        if head is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None), so it gives no "
+                "log-probabilities of tokens. Pass a causal language model."
+            )
+        self._model = weakref.ref(model)
+        self._head = weakref.ref(head)
+        self.logit_map: LogitMap | None = None
+        # torch.compile runs these as they are: what they do depends on the batch
+        self._forward = torch.compiler.disable(self._score)
+        self._keep_hook = torch.compiler.disable(self._keep)
+        self._replace_hook = torch.compiler.disable(self._replace)
+        self._project: Any = None
+        self._wanted: _Wanted | None = None
+        self._log_probs: torch.Tensor | None = None
+        self._scores: Any = None
+        self._states: torch.Tensor | None = None
+
+    @property
+    def model(self) -> Any:
+        """The causal language model."""
+        return self._model()
+
+    @property
+    def head(self) -> Any:
+        """Its output embeddings."""
+        return self._head()
+
+    def __call__(
+        self,
+        wrapped: Any,
+        inputs: dict[str, Any],
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        first: torch.Tensor | None = None,
+        statistics: bool = False,
+    ) -> tuple[TokenScores, torch.Tensor | None, torch.Tensor | None]:
+        """(scores `(n,)` of each wanted token, hidden states `(B, H)`, auxiliary loss of a mixture of experts).
+
+        Args:
+            wrapped: the model, or what it is wrapped in.
+            inputs: of its forward; `input_ids` `(R, W)` among them.
+            positions: `(n,)` places in the flattened `(R·W)` sequences, each right before a wanted token.
+            targets: `(n,)` the wanted tokens.
+            first: `(B,)` which of `positions` hidden states are wanted of (detached); None for none.
+            statistics: see `token_scores`.
+        """
+        if self.logit_map is None:
+            self.logit_map = self._measure(wrapped, inputs)
+        wanted = _Wanted(positions, targets, first, statistics, inputs["input_ids"].size(1))
+        output = self._run(wrapped, inputs, wanted)
+        log_probs: Any = output.get("log_probs")
+        if log_probs is None and not torch.is_grad_enabled():
+            # PEFT calls the forward of a model whose virtual tokens are switched off, past its hooks
+            log_probs = self._log_probs
+        # They have passed the wrappers' hooks; statistics need no gradient
+        flat: Any = log_probs
+        scores = self._scores._replace(log_probs=flat.reshape(-1))
+        states = self._states
+        self._scores = self._states = self._log_probs = None
+        return scores, states, output.get("aux_loss")
+
+    def _run(self, wrapped: Any, inputs: dict[str, Any], wanted: "_Wanted | torch.Tensor") -> dict[str, Any]:
+        with self._installed():
+            self._wanted = wanted  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                return wrapped(**inputs, use_cache=False)
+            finally:
+                self._wanted = None
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """The output embeddings' forward and the two hooks in place, and gone after."""
+        own = self.head.__dict__.get("forward")  # what accelerate or a user has put there
+        self._project = self.head.forward
+        # After all other hooks on the head, before all others on the model
+        handles = [
+            self.head.register_forward_hook(self._keep_hook),
+            self.model.register_forward_hook(self._replace_hook, prepend=True),
+        ]
+        self.head.forward = self._forward
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if own is None:
+                del self.head.forward
+            else:
+                self.head.forward = own
+
+    def _score(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        wanted = self._wanted
+        if wanted is None:  # a compiled model outside a call
+            return self._project(hidden, *args, **kwargs)
+        if isinstance(wanted, torch.Tensor):
+            return wanted.to(hidden.device).expand(*hidden.shape[:-1], -1)
+        if hidden.dim() != 3 or hidden.size(1) < wanted.width:
+            raise ValueError(
+                f"{type(self.model).__name__} gives its output embeddings states of shape {tuple(hidden.shape)} for "
+                f"sequences of {wanted.width} tokens, and not one state per token, so its tokens cannot be scored."
+            )
+        rows, columns = wanted.positions // wanted.width, wanted.positions % wanted.width
+        # Adapters can put virtual tokens before the sequence
+        places = rows * hidden.size(1) + (hidden.size(1) - wanted.width) + columns
+        states = hidden.flatten(0, 1)[places.to(hidden.device)]
+        if wanted.first is not None:
+            self._states = states.detach()[wanted.first.to(hidden.device)]
+        self._scores = self._in_chunks(states, wanted.targets.to(hidden.device), wanted.statistics)
+        return self._scores.log_probs[None, :, None]
+
+    def _in_chunks(self, states: torch.Tensor, targets: torch.Tensor, statistics: bool) -> TokenScores:
+        size = max(1, CHUNK_BYTES // (4 * self._vocabulary))
+        if len(states) <= size:
+            return self._score_chunk(states, targets, statistics)
+        parts = [
+            checkpoint(self._score_chunk, *chunk, statistics, use_reentrant=False)
+            for chunk in zip(states.split(size), targets.split(size), strict=True)
+        ]
+        columns: Any = zip(*parts, strict=True)
+        joined: Any = [None if values[0] is None else torch.cat(values) for values in columns]
+        return TokenScores(*joined)
+
+    def _score_chunk(self, states: torch.Tensor, targets: torch.Tensor, statistics: bool) -> TokenScores:
+        return token_scores(self._project(states), targets, self.logit_map, statistics=statistics)
+
+    def _keep(self, head: nn.Module, args: Any, output: Any) -> None:
+        """Keep what the head has returned, behind the hooks of wrappers."""
+        if self._wanted is not None:
+            self._log_probs = output
+
+    def _replace(self, model: nn.Module, args: Any, output: Any) -> dict[str, Any] | None:
+        """Hand on the log-probabilities as the model's output."""
+        if self._wanted is None:
+            return None
+        if isinstance(self._wanted, torch.Tensor):
+            return {"logits": output.logits}
+        if self._log_probs is None:
+            raise ValueError(
+                f"{type(model).__name__} does not call the output embeddings that `get_output_embeddings()` names, so "
+                "its log-probabilities cannot be read. Its forward must project its last hidden state through them."
+            )
+        found = {"log_probs": self._log_probs}
+        if getattr(output, "aux_loss", None) is not None:
+            found["aux_loss"] = output.aux_loss
+        return found
+
+    @property
+    def _vocabulary(self) -> int:
+        """How many projections a position has."""
+        size = getattr(self.head, "out_features", None)
+        return self.model.config.get_text_config().vocab_size if size is None else size
+
+    @torch.no_grad()
+    def _measure(self, wrapped: Any, inputs: dict[str, Any]) -> LogitMap:
+        """The map from projections to logits, read off the model's own forward: known numbers go in for projections.
+
+        Raises:
+            ValueError: where it is no scale and no soft cap.
+        """
+        sample = {"input_ids": torch.zeros_like(inputs["input_ids"][:1, :2])}
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        size = self._vocabulary
+        made = torch.tensor(_PROBES, dtype=dtype).repeat(math.ceil(size / len(_PROBES)))[:size]
+
+        def logits(projections: torch.Tensor) -> torch.Tensor:
+            found = self._run(wrapped, sample, projections)["logits"]
+            return found[0, -1].to("cpu", torch.float64)
+
+        with evaluation_mode(wrapped):
+            highest = logits(torch.full((size,), 1e30, dtype=dtype))
+            found = logits(made)
+            cap = None if highest.abs().min() > 1e20 else float(highest[0])
+            unit = 1.0 if cap is None else 1e-4 * abs(cap)
+            scale = float(logits(torch.full((size,), unit, dtype=dtype))[0]) / unit
+        if abs(scale - 1) < 1e-6:
+            scale = 1.0
+        width = None if len(found) == size else len(found)
+        logit_map = LogitMap(scale, cap, width)
+        expected = logit_map(made.double())
+        off = (found - expected).abs().max().item() if expected.shape == found.shape else math.inf
+        if not off <= _MAP_TOLERANCE * max(1.0, expected.abs().max().item()):  # also where it is NaN
+            raise ValueError(
+                f"{type(self.model).__name__} makes its logits of the output embeddings' projections by something else "
+                f"than a scale and a soft cap (off by {off:.2g}), so its log-probabilities cannot be computed here."
+            )
+        return logit_map
+
+
+class _Wanted(NamedTuple):
+    positions: torch.Tensor
+    targets: torch.Tensor
+    first: torch.Tensor | None
+    statistics: bool
+    width: int

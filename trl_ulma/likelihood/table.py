@@ -1,0 +1,124 @@
+"""Log-probabilities of a whole table of prepared rows, under a model or a reference."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from trl_ulma.likelihood.noise import evaluation_mode
+from trl_ulma.likelihood.reference import Reference
+from trl_ulma.likelihood.scorer import Batch, Scorer
+from trl_ulma.rows.collator import DataCollatorForPointwisePreference
+
+# Of a batch, what is about its rows, and not for a model's forward
+ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "image_key")
+
+
+def batches(
+    rows: Dataset,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    *,
+    batch_size: int = 8,
+    device: Any = "cpu",
+    what: str | None = "Scoring",
+) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
+    """(numbers of the rows, batch) of prepared rows, the longest first, with a progress bar.
+
+    Args:
+        rows: prepared rows.
+        collate: makes a batch of rows; padding on the right by default.
+        batch_size: rows per batch.
+        device: where the batch is put.
+        what: on the progress bar; None for no bar.
+    """
+    # What a padding position holds makes no difference
+    collate = collate or DataCollatorForPointwisePreference(pad_token_id=0)
+    by_length = np.argsort(-np.asarray(rows["length"][:]), kind="stable").tolist()
+    with tqdm(total=len(rows), desc=what, unit="row", disable=what is None) as bar:
+        for start in range(0, len(rows), batch_size):
+            numbers = by_length[start : start + batch_size]
+            batch = collate([rows[i] for i in numbers])
+            yield (
+                numbers,
+                {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()},
+            )
+            bar.update(len(numbers))
+
+
+def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch a model's forward takes, and its `completion_mask`.
+
+    Example:
+        >>> sorted(forward_inputs({"input_ids": 1, "completion_mask": 2, "label": 3}))
+        ['completion_mask', 'input_ids']
+    """
+    return {name: value for name, value in batch.items() if name not in ROW_KEYS}
+
+
+@torch.no_grad()
+def completion_logps(
+    model: Any, rows: Dataset, *, batch_size: int = 8, what: str | None = "Scoring", reference: Reference | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(`(N,)` log π(y|x) in nats, summed over completion tokens, EOS included; `(N,)` the numbers of these tokens).
+
+    The first token of a sequence is predicted by nothing: if a prompt is empty, it is not scored.
+
+    Args:
+        model: a causal language model, or an adapter on one.
+        rows: prepared rows.
+        batch_size: rows per forward.
+        what: on the progress bar; None for no bar.
+        reference: asked in place of the model, which may be what it is an adapter on.
+
+    Raises:
+        ValueError: naming the row, if a log-probability is not finite.
+
+    Example:
+        >>> logps, tokens = completion_logps(model, rows)  # doctest: +SKIP
+    """
+    scorer = Scorer()
+    logps, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+    with evaluation_mode(model):
+        for numbers, batch in batches(rows, batch_size=batch_size, device=model.device, what=what):
+            inputs: Batch = forward_inputs(batch)
+            found = scorer(model, inputs).logps if reference is None else reference.logps(model, inputs)
+            logps[numbers] = found.double().cpu().numpy()
+            tokens[numbers] = inputs["completion_mask"][:, 1:].sum(1).cpu().numpy()
+    check_finite(logps, rows)
+    return logps, tokens
+
+
+@torch.no_grad()
+def prompt_states(model: Any, rows: Dataset, *, batch_size: int = 8) -> torch.Tensor:
+    """`(N, H)`, what the output embeddings read before each completion; a learned log Z reads it, too.
+
+    Args:
+        model: a causal language model, or an adapter on one.
+        rows: prepared rows; if a prompt is empty, it is the state of the completion's first token.
+        batch_size: rows per forward.
+
+    Example:
+        >>> prompt_states(model, rows)  # doctest: +SKIP
+    """
+    scorer = Scorer()
+    found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    with evaluation_mode(model):
+        for numbers, batch in batches(rows, batch_size=batch_size, device=model.device, what="Reading prompts"):
+            states: Any = scorer(model, forward_inputs(batch), prompt_states=True).prompt_states
+            for i, state in zip(numbers, states.float().cpu(), strict=True):
+                found[i] = state
+    return torch.stack(found)
+
+
+def check_finite(values: np.ndarray, rows: Dataset) -> None:
+    """Raise ValueError, naming the row, where a value is NaN or infinite."""
+    broken = np.flatnonzero(~np.isfinite(values))
+    if len(broken):
+        raise ValueError(
+            f"The log-probability of row {rows['row'][int(broken[0])]} is {values[broken[0]]} ({len(broken)} rows "
+            "in all "
+            'are not finite). Load the model with dtype="float32", or look at its weights.'
+        )

@@ -1,0 +1,207 @@
+"""log Z of a training: checked with its rows, made as its settings choose, saved beside the weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from safetensors.torch import load_file, save_file
+
+from trl_ulma.log_partition import NEED_CLASSES, BatchKL, Learned, LogPartition, Prior, RunningMean
+from trl_ulma.rows.dataset_labels import is_continuous
+
+# Beside the model's weights
+FILE = "log_z.safetensors"
+
+
+def make_log_partition(args: Any, train_dataset: Any, compared: Any, hidden_size: int, device: Any) -> LogPartition:
+    """What `log_z` of a training's config chooses.
+
+    Args:
+        args: the config.
+        train_dataset: prepared rows, for which the choice has been checked.
+        compared: which of them are compared with the reference, `(N,)` bool; read for "prior" only.
+        hidden_size: of what the policy's output embeddings read.
+        device: of the rows.
+    """
+    choice, beta = args.log_z, args.beta
+    if choice == "prior":
+        return Prior(*_labels_of(train_dataset, args, compared), beta=beta, device=device)
+    if choice == "running_mean":
+        return RunningMean(device=device)
+    if choice == "batch_kl":
+        return BatchKL(device=device)
+    if choice in ("learned", "learned_constant"):
+        size = hidden_size if choice == "learned" else 0
+        return Learned(size, beta=beta, learning_rate=args.log_z_learning_rate, device=device)
+    return LogPartition(0.0 if choice == "column" else choice, device)
+
+
+def save_log_partition(log_partition: LogPartition, folder: str | Path) -> None:
+    """Write its state into a folder; nothing, if it has none."""
+    state = log_partition.state_dict()
+    if state:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({name: value.cpu().contiguous() for name, value in state.items()}, Path(folder) / FILE)
+
+
+def load_log_partition(log_partition: LogPartition, folder: str | Path) -> None:
+    """Take over the state that was saved in a folder.
+
+    Raises:
+        ValueError: if it is that of another choice or model.
+    """
+    path = Path(folder) / FILE
+    log_partition.load_state_dict(load_file(path) if path.exists() else {})
+
+
+def saved_log_partition(settings: Any, state: str | Path | None, device: Any) -> LogPartition:
+    """log Z as a saved model has it.
+
+    Args:
+        settings: saved with the model, with `beta` and `log_z`.
+        state: the file `log_z.safetensors`; None if there is none.
+        device: of the rows.
+
+    Raises:
+        ValueError: if the choice has a state and there is no file.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> saved_log_partition(SimpleNamespace(beta=0.1, log_z=0.5), None, "cpu").log_z
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    if not isinstance(settings.log_z, str) or settings.log_z == "column":
+        return LogPartition(0.0 if settings.log_z == "column" else float(settings.log_z), device)
+    if state is None:
+        raise ValueError(
+            f"The model was trained with log_z={settings.log_z!r}, and its state, {FILE}, is not beside it. Copy it "
+            "there from the folder that training wrote."
+        )
+    found = load_file(state)
+    if "weights" not in found:
+        fixed = LogPartition(0.0, device)
+        fixed.log_z.copy_(found["log_z"])
+        return fixed
+    # The weights are of a prompt's state and of two kinds of labels
+    learned = Learned(len(found["weights"]) - 2, beta=settings.beta, learning_rate=0.0, device=device)
+    learned.load_state_dict(found)
+    return learned
+
+
+def schedule_rate(optimizer: torch.optim.Optimizer) -> float:
+    """What a learning-rate schedule multiplies the rate by at this step.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        >>> schedule_rate(optimizer)
+        1.0
+    """
+    group = optimizer.param_groups[0]
+    # Schedulers of torch keep it there under this name, others nowhere; it is saved with the optimizer
+    initial = group.setdefault("initial_lr", group["lr"])
+    return float(group["lr"] / initial) if initial else 1.0
+
+
+def mismatched(
+    batch: dict[str, torch.Tensor], real: torch.Tensor, image_key: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Each row's prompt with the completion of the next row that has another prompt, and which rows count, `(B,)` bool.
+
+    A row without such a partner keeps its own completion and does not count, so that all processes run as many rows.
+    Completions are cut where a row would become wider than the batch.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, padded on the right.
+        real: `(B,)` bool, False for rows that are repeated.
+        image_key: `(B,)` of the rows' images, where they have some: another image makes another prompt.
+    """
+    ids, width = batch["input_ids"].tolist(), batch["input_ids"].size(1)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    starts = batch["completion_mask"].argmax(1).tolist()
+    prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
+    scored = batch["completion_mask"].tolist()
+    spans = [slice(start, length) for start, length in zip(starts, lengths, strict=True)]
+    completions = [row[span] for row, span in zip(ids, spans, strict=True)]
+    masks = [row[span] for row, span in zip(scored, spans, strict=True)]
+    is_real = real.tolist()
+    seen = [0] * len(prompts) if image_key is None else image_key.tolist()
+    made = {name: torch.zeros_like(value) for name, value in batch.items()}
+    counts = []
+    for row, prompt in enumerate(prompts):
+        others = [(row + by) % len(prompts) for by in range(1, len(prompts))]
+        differ = (o for o in others if is_real[o] and (prompts[o], seen[o]) != (prompt, seen[row]))
+        partner = next(differ, None)
+        counts.append(partner is not None and is_real[row])
+        source = row if partner is None else partner
+        tokens = (prompt + completions[source])[:width]
+        kept = masks[source][: len(tokens) - len(prompt)]
+        made["input_ids"][row, : len(tokens)] = torch.tensor(tokens, device=made["input_ids"].device)
+        made["attention_mask"][row, : len(tokens)] = 1
+        made["completion_mask"][row, len(prompt) : len(tokens)] = torch.tensor(kept, device=made["input_ids"].device)
+    return made, torch.tensor(counts, device=real.device)
+
+
+def check_column(choice: float | str, dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raise ValueError where a data set lacks the column that `log_z` reads, or has one that it contradicts.
+
+    Args:
+        choice: `log_z` of the config.
+        dataset: prepared rows; of streams only those are checked whose columns are known.
+        name: of the data set, in the message.
+    """
+    names = dataset.column_names
+    has_column = "log_z" in (names or ())
+    if choice == "column" and names and not has_column:
+        raise ValueError(f"log_z='column' needs a column log_z in the {name} dataset, in nats; there is none.")
+    if isinstance(choice, str) and choice != "column" and has_column:
+        raise ValueError(
+            f"log_z={choice!r} and a column log_z in the {name} dataset contradict one another. Remove the column, "
+            "or set log_z='column'."
+        )
+
+
+def check_labels(
+    args: Any, train_dataset: Dataset | IterableDataset, compared: Callable[[Dataset], np.ndarray]
+) -> None:
+    """Raise ValueError where the labels do not tell what `log_z` is to be learned from.
+
+    Args:
+        args: the trainer's config.
+        train_dataset: prepared rows.
+        compared: which of them are compared with the reference, `(N,)` bool.
+    """
+    if args.log_z not in NEED_CLASSES:
+        return
+    if isinstance(train_dataset, Dataset):
+        _check_classes(args.log_z, *_labels_of(train_dataset, args, compared(train_dataset)))
+    elif args.log_z == "prior":
+        raise ValueError(
+            "log_z='prior' needs the mean label of all rows, which a stream does not tell. Set log_z to a number, to "
+            "'learned_constant', or load the data set without streaming."
+        )
+
+
+def _labels_of(rows: Dataset, args: Any, compared: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(label, continuous, weight in the loss) of the prepared rows that are compared, each `(M,)`."""
+    label = np.asarray(rows["label"][:])
+    continuous = is_continuous(rows, args.label_type)
+    chosen = np.where(continuous, np.asarray(rows["sft_mask"][:]), label >= 0.5)
+    weight = np.where(chosen, args.desirable_weight, args.undesirable_weight)
+    if "weight" in rows.column_names:
+        weight = weight * np.asarray(rows["weight"][:])
+    return label[compared], continuous[compared], weight[compared]
+
+
+def _check_classes(choice: str, label: np.ndarray, continuous: np.ndarray, weight: np.ndarray) -> None:
+    for kind in (False, True):
+        rows = (continuous == kind) & (weight > 0)
+        if rows.any() and (label[rows] == label[rows][0]).all():
+            raise ValueError(
+                f"log_z={choice!r} needs compared rows of both classes: all {rows.sum()} that are compared with the "
+                f"reference have the label {label[rows][0]:g}, which log Z alone would fit, and the policy would learn "
+                "nothing. (Of binary labels, ULMA compares only rows that are no demonstrations.) Mark with sft_mask "
+                "which of the good answers are demonstrations, or set log_z to a number."
+            )

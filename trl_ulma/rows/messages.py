@@ -1,0 +1,195 @@
+"""Messages as chat templates need them, and what a template leaves out of them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# Names under which messages carry what a model thought before it answered
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_SYSTEM = ("system", "developer")
+
+
+def without_nones(value: Any) -> Any:
+    """Messages, tools or settings without the keys that Arrow fills with None because other rows have them, such as
+    the arguments of another tool.
+
+    Example:
+        >>> without_nones([{"role": "user", "content": "Hi", "name": None}])
+        [{'role': 'user', 'content': 'Hi'}]
+    """
+    if isinstance(value, dict):
+        return {key: without_nones(each) for key, each in value.items() if each is not None}
+    return [without_nones(each) for each in value] if isinstance(value, list) else value
+
+
+def joined(turn: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is text: the parts of a content that has text only are joined.
+
+    Example:
+        >>> joined({"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]})
+        {'role': 'user', 'content': 'Hi there'}
+    """
+    parts = turn.get("content")
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        return turn
+    if any(part.get("type", "text") != "text" for part in parts):
+        return turn
+    return {**turn, "content": "".join(part["text"] for part in parts)}
+
+
+def decoded(turn: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as dicts; arguments may be given as JSON text.
+
+    Example:
+        >>> decoded({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]})
+        {'role': 'assistant', 'tool_calls': [{'function': {'name': 'f', 'arguments': {'a': 1}}}]}
+    """
+    return _with_arguments(turn, _parsed)
+
+
+def encoded(turn: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as JSON text, for templates that concatenate them.
+
+    Example:
+        >>> encoded({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "é"}}]})
+        {'role': 'assistant', 'tool_calls': [{'name': 'f', 'arguments': '{"a": "é"}'}]}
+    """
+    return _with_arguments(turn, lambda a: a if isinstance(a, str) else json.dumps(a, ensure_ascii=False))
+
+
+def _with_arguments(turn: dict[str, Any], change: Any) -> dict[str, Any]:
+    calls = turn.get("tool_calls")
+    if not isinstance(calls, list):
+        return turn
+    made = []
+    for call in calls:
+        if isinstance(call, dict) and "arguments" in call:
+            call = {**call, "arguments": change(call["arguments"])}
+        elif isinstance(call, dict) and isinstance(call.get("function"), dict) and "arguments" in call["function"]:
+            call = {**call, "function": {**call["function"], "arguments": change(call["function"]["arguments"])}}
+        made.append(call)
+    return {**turn, "tool_calls": made}
+
+
+def _parsed(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def calls_of(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The functions that a message calls, each with its `name` and `arguments`.
+
+    Example:
+        >>> [call["name"] for call in calls_of({"tool_calls": [{"function": {"name": "f"}}, {"name": "g"}]})]
+        ['f', 'g']
+    """
+    calls = turn.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        if isinstance(call, Mapping):
+            inner = call.get("function")
+            yield inner if isinstance(inner, Mapping) else call
+
+
+def prints_python(messages: Sequence[Mapping[str, Any]], whole: str) -> bool:
+    """Whether a rendering has a tool call's arguments as Python writes a dict, which is not JSON."""
+    found = (call.get("arguments") for turn in messages for call in calls_of(turn))
+    return any(isinstance(each, dict) and "'" in str(each) and str(each) in whole for each in found)
+
+
+def left_out_by_template(messages: Sequence[Mapping[str, Any]], first: int, whole: str) -> str | None:
+    """What a rendering lacks of the messages' text, in words; None if it has all of it.
+
+    The texts must follow each other as their messages do; only system messages may stand anywhere. Whitespace may
+    differ, and text may be escaped as in JSON. What the assistant thought in the prompt need not be there, because
+    templates leave it out on purpose.
+
+    Args:
+        messages: of prompt and completion.
+        first: the number of the completion's first message.
+        whole: their rendering.
+
+    Example:
+        >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+        >>> left_out_by_template(messages, 1, "<user>Hi<assistant>")
+        'the chat template leaves out the content of its assistant message'
+    """
+    wanted = [(i, turn["role"], list(_texts(turn, i >= first))) for i, turn in enumerate(messages)]
+    at = 0
+    for _, role, texts in wanted:
+        ends = []
+        for _, text in texts:
+            found = whole.find(text.strip(), 0 if role in _SYSTEM else at)
+            if found < 0:
+                return _left_out_but_for_spaces(wanted, first, whole)
+            ends.append(found + len(text.strip()))
+        if role not in _SYSTEM:
+            at = max([at, *ends])
+    return None
+
+
+def _left_out_but_for_spaces(wanted: list, first: int, whole: str) -> str | None:
+    """As `left_out_by_template`, slower: whatever the whitespace and the escapes, and the prompt in any order."""
+    whole, at, prompt_end = _squashed(whole), 0, 0
+    for number, role, texts in wanted:
+        if number == first:
+            at = prompt_end
+        ends = []
+        for field, text in texts:
+            forms = [text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]]
+            hits = [(whole.find(form, at), len(form)) for form in map(_squashed, forms)]
+            hits = [start + length for start, length in hits if start >= 0]
+            if not hits:
+                return f"the chat template leaves out the {field} of its {role} message"
+            ends.append(min(hits))
+        if number >= first:
+            at = max([at, *ends])
+        elif role not in _SYSTEM:
+            prompt_end = max([0, *ends])
+    return None
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _texts(turn: Mapping[str, Any], is_scored: bool) -> Iterator[tuple[str, str]]:
+    """(field, text) of what a rendering of a message must have."""
+    is_thought = turn["role"] == "assistant" and not is_scored
+    content = turn.get("content")
+    if not (is_thought and turn.get("tool_calls")):  # in a prompt, what was said beside a call may be left out
+        for text in _leaves(content, parts=True):
+            yield "content", text.split("</think>")[-1] if is_thought else text
+    if not is_thought:
+        thought = next((turn[name] for name in REASONING if turn.get(name)), None)
+        for text in _leaves(thought):
+            yield "reasoning", text
+    for call in calls_of(turn):
+        if isinstance(call.get("name"), str):
+            yield "tool call", call["name"]
+        for text in _leaves(call.get("arguments")):
+            yield "tool call's arguments", text
+
+
+def _leaves(value: Any, *, parts: bool = False) -> Iterator[str]:
+    """The texts and numbers in a value; `parts` takes the text of a content's parts, and nothing else of them."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value
+    elif isinstance(value, bool):
+        yield "rue" if value else "alse"  # true or True
+    elif isinstance(value, int | float):
+        yield f"{value:g}" if isinstance(value, float) and value == int(value) else str(value)
+    elif isinstance(value, list):
+        for each in value:
+            if parts and isinstance(each, dict):
+                yield from _leaves(each.get("text"))
+            else:
+                yield from _leaves(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _leaves(each)

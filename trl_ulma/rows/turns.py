@@ -1,0 +1,150 @@
+"""Which characters of a rendered conversation the assistant wrote, where a completion has several turns."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trl_ulma.rows.messages import REASONING
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+
+
+def has_generation_markers(template: str) -> bool:
+    """Whether a chat template marks what the assistant generates.
+
+    Example:
+        >>> has_generation_markers("{% generation %}{{ message.content }}{% endgeneration %}")
+        True
+    """
+    return _GENERATION.search(template) is not None
+
+
+def marked_spans(render: Callable[..., tuple[str, list[Span]]], start: int, whole: str) -> list[Span] | None:
+    """What the template's markers say is generated, from character `start` on; None if they mark nothing.
+
+    Args:
+        render: gives (the rendering, the spans that are marked).
+        start: where the completion starts.
+        whole: the rendering without markers.
+    """
+    rendered, spans = render()
+    if rendered != whole:
+        return None
+    return [(max(begin, start), end) for begin, end in spans if end > start] or None
+
+
+def rendered_spans(
+    render: Callable[..., str],
+    messages: Sequence[Mapping[str, Any]],
+    first: int,
+    whole: str,
+    ends: re.Pattern,
+) -> list[Span] | None:
+    """What the assistant wrote of a rendering, by rendering the conversation turn by turn; None if that cannot be told.
+
+    A turn starts where the rendering of what comes before it, with the generation prompt, ends, and ends where the
+    rendering up to and with the turn ends. Templates that render a turn in another way when it is the last one break
+    this. Each turn's own text is therefore located by rendering the conversation with that text replaced, and a start
+    or end that does not fit is taken from there: the turn starts after the generation prompt's text and ends after the
+    token that ends a turn.
+
+    Args:
+        render: gives the rendering of messages, with or without `add_generation_prompt`.
+        messages: of prompt and completion.
+        first: the number of the completion's first message.
+        whole: their rendering.
+        ends: matches the tokens that can end a turn.
+    """
+    texts = [_text_span(render, messages, number, whole) for number in range(len(messages))]
+    found = []
+    for number in range(first, len(messages)):
+        if messages[number]["role"] != "assistant":
+            continue
+        own = texts[number]
+        if own is None:
+            return None
+        before = max((span[1] for span in texts[:number] if span is not None and span[1] <= own[0]), default=0)
+        after = min((s[0] for s in texts[number + 1 :] if s is not None and s[0] >= own[1]), default=len(whole))
+        start = _start(render, messages[:number], whole, before, own[0])
+        if number == len(messages) - 1:
+            end = len(whole)
+        else:
+            end = _common(_try(render, messages[: number + 1]), whole)
+            if not own[1] <= end <= after:
+                token = ends.search(whole, own[1], after)
+                end = own[1] if token is None else token.end()
+            # What is rendered at the end of a conversation only can begin as the next turn's token does
+            end = next(
+                (token.start() for token in ends.finditer(whole, own[1]) if token.start() < end < token.end()), end
+            )
+        found.append((start, end))
+    return found
+
+
+def _start(render: Callable[..., str], messages: Sequence[Mapping[str, Any]], whole: str, least: int, most: int) -> int:
+    prompt = _try(render, messages, add_generation_prompt=True)
+    start = _common(prompt, whole)
+    if least <= start <= most:
+        return start
+    marker = prompt[_common(prompt, _try(render, messages)) :]
+    while marker:
+        place = whole.rfind(marker, least, most)
+        if place >= 0:
+            return place + len(marker)
+        marker = marker.rstrip("\n").rpartition("\n")[0]
+    return most
+
+
+def _text_span(
+    render: Callable[..., str], messages: Sequence[Mapping[str, Any]], number: int, whole: str
+) -> Span | None:
+    """From the first to the last character that a message's texts decide on."""
+    mark = next(chr(code) for code in range(0x2600, 0x10000) if chr(code) not in whole) * 3
+    changed = _replaced(messages[number], mark)
+    other = _try(render, [*messages[:number], changed, *messages[number + 1 :]])
+    start = _common(whole, other)
+    if not other or start == len(whole) == len(other):
+        return None
+    same_end = _common(whole[start:][::-1], other[start:][::-1])
+    return start, len(whole) - same_end
+
+
+def _replaced(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """A message with other texts."""
+    made = dict(turn)
+    for name in ("content", *REASONING):
+        value = made.get(name)
+        if isinstance(value, str) and value.strip():
+            made[name] = mark
+        elif isinstance(value, list):
+            made[name] = [{**p, "text": mark} if isinstance(p, dict) and p.get("text") else p for p in value]
+    calls = made.get("tool_calls")
+    if isinstance(calls, list):
+        made["tool_calls"] = [_other_call(call, mark) for call in calls]
+    return made
+
+
+def _other_call(call: Any, mark: str) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _other_call(call["function"], mark)}
+    arguments = call.get("arguments")
+    other = {mark: mark} if isinstance(arguments, dict) else mark
+    return {**call, "name": mark} | ({"arguments": other} if "arguments" in call else {})
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their start."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _try(render: Callable[..., str], messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
+    """A rendering, or "" where the template refuses a part of a conversation."""
+    try:
+        return render(list(messages), **how) if messages else ""
+    except Exception:  # a template is a program
+        return ""

@@ -1,0 +1,278 @@
+"""What is known of a training before its model is loaded: checked settings, and checked and prepared rows."""
+
+# transformers declares the dataset and the processing class of a trainer optional or of many kinds
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, DataCollator, ProcessorMixin
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+
+from trl_ulma.checkpoints import refuse_pickle
+from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.layouts import positions_of
+from trl_ulma.log_z import check_column, check_labels
+from trl_ulma.rows.collator import DataCollatorForPointwisePreference
+from trl_ulma.rows.dataset_labels import terms_of, with_transform
+from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, check_settings, has_images
+from trl_ulma.rows.preparation import Preparation
+from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
+
+# Of `model_init_kwargs`, what says where a model's configuration is
+_WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
+
+NO_REFERENCE = (
+    "The {} dataset has rows that are compared with the reference, and there is none, since no row seen at the start "
+    "needed it. (With this loss these are all rows but demonstrations, or liked ones alone.) Pass this data set to the "
+    "trainer as an eval_dataset."
+)
+
+
+@dataclass
+class TrainingPlan:
+    """A training's settings and rows.
+
+    Attributes:
+        args: the trainer's own config.
+        processing_class: with all tokens that are needed.
+        data_collator: the one that is given, or else our own.
+        train_dataset: prepared rows.
+        eval_dataset: the same, or a dict of such, or None.
+        needs_reference: whether a row is compared with the reference.
+        rules: how labels are read.
+        positions: how many tokens the model can read at most; None if that has no end.
+        vocab_size: how many tokens the model has embeddings for.
+        peft_config: of the adapter that is trained, or None.
+        stream_has_mask: whether the rows of a stream name the demonstrations themselves.
+    """
+
+    args: PointwiseDPOConfig
+    processing_class: Any
+    rules: LabelRules
+    positions: int | None
+    vocab_size: int | None
+    peft_config: Any
+    data_collator: Any = None
+    train_dataset: Any = None
+    eval_dataset: Any = None
+    needs_reference: bool = True
+    stream_has_mask: bool = False
+
+    @property
+    def layout(self) -> str:
+        """How a batch's rows go through the model, see `trl_ulma.likelihood.layouts`."""
+        return "packed" if self.args.padding_free else "shared" if self.args.share_prompts else "padded"
+
+    @property
+    def datasets(self) -> list[Dataset | IterableDataset]:
+        """The rows to train on and those to evaluate on."""
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
+
+    def compared(self, dataset: Dataset) -> np.ndarray:
+        """`(N,)` bool: the prepared rows whose loss needs the reference."""
+        return terms_of(dataset, self.rules.label_type, self.args.cell).compared.numpy()
+
+    def prepare(self, dataset: Any, name: str) -> Any:
+        """Raw rows as prepared ones; those that are prepared, as they are.
+
+        Raises:
+            ValueError: for rows that cannot be learned from.
+        """
+        if isinstance(self.processing_class, ProcessorMixin) and has_images(dataset):
+            check_settings(self.args, name, self.peft_config)
+        prepare = Preparation(
+            self.processing_class,
+            self.rules,
+            self.args.max_length,
+            self.args.truncation_mode,
+            self.positions,
+            keeps_prompts=name != "train",
+            invalid_rows=self.args.invalid_rows,
+            assistant_only_loss=self.args.assistant_only_loss,
+            chat=self.args.chat,
+            system_message=self.args.system_message,
+            vocab_size=self.vocab_size,
+        )
+        with global_then_local_main_first():
+            if isinstance(dataset, IterableDataset):
+                # If the rows themselves name the demonstrations, a liked one may come that is compared
+                first = next(iter(dataset.with_format(None)), None)
+                self.stream_has_mask |= isinstance(first, dict) and "sft_mask" in first
+            prepared = prepare(dataset, name, self.args.dataset_num_proc)
+        if not self.needs_reference and isinstance(prepared, Dataset) and self.compared(prepared).any():
+            raise ValueError(NO_REFERENCE.format(name))
+        check_column(self.args.log_z, prepared, name)
+        return prepared
+
+    def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
+        """Whether a row's loss needs the reference; for a stream, whether any row's might."""
+        if isinstance(dataset, Dataset):
+            return bool(self.compared(dataset).any())
+        return "pointwise_dpo" in self.args.cell or self.stream_has_mask
+
+    def _may_have_mask(self, dataset: Dataset | IterableDataset) -> bool:
+        """Whether a row is marked as a demonstration; for a stream, whether any row might be."""
+        if isinstance(dataset, Dataset):
+            return bool(np.any(dataset["sft_mask"][:]))
+        return self.stream_has_mask or self.rules.sft_threshold is not None
+
+    def _own_collator(self) -> DataCollator:
+        collator_class: Any = DataCollatorForPointwisePreference
+        if isinstance(self.processing_class, ProcessorMixin):
+            collator_class = partial(DataCollatorForVisionPointwisePreference, processor=self.processing_class)
+        return collator_class(
+            pad_token_id=tokenizer_of(self.processing_class).pad_token_id,
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+            label_type=self.args.label_type,
+            sft_threshold=self.rules.sft_threshold,
+        )
+
+
+def make_plan(
+    model: Any,
+    args: PointwiseDPOConfig,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    processing_class: Any = None,
+    peft_config: Any = None,
+    data_collator: Any = None,
+    *,
+    needs_mask: bool,
+    has_own_metrics: bool = False,
+) -> TrainingPlan:
+    """Check settings and rows, and prepare the rows, all before a model is loaded.
+
+    Args:
+        model, train_dataset, eval_dataset, processing_class, peft_config, data_collator: the trainer's.
+        args: the trainer's own config, see `own_config`.
+        needs_mask: whether demonstrations are told by labels, if rows have no `sft_mask`.
+        has_own_metrics: whether evaluation computes metrics of the user's.
+
+    Raises:
+        TypeError, ValueError: for rows or settings that cannot be learned from.
+    """
+    _check_kinds(args, train_dataset, eval_dataset, data_collator)
+    if isinstance(model, str):
+        loading: Any = args.model_init_kwargs or {}
+        refuse_pickle(model, loading)
+        if "gguf_file" not in loading:
+            args.model_init_kwargs = {"use_safetensors": True, **loading}
+    has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+    if args.sync_ref_model and has_peft:
+        raise ValueError(
+            "sync_ref_model=True needs a reference model of its own; with PEFT the reference is the model without its "
+            "adapter. Leave it at False, or fine-tune the whole model."
+        )
+    source = model if isinstance(model, str) else get_config_model_id(model.config)
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    processing_class = own_processing_class(
+        processing_class, source, args.pad_token, revision=revision, trust_remote_code=args.trust_remote_code
+    )
+    threshold = getattr(args, "sft_threshold", None)
+    rules = LabelRules(args.label_type, threshold, needs_mask, args.cell[1] == "unlearning")
+    rules = with_transform(rules, args.label_transform, train_dataset)
+    if not isinstance(model, str) and is_peft_model(model):
+        peft_config = model.active_peft_config
+    positions, vocab_size = _sizes(model, args, peft_config)
+    plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config)
+    plan.train_dataset = plan.prepare(train_dataset, "train")
+    if isinstance(eval_dataset, dict):
+        plan.eval_dataset = {name: plan.prepare(dataset, name) for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        plan.eval_dataset = plan.prepare(eval_dataset, "eval")
+    plan.needs_reference = any(map(plan._may_compare, plan.datasets))
+    has_mask = any(map(plan._may_have_mask, plan.datasets))
+    args.check_with_data(needs_reference=plan.needs_reference, has_mask=has_mask)
+    check_labels(args, plan.train_dataset, plan.compared)
+    if args.metric_for_best_model is not None and not has_own_metrics:
+        args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
+    plan.data_collator = data_collator
+    if data_collator is None:
+        plan.data_collator = plan._own_collator()
+        for rows in filter(has_images, plan.datasets):
+            plan.data_collator(list(islice(rows, 2)))  # what the processor cannot take shows before a model is loaded
+    return plan
+
+
+def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any, args: Any) -> PointwiseDPOConfig:
+    """The trainer's own config: the caller's stays as it is.
+
+    Args:
+        config_class: the trainer's.
+        trainer: its name, for errors.
+        model: the trainer's.
+        args: what the caller passed as such.
+
+    Raises:
+        TypeError: for what is no config of this trainer.
+        ValueError: for a value that it cannot take.
+    """
+    name = config_class.__name__
+    if args is None:
+        source = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{source.split('/')[-1]}-{name.removesuffix('Config')}")
+    if isinstance(args, ULMAConfig) and not issubclass(config_class, ULMAConfig):
+        raise TypeError(
+            f"{trainer} has one method and takes a PointwiseDPOConfig; got a ULMAConfig, which chooses between "
+            "methods. Use ULMATrainer."
+        )
+    if isinstance(args, config_class):
+        args.check()  # attributes may have been set since it was made
+        return copy.copy(args)
+    if isinstance(args, DPOConfig):
+        return config_class.from_dpo_config(args)
+    raise TypeError(f"args must be a {name} or a trl.DPOConfig; got {type(args).__name__}.")
+
+
+def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any, data_collator: Any) -> None:
+    if train_dataset is None:
+        raise TypeError("train_dataset is required: rows of prompt, completion and label, or pairs.")
+    if not isinstance(train_dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a dict of "
+            "splits, pass one, as dataset['train']."
+        )
+    if isinstance(data_collator, DataCollatorForPreference):
+        raise ValueError(
+            "data_collator is TRL's DataCollatorForPreference, which makes pairs. Leave it out, or pass a "
+            "DataCollatorForPointwisePreference."
+        )
+    if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+        raise ValueError("train_dataset is a stream, whose length is not known. Set max_steps.")
+    evaluated: Iterable[Any] = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    if args.precompute_ref_log_probs and any(isinstance(d, IterableDataset) for d in (train_dataset, *evaluated)):
+        raise ValueError(
+            "precompute_ref_log_probs=True needs all rows at the start, which a stream does not have. Leave it at "
+            "False, or load the data set without streaming."
+        )
+
+
+def _sizes(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> tuple[int | None, int | None]:
+    """(how many tokens the model can read at most, or None if that has no end, as with rotary positions; how many
+    tokens it has embeddings for)."""
+    embeddings = None
+    if isinstance(model, str):
+        loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in _WHERE}
+        loading.setdefault("trust_remote_code", args.trust_remote_code)
+        config = AutoConfig.from_pretrained(model, **loading)
+    else:
+        config = model.config
+        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    positions = positions_of(config)
+    if positions is not None:
+        positions -= getattr(peft_config, "num_virtual_tokens", None) or 0
+    return positions, embeddings or getattr(config.get_text_config(), "vocab_size", None)
