@@ -129,6 +129,57 @@ def test_stack_exchange_ranks_within_a_question(tiny_llama, monkeypatch, capsys)
     assert [each["low"] for each in report["continuous"]["histogram"]] == [-0.25, 0.25]
 
 
+RATING = """
+def rate(prompts, answers):
+    assert all(prompt.startswith("What is ") for prompt in prompts)
+    return [float(answer.count("e")) for answer in answers]
+"""
+
+
+def test_rounds_resume_and_train_on_all_rounds_so_far(tiny_llama, monkeypatch, capsys):
+    Path("rating.py").write_text(RATING)
+    write("prompts.jsonl", [{"prompt": f"What is {i}?"} for i in range(20)])
+    more = ["--max_new_tokens", "24", "--per_device_train_batch_size", "2"]
+    found = run_script("rounds.py", monkeypatch, *more, model_name_or_path=tiny_llama, rounds="1")
+    assert moved(found / "round-0" / "policy")
+    said = capsys.readouterr().out
+    ended = int(re.search(r"Round 1: (\d+) of 144 answers ended; training on \1 rows", said)[1])
+    rows = [json.loads(line) for line in (found / "round-0" / "rows.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows] == [row["completion"].count("e") for row in rows]
+    assert sum(row["ended"] for row in rows) == ended > 0
+    record = json.loads((found / "round-1" / "record.json").read_text())
+    assert record["prompts"] == 2
+    assert not (found / "round-1" / "rows.jsonl").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in found.rglob("*") if path.is_file()}
+    run_script("rounds.py", monkeypatch, *more, model_name_or_path=tiny_llama, rounds="2")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    said = capsys.readouterr().out
+    again = re.search(r"Round 2: (\d+) of 144 answers ended; training on (\d+) rows", said)
+    assert int(again[2]) == ended + int(again[1])
+    assert f"mean rating {record['rating']:.3f} on 2 held-out prompts" in said
+    # The second policy has answered, not the first model once more
+    assert (found / "round-1" / "rows.jsonl").read_text() != (found / "round-0" / "rows.jsonl").read_text()
+
+    with pytest.raises(SystemExit, match="rounds-out holds rounds with other settings of beta: use another folder"):
+        run_script("rounds.py", monkeypatch, *more, model_name_or_path=tiny_llama, beta="0.2")
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        ("rating", "--rate rating: expected FILE.py:FUNCTION, and rating is not a file"),
+        ("rating.py:score", "--rate rating.py:score: rating.py has no function score"),
+        ("rating.py:short", "--rate rating.py:short returned 1 ratings of 2 answers"),
+    ],
+)
+def test_rounds_say_what_is_wrong_with_a_rating(rate, message, tiny_llama, monkeypatch):
+    Path("rating.py").write_text(RATING + "\n\ndef short(prompts, answers):\n    return [1.0]\n")
+    write("prompts.jsonl", [{"prompt": f"What is {i}?"} for i in range(20)])
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run_script("rounds.py", monkeypatch, model_name_or_path=tiny_llama, rate=rate)
+
+
 def test_qlora_trains_in_four_bits_and_merges(tiny_llama, monkeypatch):
     pytest.importorskip("bitsandbytes")
     values = {"model_name_or_path": tiny_llama, "gradient_accumulation_steps": "1"}

@@ -1,0 +1,80 @@
+"""Which cells there are, in the order in which they are measured: the most informative come first."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from contenders import METHODS
+
+SEEDS = 3
+# What settles most: ratings, pairs and thumbs at equal KL
+FIRST = ("ratings-prior", "dpo", "thumbs-prior", "kto")
+_BETAS = {"dpo": (0.5, 0.2, 0.1), "kto": (0.5, 0.2, 0.1), "qrpo": (0.1, 0.03, 0.01), "sft": (None,)}
+BETAS: dict[str, tuple[float | None, ...]] = {
+    name: _BETAS.get(name, (0.3, 0.1, 0.03) if method.continuous else (0.2, 0.1, 0.05))
+    for name, method in METHODS.items()
+}
+# (reward, regime): the parts that are reported one by one, each only when it is whole
+PARTS = (
+    ("sentiment", "ratings"),
+    ("length", "ratings"),
+    ("sentiment", "demonstrations"),
+    ("sentiment", "offset"),
+    ("sentiment", "one thumb"),
+    ("sentiment", "nine likes"),
+    ("sentiment", "few demonstrations"),
+    ("sentiment", "fair demonstrations"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a record has these fields, and what was measured."""
+
+    reward: str
+    regime: str
+    method: str
+    beta: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The record's file, without its ending."""
+        beta = "none" if self.beta is None else f"{self.beta:g}"
+        return "_".join([self.reward, self.regime.replace(" ", "-"), self.method, beta, str(self.seed)])
+
+    def fields(self) -> dict[str, str | float | int | None]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def methods(regime: str) -> list[str]:
+    """The methods that can learn from a regime's feedback, the first ones first."""
+    rated = regime in ("ratings", "offset")
+    able = [
+        name
+        for name, each in METHODS.items()
+        if (rated or not each.continuous) and not (each.kind == "dpo" and regime == "one thumb")
+    ]
+    return sorted(able, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+
+
+def part(reward: str, regime: str) -> Iterator[Cell]:
+    """The cells of a part: the first methods seed by seed, then the others."""
+    able = methods(regime)
+    for tier in ([each for each in able if each in FIRST], [each for each in able if each not in FIRST]):
+        for seed in range(SEEDS):
+            ordered = {method: _middle_first(BETAS[method]) for method in tier}
+            for place in range(max(map(len, ordered.values()))):
+                for method in tier:
+                    yield from (Cell(reward, regime, method, beta, seed) for beta in ordered[method][place : place + 1])
+
+
+def _middle_first(betas: tuple[float | None, ...]) -> list[float | None]:
+    """The middle β first, so that a seed that is not whole yet says something of every method."""
+    return [betas[i] for i in sorted(range(len(betas)), key=lambda i: abs(i - len(betas) // 2))]
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, part after part."""
+    for reward, regime in PARTS:
+        yield from part(reward, regime)
