@@ -532,3 +532,19 @@ def test_the_config_takes_chat_as_yaml_writes_it(tiny_llama, tmp_path):
 def test_prompts_of_evaluation_are_kept_as_the_messages_that_they_became(csv):
     rows = prepared(make_tokenizer(CHAT_TEMPLATE), csv, keeps_prompts=True, system_message="No.")
     assert rows[0]["prompt"] == [{"role": "system", "content": "No."}, {"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("name", "is_chat"), [("rows.csv", True), ("rows.tsv", True), ("rows.jsonl", False)])
+def test_files_that_cannot_hold_messages_become_chats(tmp_path, name, is_chat, streaming):
+    from trl_ulma.data.files import load_rows
+
+    path = tmp_path / name
+    if is_chat:
+        make_rows(4).to_csv(path, sep="\t" if name.endswith("tsv") else ",", index=False)
+    else:
+        make_rows(4).to_json(path)
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    rows = load_rows(str(path), streaming=streaming)["train"]
+    prepared = list(Preparation(tokenizer, LabelRules())(rows, "train"))
+    assert tokenizer.decode(prepared[0]["prompt_ids"]).startswith("<|user|>") == is_chat

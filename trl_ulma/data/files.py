@@ -318,7 +318,7 @@ def _load_files(files: list[Path], streaming: bool, names: Names) -> Dataset | I
         for _ in zip(range(_FIRST_ROWS), reader(), strict=False):
             pass
         _say(reader.found, reader.where)
-        return IterableDataset.from_generator(_stream, gen_kwargs={"files": files, "names": names})
+        return _marked(IterableDataset.from_generator(_stream, gen_kwargs={"files": files, "names": names}), files)
     about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = [version("trl-ulma"), about, [*names.columns.items()], [*names.label_map.items()]]
     other: Counter[str] = Counter()
@@ -331,6 +331,13 @@ def _load_files(files: list[Path], streaming: bool, names: Names) -> Dataset | I
         lines=np.frombuffer(reader.lines, dtype=np.int64),
         units=[_unit(file) for file in files],
     )
+    return _marked(rows, files)
+
+
+def _marked(rows: Any, files: list[Path]) -> Any:
+    """Rows of CSV and TSV files known as such, because these cannot hold messages, see `trl_ulma.rows.chat`."""
+    if all(_suffix(file).removesuffix(".gz") in (".csv", ".tsv") for file in files):
+        rows.info.builder_name = "csv"
     return rows
 
 
