@@ -136,7 +136,7 @@ class Judge:
         chosen = settings.dtype or "float32" if dtype == "auto" else dtype
         policy = load_model(folder, dtype=chosen, trust_remote_code=trust_remote_code)
         options: Any = {"dtype": chosen, "trust_remote_code": trust_remote_code}
-        reference = load_reference(policy, folder, settings.reference, ref_model, **options)
+        reference = load_reference(policy, folder, settings, ref_model, **options)
         log_partition = saved_log_partition(settings, saved_file(folder, LOG_Z_FILE), policy.device)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         rewards = _ModelRewards(policy, reference, settings, log_partition, batch_size)

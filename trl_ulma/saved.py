@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -179,7 +180,7 @@ def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
 def load_reference(
     policy: Any,
     source: str,
-    identity: ReferenceIdentity | None,
+    settings: SavedSettings | None,
     ref_model: Any = None,
     *,
     dtype: str = "auto",
@@ -190,23 +191,25 @@ def load_reference(
     Args:
         policy: the saved model, loaded.
         source: its folder or name.
-        identity: what training wrote of the reference, or None.
-        ref_model: a model, or where one is, in place of the one that `identity` names.
+        settings: what training wrote beside the model, or None.
+        ref_model: a model, or where one is, in place of the one that the settings name.
         dtype: of the reference's weights.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: if there is no saying what the reference was, or the one that is found gives other
             log-probabilities than the one of training. For a `ref_model`, that is a warning.
-        OSError: if the model that `identity` names is gone.
+        OSError: if the model that the settings name is gone.
     """
     scorer = Scorer()
+    identity = None if settings is None else settings.reference
+    autocast = partial(training_autocast, settings, policy)
     is_adapter = is_peft_model(policy)
     kind = identity.kind if identity is not None else ""
     if ref_model is not None:
         name = ref_model if isinstance(ref_model, str) else ""
         model = load_model(ref_model, dtype=dtype, trust_remote_code=trust_remote_code) if name else ref_model
-        found = Reference("given", scorer, model, name=name)
+        found = Reference("given", scorer, model, name=name, autocast=autocast)
     elif kind == "none":
         raise ValueError(f"{source} was trained without a reference, so that it has no rewards. Pass a ref_model.")
     elif is_adapter and kind in ("", "adapter", "adapter_off"):
@@ -220,7 +223,8 @@ def load_reference(
             trained = policy.active_adapter
             policy.load_adapter(source, ADAPTER, subfolder=ADAPTER)
             policy.set_adapter(trained)
-        found = Reference("adapter" if saved and kind != "adapter_off" else "adapter_off", scorer)
+        kind = "adapter" if saved and kind != "adapter_off" else "adapter_off"
+        found = Reference(kind, scorer, autocast=autocast)
     elif identity is None or not identity.name:
         raise ValueError(
             f"{source} is a full model, and a reward compares it with the model that its training began from. Name "
@@ -236,9 +240,10 @@ def load_reference(
                 f"{source} was trained against the reference {identity.name}, which could not be loaded ({error}). Put "
                 "it there, or pass ref_model (on the command line --ref_model)."
             ) from error
-        found = Reference(kind, scorer, model, name=identity.name, revision=identity.revision)
-    if identity is not None and identity.logps:
-        off = _difference(found, policy, identity)
+        known = {"name": identity.name, "revision": identity.revision}
+        found = Reference(kind, scorer, model, autocast=autocast, **known)
+    if settings is not None and identity is not None and identity.logps:
+        off = _difference(found, policy, identity, settings.mixed_precision)
         name = identity.name or "a model without a name"
         said = (
             f"{source} was trained against another reference ({identity.kind}, {name}): the one here gives "
@@ -251,12 +256,13 @@ def load_reference(
     return found
 
 
-def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity) -> float:
+def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, mixed_precision: str | None) -> float:
     """Nats a token between a reference and the one that a model was trained against; 0 if it is rounding."""
     model = policy if reference.model is None else reference.model
     ids = torch.tensor(identity.input_ids, device=model.device)
     off = identity.difference(reference.fingerprint(policy, ids))
     exact = model.dtype in (torch.float32, torch.float64) and getattr(model.config, "quantization_config", None) is None
+    exact = exact and mixed_precision in (None, "no")
     return 0.0 if off <= (TOLERANCE if exact else COARSE_TOLERANCE) else off
 
 

@@ -820,7 +820,7 @@ def _reference_kind(model: Any, ref_model: Any, args: PointwiseDPOConfig, peft_c
 
 
 def _is_peft(model: Any) -> bool:
-    return not isinstance(model, str) and is_peft_model(model)
+    return not isinstance(model, str) and bool(is_peft_model(model))
 
 
 def _is_in_memory(model: Any, args: PointwiseDPOConfig) -> bool:

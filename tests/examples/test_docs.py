@@ -125,7 +125,7 @@ def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, ca
     said = capsys.readouterr().out
     assert "10 rows" in said
     assert "Memory on one device" in said
-    assert "trained with point-wise DPO" in Path("out/README.md").read_text()
+    assert "trained with pointwise DPO" in Path("out/README.md").read_text()
     assert "spearman" in Path("report/report.md").read_text()
     assert len(Path("scored.jsonl").read_text().splitlines()) == 10
 

@@ -466,8 +466,7 @@ class _Run:
             return self._ref_logps[key]
         if args.ref_model is not None:
             check_same_tokens(tokenizer, load_tokenizer(args.ref_model, **self.loading), rows, run, args.ref_model)
-        identity = None if saved is None else saved.reference
-        reference = load_reference(model, source, identity, args.ref_model, dtype=dtype, **self.loading)
+        reference = load_reference(model, source, saved, args.ref_model, dtype=dtype, **self.loading)
         with training_autocast(saved, model):
             logps = completion_logps(reference.model or model, rows, reference=reference, **scoring)[0]
         if args.ref_model is not None:

@@ -198,7 +198,7 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
         model,
         tokens=longest * args.per_device_train_batch_size,
         optimizer=str(getattr(args.optim, "value", args.optim)),
-        has_reference=start.has_reference and peft_config is None and not args.precompute_ref_log_probs,
+        has_reference=start.needs_reference and peft_config is None and not args.precompute_ref_log_probs,
         gradient_checkpointing=args.gradient_checkpointing,
         autocast=bool(args.bf16 or args.fp16),
         bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
