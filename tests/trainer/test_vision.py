@@ -145,10 +145,13 @@ def test_demonstrations_ask_the_reference_nothing(tiny_llava, tmp_path, monkeypa
     rows = image_rows(4, counts=(1,), label=[1.0] * 4, sft_mask=[True, True, True, False])
     trainer = made(tiny_llava, None, rows, tmp_path, num_train_epochs=1, per_device_train_batch_size=1)
     asked = []
-    ask = trainer.compute_ref_log_probs
-    monkeypatch.setattr(trainer, "compute_ref_log_probs", lambda *args: asked.append(1) or ask(*args))
+    ask = trainer._reference.logps
+    monkeypatch.setattr(
+        trainer._reference, "logps", lambda p, batch: asked.append(len(batch["input_ids"])) or ask(p, batch)
+    )
     trainer.train()
-    assert asked == [1]
+    # The startup checks are of two rows, and of four that have no images
+    assert [rows for rows in asked if rows == 1] == [1]
 
 
 def test_a_precomputed_reference_is_the_live_one(vlm, tmp_path):

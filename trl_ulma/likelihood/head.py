@@ -247,18 +247,16 @@ class CompactHead:
 
     def _in_chunks(self, states: torch.Tensor, targets: torch.Tensor, statistics: bool) -> TokenScores:
         size = max(1, CHUNK_BYTES // (4 * self._vocabulary))
+        project, logit_map = self._project, self.logit_map  # of which the backward pass must know, too
         if len(states) <= size:
-            return self._score_chunk(states, targets, statistics)
+            return _score_chunk(project, logit_map, states, targets, statistics)
         parts = [
-            checkpoint(self._score_chunk, *chunk, statistics, use_reentrant=False)
+            checkpoint(_score_chunk, project, logit_map, *chunk, statistics, use_reentrant=False)
             for chunk in zip(states.split(size), targets.split(size), strict=True)
         ]
         columns: Any = zip(*parts, strict=True)
         joined: Any = [None if values[0] is None else torch.cat(values) for values in columns]
         return TokenScores(*joined)
-
-    def _score_chunk(self, states: torch.Tensor, targets: torch.Tensor, statistics: bool) -> TokenScores:
-        return token_scores(self._project(states), targets, self.logit_map, statistics=statistics)
 
     def _keep(self, head: nn.Module, args: Any, output: Any) -> None:
         """Keep what the head has returned, behind the hooks of wrappers."""
@@ -330,3 +328,9 @@ class _Wanted(NamedTuple):
     first: torch.Tensor | None
     statistics: bool
     width: int
+
+
+def _score_chunk(
+    project: Any, logit_map: LogitMap | None, states: torch.Tensor, targets: torch.Tensor, statistics: bool
+) -> TokenScores:
+    return token_scores(project(states), targets, logit_map, statistics=statistics)

@@ -1,5 +1,6 @@
 """log π_ref of a whole table, asked once and kept in a cache that knows what it depends on."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from trl.trainer.utils import hash_module
 
 from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import bare_model
@@ -67,11 +68,27 @@ def cache_key(reference: Reference, policy: Any, probe: torch.Tensor, accelerato
     adapters = {name: str(config) for name, config in getattr(model, "peft_config", {}).items()}
     return Hasher.hash(
         (
-            *(hash_module(model), reference.kind, reference.scorer.layout, model.config.to_json_string(), adapters),
+            *(weights_hash(model), reference.kind, reference.scorer.layout, model.config.to_json_string(), adapters),
             *(str(model.dtype), model.config._attn_implementation, accelerator.mixed_precision),
             *(torch.__version__, transformers.__version__, reference.fingerprint(policy, probe)),
         )
     )
+
+
+def weights_hash(model: Any) -> str:
+    """A hash of a model's weights, the same on all processes, each of which may hold a part of them.
+
+    Example:
+        >>> weights_hash(torch.nn.Linear(1, 1)) == weights_hash(torch.nn.Linear(1, 1))
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if torch.is_tensor(local):
+            digest.update(f"{name} {local.dtype}".encode())
+            digest.update(local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return Hasher.hash(gather_object([digest.hexdigest()]))
 
 
 def precomputed_logps(
