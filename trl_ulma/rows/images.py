@@ -205,7 +205,7 @@ def placeholder_of(processor: ProcessorMixin) -> str | None:
     for token in found if len(found) > 1 else ():
         try:
             processor(images=[[black]], text=[token], add_special_tokens=False)
-        except Exception:  # a processor is a program, and each refuses in its own way
+        except Exception:  # nosec B112: a processor is a program, and each refuses in its own way
             continue
         found = [token]
         break
