@@ -303,7 +303,8 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _probe_tokens(self) -> torch.Tensor:
         embeddings = self.model.get_input_embeddings()
         size = getattr(embeddings, "num_embeddings", len(tokenizer_of(self.processing_class)))
-        return probe_tokens(tokenizer_of(self.processing_class), size).to(self.accelerator.device)
+        tokens = probe_tokens(tokenizer_of(self.processing_class), size, self._plan.positions)
+        return tokens.to(self.accelerator.device)
 
     def _check_start(self, policy: Any, *, is_training: bool = False) -> None:
         self._checks.start(

@@ -40,13 +40,14 @@ class _WholeBatch:
 
     def __init__(self, **kwargs: Any):
         self._collate = DataCollatorForPointwisePreference(**kwargs)
-        self._batches: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._batches: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        columns = tuple(examples[0])  # the reference's log-probabilities come on top
-        if columns not in self._batches:
-            self._batches[columns] = self._collate(examples)
-        return dict(self._batches[columns])
+        # The reference's log-probabilities come on top, and the startup checks are of a few rows
+        kind = (len(examples), *examples[0])
+        if kind not in self._batches:
+            self._batches[kind] = self._collate(examples)
+        return dict(self._batches[kind])
 
 
 @dataclass(frozen=True)

@@ -128,15 +128,18 @@ class TrainingChecks:
         return forward_inputs(self._collate(rows))
 
 
-def probe_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> torch.Tensor:
-    """`(4, 8)` random tokens, none of them special; the same ones whenever a tokenizer's vocabulary is the same.
+def probe_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int, positions: int | None = None) -> torch.Tensor:
+    """`(4, 8)` random tokens, none of them special; fewer columns if the policy reads no more.
+
+    They are the same ones whenever a tokenizer's vocabulary is the same.
 
     Args:
         tokenizer: the policy's.
         embeddings: how many tokens the policy has embeddings for.
+        positions: how many tokens the policy reads at most, or None.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     size = min(len(tokenizer), embeddings)
     usual = np.array([token for token in range(size) if token not in special] or range(size))
     drawn = np.random.default_rng(0).integers(len(usual), size=(4, 8))
-    return torch.from_numpy(usual[drawn])
+    return torch.from_numpy(usual[drawn])[:, :positions]

@@ -168,14 +168,14 @@ class StartupProof:
     def _check_head(self, policy: Any, scored: torch.Tensor, own: torch.Tensor) -> None:
         if not own.isfinite().all():
             raise FloatingPointError(
-                f"The logits of {type(bare_model(policy)).__name__} are not finite. Look at its weights, or load it in "
+                f"The logits of {_class_of(policy)} are not finite. Look at its weights, or load it in "
                 "another number format (bfloat16 or float32 in place of float16)."
             )
         off = (scored - own).abs()
         found = off.max().item() if self.is_exact else _root_mean_square(off)
         if not found <= self.tolerance:  # also where it is NaN
             raise ValueError(
-                f"Log-probabilities of {type(bare_model(policy)).__name__} differ by {found:.2g} nats a token from the "
+                f"Log-probabilities of {_class_of(policy)} differ by {found:.2g} nats a token from the "
                 f"log softmax of its own logits (at most {self.tolerance:g} is allowed): its forward does something "
                 "else with its output embeddings than this package knows. Use another model class, or report it; "
                 "startup_checks=False trains regardless."
@@ -188,7 +188,7 @@ class StartupProof:
         off = torch.where(last, 0.0, scored - changed).abs().max().item()
         if not off <= self.tolerance:
             raise ValueError(
-                f"In {type(bare_model(policy)).__name__} a token's log-probability depends on later tokens, by "
+                f"In {_class_of(policy)} a token's log-probability depends on later tokens, by "
                 f"{off:.2g} nats: it is no causal language model as it is configured (is_decoder=True makes one of "
                 "some encoders)."
             )
@@ -212,6 +212,14 @@ class StartupProof:
                 prove_packed(scores, batch, exact=self.is_exact)
             else:
                 prove_shared(scores, batch, exact=self.is_exact, dtype=dtype)
+
+
+def _class_of(policy: Any) -> str:
+    """The causal language model's class, whatever it is wrapped in."""
+    bare = bare_model(policy)
+    return type(
+        bare.get_base_model() if hasattr(bare, "peft_config") and hasattr(bare, "get_base_model") else bare
+    ).__name__
 
 
 def _with_other_ends(batch: Batch) -> dict[str, torch.Tensor]:
