@@ -175,7 +175,7 @@ def question_table(records: Records, reward: str, regime: str, named: Sequence[s
 
 
 def conclusions(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:
-    """Which named method earns most at each budget, and which are not told apart from it; of three seeds and more."""
+    """Which named method earns most at each budget, and which do not differ from it, over three seeds and more."""
     curves = {method: seeds for method, seeds in records.curves(reward, regime).items() if method in named}
     lines = []
     for budget in BUDGETS:
@@ -199,7 +199,7 @@ def conclusions(records: Records, reward: str, regime: str, named: Sequence[str]
         behind = [each for each in means if each != first and each not in tied]
         lines.append(
             f"- **At {budget:g} nats** {METHODS[first].name} earns most ({means[first]:.2f}). "
-            + (f"Not told apart from it: {_listed(tied, means)}. " if tied else "")
+            + (f"No different, as far as intervals tell: {_listed(tied, means)}. " if tied else "")
             + (f"Behind it: {_listed(behind, means)}." if behind else "")
         )
     return "\n".join(lines)

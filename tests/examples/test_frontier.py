@@ -625,7 +625,7 @@ def test_the_reports_digits_are_the_records(tmp_path):
     assert "not reached" in page  # DPO's and KTO's β end at 1 nat
     (at_half,) = [line for line in page.splitlines() if line.startswith("- **At 0.5 nats**")]
     tied, behind = at_half.split("Behind it:")
-    assert "Not told apart from it" in tied
+    assert "No different, as far as intervals tell" in tied
     assert {"prior", "learned"} == set(re.findall(r"thumbs, log Z (\w+) (?:earns most )?\(1\.4", tied))
     assert "DPO (TRL), pairs (1.2" in behind
 
