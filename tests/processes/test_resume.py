@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "in order": {"resume": 6, "args": {"train_sampling_strategy": "sequential"}},
     "the last rows dropped": {"resume": 4, "args": {"dataloader_drop_last": True}},
     "a running mean": {"resume": 6, "args": {"log_z": "running_mean"}},
-    "a stream": {"resume": 5, "stream": True, "args": {"max_steps": 8}},
+    "a stream, in its first pass": {"resume": 3, "stream": True, "args": {"max_steps": 8}},
 }
 
 
@@ -49,7 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 def out(tiny_gpt2, tmp_path_factory) -> Path:
     """The folder with the results of all cases."""
     folder = tmp_path_factory.mktemp("resumes")
-    rows = make_rows(13, prompt=[PROMPTS[i % 4] for i in range(13)], sft_mask=[i % 3 == 0 for i in range(13)])
+    rows = make_rows(13, prompt=[PROMPTS[i % 4] for i in range(13)], sft_mask=[i % 6 == 0 for i in range(13)])
     rows.to_json(folder / "rows.jsonl")
     shared = {"model": tiny_gpt2, "rows": str(folder / "rows.jsonl"), "args": {}}
     (folder / "runs.json").write_text(json.dumps([shared | {"name": name} | case for name, case in CASES.items()]))
