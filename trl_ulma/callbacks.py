@@ -91,6 +91,7 @@ class Calls(TrainerCallback):
         on_train_begin: called before the first step, when the model is as it is trained.
         on_train_end: called after the last step.
         on_epoch_begin: called with the epoch's number.
+        on_optimizer_step: called when the weights have changed, before the learning rate does.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class Calls(TrainerCallback):
         on_train_begin: Callable[[], None],
         on_train_end: Callable[[], None],
         on_epoch_begin: Callable[[int], None],
+        on_optimizer_step: Callable[[], None],
     ):
-        self._begin, self._end, self._epoch = on_train_begin, on_train_end, on_epoch_begin
+        self._begin, self._end = on_train_begin, on_train_end
+        self._epoch, self._step = on_epoch_begin, on_optimizer_step
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Call the function."""
@@ -112,3 +115,7 @@ class Calls(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Call the function."""
         self._epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Call the function."""
+        self._step()

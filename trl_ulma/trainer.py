@@ -27,6 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
@@ -58,7 +59,7 @@ from trl_ulma.objective import Objective
 from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import filled, is_real
 from trl_ulma.rows.rendering import tokenizer_of
-from trl_ulma.rows.sampler import PromptSampler
+from trl_ulma.rows.sampler import LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
 
@@ -206,7 +207,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.interruption = Interruption(self.accelerator)
         self.add_callback(self.interruption)
         self.add_callback(
-            Calls(self._on_train_begin, lambda: self._checks.end(self.model_wrapped), self._on_epoch_begin)
+            Calls(self._on_train_begin, self._on_train_end, self._on_epoch_begin, self._on_optimizer_step)
         )
 
     @classmethod
@@ -326,7 +327,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _on_epoch_begin(self, epoch: int) -> None:
         # accelerate does not reach a sampler behind batches that are skipped
-        if self._train_sampler is not None:
+        if hasattr(self._train_sampler, "set_epoch"):
             self._train_sampler.set_epoch(epoch)
 
     # Data
@@ -351,12 +352,14 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self._plan.layout != "shared" or not isinstance(rows, Dataset):
-            return super()._get_train_sampler(train_dataset)
-        if self.args.train_sampling_strategy != "random":
-            return super()._get_train_sampler(train_dataset)
-        prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
-        return PromptSampler(prompts, [label >= 0.5 for label in rows["label"]], self._order_seed)
+        strategy = self.args.train_sampling_strategy
+        if self._plan.layout == "shared" and isinstance(rows, Dataset) and strategy == "random":
+            prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
+            return PromptSampler(prompts, [label >= 0.5 for label in rows["label"]], self._order_seed)
+        sampler = super()._get_train_sampler(train_dataset)
+        if strategy == "group_by_length" and isinstance(sampler, LengthGroupedSampler):
+            return LengthSampler(sampler, self._order_seed)
+        return sampler
 
     @property
     def _order_seed(self) -> int:
@@ -372,9 +375,13 @@ class PointwiseDPOTrainer(DPOTrainer):
             rows = dataset if is_stream else self._remove_unused_columns(dataset, description=description)
             order = sampler_fn if is_training else None
             dataset, sampler_fn = filled(rows, order, size=size, seed=self._order_seed)
-            if is_training and sampler_fn is not None and not is_stream:
-                self._train_sampler = sampler_fn(rows)
+        if is_training and sampler_fn is not None and not is_stream:
+            self._train_sampler = sampler_fn(dataset)
+            sampler_fn = self._made_train_sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _made_train_sampler(self, train_dataset: Any) -> Any:
+        return self._train_sampler
 
     # The reference
 
@@ -490,11 +497,13 @@ class PointwiseDPOTrainer(DPOTrainer):
                 f"The loss of step {self.state.global_step + 1} is {loss.item()}; rows of the train dataset with a "
                 f"loss that is not finite: {wrong}. Look at these rows, lower the learning rate, or train in fp32."
             )
-        if self.accelerator.sync_gradients:
-            sums = self.log_partition.take_sums()
-            if sums is not None:
-                self.log_partition.update(self.accelerator.reduce(sums, "sum"), schedule_rate(self.optimizer))
         return loss
+
+    def _on_optimizer_step(self) -> None:
+        # A step that ran out of memory, and is tried again, has not come to here
+        sums = self.log_partition.take_sums()
+        if sums is not None:
+            self.log_partition.update(self.accelerator.reduce(sums, "sum"), schedule_rate(self.optimizer))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._rows_in_step = num_items_in_batch

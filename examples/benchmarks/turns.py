@@ -58,7 +58,10 @@ class Meter:
         model.register_forward_hook(lambda *_: self._lap.update(around=-time.thread_time()))
 
         def count(module, args, kwargs):
-            size = kwargs["input_ids"].numel()
+            given = kwargs.get("input_ids")
+            if given is None:
+                given = args[0] if args else kwargs["inputs_embeds"][..., 0]
+            size = given.numel()
             if is_reference or (self._adapter is not None and self._adapter.disable_adapters):
                 self._lap["reference"] += size
             elif torch.is_grad_enabled():

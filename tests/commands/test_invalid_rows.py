@@ -52,17 +52,18 @@ def test_check_shows_what_becomes_of_text_and_what_is_scored(tiny_llama, tmp_pat
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"label": 0}) + "\n")
     command = ["--model", tiny_llama, "--dataset", str(path), "--eval_strategy", "no", "--max_length", "64"]
     assert check.main([*command, "--chat", "true", "--system_message", "No."]) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())  # lines are as long as the terminal is wide
     assert "<|system|>No.<|end|><|user|>How are you today?<|end|><|assistant|>⟦Fine.<|end|>⟧" in shown
     assert check.main([*command, "--chat", "false"]) == 0
-    assert "How are you today?⟦ Fine.<|end|>⟧" in capsys.readouterr().out
+    assert "How are you today?⟦ Fine.<|end|>⟧" in " ".join(capsys.readouterr().out.split())
 
     turns = [{"role": "assistant", "content": "The cat."}, {"role": "user", "content": "No."}]
     turns.append({"role": "assistant", "content": "Paris."})
     row = {"prompt": [{"role": "user", "content": "What?"}], "completion": turns, "label": 1}
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"label": 0}) + "\n")
     assert check.main(command) == 0
-    assert "⟦The cat.<|end|>⟧<|user|>No.<|end|><|assistant|>⟦Paris.<|end|>⟧" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "⟦The cat.<|end|>⟧<|user|>No.<|end|><|assistant|>⟦Paris.<|end|>⟧" in shown
 
 
 def test_scoring_leaves_invalid_rows_out(tiny_gpt2, tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 
 import accelerate
 import datasets.arrow_writer
+import numpy as np
 import safetensors.torch
 import torch
 import transformers.modeling_utils
@@ -33,6 +34,7 @@ from trl import DPOTrainer
 
 import trl_ulma.checkpoints
 from trl_ulma import ULMAConfig, ULMATrainer
+from trl_ulma.likelihood.reference import Reference
 from trl_ulma.rows.preparation import Preparation, _Encode
 
 PHASES = ("preparing", "precomputing", "step", "saving")
@@ -42,7 +44,7 @@ CALLS = (
     (_Encode, "__call__"),
     (Preparation, "__call__"),
     (ULMATrainer, "get_batch_samples"),
-    (ULMATrainer, "compute_ref_log_probs"),
+    (Reference, "logps"),
     (ULMATrainer, "compute_loss"),
     (ULMATrainer, "prediction_step"),
     (accelerate.Accelerator, "backward"),
@@ -57,6 +59,7 @@ WRITERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (transformers.modeling_utils, "safe_save_file", lambda _, path, **__: path),
     (safetensors.torch, "save_file", lambda _, path, **__: path),
     (torch, "save", lambda _, path, **__: path),
+    (np, "save", lambda path, _: path),
     (TrainerState, "save_to_json", lambda _, path: path),
 )
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.chmod", "os.utime"}

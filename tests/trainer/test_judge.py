@@ -407,8 +407,10 @@ def test_any_format_is_written_and_labels_are_optional(tiny_gpt2, tmp_path, taug
         argv = ["--model", folder, "--ref_model", tiny_gpt2, "--dataset", str(tmp_path / "rows.parquet")]
         assert main(["score", *argv, "--output", str(output), "--sort", "reward"]) == 0
         found = load_rows(output)["train"]
-        assert found["reward"][:] == sorted(found["reward"][:], reverse=True)
-        assert logit(found["probability"][:]) == pytest.approx(found["reward"][:], rel=1e-4, abs=1e-6)
+        reward, probability = (np.array(found[name][:], float) for name in ("reward", "probability"))  # text in CSV
+        assert len(reward) == 5
+        assert (np.diff(reward) <= 0).all()
+        assert logit(probability) == pytest.approx(reward, rel=1e-4, abs=1e-6)
         assert not {"label", "surprise"}.intersection(found.column_names)
 
 

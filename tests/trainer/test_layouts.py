@@ -161,6 +161,21 @@ def test_prompts_keep_together_and_micro_batches_are_of_both_classes(tiny_gpt2, 
     assert orders[1] == list(sampler)
 
 
+def test_an_order_by_length_depends_on_the_seed_and_the_epoch_alone(tiny_gpt2, tmp_path):
+    rows = several_answers(prompts=16, answers=1)
+    settings = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 2}
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, **settings)
+    orders = []
+    for epoch, drawn in ((0, 0), (1, 1), (0, 2), (1, 3)):
+        torch.manual_seed(drawn)  # as another process, or one that has resumed
+        sampler = trainer._get_train_sampler()
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[:2] == orders[2:]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == list(range(16))
+
+
 def test_the_trainer_samples_by_prompt(tiny_gpt2, tmp_path):
     rows = several_answers(prompts=5, answers=4).shuffle(seed=0)
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, share_prompts=True, per_device_train_batch_size=4)

@@ -7,7 +7,6 @@ import datasets
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 # What the column `row` holds of a filler row
 FILLER = -1
@@ -95,12 +94,9 @@ class FilledSampler(Sampler[int]):
         self.sampler = sampler
         self.rows = rows
         self.size = size
-        self.seed = seed
-        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on to the sampler."""
-        self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -108,9 +104,6 @@ class FilledSampler(Sampler[int]):
         return self.rows + -self.rows % self.size
 
     def __iter__(self) -> Iterator[int]:
-        if isinstance(self.sampler, LengthGroupedSampler):
-            # It draws from the process's own random numbers, which differ between processes and after a resume
-            self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from self.sampler
         yield from range(self.rows, len(self))
 

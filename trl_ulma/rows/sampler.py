@@ -1,9 +1,11 @@
-"""An order of rows that keeps each prompt's together."""
+"""Orders of rows: each prompt's rows together, or rows of alike length."""
 
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class PromptSampler(Sampler[int]):
@@ -46,3 +48,31 @@ class PromptSampler(Sampler[int]):
         places = [((n + 0.5) / len(part), group) for part in (good, other) for n, group in enumerate(part)]
         for _, group in sorted(places):
             yield from random.permutation(self._groups[group]).tolist()
+
+
+class LengthSampler(Sampler[int]):
+    """The order of transformers' `LengthGroupedSampler`, which depends on the seed and the epoch alone.
+
+    By itself that sampler draws from the process's own random numbers. These differ between processes and after a
+    resume.
+
+    Args:
+        grouped: transformers' sampler.
+        seed: of the order, which differs from epoch to epoch and is the same in every process.
+    """
+
+    def __init__(self, grouped: LengthGroupedSampler, seed: int):
+        self._grouped = grouped
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._grouped)
+
+    def __iter__(self) -> Iterator[int]:
+        self._grouped.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(self._grouped)
