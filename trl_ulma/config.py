@@ -456,14 +456,22 @@ class PointwiseDPOConfig(DPOConfig):
         return "positive_loss={!r} and negative_loss={!r}".format(*self.cell)
 
     @classmethod
-    def from_dpo_config(cls, args: DPOConfig) -> Self:
+    def from_dpo_config(cls, args: DPOConfig, **settings: Any) -> Self:
         """`args`' values in a config of this class, and this class's defaults for the rest.
 
         `args` stays as it is, and its `__post_init__`, which reads the environment and warns, is not run again.
 
+        Args:
+            args: the config.
+            **settings: of this class, set on top.
+
         Raises:
+            TypeError: for a setting that this class does not have.
             ValueError: for a pair-only setting of `args` away from its default.
         """
+        unknown = set(settings) - {f.name for f in fields(cls)}
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}.")
         config = cls._with_defaults()
         theirs = DPOConfig.__dataclass_fields__
         for name, value in vars(args).items():
@@ -472,6 +480,8 @@ class PointwiseDPOConfig(DPOConfig):
             # TRL writes into these while it sets up
             own = copy.deepcopy(value) if isinstance(value, list | dict | AcceleratorConfig) else value
             object.__setattr__(config, name, own)
+        for name, value in settings.items():
+            object.__setattr__(config, name, value)
         config.check()
         return config
 

@@ -62,7 +62,7 @@ from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
-from trl_ulma.versions import for_dpo_trainer, leave_loss_undivided, set_auxiliary_loss
+from trl_ulma.versions import for_dpo_trainer, leave_loss_undivided, loads_needless_reference, set_auxiliary_loss
 
 logger = get_logger(__name__)
 
@@ -162,6 +162,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             ref_model = NoReferenceModel()
         elif self._reference_kind == "copy" and _is_in_memory(model, args):
             ref_model = copy.deepcopy(model)
+        elif self._reference_kind == "copy" and loads_needless_reference(args):
+            ref_model = NoReferenceModel()
         if not isinstance(model, str) and peft_config is None:
             check_trainable(model, "none" if args.precompute_ref_log_probs else self._reference_kind)
 

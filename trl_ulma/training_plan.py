@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import AutoConfig, DataCollator, ProcessorMixin
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
@@ -166,6 +167,8 @@ def make_plan(
         TypeError, ValueError: for rows or settings that cannot be learned from.
     """
     _check_kinds(args, train_dataset, eval_dataset)
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be one of PEFT's, such as a LoraConfig; got {type(peft_config).__name__}.")
     if isinstance(model, str):
         loading: Any = args.model_init_kwargs or {}
         refuse_pickle(model, loading)

@@ -6,15 +6,20 @@ The supported versions are those of `pyproject.toml`. Everything here is for the
 import contextlib
 import copy
 import inspect
+import os
 from collections.abc import Iterator
 from typing import Any
 
+import trl
 from accelerate import PartialState
+from packaging.version import Version
 from transformers import Trainer
 from trl import DPOTrainer
 
 from trl_ulma.likelihood.scorer import bare_model
 
+# TRL before 1.3 loads a reference model even if precompute_ref_log_probs is set, and keeps it
+_LOADS_PRECOMPUTED = Version(trl.__version__) < Version("1.3")
 # TRL 1.7 has added the argument `quantization_config`; older ones read it from `model_init_kwargs`
 TAKES_QUANTIZATION = "quantization_config" in inspect.signature(DPOTrainer.__init__).parameters
 
@@ -96,6 +101,19 @@ def set_auxiliary_loss(trainer: Any) -> None:
     coefficient = getattr(config, "router_aux_loss_coef", 0.0) if chosen is None else chosen
     trainer.router_aux_loss_coef = coefficient
     trainer.aux_loss_enabled = is_routed and coefficient != 0.0
+
+
+def loads_needless_reference(args: Any) -> bool:
+    """Whether `DPOTrainer` would load a reference model although `precompute_ref_log_probs` has the policy asked.
+
+    Under FSDP the policy cannot be asked before training, and the loaded model is needed. It can go when TRL 1.3 is the
+    oldest.
+
+    Args:
+        args: the config.
+    """
+    is_fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    return _LOADS_PRECOMPUTED and args.precompute_ref_log_probs and not is_fsdp
 
 
 def leave_loss_undivided(trainer: Any) -> None:

@@ -252,7 +252,7 @@ def test_held_out_rows_are_ranked_and_their_probabilities_calibrated(taught):
     assert roc_auc_score(label, scored["reward"][:]) > roc_auc_score(label, rates) - 0.02
     assert brier_score_loss(label, probability) < brier_score_loss(label, rates) + 0.01
     assert brier_score_loss(label, np.full(len(label), label.mean())) > brier_score_loss(label, probability) + 0.05
-    assert np.abs(probability - rates).mean() < 0.08
+    assert np.abs(probability - rates).mean() < 0.1
 
 
 def test_wrong_labels_are_the_most_surprising(taught):

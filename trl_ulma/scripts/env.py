@@ -19,6 +19,14 @@ from typing import Any
 NAME = "trl-ulma"
 NEEDED = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "tokenizers", "huggingface_hub", "numpy")
 OPTIONAL = ("bitsandbytes", "deepspeed", "flash-attn", "liger-kernel", "openai", "matplotlib", "tensorboard", "trackio")
+# What people train with, and what they should know of this package beside it
+FRAMEWORKS = {
+    "axolotl": "trains through its plugin trl_ulma.integrations.axolotl.PointwisePlugin, see the page on axolotl",
+    "ms_swift": "has no hook for our trainers in its YAML: train with trl-ulma or in Python in this environment",
+    "unsloth": "import unsloth before trl_ulma; its patched trainers are not tested here",
+    "vllm": "samples answers to rate; trl-ulma evaluate asks its server with --judge_url",
+    "google-colab": "a T4 has no bfloat16: train with --bf16 False --fp16 True",
+}
 # Of these, an installation that does not fit torch or the driver is found only on import
 COMPILED = {"bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "flash-attn": "flash_attn"}
 
@@ -61,6 +69,7 @@ def gather() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": packages,
         "broken": broken,
+        "frameworks": {name: there for name in FRAMEWORKS if (there := _version(name)) is not None},
         "requirements": list(requires(NAME) or []),
         "torch_is_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip or "CPU",
         "has_nvidia_driver": shutil.which("nvidia-smi") is not None,
@@ -146,11 +155,12 @@ def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
         f"{'cores, memory':<16} {facts['cores']}, {facts['memory_gib']} GiB",
         f"{'GPUs':<16} {devices}",
         *(f"{name:<16} {packages[name] or 'not installed'}" for name in (*NEEDED, *OPTIONAL)),
+        *(f"{name:<16} {there}: {FRAMEWORKS[name]}" for name, there in facts["frameworks"].items()),
         f"{'torch is for':<16} {facts['torch_is_built_for']}",
         "",
         *(f"! {problem}" for problem in found),
     ]
-    return "\n".join(lines if found else [*lines, "Nothing is known not to work together."])
+    return "\n".join(lines if found else [*lines, "No known incompatibilities."])
 
 
 def _named(device: Mapping[str, Any]) -> str:
