@@ -196,7 +196,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
 
-        self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef)
+        self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
         self.log_partition = self._new_log_partition()
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
