@@ -10,13 +10,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from datasets import Dataset, Value
+from transformers.utils import logging
 
 from trl_ulma.labels import LABEL_TYPES, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import Scorer
-from trl_ulma.likelihood.table import batches, forward_inputs
+from trl_ulma.likelihood.table import batches, batching_difference, collator_for, forward_inputs
 from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import saved_log_partition
@@ -25,13 +26,17 @@ from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import (
     SETTINGS_FILE,
     SavedSettings,
+    batching_note,
+    differs_from_training,
     load_model,
+    load_processing_class,
     load_reference,
-    load_tokenizer,
     saved_file,
     saved_settings,
     training_autocast,
 )
+
+logger = logging.get_logger(__name__)
 
 # A label that is valid for either type, of rows without one; no reward depends on it
 _NEUTRAL = 0.5
@@ -135,14 +140,18 @@ class Judge:
                 f"{folder} has no {SETTINGS_FILE}, which PointwiseDPOTrainer.save_model writes. For a model that was "
                 'trained otherwise, write one beside it, such as {"beta": 0.1, "label_type": "binary"}.'
             )
-        chosen = settings.dtype or "float32" if dtype == "auto" else dtype
-        policy = load_model(folder, dtype=chosen, trust_remote_code=trust_remote_code)
-        options: Any = {"dtype": chosen, "trust_remote_code": trust_remote_code}
+        options: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        policy = load_model(folder, **options)
+        note = differs_from_training(policy, folder, settings)
+        if note is not None:
+            logger.warning(note)
         reference = load_reference(policy, folder, settings, ref_model, **options)
         log_partition = saved_log_partition(settings, saved_file(folder, LOG_Z_FILE), policy.device)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        rewards = _ModelRewards(policy, reference, settings, log_partition, batch_size)
-        return cls(settings, tokenizer, rewards, positions=positions_of(policy.config))
+        processing_class = load_processing_class(folder, trust_remote_code=trust_remote_code)
+        cut = {"max_length": settings.max_length, "truncation_mode": settings.truncation_mode}
+        collate = collator_for(processing_class, **cut)
+        rewards = _ModelRewards(folder, policy, reference, settings, log_partition, collate, batch_size)
+        return cls(settings, processing_class, rewards, positions=positions_of(policy.config))
 
     def score(self, dataset: Dataset, *, invalid_rows: str = "error") -> Dataset:
         r"""What the policy thinks of each row: the row as it was, and
@@ -283,32 +292,42 @@ class _ModelRewards:
 
     def __init__(
         self,
+        source: str,
         policy: Any,
         reference: Reference,
         settings: SavedSettings,
         log_partition: LogPartition,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         batch_size: int,
     ):
+        self.source = source
         self.policy = policy
         self.reference = reference
         self.settings = settings
         self.log_partition = log_partition
+        self.collate = collate
         self.batch_size = batch_size
         self._scorer = Scorer()
 
     @torch.no_grad()
     def __call__(self, rows: Dataset) -> np.ndarray:
-        reward = np.empty(len(rows))
+        reward, logps = np.empty(len(rows)), np.empty(len(rows))
         continuous = torch.from_numpy(is_continuous(rows, self.settings.label_type))
-        for numbers, batch in batches(rows, batch_size=self.batch_size, device=self.policy.device):
+        for numbers, batch in batches(rows, self.collate, batch_size=self.batch_size, device=self.policy.device):
             inputs = forward_inputs(batch)
             with evaluation_mode(self.policy), training_autocast(self.settings, self.policy):
                 policy = self._scorer(self.policy, inputs, prompt_states=self.log_partition.needs_prompt_states)
                 log_ratio = policy.logps.double() - self.reference.logps(self.policy, inputs).to(policy.logps).double()
+            logps[list(numbers)] = policy.logps.double().cpu().numpy()
             if self.settings.length_normalize:
                 log_ratio = log_ratio / inputs["completion_mask"][:, 1:].sum(1).clamp(min=1)
             log_z = batch.get("log_z")
             if log_z is None:
                 log_z = self.log_partition(continuous[list(numbers)].to(log_ratio.device), policy.prompt_states)
             reward[list(numbers)] = (self.settings.beta * (log_ratio + log_z.to(log_ratio))).cpu().numpy()
+        with training_autocast(self.settings, self.policy):
+            off = batching_difference(self.policy, rows, logps, self.collate, batch_size=self.batch_size)
+        note = batching_note(self.source, self.settings, self.policy, self.settings.beta, off)
+        if note is not None:
+            logger.warning(note)
         return reward

@@ -24,7 +24,7 @@ from trl_ulma.labels import (
 )
 from trl_ulma.losses import Terms, route
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards
-from trl_ulma.rows.images import as_images, image_column, image_key
+from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 from trl_ulma.rows.notes import left_out_of
 
 # What is written into the output folder
@@ -68,7 +68,7 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
             f"label_transform={label_transform!r} is for rows of label_type={rules.label_type!r}, and no row of the "
             "train dataset is of that type. Leave it out, or set label_type to the other."
         )
-    prompts = _prompt_keys(columns, own.tolist()) if transform.needs_prompts else None
+    prompts = prompt_keys(columns, own.tolist()) if transform.needs_prompts else None
     return replace(rules, transform=transform.fit(labels, trials, prompts))
 
 
@@ -105,7 +105,7 @@ def transformed_labels(
     if rules.transform is None:
         return None
     columns = _read(dataset, rules, name)
-    keys = _prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
+    keys = prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
     return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid)
 
 
@@ -124,8 +124,7 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
     else:
         names = [name for name in dataset.column_names if name in wanted]
         found = dict(dataset.select_columns(names).with_format(None)[:]) if names else {}
-        tables: Any = dataset.select_columns([images]).with_format("arrow").iter(32) if images else ()
-        raw = (value for table in tables for value in table[images].to_pylist())
+        raw = undecoded_column(dataset, images) if images else ()
     if images is not None:
         found["image_key"] = [
             image_key(as_images(value, f"Row {row} of the {where} dataset")) for row, value in enumerate(raw)
@@ -133,7 +132,7 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
     return found
 
 
-def _prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
+def prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
     """What is the same for rows of one prompt: its text or messages, and its images."""
     prompts = columns["prompt"]
     keys = [

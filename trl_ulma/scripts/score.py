@@ -4,8 +4,10 @@ r"""Score rows with a trained model: rank answers, find labels that are wrong, f
     trl-ulma score --model adapter-folder --dataset answers.csv --output scored.csv
 
 Each row is written with `reward`, `probability` and `predicted_label`. If rows have labels, `surprise` is written too,
-and the most surprising rows come first. Rows without a label among them come last, with no `surprise`. The model is compared with the reference that training wrote down; `--ref_model` names
-another place where it is. β, log Z and the label transform are those saved with the model (`pointwise.json`).
+and the most surprising rows come first. Rows without a label among them come last, with no `surprise`.
+
+The model is compared with the reference that training wrote down; `--ref_model` names another place where it is. β,
+log Z, the label transform, the number format and the quantization are those saved with the model (`pointwise.json`).
 """
 
 import argparse
@@ -116,7 +118,17 @@ def run(args: argparse.Namespace) -> str:
 
 
 def write(scored: "Dataset", path: Path) -> None:
-    """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it."""
+    """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it.
+
+    Files of text do not hold images, which are left out of them with a note.
+    """
+    if path.suffix != ".parquet":
+        from datasets import Image
+
+        seen = [name for name, kind in scored.features.items() if isinstance(getattr(kind, "feature", kind), Image)]
+        if seen:
+            print(f"The column {seen[0]} is not in {path}. A .parquet file keeps images.", file=sys.stderr)
+            scored = scored.remove_columns(seen)
     if path.suffix == ".csv":
         scored = scored.map(
             lambda row: {
