@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
@@ -24,7 +25,7 @@ from trl import DPOConfig
 from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import BINARY_LOSSES, NEGATIVE_LOSSES, POSITIVE_LOSSES, check_binary_loss, check_cell
-from trl_ulma.metrics import EVALUATED
+from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_of_rewards
 from trl_ulma.presets import PRESETS, apply_preset
 from trl_ulma.rows.chat import check_chat
 from trl_ulma.rows.dropped import INVALID_ROWS
@@ -46,6 +47,9 @@ _INSTEAD = {
 _KTO_LOSSES = {
     "apo_zero_unpaired": "set binary_loss='kto' in the PointwiseDPOConfig, with log_z=0, which is the same loss",
 }
+
+# What Trainer adds to the figures of an evaluation
+_TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
 # Whole numbers, and their least values
 _WHOLE = {
@@ -399,7 +403,7 @@ class PointwiseDPOConfig(DPOConfig):
                 "Leave it at 0."
             )
         best = (self.metric_for_best_model or "").removeprefix("eval_")
-        if best.startswith("rewards/") or best in ("kl", "log_z"):
+        if is_of_rewards(best):
             raise ValueError(
                 f"metric_for_best_model={self.metric_for_best_model!r} needs a reference model; with {self.method} no "
                 "row is compared with one, so that none is loaded. Use eval_loss or eval_loss/sft."
@@ -410,19 +414,30 @@ class PointwiseDPOConfig(DPOConfig):
                 "reference. Leave it at False."
             )
 
-    def check_best_metric(self, eval_sets: list[str]) -> None:
-        """Raise ValueError where `metric_for_best_model` is a misspelt figure, before an evaluation shows it.
+    def check_best_metric(self, logged: Mapping[str, Sequence[str]]) -> None:
+        """Raise ValueError if no evaluation will log `metric_for_best_model`, before the first evaluation shows it.
 
         Args:
-            eval_sets: names of the evaluated data sets, where there are several.
+            logged: the name of each evaluated dataset, or "" if there is one, → the figures that it will log.
         """
-        known = [f"{name}_{figure}" for name in eval_sets for figure in EVALUATED] if eval_sets else list(EVALUATED)
+        prefixes = {name: f"{name}_" if name else "" for name in logged}
+        known = [prefixes[name] + figure for name, figures in logged.items() for figure in figures]
         best = (self.metric_for_best_model or "loss").removeprefix("eval_")
-        near = difflib.get_close_matches(best, known, n=1, cutoff=0.75)
-        is_own = best.split("/")[0] in {figure.split("/")[0] for figure in EVALUATED if "/" in figure}
-        if best not in known and (near or is_own):
-            hint = f"Did you mean eval_{near[0]}?" if near else f"There are {', '.join(known)}."
-            raise ValueError(f"metric_for_best_model={self.metric_for_best_model!r} is no figure of evaluation. {hint}")
+        if best in known or best in [prefix + each for prefix in prefixes.values() for each in _TIMES]:
+            return
+        setting = f"metric_for_best_model={self.metric_for_best_model!r}"
+        for name, prefix in prefixes.items():
+            if best.removeprefix(prefix) in NEEDED_ROWS and best.startswith(prefix):
+                raise ValueError(
+                    f"{setting} will not be logged: it needs {NEEDED_ROWS[best.removeprefix(prefix)]}, which the "
+                    f"{name or 'eval'} dataset does not have. It logs {', '.join(prefix + f for f in logged[name])}."
+                )
+        everything = [prefix + figure for prefix in prefixes.values() for figure in EVALUATED]
+        near = difflib.get_close_matches(best, [*known, *everything], n=1, cutoff=0.75)
+        hint = f"Did you mean eval_{near[0]}?" if near else f"There are {', '.join(known)}."
+        raise ValueError(
+            f"{setting} is no figure of evaluation. {hint} (Figures of your own come from compute_metrics.)"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As `DPOConfig.to_dict`, which blanks out `hub_token`; without the token in `model_init_kwargs`, too."""

@@ -10,13 +10,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from datasets import Dataset, Value
+from transformers.utils import logging
 
-from trl_ulma.labels import LabelRules
+from trl_ulma.labels import LABEL_TYPES, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import Scorer
-from trl_ulma.likelihood.table import batches, forward_inputs
+from trl_ulma.likelihood.table import batches, batching_difference, collator_for, forward_inputs
 from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import saved_log_partition
@@ -25,14 +26,20 @@ from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import (
     SETTINGS_FILE,
     SavedSettings,
+    batching_note,
+    differs_from_training,
     load_model,
+    load_processing_class,
     load_reference,
-    load_tokenizer,
     saved_file,
     saved_settings,
     training_autocast,
 )
 
+logger = logging.get_logger(__name__)
+
+# A label that is valid for either type, of rows without one; no reward depends on it
+_NEUTRAL = 0.5
 COLUMNS = ("row", "reward", "probability", "predicted_label", "surprise")
 
 
@@ -133,14 +140,18 @@ class Judge:
                 f"{folder} has no {SETTINGS_FILE}, which PointwiseDPOTrainer.save_model writes. For a model that was "
                 'trained otherwise, write one beside it, such as {"beta": 0.1, "label_type": "binary"}.'
             )
-        chosen = settings.dtype or "float32" if dtype == "auto" else dtype
-        policy = load_model(folder, dtype=chosen, trust_remote_code=trust_remote_code)
-        options: Any = {"dtype": chosen, "trust_remote_code": trust_remote_code}
+        options: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        policy = load_model(folder, **options)
+        note = differs_from_training(policy, folder, settings)
+        if note is not None:
+            logger.warning(note)
         reference = load_reference(policy, folder, settings, ref_model, **options)
         log_partition = saved_log_partition(settings, saved_file(folder, LOG_Z_FILE), policy.device)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        rewards = _ModelRewards(policy, reference, settings, log_partition, batch_size)
-        return cls(settings, tokenizer, rewards, positions=positions_of(policy.config))
+        processing_class = load_processing_class(folder, trust_remote_code=trust_remote_code)
+        cut = {"max_length": settings.max_length, "truncation_mode": settings.truncation_mode}
+        collate = collator_for(processing_class, **cut)
+        rewards = _ModelRewards(folder, policy, reference, settings, log_partition, collate, batch_size)
+        return cls(settings, processing_class, rewards, positions=positions_of(policy.config))
 
     def score(self, dataset: Dataset, *, invalid_rows: str = "error") -> Dataset:
         r"""What the policy thinks of each row: the row as it was, and
@@ -152,11 +163,11 @@ class Judge:
           `label_transform` has a way back (what comes of a threshold or of votes is a probability or rate);
         - `surprise`, if rows have labels: the row's loss of Eq. 8 or Eq. 9. The most surprising labels are the first to
           look at for errors: `scored.sort("surprise", reverse=True)`. Those of binary and of continuous labels are not
-          comparable.
+          comparable. It is None for rows without a label.
 
         Args:
-            dataset: raw rows as the trainer takes them, with or without `label`. Of a pair both halves are scored, with
-                `label` 1 and 0. `sft_mask` and `weight` are not read.
+            dataset: raw rows as the trainer takes them, with or without `label`, which may be None in some rows. Of a
+                pair both halves are scored, with `label` 1 and 0. `sft_mask` and `weight` are not read.
             invalid_rows: "error" lists rows that cannot be scored, and stops; "drop" leaves them out, with a warning.
 
         Raises:
@@ -169,11 +180,14 @@ class Judge:
             dataset = Dataset.from_list([dict(row) for row in dataset])
         names = dataset.column_names
         self._check_columns(names)
-        is_labelled = "label" in names or "chosen" in names
+        missing = without_label(dataset)
+        is_labelled = "chosen" in names or not missing.all()
         rows = dataset.remove_columns([name for name in ("sft_mask", "weight") if name in names])
-        if not is_labelled:
-            rows = rows.add_column("label", [0.5] * len(rows))  # which no reward depends on
         saved = self.settings
+        if not is_labelled:
+            rows = _replaced(rows, "label", [_NEUTRAL] * len(rows))
+        elif missing.any():
+            rows = _with_neutral_labels(rows, missing, saved.label_type)
         prepare = Preparation(
             self.processing_class,
             replace(self._rules, transform=self._rules.transform if is_labelled else None),
@@ -187,6 +201,10 @@ class Judge:
             system_message=saved.system_message,
         )
         prepared: Any = prepare(rows, "scored", self._num_proc)
+        is_missing = missing[prepared["row"][:]]
+        if is_labelled and missing.any():
+            types = _types_of(dataset, saved.label_type)
+            prepared = _replaced(prepared, "label_type", [types[row] for row in prepared["row"][:]])
         reward = self._rewards(prepared)
         wrong = np.asarray(prepared["row"][:])[~np.isfinite(reward)].tolist()
         if wrong:
@@ -205,7 +223,10 @@ class Judge:
             "predicted_label": found["predicted_label"].tolist(),
         }
         if is_labelled:
-            columns["surprise"] = found["surprise"].tolist()
+            columns["surprise"] = [
+                None if is_none else surprise
+                for surprise, is_none in zip(found["surprise"].tolist(), is_missing, strict=True)
+            ]
         for name, values in columns.items():
             scored = scored.add_column(name, values, feature=Value("int64" if name == "row" else "float64"))
         return scored
@@ -225,37 +246,88 @@ class Judge:
             )
 
 
+def without_label(dataset: Dataset) -> np.ndarray:
+    """`(N,)` bool: the rows whose label is not there, None or NaN; of pairs none.
+
+    Example:
+        >>> without_label(Dataset.from_dict({"label": [1.0, None, float("nan")]}))
+        array([False,  True,  True])
+    """
+    if "chosen" in dataset.column_names:
+        return np.zeros(len(dataset), dtype=bool)
+    if "label" not in dataset.column_names:
+        return np.ones(len(dataset), dtype=bool)
+    labels = dataset.select_columns("label").with_format(None)["label"][:]
+    return np.array([label is None or label != label for label in labels], dtype=bool)
+
+
+def _with_neutral_labels(rows: Dataset, missing: np.ndarray, label_type: str) -> Dataset:
+    """Raw rows of which those without a label have one that is valid for either type.
+
+    They are given the other type than the settings', for which there is no transform to read it.
+    """
+    labels, types = rows.with_format(None)["label"][:], _types_of(rows, label_type)
+    if any(isinstance(label, str | list | dict) for label in labels):
+        return rows  # which are invalid
+    other = next(each for each in LABEL_TYPES if each != label_type)
+    labels = [_NEUTRAL if is_none else float(label) for label, is_none in zip(labels, missing, strict=True)]
+    types = [other if is_none else each for each, is_none in zip(types, missing, strict=True)]
+    return _replaced(_replaced(rows, "label", labels), "label_type", types)
+
+
+def _types_of(rows: Dataset, label_type: str) -> list[str]:
+    """The label type of each raw row; of one that does not say it, the settings'."""
+    if "label_type" not in rows.column_names:
+        return [label_type] * len(rows)
+    return [label_type if each is None else each for each in rows.with_format(None)["label_type"][:]]
+
+
+def _replaced(rows: Dataset, name: str, values: list[Any]) -> Dataset:
+    """Rows with these values in a column."""
+    return (rows.remove_columns(name) if name in rows.column_names else rows).add_column(name, values)
+
+
 class _ModelRewards:
     """Implicit rewards of prepared rows by a loaded policy and its reference."""
 
     def __init__(
         self,
+        source: str,
         policy: Any,
         reference: Reference,
         settings: SavedSettings,
         log_partition: LogPartition,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         batch_size: int,
     ):
+        self.source = source
         self.policy = policy
         self.reference = reference
         self.settings = settings
         self.log_partition = log_partition
+        self.collate = collate
         self.batch_size = batch_size
         self._scorer = Scorer()
 
     @torch.no_grad()
     def __call__(self, rows: Dataset) -> np.ndarray:
-        reward = np.empty(len(rows))
+        reward, logps = np.empty(len(rows)), np.empty(len(rows))
         continuous = torch.from_numpy(is_continuous(rows, self.settings.label_type))
-        for numbers, batch in batches(rows, batch_size=self.batch_size, device=self.policy.device):
+        for numbers, batch in batches(rows, self.collate, batch_size=self.batch_size, device=self.policy.device):
             inputs = forward_inputs(batch)
             with evaluation_mode(self.policy), training_autocast(self.settings, self.policy):
                 policy = self._scorer(self.policy, inputs, prompt_states=self.log_partition.needs_prompt_states)
                 log_ratio = policy.logps.double() - self.reference.logps(self.policy, inputs).to(policy.logps).double()
+            logps[list(numbers)] = policy.logps.double().cpu().numpy()
             if self.settings.length_normalize:
                 log_ratio = log_ratio / inputs["completion_mask"][:, 1:].sum(1).clamp(min=1)
             log_z = batch.get("log_z")
             if log_z is None:
                 log_z = self.log_partition(continuous[list(numbers)].to(log_ratio.device), policy.prompt_states)
             reward[list(numbers)] = (self.settings.beta * (log_ratio + log_z.to(log_ratio))).cpu().numpy()
+        with training_autocast(self.settings, self.policy):
+            off = batching_difference(self.policy, rows, logps, self.collate, batch_size=self.batch_size)
+        note = batching_note(self.source, self.settings, self.policy, self.settings.beta, off)
+        if note is not None:
+            logger.warning(note)
         return reward

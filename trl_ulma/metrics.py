@@ -2,6 +2,17 @@
 
 A figure is a ratio of two sums over rows, whatever micro-batch or process the rows fell into. A figure over no row is
 left out.
+
+Figures tell *chosen* rows from *rejected* ones. A row with a binary label is chosen if its label is ½ or above. A row
+with a continuous label, such as a rating, is chosen if its label is at or above the center: the mean of the continuous
+labels of the training set, after `label_transform`. Evaluation uses the center of the training set, too. Whether a row
+is a demonstration makes no difference.
+
+- `rewards/chosen`, `rewards/rejected`: mean implicit reward of the chosen and of the rejected rows.
+- `rewards/margins`: `rewards/chosen` − `rewards/rejected`.
+- `rewards/accuracies`: the share of rows whose reward is on the side of their label. Rewards are compared with 0 for
+  binary labels, because σ(0) = ½, and with the center for continuous ones, because the reward predicts the label.
+- `rewards/mean`, `rewards/mse`: of rows with continuous labels, the mean reward and the mean of (z − r)².
 """
 
 from collections.abc import Mapping
@@ -16,6 +27,7 @@ ROW_FIGURES = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
+    "rewards/mean",
     "rewards/mse",
     "logps/chosen",
     "logps/rejected",
@@ -35,7 +47,32 @@ EVALUATED = (
     *("rewards/margins", "rewards/auc", "rewards/pearson", "rewards/spearman"),
 )
 
+# What rows must be for a figure to be there; others are there for any rows
+NEEDED_ROWS = {
+    "loss/sft": "demonstrations that are imitated",
+    "loss/unlearning": "rows that are unlearned",
+    "loss/preference": "rows that are compared with the reference",
+    "rewards/mean": "rows with continuous labels",
+    "rewards/mse": "rows with continuous labels",
+    "rewards/pearson": "continuous labels that differ",
+    "rewards/spearman": "continuous labels that differ",
+    "rewards/auc": "binary labels of ½ and above, and others below ½",
+    **dict.fromkeys(("rewards/chosen", "logps/chosen", "logits/chosen", "mean_token_accuracy"), "chosen rows"),
+    **dict.fromkeys(("rewards/rejected", "logps/rejected", "logits/rejected"), "rejected rows"),
+    "rewards/margins": "chosen rows and rejected ones",
+}
+
 Ratios = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def is_of_rewards(name: str) -> bool:
+    """Whether a figure is there only if rows are compared with a reference.
+
+    Example:
+        >>> is_of_rewards("rewards/auc"), is_of_rewards("loss")
+        (True, False)
+    """
+    return name.startswith("rewards/") or name in ("kl", "log_z")
 
 
 def masked(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +86,22 @@ def masked(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torc
     return torch.where(mask, values, torch.zeros_like(values)), mask.to(values.dtype)
 
 
+def is_chosen(label: torch.Tensor, continuous: torch.Tensor, center: float = 0.0) -> torch.Tensor:
+    """`(B,)` bool: whether figures count a row as chosen, see the module's docstring.
+
+    Args:
+        label: `(B,)`.
+        continuous: `(B,)` bool.
+        center: of the continuous labels of the training set.
+
+    Example:
+        >>> import torch
+        >>> is_chosen(torch.tensor([0.5, 4.0, 2.0]), torch.tensor([False, True, True]), 3.0)
+        tensor([ True,  True, False])
+    """
+    return torch.where(continuous, label >= center, label >= 0.5)
+
+
 def reward_ratios(
     rewards: torch.Tensor,
     log_ratio: torch.Tensor,
@@ -56,6 +109,7 @@ def reward_ratios(
     label: torch.Tensor,
     chosen: torch.Tensor,
     continuous: torch.Tensor,
+    center: float = 0.0,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """The figures of the implicit reward, of the rows whose reward is known (not NaN).
 
@@ -64,20 +118,34 @@ def reward_ratios(
         log_ratio: `(B,)` log π_θ − log π_ref, nats.
         log_z: `(B,)` log Z, nats.
         label: `(B,)`.
-        chosen: `(B,)` bool: label of ½ and above, for continuous labels the demonstrations.
+        chosen: `(B,)` bool, see `is_chosen`.
         continuous: `(B,)` bool.
+        center: of the continuous labels of the training set.
 
     Returns:
-        name → (numerator, denominator), each `(B,)`. `rewards/accuracies` is the share of rows with binary labels
-        whose reward has its label's sign; `kl` the mean log-ratio, an estimate of KL(π_θ‖π_ref) as far as the rows are
-        what the policy would say.
+        name → (numerator, denominator), each `(B,)`. The module's docstring defines `rewards/*`. `kl` is the mean
+        log-ratio, an estimate of KL(π_θ‖π_ref) as far as the rows are what the policy would say.
+
+    Example:
+        Ratings around 3: the first answer is liked, and the policy expects 3.5 of it.
+
+        >>> import torch
+        >>> rewards, label = torch.tensor([3.5, 3.2]), torch.tensor([5.0, 1.0])
+        >>> continuous = torch.tensor([True, True])
+        >>> chosen = is_chosen(label, continuous, 3.0)
+        >>> sums = RatioSums(torch.device("cpu"))
+        >>> sums.add(reward_ratios(rewards, rewards, rewards, label, chosen, continuous, 3.0), continuous)
+        >>> found = figures(sums.totals())
+        >>> [round(found[f"rewards/{name}"], 2) for name in ("mean", "chosen", "rejected", "margins", "accuracies")]
+        [3.35, 3.5, 3.2, 0.3, 0.5]
     """
     known = ~rewards.isnan()
-    right = ((rewards > 0) == (label >= 0.5)).to(rewards.dtype)
+    right = (torch.where(continuous, rewards > center, rewards > 0) == chosen).to(rewards.dtype)
     return {
         "rewards/chosen": masked(rewards, known & chosen),
         "rewards/rejected": masked(rewards, known & ~chosen),
-        "rewards/accuracies": masked(right, known & ~continuous),
+        "rewards/accuracies": masked(right, known),
+        "rewards/mean": masked(rewards, known & continuous),
         "rewards/mse": masked((label - rewards) ** 2, known & continuous),
         "kl": masked(log_ratio, known),
         "log_z": masked(log_z, known),

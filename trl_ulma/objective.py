@@ -8,7 +8,7 @@ from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.scorer import Likelihood
 from trl_ulma.log_partition import LogPartition, Observed
 from trl_ulma.losses import RowLosses, Terms, grid_loss, reward_slope, route
-from trl_ulma.metrics import Ratios, masked, reward_ratios, token_ratios
+from trl_ulma.metrics import Ratios, is_chosen, masked, reward_ratios, token_ratios
 
 Rows = dict[str, torch.Tensor]
 
@@ -42,12 +42,14 @@ class Objective:
         args: the trainer's config.
         rules: how labels are read.
         aux_loss_weight: of the auxiliary loss of a mixture of experts.
+        center: of the continuous labels of the training set, by which figures tell chosen rows from rejected ones.
     """
 
-    def __init__(self, args: Any, rules: LabelRules, aux_loss_weight: float = 0.0):
+    def __init__(self, args: Any, rules: LabelRules, aux_loss_weight: float = 0.0, center: float = 0.0):
         self.args = args
         self.rules = rules
         self.aux_loss_weight = aux_loss_weight
+        self.center = center
 
     def continuous(self, rows: Rows) -> torch.Tensor:
         """`(B,)` bool, whether the label is continuous."""
@@ -104,8 +106,8 @@ class Objective:
             sft_weight=getattr(self.args, "sft_weight", 1.0),
             binary_loss=self.args.binary_loss,
         )
-        chosen = torch.where(continuous, rows["sft_mask"], label >= 0.5)
-        weight = torch.where(chosen, self.args.desirable_weight, self.args.undesirable_weight)
+        is_desirable = torch.where(continuous, rows["sft_mask"], label >= 0.5)
+        weight = torch.where(is_desirable, self.args.desirable_weight, self.args.undesirable_weight)
         weight = weight * rows.get("weight", 1.0)
         weighted = losses.total * weight
         total = torch.where(real, weighted, torch.zeros_like(weighted)).sum()
@@ -114,11 +116,12 @@ class Objective:
             total = total + self.aux_loss_weight * aux_loss * real.sum()
             shown = weighted + self.aux_loss_weight * aux_loss
         with torch.no_grad():
+            chosen = is_chosen(label, continuous, self.center)
             ratios = _ratios(losses, terms, policy, policy_logps, shown, scored, chosen)
             ratios["num_tokens"] = (inputs["attention_mask"].sum(1).to(policy_logps), torch.ones_like(policy_logps))
             log_ratio = policy_logps - ref_logps
             if all_rewarded:
-                ratios.update(reward_ratios(losses.rewards, log_ratio, log_z, label, chosen, continuous))
+                ratios.update(reward_ratios(losses.rewards, log_ratio, log_z, label, chosen, continuous, self.center))
             if aux_loss is not None:
                 ratios["aux_loss"] = (aux_loss.expand_as(weighted), torch.ones_like(weighted))
             slope = reward_slope(losses.rewards, label, continuous, binary_loss=self.args.binary_loss) * weight

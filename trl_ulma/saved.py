@@ -2,30 +2,47 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import transformers
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_ulma.labels import LabelTransform
 from trl_ulma.likelihood.layouts import positions_of
-from trl_ulma.likelihood.reference import ADAPTER, COARSE_TOLERANCE, TOLERANCE, Reference, ReferenceIdentity
-from trl_ulma.likelihood.scorer import Scorer
+from trl_ulma.likelihood.noise import evaluation_mode
+from trl_ulma.likelihood.reference import (
+    ADAPTER,
+    COARSE_TOLERANCE,
+    TOLERANCE,
+    Reference,
+    ReferenceIdentity,
+    plain_batch,
+)
+from trl_ulma.likelihood.scorer import Scorer, bare_model
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 logger = logging.get_logger(__name__)
 
+# Nats a token by which a model may differ from itself at the end of its training without a warning
+POLICY_TOLERANCE = 1e-4
+# By how much rewards may depend on the batch without a warning
+REWARD_TOLERANCE = 1e-4
+
 # Beside the model's weights
 SETTINGS_FILE = "pointwise.json"
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Of what a tokenizer consists of; one of them is in every folder with a tokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
@@ -48,6 +65,8 @@ class SavedSettings:
         sft_threshold: continuous labels of this and above, after the transform, are demonstrations; or None.
         dtype: of the weights while training, as "float32"; or None, if it is not known.
         mixed_precision: "no", "bf16" or "fp16"; or None, if it is not known.
+        quantization: of the model that an adapter was trained on, as its config has it; or None.
+        policy_logps: log-probabilities of the reference's `input_ids` under this model, one sum per sequence, in nats.
         reference: what the model was compared with; or None, if it is not known.
         trl_ulma: the version that wrote it.
     """
@@ -65,6 +84,8 @@ class SavedSettings:
     sft_threshold: float | None = None
     dtype: str | None = None
     mixed_precision: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    policy_logps: Sequence[float] = ()
     reference: ReferenceIdentity | None = None
     trl_ulma: str = ""
 
@@ -114,45 +135,91 @@ def saved_settings(model: str) -> SavedSettings | None:
     return None if file is None else SavedSettings.read(file)
 
 
-def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode: a checkpoint's folder, an adapter's, or a name on the hub.
 
-    It is put on the GPUs if there are any.
+    It is put on the GPUs if there are any. The base model of an adapter is quantized as in training.
 
     Args:
         name: folder or name.
-        dtype: of the weights; "auto" is the one that the model was trained with, or else that of the stored weights.
+        dtype: of the weights; "auto" is the one that the model was trained with, and float32 if that is not known,
+            because log-probabilities are not precise enough for rewards in the formats that weights are stored in.
+        revision: on the hub, or None.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         OSError: if there is no model; for an adapter also if its base model is gone.
     """
+    settings = saved_settings(name)
     if dtype == "auto":
-        settings = saved_settings(name)
-        dtype = (settings and settings.dtype) or "auto"
-    base = adapter_base(name)
-    loader: Any = AutoModelForCausalLM if base is None else AutoPeftModelForCausalLM
-    placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
+        dtype = (settings and settings.dtype) or "float32"
+    config = None if find_adapter_config_file(name) is None else PeftConfig.from_pretrained(name)
+    if config is None:
+        return _load_full(name, revision, {"dtype": dtype, "trust_remote_code": trust_remote_code}).eval()
+    base: Any = config.base_model_name_or_path
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if settings is not None and settings.quantization is not None:
+        options["quantization_config"] = dict(settings.quantization)
     try:
-        return loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **placed).eval()
+        loaded = _load_full(base, config.revision, options)
     except OSError as error:
-        if base is None:
-            raise
         raise OSError(
             f"{name} is an adapter on {base}, and that base model could not be loaded ({error}). Put it there, or "
             f"write where it is into base_model_name_or_path of {name}/adapter_config.json."
         ) from error
+    if _has_tokenizer(name):  # which may have grown for the training
+        tokens = len(load_tokenizer(name, trust_remote_code=trust_remote_code))
+        if tokens > loaded.get_input_embeddings().weight.shape[0]:
+            loaded.resize_token_embeddings(tokens)
+    model = PeftModel.from_pretrained(loaded, name)
+    _use_stored_dtype(model, name)
+    return model.eval()
+
+
+def _use_stored_dtype(model: Any, name: str) -> None:
+    """Put an adapter's weights into the format that they are stored in, which is that of training; PEFT makes them
+    float32."""
+    file = saved_file(name, SAFETENSORS_WEIGHTS_NAME)
+    if file is None:
+        return
+    with safe_open(file, "pt") as stored:
+        known = set(stored.keys())
+        for full, parameter in model.named_parameters():
+            key = ".".join(part for part in full.split(".") if part != model.active_adapter)
+            if key != full and key in known:
+                dtype = _STORED_DTYPES.get(stored.get_slice(key).get_dtype(), parameter.dtype)
+                parameter.data = parameter.data.to(dtype)
+
+
+def _load_full(name: str, revision: str | None, options: dict[str, Any]) -> Any:
+    """A model that is no adapter, of the class that TRL trains it as."""
+    placed = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    known = {"revision": revision, "trust_remote_code": options["trust_remote_code"]}
+    config = AutoConfig.from_pretrained(name, **known)
+    if getattr(config, "quantization_config", None) is not None:  # as it is stored
+        options = {key: value for key, value in options.items() if key != "quantization_config"}
+    architecture = (config.architectures or [""])[0]
+    sees = architecture.endswith("ForConditionalGeneration")  # images
+    loader: Any = getattr(transformers, architecture, None) if sees else None
+    return (loader or AutoModelForCausalLM).from_pretrained(name, revision=revision, **options, **placed)
+
+
+def quantization_of(model: Any) -> dict[str, Any] | None:
+    """How a model's weights are quantized, as plain values; None if they are not."""
+    found = getattr(bare_model(model).config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def training_autocast(settings: SavedSettings | None, model: Any) -> Any:
-    """A context for forwards as in a model's training: mixed precision, if that was of weights in float32 as here.
+    """A context for forwards as in a model's training: mixed precision, if the weights are in the format of training.
 
     Args:
         settings: saved with the model, or None.
         model: loaded.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get((settings and settings.mixed_precision) or "")
-    if dtype is None or model.dtype != torch.float32:
+    trained = (settings and settings.dtype) or "float32"
+    if dtype is None or str(model.dtype).removeprefix("torch.") != trained:
         return contextlib.nullcontext()
     return torch.autocast(model.device.type, dtype=dtype)
 
@@ -164,12 +231,22 @@ def adapter_base(name: str) -> str | None:
     return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint or adapter; that of its base, if an adapter was saved without one."""
+def load_processing_class(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer of a checkpoint or adapter, or the processor of one that takes images; that of its base, if an
+    adapter was saved without one."""
     base = adapter_base(name)
-    has_own = not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
-    source = name if base is None or has_own else base
-    return tokenizer_of(own_processing_class(None, source, None, revision=None, trust_remote_code=trust_remote_code))
+    source = name if base is None or _has_tokenizer(name) else base
+    return own_processing_class(None, source, None, revision=None, trust_remote_code=trust_remote_code)
+
+
+def _has_tokenizer(name: str) -> bool:
+    """Whether a folder has a tokenizer; of a name on the hub it is assumed."""
+    return not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, see `load_processing_class`."""
+    return tokenizer_of(load_processing_class(name, trust_remote_code=trust_remote_code))
 
 
 def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
@@ -193,7 +270,7 @@ def load_reference(
         source: its folder or name.
         settings: what training wrote beside the model, or None.
         ref_model: a model, or where one is, in place of the one that the settings name.
-        dtype: of the reference's weights.
+        dtype: of the reference's weights; "auto" is the one of training.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -206,6 +283,8 @@ def load_reference(
     autocast = partial(training_autocast, settings, policy)
     is_adapter = is_peft_model(policy)
     kind = identity.kind if identity is not None else ""
+    if dtype == "auto":
+        dtype = (identity and identity.dtype) or str(policy.dtype).removeprefix("torch.")
     if ref_model is not None:
         name = ref_model if isinstance(ref_model, str) else ""
         model = load_model(ref_model, dtype=dtype, trust_remote_code=trust_remote_code) if name else ref_model
@@ -234,14 +313,16 @@ def load_reference(
         )
     else:
         try:
-            model = load_model(identity.name, dtype=dtype, trust_remote_code=trust_remote_code)
+            options: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+            model = load_model(identity.name, revision=identity.revision, **options)
         except OSError as error:
             raise OSError(
                 f"{source} was trained against the reference {identity.name}, which could not be loaded ({error}). Put "
                 "it there, or pass ref_model (on the command line --ref_model)."
             ) from error
+        # An adapter may have been merged since
         known = {"name": identity.name, "revision": identity.revision}
-        found = Reference(kind, scorer, model, autocast=autocast, **known)
+        found = Reference("copy" if kind == "copy" else "given", scorer, model, autocast=autocast, **known)
     if settings is not None and identity is not None and identity.logps:
         off = _difference(found, policy, identity, settings.mixed_precision)
         name = identity.name or "a model without a name"
@@ -254,6 +335,58 @@ def load_reference(
         elif off:
             raise ValueError(f"{said} Pass the model that training was compared with as ref_model.")
     return found
+
+
+@torch.no_grad()
+def differs_from_training(policy: Any, source: str, settings: SavedSettings | None) -> str | None:
+    """What is to be said if a model is not computed as when it was saved, with the measured effect; None if it is.
+
+    Args:
+        policy: the saved model, loaded.
+        source: its folder or name.
+        settings: what training wrote beside the model, or None.
+    """
+    identity = None if settings is None else settings.reference
+    if settings is None or identity is None or not settings.policy_logps or not identity.input_ids:
+        return None
+    with evaluation_mode(policy), training_autocast(settings, policy):
+        batch = plain_batch(torch.tensor(identity.input_ids, device=policy.device))
+        logps = Scorer()(policy, batch).logps.double().tolist()
+    off = replace(identity, logps=settings.policy_logps).difference(logps)
+    if off <= POLICY_TOLERANCE:
+        return None
+    tokens = 1 if settings.length_normalize else len(identity.input_ids[0]) - 1
+    effect = f"the reward of {tokens} token{'s' * (tokens > 1)} by {settings.beta * off * tokens:.2g}"
+    return (
+        f"{source} does not give the log-probabilities that it gave when it was saved. They differ by {off:.2g} nats "
+        f"per token, which changes {effect}. "
+        "Rewards here are not exactly those of the training. Possible causes: another number format or quantization, "
+        "an adapter that was merged into rounded weights, or another kind of device."
+    )
+
+
+def batching_note(source: str, settings: SavedSettings | None, model: Any, beta: float, off: float) -> str | None:
+    """What is to be said if log-probabilities depend on which rows are computed together; None if they hardly do.
+
+    Args:
+        source: the model's folder or name.
+        settings: saved with the model, or None.
+        model: loaded.
+        beta: of the rewards.
+        off: by how many nats the log-probability of a row differs by itself.
+    """
+    if beta * off <= REWARD_TOLERANCE:
+        return None
+    mixed = isinstance(training_autocast(settings, model), torch.autocast)
+    how = settings.mixed_precision if mixed and settings is not None else str(model.dtype).removeprefix("torch.")
+    remedy = " With --dtype float32 they hardly do."
+    if quantization_of(model) is not None:
+        how, remedy = f"{how} with quantized weights", ""
+    return (
+        f"{source} is computed in {how}, in which rewards depend on the rows that are computed together: those of the "
+        f"first rows by up to {beta * off:.2g}. Rewards in training's evaluation differ as much if its batches are "
+        f"others.{remedy}"
+    )
 
 
 def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, mixed_precision: str | None) -> float:

@@ -60,7 +60,7 @@ from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import filled, is_real
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import LengthSampler, PromptSampler
-from trl_ulma.saved import SETTINGS_FILE, SavedSettings
+from trl_ulma.saved import SETTINGS_FILE, SavedSettings, quantization_of
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
 from trl_ulma.versions import for_dpo_trainer, leave_loss_undivided, loads_needless_reference, set_auxiliary_loss
 
@@ -200,12 +200,13 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
 
-        self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef)
+        self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
         self.log_partition = self._new_log_partition()
         self._sums = RatioSums(self.accelerator.device)
         self._evaluated: list[torch.Tensor] = []
         self.evaluated: np.ndarray = np.empty((0, 3))
         self._rows_in_step: torch.Tensor | int | None = None
+        self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._train_sampler: Any = None
         self.interruption = Interruption(self.accelerator)
@@ -718,6 +719,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if not self._checks.is_done:  # before any training
             self._check_start(self.model_wrapped)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        self._policy_logps = self._checks.policy_logps(self.model_wrapped)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.saved_settings().write(folder)
@@ -741,6 +743,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             sft_threshold=rules.sft_threshold,
             dtype=str(bare_model(self.model).dtype).removeprefix("torch."),
             mixed_precision=self.accelerator.mixed_precision,
+            quantization=quantization_of(self.model),
+            policy_logps=self._policy_logps,
             reference=self._checks.identity or ReferenceIdentity("none"),
             trl_ulma=version("trl-ulma"),
         )

@@ -4,9 +4,9 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -23,8 +23,9 @@ from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.log_z import check_column, check_labels
+from trl_ulma.metrics import EVALUATED
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
-from trl_ulma.rows.dataset_labels import terms_of, with_transform
+from trl_ulma.rows.dataset_labels import evaluated_figures, label_center, terms_of, with_transform
 from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, check_settings, has_images
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
@@ -81,9 +82,20 @@ class TrainingPlan:
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         return [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
 
+    @cached_property
+    def label_center(self) -> float:
+        """The center of the training set's continuous labels, see `trl_ulma.rows.dataset_labels.label_center`."""
+        return label_center(self.train_dataset, self.rules.label_type)
+
     def compared(self, dataset: Dataset) -> np.ndarray:
         """`(N,)` bool: the prepared rows whose loss needs the reference."""
         return terms_of(dataset, self.rules.label_type, self.args.cell).compared.numpy()
+
+    def figures_of(self, dataset: Dataset | IterableDataset | None) -> Sequence[str]:
+        """Names of the figures that an evaluation of prepared rows logs; of a stream, or if no rows are known, all."""
+        if not isinstance(dataset, Dataset):
+            return EVALUATED
+        return evaluated_figures(dataset, self.args, self.label_center, has_rewards=self.needs_reference)
 
     def prepare(self, dataset: Any, name: str) -> Any:
         """Raw rows as prepared ones; those that are prepared, as they are.
@@ -202,7 +214,8 @@ def make_plan(
     args.check_with_data(needs_reference=plan.needs_reference, has_mask=has_mask)
     check_labels(args, plan.train_dataset, plan.compared)
     if args.metric_for_best_model is not None and not has_own_metrics:
-        args.check_best_metric(list(eval_dataset) if isinstance(eval_dataset, dict) else [])
+        evaluated = plan.eval_dataset if isinstance(plan.eval_dataset, dict) else {"": plan.eval_dataset}
+        args.check_best_metric({name: plan.figures_of(rows) for name, rows in evaluated.items()})
     plan.data_collator = data_collator
     _check_padding(tokenizer_of(processing_class), vocab_size)
     if data_collator is not None:

@@ -345,6 +345,44 @@ def test_a_model_that_is_no_adapter_needs_its_reference_named(tiny_llama, adapte
     assert {name: figure["value"] for name, figure in figures.items()} == {"auc": 0.5, "accuracy": 0.5, "brier": 0.25}
 
 
+def test_a_full_model_is_compared_with_the_model_that_its_training_began_with(tiny_llama, tmp_path, capsys):
+    rows = make_rows(12)
+    trainer = make_trainer(tiny_llama, rows, tmp_path / "run", beta=0.5, learning_rate=1e-2, max_steps=3)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "tuned"))
+    rows.to_json(tmp_path / "rows.jsonl")
+    argv = ["evaluate", "--model", str(tmp_path / "tuned"), "--dataset", str(tmp_path / "rows.jsonl")]
+    argv += ["--split", "train", "--output", str(tmp_path / "report"), "--generate", "--max_new_tokens", "8"]
+    assert main(argv) == 0
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    tuned, base = facts["models"]
+    assert (base["source"], base["name"], base["is_base"]) == (tiny_llama, "tiny-llama (base)", True)
+    assert base["implicit_reward"]["auc"]["value"] == 0.5
+    brier = ((1 / (1 + np.exp(-trainer.predict(rows).predictions)) - np.array(rows["label"])) ** 2).mean()
+    assert tuned["implicit_reward"]["brier"]["value"] == pytest.approx(brier, abs=1e-4)
+    # Its answers are those of the model that training began with
+    assert tuned["changed"]["base"] == "tiny-llama (base)"
+    capsys.readouterr()
+    other = [*argv, "--ref_model", tiny_llama]
+    other[other.index(str(tmp_path / "report"))] = str(tmp_path / "named")
+    assert main(other) == 0
+    named = json.loads((tmp_path / "named" / "report.json").read_text())["models"]
+    assert named[0]["changed"] == tuned["changed"]
+    assert named[1]["perplexity"] == base["perplexity"]
+    assert facts["notes"] == []
+
+
+def test_a_scale_that_is_not_known_is_said(tiny_llama, adapters, rows, tmp_path):
+    argv = ["evaluate", "--model", adapters[0], "--dataset", rows, "--split", "train", "--output", str(tmp_path)]
+    assert main(argv) == 0
+    (note,) = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert "has no pointwise.json, so the scale of its rewards is not known: they are computed with β = 0.1" in note
+    assert note.endswith("Set --beta and --log_z as in training.")
+    assert main([*argv, "--beta", "0.2"]) == 0
+    (note,) = json.loads((tmp_path / "report.json").read_text())["notes"]
+    assert note.endswith("with β = 0.2 and log Z = 0. Set --log_z as in training.")
+
+
 def test_ratings_have_correlations_and_log_z_moves_rewards(tiny_llama, adapters, tmp_path):
     rows = [
         {"prompt": f"The {word}", "completion": f" sat {word}.", "label": label, "log_z": log_z}

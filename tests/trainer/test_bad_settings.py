@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 from datasets import DatasetDict, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -457,6 +458,14 @@ def test_what_is_no_tokenizer(processor):
         ("eval_los", False, r"Did you mean eval_loss\?"),
         ("eval_loss", True, r"'eval_loss' is no figure of evaluation\. There are thumbs_loss, .*"),
         ("eval_thumbs_rewards/aucs", True, r"Did you mean eval_thumbs_rewards/auc\?"),
+        (
+            "eval_rewards/spearman",
+            False,
+            r"'eval_rewards/spearman' will not be logged: it needs continuous labels that differ, which the eval "
+            r"dataset does not have\. It logs loss, loss/sft, .*rewards/auc\.",
+        ),
+        ("thumbs_rewards/mse", True, r"needs rows with continuous labels, which the thumbs dataset does not have"),
+        ("my_own", False, r"'my_own' is no figure of evaluation\. .* \(Figures of your own come from compute_metrics"),
     ],
 )
 def test_a_misspelt_best_metric_is_refused_at_the_start(tiny_gpt2, tmp_path, best, several, message):
@@ -466,11 +475,32 @@ def test_a_misspelt_best_metric_is_refused_at_the_start(tiny_gpt2, tmp_path, bes
 
 
 @pytest.mark.parametrize(
-    ("best", "several"), [("loss", False), ("eval_rewards/auc", False), ("eval_thumbs_kl", True), ("my_own", False)]
+    ("best", "several"),
+    [
+        *(("loss", False), ("eval_rewards/auc", False), ("my_own", False)),
+        *(("eval_thumbs_kl", True), ("thumbs_runtime", True)),
+    ],
 )
 def test_a_best_metric_that_can_exist_is_taken(tiny_gpt2, tmp_path, best, several):
     evaluated = {"thumbs": make_rows(4)} if several else make_rows(4)
-    make_trainer(tiny_gpt2, make_rows(4), tmp_path, eval_dataset=evaluated, metric_for_best_model=best)
+    own = {"compute_metrics": lambda prediction: {"my_own": 1.0}} if best == "my_own" else {}
+    make_trainer(tiny_gpt2, make_rows(4), tmp_path, eval_dataset=evaluated, metric_for_best_model=best, **own)
+
+
+@pytest.mark.parametrize(
+    "labels", [[1.0, 0.0] * 3, [5.0, 4.0, 1.0, 2.0, 3.0, 5.0], [4.0] * 6, [1.0] * 6], ids=["thumbs", "stars", "4", "1"]
+)
+def test_the_figures_that_a_best_metric_may_be_are_those_that_are_logged(tiny_gpt2, tmp_path, labels):
+    kind = "binary" if labels[:2] == [1.0, 0.0] else "continuous"
+    rows = make_rows(6, label=[5.0, 4.0, 1.0, 2.0, 3.0, 5.0], label_type=["continuous"] * 6)
+    evaluated = make_rows(6, label=labels, label_type=[kind] * 6)
+    model, reference = (AutoModelForCausalLM.from_pretrained(tiny_gpt2) for _ in range(2))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1.1)
+    trainer = make_trainer(model, rows, tmp_path, ref_model=reference, eval_dataset=evaluated, sft_threshold=5.0)
+    logged = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    wanted = {*trainer._plan.figures_of(trainer.eval_dataset), "runtime", "samples_per_second", "steps_per_second"}
+    assert logged - {"epoch", "model_preparation_time"} == wanted - {"aux_loss"}
 
 
 def test_a_liked_row_in_a_stream_is_refused_where_no_reference_is(tiny_gpt2, tmp_path):

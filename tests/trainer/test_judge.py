@@ -143,6 +143,51 @@ def test_types_by_row(tiny_gpt2, tmp_path):
     assert judge_of(tiny_gpt2, make_rows(4), tmp_path).score(rows)["reward"][:] == pytest.approx(scored["reward"][:])
 
 
+@pytest.mark.parametrize(
+    ("label", "settings"),
+    [
+        ([True, None, False, None], {}),
+        ([5, None, 1, 3], {"label_type": "continuous", "label_transform": "standardise", "log_z": "prior"}),
+        ([4.0, float("nan"), 1.0, 3.0], {"label_type": "binary", "label_transform": "min_max"}),
+        ([1.0, None, None, 4.0], {"label_type": "continuous", "label_transform": "prompt_quantile"}),
+        ([None, 2, 3, 1], {"label_type": "binary", "label_transform": "votes", "trials": [0, 2, 4, 2]}),
+    ],
+    ids=["thumbs", "stars", "nan", "by prompt", "votes"],
+)
+def test_rows_without_a_label_are_scored_among_others(tiny_gpt2, tmp_path, label, settings):
+    more = {"trials": settings.pop("trials")} if "trials" in settings else {}
+    same = {"prompt": ["Why?"] * 4} if settings.get("label_transform") == "prompt_quantile" else {}
+    known = [1.0, 0.0, 1.0, 0.0] if not settings else [1.0, 2.0, 3.0, 4.0]
+    rows = make_rows(4, label=known, **same, **({"trials": [4] * 4} if more else {}))
+    trainer = judge_of(tiny_gpt2, rows, tmp_path, pointwise=True, **settings)
+    mixed = make_rows(4, label=label, **same, **more)
+    scored = trainer.score(mixed)
+    missing = [each is None or each != each for each in label]
+    there = [row for row in range(4) if not missing[row]]
+    assert scored["row"][:] == list(range(4))
+    assert [each is None for each in scored["surprise"]] == missing
+    assert [each is None or each != each for each in scored["label"]] == missing
+    # The others are scored as without them, and their rewards are those of rows without any label
+    alone = trainer.score(mixed.select(there))
+    for name in ("reward", "predicted_label", "surprise"):
+        assert [scored[name][row] for row in there] == pytest.approx(alone[name][:], rel=2e-5, abs=2e-5)
+    unlabelled = trainer.score(mixed.remove_columns("label"))
+    for name in ("reward", "predicted_label"):
+        assert scored[name][:] == pytest.approx(unlabelled[name][:], rel=2e-5, abs=2e-5)
+    is_binary = settings.get("label_type", "binary") == "binary"
+    probability = expit(scored["reward"][:]) if is_binary else [None] * 4
+    assert scored["probability"][:] == (pytest.approx(probability) if is_binary else probability)
+
+
+def test_no_label_at_all_is_as_without_the_column(tiny_gpt2, tmp_path):
+    trainer = judge_of(tiny_gpt2, make_rows(3), tmp_path)
+    scored = trainer.score(make_rows(3, label=[None] * 3))
+    assert scored["label"][:] == [None] * 3
+    assert "surprise" not in scored.column_names
+    with pytest.raises(ValueError, match="Row 2 of the scored dataset: label is 'up'"):
+        trainer.score(make_rows(3, label=["up", None, "up"]))
+
+
 def test_both_halves_of_a_pair_are_scored(tiny_gpt2, tmp_path):
     pairs = Dataset.from_dict({"prompt": ["Why?", "How?"], "chosen": [" a", " b"], "rejected": [" c", " d"]})
     trainer = judge_of(tiny_gpt2, pairs, tmp_path)
@@ -412,6 +457,22 @@ def test_any_format_is_written_and_labels_are_optional(tiny_gpt2, tmp_path, taug
         assert (np.diff(reward) <= 0).all()
         assert logit(probability) == pytest.approx(reward, rel=1e-4, abs=1e-6)
         assert not {"label", "surprise"}.intersection(found.column_names)
+
+
+def test_rows_without_a_label_come_last_and_are_counted(tiny_gpt2, tmp_path, taught, capsys):
+    folder = taught[0].args.output_dir
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?, No.,1\nHow?, Go away.,\nWhat?, Paris.,0\n")
+    argv = ["--model", folder, "--ref_model", tiny_gpt2, "--dataset", str(tmp_path / "rows.csv")]
+    assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
+    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert sorted(row["row"] for row in found[:2]) == [0, 2]
+    assert (found[2]["row"], found[2]["label"], found[2]["surprise"]) == (1, None, None)
+    out = capsys.readouterr().out
+    assert "holds 3 scored rows, the most surprising first; 0 of 3 were left out. 1 row has no label, so there" in out
+    assert "row 1:" not in out
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?, No.,\n")
+    assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
+    assert "holds 1 scored rows; 0 of 1 were left out.\n" in capsys.readouterr().out
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):

@@ -23,6 +23,67 @@ def continuous(model, rows, folder, transform, **kwargs):
     return make_trainer(model, rows, folder, label_transform=transform, **settings | kwargs)
 
 
+# Chosen and rejected ratings
+
+STARS = [5.0, 1.0, 4.0, 2.0, 5.0, 4.0, 1.0, 5.0]
+
+
+@pytest.mark.parametrize("transform", [None, "standardise"])
+def test_stars_are_split_at_the_center_of_the_training_labels(tiny_gpt2, tmp_path, transform):
+    held_out = [5.0, 3.0, 4.0, 1.0]
+    trainer = make_trainer(
+        tiny_gpt2,
+        rated(STARS),
+        tmp_path,
+        pointwise=True,
+        eval_dataset=rated(held_out),
+        label_type="continuous",
+        label_transform=transform,
+        learning_rate=1e-2,
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_rewards/margins",
+        **QUIET,
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    evaluated = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(logs) == len(evaluated) == 3
+    for name in ("chosen", "rejected", "margins", "accuracies", "mean", "mse"):
+        assert all(f"rewards/{name}" in log for log in logs)
+        assert all(f"eval_rewards/{name}" in log for log in evaluated)
+    assert trainer.state.best_metric == max(log["eval_rewards/margins"] for log in evaluated)
+
+    found = trainer.evaluate()
+    reward = np.array(trainer.score(rated(held_out))["reward"][:])
+    labels = np.array(held_out)
+    center = np.mean(STARS)  # 3.375, so that three stars are rejected
+    chosen = labels >= center
+    assert chosen.tolist() == [True, False, True, False]
+    wanted = {
+        "chosen": reward[chosen].mean(),
+        "rejected": reward[~chosen].mean(),
+        "margins": reward[chosen].mean() - reward[~chosen].mean(),
+        "accuracies": ((reward > (0 if transform else center)) == chosen).mean(),
+        "mean": reward.mean(),
+    }
+    for name, value in wanted.items():
+        assert found[f"eval_rewards/{name}"] == pytest.approx(value, abs=1e-5), name
+
+
+def test_the_center_of_a_stream_is_that_of_its_first_rows(tiny_gpt2, tmp_path):
+    labels = [4.0] * 32 + [2.0] * 32 + [100.0] * 6
+    for name, center in (("continuous", 3.0), ("binary", 0.0)):
+        rows = rated(labels if name == "continuous" else [1.0] * 70).to_iterable_dataset()
+        settings = {"label_type": name, "max_steps": 1, "pointwise": True, **QUIET}
+        trainer = make_trainer(tiny_gpt2, rows, tmp_path, **settings)
+        assert trainer._plan.label_center == center
+
+
 # The transform
 
 

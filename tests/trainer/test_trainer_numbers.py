@@ -269,7 +269,8 @@ def test_evaluation_figures_are_those_of_the_rows(tiny_gpt2, tmp_path):
     label, mask, log_z = (np.array(rows[name][:]) for name in ("label", "sft_mask", "log_z"))
     continuous = np.array(rows["label_type"][:]) == "continuous"
     reward = 0.5 * (policy - reference + log_z)
-    chosen = np.where(continuous, mask, label >= 0.5)
+    center = label[continuous].mean()
+    chosen = np.where(continuous, label >= center, label >= 0.5)
     losses, _ = oracle.grid(policy, reference, label, mask, beta=0.5, log_z=log_z, label_type=rows["label_type"][:])
     wanted = {
         "loss": (losses * np.array(rows["weight"][:])).mean(),
@@ -277,7 +278,8 @@ def test_evaluation_figures_are_those_of_the_rows(tiny_gpt2, tmp_path):
         "rewards/chosen": reward[chosen].mean(),
         "rewards/rejected": reward[~chosen].mean(),
         "rewards/margins": reward[chosen].mean() - reward[~chosen].mean(),
-        "rewards/accuracies": ((reward > 0) == (label >= 0.5))[~continuous].mean(),
+        "rewards/accuracies": ((reward > np.where(continuous, center, 0)) == chosen).mean(),
+        "rewards/mean": reward[continuous].mean(),
         "rewards/mse": ((label - reward) ** 2)[continuous].mean(),
         "rewards/auc": roc_auc_score(label[~continuous] >= 0.5, reward[~continuous]),
         "rewards/pearson": stats.pearsonr(label[continuous], reward[continuous])[0],

@@ -15,7 +15,7 @@ body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sa
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0;
   font-variant-numeric: tabular-nums }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; vertical-align: top }
-th:first-child, td:first-child, td.text { text-align: left } th { background: var(--soft) }
+th:first-child, td:first-child, .text { text-align: left } th { background: var(--soft) }
 img { max-width: 100%; height: auto } pre { white-space: pre-wrap; background: var(--soft); padding: .8rem }
 blockquote { border-left: 3px solid var(--line); margin: 1rem 0; padding: .1rem 1rem; white-space: pre-wrap }
 strong.verdict { display: block; background: var(--soft); padding: .8rem 1rem; border-left: 4px solid #0072b2 }"""
@@ -173,7 +173,7 @@ def _html(part: Part, folder: Path) -> str:
         return "<ul>\n" + "\n".join(f"<li>{_inline(item)}</li>" for item in part.items) + "\n</ul>"
     if isinstance(part, Table):
         kind = ' class="text"' if part.is_text else ""
-        head = "".join(f"<th>{_inline(cell)}</th>" for cell in part.header)
+        head = "".join(f"<th{kind}>{_inline(cell)}</th>" for cell in part.header)
         rows = ("".join(f"<td{kind}>{_inline(cell)}</td>" for cell in row) for row in part.rows)
         return f"<table>\n<tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>"
     if isinstance(part, Quote):

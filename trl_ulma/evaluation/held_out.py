@@ -1,9 +1,9 @@
 """Held-out rows as evaluation needs them: one answer a row, prompts numbered, and what to compare answers with."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +24,8 @@ from trl_ulma.labels import (
     read_labels,
     refuse_invalid,
 )
-from trl_ulma.rows.dataset_labels import check_pairs, transformed_labels
+from trl_ulma.rows.dataset_labels import check_pairs, prompt_keys, transformed_labels
+from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 
 logger = logging.get_logger(__name__)
 
@@ -65,15 +66,26 @@ class HeldOut:
     prompt: np.ndarray
 
     @classmethod
-    def of(cls, dataset: Dataset, name: str, rules: LabelRules, invalid_rows: str = "error") -> Self:
+    def of(
+        cls,
+        dataset: Dataset,
+        name: str,
+        rules: LabelRules,
+        invalid_rows: str = "error",
+        *,
+        takes_images: bool = False,
+    ) -> Self:
         """The rows of a data set; pairs become two rows each, and those without an answer are left out, with a warning.
+        `takes_images` says whether they may have images, which tell prompts of the same words apart.
+
         Labels go through the rules' transform, which pairs must not have. With `invalid_rows="drop"`, invalid rows are
         left out with a warning that lists them.
 
         Raises:
             ValueError: listing the invalid rows, or naming the column that is wrong; also where no row is left.
         """
-        rows = _one_answer_a_row(dataset, name)
+        rows = _one_answer_a_row(dataset, name, takes_images)
+        images = image_column(rows.column_names, name)
         columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
         columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
         if "chosen" in dataset.column_names:
@@ -83,9 +95,15 @@ class HeldOut:
         if transformed is not None:
             columns["label"] = transformed
         read = read_labels(columns, range(len(rows)), name, rules, invalid)
-        for row, (prompt, completion) in enumerate(zip(columns["prompt"], columns["completion"], strict=True)):
+        seen = repeat(None, len(rows)) if images is None else undecoded_column(rows, images)
+        keys = columns["image_key"] = [0] * len(rows)
+        for row, (prompt, completion, shown) in enumerate(
+            zip(columns["prompt"], columns["completion"], seen, strict=True)
+        ):
             try:
-                check_texts(prompt, completion, f"Row {row} of the {name} dataset")
+                at = f"Row {row} of the {name} dataset"
+                check_texts(prompt, completion, at, takes_images=images is not None)
+                keys[row] = image_key(as_images(shown, at))
             except InvalidRow as error:
                 invalid.setdefault(row, error.at_prompt(prompt))
         if invalid:
@@ -98,7 +116,7 @@ class HeldOut:
             rows = rows.select(kept)
             columns, read = ({c: [v[row] for row in kept] for c, v in each.items()} for each in (columns, read))
         rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
-        prompts = [json.dumps(prompt, sort_keys=True) for prompt in columns["prompt"]]
+        prompts = prompt_keys(columns, range(len(rows)))
         types = read.get("label_type", [rules.label_type] * len(rows))
         return cls(
             rows,
@@ -139,14 +157,15 @@ def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
     return [Comparison(each.prompt, each.chosen, each.rejected) for each in questions if each.rejected is not None]
 
 
-def _one_answer_a_row(dataset: Dataset, name: str) -> Dataset:
+def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> Dataset:
     if not len(dataset):
         raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
-    if not check_columns(dataset.column_names, name):
+    if not check_columns(dataset.column_names, name, takes_images=takes_images):
         return dataset.with_format(None)
-    columns = pairs_to_rows(dataset.with_format(None)[:])
-    why = columns.pop("left_out")
-    columns.pop("pair")
+    images = image_column(dataset.column_names, name)
+    texts = dataset.remove_columns(images) if images is not None else dataset
+    columns = pairs_to_rows(texts.with_format(None)[:])
+    why, pair = columns.pop("left_out"), columns.pop("pair")
     kept = [i for i, reason in enumerate(why) if reason is None]
     left_out = Counter(reason for reason in why if reason is not None)
     reasons = "; ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
@@ -154,4 +173,8 @@ def _one_answer_a_row(dataset: Dataset, name: str) -> Dataset:
         raise ValueError(f"All {len(why)} answers of the {name} dataset were left out: {reasons}.")
     if left_out:
         logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset: {reasons}.")
-    return Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})
+    rows = Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})
+    if images is None:
+        return rows
+    values = list(undecoded_column(dataset, images))
+    return rows.add_column(images, [values[pair[i]] for i in kept], feature=dataset.features[images])

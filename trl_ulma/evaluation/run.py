@@ -1,12 +1,14 @@
 """What `trl-ulma evaluate` does: rows in, models one after the other, a report out."""
 
 import gc
+import json
 import re
 import sys
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from scipy.special import expit
 
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.evaluation import report
-from trl_ulma.evaluation.as_trained import as_trained, reward_scale
+from trl_ulma.evaluation.as_trained import BETA, as_trained, reward_scale
 from trl_ulma.evaluation.findings import changed, on_own_scale, own_labels, surprises
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import HeldOut, Question
@@ -30,13 +32,20 @@ from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Budget, Reply, Server
 from trl_ulma.judge import saved_file
 from trl_ulma.labels import LabelRules
-from trl_ulma.likelihood.table import completion_logps, prompt_states
+from trl_ulma.likelihood.table import batching_difference, collator_for, completion_logps, prompt_states
+from trl_ulma.rows.images import has_images
 from trl_ulma.rows.preparation import Preparation
+from trl_ulma.rows.rendering import processor_of, tokenizer_of
 from trl_ulma.saved import (
+    SETTINGS_FILE,
+    SavedSettings,
     adapter_base,
     as_reference,
+    batching_note,
     check_same_tokens,
+    differs_from_training,
     load_model,
+    load_processing_class,
     load_reference,
     load_tokenizer,
     positions,
@@ -45,6 +54,8 @@ from trl_ulma.saved import (
 )
 
 SERVED = "served:"
+# Kinds of a reference that is a model of its own
+OWN_MODEL = ("copy", "given")
 ENOUGH_PROMPTS = 200
 _MOST_LABELS = 100
 
@@ -80,8 +91,8 @@ class _Run:
         self.judging = Judging(judges, args.criterion, seed=args.seed, note=self._note)
         for server in (*self.servers.values(), *(each.server for each in judges if isinstance(each, LLMJudge))):
             server.check()
-        self.held_out, self.split = self._rows()
         answers = bool(judges or args.generate or self.servers)
+        self.held_out, self.split = self._rows(answers)
         self.questions = self._questions() if answers else []
         self._ref_logps: dict[str, np.ndarray] = {}
         # By its name, folder or `_before`: the models that trainings began with, and the answers of all
@@ -145,7 +156,8 @@ class _Run:
                     "model on the hub."
                 ) from error
 
-    def _rows(self) -> tuple[HeldOut, str]:
+    def _rows(self, answers: bool) -> tuple[HeldOut, str]:
+        """The held-out rows, and what they are a part of; `answers` says whether they are to be answered."""
         args = self.args
         splits: Any = load_rows(
             args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map
@@ -155,8 +167,10 @@ class _Run:
         read = split if split in splits else "train"
         for note in check_splits({read: splits[read]} if read in splits else {}, args.dataset):
             self._note(note)
+        if read in splits and has_images(splits[read]):
+            self._check_images(answers)
         if split in splits:
-            return HeldOut.of(splits[split], split, self._as_trained(splits[split]), args.invalid_rows), split
+            return self._held_out(splits[split], split), split
         if args.split is not None or "train" not in splits:
             raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
         rows: Dataset = splits["train"]
@@ -167,7 +181,28 @@ class _Run:
             "Where training held out the same (by --eval_strategy or --do_eval, with this --test_split_size and this "
             "--seed), it has not seen them; otherwise it has. (--split train takes all.)"
         )
-        return HeldOut.of(held_out, "test", self._as_trained(held_out), args.invalid_rows), part
+        return self._held_out(held_out, "test"), part
+
+    def _held_out(self, rows: Dataset, name: str) -> HeldOut:
+        return HeldOut.of(rows, name, self._as_trained(rows), self.args.invalid_rows, takes_images=True)
+
+    def _check_images(self, answers: bool) -> None:
+        """Raise ValueError if rows with images cannot be evaluated as asked."""
+        blind = [
+            source
+            for _, source in self.args.model
+            if source not in self.servers and processor_of(load_processing_class(source, **self.loading)) is None
+        ]
+        if blind:
+            raise ValueError(
+                f"{self.args.dataset} has images, and {blind[0]} was saved with a tokenizer alone, without a processor "
+                "of images. Evaluate a vision-language model, or remove the column of images."
+            )
+        if answers:
+            raise ValueError(
+                f"{self.args.dataset} has images, and answers to rows with images are not generated. Leave out "
+                "--judge, --generate and served: models. Perplexity and rewards are computed for rows with images."
+            )
 
     def _as_trained(self, rows: Dataset) -> LabelRules:
         """How the rows' labels are read; how rows are cut is set, too."""
@@ -261,11 +296,12 @@ class _Run:
             prompts = [question.prompt for question in self.questions]
             return facts | self._answers(run, ServerGenerator(self.servers[source]), self.questions, prompts)
         args = self.args
-        tokenizer = load_tokenizer(source, **self.loading)
+        processing_class = load_processing_class(source, **self.loading)
+        tokenizer = tokenizer_of(processing_class)
         most = positions(source, **self.loading)
         rules = replace(self.how.rules, transform=None)  # which the held-out rows have been through
         prepare = Preparation(
-            tokenizer,
+            processing_class,
             rules,
             self.how.max_length,
             self.how.truncation_mode,
@@ -277,7 +313,7 @@ class _Run:
         )
         rows: Any = prepare(self.held_out.rows, "test")
         model = load_model(source, dtype=args.dtype, **self.loading)
-        facts |= self._likelihoods(run, source, model, tokenizer, rows)
+        facts |= self._likelihoods(run, source, model, processing_class, rows)
         if self.questions:
             ids = dict(zip(rows["row"][:], rows["prompt_ids"][:], strict=True))
             questions = [question for question in self.questions if question.row in ids]
@@ -288,15 +324,16 @@ class _Run:
             facts |= self._answers(run, generator, questions, prompts)
             base = self._before(source)
             if base in self.bases and base not in self.replies:
-                if args.ref_model is None:
+                if args.ref_model is None and base in (adapter_base(source), f"{source}/ref"):
                     with as_reference(model, source) as reference:
                         self._base_answers(
                             base, TransformersGenerator(reference, tokenizer, base, most), questions, prompts
                         )
                 else:
+                    dtype = str(model.dtype).removeprefix("torch.")
                     del model, generator
                     _free()
-                    model = load_model(base, dtype=args.dtype, **self.loading)
+                    model = load_model(base, dtype=dtype, revision=self._revision(source), **self.loading)
                     self._base_answers(base, TransformersGenerator(model, tokenizer, base, most), questions, prompts)
         del model
         _free()
@@ -308,9 +345,20 @@ class _Run:
             return None
         if self.args.ref_model is not None:
             return self.args.ref_model
+        saved = saved_settings(source)
         base = adapter_base(source)
+        if base is None or (saved is not None and saved.reference is not None and saved.reference.kind in OWN_MODEL):
+            # A full model, or an adapter whose reference was not its own base
+            return None if saved is None or saved.reference is None else saved.reference.name or None
         # An adapter that went on from another one has kept that
-        return base if base is None or saved_file(source, "ref/adapter_config.json") is None else f"{source}/ref"
+        return base if saved_file(source, "ref/adapter_config.json") is None else f"{source}/ref"
+
+    def _revision(self, source: str) -> str | None:
+        """That of the model in `_before`, on the hub."""
+        saved = saved_settings(source)
+        if self.args.ref_model is not None or saved is None or saved.reference is None:
+            return None
+        return saved.reference.revision
 
     def _base_answers(self, base: str, generator: Generator, questions: list[Question], prompts: list) -> None:
         facts = self.bases[base]
@@ -320,7 +368,7 @@ class _Run:
         self, run: str, generator: Generator, questions: list[Question], prompts: list, *, key: str | None = None
     ) -> dict[str, Any]:
         args = self.args
-        path = args.output / "answers" / (re.sub(r"[^\w.-]+", "_", run) + ".jsonl")
+        path = self._file("answers", run)
         options = {"batch_size": args.batch_size, "resume": args.resume, "retry_refused": args.retry_refused}
         replies = generate(generator, prompts, path, self.sampling, **options)
         told = {
@@ -368,8 +416,10 @@ class _Run:
         )
         model["changed"] = {"base": named.get(base or "") or self.bases[str(base)]["name"], **found}
 
-    def _likelihoods(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> dict[str, Any]:
+    def _likelihoods(self, run: str, source: str, model: Any, processing_class: Any, rows: Dataset) -> dict[str, Any]:
         args, held_out = self.args, self.held_out
+        cut = {"max_length": self.how.max_length, "truncation_mode": self.how.truncation_mode}
+        collate = collator_for(processing_class, **cut)
         raw = np.asarray(rows["row"][:])
         prompt, label = held_out.prompt[raw], held_out.label[raw]
         mask, continuous = held_out.sft_mask[raw], held_out.continuous[raw]
@@ -390,10 +440,16 @@ class _Run:
                 continuous,
                 beta=args.beta,
                 log_z=0.0 if has_log_z else args.log_z,
-                prompt_states=partial(prompt_states, model, rows, batch_size=args.batch_size),
+                prompt_states=partial(prompt_states, model, rows, collate, batch_size=args.batch_size),
             )
+        if scale is not None:
+            self._note_training(run, source, model, saved)
         with training_autocast(saved, model):
-            logps, tokens = completion_logps(model, rows, batch_size=args.batch_size, what=f"Scoring, {run}")
+            scoring = {"batch_size": args.batch_size, "what": f"Scoring, {run}"}
+            logps, tokens = completion_logps(model, rows, collate, **scoring)
+            off = 0.0
+            if scale is not None:
+                off = batching_difference(model, rows, logps, collate, batch_size=args.batch_size)
         facts: dict[str, Any] = {
             "rows": len(rows),
             "left_out": len(held_out.rows) - len(rows),
@@ -402,12 +458,16 @@ class _Run:
         }
         if scale is None:
             return facts
-        ref_logps = self._reference(run, source, model, tokenizer, rows)
+        note = batching_note(source, saved, model, scale.beta, off)
+        if note is not None:
+            self._note(note)
+        ref_logps = self._reference(run, source, model, tokenizer_of(processing_class), rows, collate)
         log_z = np.asarray(rows["log_z"][:]) if has_log_z else scale.log_z
         per = tokens.clip(min=1) if scale.length_normalize else 1
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
         facts |= self._of_rewards(rewards, label, continuous, prompt)
+        self._write_rewards(run, raw, own_labels(label, continuous, self.how.rules), rewards)
         facts["surprises"] = surprises(rewards, label, continuous, self.how.rules, held_out.rows, raw)
         base = self._before(source)
         if args.base and base is not None and base not in self.bases and base not in dict(self.args.model).values():
@@ -422,6 +482,31 @@ class _Run:
                 "judged": {},
             }
         return facts
+
+    def _note_training(self, run: str, source: str, model: Any, saved: SavedSettings | None) -> None:
+        """Tell what keeps a model's rewards from being those of its training."""
+        args = self.args
+        unknown = [f"--{name}" for name in ("beta", "log_z") if getattr(args, name) is None]
+        if saved is None and unknown:
+            self._note(
+                f"{run} has no {SETTINGS_FILE}, so the scale of its rewards is not known: they are computed with β = "
+                f"{args.beta or BETA:g} and log Z = {args.log_z or 0:g}. Set {' and '.join(unknown)} as in training."
+            )
+        note = differs_from_training(model, source, saved)
+        if note is not None:
+            self._note(note)
+
+    def _write_rewards(self, run: str, rows: np.ndarray, label: np.ndarray, rewards: np.ndarray) -> None:
+        """Write the reward of each row."""
+        path = self._file("rewards", run)
+        path.parent.mkdir(exist_ok=True)
+        columns = zip(rows.tolist(), label.tolist(), rewards.tolist(), strict=True)
+        lines = [json.dumps(dict(zip(("row", "label", "reward"), row, strict=True))) for row in sorted(columns)]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def _file(self, folder: str, run: str) -> Path:
+        """Where what there is of each row of a run is written, in a folder of the report's."""
+        return self.args.output / folder / (re.sub(r"[^\w.-]+", "_", run) + ".jsonl")
 
     def _base_name(self, base: str, run: str) -> str:
         return f"{run} before training" if base.endswith("/ref") else f"{base.rstrip('/').split('/')[-1]} (base)"
@@ -456,19 +541,21 @@ class _Run:
             found["own_scale"] = on_own_scale(*which, rules, seed=seed)
         return found
 
-    def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset) -> np.ndarray:
+    def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset, collate: Any) -> np.ndarray:
         """`(N,)` log π_ref(y|x)."""
         args, saved = self.args, saved_settings(source)
         scoring = {"batch_size": args.batch_size, "what": f"Scoring, reference of {run}"}
-        dtype = str(model.dtype).removeprefix("torch.")
-        key = digest(rows["prompt_ids"][:], rows["completion_ids"][:]) + dtype
+        options = {"dtype": args.dtype, **self.loading}
+        how = (str(model.dtype), saved and (saved.mixed_precision, saved.reference and saved.reference.dtype))
+        seen = rows["image_key"][:] if "image_key" in rows.column_names else None
+        key = digest(rows["prompt_ids"][:], rows["completion_ids"][:], seen, str(how))
         if args.ref_model is not None and key in self._ref_logps:
             return self._ref_logps[key]
         if args.ref_model is not None:
             check_same_tokens(tokenizer, load_tokenizer(args.ref_model, **self.loading), rows, run, args.ref_model)
-        reference = load_reference(model, source, saved, args.ref_model, dtype=dtype, **self.loading)
+        reference = load_reference(model, source, saved, args.ref_model, **options)
         with training_autocast(saved, model):
-            logps = completion_logps(reference.model or model, rows, reference=reference, **scoring)[0]
+            logps = completion_logps(reference.model or model, rows, collate, reference=reference, **scoring)[0]
         if args.ref_model is not None:
             self._ref_logps[key] = logps
         del reference

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_ulma.likelihood.proof import LONGEST, LONGEST_OF_LAYOUT, StartupProof, probe_rows
-from trl_ulma.likelihood.reference import Reference, ReferenceIdentity
+from trl_ulma.likelihood.reference import Reference, ReferenceIdentity, plain_batch
 from trl_ulma.likelihood.table import forward_inputs
 
 
@@ -99,6 +99,18 @@ class TrainingChecks:
                     f"gives log-probabilities that differ by {off:.2g} nats a token. Pass the model that training "
                     "began with, or the same ref_model."
                 )
+
+    def policy_logps(self, policy: Any) -> list[float]:
+        """log π_θ of the sequences that the reference is known by, which later tells whether the policy is the same
+        model as it is now; [] if there is no reference.
+
+        Args:
+            policy: the policy's model as it is trained.
+        """
+        if self.identity is None or not self.identity.input_ids:
+            return []
+        with self._context():
+            return self._proof.policy_logps(policy, plain_batch(self._tokens)).double().tolist()
 
     def end(self, policy: Any) -> None:
         """Raise ValueError if the reference has moved since the start."""

@@ -35,6 +35,7 @@ class ReferenceIdentity:
         revision: of the hub, or None.
         input_ids: `(4, 8)` random tokens.
         logps: their log-probabilities under the reference, one sum per sequence, in nats.
+        dtype: of the weights of a reference with a model of its own, as "float32"; "" if it is not known.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class ReferenceIdentity:
     revision: str | None = None
     input_ids: Sequence[Sequence[int]] = ()
     logps: Sequence[float] = ()
+    dtype: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -163,7 +165,9 @@ class Reference:
             input_ids: `(N, W)` tokens for the fingerprint.
         """
         logps = self.fingerprint(policy, input_ids) if self.is_live else []
-        return ReferenceIdentity(self.kind, self.name, self.revision, input_ids.tolist() if logps else [], logps)
+        dtype = "" if self.model is None else str(bare_model(self.model).dtype).removeprefix("torch.")
+        ids = input_ids.tolist() if logps else []
+        return ReferenceIdentity(self.kind, self.name, self.revision, ids, logps, dtype)
 
     def release(self) -> None:
         """Let go of a model of its own."""

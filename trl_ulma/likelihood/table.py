@@ -12,6 +12,8 @@ from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import Batch, Scorer
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
+from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference
+from trl_ulma.rows.rendering import processor_of, tokenizer_of
 
 # Of a batch, what is about its rows, and not for a model's forward
 ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "image_key")
@@ -48,6 +50,24 @@ def batches(
             bar.update(len(numbers))
 
 
+def collator_for(
+    processing_class: Any, *, max_length: int | None = None, truncation_mode: str = "keep_start"
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """What makes batches of prepared rows, and processes their images if the model takes any.
+
+    Args:
+        processing_class: the model's tokenizer, or its processor.
+        max_length: longest sequence in tokens, or None.
+        truncation_mode: "keep_start" or "keep_end".
+    """
+    processor = processor_of(processing_class)
+    pad: Any = tokenizer_of(processing_class).pad_token_id
+    how: dict[str, Any] = {"max_length": max_length, "truncation_mode": truncation_mode}
+    if processor is None:
+        return DataCollatorForPointwisePreference(pad_token_id=pad, **how)
+    return DataCollatorForVisionPointwisePreference(pad_token_id=pad, processor=processor, **how)
+
+
 def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch a model's forward takes, and its `completion_mask`.
 
@@ -60,7 +80,13 @@ def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def completion_logps(
-    model: Any, rows: Dataset, *, batch_size: int = 8, what: str | None = "Scoring", reference: Reference | None = None
+    model: Any,
+    rows: Dataset,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    *,
+    batch_size: int = 8,
+    what: str | None = "Scoring",
+    reference: Reference | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(`(N,)` log π(y|x) in nats, summed over completion tokens, EOS included; `(N,)` the numbers of these tokens).
 
@@ -69,6 +95,7 @@ def completion_logps(
     Args:
         model: a causal language model, or an adapter on one.
         rows: prepared rows.
+        collate: see `batches`.
         batch_size: rows per forward.
         what: on the progress bar; None for no bar.
         reference: asked in place of the model, which may be what it is an adapter on.
@@ -82,7 +109,7 @@ def completion_logps(
     scorer = Scorer()
     logps, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
     with evaluation_mode(model):
-        for numbers, batch in batches(rows, batch_size=batch_size, device=model.device, what=what):
+        for numbers, batch in batches(rows, collate, batch_size=batch_size, device=model.device, what=what):
             inputs: Batch = forward_inputs(batch)
             found = scorer(model, inputs).logps if reference is None else reference.logps(model, inputs)
             logps[numbers] = found.double().cpu().numpy()
@@ -91,13 +118,47 @@ def completion_logps(
     return logps, tokens
 
 
+def batching_difference(
+    model: Any,
+    rows: Dataset,
+    logps: np.ndarray,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    *,
+    batch_size: int = 8,
+    most: int = 4,
+) -> float:
+    """By how many nats the log-probabilities of the first rows differ if they are computed in other batches.
+
+    In half precision, sums are rounded otherwise in another batch. Rows that were computed in batches are computed one
+    by one, and rows that were computed one by one are computed together.
+
+    Args:
+        model: a causal language model, or an adapter on one.
+        rows: prepared rows.
+        logps: `(N,)` of `completion_logps`.
+        collate: see `batches`.
+        batch_size: that of `logps`.
+        most: rows that are computed again.
+    """
+    first = rows.select(range(min(most, len(rows))))
+    other = completion_logps(model, first, collate, batch_size=1 if batch_size > 1 else most, what=None)[0]
+    return float(np.abs(other - logps[: len(first)]).max())
+
+
 @torch.no_grad()
-def prompt_states(model: Any, rows: Dataset, *, batch_size: int = 8) -> torch.Tensor:
+def prompt_states(
+    model: Any,
+    rows: Dataset,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    *,
+    batch_size: int = 8,
+) -> torch.Tensor:
     """`(N, H)`, what the output embeddings read before each completion; a learned log Z reads it, too.
 
     Args:
         model: a causal language model, or an adapter on one.
         rows: prepared rows; if a prompt is empty, it is the state of the completion's first token.
+        collate: see `batches`.
         batch_size: rows per forward.
 
     Example:
@@ -106,7 +167,8 @@ def prompt_states(model: Any, rows: Dataset, *, batch_size: int = 8) -> torch.Te
     scorer = Scorer()
     found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     with evaluation_mode(model):
-        for numbers, batch in batches(rows, batch_size=batch_size, device=model.device, what="Reading prompts"):
+        read = {"batch_size": batch_size, "device": model.device, "what": "Reading prompts"}
+        for numbers, batch in batches(rows, collate, **read):
             states: Any = scorer(model, forward_inputs(batch), prompt_states=True).prompt_states
             for i, state in zip(numbers, states.float().cpu(), strict=True):
                 found[i] = state

@@ -23,11 +23,13 @@ from trl_ulma.labels import (
     transform_labels,
 )
 from trl_ulma.losses import Terms, route
-from trl_ulma.rows.images import as_images, image_column, image_key
+from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards
+from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 from trl_ulma.rows.notes import left_out_of
 
 # What is written into the output folder
 REPORT_FILE = "label_report.json"
+_LABELS = ("label", "label_type")
 
 
 def with_transform(rules: LabelRules, label_transform: str | None, train_dataset: Any) -> LabelRules:
@@ -66,7 +68,7 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
             f"label_transform={label_transform!r} is for rows of label_type={rules.label_type!r}, and no row of the "
             "train dataset is of that type. Leave it out, or set label_type to the other."
         )
-    prompts = _prompt_keys(columns, own.tolist()) if transform.needs_prompts else None
+    prompts = prompt_keys(columns, own.tolist()) if transform.needs_prompts else None
     return replace(rules, transform=transform.fit(labels, trials, prompts))
 
 
@@ -103,7 +105,7 @@ def transformed_labels(
     if rules.transform is None:
         return None
     columns = _read(dataset, rules, name)
-    keys = _prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
+    keys = prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
     return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid)
 
 
@@ -122,8 +124,7 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
     else:
         names = [name for name in dataset.column_names if name in wanted]
         found = dict(dataset.select_columns(names).with_format(None)[:]) if names else {}
-        tables: Any = dataset.select_columns([images]).with_format("arrow").iter(32) if images else ()
-        raw = (value for table in tables for value in table[images].to_pylist())
+        raw = undecoded_column(dataset, images) if images else ()
     if images is not None:
         found["image_key"] = [
             image_key(as_images(value, f"Row {row} of the {where} dataset")) for row, value in enumerate(raw)
@@ -131,7 +132,7 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
     return found
 
 
-def _prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
+def prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
     """What is the same for rows of one prompt: its text or messages, and its images."""
     prompts = columns["prompt"]
     keys = [
@@ -154,6 +155,26 @@ def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
     return np.full(len(rows), label_type == "continuous")
 
 
+def label_center(rows: Dataset | IterableDataset, label_type: str) -> float:
+    """The mean of the continuous labels of prepared training rows, by which figures tell chosen rows from rejected
+    ones; 0 if there are none. Of a stream it is the mean over the first 64 rows.
+
+    Args:
+        rows: prepared.
+        label_type: of rows that have none of their own.
+
+    Example:
+        >>> label_center(Dataset.from_dict({"label": [1.0, 4.0]}), "continuous")
+        2.5
+    """
+    if isinstance(rows, IterableDataset):
+        if label_type != "continuous" and "label_type" not in (rows.column_names or ()):
+            return 0.0
+        rows = Dataset.from_list([{name: row[name] for name in _LABELS if name in row} for row in rows.take(64)])
+    labels = np.asarray(rows["label"][:], dtype=np.float64)[is_continuous(rows, label_type)]
+    return float(labels.mean()) if len(labels) else 0.0
+
+
 def terms_of(rows: Dataset, label_type: str, cell: tuple[str, str]) -> Terms:
     """Which terms the loss of each prepared row has, see `trl_ulma.losses.route`.
 
@@ -167,6 +188,38 @@ def terms_of(rows: Dataset, label_type: str, cell: tuple[str, str]) -> Terms:
     continuous = torch.from_numpy(is_continuous(rows, label_type))
     positive, negative = cell
     return route(label, sft_mask, continuous, positive_loss=positive, negative_loss=negative)
+
+
+def evaluated_figures(rows: Dataset, args: Any, center: float, *, has_rewards: bool) -> list[str]:
+    """Names of the figures that an evaluation of prepared rows logs, in the order of `trl_ulma.metrics.EVALUATED`.
+
+    `aux_loss` is among them, because whether a model is a mixture of experts is not known before it is loaded.
+
+    Args:
+        rows: prepared.
+        args: the trainer's config.
+        center: of the continuous labels of the training set.
+        has_rewards: whether there is a reference.
+    """
+    label = torch.tensor(rows["label"][:], dtype=torch.float32)
+    continuous = torch.from_numpy(is_continuous(rows, args.label_type))
+    chosen = is_chosen(label, continuous, center)
+    terms = terms_of(rows, args.label_type, args.cell)
+    positive, ratings = label[~continuous] >= 0.5, label[continuous]
+    has_both = bool(chosen.any()) and not bool(chosen.all())
+    is_there = {
+        "demonstrations that are imitated": terms.imitated.any(),
+        "rows that are unlearned": terms.unlearned.any(),
+        "rows that are compared with the reference": terms.compared.any(),
+        "rows with continuous labels": continuous.any(),
+        "continuous labels that differ": len(ratings.unique()) > 1,
+        "binary labels of ½ and above, and others below ½": positive.any() and not positive.all(),
+        "chosen rows": chosen.any(),
+        "rejected rows": not chosen.all(),
+        "chosen rows and rejected ones": has_both,
+    }
+    found = [name for name in EVALUATED if name not in NEEDED_ROWS or is_there[NEEDED_ROWS[name]]]
+    return [name for name in found if has_rewards or not is_of_rewards(name)]
 
 
 def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:

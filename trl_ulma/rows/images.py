@@ -5,7 +5,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,12 @@ def undecoded(batch: Mapping[str, Sequence[Any]], column: str) -> Sequence[Any]:
     """The images of a batch that `datasets.map` hands on, as bytes or paths where nothing has decoded them yet."""
     table = getattr(batch, "pa_table", None)
     return batch[column] if table is None else table[column].to_pylist()
+
+
+def undecoded_column(rows: datasets.Dataset, column: str) -> Iterator[Any]:
+    """The images of each raw row, as bytes or paths where nothing has decoded them yet."""
+    tables: Any = rows.select_columns([column]).with_format("arrow").iter(32)
+    return (value for table in tables for value in table[column].to_pylist())
 
 
 def check_mode(rows: datasets.Dataset | datasets.IterableDataset, column: str, where: str) -> None:

@@ -4,8 +4,9 @@ r"""Say how good models are on held-out rows: perplexity, implicit rewards, judg
     trl-ulma evaluate --model ulma=out/ulma --model sft=out/sft --ref_model base --dataset test.parquet \
         --output report --judge llm:some-model --judge_url http://localhost:8000/v1
 
-The `--output` folder then contains report.html, report.md, report.json, the pictures, and the answers and verdicts. A
-second run reads answers and verdicts from there instead of asking again.
+The `--output` folder then contains report.html, report.md, report.json, the pictures, the reward of each row
+(rewards/), and the answers and verdicts. A second run reads answers and verdicts from there instead of asking again.
+Rows with images are taken as in training, but no answers to them are generated.
 """
 
 import argparse
@@ -83,7 +84,12 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         help="list the rows that cannot be read and stop, or leave them out (default: error)",
     )
     rows.add_argument("--batch_size", type=_positive(int), default=8, help="rows at once (default: 8)")
-    rows.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    rows.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: the training's; float32 if it is not known, whatever format is stored)",
+    )
     rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     rows.add_argument("--seed", type=int, default=0, help="of prompts, answers and intervals (default: 0)")
 

@@ -3,9 +3,11 @@ r"""Score rows with a trained model: rank answers, find labels that are wrong, f
     trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl
     trl-ulma score --model adapter-folder --dataset answers.csv --output scored.csv
 
-Each row is written with `reward`, `probability` and `predicted_label`; where rows have labels, with `surprise`, and the
-most surprising come first. The model is compared with the reference that training wrote down; `--ref_model` names
-another place where it is. β, log Z and the label transform are those saved with the model (`pointwise.json`).
+Each row is written with `reward`, `probability` and `predicted_label`. If rows have labels, `surprise` is written too,
+and the most surprising rows come first. Rows without a label among them come last, with no `surprise`.
+
+The model is compared with the reference that training wrote down; `--ref_model` names another place where it is. β,
+log Z, the label transform, the number format and the quantization are those saved with the model (`pointwise.json`).
 """
 
 import argparse
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
     from trl_ulma.data.files import check_splits, load_rows
-    from trl_ulma.judge import Judge
+    from trl_ulma.judge import Judge, without_label
 
     splits: Any = load_rows(args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map)
     if args.split not in splits:
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> str:
     rows = splits[args.split]
     for note in check_splits({args.split: rows}, args.dataset, needs_label=False):
         print(note, file=sys.stderr)
-    is_labelled = bool({"label", "chosen"}.intersection(rows.column_names))
+    is_labelled = not without_label(rows).all()
     if args.sort == "surprise" and not is_labelled:
         raise ValueError(
             f"--sort surprise needs labels, which {args.dataset} does not have (its columns are "
@@ -116,7 +118,17 @@ def run(args: argparse.Namespace) -> str:
 
 
 def write(scored: "Dataset", path: Path) -> None:
-    """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it."""
+    """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it.
+
+    Files of text do not hold images, which are left out of them with a note.
+    """
+    if path.suffix != ".parquet":
+        from datasets import Image
+
+        seen = [name for name, kind in scored.features.items() if isinstance(getattr(kind, "feature", kind), Image)]
+        if seen:
+            print(f"The column {seen[0]} is not in {path}. A .parquet file keeps images.", file=sys.stderr)
+            scored = scored.remove_columns(seen)
     if path.suffix == ".csv":
         scored = scored.map(
             lambda row: {
@@ -129,20 +141,28 @@ def write(scored: "Dataset", path: Path) -> None:
 
 
 def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
-    """How many rows were scored and left out; of a pair, each half is an answer."""
+    """How many rows were scored and left out, and how many have no label; of a pair, each half is an answer."""
     said = {"surprise": ", the most surprising first", "reward": ", the highest reward first", "row": ""}[order]
     is_paired = "chosen" in rows.column_names
     answers, unit = (2 * len(rows), "answers") if is_paired else (len(rows), "rows")
     of = f" of {len(rows):,} pairs" if is_paired else ""
     left_out = f"{answers - len(scored):,} of {answers:,}"
-    return f"{path} holds {len(scored):,} scored {unit}{of}{said}; {left_out} were left out."
+    message = f"{path} holds {len(scored):,} scored {unit}{of}{said}; {left_out} were left out."
+    unlabelled = sum(each is None for each in scored["surprise"][:]) if "surprise" in scored.column_names else 0
+    if unlabelled:
+        have = "row has" if unlabelled == 1 else "rows have"
+        message += f" {unlabelled:,} {have} no label, so there is no surprise."
+    return message
 
 
 def most_surprising(scored: "Dataset") -> list[str]:
     """Lines about the rows whose labels surprise the model most: the first to look at for mistakes."""
-    if "surprise" not in scored.column_names or not len(scored):
+    if "surprise" not in scored.column_names:
         return []
-    top = scored.sort("surprise", reverse=True).select(range(min(SHOWN, len(scored))))
+    labelled = [row for row, surprise in enumerate(scored["surprise"][:]) if surprise is not None]
+    if not labelled:
+        return []
+    top = scored.select(labelled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labelled))))
     lines = ["The most surprising labels, which are the first to look at for mistakes:"]
     row: Any
     for row in top:

@@ -1,0 +1,208 @@
+"""One number: the rewards of the same 15 rows by every way to them, for models of every kind and storage format.
+
+`pytest tests/commands/test_one_number.py -s` prints the table.
+"""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from vlm import image_rows
+from world import make_rows, make_trainer
+
+from trl_ulma.evaluation.held_out import HeldOut
+from trl_ulma.judge import Judge
+from trl_ulma.labels import LabelRules
+from trl_ulma.scripts.cli import main
+
+ROWS = make_rows(15)
+SAME = 1e-4
+# By how much rewards in half precision may depend on the batch
+BATCHING = 0.05
+KINDS = ("full", "adapter", "merged", "quantized")
+FORMATS = {
+    "by default": {"bf16": None},  # on a CPU float32
+    "bf16 mixed precision": {"bf16": True, "use_cpu": True},
+    "bfloat16": {"bf16": False, "model_init_kwargs": {"dtype": "bfloat16"}},
+}
+CASES = [(kind, dtype, "by default") for kind in KINDS for dtype in ("float32", "bfloat16", "float16")]
+CASES += [(kind, "bfloat16", "bf16 mixed precision") for kind in ("adapter", "quantized")]
+CASES += [(kind, "bfloat16", "bfloat16") for kind in ("full", "merged")]
+IN_TRAINING = ("trainer.evaluate", "trainer.predict", "trainer.score")
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_llama, tmp_path_factory):
+    """Folders with the same model, stored in three formats."""
+    folders = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        folders[dtype] = str(tmp_path_factory.mktemp(dtype))
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype).save_pretrained(folders[dtype])
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folders[dtype])
+    return folders
+
+
+def lora():
+    """For the trainer, which writes the base model's name into it."""
+    return {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
+
+
+def of_kind(kind):
+    """What the trainer is given for a kind of model."""
+    if kind == "quantized":
+        how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        return lora() | {"quantization_config": BitsAndBytesConfig(**how)}
+    return {} if kind == "full" else lora()
+
+
+def trained(folder, tmp_path, **settings):
+    """A trainer after a few steps, and the folder that it was saved in."""
+    trainer = make_trainer(
+        folder,
+        ROWS,
+        tmp_path / "run",
+        beta=0.5,
+        learning_rate=1e-2,
+        max_steps=3,
+        label_report=False,
+        optim="adamw_torch",
+        **settings,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    return trainer, tmp_path / "saved"
+
+
+def merge(trainer, saved, folder):
+    """The model of a trained adapter, merged and saved with what goes with it."""
+    trainer.model.merge_and_unload().save_pretrained(folder)
+    for file in saved.iterdir():
+        if not file.name.startswith("adapter") and file.is_file():
+            shutil.copy(file, folder / file.name)
+
+
+def rewards_of_saved(folder, tmp_path, rows=ROWS):
+    """way → `(N,)` rewards, of what reads a saved model, by default settings."""
+    data = tmp_path / "rows.parquet"
+    rows.to_parquet(data)
+    argv = ["--model", str(folder), "--dataset", str(data)]
+    assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl"), "--sort", "row"]) == 0
+    assert main(["evaluate", *argv, "--split", "train", "--output", str(tmp_path / "report")]) == 0
+    files = {"trl-ulma score": tmp_path / "scored.jsonl"}
+    files["trl-ulma evaluate"] = tmp_path / "report" / "rewards" / f"{folder.name}.jsonl"
+    found = {"Judge.score": np.array(Judge.from_pretrained(str(folder)).score(rows)["reward"][:])}
+    for name, file in files.items():
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["row"] for line in lines] == list(range(len(rows)))
+        found[name] = np.array([line["reward"] for line in lines])
+    return found
+
+
+def rewards_in_training(trainer, rows=ROWS):
+    """way → `(N,)` rewards, of what a trainer offers."""
+    trainer.evaluate(rows)
+    return {
+        "trainer.evaluate": trainer.evaluated[:, 0],
+        "trainer.predict": trainer.predict(rows).predictions,
+        "trainer.score": np.array(trainer.score(rows)["reward"][:]),
+    }
+
+
+def show(title, found):
+    """Print the first rows and the largest difference of each way."""
+    first = next(iter(found.values()))
+    print(f"\n{title}")
+    for way, rewards in found.items():
+        cells = " ".join(f"{reward:9.5f}" for reward in rewards[:5])
+        print(f"  {way:18} {cells} …  largest difference {np.abs(rewards - first).max():.1e}")
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """What is warned of."""
+    said = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    handler = Keep(level=logging.WARNING)
+    logging.getLogger("transformers").addHandler(handler)
+    logger = logging.getLogger("trl_ulma")
+    logger.addHandler(handler)
+    yield said
+    logging.getLogger("transformers").removeHandler(handler)
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "number_format"), CASES)
+def test_rewards_are_the_same_by_every_way(stored, tmp_path, warned, kind, dtype, number_format):
+    trainer, folder = trained(stored[dtype], tmp_path, **of_kind(kind), **FORMATS[number_format])
+    found = rewards_in_training(trainer)
+    if kind == "merged":
+        (tmp_path / "merged").mkdir()
+        merge(trainer, folder, tmp_path / "merged")
+        folder = tmp_path / "merged"
+    found |= rewards_of_saved(folder, tmp_path)
+    show(f"{kind}, stored in {dtype}, trained in {number_format}", found)
+    print(*warned, sep="\n")
+    first, loaded = found["trainer.evaluate"], found["Judge.score"]
+    assert np.abs(first).max() > 0.1
+    for way, rewards in found.items():
+        assert rewards == pytest.approx(first if way in IN_TRAINING else loaded, abs=SAME), way
+    # Loaded models in the formats that round: equal, or the effect is measured and told
+    told = [text for text in warned if "does not give the log-probabilities that it gave when it was saved" in text]
+    depends = [text for text in warned if "in which rewards depend on the rows that are computed together" in text]
+    if number_format == "by default":
+        assert loaded == pytest.approx(first, abs=SAME)
+        assert not told
+        assert not depends or kind == "quantized"
+    elif kind == "merged":  # into weights that are rounded
+        assert np.abs(loaded - first).max() > SAME
+        assert told
+    else:
+        assert depends
+        assert not told
+        assert loaded == pytest.approx(first, abs=BATCHING)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_rows_with_images_have_the_same_rewards_by_every_way(tiny_llava, tmp_path, kind):
+    rows = image_rows(9)
+    settings = {"beta": 0.5, "learning_rate": 1e-2, "max_steps": 3, "label_report": False, "max_length": None}
+    trainer = make_trainer(tiny_llava, rows, tmp_path / "run", **settings, **of_kind(kind))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    found = rewards_in_training(trainer, rows) | rewards_of_saved(tmp_path / "saved", tmp_path, rows)
+    show(f"{kind}, images", found)
+    first = found["trainer.evaluate"]
+    assert np.abs(first).max() > 0.01
+    for way, rewards in found.items():
+        assert rewards == pytest.approx(first, abs=SAME), way
+
+
+def test_what_cannot_be_done_with_images_is_refused_before_a_model_is_loaded(
+    tiny_llava, tiny_llama, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("trl_ulma.evaluation.run.load_model", None)
+    image_rows(3).to_parquet(tmp_path / "rows.parquet")
+    argv = ["evaluate", "--dataset", str(tmp_path / "rows.parquet"), "--split", "train", "--output", str(tmp_path)]
+    assert main([*argv, "--model", tiny_llava, "--generate"]) == 1
+    assert "answers to rows with images are not generated. Leave out --judge" in capsys.readouterr().err
+    assert main([*argv, "--model", tiny_llama]) == 1
+    assert f"has images, and {tiny_llama} was saved with a tokenizer alone" in capsys.readouterr().err
+
+
+def test_pairs_with_images_are_numbered_by_prompt_and_image(tiny_llava):
+    rows = image_rows(4, counts=(1,), prompt=[[{"role": "user", "content": "What is this?"}]] * 4)
+    rows = rows.rename_column("completion", "chosen").remove_columns("label")
+    rows = rows.add_column("rejected", [[{"role": "assistant", "content": "No."}]] * 4)
+    held_out = HeldOut.of(rows, "test", LabelRules(), takes_images=True)
+    assert held_out.label.tolist() == [1.0, 0.0] * 4
+    assert [held_out.prompt.tolist().count(number) for number in range(4)] == [2] * 4
+    assert held_out.rows[2]["images"] == held_out.rows[3]["images"] == rows[1]["images"]
