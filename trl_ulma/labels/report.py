@@ -1,7 +1,7 @@
 """The label report: what labels, weights, prompts and lengths say before any training."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ def label_report(
     beta: float = 0.1,
     length_normalize: bool = False,
     class_weights: tuple[float, float] = (1.0, 1.0),
+    raw: np.ndarray | None = None,
+    transform: str | None = None,
 ) -> dict[str, Any]:
     r"""Counts, shares and warnings about a training set, as JSON can hold them.
 
@@ -51,12 +53,16 @@ def label_report(
         beta: β.
         length_normalize: whether log-ratios are divided by the completion's tokens: u is then as many times greater.
         class_weights: `desirable_weight` and `undesirable_weight` as they are set.
+        raw: `(N,)` labels before the label transform, NaN for rows that it is not for; None without a transform.
+        transform: the fitted transform, such as "threshold:4".
 
     Returns:
         - `rows`, and `demonstrations`, the share of them that are;
         - `binary`, `continuous`, of rows of that type: `rows`; `classes`, rows by class; `mean`, `std`; `histogram`, a
           list of `low`, `high`, `rows`, `weight` (the sum) and `tokens` (the mean), `low` and `high` being equal where
           single labels are counted; `length_correlation`, Pearson's of label and tokens, None where either is constant;
+        - `raw`, of rows with a label transform: `transform`; `mean`, `std` and `histogram` of the labels before it, as
+          above, and for each bin `learned_low` and `learned_high`, what its labels become;
         - of binary ones, `class_weights`: `desirable_weight` and `undesirable_weight` under which both classes weigh
           alike and all rows as much as before; None where there is one class;
         - of continuous ones, `targets`: |u| in nats, u = (z − c)/β with c = β·log Z: what log-ratios are drawn to;
@@ -83,6 +89,8 @@ def label_report(
     for name, rows in (("binary", ~continuous), ("continuous", continuous)):
         if rows.any():
             report[name] = _of_type(name, label[rows], sft_mask[rows], weights[rows], tokens[rows], warnings)
+            if raw is not None and np.isfinite(raw[rows]).all():
+                report[name]["raw"] = _before(raw[rows], label[rows], weights[rows], tokens[rows], transform or "")
     if "binary" in report:
         rows = ~continuous
         report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
@@ -139,13 +147,30 @@ def _of_type(
     }
 
 
-def _histogram(label: np.ndarray, weight: np.ndarray, tokens: np.ndarray) -> list[dict[str, float]]:
+def _before(
+    raw: np.ndarray, label: np.ndarray, weight: np.ndarray, tokens: np.ndarray, transform: str
+) -> dict[str, Any]:
+    """The labels as rows carry them, beside what the transform makes of them."""
+    histogram = _histogram(raw, weight, tokens)
+    _, _, bins = _bins(raw)
+    for i, each in enumerate(histogram):
+        learned = label[bins == i]
+        each["learned_low"] = _rounded(learned.min()) if len(learned) else None
+        each["learned_high"] = _rounded(learned.max()) if len(learned) else None
+    return {"transform": transform, "mean": _rounded(raw.mean()), "std": _rounded(raw.std()), "histogram": histogram}
+
+
+def _bins(label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lows, highs, the number of each label's bin): a bin for each label, or ten if there are many."""
     values, bins = np.unique(label, return_inverse=True)
-    lows = highs = values
-    if len(values) > _VALUES:
-        edges = np.histogram_bin_edges(label, _BINS)
-        lows, highs = edges[:-1], edges[1:]
-        bins = np.digitize(label, edges[1:-1])
+    if len(values) <= _VALUES:
+        return values, values, bins
+    edges = np.histogram_bin_edges(label, _BINS)
+    return edges[:-1], edges[1:], np.digitize(label, edges[1:-1])
+
+
+def _histogram(label: np.ndarray, weight: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
+    lows, highs, bins = _bins(label)
     rows, weights, lengths = (np.bincount(bins, of, len(lows)) for of in (None, weight, tokens))
     return [
         {
@@ -303,19 +328,17 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
 
 
 def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list[str]:
-    rows = _count(found["rows"], "row")
-    lines = [f"{kind} labels: {rows}, mean {found['mean']:.3g}, standard deviation {found['std']:.3g}"]
-    lines.append(f"{'label':>19} {'':<24} {'rows':>9} {'':>6} {'weight' if has_weights else '':>6} {'tokens':>6}")
-    most = max(each["rows"] for each in found["histogram"])
-    total = sum(each["weight"] for each in found["histogram"])
-    for each in found["histogram"]:
-        low, high, count = each["low"], each["high"], each["rows"]
-        span = f"{low:.6g}" if low == high else f"{low:.4g} … {high:.4g}"
-        weight = f"{each['weight'] / total:.1%}" if has_weights and total else ""
-        lines.append(
-            f"{span:>19} {_bar(count / most, 24):<24} {count:>9,} {count / found['rows']:>6.1%} {weight:>6} "
-            f"{each['tokens']:>6.0f}"
-        )
+    raw = found.get("raw")
+    shown = found if raw is None else raw
+    lines = [f"{kind} labels: {_count(found['rows'], 'row')}, {_moments(shown)}"]
+    if raw is not None:
+        lines.append(f"after {raw['transform']}: {_moments(found)}")
+        lines += _render_histogram(raw["histogram"], found["rows"], has_weights)
+    # A table says all if each label becomes one other
+    if raw is None or any(each["learned_low"] != each["learned_high"] for each in raw["histogram"]):
+        if raw is not None:
+            lines += ["", f"{kind} labels as they are learned"]
+        lines += _render_histogram(found["histogram"], found["rows"], has_weights)
     if found["length_correlation"] is not None:
         lines.append(f"{'':<20}correlation of label and tokens {found['length_correlation']:+.2f}")
     if "targets" in found:
@@ -326,6 +349,45 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
             f"{'':<20}rms {targets['rms']:.3g}, median {targets['median']:.3g}, greatest {targets['max']:.3g}",
         ]
     return [line.rstrip() for line in lines]
+
+
+def _render_histogram(histogram: Sequence[Mapping[str, Any]], rows: int, has_weights: bool) -> list[str]:
+    is_raw = "learned_low" in histogram[0]
+    column, bar = (33, 10) if is_raw and any(each["low"] != each["high"] for each in histogram) else (19, 24)
+    name = "label → learned" if is_raw else "label"
+    lines = [f"{name:>{column}} {'':<{bar}} {'rows':>9} {'':>6} {'weight' if has_weights else '':>6} {'tokens':>6}"]
+    most = max(each["rows"] for each in histogram)
+    total = sum(each["weight"] for each in histogram)
+    for each in histogram:
+        low, high, count = each["low"], each["high"], each["rows"]
+        span = f"{low:.6g}" if low == high else f"{low:.4g} … {high:.4g}"
+        if is_raw and count:
+            learned = [_signed(each["learned_low"]), _signed(each["learned_high"])]
+            span += f" → {' … '.join(dict.fromkeys(learned))}"
+        weight = f"{each['weight'] / total:.1%}" if has_weights and total else ""
+        lines.append(
+            f"{span:>{column}} {_bar(count / most, bar):<{bar}} {count:>9,} {count / rows:>6.1%} {weight:>6} "
+            f"{each['tokens']:>6.0f}"
+        )
+    return lines
+
+
+def _moments(found: Mapping[str, Any]) -> str:
+    # Rounding leaves a little of a mean that is 0
+    mean = 0.0 if abs(found["mean"]) < 1e-9 * found["std"] else found["mean"]
+    return f"mean {mean:.3g}, standard deviation {found['std']:.3g}"
+
+
+def _signed(label: float) -> str:
+    """A label as it is learned, with its sign.
+
+    Example:
+        >>> _signed(0.4267), _signed(-1.4142), _signed(0.0)
+        ('+0.43', '-1.41', '0.00')
+    """
+    if not label:
+        return "0.00"
+    return f"{label:+.2f}" if 0.1 <= abs(label) < 100 else f"{label:+.3g}"
 
 
 def _bar(share: float, width: int) -> str:

@@ -22,6 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ulma.scripts.command_line import CommandParser, add_verbose
 from trl_ulma.scripts.demo_models import (
     CHECKPOINT,
     DemoError,
@@ -60,12 +61,12 @@ LORA = {
 
 def make_parser(prog: str = "trl-ulma demo") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Fine-tune SmolLM2-135M-Instruct on demonstrations, likes and ratings with ULMA, on the CPU, and "
         "show what has changed on held-out prompts.",
-        allow_abbrev=False,
     )
+    add_verbose(parser)
     parser.add_argument("--tiny", action="store_true", help="a 2-layer GPT-2 made on the spot, without any download")
     parser.add_argument("--output_dir", type=Path, default=Path("trl-ulma-demo"), help="default: ./trl-ulma-demo")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows and the weights (default: 0)")

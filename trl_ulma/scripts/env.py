@@ -1,9 +1,9 @@
-"""Say what is installed, on what it would run, and what of it is known not to work together.
+"""Show what is installed, what it would run on, and which versions are known not to work together.
 
     trl-ulma env
     trl-ulma env --json
 
-The exit code is 1 where something does not work together. Paste the output into an issue.
+The exit code is 1 if something does not work together. Paste the output into an issue.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+from trl_ulma.scripts.command_line import CommandParser, add_verbose
+
 NAME = "trl-ulma"
 NEEDED = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "tokenizers", "huggingface_hub", "numpy")
 OPTIONAL = ("bitsandbytes", "deepspeed", "flash-attn", "liger-kernel", "openai", "matplotlib", "tensorboard", "trackio")
@@ -25,11 +27,11 @@ COMPILED = {"bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "flash-att
 
 def make_parser(prog: str = "trl-ulma env") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
-        description="Say what is installed, on what it would run, and what of it does not work together.",
-        allow_abbrev=False,
+        description="Show what is installed, what it would run on, and which versions do not work together.",
     )
+    add_verbose(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -150,7 +152,7 @@ def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
         "",
         *(f"! {problem}" for problem in found),
     ]
-    return "\n".join(lines if found else [*lines, "Nothing is known not to work together."])
+    return "\n".join(lines if found else [*lines, "No known incompatibilities."])
 
 
 def _named(device: Mapping[str, Any]) -> str:

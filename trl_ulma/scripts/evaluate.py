@@ -1,4 +1,4 @@
-r"""Say how good models are on held-out rows: perplexity, implicit rewards, judged answers, pictures.
+r"""Measure how good models are on held-out rows: perplexity, implicit rewards, judged answers, pictures.
 
     trl-ulma evaluate --model out --dataset feedback.jsonl --output report
     trl-ulma evaluate --model ulma=out/ulma --model sft=out/sft --ref_model base --dataset test.parquet \
@@ -15,18 +15,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt
+
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
 _KEY = "(default: OPENAI_API_KEY, and with a URL of its own none)"
 
 
 def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         usage=f"{prog} --model [NAME=]MODEL [--ref_model MODEL] --dataset DATA --output FOLDER [--judge JUDGE] …",
         description="Perplexity and implicit rewards of held-out rows; answers, judged against the data's chosen ones.",
-        allow_abbrev=False,
     )
+    add_verbose(parser)
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
         "--model",
@@ -41,9 +43,9 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         help="the model that training began with, for implicit rewards (default: of an adapter, its base)",
     )
     what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
-    what.add_argument("--dataset_config", help="of a data set that has several configurations")
-    what.add_argument("--columns", help="what the dataset calls them: prompt=question,completion=response,label=rating")
-    what.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
+    what.add_argument("--dataset_config", help="configuration of a dataset that has several")
+    what.add_argument("--columns", help="your names of the columns: prompt=question,completion=response,label=rating")
+    what.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     what.add_argument(
         "--split",
         help='default: "test"; where there is none, a part of "train" by prompt, which is held out where '
@@ -164,15 +166,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(kind == "reward" for kind, _ in args.judge) and len(args.criterion or ()) != 1:
         parser.error("a reward model has one criterion, which its authors say: give --criterion once.")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
-    try:
+
+    def evaluate() -> None:
         from trl_ulma.evaluation.run import run
 
         run(args)
-    except (ImportError, OSError, ValueError) as problem:
-        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
-        return 1
+
+    if code := attempt(parser, evaluate):
+        return code
     print((args.output / "report.md").read_text(encoding="utf-8"))
-    print(f"This, with pictures and answers, is in {args.output}; report.html can be opened in a browser.")
+    print(f"This report, its pictures and the answers are in {args.output}. Open report.html in a browser.")
     return 0
 
 
