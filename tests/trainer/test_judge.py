@@ -427,7 +427,7 @@ def test_wrong_options_are_one_line(capsys, tmp_path):
     assert "--output o.txt must end in .jsonl, .csv, .parquet" in error(*given[:5], "o.txt")
     assert "--batch_size must be 1 or above; got 0" in error(*given, "--batch_size", "0")
     assert "invalid choice: 'best'" in error(*given, "--sort", "best")
-    assert "unrecognized arguments: --mod m" in error(*given, "--mod", "m")
+    assert "--mod is not an option. Did you mean --model?" in error(*given, "--mod", "m")
     assert "--ref_model" in make_parser().format_help()
 
 

@@ -250,6 +250,26 @@ def test_class_weights_that_are_set_are_known_to_the_report(tiny_gpt2, tmp_path)
     assert not any("weigh" in warning for warning in report_labels(trainer.train_dataset, trainer.args)["warnings"])
 
 
+def test_the_report_of_a_training_has_the_scale_of_the_data(tiny_gpt2, tmp_path, capsys):
+    rows = rated([1.0, 2.0, None, 4.0, 5.0])
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "standardise", invalid_rows="drop", label_report=True)
+    assert trainer.raw_labels.tolist() == [1, 2, 4, 5]
+    report = json.loads((tmp_path / "label_report.json").read_text())["continuous"]
+    std = np.std([1, 2, 4, 5])
+    assert [each["low"] for each in report["raw"]["histogram"]] == [1, 2, 4, 5]
+    assert [each["learned_low"] for each in report["raw"]["histogram"]] == pytest.approx(
+        [(label - 3) / std for label in (1, 2, 4, 5)], rel=1e-5
+    )
+    assert report["raw"]["transform"].startswith("standardise:3,")
+    assert f" 4 → {1 / std:+.2f} " in capsys.readouterr().out
+    # Rows of the other type are not on that scale
+    mixed = rated([1.0, 0.0, 4.0, 2.0], label_type=["binary", "binary", "continuous", "continuous"])
+    trainer = continuous(tiny_gpt2, mixed, tmp_path / "mixed", "centre")
+    assert trainer.raw_labels.tolist()[2:] == [4, 2]
+    assert np.isnan(trainer.raw_labels[:2]).all()
+    assert continuous(tiny_gpt2, rated(), tmp_path / "none", None).raw_labels is None
+
+
 # The command line
 
 

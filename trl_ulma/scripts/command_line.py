@@ -96,6 +96,8 @@ class OneNameFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return ", ".join(action.option_strings)
         name = next((option for option in action.option_strings if option.startswith("--")), action.option_strings[0])
         value = "" if action.nargs == 0 else self._format_args(action, self._get_default_metavar_for_optional(action))
         return f"{name} {value}".rstrip()
@@ -152,7 +154,7 @@ def refuse_contradictions(parser: argparse.ArgumentParser, words: Sequence[str])
     for place, word in enumerate(words):
         name, equals, value = word.partition("=")
         action = parser._option_string_actions.get(name)
-        if action is None or isinstance(action, argparse._AppendAction) or set(SAME).isdisjoint(action.option_strings):
+        if action is None or isinstance(action, argparse._AppendAction) or action.nargs is not None:
             continue
         if equals or place + 1 < len(words):
             given.setdefault(action, {})[name] = value if equals else words[place + 1]
@@ -184,7 +186,7 @@ def one_line(message: str) -> str:
         >>> one_line("argument --label_type/--label-type: invalid choice: 'odd'")
         "argument --label_type: invalid choice: 'odd'"
     """
-    return re.sub(r"(?<!\S)(--[\w-]+)(?:/--?[\w-]+)+(?=[\s:])", r"\1", " ".join(message.split()))
+    return re.sub(r"(?<!\S)(--[\w-]+)(?:/--?[\w-]+)+(?=[\s:,]|$)", r"\1", " ".join(message.split()))
 
 
 def as_options(message: str, options: Collection[str]) -> str:
