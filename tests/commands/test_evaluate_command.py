@@ -555,7 +555,7 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     assert main([*argv, "--model", folders["harm"]]) == 0
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["data"]["label_type"] == "continuous"
-    assert facts["data"]["label_transform"].startswith("lower_is_better:0,standardise:-2.75,")
+    assert facts["data"]["label_transform"].startswith("lower_is_better:0,standardize:-2.75,")
     found = facts["models"][0]["implicit_reward"]
     transformed = (np.mean(stars) - np.array(stars)) / np.std(stars)
     assert found["spearman"]["value"] == pytest.approx(spearmanr(scored["reward"], transformed)[0])

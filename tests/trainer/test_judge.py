@@ -370,7 +370,7 @@ def test_settings_are_saved_with_the_model_and_its_checkpoints(tiny_gpt2, tmp_pa
     for folder in (tmp_path / "saved", tmp_path / "checkpoint-1"):
         found = SavedSettings.read(folder / "pointwise.json")
         assert (found.beta, found.label_type, found.log_z, found.max_length) == (0.25, "continuous", -1.5, 1024)
-        assert str(found.label_transform) == "centre:3"
+        assert str(found.label_transform) == "center:3"
         assert found == trainer.saved_settings()
 
 

@@ -206,18 +206,18 @@ def test_what_a_log_z_of_0_would_learn_is_a_warning():
 def test_labels_are_shown_on_both_scales():
     raw = np.repeat([1.0, 2.0, 3.0, 4.0, 5.0], [2, 2, 4, 6, 2])
     mean, std = raw.mean(), raw.std()
-    report = report_of((raw - mean) / std, True, raw=raw, transform="standardise:3.25,1.2")["continuous"]
-    assert report["raw"]["transform"] == "standardise:3.25,1.2"
+    report = report_of((raw - mean) / std, True, raw=raw, transform="standardize:3.25,1.2")["continuous"]
+    assert report["raw"]["transform"] == "standardize:3.25,1.2"
     assert (report["raw"]["mean"], report["raw"]["std"]) == pytest.approx((mean, std), rel=1e-5)
     assert [each["low"] for each in report["raw"]["histogram"]] == [1, 2, 3, 4, 5]
     assert [each["rows"] for each in report["raw"]["histogram"]] == [2, 2, 4, 6, 2]
     for each, learned in zip(report["raw"]["histogram"], report["histogram"], strict=True):
         assert each["learned_low"] == each["learned_high"] == pytest.approx((each["low"] - mean) / std, rel=1e-5)
         assert learned["rows"] == each["rows"]
-    whole = report_of((raw - mean) / std, True, raw=raw, transform="standardise:3.25,1.2")
+    whole = report_of((raw - mean) / std, True, raw=raw, transform="standardize:3.25,1.2")
     lines = render_report(whole).splitlines()
     assert lines[2] == f"continuous labels: 16 rows, mean {mean:.3g}, standard deviation {std:.3g}"
-    assert lines[3] == "after standardise:3.25,1.2: mean 0, standard deviation 1"
+    assert lines[3] == "after standardize:3.25,1.2: mean 0, standard deviation 1"
     assert lines[4].split() == ["label", "→", "learned", "rows", "tokens"]
     assert [line.split()[:3] for line in lines[5:10]] == [
         [f"{label:g}", "→", f"{(label - mean) / std:+.2f}"] for label in (1, 2, 3, 4, 5)
@@ -259,7 +259,7 @@ def test_many_labels_have_bins_on_both_scales_in_80_columns():
 def test_without_a_transform_there_is_one_scale():
     assert "raw" not in report_of([1, 0])["binary"]
     # Rows of the type that the transform is not for
-    report = report_of([1, 0, 0.5], [0, 0, 1], raw=np.array([np.nan, np.nan, 3.0]), transform="centre:2.5")
+    report = report_of([1, 0, 0.5], [0, 0, 1], raw=np.array([np.nan, np.nan, 3.0]), transform="center:2.5")
     assert "raw" not in report["binary"]
     assert report["continuous"]["raw"]["mean"] == 3
 

@@ -112,7 +112,7 @@ def label_report(
                 f"Continuous labels are {mean:.3g} on average, {abs(mean) / std:.2g} standard deviations from 0. With "
                 "log_z=0 that asks all answers alike to become "
                 f'{"more" if mean > 0 else "less"} likely, which they cannot. Take it off with log_z="prior", or with '
-                'label_transform="centre".'
+                'label_transform="center".'
             )
     report["weight"] = _weights(weights, weight is not None, sft_mask)
     report.update(_repeats(label, continuous, answer, warnings))
