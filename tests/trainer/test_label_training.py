@@ -197,12 +197,12 @@ def test_point_wise_dpo_has_no_demonstrations(tiny_gpt2, tmp_path, capsys):
     rows = make_rows(40, label=[1.0] * 36 + [0.0] * 4)
     make_trainer(tiny_gpt2, rows, tmp_path / "pointwise", pointwise=True)
     shown = capsys.readouterr().out
-    assert "Of the rows that are compared good ones weigh 9 to 1." in shown
+    assert "Among the compared rows, good and bad ones weigh 9 to 1." in shown
     report = json.loads((tmp_path / "pointwise" / "label_report.json").read_text())
     assert report["demonstrations"] == 0
     # ULMA imitates them, and compares the others alone
     make_trainer(tiny_gpt2, rows, tmp_path / "ulma")
-    assert "good ones weigh" not in capsys.readouterr().out
+    assert "good and bad ones weigh" not in capsys.readouterr().out
     report = json.loads((tmp_path / "ulma" / "label_report.json").read_text())
     assert report["demonstrations"] == 0.9
 

@@ -132,7 +132,7 @@ def test_class_weights_balance_the_classes_and_keep_the_whole():
     undesirable = advice["undesirable_weight"] * weight[label < 0.5].sum()
     assert desirable == pytest.approx(undesirable, rel=1e-3)
     assert desirable + undesirable == pytest.approx(weight.sum(), rel=1e-3)
-    assert any("weigh 8 to 1. To weigh both alike: desirable_weight=0.5625" in each for each in report["warnings"])
+    assert any("weigh 8 to 1. To balance them, set desirable_weight=0.5625" in each for each in report["warnings"])
     assert not report_of(label, weight=weight, class_weights=(0.5625, 4.5))["warnings"]
     assert not report_of([1, 1, 1, 1, 0, 0, 0])["warnings"]
     assert report_of([1, 1, 1, 0, 0])["warnings"]
@@ -183,8 +183,8 @@ def test_what_a_log_z_of_0_would_learn_is_a_warning():
         return [each for each in found if "log_z" in each]
 
     (share,) = said([1, 1, 1, 0], log_z=0.0)
-    assert "good ones weigh 3 to 1. With log_z=0 most of what is learned is that share" in share
-    assert "good ones weigh 0.33 to 1" in said([0, 0, 0, 1], log_z=0.0)[0]
+    assert "good and bad ones weigh 3 to 1. With log_z=0 the model mostly learns that share." in share
+    assert "good and bad ones weigh 0.33 to 1" in said([0, 0, 0, 1], log_z=0.0)[0]
     assert said([1, 1, 1, 0, 0], log_z=0.0) == []
     assert said([1, 1, 1, 1], log_z=0.0) == []  # a class alone cannot be taken off
     assert said([1, 1, 1, 0], log_z=1.5) == said([1, 1, 1, 0], log_z=None) == []
@@ -195,7 +195,7 @@ def test_what_a_log_z_of_0_would_learn_is_a_warning():
 
     (shift,) = said([1, 2, 3], True, log_z=0.0)
     assert "Continuous labels are 2 on average, 2.4 standard deviations from 0" in shift
-    assert "to become more likely" in shift
+    assert "asks every answer to become more likely" in shift
     assert "to become less likely" in said([-1, -2, -3], True, log_z=0.0)[0]
     assert said([-1, 0, 2], True, log_z=0.0) == said([1, 2, 3], True, log_z=None) == []
 

@@ -1,4 +1,4 @@
-"""The label report: what labels, weights, prompts and lengths say before any training."""
+"""The label report: a summary of labels, weights, prompts and lengths, and warnings, before any training."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,16 +8,16 @@ import numpy as np
 
 _WIDTH = 80
 _BINS = 10
-# Labels of more different values than this are counted in bins
+# Above this number of different values, labels are counted in bins
 _VALUES = 12
-# A label that length explains this well by itself is suspect: 0.3² is a tenth of its variance
+# A label that correlates with length this much is suspect: length then explains 0.3², a tenth, of its variance
 _LENGTH_BIAS = 0.3
-# Between these a target log-ratio is neither lost in the noise nor out of a policy's reach, nats
+# In nats. Below this range a target log-ratio is lost in the noise; above it a policy cannot reach it
 _TARGETS = (1.0, 50.0)
 _GOOD_TARGET = 10.0
-# KTO's advice: the classes' summed weights within 4:3 of one another
+# KTO's advice: keep the ratio of the classes' summed weights within 4:3
 _BALANCED = 4 / 3
-# From here up an estimate of log Z was better than 0 (examples/exact_world/RESULTS.md has 1 and 9)
+# From this ratio on, an estimate of log Z did better than 0 (examples/exact_world/RESULTS.md has 1 and 9)
 _LOPSIDED = 3
 
 
@@ -47,29 +47,34 @@ def label_report(
         prompt: `(N,)` a number for each different prompt.
         answer: `(N,)` a number for each different completion of a prompt.
         tokens: `(N,)` the completions' numbers of tokens.
-        compared: `(N,)` bool, True where the loss has the reference; None where that are all rows but demonstrations.
-        weight: `(N,)` the rows' weights; None where all are 1.
-        log_z: log Z in nats, one number or `(N,)`; None where it is not known before training.
+        compared: `(N,)` bool, whether the loss of a row contains the reference; None if it does for all rows except
+            demonstrations.
+        weight: `(N,)` the rows' weights; None if all are 1.
+        log_z: log Z in nats, one number or `(N,)`; None if it is not known before training.
         beta: β.
-        length_normalize: whether log-ratios are divided by the completion's tokens: u is then as many times greater.
-        class_weights: `desirable_weight` and `undesirable_weight` as they are set.
+        length_normalize: whether log-ratios are divided by the completion's number of tokens, which makes targets that
+            many times larger.
+        class_weights: the settings `desirable_weight` and `undesirable_weight`.
         raw: `(N,)` labels before the label transform, NaN for rows that it is not for; None without a transform.
         transform: the fitted transform, such as "threshold:4".
 
     Returns:
-        - `rows`, and `demonstrations`, the share of them that are;
-        - `binary`, `continuous`, of rows of that type: `rows`; `classes`, rows by class; `mean`, `std`; `histogram`, a
-          list of `low`, `high`, `rows`, `weight` (the sum) and `tokens` (the mean), `low` and `high` being equal where
-          single labels are counted; `length_correlation`, Pearson's of label and tokens, None where either is constant;
+        - `rows`, and `demonstrations`, the share of rows that are demonstrations;
+        - `binary` and `continuous`, for the rows of each type: `rows`; `classes`, rows by class; `mean`, `std`;
+          `histogram`, a list of `low`, `high`, `rows`, `weight` (the sum) and `tokens` (the mean), with `low` equal to
+          `high` if single labels are counted; `length_correlation`, Pearson's correlation of label and tokens, None if
+          either is constant;
         - `raw`, of rows with a label transform: `transform`; `mean`, `std` and `histogram` of the labels before it, as
           above, and for each bin `learned_low` and `learned_high`, what its labels become;
-        - of binary ones, `class_weights`: `desirable_weight` and `undesirable_weight` under which both classes weigh
-          alike and all rows as much as before; None where there is one class;
-        - of continuous ones, `targets`: |u| in nats, u = (z − c)/β with c = β·log Z: what log-ratios are drawn to;
-        - `weight`: its distribution, the share that demonstrations have of it and Kish's effective number of rows;
-        - `repeated`: rows whose prompt and completion an earlier row has; `contradicting`: rows whose prompt and
-          completion another row has with another label of the same type;
-        - `prompts`: how many, the mean and greatest number of answers, and `with_answers`, prompts by their number;
+        - for binary labels, `class_weights`: values of `desirable_weight` and `undesirable_weight` that balance the
+          classes and keep the total weight; None if there is one class;
+        - for continuous labels, `targets`: |u| in nats, u = (z − c)/β with c = β·log Z, the log-ratios that the loss
+          asks for;
+        - `weight`: its distribution, the demonstrations' share of it, and Kish's effective number of rows;
+        - `repeated`: rows with the prompt and completion of an earlier row; `contradicting`: rows with the prompt and
+          completion of another row that has another label of the same type;
+        - `prompts`: their number, the mean and the largest number of answers per prompt, and `with_answers`, the number
+          of prompts by their number of answers;
         - `warnings`: sentences.
 
     Example:
@@ -99,8 +104,8 @@ def label_report(
         bad = class_weights[1] * of_reward[label < 0.5].sum()
         if is_zero and max(good, bad) >= _LOPSIDED * min(good, bad) > 0:
             warnings.append(
-                f"Of the rows that are compared good ones weigh {good / bad:.2g} to 1. With log_z=0 most of what is "
-                'learned is that share; with log_z="prior" it is taken off.'
+                f"Among the compared rows, good and bad ones weigh {good / bad:.2g} to 1. With log_z=0 the model "
+                'mostly learns that share. Set log_z="prior" to remove it.'
             )
     if "continuous" in report:
         shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
@@ -110,9 +115,8 @@ def label_report(
         if is_zero and 0 < std < abs(mean):
             warnings.append(
                 f"Continuous labels are {mean:.3g} on average, {abs(mean) / std:.2g} standard deviations from 0. With "
-                "log_z=0 that asks all answers alike to become "
-                f'{"more" if mean > 0 else "less"} likely, which they cannot. Take it off with log_z="prior", or with '
-                'label_transform="center".'
+                f"log_z=0 this asks every answer to become {'more' if mean > 0 else 'less'} likely, which is not "
+                'possible. Set log_z="prior" or label_transform="center" to remove the mean.'
             )
     report["weight"] = _weights(weights, weight is not None, sft_mask)
     report.update(_repeats(label, continuous, answer, warnings))
@@ -134,8 +138,9 @@ def _of_type(
         if abs(correlation) >= _LENGTH_BIAS:
             longer = "longer" if correlation > 0 else "shorter"
             warnings.append(
-                f"Better answers are {longer} (correlation of {name} label and tokens {correlation:+.2f}): length may "
-                "be learned in place of quality. Balance the lengths, or compare with length_normalize=True."
+                f"Better answers are {longer} (correlation of {name} label and tokens {correlation:+.2f}), so the "
+                "model may learn length instead of quality. Balance the lengths, or compare with "
+                "length_normalize=True."
             )
     return {
         "rows": len(label),
@@ -191,13 +196,13 @@ def _targets(targets: np.ndarray, beta: float, is_known: bool, warnings: list[st
     advice = f"With beta={beta * size / _GOOD_TARGET:.2g} it would be {_GOOD_TARGET:g}." if size else ""
     if size < low:
         warnings.append(
-            f"The target log-ratios (z − c)/β are {size:.2g} nats in root mean square, below {low:g}: there is little "
+            f"The target log-ratios (z − c)/β are {size:.2g} nats in root mean square, below {low:g}. There is little "
             f"to learn at beta={beta:g}. {advice}".rstrip()
         )
     elif beyond:
         warnings.append(
-            f"{_count(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}: out of reach "
-            f"for a policy that keeps its language. The root mean square is {size:.3g} at beta={beta:g}. {advice}"
+            f"{_count(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}. A policy that "
+            f"keeps its language cannot reach them. The root mean square is {size:.3g} at beta={beta:g}. {advice}"
         )
     return {
         "rms": _rounded(size),
@@ -233,7 +238,7 @@ def _repeats(label: np.ndarray, continuous: np.ndarray, answer: np.ndarray, warn
     if contradicting:
         warnings.append(
             f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels. "
-            "That is right for votes by several people; else one of them is wrong."
+            "This is expected for votes by several people. Otherwise a label is wrong."
         )
     return {"repeated": len(label) - len(np.unique(answer)), "contradicting": contradicting}
 
@@ -265,7 +270,7 @@ def _class_weights(
     desirable, undesirable = desirable * as_set[0], undesirable * as_set[1]
     if max(desirable, undesirable) > _BALANCED * min(desirable, undesirable) > 0:
         warnings.append(
-            f"Desirable and undesirable rows weigh {desirable / undesirable:.3g} to 1. To weigh both alike: "
+            f"Desirable and undesirable rows weigh {desirable / undesirable:.3g} to 1. To balance them, set "
             f"desirable_weight={advice['desirable_weight']:g}, undesirable_weight={advice['undesirable_weight']:g}."
         )
     return advice
@@ -280,7 +285,7 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
 
     Args:
         report: of `label_report`.
-        name: the data set's.
+        name: of the dataset.
 
     Example:
         >>> ones = np.ones(4, dtype=int)
@@ -308,10 +313,10 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
             facts["demonstrations"] += f", {weight['demonstrations']:.1%} of weights"
         facts["weights"] = (
             f"{weight['min']:.4g} to {weight['max']:.4g}, median {weight['median']:.4g}; {weight['zero']:,} are 0; "
-            f"as good as {weight['effective_rows']:,.0f} rows of one weight"
+            f"worth {weight['effective_rows']:,.0f} rows of equal weight"
         )
     by_number = ", ".join(f"{count:,} with {number}" for number, count in prompts["with_answers"].items())
-    facts["answers a prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
+    facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts["repeated"] = _count(report["repeated"], "row")
     facts["contradicting"] = _count(report["contradicting"], "row")
     class_weights = report.get("binary", {}).get("class_weights")

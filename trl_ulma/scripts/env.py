@@ -32,7 +32,7 @@ def make_parser(prog: str = "trl-ulma env") -> argparse.ArgumentParser:
         description="Show what is installed, what it would run on, and which versions do not work together.",
     )
     add_verbose(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

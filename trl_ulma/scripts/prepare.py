@@ -76,18 +76,18 @@ def family_parser(family: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--test_size",
         type=_test_size,
-        help=f"the test part of a folder, by prompt: a fraction, a number of rows, or 0 (default: {TEST_SIZE})",
+        help=f"size of the test part, split by prompt: a fraction, a number of rows, or 0 (default: {TEST_SIZE})",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the test part (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="random seed of the test part (default: %(default)s)")
     parser.add_argument(
         "--alternating",
         action="store_true",
         help="leave out conversations in which one speaker has two turns in a row, which some chat templates refuse",
     )
-    parser.add_argument("--report", type=Path, help="write the account and the figures to this file, as JSON")
+    parser.add_argument("--report", type=Path, help="also write the counts and figures to this JSON file")
     add_verbose(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
-    group = parser.add_argument_group(f"of {family} data")
+    group = parser.add_argument_group(f"options of {family}")
     for flag, arguments in find(family).options.items():
         group.add_argument(flag, **arguments)
     return parser

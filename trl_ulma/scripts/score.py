@@ -34,12 +34,14 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
         description="Score rows with a trained model: implicit reward, P(label = 1), the label that it expects, and "
         "how surprising the row's own label is.",
     )
-    parser.add_argument("--model", required=True, help="the trained model or adapter: a folder, or a name on the hub")
+    parser.add_argument("--model", required=True, help="trained model or adapter: a folder, or a name on the hub")
     parser.add_argument(
         "--ref_model",
-        help="the model that training was compared with (default: the one that training wrote down)",
+        help="reference model of the training (default: the one that training saved the name of)",
     )
-    parser.add_argument("--dataset", required=True, help="a file, a folder or a name on the hub; labels are optional")
+    parser.add_argument(
+        "--dataset", required=True, metavar="DATA", help="a file, a folder or a name on the hub; labels are optional"
+    )
     parser.add_argument("--split", default="train", help="split of the dataset (default: train; a file has no other)")
     parser.add_argument("--dataset_config", help="configuration of a dataset that has several")
     parser.add_argument(
@@ -52,10 +54,14 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
-        "--sort", choices=SORTS, help="surprise or reward, highest first, or row (default: surprise, else row)"
+        "--sort",
+        choices=SORTS,
+        help="order of the output: surprise or reward, highest first, or row (default: surprise if there are labels)",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="rows at once (default: 8)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: that of training)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="number format of the weights (default: that of training)"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     add_verbose(parser)
     return parser
