@@ -184,6 +184,7 @@ def test_all_options_are_shown_on_demand_each_under_one_name(capsys):
         shown
     )
     assert not {"--loss_type", "--model_name_or_path", "--label-type"} & set(shown)
+    assert "(default: 0.9)" in said  # of Adam's β₁
     # Ours come first, in the groups of --help
     assert said.index("\nlabels:") < said.index("--label_type") < said.index("\nmodel:")
     assert said.index("\nlaunch:") < said.index("\nother options of TRL and transformers:") < said.index("--adam_beta1")
@@ -247,7 +248,7 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path):
             "--log_z batch",
         ),
         (["--label_type", "continuous", "--desirable_weight", "2"], 1, "--desirable_weight and --undesirable_weight w"),
-        (["--model", "no-such-folder"], 1, "no-such-folder"),
+        (["--model", "no-such-folder"], 1, "--model no-such-folder cannot be loaded ("),
         (["--dataset", "none.csv"], 1, "There is no file or folder none.csv"),
         (["--label_map", "up=1"], 1, "label"),
     ],

@@ -91,13 +91,14 @@ def check(
     import trl_ulma
     from trl_ulma.labels import render_report
     from trl_ulma.rows.dataset_labels import report_labels
-    from trl_ulma.scripts.training import load_splits, loading
+    from trl_ulma.scripts.training import check_model, load_splits, loading
 
     console = Console(highlight=False, soft_wrap=True)
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
     if said:
         console.print(said, markup=False)
     training_args.model_init_kwargs = loading(training_args, model_args)
+    check_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     peft_config = get_peft_config(model_args)
     start = getattr(trl_ulma, trainer).dry_run(
         model_args.model_name_or_path, training_args, train_dataset, eval_dataset, peft_config=peft_config

@@ -6,6 +6,7 @@ import dis
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 import warnings
@@ -87,11 +88,16 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
+def terminal_width() -> int:
+    """Columns of a help text: those of the terminal, from 60 to 100."""
+    return max(60, min(100, shutil.get_terminal_size().columns))
+
+
 class OneNameFormatter(argparse.HelpFormatter):
     """Shows an option under its first name only."""
 
     def __init__(self, prog: str, **kwargs: Any):
-        super().__init__(prog, **{"max_help_position": 30, "width": 100, **kwargs})
+        super().__init__(prog, **{"max_help_position": 30, "width": terminal_width(), **kwargs})
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:

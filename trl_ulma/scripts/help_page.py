@@ -3,10 +3,11 @@
 The whole parser (`--help-all`) needs TRL, whose import takes many seconds. A test holds this page to that parser.
 """
 
-import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from trl_ulma.scripts.command_line import terminal_width
 
 _NAME_WIDTH = 32
 
@@ -174,7 +175,7 @@ def help_page(command: str, method: str | None = None) -> str:
         command: its name.
         method: of check, the training command whose options are shown.
     """
-    width = max(60, min(100, shutil.get_terminal_size().columns))
+    width = terminal_width()
     method = command if command in ("ulma", "pointwise-dpo") else method or "ulma"
     lines = [f"usage: trl-ulma {command} {usage(command)}", "", *textwrap.wrap(TITLES[command], width)]
     for title, options in GROUPS.items():

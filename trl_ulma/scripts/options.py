@@ -55,6 +55,10 @@ class PartConfig(DatasetConfig):
     label_map: dict | str | None = None
 
 
+class _Formatter(OneNameFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
 class _HelpAll(argparse.Action):
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
@@ -92,7 +96,7 @@ class OptionParser(TrlParser):
             description=description,
             epilog=EPILOG,
             allow_abbrev=False,
-            formatter_class=OneNameFormatter,
+            formatter_class=_Formatter,
         )
         self.command, self.method = command, method
         hints = {name: hint for each in types for name, hint in get_type_hints(each).items()}

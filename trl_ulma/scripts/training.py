@@ -144,6 +144,25 @@ def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
     }
 
 
+def check_model(name: str, loading: dict[str, Any]) -> None:
+    """Raise OSError, naming the option, if there is no such model.
+
+    Args:
+        name: of the model.
+        loading: what it is loaded with.
+    """
+    from transformers import AutoConfig
+
+    known = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
+    try:
+        AutoConfig.from_pretrained(name, **{key: loading[key] for key in known if loading.get(key) is not None})
+    except OSError as problem:
+        reason = str(problem).splitlines()[0]
+        raise OSError(
+            f"--model {name} cannot be loaded ({reason}). Name the folder of a checkpoint, or a model on the hub."
+        ) from problem
+
+
 def train(
     trainer_class: type,
     script_args: Any,
@@ -202,6 +221,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
         PartialState().print(said)
 
     training_args.model_init_kwargs = loading(training_args, model_args)
+    check_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,
