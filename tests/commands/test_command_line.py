@@ -247,7 +247,11 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path):
             2,
             "--log_z batch",
         ),
-        (["--label_type", "continuous", "--desirable_weight", "2"], 1, "--desirable_weight and --undesirable_weight w"),
+        (
+            ["--label_type", "continuous", "--sft_threshold", "9", "--desirable_weight", "2"],
+            1,
+            "--desirable_weight and --undesirable_weight weigh",
+        ),
         (["--model", "no-such-folder"], 1, "--model no-such-folder cannot be loaded ("),
         (["--dataset", "none.csv"], 1, "There is no file or folder none.csv"),
         (["--label_map", "up=1"], 1, "label"),

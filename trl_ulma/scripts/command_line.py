@@ -40,7 +40,7 @@ _TWICE = re.compile(
 _BARE = re.compile(r"(?<!column )(?<!columns )(?<![\w./`'\"=-])[a-z]\w*\b(?![\w(=/`'\"]|\.\w)")
 # What columns may be called as well, and what stands before a setting
 _COLUMNS = ("label_type", "log_z")
-_VERBS = ("et ", "eave ", "hange ", "or ", "and ")
+_VERBS = ("et ", "eave ", "hange ", "or ", "and ", "another ")
 
 
 class CommandParser(argparse.ArgumentParser):

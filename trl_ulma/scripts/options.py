@@ -164,11 +164,12 @@ class OptionParser(TrlParser):
             self.error(as_options(str(problem), self._option_string_actions))
         return tuple(settings), from_file, left
 
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; exits where an option is unknown or missing, before settings are made of them."""
-        namespace, left = super().parse_known_args(*args, **kwargs)
+        words = list(sys.argv[1:] if args is None else args)
+        namespace, left = super().parse_known_args(words, namespace)
         self._launch_options(left)
-        refuse_contradictions(self, sys.argv[1:] if not args or args[0] is None else args[0])
+        refuse_contradictions(self, words)
         if namespace.model_name_or_path is None:
             self.error("--model is missing: a checkpoint's folder, or its name on the hub.")
         if namespace.dataset_name is None and not namespace.datasets:

@@ -157,7 +157,7 @@ def check_model(name: str, loading: dict[str, Any]) -> None:
     try:
         AutoConfig.from_pretrained(name, **{key: loading[key] for key in known if loading.get(key) is not None})
     except OSError as problem:
-        reason = str(problem).splitlines()[0]
+        reason = str(problem).splitlines()[0].rstrip(".")
         raise OSError(
             f"--model {name} cannot be loaded ({reason}). Name the folder of a checkpoint, or a model on the hub."
         ) from problem
