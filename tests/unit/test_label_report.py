@@ -89,7 +89,7 @@ def test_targets_outside_1_to_50_nats_are_warned_of_with_a_beta_that_is_better()
     assert high.startswith("2 target log-ratios (z − c)/β above 50 nats, up to 80")
     assert high.endswith("With beta=0.33 it would be 10.")
     (nothing,) = report_of([0.0, 0.0], True)["warnings"]
-    assert nothing.endswith("there is little to learn at beta=0.1.")
+    assert nothing.endswith("There is little to learn at beta=0.1.")
 
 
 def test_weights_and_shares():

@@ -179,7 +179,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     words = sorted({option.lstrip("-") for option in known if "-" not in option.lstrip("-")})
     word = name.lstrip("-").replace("-", "_")
-    near = [each for each in words if each.startswith(word)][:3] if word else []
+    near = [each for each in words if each.startswith(word)] if word else []
+    other_names = {name[2:] for short, names in SAME.items() if short[2:] in near for name in names}
+    near = [each for each in near if each not in other_names][:3]
     near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.65)
     dashes = name[: len(name) - len(name.lstrip("-"))]
     return f"Did you mean {' or '.join(dashes + each for each in near)}?" if near else ""
