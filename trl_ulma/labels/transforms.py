@@ -220,7 +220,8 @@ class LabelTransform:
         """
         made = []
         for step in steps:
-            name = _BRITISH.get(step["name"], step["name"])
+            named = str(step["name"])
+            name = _BRITISH.get(named, named)
             count = _COUNTS.get(name, 0)
             found = len(step["numbers"])
             right = found >= 4 and found % 2 == 0 if name == "quantile" else found == count

@@ -118,7 +118,7 @@ class OptionParser(TrlParser):
         groups = {title: self.add_argument_group(title) for title in GROUPS}
         rest = self.add_argument_group("other options of TRL and transformers")
         title_of = {option.name: title for title, options in GROUPS.items() for option in options}
-        actions = {title_of.get(name): [] for name in (None, *title_of)}
+        actions: dict[str | None, list[argparse.Action]] = {title: [] for title in (None, *groups)}
         for action in self._optionals._group_actions:
             title = next((title_of[name] for name in action.option_strings if name in title_of), None)
             actions[title].append(action)

@@ -57,7 +57,7 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     return parser
 
 
-def family_parser(family: str) -> argparse.ArgumentParser:
+def family_parser(family: str) -> CommandParser:
     """The options of a family in `FAMILIES`."""
     parser = CommandParser(prog=f"{PROG} {family}", description=FAMILIES[family][1] + ".")
     parser.add_argument(
