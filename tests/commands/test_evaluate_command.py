@@ -436,7 +436,7 @@ NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
         (["--beta", "0"], "0 must be above 0"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
         (["--retries", "-1"], "-1 must be 0 or above"),
-        (["--bach_size", "3"], "unrecognized arguments: --bach_size 3"),
+        (["--bach_size", "3"], "--bach_size is not an option. Did you mean --batch_size?"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, message):
