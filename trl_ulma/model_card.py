@@ -1,4 +1,4 @@
-"""The model card: on which labels a model was trained, by which formulas, and how to use it, as a judge too."""
+"""The model card: what a model was trained on, against which reference, by which formulas, and how to use it."""
 
 # transformers declares the model of a trainer optional
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -6,10 +6,13 @@
 import dataclasses
 import importlib
 import importlib.resources
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -19,6 +22,8 @@ from trl import DPOConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from trl_ulma.labels import render_report
+from trl_ulma.metrics import ranking_figures
+from trl_ulma.rows.notes import noted
 
 # (positive_loss, negative_loss): the method's name in the paper
 METHODS = {
@@ -30,6 +35,9 @@ METHODS = {
     ("none", "pointwise_dpo"): "negative DPO",
     ("none", "unlearning"): "unlearning",
 }
+# What the snippet asks
+QUESTION = "How do I boil an egg?"
+RESAMPLES = 1000
 _SHARED = ("learning_rate", "lr_scheduler_type", "optim", "num_train_epochs", "max_steps", "max_length", "seed")
 
 
@@ -41,13 +49,15 @@ def write(
     processes: int,
     log_history: list[dict[str, Any]],
     label_report: dict[str, Any] | None,
+    evaluated: np.ndarray,
+    reference: tuple[str, str],
     paper: dict[str, str],
     title: str,
     location: str | None,
     dataset_name: str | None,
 ) -> None:
-    """Write a card into `output_dir`/README.md, whose head DPOTrainer has written: data, label report, formulas,
-    settings, figures, both citations.
+    """Write a card into `output_dir`/README.md, whose head DPOTrainer has written: a snippet that uses the model, the
+    data and their format, the label report, the reference, formulas, settings, results, and both citations.
 
     Args:
         args: the trainer's config.
@@ -56,6 +66,8 @@ def write(
         processes: that train.
         log_history: what was logged.
         label_report: on the training rows, or None.
+        evaluated: `(N, 3)` implicit reward, label and whether it is continuous, of the rows of the last evaluation.
+        reference: its kind, see `trl_ulma.likelihood.reference.ReferenceIdentity`, and its name.
         paper: title, arXiv number and citation of the method.
         title: the card's.
         location: the model's name on the hub, or None.
@@ -65,6 +77,10 @@ def write(
     head = ModelCard.load(file, ignore_metadata_errors=True).data
     is_adapter = is_peft_model(model)
     metrics_of, metrics = _last_figures(log_history)
+    intervals = _intervals(evaluated, plan.eval_dataset) if metrics_of.startswith("last evaluation") else {}
+    kind, name = reference
+    is_chat = trained_on_chat(plan)
+    takes_images = isinstance(plan.processing_class, ProcessorMixin)
     template = importlib.resources.files("trl_ulma") / "templates" / "model_card.md.jinja"
     with importlib.resources.as_file(template) as path:
         card = ModelCard.from_template(
@@ -77,17 +93,21 @@ def write(
             paper_title=paper["title"],
             paper_id=paper["id"],
             is_adapter=is_adapter,
-            takes_images=isinstance(plan.processing_class, ProcessorMixin),
-            is_chat=getattr(plan.processing_class, "chat_template", None) is not None,
+            takes_images=takes_images,
+            is_chat=is_chat,
+            messages=json.dumps(_messages(args.system_message, takes_images), ensure_ascii=False),
             location=location or title,
             has_reference=plan.needs_reference,
-            reference=None if is_adapter else head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
+            reference=None if is_adapter else name or head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
+            reference_in_words=reference_in_words(kind, name, args),
             data=_data_in_words(plan),
+            format=_format_in_words(is_chat, args.system_message),
             report=label_report and render_report(label_report),
             length_normalize=args.length_normalize,
             formulas=formulas(args.cell),
-            settings=_settings(args, model, processes),
-            metrics=metrics,
+            settings=_settings(args, plan, model, processes),
+            metrics=[(name, value, intervals.get(name.removeprefix("eval_"), "")) for name, value in metrics],
+            has_intervals=bool(intervals),
             metrics_of=metrics_of,
             versions=[(each, version(each)) for each in ("trl-ulma", "trl", "transformers", "torch", "datasets")],
             citation=paper["citation"],
@@ -98,26 +118,127 @@ def write(
     card.save(file)
 
 
+def trained_on_chat(plan: Any) -> bool:
+    """Whether the model was trained on conversations, rendered by the chat template, and not on bare text.
+
+    Prepared rows know it; for rows of an older version, a tokenizer with a template decides.
+    """
+    has_template = getattr(plan.processing_class, "chat_template", None) is not None
+    return noted(plan.train_dataset).get("rules", {}).get("is_chat", has_template)
+
+
+def _messages(system_message: str | None, takes_images: bool) -> list[dict[str, Any]]:
+    texts = [("system", system_message)] if system_message else []
+    texts.append(("user", QUESTION))
+    return [
+        {"role": role, "content": [{"type": "text", "text": text}] if takes_images else text} for role, text in texts
+    ]
+
+
+def _format_in_words(is_chat: bool, system_message: str | None) -> str:
+    if not is_chat:
+        return (
+            "The model was trained on plain text: a prompt is followed by its answer, without a chat template. Prompt "
+            "it in the same way."
+        )
+    said = "The model was trained on conversations, rendered by the tokenizer's chat template."
+    if system_message:
+        said += f" Conversations without a system message were given this one: “{system_message}”"
+    return said
+
+
+def reference_in_words(kind: str, name: str, args: Any) -> str:
+    """What the model was compared with in training.
+
+    Args:
+        kind, name: see `trl_ulma.likelihood.reference.ReferenceIdentity`.
+        args: the trainer's config.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> args = SimpleNamespace(precompute_ref_log_probs=True, sync_ref_model=False)
+        >>> reference_in_words("copy", "base", args)
+        'The reference is the model as it was before training, `base`. It was asked once, before training.'
+    """
+    named = f", `{name}`" if name else ""
+    said = {
+        "none": "No row was compared with a reference.",
+        "given": f"The reference is a model of its own{named}.",
+        "copy": f"The reference is the model as it was before training{named}.",
+        "adapter_off": f"The reference is the base model without the adapter{named}.",
+        "adapter": "The reference is the adapter that training began with, which is saved in the folder `ref`.",
+    }[kind]
+    if kind != "none" and args.precompute_ref_log_probs:
+        said += " It was asked once, before training."
+    if kind != "none" and args.sync_ref_model:
+        said += f" It was moved towards the policy every {args.ref_model_sync_steps} steps."
+    return said
+
+
 def _data_in_words(plan: Any) -> str:
     rows, *evaluated = plan.datasets
-    said = f"{len(rows):,} rows of one answer each" if isinstance(rows, Dataset) else "A stream of rows"
+    said = f"{_count(len(rows), 'row')} of one answer each" if isinstance(rows, Dataset) else "A stream of rows"
     held_out = sum(len(each) for each in evaluated if isinstance(each, Dataset))
     return said + (f"; evaluated on {held_out:,} others." if held_out else ".")
 
 
-def _settings(args: Any, model: Any, processes: int) -> list[tuple[str, Any]]:
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _settings(args: Any, plan: Any, model: Any, processes: int) -> list[tuple[str, Any]]:
     theirs = {f.name for f in dataclasses.fields(DPOConfig)} - {"beta"}
     own = [f.name for f in dataclasses.fields(args) if f.name not in theirs]
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    found = [(name, getattr(args, name)) for name in (*own, *_SHARED)]
-    found.append(("rows per step", batch))
+    found = {name: getattr(args, name) for name in (*own, *_SHARED)}
+    if plan.rules.transform is not None:
+        found["label_transform"] = str(plan.rules.transform)  # with the numbers that were fitted
+    found["rows per step"] = batch
     if is_peft_model(model):
         adapter = model.active_peft_config
-        found.append(("adapter", str(getattr(adapter.peft_type, "value", adapter.peft_type))))
-        found += [
-            (name, getattr(adapter, name)) for name in ("r", "lora_alpha", "lora_dropout") if hasattr(adapter, name)
-        ]
-    return [(name, getattr(value, "value", value)) for name, value in found]
+        found["adapter"] = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+        found |= {
+            name: getattr(adapter, name) for name in ("r", "lora_alpha", "lora_dropout") if hasattr(adapter, name)
+        }
+    return [(name, getattr(value, "value", value)) for name, value in found.items()]
+
+
+def _intervals(evaluated: np.ndarray, rows: Any) -> dict[str, str]:
+    """95% intervals of the figures that rank the rows of the last evaluation, from a bootstrap over prompts."""
+    if not isinstance(rows, Dataset) or len(rows) != len(evaluated) or not len(rows):
+        return {}
+    numbers: dict[tuple[int, ...], int] = {}
+    group = np.array([numbers.setdefault(tuple(ids), len(numbers)) for ids in rows["prompt_ids"]])
+    same_order = np.allclose(evaluated[:, 1], np.asarray(rows["label"][:]), rtol=1e-6)
+    if len(numbers) < len(rows) and not same_order:  # several processes gather rows in an order of their own
+        return {}
+    return bootstrap_intervals(evaluated, group)
+
+
+def bootstrap_intervals(evaluated: np.ndarray, group: np.ndarray) -> dict[str, str]:
+    """95% percentile intervals of `trl_ulma.metrics.ranking_figures`, each from 1,000 resamples of whole groups.
+
+    A figure that a resample leaves undefined, or that is the same in all of them, has no interval.
+
+    Args:
+        evaluated: `(N, 3)` implicit reward, label, and whether it is continuous.
+        group: `(N,)` number of each row's prompt.
+    """
+    values = torch.as_tensor(evaluated)
+    members = [np.flatnonzero(group == number) for number in np.unique(group)]
+    generator = np.random.default_rng(0)
+    found: dict[str, list[float]] = {}
+    for _ in range(RESAMPLES):
+        drawn = np.concatenate([members[i] for i in generator.integers(len(members), size=len(members))])
+        reward, label, continuous = values[drawn].unbind(1)
+        for name, value in ranking_figures(reward, label, continuous.bool()).items():
+            found.setdefault(name, []).append(value)
+    said = {}
+    for name, figures in found.items():
+        if len(figures) == RESAMPLES and np.isfinite(figures).all() and min(figures) < max(figures):
+            low, high = np.quantile(figures, [0.025, 0.975])
+            said[name] = f"{low:.3g} to {high:.3g}"
+    return said
 
 
 def formulas(cell: tuple[str, str]) -> str:

@@ -16,7 +16,8 @@ TRACKERS = {"tensorboard": TensorBoardCallback, "trackio": TrackioCallback, "wan
 class TracksPictures(TrainerCallback):
     """Logs pictures to those of TensorBoard, Trackio and W&B that `report_to` names.
 
-    - `train/labels`, when training begins: how often each label comes, demonstrations apart (not of a stream);
+    - `train/labels`, when training begins: a histogram of the labels, demonstrations apart; with a label transform also
+      of the labels before it (not of a stream);
     - `eval/calibration`, after each evaluation: mean label against mean σ(r) of the rows with binary labels. The last
       is that of the model as it is saved.
 
@@ -44,7 +45,9 @@ class TracksPictures(TrainerCallback):
         """Log the labels."""
         rows = self.trainer.train_dataset
         if state.is_world_process_zero and isinstance(rows, Dataset):
-            picture = self._figures.label_histogram(np.asarray(rows["label"][:]), are_demonstrations(rows, args))
+            picture = self._figures.label_histogram(
+                np.asarray(rows["label"][:]), are_demonstrations(rows, args), raw=self.trainer.raw_labels
+            )
             self._log("train/labels", picture, state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

@@ -154,7 +154,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             has_own_metrics=compute_metrics is not None,
         )
         self._last_prepared: Any = None
-        self._label_report = show_report(plan.train_dataset, args)
+        self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform)
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
         self._reference_kind = _reference_kind(model, ref_model, args, peft_config, plan.needs_reference)
@@ -287,6 +287,11 @@ class PointwiseDPOTrainer(DPOTrainer):
     def has_rewards(self) -> bool:
         """Whether any row is compared with a reference; without one there are no rewards."""
         return self._plan.needs_reference
+
+    @property
+    def raw_labels(self) -> np.ndarray | None:
+        """`(N,)` labels of the training rows before the label transform; None without one."""
+        return self._plan.raw_labels
 
     # Before the first step, and after the last
 
@@ -778,6 +783,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             processes=self.accelerator.num_processes,
             log_history=self.state.log_history,
             label_report=self._label_report,
+            evaluated=self.evaluated,
+            reference=(self._reference.kind, self._reference.name),
             paper=self._paper,
             title=model_name or (self.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1],
             location=self.hub_model_id,

@@ -25,7 +25,7 @@ from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.log_z import check_column, check_labels
 from trl_ulma.metrics import EVALUATED
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
-from trl_ulma.rows.dataset_labels import evaluated_figures, label_center, terms_of, with_transform
+from trl_ulma.rows.dataset_labels import evaluated_figures, label_center, labels_before, terms_of, with_transform
 from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, check_settings, has_images
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
@@ -57,6 +57,7 @@ class TrainingPlan:
         vocab_size: how many tokens the model has embeddings for.
         peft_config: of the adapter that is trained, or None.
         stream_has_mask: whether the rows of a stream name the demonstrations themselves.
+        raw_labels: `(N,)` labels of the training rows before the label transform, or None, see `labels_before`.
     """
 
     args: PointwiseDPOConfig
@@ -70,6 +71,7 @@ class TrainingPlan:
     eval_dataset: Any = None
     needs_reference: bool = True
     stream_has_mask: bool = False
+    raw_labels: np.ndarray | None = None
 
     @property
     def layout(self) -> str:
@@ -205,6 +207,7 @@ def make_plan(
     positions, vocab_size = _sizes(model, args, peft_config)
     plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config)
     plan.train_dataset = plan.prepare(train_dataset, "train")
+    plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)
     if isinstance(eval_dataset, dict):
         plan.eval_dataset = {name: plan.prepare(dataset, name) for name, dataset in eval_dataset.items()}
     elif eval_dataset is not None:

@@ -474,7 +474,7 @@ NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
         (["--beta", "0"], "0 must be above 0"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
         (["--retries", "-1"], "-1 must be 0 or above"),
-        (["--bach_size", "3"], "unrecognized arguments: --bach_size 3"),
+        (["--bach_size", "3"], "--bach_size is not an option. Did you mean --batch_size?"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, message):
@@ -593,7 +593,7 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     assert main([*argv, "--model", folders["harm"]]) == 0
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["data"]["label_type"] == "continuous"
-    assert facts["data"]["label_transform"].startswith("lower_is_better:0,standardise:-2.75,")
+    assert facts["data"]["label_transform"].startswith("lower_is_better:0,standardize:-2.75,")
     found = facts["models"][0]["implicit_reward"]
     transformed = (np.mean(stars) - np.array(stars)) / np.std(stars)
     assert found["spearman"]["value"] == pytest.approx(spearmanr(scored["reward"], transformed)[0])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from trl_ulma.scripts.memory import estimate_memory
 def test_this_environment_is_said_and_works(capsys):
     assert main(["env"]) == 0
     said = capsys.readouterr().out
-    for name in ("trl-ulma", "trl ", "torch", "cores, memory", "GPUs", "Nothing is known not to work together."):
+    for name in ("trl-ulma", "trl ", "torch", "cores, memory", "GPUs", "No known incompatibilities."):
         assert name in said
     assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -75,6 +76,14 @@ def test_good_combinations_are_not_complained_about():
 
 
 @pytest.fixture
+def launched(monkeypatch):
+    """What `accelerate launch` would have been given."""
+    calls = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", calls.append)
+    return calls
+
+
+@pytest.fixture
 def ratings(tmp_path) -> str:
     """Rows of each kind: demonstrations, likes, dislikes."""
     file = tmp_path / "ratings.jsonl"
@@ -104,12 +113,16 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     for number in (0, 1, 2):
         assert f"Row {number}: " in said
         assert f"{rows[number]['prompt']}⟦{rows[number]['completion']}<|end|>⟧" in said.replace("\n  ", " ")
-    assert "20 rows are 3 steps an epoch; 9 steps in all, 3 epochs." in said
+    assert "20 rows make 3 steps per epoch; 9 steps in total (3 epochs)." in said
     assert "Memory on one device, about" in said
+    assert said.endswith(
+        "Ready. To train:\n\n"
+        f"    trl-ulma ulma --model {without_weights} --dataset {ratings} --bf16 False --output out\n"
+    )
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_a_terminal_shows_completions_in_colour(without_weights, ratings):
+def test_a_terminal_shows_completions_in_color(without_weights, ratings):
     command = [sys.executable, "-m", "trl_ulma", "check", "--model", without_weights, "--dataset", ratings]
     environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -136,6 +149,31 @@ def test_help_of_a_dry_run_has_its_own_options_and_those_of_training(capsys):
     said = capsys.readouterr().out
     for option in ("--method", "--dataset ", "--dataset_name", "--sft_weight"):
         assert option in said
+    assert main(["check", "--help", "--method", "pointwise-dpo"]) == 0
+    assert "--sft_weight" not in capsys.readouterr().out
+
+
+def test_one_of_a_kind_is_not_said_in_the_plural(tiny_gpt2, ratings, capfd):
+    command = ["check", "--model", tiny_gpt2, "--dataset", ratings, "--num_train_epochs", "1"]
+    command += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "20", "--save_steps", "1"]
+    assert main(command) == 0
+    said = capfd.readouterr().out
+    assert "Each step takes 20 rows: 1 row per micro-batch × 20 micro-batches." in said
+    assert "20 rows make 1 step per epoch; 1 step in total (1 epoch). A checkpoint after each step." in said
+
+
+def test_the_next_command_keeps_the_options_and_can_be_run(tiny_gpt2, tmp_path, capfd, launched):
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    (folder / "stars.csv").write_text("prompt,completion,label\n" + "".join(f"q{i},a{i},{i}\n" for i in range(5)))
+    words = ["--model_name_or_path", tiny_gpt2, f"--dataset={folder / 'stars.csv'}", "--label_type=continuous"]
+    words += ["--label_transform", "threshold:2", "--label_type", "binary", "--output_dir", str(folder / "out")]
+    assert main(["check", "--method", "pointwise-dpo", *words]) == 0
+    following = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    assert following == ["trl-ulma", "pointwise-dpo", *words]
+    assert main(following[1:]) == 0
+    assert launched[0].training_script_args == words
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +191,8 @@ def test_the_steps_are_those_that_training_makes(settings, processes, tiny_llama
     said = capfd.readouterr().out
     trainer = make_trainer(tiny_llama, make_rows(20), tmp_path / "out", **settings)
     trainer.train()
-    assert f" {trainer.state.global_step} steps in all" in said
+    steps = trainer.state.global_step
+    assert f" {steps} step{'' if steps == 1 else 's'} in total" in said
 
 
 @pytest.mark.parametrize("is_adapter", [False, True])

@@ -208,7 +208,7 @@ def test_training_takes_names_and_labels(tmp_path):
 def test_prepare_takes_names_and_labels(tmp_path, capsys):
     file = write(tmp_path / "pairs.csv", "question,better,worse\n" + "".join(f"q{i},a,b\n" for i in range(10)))
     argv = ["prepare", "pairs", "--input", file, "--output", str(tmp_path / "out.jsonl")]
-    assert main(argv) == 2
+    assert main(argv) == 1
     assert "--columns prompt=question,chosen=better,rejected=worse" in capsys.readouterr().err
     assert main([*argv, "--columns", "prompt=question,chosen=better,rejected=worse"]) == 0
     assert "rows out            20" in capsys.readouterr().out

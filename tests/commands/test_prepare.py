@@ -3,9 +3,9 @@
 import importlib.util
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,10 +56,10 @@ def prepare(family, source, output, *options) -> int:
     return main(["prepare", family, "--input", str(source), "--output", str(output), *map(str, options)])
 
 
-def error_of(capsys, *argv) -> str:
-    """The one line of a command that is wrong."""
+def error_of(capsys, *argv, code: int = 1) -> str:
+    """The one line of a command with input that cannot be used, or (code 2) of a wrong command."""
     capsys.readouterr()
-    assert main(["prepare", *map(str, argv)]) == 2
+    assert main(["prepare", *map(str, argv)]) == code
     said = capsys.readouterr()
     assert said.out == ""
     [line] = said.err.splitlines()
@@ -174,29 +174,29 @@ def test_what_is_wrong_is_said_in_a_line(raw, capsys):
     (raw / "full" / "old.jsonl").write_text("{}")
     (raw / "there.jsonl").write_text("")
     hh, out = raw / "hh.jsonl", raw / "new.jsonl"
-    for argv, message in (
-        (["hh", "--input", hh], "hh: error: the following arguments are required: --output"),
-        (["hh", "--input", raw / "h.jsonl", "--output", out], "There is no file or folder"),
-        (["votes", "--input", hh, "--output", out], "found chosen, rejected. It looks like hh or golden-hh or pairs."),
-        (["pairs", "--input", raw / "q.jsonl", "--output", out], "its column question would not be read. If that is"),
-        (["hh", "--input", raw / "bad.jsonl", "--output", out], "bad.jsonl is broken JSON in line 2, column 2"),
-        (["hh", "--input", hh, "--output", raw / "there.jsonl"], "exists already. Choose another name, or set --over"),
-        (["hh", "--input", hh, "--output", raw / "rows.csv"], "--output ends in '.csv'; it must be a .parquet or"),
-        (["hh", "--input", hh, "--output", raw / "file" / "out"], "cannot be written: "),
-        (["hh", "--input", hh, "--output", raw / "full", "--overwrite"], "which would be read together with the rows"),
-        (["hh", "--input", hh, "--output", raw / "o", "--report", raw / "o" / "r.json"], "would be read as data"),
-        (["hh", "--input", hh, "--output", out, "--test_size", "0.1"], "is one file, which has no test part"),
-        (["hh", "--input", hh, "--output", raw / "o", "--test_size", "1.5"], "1.5 is neither a fraction from 0 to 1"),
-        (["hh", "--input", hh, "--output", raw / "o", "--test_size", "x"], "argument --test_size: invalid"),
-        (["hh", "--input", hh, "--output", raw / "o", "--test_size", "40"], "--test_size 40 does not do for 40 rows: "),
-        (["demonstrations", "--input", raw / "one.jsonl", "--output", raw / "o"], "two different prompts"),
-        (["hh", "--input", hh, "--output", out, "--wins"], "unrecognized arguments: --wins"),
-        (["hh", "--input", hh, "--output", out, "--config", "x"], "is a file, which has no configurations"),
-        (["votes", "--input", raw / "votes.jsonl", "--output", out, "--accepted"], "Leave `accepted` out."),
-        (["hhh", "--input", hh], "trl-ulma prepare: error: hhh is not a family of data sets. Did you mean hh?"),
-        (["xyzzy"], "They are hh, golden-hh, qa-feedback, red-team, votes, pairs, demonstrations, kto, messages, "),
+    for argv, message, code in (
+        (["hh", "--input", hh], "hh: error: the following arguments are required: --output", 2),
+        (["hh", "--input", raw / "h.jsonl", "--output", out], "There is no file or folder", 1),
+        (["votes", "--input", hh, "--output", out], "chosen, rejected. It looks like hh or golden-hh or pairs.", 1),
+        (["pairs", "--input", raw / "q.jsonl", "--output", out], "its column question would not be read. If", 1),
+        (["hh", "--input", raw / "bad.jsonl", "--output", out], "bad.jsonl is broken JSON in line 2, column 2", 1),
+        (["hh", "--input", hh, "--output", raw / "there.jsonl"], "exists already. Choose another name, or set", 1),
+        (["hh", "--input", hh, "--output", raw / "rows.csv"], "--output ends in '.csv'; it must be a .parquet or", 2),
+        (["hh", "--input", hh, "--output", raw / "file" / "out"], "cannot be written: ", 1),
+        (["hh", "--input", hh, "--output", raw / "full", "--overwrite"], "would be read together with the rows", 2),
+        (["hh", "--input", hh, "--output", raw / "o", "--report", raw / "o" / "r.json"], "would be read as data", 2),
+        (["hh", "--input", hh, "--output", out, "--test_size", "0.1"], "is one file, which has no test part", 2),
+        (["hh", "--input", hh, "--output", raw / "o", "--test_size", "1.5"], "1.5 is neither a fraction from 0", 2),
+        (["hh", "--input", hh, "--output", raw / "o", "--test_size", "x"], "argument --test_size: invalid", 2),
+        (["hh", "--input", hh, "--output", raw / "o", "--test_size", "40"], "--test_size 40 does not do for 40", 1),
+        (["demonstrations", "--input", raw / "one.jsonl", "--output", raw / "o"], "two different prompts", 1),
+        (["hh", "--input", hh, "--output", out, "--wins"], "--wins is not an option. See trl-ulma prepare hh", 2),
+        (["hh", "--input", hh, "--output", out, "--config", "x"], "is a file, which has no configurations", 1),
+        (["votes", "--input", raw / "votes.jsonl", "--output", out, "--accepted"], "Leave `accepted` out.", 1),
+        (["hhh", "--input", hh], "trl-ulma prepare: error: hhh is not a family of datasets. Did you mean hh?", 2),
+        (["xyzzy"], "They are hh, golden-hh, qa-feedback, red-team, votes, pairs, demonstrations, kto, messages, ", 2),
     ):  # fmt: skip
-        line = error_of(capsys, *argv)
+        line = error_of(capsys, *argv, code=code)
         assert line.startswith("trl-ulma prepare")
         assert message in line, line
     assert not out.exists()
@@ -216,7 +216,7 @@ def test_a_broken_file_in_a_folder(raw, capsys):
 
 def test_overwriting_replaces_the_parts(raw):
     assert prepare("hh", raw / "hh.jsonl", raw / "out") == 0
-    assert prepare("pairs", raw / "pairs.jsonl", raw / "out") == 2
+    assert prepare("pairs", raw / "pairs.jsonl", raw / "out") == 1
     assert len(load_rows(raw / "out")["train"]) == 36
     assert prepare("demonstrations", raw / "demonstrations.jsonl", raw / "out", "--overwrite") == 0
     assert len(load_rows(raw / "out")["train"]) == 18
@@ -284,10 +284,11 @@ def test_help_is_fast_and_work_needs_no_torch(raw):
             f"import sys; from trl_ulma.scripts.cli import main; code = main({list(map(str, argv))}); "
             f"assert not {unused} & set(sys.modules), 'imported'; sys.exit(code)"
         )
-        start = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run.returncode == 0, run.stderr
-        return run.stdout, time.monotonic() - start
+        return run.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     for argv in (["prepare", "--help"], *(["prepare", family, "--help"] for family in ("hh", "qa-feedback"))):
         out, seconds = python(*argv, unused={"torch", "transformers", "trl", "datasets"})

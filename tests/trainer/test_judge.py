@@ -415,7 +415,7 @@ def test_settings_are_saved_with_the_model_and_its_checkpoints(tiny_gpt2, tmp_pa
     for folder in (tmp_path / "saved", tmp_path / "checkpoint-1"):
         found = SavedSettings.read(folder / "pointwise.json")
         assert (found.beta, found.label_type, found.log_z, found.max_length) == (0.25, "continuous", -1.5, 1024)
-        assert str(found.label_transform) == "centre:3"
+        assert str(found.label_transform) == "center:3"
         assert found == trainer.saved_settings()
 
 
@@ -488,7 +488,7 @@ def test_wrong_options_are_one_line(capsys, tmp_path):
     assert "--output o.txt must end in .jsonl, .csv, .parquet" in error(*given[:5], "o.txt")
     assert "--batch_size must be 1 or above; got 0" in error(*given, "--batch_size", "0")
     assert "invalid choice: 'best'" in error(*given, "--sort", "best")
-    assert "unrecognized arguments: --mod m" in error(*given, "--mod", "m")
+    assert "--mod is not an option. Did you mean --model?" in error(*given, "--mod", "m")
     assert "--ref_model" in make_parser().format_help()
 
 

@@ -92,7 +92,7 @@ def test_it_is_fitted_on_the_training_set_and_applied_to_the_others(tiny_gpt2, t
         tiny_gpt2,
         rated(),
         tmp_path,
-        "lower_is_better,standardise",
+        "lower_is_better,standardize",
         eval_dataset={"a": rated([10.0]), "b": rated([0.0])},
     )
     labels = np.array(RATINGS)
@@ -139,26 +139,26 @@ def test_prompt_quantiles_know_texts_and_conversations(tiny_llama, tmp_path):
 
 def test_rows_that_name_the_other_type_are_taken_as_they_are(tiny_gpt2, tmp_path):
     rows = rated([5.0, 1.0, 1.0, 3.0], label_type=["continuous", "binary", "continuous", "continuous"])
-    trainer = continuous(tiny_gpt2, rows, tmp_path, "centre")
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "center")
     assert trainer.train_dataset["label"][:] == [2.0, 1.0, -2.0, 0.0]
 
 
 def test_rows_that_are_made_as_they_are_read_are_transformed_too(tiny_gpt2, tmp_path):
     rows = rated().with_transform(lambda batch: {**batch, "label": [2 * label for label in batch["label"]]})
-    trainer = continuous(tiny_gpt2, rows, tmp_path, "centre")
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "center")
     assert trainer.train_dataset["label"][:] == pytest.approx([2 * r - 2 * np.mean(RATINGS) for r in RATINGS])
 
 
 def test_streams_take_transforms_that_need_no_fitting(tiny_gpt2, tmp_path):
     stream = rated().to_iterable_dataset()
-    trainer = continuous(tiny_gpt2, stream, tmp_path, "lower_is_better:4,standardise:2,0.5", max_steps=1)
+    trainer = continuous(tiny_gpt2, stream, tmp_path, "lower_is_better:4,standardize:2,0.5", max_steps=1)
     assert [row["label"] for row in trainer.train_dataset] == pytest.approx([(4 - r - 2) / 0.5 for r in RATINGS])
     # What was fitted on rows at hand serves a stream, too
-    trainer = continuous(tiny_gpt2, rated(), tmp_path, "centre", eval_dataset=stream)
+    trainer = continuous(tiny_gpt2, rated(), tmp_path, "center", eval_dataset=stream)
     assert [row["label"] for row in trainer.eval_dataset] == pytest.approx([r - np.mean(RATINGS) for r in RATINGS])
 
 
-@pytest.mark.parametrize("transform", ["centre", "prompt_quantile", "min_max,centre"])
+@pytest.mark.parametrize("transform", ["center", "prompt_quantile", "min_max,center"])
 def test_streams_refuse_transforms_that_need_all_labels(tiny_gpt2, tmp_path, transform):
     stream = rated().to_iterable_dataset()
     with pytest.raises(
@@ -176,21 +176,21 @@ def test_an_evaluation_stream_has_no_prompt_quantiles(tiny_gpt2, tmp_path):
 
 
 def test_a_wrong_setting_is_refused_by_the_config(tmp_path):
-    with pytest.raises(ValueError, match="'centre,nothing': 'nothing' is not a transform"):
-        PointwiseDPOConfig(str(tmp_path), label_type="continuous", label_transform="centre,nothing")
+    with pytest.raises(ValueError, match="'center,nothing': 'nothing' is not a transform"):
+        PointwiseDPOConfig(str(tmp_path), label_type="continuous", label_transform="center,nothing")
 
 
 @pytest.mark.parametrize(
     ("columns", "transform", "message"),
     [
-        ({"label": [1.0] * 6}, "standardise", "standardise needs labels that differ, and all 6 are 1"),
+        ({"label": [1.0] * 6}, "standardize", "standardize needs labels that differ, and all 6 are 1"),
         (
             {"label": [1.0] * 5 + [float("nan")]},
-            "centre",
+            "center",
             "Row 5 of the train dataset: label is nan; it must be finite",
         ),
         ({"label": ["1"] * 6}, "lower_is_better", "Row 0 of the train dataset: label is '1', a str"),
-        ({"label_type": ["binary"] * 6, "label": [1] * 6}, "centre", "no row of the train dataset is of that type"),
+        ({"label_type": ["binary"] * 6, "label": [1] * 6}, "center", "no row of the train dataset is of that type"),
         ({"label_type": [None] * 6}, "lower_is_better", "label_type is None; it must be one of"),
     ],
 )
@@ -201,16 +201,16 @@ def test_labels_that_cannot_be_transformed(tiny_gpt2, tmp_path, columns, transfo
 
 def test_pairs_and_prepared_rows_have_no_raw_labels(tiny_gpt2, tmp_path):
     pairs = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})
-    for transform in ("centre", "lower_is_better"):
+    for transform in ("center", "lower_is_better"):
         with pytest.raises(
             ValueError, match="The train dataset is paired: its labels are 1 and 0, and not on the scale"
         ):
             continuous(tiny_gpt2, pairs, tmp_path, transform)
     with pytest.raises(ValueError, match="The eval dataset is paired"):
-        continuous(tiny_gpt2, rated(), tmp_path, "centre", eval_dataset=pairs)
+        continuous(tiny_gpt2, rated(), tmp_path, "center", eval_dataset=pairs)
     prepared = continuous(tiny_gpt2, rated(), tmp_path, None).train_dataset
     with pytest.raises(ValueError, match="The train dataset is prepared already, so its labels are not the raw ones"):
-        continuous(tiny_gpt2, prepared, tmp_path, "centre")
+        continuous(tiny_gpt2, prepared, tmp_path, "center")
     assert continuous(tiny_gpt2, prepared, tmp_path, None).train_dataset["label"][:] == RATINGS
 
 
@@ -225,7 +225,7 @@ def test_another_transform_is_not_served_from_the_cache(tiny_gpt2, tmp_path):
     rows = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
     found = [
         continuous(tiny_gpt2, rows, tmp_path, transform).train_dataset["label"][0]
-        for transform in ("centre:1", "centre:2", None, "centre:1")
+        for transform in ("center:1", "center:2", None, "center:1")
     ]
     assert found == [3.0, 2.0, 4.0, 3.0]
 
@@ -258,12 +258,12 @@ def test_point_wise_dpo_has_no_demonstrations(tiny_gpt2, tmp_path, capsys):
     rows = make_rows(40, label=[1.0] * 36 + [0.0] * 4)
     make_trainer(tiny_gpt2, rows, tmp_path / "pointwise", pointwise=True)
     shown = capsys.readouterr().out
-    assert "Of the rows that are compared good ones weigh 9 to 1." in shown
+    assert "Among the compared rows, good and bad ones weigh 9 to 1." in shown
     report = json.loads((tmp_path / "pointwise" / "label_report.json").read_text())
     assert report["demonstrations"] == 0
     # ULMA imitates them, and compares the others alone
     make_trainer(tiny_gpt2, rows, tmp_path / "ulma")
-    assert "good ones weigh" not in capsys.readouterr().out
+    assert "good and bad ones weigh" not in capsys.readouterr().out
     report = json.loads((tmp_path / "ulma" / "label_report.json").read_text())
     assert report["demonstrations"] == 0.9
 
@@ -282,7 +282,7 @@ def test_the_report_can_be_left_out_and_a_stream_has_none(tiny_gpt2, tmp_path, c
     [({}, 1.0), ({"log_z": 0.7}, 1.0), ({"log_z": "running_mean"}, 1.0), ({"length_normalize": True}, None)],
 )
 def test_targets_follow_the_settings(tiny_gpt2, tmp_path, settings, factor):
-    trainer = continuous(tiny_gpt2, rated(), tmp_path, "centre", beta=0.5, **settings)
+    trainer = continuous(tiny_gpt2, rated(), tmp_path, "center", beta=0.5, **settings)
     targets = report_labels(trainer.train_dataset, trainer.args)["continuous"]["targets"]
     log_z = settings.get("log_z", 0.0)
     u = np.abs(np.array(trainer.train_dataset["label"][:]) / 0.5 - (0 if isinstance(log_z, str) else log_z))
@@ -311,6 +311,26 @@ def test_class_weights_that_are_set_are_known_to_the_report(tiny_gpt2, tmp_path)
     assert not any("weigh" in warning for warning in report_labels(trainer.train_dataset, trainer.args)["warnings"])
 
 
+def test_the_report_of_a_training_has_the_scale_of_the_data(tiny_gpt2, tmp_path, capsys):
+    rows = rated([1.0, 2.0, None, 4.0, 5.0])
+    trainer = continuous(tiny_gpt2, rows, tmp_path, "standardize", invalid_rows="drop", label_report=True)
+    assert trainer.raw_labels.tolist() == [1, 2, 4, 5]
+    report = json.loads((tmp_path / "label_report.json").read_text())["continuous"]
+    std = np.std([1, 2, 4, 5])
+    assert [each["low"] for each in report["raw"]["histogram"]] == [1, 2, 4, 5]
+    assert [each["learned_low"] for each in report["raw"]["histogram"]] == pytest.approx(
+        [(label - 3) / std for label in (1, 2, 4, 5)], rel=1e-5
+    )
+    assert report["raw"]["transform"].startswith("standardize:3,")
+    assert f" 4 → {1 / std:+.2f} " in capsys.readouterr().out
+    # Rows of the other type are not on that scale
+    mixed = rated([1.0, 0.0, 4.0, 2.0], label_type=["binary", "binary", "continuous", "continuous"])
+    trainer = continuous(tiny_gpt2, mixed, tmp_path / "mixed", "center")
+    assert trainer.raw_labels.tolist()[2:] == [4, 2]
+    assert np.isnan(trainer.raw_labels[:2]).all()
+    assert continuous(tiny_gpt2, rated(), tmp_path / "none", None).raw_labels is None
+
+
 # The command line
 
 
@@ -333,5 +353,5 @@ def test_a_wrong_transform_on_the_command_line_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ulma.make_parser().parse_settings([*needed, "--label_transform", "threshhold:1"])
     (line,) = capsys.readouterr().err.splitlines()
-    assert "'threshhold' is not a transform; known are centre" in line
+    assert "'threshhold' is not a transform; known are center" in line
     assert line.endswith("Did you mean threshold?")

@@ -4,13 +4,15 @@ import json
 import re
 import shlex
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 from world import make_rows, make_trainer
 
 from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
-from trl_ulma.model_card import METHODS, formulas
+from trl_ulma.model_card import METHODS, bootstrap_intervals, formulas, trained_on_chat
 from trl_ulma.scripts.cli import main
 
 
@@ -75,10 +77,10 @@ def test_the_card_says_what_was_done(tiny_gpt2, tmp_path):
         per_device_train_batch_size=2,
     )
     card = card_of(trainer, model_name="tuned", dataset_name="my-thumbs")
-    assert "## Metrics" not in card
+    assert "## Results" not in card
     trainer.train()
     trained = card_of(trainer)
-    assert "Of the last logged steps, to step 1." in trained
+    assert "These are the figures of the last logged steps, to step 1." in trained
     loss = trainer.evaluate()["eval_loss"]
     card = card_of(trainer, model_name="tuned", dataset_name="my-thumbs")
     head = ModelCard(card).data
@@ -89,7 +91,7 @@ def test_the_card_says_what_was_done(tiny_gpt2, tmp_path):
         "trained with ULMA",
         "12 rows of one answer each; evaluated on 6 others.",
         "Labels of the train dataset: 12 rows",
-        "Of the last evaluation, step 1.",
+        "These are the figures of the last evaluation, step 1.",
         f"| `eval_loss` | {loss:.4g} |",
         "| `beta` | 0.25 |",
         "| `sft_weight` | 0.5 |",
@@ -125,3 +127,122 @@ def test_a_run_without_compared_rows_is_no_judge(tiny_gpt2, tmp_path):
     card = card_of(make_trainer(tiny_gpt2, make_rows(4), tmp_path / "out", negative_loss="none"))
     assert "trl-ulma score" not in card
     assert "implicit reward" not in card
+
+
+def snippet_of(card: str) -> str:
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("max_new_tokens=128", "max_new_tokens=3")
+
+
+def prompt_of(code: str, tmp_path, monkeypatch, capsys) -> str:
+    """What the snippet gives the model to read, when it is run."""
+    seen = {}
+    monkeypatch.chdir(tmp_path)
+    exec(code, seen)
+    assert capsys.readouterr().out.strip()
+    return seen["tokenizer"].decode(seen["prompt"]["input_ids"][0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "prompt"),
+    [
+        (
+            {"chat": "false"},
+            "trained on plain text: a prompt is followed by its answer, without a chat template",
+            "How do I boil an egg?",
+        ),
+        (
+            {"chat": "true"},
+            "trained on conversations, rendered by the tokenizer's chat template.\n",
+            "<|user|>How do I boil an egg?<|end|><|assistant|>",
+        ),
+        (
+            {"chat": "true", "system_message": 'Say "please".'},
+            'were given this one: “Say "please".”',
+            '<|system|>Say "please".<|end|><|user|>How do I boil an egg?<|end|><|assistant|>',
+        ),
+    ],
+)
+def test_the_snippet_prompts_the_model_as_it_was_trained(
+    settings, said, prompt, tiny_llama, tmp_path, monkeypatch, capsys
+):
+    trainer = make_trainer(tiny_llama, make_rows(4), tmp_path / "tuned", max_steps=1, **settings)
+    trainer.train()
+    trainer.save_model()
+    card = card_of(trainer)
+    assert said in card
+    capsys.readouterr()
+    assert prompt_of(snippet_of(card), tmp_path, monkeypatch, capsys) == prompt
+
+
+def test_messages_are_a_chat_without_being_asked(tiny_llama, tmp_path):
+    asked = [[{"role": "user", "content": "Is it red?"}]] * 2
+    said = [[{"role": "assistant", "content": text}] for text in ("Yes.", "No.")]
+    trainer = make_trainer(tiny_llama, make_rows(2, prompt=asked, completion=said), tmp_path / "out")
+    assert trained_on_chat(trainer._plan)
+    assert "The model was trained on conversations" in card_of(trainer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "The reference is the model as it was before training, `{model}`."),
+        ({"precompute_ref_log_probs": True}, "`{model}`. It was asked once, before training."),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 7}, "It was moved towards the policy every 7 steps."),
+        ({"peft_config": LoraConfig(task_type="CAUSAL_LM")}, "The reference is the base model without the adapter"),
+        ({"ref_model": True}, "The reference is a model of its own, `{model}`."),
+        ({"negative_loss": "none"}, "No row was compared with a reference."),
+    ],
+)
+def test_the_card_says_what_the_reference_was(settings, said, tiny_gpt2, tmp_path):
+    if "ref_model" in settings:
+        settings = {"ref_model": AutoModelForCausalLM.from_pretrained(tiny_gpt2)}
+    card = card_of(make_trainer(tiny_gpt2, make_rows(4), tmp_path / "out", **settings))
+    assert said.format(model=tiny_gpt2) in card
+
+
+def test_a_fitted_transform_is_in_the_settings_with_its_numbers(tiny_gpt2, tmp_path):
+    rows = make_rows(4, label=[1.0, 2.0, 4.0, 5.0])
+    settings = {"label_type": "continuous", "label_transform": "min_max", "sft_threshold": 0.5}
+    card = card_of(make_trainer(tiny_gpt2, rows, tmp_path / "out", **settings))
+    assert "| `label_transform` | min_max:1,5 |" in card
+    assert "4 → +0.75" in card
+
+
+def test_results_have_intervals_from_the_rows_of_the_last_evaluation(tiny_gpt2, tmp_path):
+    rows = make_rows(40)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path / "out", eval_dataset=rows, max_steps=1)
+    assert "interval" not in card_of(trainer)
+    trainer.train()
+    assert "interval" not in card_of(trainer)  # of training steps
+    area = trainer.evaluate()["eval_rewards/auc"]
+    card = card_of(trainer)
+    assert "Intervals are 95% intervals from a bootstrap over prompts." in card
+    assert "| figure | value | 95% interval |\n|---|---|---|\n| `eval_loss` | " in card
+    low, high = map(float, re.search(r"`eval_rewards/auc` \| \S+ \| (\S+) to (\S+) \|", card).groups())
+    assert 0 <= low < area < high <= 1
+    # Wider, as sampling says, with a quarter of the prompts
+    few = make_rows(10)
+    trainer.evaluate(few)
+    assert "interval" not in card_of(trainer)  # those rows are not the trainer's evaluation set
+
+
+def test_intervals_are_of_whole_prompts():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 200).astype(float)
+    evaluated = np.stack([label + rng.normal(size=200), label, np.zeros(200)], axis=1)
+
+    def width(rows, group) -> float:
+        low, high = map(float, bootstrap_intervals(rows, group)["rewards/auc"].split(" to "))
+        return high - low
+
+    single = width(evaluated, np.arange(200))
+    repeated = np.repeat(evaluated, 4, axis=0)
+    assert width(repeated, np.repeat(np.arange(200), 4)) == pytest.approx(single, rel=0.15)
+    assert width(repeated, np.arange(800)) == pytest.approx(single / 2, rel=0.15)
+    assert bootstrap_intervals(evaluated[label == 1], np.arange(int(label.sum()))) == {}
+    assert bootstrap_intervals(evaluated[:1], np.zeros(1)) == {}
+
+
+def test_a_card_counts_one_row_as_one(tiny_gpt2, tmp_path):
+    rows = make_rows(1, label=[1.0])
+    assert "\n1 row of one answer each.\n" in card_of(make_trainer(tiny_gpt2, rows, tmp_path / "out"))

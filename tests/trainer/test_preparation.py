@@ -219,7 +219,7 @@ def test_prepared_rows_of_another_transform_are_refused():
     made = prepared(tokenizer, rows, half)
     assert prepared(tokenizer, made, half) is made
     other = LabelRules("continuous", transform=parse_transform("centre:2", "continuous"))
-    with pytest.raises(ValueError, match=r"prepared already, by a trainer with label_transform=centre:3.*Pass the raw"):
+    with pytest.raises(ValueError, match=r"prepared already, by a trainer with label_transform=center:3.*Pass the raw"):
         prepared(tokenizer, made, other)
 
 

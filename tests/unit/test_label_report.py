@@ -2,10 +2,12 @@
 
 import json
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
+from trl_ulma.evaluation.figures import label_histogram
 from trl_ulma.labels import label_report, render_report
 
 
@@ -87,7 +89,7 @@ def test_targets_outside_1_to_50_nats_are_warned_of_with_a_beta_that_is_better()
     assert high.startswith("2 target log-ratios (z − c)/β above 50 nats, up to 80")
     assert high.endswith("With beta=0.33 it would be 10.")
     (nothing,) = report_of([0.0, 0.0], True)["warnings"]
-    assert nothing.endswith("there is little to learn at beta=0.1.")
+    assert nothing.endswith("There is little to learn at beta=0.1.")
 
 
 def test_weights_and_shares():
@@ -130,7 +132,7 @@ def test_class_weights_balance_the_classes_and_keep_the_whole():
     undesirable = advice["undesirable_weight"] * weight[label < 0.5].sum()
     assert desirable == pytest.approx(undesirable, rel=1e-3)
     assert desirable + undesirable == pytest.approx(weight.sum(), rel=1e-3)
-    assert any("weigh 8 to 1. To weigh both alike: desirable_weight=0.5625" in each for each in report["warnings"])
+    assert any("weigh 8 to 1. To balance them, set desirable_weight=0.5625" in each for each in report["warnings"])
     assert not report_of(label, weight=weight, class_weights=(0.5625, 4.5))["warnings"]
     assert not report_of([1, 1, 1, 1, 0, 0, 0])["warnings"]
     assert report_of([1, 1, 1, 0, 0])["warnings"]
@@ -181,8 +183,8 @@ def test_what_a_log_z_of_0_would_learn_is_a_warning():
         return [each for each in found if "log_z" in each]
 
     (share,) = said([1, 1, 1, 0], log_z=0.0)
-    assert "good ones weigh 3 to 1. With log_z=0 most of what is learned is that share" in share
-    assert "good ones weigh 0.33 to 1" in said([0, 0, 0, 1], log_z=0.0)[0]
+    assert "good and bad ones weigh 3 to 1. With log_z=0 the model mostly learns that share." in share
+    assert "good and bad ones weigh 0.33 to 1" in said([0, 0, 0, 1], log_z=0.0)[0]
     assert said([1, 1, 1, 0, 0], log_z=0.0) == []
     assert said([1, 1, 1, 1], log_z=0.0) == []  # a class alone cannot be taken off
     assert said([1, 1, 1, 0], log_z=1.5) == said([1, 1, 1, 0], log_z=None) == []
@@ -193,6 +195,84 @@ def test_what_a_log_z_of_0_would_learn_is_a_warning():
 
     (shift,) = said([1, 2, 3], True, log_z=0.0)
     assert "Continuous labels are 2 on average, 2.4 standard deviations from 0" in shift
-    assert "to become more likely" in shift
+    assert "asks every answer to become more likely" in shift
     assert "to become less likely" in said([-1, -2, -3], True, log_z=0.0)[0]
     assert said([-1, 0, 2], True, log_z=0.0) == said([1, 2, 3], True, log_z=None) == []
+
+
+# The user's scale beside the one that is learned
+
+
+def test_labels_are_shown_on_both_scales():
+    raw = np.repeat([1.0, 2.0, 3.0, 4.0, 5.0], [2, 2, 4, 6, 2])
+    mean, std = raw.mean(), raw.std()
+    report = report_of((raw - mean) / std, True, raw=raw, transform="standardize:3.25,1.2")["continuous"]
+    assert report["raw"]["transform"] == "standardize:3.25,1.2"
+    assert (report["raw"]["mean"], report["raw"]["std"]) == pytest.approx((mean, std), rel=1e-5)
+    assert [each["low"] for each in report["raw"]["histogram"]] == [1, 2, 3, 4, 5]
+    assert [each["rows"] for each in report["raw"]["histogram"]] == [2, 2, 4, 6, 2]
+    for each, learned in zip(report["raw"]["histogram"], report["histogram"], strict=True):
+        assert each["learned_low"] == each["learned_high"] == pytest.approx((each["low"] - mean) / std, rel=1e-5)
+        assert learned["rows"] == each["rows"]
+    whole = report_of((raw - mean) / std, True, raw=raw, transform="standardize:3.25,1.2")
+    lines = render_report(whole).splitlines()
+    assert lines[2] == f"continuous labels: 16 rows, mean {mean:.3g}, standard deviation {std:.3g}"
+    assert lines[3] == "after standardize:3.25,1.2: mean 0, standard deviation 1"
+    assert lines[4].split() == ["label", "→", "learned", "rows", "tokens"]
+    assert [line.split()[:3] for line in lines[5:10]] == [
+        [f"{label:g}", "→", f"{(label - mean) / std:+.2f}"] for label in (1, 2, 3, 4, 5)
+    ]
+    assert lines[8].split()[3:] == ["█" * 24, "6", "37.5%", "1"]
+    assert json.loads(json.dumps(whole)) == whole
+
+
+def test_labels_that_a_transform_spreads_are_shown_as_they_are_learned_too():
+    # The same votes are another rate where more were cast
+    raw, trials = np.array([1.0, 1.0, 3.0, 3.0]), np.array([2.0, 8.0, 4.0, 4.0])
+    label = (raw + 1) / (trials + 2)
+    report = report_of(label, raw=raw, transform="votes:1,1")
+    first, second = report["binary"]["raw"]["histogram"]
+    assert (first["learned_low"], first["learned_high"]) == (0.2, 0.5)
+    assert second["learned_low"] == second["learned_high"] == pytest.approx(2 / 3, rel=1e-5)
+    text = render_report(report)
+    assert "1 → +0.20 … +0.50 ███" in text
+    assert "binary labels as they are learned\n" in text
+    # A threshold makes one label of several, which one table says
+    raw = np.array([1.0, 2.0, 5.0])
+    text = render_report(report_of([0, 0, 1], raw=raw, transform="threshold:4"))
+    assert [f"{label} → {learned} " in text for label, learned in ((1, "0.00"), (2, "0.00"), (5, "+1.00"))] == [
+        True
+    ] * 3
+    assert "as they are learned" not in text
+
+
+def test_many_labels_have_bins_on_both_scales_in_80_columns():
+    raw = np.random.default_rng(0).normal(3000, 400, 500)
+    report = report_of(np.argsort(np.argsort(raw)) / 500, raw=raw, transform="quantile", weight=np.ones(500))
+    bins = report["binary"]["raw"]["histogram"]
+    assert sum(each["rows"] for each in bins) == 500
+    kept = [each for each in bins if each["rows"]]
+    assert all(a["learned_high"] < b["learned_low"] for a, b in pairwise(kept))
+    assert max(map(len, render_report(report).splitlines())) <= 80
+
+
+def test_without_a_transform_there_is_one_scale():
+    assert "raw" not in report_of([1, 0])["binary"]
+    # Rows of the type that the transform is not for
+    report = report_of([1, 0, 0.5], [0, 0, 1], raw=np.array([np.nan, np.nan, 3.0]), transform="center:2.5")
+    assert "raw" not in report["binary"]
+    assert report["continuous"]["raw"]["mean"] == 3
+
+
+def test_the_picture_shows_both_scales():
+    raw = np.repeat([1.0, 4.0], [3, 5])
+    both = label_histogram(raw - 2.5, raw > 3, raw=raw)
+    before, after = both.axes
+    assert (before.get_xlabel(), after.get_xlabel()) == ("label in the data", "label that is learned")
+    assert [tick.get_text() for tick in before.get_xticklabels()] == ["1", "4"]
+    assert [tick.get_text() for tick in after.get_xticklabels()] == ["-1.5", "1.5"]
+    for axes in (before, after):
+        assert sorted(bar.get_height() for bar in axes.patches if bar.get_height()) == [3, 5]
+    (legend,) = both.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["demonstrations (5)", "other rows (3)"]
+    assert len(label_histogram(raw, raw > 3).axes) == 1

@@ -23,19 +23,19 @@ def fitted(spec, labels=LABELS, label_type="continuous", **columns):
 @pytest.mark.parametrize(
     ("spec", "label_type", "expected"),
     [
-        ("centre", "continuous", LABELS - 1.5),
-        ("centre:3", "continuous", LABELS - 3),
-        ("standardise", "continuous", (LABELS - 1.5) / np.sqrt(np.mean((LABELS - 1.5) ** 2))),
-        ("standardise:1,2", "continuous", (LABELS - 1) / 2),
+        ("center", "continuous", LABELS - 1.5),
+        ("center:3", "continuous", LABELS - 3),
+        ("standardize", "continuous", (LABELS - 1.5) / np.sqrt(np.mean((LABELS - 1.5) ** 2))),
+        ("standardize:1,2", "continuous", (LABELS - 1) / 2),
         ("min_max", "binary", LABELS / 4),
         ("min_max:-1,4", "binary", (LABELS + 1) / 5),
         ("lower_is_better", "continuous", -LABELS),
         ("lower_is_better:4", "continuous", 4 - LABELS),
         ("threshold:1", "binary", [1, 0, 1, 1, 1, 0]),
         ("threshold:1,lower_is_better", "binary", [0, 1, 0, 0, 0, 1]),
-        ("centre,threshold:0", "binary", [1, 0, 0, 0, 1, 0]),
+        ("center,threshold:0", "binary", [1, 0, 0, 0, 1, 0]),
         ("lower_is_better,min_max", "binary", 1 - LABELS / 4),
-        ("lower_is_better,standardise", "continuous", -(LABELS - 1.5) / LABELS.std()),
+        ("lower_is_better,standardize", "continuous", -(LABELS - 1.5) / LABELS.std()),
         ("quantile", "binary", (rankdata(LABELS) - 0.5) / 6),
         ("lower_is_better,quantile", "binary", 1 - (rankdata(LABELS) - 0.5) / 6),
     ],
@@ -78,7 +78,7 @@ def test_prompt_quantiles_have_mean_one_half_in_every_prompt(rows):
 
 
 def test_other_rows_are_transformed_with_the_training_sets_numbers():
-    assert fitted("standardise,centre:1").apply(np.array([100.0])) == pytest.approx([(100 - 1.5) / LABELS.std() - 1])
+    assert fitted("standardize,center:1").apply(np.array([100.0])) == pytest.approx([(100 - 1.5) / LABELS.std() - 1])
     # Between known labels a quantile is interpolated, beyond them it is theirs
     assert fitted("quantile").apply(np.array([-9.0, 3.5, 9.0])) == pytest.approx([1 / 6, (4.5 + 5.5) / 12, 5.5 / 6])
 
@@ -97,7 +97,7 @@ def test_a_distribution_of_many_labels_is_kept_by_a_thousand_points():
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20).filter(lambda labels: max(labels) - min(labels) > 1e-3))
 @pytest.mark.parametrize(
     "spec",
-    ["centre", "standardise", "min_max", "lower_is_better", "lower_is_better:4,standardise", "min_max,lower_is_better"],
+    ["center", "standardize", "min_max", "lower_is_better", "lower_is_better:4,standardize", "min_max,lower_is_better"],
 )
 def test_what_was_transformed_comes_back(spec, labels):
     transform = fitted(spec, np.array(labels))
@@ -106,17 +106,17 @@ def test_what_was_transformed_comes_back(spec, labels):
 
 def test_the_way_back_ends_at_what_has_none():
     assert fitted("threshold:1,lower_is_better", label_type="binary").invert([0.2]) == pytest.approx([0.8])
-    assert fitted("centre,threshold:1", label_type="binary").invert([0.2]) == pytest.approx([0.2])
+    assert fitted("center,threshold:1", label_type="binary").invert([0.2]) == pytest.approx([0.2])
     prompts = ["a", "b", "a", "b", "a", "c"]
-    transform = fitted("lower_is_better,prompt_quantile,centre", prompts=prompts)
+    transform = fitted("lower_is_better,prompt_quantile,center", prompts=prompts)
     assert transform.invert([0.25]) == pytest.approx([0.75])
 
 
 @pytest.mark.parametrize(
-    "spec", ["lower_is_better,standardise", "quantile", "min_max:0,4", "centre,threshold:0.5", "votes:1,2", "centre"]
+    "spec", ["lower_is_better,standardize", "quantile", "min_max:0,4", "center,threshold:0.5", "votes:1,2", "center"]
 )
 def test_json_keeps_all_of_it(spec):
-    label_type = "continuous" if spec.endswith(("standardise", "quantile", "centre")) else "binary"
+    label_type = "continuous" if spec.endswith(("standardize", "quantile", "center")) else "binary"
     trials = np.full(6, 5.0)
     transform = fitted(spec, label_type=label_type, trials=trials)
     again = LabelTransform.from_json(json.loads(json.dumps(transform.to_json())))
@@ -124,9 +124,9 @@ def test_json_keeps_all_of_it(spec):
     assert (again.apply(LABELS, trials) == transform.apply(LABELS, trials)).all()
 
 
-@pytest.mark.parametrize("step", [{"name": "cube", "numbers": []}, {"name": "centre", "numbers": []}])
+@pytest.mark.parametrize("step", [{"name": "cube", "numbers": []}, {"name": "center", "numbers": []}])
 def test_what_is_no_step_is_not_read_from_json(step):
-    with pytest.raises(ValueError, match=r"is no label transform\. The known ones are centre"):
+    with pytest.raises(ValueError, match=r"is no label transform\. The known ones are center"):
         LabelTransform.from_json([step])
 
 
@@ -138,32 +138,32 @@ def test_the_grammar():
     assert [(step.name, step.numbers) for step in steps] == [("votes", (1.0, 2.0)), ("lower_is_better", (1.0,))]
     assert str(parse_transform("min_max:0,4,lower_is_better", "binary")) == "min_max:0,4,lower_is_better:1"
     assert parse_transform("threshold:-1e-3", "binary").steps[0].numbers == (-0.001,)
-    assert not parse_transform("centre", "continuous").is_fitted
-    assert parse_transform("centre:0,threshold:1,lower_is_better", "binary").is_fitted
+    assert not parse_transform("center", "continuous").is_fitted
+    assert parse_transform("center:0,threshold:1,lower_is_better", "binary").is_fitted
 
 
 @pytest.mark.parametrize(
     ("spec", "label_type", "message"),
     [
-        ("center", "continuous", "'center' is not a transform; known are centre.*Did you mean centre?"),
-        ("", "continuous", "'' is not a transform; known are centre"),
-        ("centre,", "continuous", "'' is not a transform"),
-        ("3,centre", "continuous", "'3' is not a transform"),
-        ("centre:x", "continuous", "'x' is not a number, as centre takes"),
-        ("centre:nan", "continuous", "'nan' is not a number"),
-        ("centre:1,2", "continuous", "centre:1,2 has 2 numbers; centre takes the mean"),
+        ("centered", "continuous", "'centered' is not a transform; known are center.*Did you mean center?"),
+        ("", "continuous", "'' is not a transform; known are center"),
+        ("center,", "continuous", "'' is not a transform"),
+        ("3,center", "continuous", "'3' is not a transform"),
+        ("center:x", "continuous", "'x' is not a number, as center takes"),
+        ("center:nan", "continuous", "'nan' is not a number"),
+        ("center:1,2", "continuous", "center:1,2 has 2 numbers; center takes the mean"),
         ("quantile:3", "continuous", "quantile:3 has 1 numbers; quantile takes no numbers"),
-        ("standardise:1", "continuous", "takes mean and standard deviation"),
+        ("standardize:1", "continuous", "takes mean and standard deviation"),
         ("threshold", "binary", "threshold has 0 numbers; threshold takes least good"),
-        ("standardise:1,0", "continuous", "a standard deviation is above 0; got 0"),
+        ("standardize:1,0", "continuous", "a standard deviation is above 0; got 0"),
         ("min_max:4,0", "binary", "the least label is below the greatest; got 4 and 0"),
         ("votes:0,0", "binary", "a and b of a Beta prior are 0 or above, one of them above 0"),
         ("votes:-1,2", "binary", "a and b of a Beta prior"),
-        ("centre,votes", "binary", "votes reads the votes that rows carry. Put it first"),
+        ("center,votes", "binary", "votes reads the votes that rows carry. Put it first"),
         ("lower_is_better,threshold:2", "binary", "Put threshold first"),
         ("threshold:2", "continuous", "threshold makes labels 0 and 1. Set label_type='binary'"),
-        ("standardise", "binary", "standardise makes labels outside \\[0, 1\\]. Set label_type='continuous'"),
-        ("centre,lower_is_better", "binary", "centre makes labels outside"),
+        ("standardize", "binary", "standardize makes labels outside \\[0, 1\\]. Set label_type='continuous'"),
+        ("center,lower_is_better", "binary", "center makes labels outside"),
         (3, "binary", "label_transform must be text such as"),
     ],
 )
@@ -172,13 +172,13 @@ def test_a_wrong_setting_is_told_what_is_right(spec, label_type, message):
         parse_transform(spec, label_type)
 
 
-@pytest.mark.parametrize("spec", ["standardise", "min_max", "quantile"])
+@pytest.mark.parametrize("spec", ["standardize", "min_max", "quantile"])
 def test_labels_that_do_not_differ_are_refused_where_they_must(spec):
     with pytest.raises(ValueError, match=f"{spec} needs labels that differ, and all 3 are 2 where it comes"):
         fitted(spec, np.full(3, 2.0))
     with pytest.raises(ValueError, match="all 3 are 1 where it comes"):
         fitted("threshold:0," + spec, np.array([0.5, 1.0, 2.0]))
-    assert (fitted("centre", np.full(3, 2.0)).apply(np.full(3, 2.0)) == 0).all()
+    assert (fitted("center", np.full(3, 2.0)).apply(np.full(3, 2.0)) == 0).all()
 
 
 def test_prompt_quantiles_that_tell_nothing_apart_are_refused():
@@ -189,8 +189,8 @@ def test_prompt_quantiles_that_tell_nothing_apart_are_refused():
 
 
 def test_what_is_not_given_or_not_fitted_is_not_applied():
-    with pytest.raises(ValueError, match="centre has not been fitted"):
-        parse_transform("centre", "continuous").apply(LABELS)
+    with pytest.raises(ValueError, match="center has not been fitted"):
+        parse_transform("center", "continuous").apply(LABELS)
     with pytest.raises(ValueError, match="votes needs the rows' trials"):
         parse_transform("votes", "binary").apply(LABELS)
     with pytest.raises(ValueError, match="prompt_quantile needs the rows' prompts"):
@@ -209,7 +209,7 @@ def test_only_rows_of_the_settings_type_are_transformed():
     assert transform_labels(columns, [0, 1, 2], "train", rules("lower_is_better:3")) == [-1.0, True, 3.0]
     columns["label_type"] = ["binary", "binary", "continuous"]
     assert transform_labels(columns, [0, 1, 2], "train", rules("threshold:2", "binary")) == [1.0, 0.0, 0]
-    assert transform_labels({"label": [4], "label_type": ["binary"]}, [0], "train", rules("centre:3")) == [4]
+    assert transform_labels({"label": [4], "label_type": ["binary"]}, [0], "train", rules("center:3")) == [4]
 
 
 def test_demonstrations_are_named_by_the_transformed_label():
@@ -259,3 +259,13 @@ def test_a_label_that_is_wrong_after_the_transform_says_so():
 def test_votes_that_are_none_name_their_row(columns, message):
     with pytest.raises(ValueError, match=message):
         raw_labels(columns, [5, 6], "train", rules("votes", "binary"))
+
+
+def test_british_spellings_are_read():
+    british, american = (parse_transform(f"lower_is_better:4,{a},{b}:2", "continuous") for a, b in SPELLINGS)
+    assert british == american
+    saved = [{"name": "standardise", "numbers": [3, 2]}, {"name": "centre", "numbers": [1]}]
+    assert str(LabelTransform.from_json(saved)) == "standardize:3,2,center:1"
+
+
+SPELLINGS = (("standardise", "centre"), ("standardize", "center"))

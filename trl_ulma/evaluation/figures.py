@@ -206,25 +206,43 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
 
 
 @_drawn
-def label_histogram(label: np.ndarray, is_demonstration: np.ndarray) -> Figure:
+def label_histogram(label: np.ndarray, is_demonstration: np.ndarray, *, raw: np.ndarray | None = None) -> Figure:
     """How often each label comes, demonstrations and other rows apart.
 
     Args:
         label: `(N,)`.
         is_demonstration: `(N,)` bool.
+        raw: `(N,)` labels before the label transform, NaN if unknown, in a panel of their own; None without one.
 
     Raises:
         ValueError: without rows.
     """
     if not len(label):
         raise ValueError("A histogram of labels needs a row at least.")
-    figure, axes = _single()
+    if raw is None or not np.isfinite(raw).any():
+        figure, axes = _single()
+        _draw_labels(axes, label, is_demonstration, named=True)
+    else:
+        figure = Figure(figsize=(WIDTH + 2, 3.6), layout="constrained")
+        before, axes = figure.subplots(1, 2, sharey=True)
+        known = np.isfinite(raw)
+        _draw_labels(before, raw[known], is_demonstration[known], named=False)
+        before.set_xlabel("label in the data")
+        before.set_ylabel("rows")
+        _quiet(before)
+        _draw_labels(axes, label, is_demonstration, named=True)
+    x_label, y_label = ("label", "rows") if raw is None else ("label that is learned", "")
+    _finish(figure, axes, x_label, y_label, "Labels", legend=True)
+    return figure
+
+
+def _draw_labels(axes: Any, label: np.ndarray, is_demonstration: np.ndarray, *, named: bool) -> None:
     values = np.unique(label)
     few = len(values) <= 12
     if few:
         edges = np.arange(len(values) + 1) - 0.5
         place = np.searchsorted(values, label).astype(float)
-        axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_xticks(range(len(values)), [f"{value:.3g}" for value in values])
     else:
         edges, place = np.histogram_bin_edges(label, bins=20), label
     parts = [place[is_demonstration], place[~is_demonstration]]
@@ -236,15 +254,13 @@ def label_histogram(label: np.ndarray, is_demonstration: np.ndarray) -> Figure:
         stacked=True,
         rwidth=0.6 if few else 1.0,
         color=[("#0072B2", "#E69F00")[i] for i in kept],
-        label=[names[i] for i in kept],
+        label=[names[i] if named else f"_{i}" for i in kept],  # which a legend leaves out
         edgecolor=_edge(),
     )
     for i, container in zip(kept, bars if len(kept) > 1 else [bars], strict=True):
-        for bar in container:  # type: ignore[union-attr]
+        for bar in container:
             bar.set_hatch(("", "//")[i])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish(figure, axes, "label", "rows", "Labels", legend=True)
-    return figure
 
 
 @_drawn

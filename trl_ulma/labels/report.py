@@ -1,23 +1,23 @@
-"""The label report: what labels, weights, prompts and lengths say before any training."""
+"""The label report: a summary of labels, weights, prompts and lengths, and warnings, before any training."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 _WIDTH = 80
 _BINS = 10
-# Labels of more different values than this are counted in bins
+# Above this number of different values, labels are counted in bins
 _VALUES = 12
-# A label that length explains this well by itself is suspect: 0.3² is a tenth of its variance
+# A label that correlates with length this much is suspect: length then explains 0.3², a tenth, of its variance
 _LENGTH_BIAS = 0.3
-# Between these a target log-ratio is neither lost in the noise nor out of a policy's reach, nats
+# In nats. Below this range a target log-ratio is lost in the noise; above it a policy cannot reach it
 _TARGETS = (1.0, 50.0)
 _GOOD_TARGET = 10.0
-# KTO's advice: the classes' summed weights within 4:3 of one another
+# KTO's advice: keep the ratio of the classes' summed weights within 4:3
 _BALANCED = 4 / 3
-# From here up an estimate of log Z was better than 0 (examples/exact_world/RESULTS.md has 1 and 9)
+# From this ratio on, an estimate of log Z did better than 0 (examples/exact_world/RESULTS.md has 1 and 9)
 _LOPSIDED = 3
 
 
@@ -35,6 +35,8 @@ def label_report(
     beta: float = 0.1,
     length_normalize: bool = False,
     class_weights: tuple[float, float] = (1.0, 1.0),
+    raw: np.ndarray | None = None,
+    transform: str | None = None,
 ) -> dict[str, Any]:
     r"""Counts, shares and warnings about a training set, as JSON can hold them.
 
@@ -45,25 +47,34 @@ def label_report(
         prompt: `(N,)` a number for each different prompt.
         answer: `(N,)` a number for each different completion of a prompt.
         tokens: `(N,)` the completions' numbers of tokens.
-        compared: `(N,)` bool, True where the loss has the reference; None where that are all rows but demonstrations.
-        weight: `(N,)` the rows' weights; None where all are 1.
-        log_z: log Z in nats, one number or `(N,)`; None where it is not known before training.
+        compared: `(N,)` bool, whether the loss of a row contains the reference; None if it does for all rows except
+            demonstrations.
+        weight: `(N,)` the rows' weights; None if all are 1.
+        log_z: log Z in nats, one number or `(N,)`; None if it is not known before training.
         beta: β.
-        length_normalize: whether log-ratios are divided by the completion's tokens: u is then as many times greater.
-        class_weights: `desirable_weight` and `undesirable_weight` as they are set.
+        length_normalize: whether log-ratios are divided by the completion's number of tokens, which makes targets that
+            many times larger.
+        class_weights: the settings `desirable_weight` and `undesirable_weight`.
+        raw: `(N,)` labels before the label transform, NaN for rows that it is not for; None without a transform.
+        transform: the fitted transform, such as "threshold:4".
 
     Returns:
-        - `rows`, and `demonstrations`, the share of them that are;
-        - `binary`, `continuous`, of rows of that type: `rows`; `classes`, rows by class; `mean`, `std`; `histogram`, a
-          list of `low`, `high`, `rows`, `weight` (the sum) and `tokens` (the mean), `low` and `high` being equal where
-          single labels are counted; `length_correlation`, Pearson's of label and tokens, None where either is constant;
-        - of binary ones, `class_weights`: `desirable_weight` and `undesirable_weight` under which both classes weigh
-          alike and all rows as much as before; None where there is one class;
-        - of continuous ones, `targets`: |u| in nats, u = (z − c)/β with c = β·log Z: what log-ratios are drawn to;
-        - `weight`: its distribution, the share that demonstrations have of it and Kish's effective number of rows;
-        - `repeated`: rows whose prompt and completion an earlier row has; `contradicting`: rows whose prompt and
-          completion another row has with another label of the same type;
-        - `prompts`: how many, the mean and greatest number of answers, and `with_answers`, prompts by their number;
+        - `rows`, and `demonstrations`, the share of rows that are demonstrations;
+        - `binary` and `continuous`, for the rows of each type: `rows`; `classes`, rows by class; `mean`, `std`;
+          `histogram`, a list of `low`, `high`, `rows`, `weight` (the sum) and `tokens` (the mean), with `low` equal to
+          `high` if single labels are counted; `length_correlation`, Pearson's correlation of label and tokens, None if
+          either is constant;
+        - `raw`, of rows with a label transform: `transform`; `mean`, `std` and `histogram` of the labels before it, as
+          above, and for each bin `learned_low` and `learned_high`, what its labels become;
+        - for binary labels, `class_weights`: values of `desirable_weight` and `undesirable_weight` that balance the
+          classes and keep the total weight; None if there is one class;
+        - for continuous labels, `targets`: |u| in nats, u = (z − c)/β with c = β·log Z, the log-ratios that the loss
+          asks for;
+        - `weight`: its distribution, the demonstrations' share of it, and Kish's effective number of rows;
+        - `repeated`: rows with the prompt and completion of an earlier row; `contradicting`: rows with the prompt and
+          completion of another row that has another label of the same type;
+        - `prompts`: their number, the mean and the largest number of answers per prompt, and `with_answers`, the number
+          of prompts by their number of answers;
         - `warnings`: sentences.
 
     Example:
@@ -83,6 +94,8 @@ def label_report(
     for name, rows in (("binary", ~continuous), ("continuous", continuous)):
         if rows.any():
             report[name] = _of_type(name, label[rows], sft_mask[rows], weights[rows], tokens[rows], warnings)
+            if raw is not None and np.isfinite(raw[rows]).all():
+                report[name]["raw"] = _before(raw[rows], label[rows], weights[rows], tokens[rows], transform or "")
     if "binary" in report:
         rows = ~continuous
         report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
@@ -91,8 +104,8 @@ def label_report(
         bad = class_weights[1] * of_reward[label < 0.5].sum()
         if is_zero and max(good, bad) >= _LOPSIDED * min(good, bad) > 0:
             warnings.append(
-                f"Of the rows that are compared good ones weigh {good / bad:.2g} to 1. With log_z=0 most of what is "
-                'learned is that share; with log_z="prior" it is taken off.'
+                f"Among the compared rows, good and bad ones weigh {good / bad:.2g} to 1. With log_z=0 the model "
+                'mostly learns that share. Set log_z="prior" to remove it.'
             )
     if "continuous" in report:
         shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
@@ -102,9 +115,8 @@ def label_report(
         if is_zero and 0 < std < abs(mean):
             warnings.append(
                 f"Continuous labels are {mean:.3g} on average, {abs(mean) / std:.2g} standard deviations from 0. With "
-                "log_z=0 that asks all answers alike to become "
-                f'{"more" if mean > 0 else "less"} likely, which they cannot. Take it off with log_z="prior", or with '
-                'label_transform="centre".'
+                f"log_z=0 this asks every answer to become {'more' if mean > 0 else 'less'} likely, which is not "
+                'possible. Set log_z="prior" or label_transform="center" to remove the mean.'
             )
     report["weight"] = _weights(weights, weight is not None, sft_mask)
     report.update(_repeats(label, continuous, answer, warnings))
@@ -126,8 +138,9 @@ def _of_type(
         if abs(correlation) >= _LENGTH_BIAS:
             longer = "longer" if correlation > 0 else "shorter"
             warnings.append(
-                f"Better answers are {longer} (correlation of {name} label and tokens {correlation:+.2f}): length may "
-                "be learned in place of quality. Balance the lengths, or compare with length_normalize=True."
+                f"Better answers are {longer} (correlation of {name} label and tokens {correlation:+.2f}), so the "
+                "model may learn length instead of quality. Balance the lengths, or compare with "
+                "length_normalize=True."
             )
     return {
         "rows": len(label),
@@ -139,13 +152,30 @@ def _of_type(
     }
 
 
-def _histogram(label: np.ndarray, weight: np.ndarray, tokens: np.ndarray) -> list[dict[str, float]]:
+def _before(
+    raw: np.ndarray, label: np.ndarray, weight: np.ndarray, tokens: np.ndarray, transform: str
+) -> dict[str, Any]:
+    """The labels as rows carry them, beside what the transform makes of them."""
+    histogram = _histogram(raw, weight, tokens)
+    _, _, bins = _bins(raw)
+    for i, each in enumerate(histogram):
+        learned = label[bins == i]
+        each["learned_low"] = _rounded(learned.min()) if len(learned) else None
+        each["learned_high"] = _rounded(learned.max()) if len(learned) else None
+    return {"transform": transform, "mean": _rounded(raw.mean()), "std": _rounded(raw.std()), "histogram": histogram}
+
+
+def _bins(label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lows, highs, the number of each label's bin): a bin for each label, or ten if there are many."""
     values, bins = np.unique(label, return_inverse=True)
-    lows = highs = values
-    if len(values) > _VALUES:
-        edges = np.histogram_bin_edges(label, _BINS)
-        lows, highs = edges[:-1], edges[1:]
-        bins = np.digitize(label, edges[1:-1])
+    if len(values) <= _VALUES:
+        return values, values, bins
+    edges = np.histogram_bin_edges(label, _BINS)
+    return edges[:-1], edges[1:], np.digitize(label, edges[1:-1])
+
+
+def _histogram(label: np.ndarray, weight: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
+    lows, highs, bins = _bins(label)
     rows, weights, lengths = (np.bincount(bins, of, len(lows)) for of in (None, weight, tokens))
     return [
         {
@@ -166,13 +196,13 @@ def _targets(targets: np.ndarray, beta: float, is_known: bool, warnings: list[st
     advice = f"With beta={beta * size / _GOOD_TARGET:.2g} it would be {_GOOD_TARGET:g}." if size else ""
     if size < low:
         warnings.append(
-            f"The target log-ratios (z − c)/β are {size:.2g} nats in root mean square, below {low:g}: there is little "
+            f"The target log-ratios (z − c)/β are {size:.2g} nats in root mean square, below {low:g}. There is little "
             f"to learn at beta={beta:g}. {advice}".rstrip()
         )
     elif beyond:
         warnings.append(
-            f"{_count(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}: out of reach "
-            f"for a policy that keeps its language. The root mean square is {size:.3g} at beta={beta:g}. {advice}"
+            f"{_count(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}. A policy that "
+            f"keeps its language cannot reach them. The root mean square is {size:.3g} at beta={beta:g}. {advice}"
         )
     return {
         "rms": _rounded(size),
@@ -208,7 +238,7 @@ def _repeats(label: np.ndarray, continuous: np.ndarray, answer: np.ndarray, warn
     if contradicting:
         warnings.append(
             f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels. "
-            "That is right for votes by several people; else one of them is wrong."
+            "This is expected for votes by several people. Otherwise a label is wrong."
         )
     return {"repeated": len(label) - len(np.unique(answer)), "contradicting": contradicting}
 
@@ -240,7 +270,7 @@ def _class_weights(
     desirable, undesirable = desirable * as_set[0], undesirable * as_set[1]
     if max(desirable, undesirable) > _BALANCED * min(desirable, undesirable) > 0:
         warnings.append(
-            f"Desirable and undesirable rows weigh {desirable / undesirable:.3g} to 1. To weigh both alike: "
+            f"Desirable and undesirable rows weigh {desirable / undesirable:.3g} to 1. To balance them, set "
             f"desirable_weight={advice['desirable_weight']:g}, undesirable_weight={advice['undesirable_weight']:g}."
         )
     return advice
@@ -255,7 +285,7 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
 
     Args:
         report: of `label_report`.
-        name: the data set's.
+        name: of the dataset.
 
     Example:
         >>> ones = np.ones(4, dtype=int)
@@ -283,10 +313,10 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
             facts["demonstrations"] += f", {weight['demonstrations']:.1%} of weights"
         facts["weights"] = (
             f"{weight['min']:.4g} to {weight['max']:.4g}, median {weight['median']:.4g}; {weight['zero']:,} are 0; "
-            f"as good as {weight['effective_rows']:,.0f} rows of one weight"
+            f"worth {weight['effective_rows']:,.0f} rows of equal weight"
         )
     by_number = ", ".join(f"{count:,} with {number}" for number, count in prompts["with_answers"].items())
-    facts["answers a prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
+    facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts["repeated"] = _count(report["repeated"], "row")
     facts["contradicting"] = _count(report["contradicting"], "row")
     class_weights = report.get("binary", {}).get("class_weights")
@@ -303,19 +333,17 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
 
 
 def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list[str]:
-    rows = _count(found["rows"], "row")
-    lines = [f"{kind} labels: {rows}, mean {found['mean']:.3g}, standard deviation {found['std']:.3g}"]
-    lines.append(f"{'label':>19} {'':<24} {'rows':>9} {'':>6} {'weight' if has_weights else '':>6} {'tokens':>6}")
-    most = max(each["rows"] for each in found["histogram"])
-    total = sum(each["weight"] for each in found["histogram"])
-    for each in found["histogram"]:
-        low, high, count = each["low"], each["high"], each["rows"]
-        span = f"{low:.6g}" if low == high else f"{low:.4g} … {high:.4g}"
-        weight = f"{each['weight'] / total:.1%}" if has_weights and total else ""
-        lines.append(
-            f"{span:>19} {_bar(count / most, 24):<24} {count:>9,} {count / found['rows']:>6.1%} {weight:>6} "
-            f"{each['tokens']:>6.0f}"
-        )
+    raw = found.get("raw")
+    shown = found if raw is None else raw
+    lines = [f"{kind} labels: {_count(found['rows'], 'row')}, {_moments(shown)}"]
+    if raw is not None:
+        lines.append(f"after {raw['transform']}: {_moments(found)}")
+        lines += _render_histogram(raw["histogram"], found["rows"], has_weights)
+    # A table says all if each label becomes one other
+    if raw is None or any(each["learned_low"] != each["learned_high"] for each in raw["histogram"]):
+        if raw is not None:
+            lines += ["", f"{kind} labels as they are learned"]
+        lines += _render_histogram(found["histogram"], found["rows"], has_weights)
     if found["length_correlation"] is not None:
         lines.append(f"{'':<20}correlation of label and tokens {found['length_correlation']:+.2f}")
     if "targets" in found:
@@ -326,6 +354,45 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
             f"{'':<20}rms {targets['rms']:.3g}, median {targets['median']:.3g}, greatest {targets['max']:.3g}",
         ]
     return [line.rstrip() for line in lines]
+
+
+def _render_histogram(histogram: Sequence[Mapping[str, Any]], rows: int, has_weights: bool) -> list[str]:
+    is_raw = "learned_low" in histogram[0]
+    column, bar = (33, 10) if is_raw and any(each["low"] != each["high"] for each in histogram) else (19, 24)
+    name = "label → learned" if is_raw else "label"
+    lines = [f"{name:>{column}} {'':<{bar}} {'rows':>9} {'':>6} {'weight' if has_weights else '':>6} {'tokens':>6}"]
+    most = max(each["rows"] for each in histogram)
+    total = sum(each["weight"] for each in histogram)
+    for each in histogram:
+        low, high, count = each["low"], each["high"], each["rows"]
+        span = f"{low:.6g}" if low == high else f"{low:.4g} … {high:.4g}"
+        if is_raw and count:
+            learned = [_signed(each["learned_low"]), _signed(each["learned_high"])]
+            span += f" → {' … '.join(dict.fromkeys(learned))}"
+        weight = f"{each['weight'] / total:.1%}" if has_weights and total else ""
+        lines.append(
+            f"{span:>{column}} {_bar(count / most, bar):<{bar}} {count:>9,} {count / rows:>6.1%} {weight:>6} "
+            f"{each['tokens']:>6.0f}"
+        )
+    return lines
+
+
+def _moments(found: Mapping[str, Any]) -> str:
+    # Rounding leaves a little of a mean that is 0
+    mean = 0.0 if abs(found["mean"]) < 1e-9 * found["std"] else found["mean"]
+    return f"mean {mean:.3g}, standard deviation {found['std']:.3g}"
+
+
+def _signed(label: float) -> str:
+    """A label as it is learned, with its sign.
+
+    Example:
+        >>> _signed(0.4267), _signed(-1.4142), _signed(0.0)
+        ('+0.43', '-1.41', '0.00')
+    """
+    if not label:
+        return "0.00"
+    return f"{label:+.2f}" if 0.1 <= abs(label) < 100 else f"{label:+.3g}"
 
 
 def _bar(share: float, width: int) -> str:

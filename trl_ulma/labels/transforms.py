@@ -10,8 +10,8 @@ import numpy as np
 
 # name: (the numbers that it may be given, what it does)
 TRANSFORMS = {
-    "centre": ("the mean", "z − mean"),
-    "standardise": ("mean and standard deviation", "(z − mean) / standard deviation"),
+    "center": ("the mean", "z − mean"),
+    "standardize": ("mean and standard deviation", "(z − mean) / standard deviation"),
     "min_max": ("least and greatest", "(z − least) / (greatest − least)"),
     "quantile": ("", "share of the training labels below z, half of those equal to it included: in (0, 1)"),
     "prompt_quantile": ("", "the same among the labels of the row's own prompt, in the data set that it is in"),
@@ -19,7 +19,9 @@ TRANSFORMS = {
     "threshold": ("least good", "1 where z ≥ least good, else 0"),
     "votes": ("a and b", "(z + a) / (trials + a + b): z votes for, of those in column `trials`; a = b = 1"),
 }
-_COUNTS = {"centre": 1, "standardise": 2, "min_max": 2, "lower_is_better": 1, "threshold": 1, "votes": 2}
+# British spellings, which settings and saved models may have
+_BRITISH = {"centre": "center", "standardise": "standardize"}
+_COUNTS = {"center": 1, "standardize": 2, "min_max": 2, "lower_is_better": 1, "threshold": 1, "votes": 2}
 _ALWAYS_GIVEN = ("threshold",)
 # What these make lies in [0, 1]
 _IN_UNIT = ("min_max", "quantile", "prompt_quantile", "threshold", "votes")
@@ -48,14 +50,14 @@ class Step:
         """This step with its numbers, from the `(N,)` labels that it will see; itself where it has them."""
         if self.numbers is not None:
             return self
-        if self.name != "centre" and labels.min() == labels.max():
+        if self.name != "center" and labels.min() == labels.max():
             raise ValueError(
                 f"label_transform: {self.name} needs labels that differ, and all {len(labels)} are {labels[0]:g} "
                 "where it comes. Leave it out."
             )
-        if self.name == "centre":
+        if self.name == "center":
             numbers = (labels.mean(),)
-        elif self.name == "standardise":
+        elif self.name == "standardize":
             numbers = (labels.mean(), labels.std())
         elif self.name == "min_max":
             numbers = (labels.min(), labels.max())
@@ -72,9 +74,9 @@ class Step:
             raise ValueError(f"label_transform: {self.name} has not been fitted.")
         first, second = (*self.numbers, 0.0, 0.0)[:2]
         match self.name:
-            case "centre":
+            case "center":
                 return labels - first
-            case "standardise":
+            case "standardize":
                 return (labels - first) / second
             case "min_max":
                 return (labels - first) / (second - first)
@@ -98,9 +100,9 @@ class Step:
         """`(N,)` labels before this step, of labels after it."""
         first, second = (*(self.numbers or ()), 0.0, 0.0)[:2]
         match self.name:
-            case "centre":
+            case "center":
                 return labels + first
-            case "standardise":
+            case "standardize":
                 return labels * second + first
             case "min_max":
                 return labels * (second - first) + first
@@ -120,9 +122,9 @@ class LabelTransform:
 
     Example:
         >>> import numpy as np
-        >>> transform = parse_transform("lower_is_better,centre", "continuous").fit(np.array([0.0, 0.0, 3.0]))
+        >>> transform = parse_transform("lower_is_better,center", "continuous").fit(np.array([0.0, 0.0, 3.0]))
         >>> str(transform), transform.apply(np.array([0.0, 4.0])), transform.invert(np.array([1.0]))
-        ('lower_is_better:0,centre:-1', array([ 1., -3.]), array([0.]))
+        ('lower_is_better:0,center:-1', array([ 1., -3.]), array([0.]))
     """
 
     steps: tuple[Step, ...]
@@ -204,8 +206,8 @@ class LabelTransform:
         """What `from_json` reads: plain lists, names and numbers.
 
         Example:
-            >>> parse_transform("centre:3", "continuous").to_json()
-            [{'name': 'centre', 'numbers': [3.0]}]
+            >>> parse_transform("center:3", "continuous").to_json()
+            [{'name': 'center', 'numbers': [3.0]}]
         """
         return [{"name": step.name, "numbers": list(step.numbers or ())} for step in self.steps]
 
@@ -216,20 +218,24 @@ class LabelTransform:
         Raises:
             ValueError: for a step that is none.
         """
+        made = []
         for step in steps:
-            count = _COUNTS.get(step["name"], 0)
+            named = str(step["name"])
+            name = _BRITISH.get(named, named)
+            count = _COUNTS.get(name, 0)
             found = len(step["numbers"])
-            right = found >= 4 and found % 2 == 0 if step["name"] == "quantile" else found == count
-            if step["name"] not in TRANSFORMS or not right:
+            right = found >= 4 and found % 2 == 0 if name == "quantile" else found == count
+            made.append(Step(name, tuple(map(float, step["numbers"]))))
+            if name not in TRANSFORMS or not right:
                 raise ValueError(f"{dict(step)} is no label transform. The known ones are {_known()}.")
-        return cls(tuple(Step(step["name"], tuple(map(float, step["numbers"]))) for step in steps))
+        return cls(tuple(made))
 
 
 def parse_transform(spec: str, label_type: str) -> LabelTransform:
     """The transforms that a setting names, one after the other, to be fitted where they are given no numbers.
 
     Steps are divided by commas; numbers follow a step's name after a colon, divided by commas too:
-    "lower_is_better,standardise", "threshold:0.5", "votes:1,1,lower_is_better". `TRANSFORMS` says what there is.
+    "lower_is_better,standardize", "threshold:0.5", "votes:1,1,lower_is_better". `TRANSFORMS` says what there is.
 
     Args:
         spec: the setting.
@@ -243,10 +249,11 @@ def parse_transform(spec: str, label_type: str) -> LabelTransform:
         ['min_max', 'lower_is_better']
     """
     if not isinstance(spec, str):
-        raise ValueError(f"label_transform must be text such as 'lower_is_better,standardise'; got {spec!r}.")
+        raise ValueError(f"label_transform must be text such as 'lower_is_better,standardize'; got {spec!r}.")
     found: list[tuple[str, list[float]]] = []
     for piece in spec.split(","):
         name, colon, argument = (part.strip() for part in piece.partition(":"))
+        name = _BRITISH.get(name, name)
         if not colon and found and found[-1][1] and _number(name) is not None:
             argument = name  # another number of the step before
         elif name not in TRANSFORMS:
@@ -271,7 +278,7 @@ def _step(name: str, numbers: list[float], label_type: str, spec: str) -> Step:
         given = f"{name}:{','.join(f'{number:g}' for number in numbers)}" if numbers else name
         takes = f"takes {TRANSFORMS[name][0]}" if count else "takes no numbers"
         raise ValueError(f"label_transform={spec!r}: {given} has {len(numbers)} numbers; {name} {takes}.")
-    if name == "standardise" and numbers and not numbers[1] > 0:
+    if name == "standardize" and numbers and not numbers[1] > 0:
         raise ValueError(f"label_transform={spec!r}: a standard deviation is above 0; got {numbers[1]:g}.")
     if name == "min_max" and numbers and not numbers[0] < numbers[1]:
         raise ValueError(

@@ -232,13 +232,35 @@ def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:
     return terms.imitated.numpy() | (marked & ~terms.compared.numpy())
 
 
-def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
+def labels_before(rows: Dataset, args: Any, raw: Any) -> np.ndarray | None:
+    """`(N,)` labels of prepared rows before the label transform, NaN for rows of the other type; None if there is no
+    transform, or the rows are a stream.
+
+    Args:
+        rows: prepared.
+        args: the trainer's config.
+        raw: the rows that they were prepared from.
+    """
+    if args.label_transform is None or isinstance(raw, IterableDataset):
+        return None
+    if raw.format["type"] == "custom":  # rows are made as they are read
+        read = [row["label"] for row in raw]
+    else:
+        read = raw.select_columns(["label"]).with_format(None)["label"][:]
+    own = is_continuous(rows, args.label_type) == (args.label_type == "continuous")
+    numbers = zip(own, rows["row"][:], strict=True)
+    return np.array([float(read[row]) if is_own else np.nan for is_own, row in numbers])
+
+
+def report_labels(rows: Dataset, args: Any, raw: np.ndarray | None = None, transform: Any = None) -> dict[str, Any]:
     """The label report of prepared rows, see `trl_ulma.labels.label_report`; with `left_out`, how many raw rows were
     left out for which reason, if any were.
 
     Args:
         rows: prepared.
         args: the trainer's config.
+        raw: `(N,)` labels before the label transform, see `labels_before`.
+        transform: the fitted transform, or None.
     """
     continuous = is_continuous(rows, args.label_type)
     log_z = None if isinstance(args.log_z, str) else args.log_z
@@ -258,19 +280,24 @@ def report_labels(rows: Dataset, args: Any) -> dict[str, Any]:
         beta=args.beta,
         length_normalize=args.length_normalize,
         class_weights=(args.desirable_weight, args.undesirable_weight),
+        raw=raw,
+        transform=None if transform is None else str(transform),
     )
     left_out = left_out_of(rows)
     return report | {"left_out": left_out} if left_out else report
 
 
-def show_report(rows: Dataset | IterableDataset, args: Any) -> dict[str, Any] | None:
-    """Print the label report of the training set, write it into the output folder, and return it.
+def show_report(
+    rows: Dataset | IterableDataset, args: Any, raw: np.ndarray | None = None, transform: Any = None
+) -> dict[str, Any] | None:
+    """Print the label report of the training set, write it into the output folder, and return it; arguments as in
+    `report_labels`.
 
-    The main process does; of a stream, whose rows are not known, there is none.
+    Only the main process does this. A stream has no report, because its rows are not known.
     """
     if not args.label_report or not args.should_save or isinstance(rows, IterableDataset):
         return None
-    report = report_labels(rows, args)
+    report = report_labels(rows, args, raw, transform)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -229,6 +229,7 @@ class Preparation:
             "transform": str(self.rules.transform),
             "names_demonstrations": "sft_mask" in names,
             "is_for_training": self.is_for_training,
+            "is_chat": not is_text,
         }
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)

@@ -3,64 +3,77 @@ r"""A dry run: everything that is known of a training before a model is loaded.
     trl-ulma check --model Qwen/Qwen3-0.6B --dataset feedback.jsonl
     trl-ulma check --method pointwise-dpo --config run.yaml --use_peft --num_processes 8
 
-Takes every option of `trl-ulma ulma`, or with --method of `trl-ulma pointwise-dpo`; `--model` and `--dataset` are short
-for `--model_name_or_path` and `--dataset_name`. Reads and checks all rows, and shows the label report, a few rows as
-the model will see them, the steps and the memory. Nothing is trained, and nothing is written.
+Takes every option of `trl-ulma ulma`, or with `--method pointwise-dpo` of that command. Reads and checks all rows, and
+shows the label report, a few rows as the model will see them, the steps and the memory. Then it prints the command that
+trains. Nothing is trained, and nothing is written.
 """
 
-import argparse
 import itertools
 import math
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.memory import estimate_memory
+from trl_ulma.scripts.command_line import CommandParser, attempt
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+PROG = "trl-ulma check"
+# transformers' own, if no --output is given
+DEFAULT_OUTPUT = "trainer_output"
 METHODS = {"ulma": "ULMATrainer", "pointwise-dpo": "PointwiseDPOTrainer"}
-SHORT = {"--model": "--model_name_or_path", "--dataset": "--dataset_name"}
 CHARACTERS_SHOWN = 1_000  # of a prompt, and of a completion
 
 
 def make_parser(method: str = "ulma") -> Any:
-    """The options: those of the method's training command, and this one's own."""
-    parser = import_module(f"trl_ulma.scripts.{method.replace('-', '_')}").make_parser(prog="trl-ulma check")
-    parser.usage = "trl-ulma check --model MODEL --dataset DATA [--method METHOD] [options of training]"
-    parser.description = "A dry run: checks rows and settings, and shows what would be trained. Nothing is written."
+    """The options: those of the method's training command, and --method."""
+    parser = import_module(f"trl_ulma.scripts.{method.replace('-', '_')}").make_parser(prog=PROG)
+    parser.description = "A dry run: check the rows and the settings, and show what would be trained."
     parser.add_argument("--method", choices=METHODS, default="ulma", help="whose options are taken (default: ulma)")
-    for short, long in SHORT.items():
-        parser.add_argument(short, help=f"short for {long}")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check, and return the exit code: 2 for wrong options, 1 for rows or settings that cannot be learned from."""
-    chooser = argparse.ArgumentParser(prog="trl-ulma check", add_help=False, allow_abbrev=False)
+    chooser = CommandParser(prog=PROG, add_help=False)
     chooser.add_argument("--method", choices=METHODS, default="ulma")
     chosen, words = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(chosen.method)
     if {"-h", "--help"}.intersection(words):
-        make_parser(chosen.method).print_help()
+        parser.print_help()
         return 0
-    words = ["=".join([SHORT.get(option, option), *value]) for option, *value in (word.split("=", 1) for word in words)]
+    if {"--help-all", "--help_all"}.intersection(words):
+        print(parser.format_help())
+        return 0
     script: Any = import_module(f"trl_ulma.scripts.{chosen.method.replace('-', '_')}")
-    parser = script.make_parser(prog="trl-ulma check")
-    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = script.make_parser(prog=PROG)
+    launcher = CommandParser(add_help=False)
     launcher.add_argument("--num_processes", type=int, default=1)
+    launch_options, script_words = parser.parse_for_launch(list(words))
+    processes = launcher.parse_known_args(launch_options)[0].num_processes
+    settings = parser.parse_settings(script_words)
+    training_args = settings[1]
+    following = following_command(chosen.method, words, has_output=training_args.output_dir != DEFAULT_OUTPUT)
     with tempfile.TemporaryDirectory() as folder:
-        launch_options, words = parser.parse_for_launch([*words, "--output_dir", folder])
-        processes = launcher.parse_known_args(launch_options)[0].num_processes
-        settings = parser.parse_settings(words)
-        try:
-            check(METHODS[chosen.method], processes, *settings)
-        except (OSError, TypeError, ValueError) as problem:
-            print(f"{parser.prog}: error: {problem}", file=sys.stderr)
-            return 1
-    return 0
+        training_args.output_dir = folder
+        code = attempt(parser, lambda: check(METHODS[chosen.method], processes, *settings))
+    if code == 0:
+        print(f"\nReady. To train:\n\n    {following}")
+    return code
+
+
+def following_command(method: str, words: Sequence[str], *, has_output: bool) -> str:
+    """The training command with the options that were checked.
+
+    Example:
+        >>> following_command("ulma", ["--model", "m", "--dataset", "my rows.csv"], has_output=False)
+        "trl-ulma ulma --model m --dataset 'my rows.csv' --output out"
+    """
+    return shlex.join(["trl-ulma", method, *words, *([] if has_output else ["--output", "out"])])
 
 
 def check(
@@ -78,34 +91,37 @@ def check(
     import trl_ulma
     from trl_ulma.labels import render_report
     from trl_ulma.rows.dataset_labels import report_labels
-    from trl_ulma.scripts.training import load_splits, loading
+    from trl_ulma.scripts.training import check_model, load_splits, loading
 
     console = Console(highlight=False, soft_wrap=True)
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
     if said:
         console.print(said, markup=False)
     training_args.model_init_kwargs = loading(training_args, model_args)
+    check_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     peft_config = get_peft_config(model_args)
     start = getattr(trl_ulma, trainer).dry_run(
         model_args.model_name_or_path, training_args, train_dataset, eval_dataset, peft_config=peft_config
     )
     rows = start.train_dataset
     if not hasattr(rows, "__len__"):
-        console.print("The rows are a stream: they are checked as they come, and there is no label report of them.")
+        console.print("The rows are a stream. They are checked as they are read, and have no label report.")
     else:
-        console.print(render_report(report_labels(rows, training_args)), markup=False)
-    console.print(f"\nRows as the model will see them, what is scored {_LEGEND[console.is_terminal]}:", markup=False)
-    for title, text in rows_shown(start, training_args, in_colour=console.is_terminal):
+        console.print(
+            render_report(report_labels(rows, training_args, start.raw_labels, start.rules.transform)), markup=False
+        )
+    console.print(f"\nRows as the model sees them, {_LEGEND[console.is_terminal]}:", markup=False)
+    for title, text in rows_shown(start, training_args, in_color=console.is_terminal):
         console.print(f"\n{title}", markup=False)
         console.print(Padding(text, (0, 2)), soft_wrap=False)
     console.print("\n" + steps_in_words(start, training_args, processes), markup=False)
     console.print("\n" + memory_in_words(start, training_args, model_args, peft_config), markup=False)
 
 
-_LEGEND = {True: "in colour", False: "between ⟦ and ⟧"}
+_LEGEND = {True: "with the scored part in color", False: "with the scored part between ⟦ and ⟧"}
 
 
-def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str, "Text"]]:
+def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, "Text"]]:
     """(title, text) of the first row of each kind: what is imitated, what is good and what is bad."""
     import torch
     from rich.text import Text
@@ -115,7 +131,7 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
 
     tokenizer = tokenizer_of(start.processing_class)
     seen = set()
-    for row in itertools.islice(start.train_dataset, 2_000):
+    for i, row in enumerate(itertools.islice(start.train_dataset, 2_000)):
         label, mask = torch.tensor([row["label"]]), torch.tensor([bool(row["sft_mask"])])
         continuous = torch.tensor([row.get("label_type", args.label_type) == "continuous"])
         positive, negative = args.cell
@@ -129,11 +145,14 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
         weight = f", weight {row['weight']:g}" if "weight" in row else ""
         length = len(prompt) + len(completion)
         cut = f", cut to {args.max_length}" if args.max_length and length > args.max_length else ""
+        learned = f"{row['label']:g}"
+        if start.raw_labels is not None and math.isfinite(start.raw_labels[i]):
+            learned = f"{start.raw_labels[i]:g} → {row['label']:+.2f}"
         title = (
-            f"Row {row['row']}: label {row['label']:g}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
+            f"Row {row['row']}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
             f"{len(prompt)} + {len(completion)} tokens{cut}"
         )
-        left, right = ("", "") if in_colour else ("⟦", "⟧")
+        left, right = ("", "") if in_color else ("⟦", "⟧")
         style = "bold green" if "imitated" in what or row["label"] >= 0.5 else "bold red"
         begin = str(tokenizer.decode(prompt))
         parts = [("…" + begin[-CHARACTERS_SHOWN:] if len(begin) > CHARACTERS_SHOWN else begin, "dim")]
@@ -153,37 +172,52 @@ def rows_shown(start: Any, args: Any, *, in_colour: bool) -> Iterator[tuple[str,
 
 
 def steps_in_words(start: Any, args: Any, processes: int) -> str:
-    """How many steps of how many rows, and what is done when."""
+    """How many steps of how many rows, and what happens when."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     rows = start.train_dataset
     steps = args.max_steps
-    said = f"A step is {batch:,} rows: {args.per_device_train_batch_size} a micro-batch"
+    parts = [f"{count(args.per_device_train_batch_size, 'row')} per micro-batch"]
     if args.gradient_accumulation_steps > 1:
-        said += f" × {args.gradient_accumulation_steps} micro-batches"
-    said += f" × {processes} processes. " if processes > 1 else ". "
+        parts.append(f"{args.gradient_accumulation_steps} micro-batches")
+    if processes > 1:
+        parts.append(f"{processes} processes")
+    said = f"Each step takes {count(batch, 'row')}: {' × '.join(parts)}. "
     if hasattr(rows, "__len__"):
         micro = math.ceil(math.ceil(len(rows) / processes) / args.per_device_train_batch_size)
         an_epoch = max(math.ceil(micro / args.gradient_accumulation_steps), 1)
         if steps <= 0:
             steps = math.ceil(an_epoch * args.num_train_epochs)
-        said += f"{len(rows):,} rows are {an_epoch:,} steps an epoch; "
-    epochs = "" if args.max_steps > 0 else f", {args.num_train_epochs:g} epochs"
-    said += f"{steps:,} steps in all{epochs}"
+        said += f"{count(len(rows), 'row')} make {count(an_epoch, 'step')} per epoch; "
+    said += f"{count(steps, 'step')} in total"
+    if args.max_steps <= 0:
+        said += f" ({count(args.num_train_epochs, 'epoch')})"
     warmup = args.get_warmup_steps(steps)
-    said += f", of which {warmup:,} warm up." if warmup else "."
+    said += f", including {count(warmup, 'warmup step')}." if warmup else "."
     for what, strategy, every in (
-        ("evaluated", args.eval_strategy, args.eval_steps),
-        ("saved", args.save_strategy, args.save_steps),
+        ("Evaluation", args.eval_strategy, args.eval_steps),
+        ("A checkpoint", args.save_strategy, args.save_steps),
     ):
         if strategy == "steps":
             every = max(math.ceil(every * steps), 1) if every < 1 else int(every)
-            said += f" It is {what} every {every:,} steps."
+            said += f" {what} every {count(every, 'step')}." if every > 1 else f" {what} after each step."
     return said
+
+
+def count(number: float, noun: str) -> str:
+    """A number and its noun, in the plural unless there is one.
+
+    Example:
+        >>> count(1, "step"), count(1200, "row"), count(1.5, "epoch")
+        ('1 step', '1,200 rows', '1.5 epochs')
+    """
+    return f"{number:,.12g} {noun}{'' if number == 1 else 's'}"
 
 
 def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) -> str:
     """The estimate of memory beside what there is."""
     import torch
+
+    from trl_ulma.scripts.memory import estimate_memory
 
     model = empty_model(model_args, args)
     if peft_config is not None:
@@ -211,8 +245,8 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
 
         there, where = psutil.virtual_memory().total, "This machine"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size)
-    said = f"Memory on one device, about {_gib(total)}: {parts}. The longest row has {longest:,} tokens."
-    fits = "" if total < 0.9 * there else " That does not fit: see gradient_checkpointing, use_peft, load_in_4bit."
+    said = f"Memory on one device, about {_gib(total)}: {parts}. The longest row has {count(longest, 'token')}."
+    fits = "" if total < 0.9 * there else " That does not fit: try --use_peft, --load_in_4bit or a smaller batch."
     return f"{said} {where} has {_gib(there)}.{fits}"
 
 

@@ -7,23 +7,25 @@ import sys
 from importlib import import_module
 
 from trl_ulma import __version__
+from trl_ulma.scripts.command_line import VERBOSE, be_quiet
+from trl_ulma.scripts.help_page import help_page
 
 # name: (module, what it does, an example)
 COMMANDS = {
     "ulma": (
         "trl_ulma.scripts.ulma",
         "imitate demonstrations, and learn from the ratings of all other answers (ULMA)",
-        "trl-ulma ulma --model_name_or_path Qwen/Qwen3-0.6B --dataset_name feedback.jsonl --output_dir out",
+        "trl-ulma ulma --model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output out",
     ),
     "pointwise-dpo": (
         "trl_ulma.scripts.pointwise_dpo",
-        "learn from thumbs, votes and ratings, one answer at a time (point-wise DPO)",
-        "trl-ulma pointwise-dpo --model_name_or_path Qwen/Qwen3-0.6B --dataset_name thumbs.csv --output_dir out",
+        "learn from thumbs, votes and ratings, one answer at a time (pointwise DPO)",
+        "trl-ulma pointwise-dpo --model Qwen/Qwen3-0.6B --dataset thumbs.csv --output out",
     ),
     "prepare": (
         "trl_ulma.scripts.prepare",
-        "turn a data set of a known kind (pairs, votes, red-team, …) into rows to train on, and say what was left out",
-        "trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh",
+        "turn a dataset of a known kind (pairs, votes, red-team, …) into rows to train on, and count what is left out",
+        "trl-ulma prepare hh --dataset hh_harmless.jsonl.gz --output hh",
     ),
     "score": (
         "trl_ulma.scripts.score",
@@ -32,22 +34,22 @@ COMMANDS = {
     ),
     "evaluate": (
         "trl_ulma.scripts.evaluate",
-        "say how good models are on held-out rows: perplexity, implicit rewards, judged answers",
+        "measure how good models are on held-out rows: perplexity, implicit rewards, judged answers",
         "trl-ulma evaluate --model out --dataset feedback.jsonl --output report",
     ),
     "check": (
         "trl_ulma.scripts.check",
-        "a dry run: check rows and settings, show what would be trained, its steps and its memory",
+        "a dry run: check rows and settings, and show what would be trained, its steps and its memory",
         "trl-ulma check --model Qwen/Qwen3-0.6B --dataset feedback.jsonl",
     ),
     "env": (
         "trl_ulma.scripts.env",
-        "say what is installed, on what it would run, and what of it does not work together",
+        "show what is installed, what it would run on, and which versions do not work together",
         "trl-ulma env",
     ),
     "completion": (
         "trl_ulma.scripts.completion",
-        "print a script with which a shell completes commands and options",
+        "print a script that makes your shell complete commands and options",
         "trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma",
     ),
     "demo": (
@@ -59,6 +61,9 @@ COMMANDS = {
 
 # The commands that `accelerate launch` starts, on as many processes as it is told to; the others are called
 LAUNCHED = ("ulma", "pointwise-dpo")
+# Those whose --help is a page that is written, because their parsers need TRL
+WITH_HELP_PAGE = (*LAUNCHED, "check")
+HELP_ALL = {"--help-all", "--help_all"}
 
 
 def help_text() -> str:
@@ -75,9 +80,17 @@ def help_text() -> str:
     lines += [
         "",
         "trl-ulma COMMAND --help shows a command's options, trl-ulma --version the version.",
-        "Training commands take `--config run.yaml`, `--accelerate_config zero3` and accelerate launch's options too.",
+        "Every command takes --verbose, which shows the warnings of other libraries and tracebacks of all errors.",
+        "Training commands also take --config run.yaml, --accelerate_config zero3 and accelerate launch's options.",
     ]
     return "\n".join(lines)
+
+
+def _method(words: list[str]) -> str | None:
+    """The training command that `check --method` names."""
+    named = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--method"]
+    named += [word.partition("=")[2] for word in words if word.startswith("--method=")]
+    return named[-1] if named and named[-1] in LAUNCHED else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,6 +121,12 @@ def _run(argv: list[str] | None) -> int:
         hint = f"Did you mean {near[0]}?" if near else f"The commands are {', '.join(COMMANDS)}."
         print(f"trl-ulma: error: {name} is not a command. {hint}", file=sys.stderr)
         return 2
+    if "--verbose" in rest:
+        os.environ[VERBOSE] = "1"
+    be_quiet()
+    if name in WITH_HELP_PAGE and {"-h", "--help"}.intersection(rest) and not HELP_ALL.intersection(rest):
+        print(help_page(name, _method(rest)))
+        return 0
     module = COMMANDS[name][0]
     try:
         if name not in LAUNCHED:

@@ -10,17 +10,19 @@ import argparse
 from collections.abc import Sequence
 from importlib import import_module
 
+from trl_ulma.scripts.command_line import CommandParser, add_verbose
+
 SHELLS = ("bash", "zsh", "tcsh")
 
 
 def make_parser(prog: str = "trl-ulma completion") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Print a script with which a shell completes commands, options and their choices.",
         epilog="trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma",
-        allow_abbrev=False,
     )
+    add_verbose(parser)
     parser.add_argument("shell", choices=SHELLS)
     return parser
 

@@ -3,7 +3,7 @@ r"""Fine-tune a small language model on a small mixture of demonstrations, likes
     trl-ulma demo                     # SmolLM2-135M-Instruct with LoRA: minutes on two CPU cores, a download of 93 MB
     trl-ulma demo --tiny              # a two-layer GPT-2 made on the spot: seconds, no download
 
-Everything runs on the CPU. The folder of `--output_dir` then holds the model, a figure and the numbers.
+Everything runs on the CPU. The folder of `--output` then contains the model, a figure and the numbers.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trl_ulma.scripts.command_line import CommandParser, add_verbose
 from trl_ulma.scripts.demo_models import (
     CHECKPOINT,
     DemoError,
@@ -60,15 +61,22 @@ LORA = {
 
 def make_parser(prog: str = "trl-ulma demo") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Fine-tune SmolLM2-135M-Instruct on demonstrations, likes and ratings with ULMA, on the CPU, and "
         "show what has changed on held-out prompts.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--tiny", action="store_true", help="a 2-layer GPT-2 made on the spot, without any download")
-    parser.add_argument("--output_dir", type=Path, default=Path("trl-ulma-demo"), help="default: ./trl-ulma-demo")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of rows and the weights (default: 0)")
+    add_verbose(parser)
+    parser.add_argument(
+        "--tiny", action="store_true", help="train a 2-layer GPT-2 that is made on the spot, without any download"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("trl-ulma-demo"),
+        help="folder for model, figure and numbers (default: ./trl-ulma-demo)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument(
         "--cache_dir",
         type=Path,
@@ -103,9 +111,7 @@ def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, A
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise DemoError(
-            f"The folder {output_dir} cannot be made ({problem}). Choose another --output_dir."
-        ) from problem
+        raise DemoError(f"The folder {output_dir} cannot be made ({problem}). Choose another --output.") from problem
     from rich.console import Console
 
     console, clock = Console(highlight=False), Clock()

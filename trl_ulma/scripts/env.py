@@ -1,9 +1,9 @@
-"""Say what is installed, on what it would run, and what of it is known not to work together.
+"""Show what is installed, what it would run on, and which versions are known not to work together.
 
     trl-ulma env
     trl-ulma env --json
 
-The exit code is 1 where something does not work together. Paste the output into an issue.
+The exit code is 1 if something does not work together. Paste the output into an issue.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
+
+from trl_ulma.scripts.command_line import CommandParser, add_verbose
 
 NAME = "trl-ulma"
 NEEDED = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "tokenizers", "huggingface_hub", "numpy")
@@ -33,12 +35,12 @@ COMPILED = {"bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "flash-att
 
 def make_parser(prog: str = "trl-ulma env") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
-        description="Say what is installed, on what it would run, and what of it does not work together.",
-        allow_abbrev=False,
+        description="Show what is installed, what it would run on, and which versions do not work together.",
     )
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    add_verbose(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

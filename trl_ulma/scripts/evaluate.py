@@ -1,4 +1,4 @@
-r"""Say how good models are on held-out rows: perplexity, implicit rewards, judged answers, pictures.
+r"""Measure how good models are on held-out rows: perplexity, implicit rewards, judged answers, pictures.
 
     trl-ulma evaluate --model out --dataset feedback.jsonl --output report
     trl-ulma evaluate --model ulma=out/ulma --model sft=out/sft --ref_model base --dataset test.parquet \
@@ -16,19 +16,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt
+
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
-_KEY = "(default: OPENAI_API_KEY, and with a URL of its own none)"
+_KEY = "(default: OPENAI_API_KEY; none if the URL is given)"
 
 
 def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         usage=f"{prog} --model [NAME=]MODEL [--ref_model MODEL] --dataset DATA --output FOLDER [--judge JUDGE] …",
-        description="Perplexity and implicit rewards of held-out rows; answers, judged against the data's chosen ones.",
-        allow_abbrev=False,
+        description="Measure perplexity and implicit rewards on held-out rows, and judge generated answers.",
     )
-    what = parser.add_argument_group("what is evaluated")
+    add_verbose(parser)
+    what = parser.add_argument_group("models and data")
     what.add_argument(
         "--model",
         action="append",
@@ -39,30 +41,35 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--ref_model",
-        help="the model that training began with, for implicit rewards (default: of an adapter, its base)",
+        help="the model that training started from, for implicit rewards (default for an adapter: its base model)",
     )
     what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
-    what.add_argument("--dataset_config", help="of a data set that has several configurations")
-    what.add_argument("--columns", help="what the dataset calls them: prompt=question,completion=response,label=rating")
-    what.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
+    what.add_argument("--dataset_config", help="configuration of a dataset that has several")
+    what.add_argument("--columns", help="your names of the columns: prompt=question,completion=response,label=rating")
+    what.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     what.add_argument(
         "--split",
-        help='default: "test"; where there is none, a part of "train" by prompt, which is held out where '
-        "training held out the same (--eval_strategy, with --test_split_size and --split_seed as here)",
+        help='split to evaluate on (default: "test"; without one, a part of "train", split by prompt: the part that '
+        "training held out if it ran with --eval_strategy and the same --test_split_size and seed)",
     )
-    what.add_argument("--test_split_size", type=_positive(float), default=0.1, help="as in training (default: 0.1)")
-    what.add_argument("--split_seed", type=int, default=42, help="the training's --seed (default: 42)")
+    what.add_argument(
+        "--test_split_size", type=_positive(float), default=0.1, help="size of that part, as in training (default: 0.1)"
+    )
+    what.add_argument(
+        "--split_seed", type=int, default=42, help="seed of that part: the training's --seed (default: 42)"
+    )
     what.add_argument("--output", required=True, type=Path, help="the folder for the report")
 
-    rows = parser.add_argument_group("how rows are read and scored")
+    rows = parser.add_argument_group("labels and scoring")
     rows.add_argument(
         "--label_type",
         choices=("binary", "continuous"),
-        help="of rows that do not say it (default: the training's; of pairs, and where none is known, binary)",
+        help="type of the labels (default: that of training, else binary; pairs are binary)",
     )
     rows.add_argument(
         "--label_transform",
-        help='as in training, with numbers, or "none" (default: the training\'s, as it was fitted; of pairs none)',
+        help='transform of the labels, with its numbers, or "none" (default: that of training, as it was fitted; none '
+        "for pairs)",
     )
     rows.add_argument(
         "--sft_threshold",
@@ -70,13 +77,19 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         help="continuous labels of this and above, after the transform, are demonstrations (default: the training's)",
     )
     rows.add_argument(
-        "--beta", type=_positive(float), help="of the implicit reward (default: the training's; 0.1 if not known)"
+        "--beta", type=_positive(float), help="β of the implicit reward (default: that of training, else 0.1)"
     )
     rows.add_argument(
-        "--log_z", type=float, help="nats; a column log_z comes first (default: the training's; 0 if not known)"
+        "--log_z", type=float, help="log Z in nats; a column log_z takes precedence (default: that of training, else 0)"
     )
-    rows.add_argument("--max_length", type=_positive(int), help="longest sequence in tokens (default: the training's)")
-    rows.add_argument("--truncation_mode", choices=("keep_start", "keep_end"), help="default: the training's")
+    rows.add_argument(
+        "--max_length", type=_positive(int), help="longest sequence in tokens (default: that of training)"
+    )
+    rows.add_argument(
+        "--truncation_mode",
+        choices=("keep_start", "keep_end"),
+        help="which end is kept of longer ones (default: that of training)",
+    )
     rows.add_argument(
         "--invalid_rows",
         default="error",
@@ -91,42 +104,66 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         help="of the weights (default: the training's; float32 if it is not known, whatever format is stored)",
     )
     rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
-    rows.add_argument("--seed", type=int, default=0, help="of prompts, answers and intervals (default: 0)")
+    rows.add_argument("--seed", type=int, default=0, help="random seed of prompts, answers and intervals (default: 0)")
 
     answers = parser.add_argument_group("answers")
-    answers.add_argument(
-        "--generate", action="store_true", help="answers without a judge; with one they are made anyway"
-    )
+    answers.add_argument("--generate", action="store_true", help="generate answers even if there is no judge")
     answers.add_argument(
         "--base",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also evaluate the model that training began with, its answers included (default: yes)",
+        help="also evaluate the model that training started from, and its answers (default: yes)",
     )
-    answers.add_argument("--num_prompts", type=_positive(int), default=200, help="at most, seeded (default: 200)")
-    answers.add_argument("--max_new_tokens", type=_positive(int), default=256, help="default: 256")
-    answers.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token each time")
-    answers.add_argument("--top_p", type=float, default=1.0, help="default: 1")
-    answers.add_argument("--server_url", help="OpenAI-compatible, of served:MODEL models (default: OPENAI_BASE_URL)")
-    answers.add_argument("--server_key_variable", help=f"the environment variable with that server's key {_KEY}")
+    answers.add_argument(
+        "--num_prompts", type=_positive(int), default=200, help="the most prompts to answer (default: 200)"
+    )
+    answers.add_argument("--max_new_tokens", type=_positive(int), default=256, help="longest answer (default: 256)")
+    answers.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="sampling temperature (default: 0, the likeliest token each time)",
+    )
+    answers.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling (default: 1)")
+    answers.add_argument(
+        "--server_url", help="OpenAI-compatible server of served:MODEL models (default: OPENAI_BASE_URL)"
+    )
+    answers.add_argument("--server_key_variable", help=f"environment variable with that server's key {_KEY}")
 
     judges = parser.add_argument_group("judges")
-    judges.add_argument("--judge", action="append", default=[], type=_judge, metavar="JUDGE", help=f"{JUDGES}; several")
     judges.add_argument(
-        "--criterion", action="append", choices=("helpful", "harmless"), help="default: all that a judge knows; several"
+        "--judge",
+        action="append",
+        default=[],
+        type=_judge,
+        metavar="JUDGE",
+        help=f"{JUDGES}; may be given several times",
     )
-    judges.add_argument("--judge_url", help="OpenAI-compatible, of llm:MODEL judges (default: OPENAI_BASE_URL)")
-    judges.add_argument("--key_variable", help=f"the environment variable with that server's key {_KEY}")
-    judges.add_argument("--judge_label", help="of a reward:CHECKPOINT with several labels: that of good answers")
-    judges.add_argument("--judge_cache", type=Path, help="a file to share between runs (default: in --output)")
-    judges.add_argument("--judge_max_tokens", type=_positive(int), default=16, help="of a verdict (default: 16)")
     judges.add_argument(
-        "--judge_temperature", type=_number_or_none, default=0.0, help='default: 0; "none" leaves it to the server'
+        "--criterion",
+        action="append",
+        choices=("helpful", "harmless"),
+        help="what is judged; may be given several times (default: all that a judge knows)",
+    )
+    judges.add_argument("--judge_url", help="OpenAI-compatible server of llm:MODEL judges (default: OPENAI_BASE_URL)")
+    judges.add_argument("--key_variable", help=f"environment variable with that server's key {_KEY}")
+    judges.add_argument("--judge_label", help="label of good answers, for a reward:CHECKPOINT with several")
+    judges.add_argument(
+        "--judge_cache", type=Path, help="file of verdicts, to share between runs (default: in --output)"
+    )
+    judges.add_argument("--judge_max_tokens", type=_positive(int), default=16, help="longest verdict (default: 16)")
+    judges.add_argument(
+        "--judge_temperature",
+        type=_number_or_none,
+        default=0.0,
+        help='temperature of judges; "none" leaves it to the server (default: 0)',
     )
 
     servers = parser.add_argument_group("servers")
-    servers.add_argument("--timeout", type=_positive(float), default=60.0, help="seconds for an answer (default: 60)")
-    servers.add_argument("--retries", type=_count, default=5, help="after the first try (default: 5)")
+    servers.add_argument(
+        "--timeout", type=_positive(float), default=60.0, help="seconds to wait for an answer (default: 60)"
+    )
+    servers.add_argument("--retries", type=_count, default=5, help="tries after the first (default: 5)")
     servers.add_argument("--concurrency", type=_positive(int), default=8, help="requests at once (default: 8)")
     servers.add_argument(
         "--max_requests",
@@ -170,15 +207,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(kind == "reward" for kind, _ in args.judge) and len(args.criterion or ()) != 1:
         parser.error("a reward model has one criterion, which its authors say: give --criterion once.")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
-    try:
+
+    def evaluate() -> None:
         from trl_ulma.evaluation.run import run
 
         run(args)
-    except (ImportError, OSError, ValueError) as problem:
-        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
-        return 1
+
+    if code := attempt(parser, evaluate):
+        return code
     print((args.output / "report.md").read_text(encoding="utf-8"))
-    print(f"This, with pictures and answers, is in {args.output}; report.html can be opened in a browser.")
+    print(f"This report, its pictures and the answers are in {args.output}. Open report.html in a browser.")
     return 0
 
 

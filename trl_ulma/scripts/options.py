@@ -1,7 +1,6 @@
 """The options of the training commands: exact ones only, and errors of one line."""
 
 import argparse
-import difflib
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,12 +13,21 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.files import missing
-
-EPILOG = (
-    "--config FILE reads options from a YAML file; those of the command line come first. --accelerate_config takes "
-    "single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3 or a file. Options of accelerate launch, as "
-    "--num_processes, are taken too. Options cannot be abbreviated."
+from trl_ulma.scripts.command_line import (
+    SAME,
+    OneNameFormatter,
+    accept_other_names,
+    add_verbose,
+    as_options,
+    did_you_mean,
+    one_line,
+    refuse_contradictions,
 )
+from trl_ulma.scripts.help_page import GROUPS, NAMES, help_page, usage
+
+EPILOG = f"Options of accelerate launch are accepted, too: see `accelerate launch --help`. {NAMES}"
+# Which of our option names are TRL's settings
+_SETTINGS = {short[2:]: others[0][2:] for short, others in SAME.items()}
 
 
 @dataclass
@@ -29,13 +37,13 @@ class DataArguments(ScriptArguments):
     columns: str | None = field(
         default=None,
         metadata={
-            "help": "What the dataset calls the columns that are read, as prompt=question,completion=response,"
-            "label=rating; in YAML also as a mapping."
+            "help": "Your names of the columns: prompt=question,completion=response,label=rating. In YAML also a "
+            "mapping."
         },
     )
     label_map: str | None = field(
         default=None,
-        metadata={"help": "Which numbers the dataset's labels mean, as up=1,down=0; in YAML also as a mapping."},
+        metadata={"help": "Numbers for labels that are words: up=1,down=0. In YAML also a mapping."},
     )
 
 
@@ -47,40 +55,85 @@ class PartConfig(DatasetConfig):
     label_map: dict | str | None = None
 
 
+class _Formatter(OneNameFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Print all options, and exit."""
+        parser._print_message(parser.format_help(), sys.stdout)
+        parser.exit()
+
+
 # These say what is launched, which is ours to say
 _NOT_FOR_USERS = {"help", "module", "no_python"}
 
 
 class OptionParser(TrlParser):
-    """A `TrlParser` that takes exact options only, and answers what is wrong in one line with exit code 2.
+    """A `TrlParser` that takes exact options only, and prints an error as one line with exit code 2.
 
     What it does not know itself, on the command line or in the YAML file, must be an option of `accelerate launch`.
+    `--help` shows the options that matter, `--help-all` all of them.
 
     Args:
         config_class: the trainer's config.
-        prog: the command's name.
+        prog: what the command is called, such as "trl-ulma ulma".
         description: the command in a sentence.
+        method: the training command whose options it has.
     """
 
-    def __init__(self, config_class: type, prog: str, description: str):
+    def __init__(self, config_class: type, prog: str, description: str, method: str = "ulma"):
         types: Any = (DataArguments, config_class, ModelConfig, DatasetMixtureConfig)
+        command = prog.removeprefix("trl-ulma ")
         super().__init__(
             types,
             prog=prog,
-            usage=f"{prog} --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER [options]",
+            usage=f"{prog} {usage(command)}",
             description=description,
             epilog=EPILOG,
             allow_abbrev=False,
+            formatter_class=_Formatter,
         )
+        self.command, self.method = command, method
         hints = {name: hint for each in types for name, hint in get_type_hints(each).items()}
         # A boolean has two actions, --flag and --no_flag: the first is the one that takes a value
         actions = {action.dest: action for action in reversed(self._actions)}
         self._own = {name: (actions[name], hint) for name, hint in hints.items() if name in actions}
         self._file = ""
+        for action in list(self._actions):
+            accept_other_names(self, action)
+        add_verbose(self)
+        self.add_argument("--help-all", "--help_all", action=_HelpAll, help="show all options")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the options that matter."""
+        self._print_message(help_page(self.command, self.method) + "\n", file)
+
+    def format_help(self) -> str:
+        """All options, in the groups of `--help`; those that it leaves out come last."""
+        groups = {title: self.add_argument_group(title) for title in GROUPS}
+        rest = self.add_argument_group("other options of TRL and transformers")
+        title_of = {option.name: title for title, options in GROUPS.items() for option in options}
+        actions: dict[str | None, list[argparse.Action]] = {title: [] for title in (None, *groups)}
+        for action in self._optionals._group_actions:
+            title = next((title_of[name] for name in action.option_strings if name in title_of), None)
+            actions[title].append(action)
+        for title, found in actions.items():
+            (rest if title is None else groups[title])._group_actions += found
+        listed, self._optionals._group_actions = self._optionals._group_actions, []
+        text = super().format_help()
+        self._optionals._group_actions = listed
+        for group in (*groups.values(), rest):
+            self._action_groups.remove(group)
+        return text
 
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage of 200 options, and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def parse_for_launch(self, argv: list[str]) -> tuple[list[str], list[str]]:
         """(options of `accelerate launch`, options of the script); exits where one of them is wrong."""
@@ -108,19 +161,21 @@ class OptionParser(TrlParser):
                 argv, return_remaining_strings=True, separate_remaining_strings=True
             )
         except (OSError, TypeError, ValueError, yaml.YAMLError) as problem:
-            self.error(str(problem))
+            self.error(as_options(str(problem), self._option_string_actions))
         return tuple(settings), from_file, left
 
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; exits where an option is unknown or missing, before settings are made of them."""
-        namespace, left = super().parse_known_args(*args, **kwargs)
+        words = list(sys.argv[1:] if args is None else args)
+        namespace, left = super().parse_known_args(words, namespace)
         self._launch_options(left)
+        refuse_contradictions(self, words)
         if namespace.model_name_or_path is None:
-            self.error("--model_name_or_path is missing: a checkpoint's folder, or its name on the hub.")
+            self.error("--model is missing: a checkpoint's folder, or its name on the hub.")
         if namespace.dataset_name is None and not namespace.datasets:
             self.error(
-                "--dataset_name is missing: a file, a folder or a name on the hub. (A mixture is the list `datasets` "
-                "in the YAML file.)"
+                "--dataset is missing: a file, a folder or a name on the hub. (A mixture is the list `datasets` in the "
+                "YAML file.)"
             )
         return namespace, left
 
@@ -144,6 +199,11 @@ class OptionParser(TrlParser):
         Returns:
             The options of `accelerate launch` among them.
         """
+        for short, long in _SETTINGS.items():
+            if config.get(long, config.get(short)) != config.get(short, config.get(long)):
+                self.error(f"{self._file}: {short} and {long} are two names of one setting. Give it once.")
+            if short in config:
+                config[long] = config.pop(short)
         super().set_defaults_with_config(**{key: self._value(key, config[key]) for key in config if key in self._own})
         options = []
         for key, value in config.items():
@@ -151,7 +211,7 @@ class OptionParser(TrlParser):
                 continue
             action = self._launcher_actions.get(f"--{key}")
             if action is None:
-                hint = self._nearest(key, [*self._own, *(option[2:] for option in self._launcher_actions)])
+                hint = self._nearest(key, [*self._own, *_SETTINGS, *(option[2:] for option in self._launcher_actions)])
                 self.error(f"{self._file}: {key} is not an option. {hint}")
             if action.nargs != 0:
                 options += [f"--{key}", str(value)]
@@ -240,13 +300,7 @@ class OptionParser(TrlParser):
         return chosen
 
     def _nearest(self, name: str, known: list[str]) -> str:
-        """A hint at what `name` may have been meant to be."""
-        words = sorted({option.lstrip("-") for option in known if "-" not in option.lstrip("-")})
-        word = name.lstrip("-").replace("-", "_")
-        near = [each for each in words if each.startswith(word)][:3] if word else []
-        near = near or difflib.get_close_matches(word, words, n=1, cutoff=0.65)
-        dashes = name[: len(name) - len(name.lstrip("-"))]
-        return f"Did you mean {' or '.join(dashes + each for each in near)}?" if near else f"See {self.prog} --help."
+        return did_you_mean(name, known) or f"See {self.prog} --help."
 
 
 def _fits(value: Any, hint: Any) -> bool:

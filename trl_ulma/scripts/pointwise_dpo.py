@@ -1,10 +1,10 @@
-r"""Train with point-wise DPO: answers are learned from by their thumbs, votes or ratings, one at a time.
+r"""Train with pointwise DPO: answers are learned from by their thumbs, votes or ratings, one at a time.
 
     trl-ulma pointwise-dpo \
-        --model_name_or_path Qwen/Qwen3-0.6B \
-        --dataset_name thumbs.csv \
+        --model Qwen/Qwen3-0.6B \
+        --dataset thumbs.csv \
         --eval_strategy steps \
-        --output_dir out
+        --output out
 
 with LoRA, on a model in four bits, on all GPUs with ZeRO-3, or with all options in a file:
 
@@ -14,25 +14,30 @@ with LoRA, on a model in four bits, on all GPUs with ZeRO-3, or with all options
     trl-ulma pointwise-dpo --config run.yaml
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.options import OptionParser
-from trl_ulma.scripts.training import train
+from trl_ulma.scripts.command_line import be_quiet
+
+if TYPE_CHECKING:
+    from trl_ulma.scripts.options import OptionParser
 
 
-def make_parser(prog: str = "trl-ulma pointwise-dpo") -> OptionParser:
+def make_parser(prog: str = "trl-ulma pointwise-dpo") -> "OptionParser":
     """The command's options: TRL's, and `PointwiseDPOConfig`'s."""
     from trl_ulma import PointwiseDPOConfig
+    from trl_ulma.scripts.options import OptionParser
 
-    return OptionParser(PointwiseDPOConfig, prog, "Train with point-wise DPO, on rated answers.")
+    return OptionParser(PointwiseDPOConfig, prog, "Train with pointwise DPO, on rated answers.", "pointwise-dpo")
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Run the training."""
     from trl_ulma import PointwiseDPOTrainer
+    from trl_ulma.scripts.training import train
 
-    train(PointwiseDPOTrainer, script_args, training_args, model_args, dataset_args)
+    train(PointwiseDPOTrainer, script_args, training_args, model_args, dataset_args, prog="trl-ulma pointwise-dpo")
 
 
 if __name__ == "__main__":
+    be_quiet()
     main(*make_parser().parse_settings())

@@ -1,8 +1,8 @@
-r"""Turn a data set of a known kind into rows that every trainer here takes, and say what became of it.
+r"""Turn a dataset of a known kind into rows that every trainer here takes, and count what became of it.
 
-    trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh          # hh/train.parquet and hh/test.parquet
-    trl-ulma prepare qa-feedback --input dev_feedback.json --output qa.jsonl --passages cited --report qa.json
-    trl-ulma prepare --detect --input data.jsonl                          # which family is this?
+    trl-ulma prepare hh --dataset hh_harmless.jsonl.gz --output hh          # hh/train.parquet and hh/test.parquet
+    trl-ulma prepare qa-feedback --dataset dev_feedback.json --output qa.jsonl --passages cited --report qa.json
+    trl-ulma prepare --detect --dataset data.jsonl                          # which family is this?
 
 Every answer of the input is a row of the output, or is counted with the reason why it is not.
 """
@@ -15,9 +15,10 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from trl_ulma.data.adapters import FAMILIES, find
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,13 +26,8 @@ if TYPE_CHECKING:
     from trl_ulma.data.convert import Account
 
 PROG = "trl-ulma prepare"
+INPUT = ("--dataset", "--input")
 TEST_SIZE = 0.1
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print one line, and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def help_text() -> str:
@@ -39,33 +35,37 @@ def help_text() -> str:
     families = [f"  {name:<16} {what}" for name, (_, what) in FAMILIES.items()]
     return "\n".join(
         [
-            f"usage: {PROG} FAMILY --input FILE|NAME --output FOLDER|FILE [options]",
+            f"usage: {PROG} FAMILY --dataset DATA --output FOLDER|FILE [options]",
             "",
-            "Turn a data set into rows that every trainer here takes; count what is left out, and why.",
+            "Turn a dataset into rows that every trainer here takes, and count what is left out, with the reason.",
             "",
             "families:",
             *families,
             "",
             f"{PROG} FAMILY --help shows a family's options.",
-            f"{PROG} --detect --input FILE|NAME says which families read a dataset.",
+            f"{PROG} --detect --dataset DATA says which families read a dataset.",
         ]
     )
 
 
 def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The whole command: a sub-command for each family."""
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False)
+    parser = CommandParser(prog=prog)
     families = parser.add_subparsers(dest="family")
     for family, (_, what) in FAMILIES.items():
         families.add_parser(family, parents=[family_parser(family)], add_help=False, help=what)
     return parser
 
 
-def family_parser(family: str) -> argparse.ArgumentParser:
+def family_parser(family: str) -> CommandParser:
     """The options of a family in `FAMILIES`."""
-    parser = _Parser(prog=f"{PROG} {family}", description=FAMILIES[family][1] + ".", allow_abbrev=False)
+    parser = CommandParser(prog=f"{PROG} {family}", description=FAMILIES[family][1] + ".")
     parser.add_argument(
-        "--input", required=True, help="a .jsonl[.gz], .json[.gz], .csv, .tsv or .parquet file, a folder, or a hub name"
+        *INPUT,
+        dest="input",
+        metavar="DATA",
+        required=True,
+        help="a .jsonl[.gz], .json[.gz], .csv, .tsv or .parquet file, a folder, or a name on the hub",
     )
     parser.add_argument(
         "--output",
@@ -76,27 +76,30 @@ def family_parser(family: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--test_size",
         type=_test_size,
-        help=f"the test part of a folder, by prompt: a fraction, a number of rows, or 0 (default: {TEST_SIZE})",
+        help=f"size of the test part, split by prompt: a fraction, a number of rows, or 0 (default: {TEST_SIZE})",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the test part (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="random seed of the test part (default: %(default)s)")
     parser.add_argument(
         "--alternating",
         action="store_true",
         help="leave out conversations in which one speaker has two turns in a row, which some chat templates refuse",
     )
-    parser.add_argument("--report", type=Path, help="write the account and the figures to this file, as JSON")
+    parser.add_argument("--report", type=Path, help="also write the counts and figures to this JSON file")
+    add_verbose(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
-    group = parser.add_argument_group(f"of {family} data")
+    group = parser.add_argument_group(f"options of {family}")
     for flag, arguments in find(family).options.items():
         group.add_argument(flag, **arguments)
     return parser
 
 
 def _add_reading_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", help="the configuration of a data set that has several")
+    parser.add_argument(
+        "--dataset_config", "--config", dest="config", help="configuration of a dataset that has several"
+    )
     parser.add_argument("--split", help="the split to read (default: train, or the only one)")
-    parser.add_argument("--columns", help="what the data set calls its columns: prompt=question,chosen=better")
-    parser.add_argument("--label_map", help="which numbers the labels mean: up=1,down=0")
+    parser.add_argument("--columns", help="your names of the columns: prompt=question,chosen=better")
+    parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
 
 
 def _test_size(text: str) -> float:
@@ -107,7 +110,7 @@ def _test_size(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code: 2 for what is wrong with the input or the command."""
+    """Run the command, and return its exit code: 2 for a wrong command, 1 for input that cannot be used."""
     argv = list(sys.argv[1:] if argv is None else argv)
     family, *rest = argv or ["--help"]
     if family in ("-h", "--help"):
@@ -118,32 +121,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     if family not in FAMILIES:
         near = difflib.get_close_matches(family, FAMILIES, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"They are {', '.join(FAMILIES)}."
-        print(f"{PROG}: error: {family} is not a family of data sets. {hint}", file=sys.stderr)
+        print(f"{PROG}: error: {family} is not a family of datasets. {hint}", file=sys.stderr)
         return 2
     parser = family_parser(family)
     args = parser.parse_args(rest)
     try:
-        show(run(family, args))
-    except (OSError, ValueError) as problem:
+        _files(args)
+    except ValueError as problem:
         parser.error(str(problem))
-    return 0
+    return attempt(parser, lambda: show(run(family, args)))
 
 
 def detect(argv: Sequence[str]) -> int:
     """Print which families read a dataset, the likeliest first, and return the exit code."""
-    parser = _Parser(prog=f"{PROG} --detect", description="Say which families read a dataset.", allow_abbrev=False)
-    parser.add_argument("--input", required=True, help="a file, a folder, or a hub name")
+    parser = CommandParser(prog=f"{PROG} --detect", description="Show which families read a dataset.")
+    parser.add_argument(
+        *INPUT, dest="input", metavar="DATA", required=True, help="a file, a folder, or a name on the hub"
+    )
     _add_reading_options(parser)
     args = parser.parse_args(argv)
-    try:
-        raw, split = _read(args)
+    found: list[Any] = []
+    splits: list[str] = []
 
+    def read() -> None:
         from trl_ulma.data.detect import detected
 
-        found = detected(raw)
-    except (OSError, ValueError) as problem:
-        parser.error(str(problem))
-    print(f"{args.input}, split {split}:")
+        raw, split = _read(args)
+        splits.append(split)
+        found.extend(detected(raw))
+
+    if code := attempt(parser, read):
+        return code
+    print(f"{args.input}, split {splits[0]}:")
     for each in found:
         print(
             f"  {each.family:<22} {each.kept:,} of {each.answers:,} answers of the first {each.rows:,} rows can be used"

@@ -15,7 +15,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,43 +29,43 @@ SORTS = ("surprise", "reward", "row")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print one line, and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     """The command's options."""
-    parser = _Parser(
+    parser = CommandParser(
         prog=prog,
         description="Score rows with a trained model: implicit reward, P(label = 1), the label that it expects, and "
         "how surprising the row's own label is.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="the trained model or adapter: a folder, or a name on the hub")
+    parser.add_argument("--model", required=True, help="trained model or adapter: a folder, or a name on the hub")
     parser.add_argument(
         "--ref_model",
-        help="the model that training was compared with (default: the one that training wrote down)",
+        help="reference model of the training (default: the one that training saved the name of)",
     )
-    parser.add_argument("--dataset", required=True, help="a file, a folder or a name on the hub; labels are optional")
-    parser.add_argument("--split", default="train", help="of the data set (default: train, which a file's is)")
-    parser.add_argument("--dataset_config", help="of a data set that has several configurations")
+    parser.add_argument(
+        "--dataset", required=True, metavar="DATA", help="a file, a folder or a name on the hub; labels are optional"
+    )
+    parser.add_argument("--split", default="train", help="split of the dataset (default: train; a file has no other)")
+    parser.add_argument("--dataset_config", help="configuration of a dataset that has several")
     parser.add_argument(
         "--invalid_rows",
         default="error",
         choices=("error", "drop"),
         help="list the rows that cannot be read and stop, or leave them out (default: error)",
     )
-    parser.add_argument("--columns", help="what the data set calls them: prompt=question,completion=response")
-    parser.add_argument("--label_map", help="which numbers its labels mean: up=1,down=0")
+    parser.add_argument("--columns", help="your names of the columns: prompt=question,completion=response")
+    parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
-        "--sort", choices=SORTS, help="surprise or reward, highest first, or row (default: surprise, else row)"
+        "--sort",
+        choices=SORTS,
+        help="order of the output: surprise or reward, highest first, or row (default: surprise if there are labels)",
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="rows a forward (default: 8)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: that of training)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at once (default: 8)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="number format of the weights (default: that of training)"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add_verbose(parser)
     return parser
 
 
@@ -75,12 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--output {args.output} must end in {', '.join(WRITERS)}.")
     if args.batch_size < 1:
         parser.error(f"--batch_size must be 1 or above; got {args.batch_size}.")
-    try:
-        print(run(args))
-    except (OSError, ValueError, FloatingPointError) as problem:
-        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
-        return 1
-    return 0
+    return attempt(parser, lambda: print(run(args)))
 
 
 def run(args: argparse.Namespace) -> str:

@@ -1,19 +1,26 @@
 """What the training commands do: the launch, the data, and the run itself."""
 
+import dataclasses
+import os
 import signal
 import sys
-from typing import Any
+import time
+import traceback
+from typing import Any, NoReturn
 
 from datasets import Dataset, disable_progress_bars
 
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
 from trl_ulma.scripts.options import OptionParser
 
 TEST_SPLIT_SIZE = 0.1
 # The exit code of what Ctrl-C has stopped
 STOPPED = 130
+# Of one of several processes that has printed why it cannot train; the command's own is 1
+REFUSED = 65
 
 
 def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
@@ -41,8 +48,11 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
         code = stop.code if isinstance(stop.code, int) else 1
         return STOPPED if pressed and code else code
     except ChildFailedError as failure:
+        code = failure.get_first_failure()[1].exitcode or 1
+        if code == REFUSED:
+            return 1
         print(failure, file=sys.stderr)
-        return failure.get_first_failure()[1].exitcode or 1
+        return code
     finally:
         signal.signal(signal.SIGINT, previous)
     return 0
@@ -134,13 +144,67 @@ def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
     }
 
 
-def train(trainer_class: type, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
+def check_model(name: str, loading: dict[str, Any]) -> None:
+    """Raise OSError, naming the option, if there is no such model.
+
+    Args:
+        name: of the model.
+        loading: what it is loaded with.
+    """
+    from transformers import AutoConfig
+
+    known = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
+    try:
+        AutoConfig.from_pretrained(name, **{key: loading[key] for key in known if loading.get(key) is not None})
+    except OSError as problem:
+        reason = str(problem).splitlines()[0].rstrip(".")
+        raise OSError(
+            f"--model {name} cannot be loaded ({reason}). Name the folder of a checkpoint, or a model on the hub."
+        ) from problem
+
+
+def train(
+    trainer_class: type,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: Any,
+    prog: str = "trl-ulma",
+) -> None:
     """Load, train, save, evaluate: the whole of a training command, on every process.
 
+    Args:
+        trainer_class: the trainer.
+        script_args, training_args, model_args, dataset_args: of the command's parser.
+        prog: the command's name, for errors.
+
     Raises:
-        SystemExit: with a message for data that cannot be read; with `STOPPED` after Ctrl-C, before anything is saved
-            but the checkpoint.
+        SystemExit: with a message, if rows, settings or files cannot be used; with `STOPPED` after Ctrl-C, before
+            anything is saved but the checkpoint.
     """
+    settings = (script_args, training_args, model_args, dataset_args)
+    try:
+        _train(trainer_class, *settings)
+    except Exception as problem:
+        if not is_refusal(problem):
+            raise
+        _refuse(problem, prog, [f"--{field.name}" for each in settings for field in dataclasses.fields(each)])
+
+
+def _refuse(problem: Exception, prog: str, options: list[str]) -> NoReturn:
+    """Exit with a message in one line, which one process prints."""
+    if is_verbose():
+        traceback.print_exception(problem)
+    message = f"{prog}: error: {as_options(str(problem), options)}"
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise SystemExit(message) from problem
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # in which the first process ends this one, if it has the same to say
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(REFUSED) from problem
+
+
+def _train(trainer_class: type, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     from accelerate import PartialState
     from peft import PeftModel
     from transformers.utils import logging
@@ -152,14 +216,12 @@ def train(trainer_class: type, script_args: Any, training_args: Any, model_args:
     if not sys.stderr.isatty():  # a bar in a log file is many lines a second
         disable_progress_bars()
         logging.disable_progress_bar()
-    try:
-        train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
-    except (OSError, ValueError) as problem:
-        raise SystemExit(f"error: {problem}") from problem
+    train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
     if said:
         PartialState().print(said)
 
     training_args.model_init_kwargs = loading(training_args, model_args)
+    check_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -1,10 +1,10 @@
 r"""Train with ULMA: demonstrations are imitated, all other answers are learned from by their ratings.
 
     trl-ulma ulma \
-        --model_name_or_path Qwen/Qwen3-0.6B \
-        --dataset_name feedback.jsonl \
+        --model Qwen/Qwen3-0.6B \
+        --dataset feedback.jsonl \
         --eval_strategy steps \
-        --output_dir out
+        --output out
 
 with LoRA, on a model in four bits, on all GPUs with ZeRO-3, or with all options in a file:
 
@@ -16,25 +16,30 @@ with LoRA, on a model in four bits, on all GPUs with ZeRO-3, or with all options
 `--positive_loss` and `--negative_loss` choose the other methods of the paper: see `ULMAConfig`.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.options import OptionParser
-from trl_ulma.scripts.training import train
+from trl_ulma.scripts.command_line import be_quiet
+
+if TYPE_CHECKING:
+    from trl_ulma.scripts.options import OptionParser
 
 
-def make_parser(prog: str = "trl-ulma ulma") -> OptionParser:
+def make_parser(prog: str = "trl-ulma ulma") -> "OptionParser":
     """The command's options: TRL's, and `ULMAConfig`'s."""
     from trl_ulma import ULMAConfig
+    from trl_ulma.scripts.options import OptionParser
 
-    return OptionParser(ULMAConfig, prog, "Train with ULMA, on demonstrations and rated answers.")
+    return OptionParser(ULMAConfig, prog, "Train with ULMA, on demonstrations and rated answers.", "ulma")
 
 
 def main(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     """Run the training."""
     from trl_ulma import ULMATrainer
+    from trl_ulma.scripts.training import train
 
-    train(ULMATrainer, script_args, training_args, model_args, dataset_args)
+    train(ULMATrainer, script_args, training_args, model_args, dataset_args, prog="trl-ulma ulma")
 
 
 if __name__ == "__main__":
+    be_quiet()
     main(*make_parser().parse_settings())
