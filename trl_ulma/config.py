@@ -1,4 +1,4 @@
-"""Settings of the trainers: TRL's `DPOConfig` less what only pairs have, plus what only points have."""
+"""Settings of the trainers: TRL's `DPOConfig` without its pairwise settings, plus the pointwise ones."""
 
 import argparse
 import copy
@@ -29,16 +29,16 @@ from trl_ulma.rows.dropped import INVALID_ROWS
 
 _INSTEAD = {
     "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
-    "loss_weights": "weigh demonstrations with sft_weight, classes with desirable_weight and undesirable_weight",
-    "ld_alpha": "length_normalize=True divides by the completion's length",
-    "f_divergence_type": "only the reverse KL divergence has an implicit reward for single rows",
-    "f_alpha_divergence_coef": "only the reverse KL divergence has an implicit reward for single rows",
-    "label_smoothing": "soften the labels in the data: 0.9 and 0.1 in place of 1 and 0",
-    "use_weighting": "give the rows a weight column",
+    "loss_weights": "use sft_weight for demonstrations, and desirable_weight and undesirable_weight for the classes",
+    "ld_alpha": "use length_normalize=True to divide by the completion's length",
+    "f_divergence_type": "only the reverse KL divergence defines an implicit reward for single rows",
+    "f_alpha_divergence_coef": "only the reverse KL divergence defines an implicit reward for single rows",
+    "label_smoothing": "soften the labels in the data: use 0.9 and 0.1 instead of 1 and 0",
+    "use_weighting": "add a weight column to the rows",
     "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
 }
 
-# Whole numbers, and their least values
+# Integer settings and their minimum values
 _WHOLE = {
     "max_length": 2,
     "pad_to_multiple_of": 1,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 else:
 
     class LogZ:
-        """How `HfArgumentParser`, which takes no union, reads log_z: a number, or the name of a choice."""
+        """Parses `--log_z` as a number or as the name of a choice. `HfArgumentParser` does not support unions."""
 
         def __new__(cls, text):
             try:
@@ -66,7 +66,7 @@ else:
 
 
 def _hidden(name: str) -> Any:
-    """TRL's field `name`, left out of `--help` and still settable, so that a YAML that repeats its default runs."""
+    """TRL's field `name`, hidden from `--help`. It can still be set, so a YAML file that repeats its default works."""
     original = DPOConfig.__dataclass_fields__[name]
     metadata = {**original.metadata, "help": argparse.SUPPRESS}
     if original.default_factory is not MISSING:
@@ -76,63 +76,71 @@ def _hidden(name: str) -> Any:
 
 @dataclass(repr=False)
 class PointwiseDPOConfig(DPOConfig):
-    r"""Settings of `PointwiseDPOTrainer`; every other setting is `trl.DPOConfig`'s.
+    r"""Settings of `PointwiseDPOTrainer`. All other settings are those of `trl.DPOConfig`.
 
     Parameters:
-        label_type: "binary" reads labels in [0, 1] (thumbs, soft labels) and takes the loss of Eq. 8; "continuous"
-            reads any number as a reward, higher is better, and takes the loss of Eq. 9. A column `label_type` decides
-            per row.
-        label_transform: what is done to labels first, fitted on the training set, saved with the model and applied to
-            what is evaluated or scored: names divided by commas, a name's numbers after a colon, as in
-            "lower_is_better,standardise", "threshold:0.5" or "votes:1,1"; `trl_ulma.labels.TRANSFORMS` says what there
-            is. `label_type`, `sft_threshold` and the check of `sft_mask` speak of labels after it. It is for rows of
-            `label_type`; rows that a column `label_type` gives the other type are taken as they are.
-        label_report: print what the training labels look like before training, and write it into
-            `output_dir`/label_report.json (not of a stream).
-        log_z: log Z(x), added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). A number of nats (the paper's
-            is 0; where the data has a column `log_z`, that decides), or the name of a choice of
-            `trl_ulma.log_partition`: "column" (every row must carry it), "prior" (the start is calibrated to the
-            training labels' mean), "running_mean" (the moving average of the log-ratio), "batch_kl" (KTO's reference
-            point), "learned_constant" (trained by the loss), "learned" (a read-out of the prompt, trained by the loss).
-        log_z_learning_rate: of the learned ones, in units of the reward a step; follows the schedule.
-        length_normalize: divide every log-probability by its completion's number of tokens, as the authors' code does.
-            The log-ratio is then about as many times smaller as a completion has tokens: raise β by that factor.
-        desirable_weight: weight of rows with a label of ½ and above (continuous labels: of demonstrations).
-        undesirable_weight: weight of the other rows.
-        share_prompts: run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a
-            prompt's rows together. Exact, which is tried out at the start; with attention other than "sdpa" and
-            "eager", sliding windows or recurrent layers rows are padded, and that is said.
-        invalid_rows: what happens to rows that cannot be read, such as rows without a label or with an empty
-            completion. "error" lists them and stops; "drop" leaves them out, and counts them in a warning and in the
-            label report.
-        assistant_only_loss: score only the assistant's turns of a completion that has several turns. User turns and
-            tool results within a completion are read by the model and not scored. Set it to False to score everything
-            after the prompt.
-        chat: whether rows of text become a user's and an assistant's message. "auto" does that for rows of CSV and TSV
-            files if the tokenizer has a chat template, and logs it; rows from elsewhere stay text. True and False
-            decide for all rows of text.
-        system_message: a system message for conversations that have none. Rows of text have one only if they become
-            messages, see `chat`.
-        startup_checks: before the first step, show on a few rows that the log-probabilities are those of the model's
-            own logits, that the reference is the model as it is before training, that asking twice gives the same, and
-            that the chosen layout gives what padding gives. What fails is an error that says by how much. It costs less
-            than an optimizer step. False trains regardless.
+        label_type: what the labels are. "binary" reads labels in [0, 1] (thumbs, soft labels) and uses the loss of
+            Eq. 8. "continuous" reads any number as a reward, higher is better, and uses the loss of Eq. 9. A column
+            `label_type` overrides it per row. Default: "binary".
+        label_transform: the transforms to apply to the labels before training, such as "lower_is_better,standardise",
+            "threshold:0.5" or "votes:1,1". Separate names by commas, and put a name's numbers after a colon.
+            `trl_ulma.labels.TRANSFORMS` lists the names. The trainer fits the transforms on the training set, saves
+            them with the model, and applies them to the rows that it evaluates or scores. `label_type`,
+            `sft_threshold` and the check of `sft_mask` refer to the transformed labels. The transforms apply to rows
+            of type `label_type`. Rows to which a column `label_type` gives the other type are not transformed.
+            Default: None.
+        label_report: whether to print a report on the training labels before training and to write it to
+            `output_dir`/label_report.json. A stream has no report. Default: True.
+        log_z: log Z(x), which is added to every log-ratio: r = β·(log π_θ − log π_ref + log Z). Either a number in
+            nats (the paper uses 0; a column `log_z` in the data overrides it), or the name of a choice in
+            `trl_ulma.log_partition`: "column" (every row must have the column), "prior" (calibrates the start to the
+            mean of the training labels), "running_mean" (the moving average of the log-ratio), "batch_kl" (KTO's
+            reference point), "learned_constant" (trained by the loss), or "learned" (a linear read-out of the prompt's
+            hidden state, trained by the loss). Default: 0.
+        log_z_learning_rate: the learning rate of "learned" and "learned_constant", in units of the reward per step. It
+            follows the learning-rate schedule. Default: 0.01.
+        length_normalize: whether to divide every log-probability by the number of completion tokens, as the authors'
+            code does. The log-ratio then shrinks by about the number of tokens in a completion, so raise β by that
+            factor. Default: False.
+        desirable_weight: the loss weight of rows with a label of ½ or above. For continuous labels, the weight of
+            demonstrations. Raise it if desirable rows are rare. Default: 1.
+        undesirable_weight: the loss weight of all other rows. Default: 1.
+        share_prompts: whether to run rows of a micro-batch with the same prompt as one prompt with several branches.
+            The sampler then keeps the rows of a prompt together. The trainer checks at startup that the result is
+            exact. Requires "sdpa" or "eager" attention, and no sliding windows or recurrent layers. Otherwise the
+            trainer falls back to padding and logs a warning. Default: False.
+        invalid_rows: what to do with rows that cannot be read, such as rows without a label or with an empty
+            completion. "error" lists them and stops. "drop" leaves them out and counts them in a warning and in the
+            label report. Default: "error".
+        assistant_only_loss: whether to score only the assistant's turns if a completion has several turns. The model
+            reads the user turns and tool results within a completion, but they are not scored. Set it to False to
+            score everything after the prompt. Default: True.
+        chat: whether rows of plain text become a user message and an assistant message. "auto" converts rows of CSV
+            and TSV files if the tokenizer has a chat template, and logs that it does. Other rows stay plain text. True
+            and False apply to all rows of plain text. Default: "auto".
+        system_message: the system message to add to conversations that have none. Rows of plain text get one only if
+            they become messages, see `chat`. Default: None.
+        startup_checks: whether to check a few rows before the first step: the log-probabilities match the model's own
+            logits, the reference equals the model before training, a second forward pass gives the same values, and
+            the chosen layout gives the same values as padding. A failed check raises an error that states the
+            difference. The checks cost less than an optimizer step. Set it to False to train without them. Default:
+            True.
 
-    Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
-    tried out at the start whether the model computes the same, and refused where it does not.
+    `padding_free`, a setting of `DPOConfig`, is supported: it packs the rows of a micro-batch into one sequence. At
+    startup the trainer checks that packed and padded log-probabilities agree, and raises an error if they do not.
 
-    `disable_tqdm` is True by itself where stderr is neither a terminal nor a notebook's.
+    `disable_tqdm` defaults to True if stderr is neither a terminal nor a notebook.
 
-    Random numbers: `seed` (42) decides dropout, which is off unless `disable_dropout=False`, the first weights of
-    adapters, and the order of rows, which `data_seed` decides where it is set. The same seeds on the same machine, with
-    the same versions and number of threads and processes, give the same numbers, bit for bit on CPU; on a GPU
-    `full_determinism=True` asks for it. `split_by_prompt` and the order of a stream have seeds of their own.
+    Reproducibility: `seed` (42) determines dropout (off unless `disable_dropout=False`), the initial weights of
+    adapters, and the order of the rows unless `data_seed` is set. Runs with the same seeds, machine, versions, and
+    number of threads and processes give the same numbers. On a CPU they agree bit for bit. On a GPU that requires
+    `full_determinism=True`. `split_by_prompt` and the order of a stream have their own seeds.
 
-    Settings of DPOConfig that exist for pairs only (`loss_type`, `label_smoothing`, …) are refused away from their
-    default. Batch sizes count rows: a pair takes two.
+    Settings of `DPOConfig` that only apply to pairs (`loss_type`, `label_smoothing`, …) must keep their defaults. Batch
+    sizes count rows, so a pair counts as two.
 
     Raises:
-        ValueError: for a value out of range, or a pair-only setting away from its default.
+        ValueError: if a value is out of range, or if a pairwise setting differs from its default.
 
     Example:
         >>> PointwiseDPOConfig("out", label_type="continuous", beta=0.05, report_to="none").beta
@@ -142,86 +150,104 @@ class PointwiseDPOConfig(DPOConfig):
     label_type: str = field(
         default="binary",
         metadata={
-            "help": "What labels are: 'binary' (in [0, 1], soft labels too) or 'continuous' (any number, higher is "
-            "better). A column `label_type` decides per row.",
+            "help": "What the labels are: 'binary' (in [0, 1], including soft labels; loss of Eq. 8) or 'continuous' "
+            "(any number, higher is better; loss of Eq. 9). A column `label_type` overrides it per row.",
             "choices": LABEL_TYPES,
         },
     )
     label_transform: str | None = field(
         default=None,
         metadata={
-            "help": "What is done to labels first: names divided by commas, numbers after a colon, as in "
-            f"'lower_is_better,standardise' or 'threshold:0.5'. There are {', '.join(TRANSFORMS)}."
+            "help": "Transforms to apply to the labels before training, such as 'lower_is_better,standardise' or "
+            "'threshold:0.5'. Separate names by commas, and put a name's numbers after a colon. "
+            f"Choices: {', '.join(TRANSFORMS)}."
         },
     )
     label_report: bool = field(
         default=True,
-        metadata={"help": "Print a report on the training labels, and write it into output_dir/label_report.json."},
+        metadata={
+            "help": "Whether to print a report on the training labels and to write it to output_dir/label_report.json."
+        },
     )
     log_z: LogZ = field(
         default=0.0,
         metadata={
-            "help": "log Z(x), added to every log-ratio: a number of nats, or one of " + ", ".join(LOG_Z_CHOICES) + "."
+            "help": "log Z(x), which is added to every log-ratio: a number in nats, or one of "
+            + ", ".join(LOG_Z_CHOICES)
+            + ". Change it if the labels are unbalanced or not centered at 0."
         },
     )
     log_z_learning_rate: float = field(
         default=0.01,
-        metadata={"help": "Learning rate of log_z='learned' and 'learned_constant', in units of the reward a step."},
+        metadata={
+            "help": "Learning rate of the log_z choices 'learned' and 'learned_constant', in units of the reward per "
+            "step. It follows the learning-rate schedule."
+        },
     )
     length_normalize: bool = field(
         default=False,
         metadata={
-            "help": "Divide every log-probability by its completion's number of tokens, as the paper's authors' code "
-            "does. Raise `beta` by about that factor."
+            "help": "Whether to divide every log-probability by the number of completion tokens, as the code of the "
+            "paper's authors does. If you set it, raise `beta` by about the number of tokens in a completion."
         },
     )
     desirable_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of rows with a label of 1/2 and above (continuous labels: of demonstrations)."},
+        metadata={
+            "help": "Loss weight of rows with a label of 1/2 or above. For continuous labels, the weight of "
+            "demonstrations. Raise it if desirable rows are rare."
+        },
     )
-    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of the other rows."})
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Loss weight of all rows that `desirable_weight` does not apply to."}
+    )
     share_prompts: bool = field(
         default=False,
         metadata={
-            "help": "Run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a "
-            "prompt's rows together. Needs 'sdpa' or 'eager' attention."
+            "help": "Whether to run rows of a micro-batch with the same prompt as one prompt with several branches. "
+            "It saves time if prompts are long and have several completions. Requires 'sdpa' or 'eager' attention. "
+            "Otherwise rows are padded, and a warning is logged."
         },
     )
     padding_free: bool = field(
         default=False,
         metadata={
-            "help": "Pack the rows of a micro-batch into one sequence without padding. Whether the model computes the "
-            "same is tried out at the start."
+            "help": "Whether to pack the rows of a micro-batch into one sequence without padding. The trainer raises "
+            "an error at startup if packed and padded log-probabilities differ."
         },
     )
     invalid_rows: str = field(
         default="error",
         metadata={
-            "help": "What happens to rows that cannot be read: 'error' lists them and stops, 'drop' leaves them out.",
+            "help": "What to do with rows that cannot be read, such as rows without a label: 'error' lists them and "
+            "stops, 'drop' leaves them out and counts them.",
             "choices": INVALID_ROWS,
         },
     )
     assistant_only_loss: bool = field(
         default=True,
-        metadata={"help": "Score only the assistant's turns of a completion that has several turns."},
+        metadata={
+            "help": "Whether to score only the assistant's turns if a completion has several turns. Set it to False "
+            "to score everything after the prompt."
+        },
     )
     chat: str = field(
         default="auto",
         metadata={
-            "help": "Whether rows of text become a user's and an assistant's message: 'true', 'false', or 'auto', "
-            "which does so for CSV and TSV files if the tokenizer has a chat template."
+            "help": "Whether rows of plain text become a user message and an assistant message: 'true', 'false', or "
+            "'auto'. 'auto' converts rows of CSV and TSV files if the tokenizer has a chat template."
         },
     )
     system_message: str | None = field(
-        default=None, metadata={"help": "A system message for conversations that have none."}
+        default=None, metadata={"help": "System message to add to conversations that have none."}
     )
 
     startup_checks: bool = field(
         default=True,
         metadata={
-            "help": "Before the first step, show on a few rows that log-probabilities equal the model's own "
-            "logits, that "
-            "the reference is the model before training, and that nothing is noisy; raise an error otherwise."
+            "help": "Whether to check on a few rows, before the first step, that the log-probabilities match the "
+            "model's own logits, that the reference equals the model before training, and that forward passes have no "
+            "noise. A failed check raises an error."
         },
     )
 
@@ -236,10 +262,10 @@ class PointwiseDPOConfig(DPOConfig):
 
     def __post_init__(self):
         self.check()
-        # TRL's default is bf16, which a machine without support for it refuses
+        # TRL's default is bf16, which fails on a machine without bf16 support
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             self.bf16 = False
-        # A bar in a log file is many lines a second
+        # A progress bar writes many lines per second into a log file
         if self.disable_tqdm is None and not (sys.stderr.isatty() or is_in_notebook()):
             self.disable_tqdm = True
         super().__post_init__()
@@ -250,7 +276,7 @@ class PointwiseDPOConfig(DPOConfig):
         return "pointwise_dpo", "pointwise_dpo"
 
     def check(self) -> None:
-        """Raise ValueError on a value that these trainers cannot take."""
+        """Raise ValueError if these trainers do not support a value."""
         if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in ("1", "true"):
             sizes = ("tp_size", "cp_size", "sp_size")
             check_parallelism(
@@ -262,13 +288,13 @@ class PointwiseDPOConfig(DPOConfig):
             value = getattr(self, name)
             if name == "loss_type" and "kto" in (value if isinstance(value, list) else [value]):
                 raise ValueError(
-                    f"loss_type={value!r} is a setting of DPOConfig, which {type(self).__name__} does not have. "
-                    "Nearest to KTO is PointwiseDPOTrainer with PointwiseDPOConfig(log_z='batch_kl'): its reference "
-                    "point, with the cross-entropy of Eq. 8. Leave loss_type out."
+                    f"loss_type={value!r} is a setting of DPOConfig that {type(self).__name__} does not support. "
+                    "The closest method to KTO is PointwiseDPOTrainer with PointwiseDPOConfig(log_z='batch_kl'): it "
+                    "has KTO's reference point and the cross-entropy of Eq. 8. Remove loss_type."
                 )
             if value != default and [value] != default:
                 raise ValueError(
-                    f"{name}={value!r} is a setting of pair-wise losses, which {type(self).__name__} does not have. "
+                    f"{name}={value!r} is a setting of pairwise losses that {type(self).__name__} does not support. "
                     f"Leave it at {default!r}; {instead}."
                 )
         if self.label_type not in LABEL_TYPES:
@@ -277,7 +303,7 @@ class PointwiseDPOConfig(DPOConfig):
             parse_transform(self.label_transform, self.label_type)
         _check_number("beta", self.beta, above=0)
         if isinstance(self.log_z, str) and self.log_z not in LOG_Z_CHOICES:
-            raise ValueError(f"log_z must be a number, or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
+            raise ValueError(f"log_z must be a number or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
         if not isinstance(self.log_z, str):
             _check_number("log_z", self.log_z)
         _check_number("log_z_learning_rate", self.log_z_learning_rate, above=0)
@@ -285,7 +311,8 @@ class PointwiseDPOConfig(DPOConfig):
         _check_number("undesirable_weight", self.undesirable_weight, least=0)
         if self.desirable_weight == self.undesirable_weight == 0:
             raise ValueError(
-                "desirable_weight and undesirable_weight are both 0: no row would be learned from. Set one of them."
+                "desirable_weight and undesirable_weight are both 0, so the loss of every row would be 0. Raise one of "
+                "them."
             )
         for name, least in _WHOLE.items():
             value = getattr(self, name)
@@ -305,84 +332,86 @@ class PointwiseDPOConfig(DPOConfig):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
-                "sync_ref_model=True moves the reference while training, and precompute_ref_log_probs=True asks it "
-                "once, before. Set one of them."
+                "sync_ref_model=True changes the reference during training, but precompute_ref_log_probs=True runs it "
+                "only once, before training. Set only one of them."
             )
         if self.log_z == "batch_kl" and self.precompute_ref_log_probs:
             raise ValueError(
-                "log_z='batch_kl' asks the reference about new rows in each step, and precompute_ref_log_probs=True "
-                "asks it once, before. Set precompute_ref_log_probs=False, or another log_z."
+                "log_z='batch_kl' runs the reference on new rows in each step, but precompute_ref_log_probs=True runs "
+                "it only once, before training. Set precompute_ref_log_probs=False or another log_z."
             )
         if self.log_z == "batch_kl" and self.per_device_train_batch_size < 2:
             raise ValueError(
-                "log_z='batch_kl' needs two rows in a micro-batch, to pair one's prompt with the other's completion. "
-                "Raise per_device_train_batch_size, or set another log_z."
+                "log_z='batch_kl' pairs the prompt of one row with the completion of another, so it needs at least two "
+                "rows per micro-batch. Set per_device_train_batch_size to 2 or more, or set another log_z."
             )
         if self.padding_free and self.share_prompts:
-            raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
+            raise ValueError("padding_free and share_prompts exclude each other: both lay out a batch. Set only one.")
 
     def check_machine(self) -> None:
-        """Raise ValueError or ImportError on a setting that this machine cannot carry out."""
+        """Raise ValueError or ImportError if this machine does not support a setting."""
         check_parallelism(getattr(self, "parallelism_config", None))
         if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(
-                "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is "
-                "no accelerator. Leave it at False; gradient_checkpointing=True saves memory anywhere."
+                "activation_offloading=True moves activations from an accelerator's memory to CPU memory, and this "
+                "machine has no accelerator. Set it to False. gradient_checkpointing=True saves memory on any machine."
             )
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ImportError(
-                "use_liger_kernel=True needs liger-kernel, which is not installed. Run `pip install liger-kernel`, or "
-                "leave it at False: TRL will remove it, and model_init_kwargs={'use_kernels': True} is its successor."
+                "use_liger_kernel=True requires liger-kernel, which is not installed. Run `pip install liger-kernel`, "
+                "or set it to False. TRL will remove this setting; model_init_kwargs={'use_kernels': True} replaces it."
             )
 
     def check_with_data(self, *, needs_reference: bool, has_mask: bool) -> None:
-        """Raise ValueError on a setting that the data contradicts.
+        """Raise ValueError if a setting contradicts the data.
 
         Args:
-            needs_reference: whether the loss of any row contains the reference.
+            needs_reference: whether the loss of any row uses the reference.
             has_mask: whether any row is marked as a demonstration.
         """
         weighted = self.desirable_weight != 1 or self.undesirable_weight != 1
         if weighted and self.label_type == "continuous" and not has_mask:
             raise ValueError(
-                "desirable_weight and undesirable_weight weigh continuous labels by the SFT mask, and no row is "
-                "marked. Add a boolean column sft_mask, or weigh rows with a column weight."
+                "For continuous labels, desirable_weight applies to demonstrations and undesirable_weight to all other "
+                "rows, but no row is marked as a demonstration. Add a boolean column sft_mask, or set the weight of "
+                "each row in a column weight."
             )
         if needs_reference:
             return
         if isinstance(self.log_z, str):
             raise ValueError(
-                f"log_z={self.log_z!r} is for rows that are compared with the reference; with {self.method} none is. "
-                "Leave it at 0."
+                f"log_z={self.log_z!r} only affects rows that are compared with the reference; with {self.method} no "
+                "row is. Leave log_z at 0."
             )
         best = (self.metric_for_best_model or "").removeprefix("eval_")
         if best.startswith("rewards/") or best in ("kl", "log_z"):
             raise ValueError(
                 f"metric_for_best_model={self.metric_for_best_model!r} needs a reference model; with {self.method} no "
-                "row is compared with one, so that none is loaded. Use eval_loss or eval_loss/sft."
+                "row is compared with one, so none is loaded. Use eval_loss or eval_loss/sft."
             )
         if self.sync_ref_model:
             raise ValueError(
-                f"sync_ref_model=True has nothing to synchronise: with {self.method} no row is compared with a "
-                "reference. Leave it at False."
+                f"sync_ref_model=True has no effect: with {self.method} no row is compared with a reference. Set it to "
+                "False."
             )
 
     def check_best_metric(self, eval_sets: list[str]) -> None:
-        """Raise ValueError where `metric_for_best_model` is a misspelt figure, before an evaluation shows it.
+        """Raise ValueError if `metric_for_best_model` is a misspelled metric. Without this check, the error would come
+        only after the first evaluation.
 
         Args:
-            eval_sets: names of the evaluated data sets, where there are several.
+            eval_sets: names of the evaluation datasets, if there are several.
         """
         known = [f"{name}_{figure}" for name in eval_sets for figure in EVALUATED] if eval_sets else list(EVALUATED)
         best = (self.metric_for_best_model or "loss").removeprefix("eval_")
         near = difflib.get_close_matches(best, known, n=1, cutoff=0.75)
         is_own = best.split("/")[0] in {figure.split("/")[0] for figure in EVALUATED if "/" in figure}
         if best not in known and (near or is_own):
-            hint = f"Did you mean eval_{near[0]}?" if near else f"There are {', '.join(known)}."
-            raise ValueError(f"metric_for_best_model={self.metric_for_best_model!r} is no figure of evaluation. {hint}")
+            hint = f"Did you mean eval_{near[0]}?" if near else f"Choices: {', '.join(known)}."
+            raise ValueError(f"metric_for_best_model={self.metric_for_best_model!r} is not an eval metric. {hint}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As `DPOConfig.to_dict`, which blanks out `hub_token`; without the token in `model_init_kwargs`, too."""
+        """Like `DPOConfig.to_dict`, which masks `hub_token`, but also without the token in `model_init_kwargs`."""
         found = super().to_dict()
         found["model_init_kwargs"] = _without_tokens(found["model_init_kwargs"])
         return found
@@ -393,7 +422,7 @@ class PointwiseDPOConfig(DPOConfig):
     __str__ = __repr__
 
     def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its settings beside every checkpoint, and uploads them with it
+        # Trainer pickles its settings into every checkpoint and uploads them with it
         tokens = {"hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}  # nosec B105
         return {**vars(self), **tokens}
 
@@ -409,24 +438,24 @@ class PointwiseDPOConfig(DPOConfig):
 
     @property
     def method(self) -> str:
-        """The cell of the grid of methods, in words."""
+        """The cell of the grid of methods, as text for messages."""
         return "positive_loss={!r} and negative_loss={!r}".format(*self.cell)
 
     @classmethod
     def from_dpo_config(cls, args: DPOConfig) -> Self:
-        """`args`' values in a config of this class, and this class's defaults for the rest.
+        """A config of this class with the values of `args`, and with this class's defaults for all other settings.
 
-        `args` stays as it is, and its `__post_init__`, which reads the environment and warns, is not run again.
+        `args` is not changed. Its `__post_init__`, which reads the environment and warns, does not run again.
 
         Raises:
-            ValueError: for a pair-only setting of `args` away from its default.
+            ValueError: if a pairwise setting of `args` differs from its default.
         """
         config = object.__new__(cls)
         for f in fields(cls):
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             object.__setattr__(config, f.name, default)
         for name, value in vars(args).items():
-            # TRL writes into these while it sets up
+            # TRL writes into these during setup
             own = copy.deepcopy(value) if isinstance(value, list | dict | AcceleratorConfig) else value
             object.__setattr__(config, name, own)
         config.check()
@@ -435,34 +464,42 @@ class PointwiseDPOConfig(DPOConfig):
 
 @dataclass(repr=False)
 class ULMAConfig(PointwiseDPOConfig):
-    r"""Settings of `ULMATrainer`; those of `PointwiseDPOConfig`, and:
+    r"""Settings of `ULMATrainer`: those of `PointwiseDPOConfig`, and the following.
 
     Parameters:
-        sft_weight: weight of −log π_θ(y|x) on demonstrations, ≥ 0.
-        sft_threshold: where the data has no `sft_mask`, rows with a continuous label of this and above are
-            demonstrations. (With binary labels, rows with label 1 are.)
-        positive_loss: loss of demonstrations: "sft", "pointwise_dpo" or "none".
-        negative_loss: loss of rows with a label below 1 that are no demonstrations (of continuous labels, of all rows
-            that are none): "pointwise_dpo", "unlearning" (+log π_θ) or "none".
+        sft_weight: the weight of −log π_θ(y|x) on demonstrations, ≥ 0. Lower it if demonstrations dominate the
+            feedback. Default: 1.
+        sft_threshold: the label from which on a row is a demonstration, if labels are continuous and the data has no
+            column `sft_mask`. With binary labels, rows with label 1 are demonstrations. Default: None.
+        positive_loss: the loss of demonstrations: "sft", "pointwise_dpo" or "none". Default: "sft".
+        negative_loss: the loss of rows with a label below 1 that are not demonstrations: "pointwise_dpo", "unlearning"
+            (+log π_θ) or "none". For continuous labels, it is the loss of all rows that are not demonstrations.
+            Default: "pointwise_dpo".
 
-    `positive_loss` × `negative_loss` is the paper's grid of methods: ULMA ("sft" × "pointwise_dpo"), point-wise DPO
+    `positive_loss` × `negative_loss` is the paper's grid of methods: ULMA ("sft" × "pointwise_dpo"), pointwise DPO
     ("pointwise_dpo" × "pointwise_dpo"), SFT ("sft" × "none"), unlikelihood ("sft" × "unlearning"), unlearning
     ("none" × "unlearning"), positive DPO ("pointwise_dpo" × "none"), negative DPO ("none" × "pointwise_dpo").
 
     Raises:
-        ValueError: for a value out of range, a cell that is no method, or a pair-only setting away from its default.
+        ValueError: if a value is out of range, if the cell is not a method, or if a pairwise setting differs from its
+            default.
 
     Example:
         >>> ULMAConfig("out", positive_loss="sft", negative_loss="none", report_to="none").cell
         ('sft', 'none')
     """
 
-    sft_weight: float = field(default=1.0, metadata={"help": "Weight of the SFT term of demonstrations."})
+    sft_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the SFT loss of demonstrations. Lower it if demonstrations dominate the feedback."
+        },
+    )
     sft_threshold: float | None = field(
         default=None,
         metadata={
-            "help": "Where the data has no `sft_mask`, rows with a continuous label of this and above are "
-            "demonstrations. With binary labels, rows with label 1 are."
+            "help": "Continuous label from which on a row is a demonstration, if the data has no column `sft_mask`. "
+            "With binary labels, rows with label 1 are demonstrations."
         },
     )
     positive_loss: str = field(
@@ -472,8 +509,8 @@ class ULMAConfig(PointwiseDPOConfig):
     negative_loss: str = field(
         default="pointwise_dpo",
         metadata={
-            "help": "Loss of rows with a label below 1 that are no demonstrations; of continuous labels, of all rows "
-            "that are none.",
+            "help": "Loss of rows with a label below 1 that are not demonstrations. For continuous labels, the loss of "
+            "all rows that are not demonstrations.",
             "choices": NEGATIVE_LOSSES,
         },
     )
@@ -484,23 +521,25 @@ class ULMAConfig(PointwiseDPOConfig):
         return self.positive_loss, self.negative_loss
 
     def check(self) -> None:
-        """Raise ValueError on a value that these trainers cannot take."""
+        """Raise ValueError if these trainers do not support a value."""
         super().check()
         check_cell(*self.cell)
         _check_number("sft_weight", self.sft_weight, least=0)
         if self.sft_weight == 0 and self.cell == ("sft", "none"):
-            raise ValueError("sft_weight is 0 and negative_loss 'none': no row would be learned from. Set one of them.")
+            raise ValueError(
+                "sft_weight is 0 and negative_loss is 'none', so the loss of every row would be 0. Change one of them."
+            )
         if self.sft_threshold is not None:
             _check_number("sft_threshold", self.sft_threshold)
         if self.label_type == "continuous" and self.negative_loss == "unlearning":
             raise ValueError(
-                "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not "
-                "that it is to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'."
+                "negative_loss='unlearning' needs binary labels: a continuous label rates an answer, but does not say "
+                "that the model should unlearn it. Use negative_loss='pointwise_dpo' or label_type='binary'."
             )
 
 
 def check_parallelism(parallelism: Any) -> None:
-    """Raise ValueError on a way to split a model or a sequence that the log-probabilities are not known to be right in.
+    """Raise ValueError if a kind of parallelism is on for which the log-probabilities are not known to be right.
 
     Args:
         parallelism: accelerate's `ParallelismConfig`, or None.
@@ -510,8 +549,8 @@ def check_parallelism(parallelism: Any) -> None:
         size = getattr(parallelism, name, None) or 1
         if size > 1:
             raise ValueError(
-                f"{kind} parallelism ({name}={size}) is not supported: the output embeddings, or a row's tokens, would "
-                "be split over processes, and log-probabilities would be of parts. Use DDP, FSDP2 or ZeRO."
+                f"{kind} parallelism ({name}={size}) is not supported: it would split the output embeddings or the "
+                "tokens of a row across processes, and log-probabilities would be incomplete. Use DDP, FSDP2 or ZeRO."
             )
 
 

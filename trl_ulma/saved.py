@@ -1,4 +1,4 @@
-"""A saved model: the files in its folder or on the hub, its policy, tokenizer and reference."""
+"""A saved model: its files in a folder or on the Hub, and its policy, tokenizer and reference."""
 
 import contextlib
 import json
@@ -24,32 +24,32 @@ from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 logger = logging.get_logger(__name__)
 
-# Beside the model's weights
+# The file beside the model's weights
 SETTINGS_FILE = "pointwise.json"
-# Of what a tokenizer consists of; one of them is in every folder with a tokenizer
+# Every folder with a tokenizer contains at least one of these files
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class SavedSettings:
-    """What a score depends on besides the weights: `pointwise.json` in a saved model's folder.
+    """Everything besides the weights that scores depend on: `pointwise.json` in a saved model's folder.
 
     Attributes:
         beta: β.
-        label_type: of rows that do not say it themselves.
-        length_normalize: whether log-probabilities are divided by the completion's tokens.
-        log_z: a number of nats, or the name of a choice, whose state is in `log_z.safetensors`.
-        max_length: longest sequence in tokens.
+        label_type: the label type of rows that have no column `label_type`.
+        length_normalize: whether log-probabilities are divided by the number of completion tokens.
+        log_z: a number in nats, or the name of a choice. Its state is in `log_z.safetensors`.
+        max_length: the maximum length of a sequence in tokens.
         truncation_mode: "keep_start" or "keep_end".
         assistant_only_loss: whether only the assistant's turns of a completion are scored.
-        chat: whether rows of text become messages, see `trl_ulma.rows.chat`.
-        system_message: of conversations that have none, or None.
-        label_transform: fitted, or None.
-        sft_threshold: continuous labels of this and above, after the transform, are demonstrations; or None.
-        dtype: of the weights while training, as "float32"; or None, if it is not known.
-        mixed_precision: "no", "bf16" or "fp16"; or None, if it is not known.
-        reference: what the model was compared with; or None, if it is not known.
-        trl_ulma: the version that wrote it.
+        chat: whether rows of plain text become messages, see `trl_ulma.rows.chat`.
+        system_message: the system message added to conversations that have none, or None.
+        label_transform: the fitted transform, or None.
+        sft_threshold: the continuous label, after the transform, from which on a row is a demonstration, or None.
+        dtype: the dtype of the weights in training, such as "float32". None if unknown.
+        mixed_precision: "no", "bf16" or "fp16". None if unknown.
+        reference: the reference that the model was trained against. None if unknown.
+        trl_ulma: the version that wrote the file.
     """
 
     beta: float
@@ -69,7 +69,7 @@ class SavedSettings:
     trl_ulma: str = ""
 
     def write(self, folder: str | Path) -> None:
-        """Write them into a folder."""
+        """Write the settings to a folder."""
         steps = None if self.label_transform is None else self.label_transform.to_json()
         reference = None if self.reference is None else self.reference.to_json()
         text = json.dumps({**asdict(self), "label_transform": steps, "reference": reference}, indent=2)
@@ -77,10 +77,10 @@ class SavedSettings:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Those that a file holds; all but `beta` may be left out of it.
+        """Read the settings from a file. Only `beta` is required.
 
         Raises:
-            ValueError: naming the file, if it holds something else.
+            ValueError: if the file contains something else. The message names the file.
         """
         try:
             found: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -94,38 +94,41 @@ class SavedSettings:
                 made["reference"] = ReferenceIdentity.from_json(made["reference"])
             return cls(**made)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold the settings of a pointwise model ({error}).") from error
+            raise ValueError(
+                f"{path} does not contain the settings of a pointwise model ({error}). Copy the file from the folder "
+                "that training wrote."
+            ) from error
 
 
 def saved_file(model: str, name: str) -> str | None:
-    """Where a file is that was saved with a model, in its folder or on the hub; None if there is none."""
+    """The path of a file that was saved with a model, in its folder or on the Hub. None if there is no such file."""
     return cached_file(
         model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
 
 
 def saved_settings(model: str) -> SavedSettings | None:
-    """What training wrote beside a model; None if it wrote nothing.
+    """The settings that training saved with a model. None if there are none.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file contains something else.
     """
     file = saved_file(model, SETTINGS_FILE)
     return None if file is None else SavedSettings.read(file)
 
 
 def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode: a checkpoint's folder, an adapter's, or a name on the hub.
+    """Load a causal language model in evaluation mode, from the folder of a checkpoint or adapter, or from the Hub.
 
-    It is put on the GPUs if there are any.
+    If there are GPUs, the model is placed on them.
 
     Args:
-        name: folder or name.
-        dtype: of the weights; "auto" is the one that the model was trained with, or else that of the stored weights.
-        trust_remote_code: run code that comes with the model.
+        name: the folder, or the name on the Hub.
+        dtype: the dtype of the weights. "auto" uses the dtype of the training, or else that of the stored weights.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        OSError: if there is no model; for an adapter also if its base model is gone.
+        OSError: if there is no model, or if the base model of an adapter is missing.
     """
     if dtype == "auto":
         settings = saved_settings(name)
@@ -139,17 +142,19 @@ def load_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
         if base is None:
             raise
         raise OSError(
-            f"{name} is an adapter on {base}, and that base model could not be loaded ({error}). Put it there, or "
-            f"write where it is into base_model_name_or_path of {name}/adapter_config.json."
+            f"{name} is an adapter on {base}, but this base model could not be loaded ({error}). Put it there, or set "
+            f"base_model_name_or_path in {name}/adapter_config.json to its location."
         ) from error
 
 
 def training_autocast(settings: SavedSettings | None, model: Any) -> Any:
-    """A context for forwards as in a model's training: mixed precision, if that was of weights in float32 as here.
+    """A context for forward passes with the precision of the model's training.
+
+    It uses mixed precision if training did and if the weights are in float32.
 
     Args:
-        settings: saved with the model, or None.
-        model: loaded.
+        settings: the settings saved with the model, or None.
+        model: the loaded model.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get((settings and settings.mixed_precision) or "")
     if dtype is None or model.dtype != torch.float32:
@@ -158,14 +163,14 @@ def training_autocast(settings: SavedSettings | None, model: Any) -> Any:
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that an adapter was trained on; None for what is no adapter."""
+    """The model that an adapter was trained on. None if `name` is not an adapter."""
     if find_adapter_config_file(name) is None:
         return None
     return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint or adapter; that of its base, if an adapter was saved without one."""
+    """The tokenizer of a checkpoint or adapter. An adapter without its own tokenizer has that of its base model."""
     base = adapter_base(name)
     has_own = not Path(name).is_dir() or any((Path(name) / file).is_file() for file in _TOKENIZER_FILES)
     source = name if base is None or has_own else base
@@ -173,7 +178,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a model, or an adapter's, can read at most; see `trl_ulma.likelihood.layouts.positions_of`."""
+    """The maximum number of tokens that a model, or an adapter's base model, can read, see
+    `trl_ulma.likelihood.layouts.positions_of`."""
     return positions_of(AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code))
 
 
@@ -186,20 +192,20 @@ def load_reference(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Reference:
-    """The reference that a saved model was trained against, and the proof that it is.
+    """Load the reference that a saved model was trained against, and check that it is the same one.
 
     Args:
-        policy: the saved model, loaded.
-        source: its folder or name.
-        settings: what training wrote beside the model, or None.
-        ref_model: a model, or where one is, in place of the one that the settings name.
-        dtype: of the reference's weights.
-        trust_remote_code: run code that comes with the model.
+        policy: the loaded model.
+        source: the folder or name of the model.
+        settings: the settings saved with the model, or None.
+        ref_model: a model, or its folder or name, to use instead of the reference that the settings name.
+        dtype: the dtype of the reference's weights.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        ValueError: if there is no saying what the reference was, or the one that is found gives other
-            log-probabilities than the one of training. For a `ref_model`, that is a warning.
-        OSError: if the model that the settings name is gone.
+        ValueError: if the reference is unknown, or if its log-probabilities differ from those in training. If you
+            passed a `ref_model`, a difference is only logged as a warning.
+        OSError: if the model that the settings name is missing.
     """
     scorer = Scorer()
     identity = None if settings is None else settings.reference
@@ -211,13 +217,13 @@ def load_reference(
         model = load_model(ref_model, dtype=dtype, trust_remote_code=trust_remote_code) if name else ref_model
         found = Reference("given", scorer, model, name=name, autocast=autocast)
     elif kind == "none":
-        raise ValueError(f"{source} was trained without a reference, so that it has no rewards. Pass a ref_model.")
+        raise ValueError(f"{source} was trained without a reference, so it has no rewards. Pass a ref_model.")
     elif is_adapter and kind in ("", "adapter", "adapter_off"):
         saved = saved_file(source, f"{ADAPTER}/adapter_config.json") is not None
         if kind == "adapter" and not saved:
             raise ValueError(
-                f"{source} was trained away from another adapter, which was saved in its folder {ADAPTER!r}, and that "
-                "is gone. Copy it there, or pass a ref_model."
+                f"{source} was trained from another adapter, which was saved in its folder {ADAPTER!r}, but this "
+                "folder is missing. Copy it from the folder that training wrote, or pass a ref_model."
             )
         if saved and kind != "adapter_off" and ADAPTER not in policy.peft_config:
             trained = policy.active_adapter
@@ -227,8 +233,8 @@ def load_reference(
         found = Reference(kind, scorer, autocast=autocast)
     elif identity is None or not identity.name:
         raise ValueError(
-            f"{source} is a full model, and a reward compares it with the model that its training began from. Name "
-            "that with ref_model (on the command line --ref_model)."
+            f"{source} is a full model without information on its reference. A reward compares it with the model that "
+            "training started from. Pass that model as ref_model (on the command line --ref_model)."
             if identity is None
             else f"{source} was trained against a reference that had no name ({kind}). Pass it as ref_model."
         )
@@ -238,7 +244,7 @@ def load_reference(
         except OSError as error:
             raise OSError(
                 f"{source} was trained against the reference {identity.name}, which could not be loaded ({error}). Put "
-                "it there, or pass ref_model (on the command line --ref_model)."
+                "it there, or pass a ref_model (on the command line --ref_model)."
             ) from error
         known = {"name": identity.name, "revision": identity.revision}
         found = Reference(kind, scorer, model, autocast=autocast, **known)
@@ -246,18 +252,18 @@ def load_reference(
         off = _difference(found, policy, identity, settings.mixed_precision)
         name = identity.name or "a model without a name"
         said = (
-            f"{source} was trained against another reference ({identity.kind}, {name}): the one here gives "
-            f"log-probabilities that differ by {off:.2g} nats a token."
+            f"{source} was trained against another reference ({identity.kind}, {name}): the log-probabilities of the "
+            f"reference found here differ by {off:.2g} nats per token."
         )
         if off and ref_model is not None:
-            logger.warning(f"{said} Rewards are not those of the training.")
+            logger.warning(f"{said} The rewards are not those of the training.")
         elif off:
-            raise ValueError(f"{said} Pass the model that training was compared with as ref_model.")
+            raise ValueError(f"{said} Pass the reference of the training as ref_model.")
     return found
 
 
 def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, mixed_precision: str | None) -> float:
-    """Nats a token between a reference and the one that a model was trained against; 0 if it is rounding."""
+    """The difference between a reference and the one in training, in nats per token. 0 if rounding explains it."""
     model = policy if reference.model is None else reference.model
     ids = torch.tensor(identity.input_ids, device=model.device)
     off = identity.difference(reference.fingerprint(policy, ids))
@@ -268,18 +274,22 @@ def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, 
 
 @contextlib.contextmanager
 def as_reference(model: Any, source: str | None = None) -> Iterator[Any]:
-    """An adapter's model as what it was trained away from: with the adapter switched off, or, if training began from
-    an adapter, with that one, which was saved in the folder "ref".
+    """A context in which a model with an adapter is its own reference.
+
+    The adapter is switched off. If training started from an adapter, which is saved in the folder "ref", that adapter
+    is active instead.
 
     Args:
-        model: with an adapter.
-        source: its folder or name.
+        model: a model with an adapter.
+        source: the folder or name of the model.
 
     Raises:
-        ValueError: for a model without an adapter, which does not contain its reference.
+        ValueError: if the model has no adapter, because then it does not contain its reference.
     """
     if not is_peft_model(model):
-        raise ValueError("The model is no adapter, so its reference is not in it. Name the model that it began as.")
+        raise ValueError(
+            "The model has no adapter, so it does not contain its reference. Pass the model that training started from."
+        )
     if source is None or saved_file(source, f"{ADAPTER}/adapter_config.json") is None:
         with model.disable_adapter():
             yield model
@@ -297,7 +307,7 @@ def as_reference(model: Any, source: str | None = None) -> Iterator[Any]:
 def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, ref_tokenizer: PreTrainedTokenizerBase, rows: Dataset, name: str, ref_name: str
 ) -> None:
-    """Raise ValueError if a token of the rows is another one, or none, to the reference's tokenizer."""
+    """Raise ValueError if the reference's tokenizer has another token, or none, for a token id of the rows."""
     ids = {token for column in ("prompt_ids", "completion_ids") for row in rows[column] for token in row}
     known = set(ref_tokenizer.get_vocab().values())
     for token in sorted(ids):
@@ -305,6 +315,6 @@ def check_same_tokens(
         theirs = ref_tokenizer.convert_ids_to_tokens(token) if token in known else None
         if ours != theirs:
             raise ValueError(
-                f"Token {token} is {ours!r} to {name} and {theirs!r} to its reference {ref_name}, so their "
-                "log-probabilities are not of the same thing. Name the model that training began with."
+                f"Token {token} is {ours!r} for {name}, but {theirs!r} for its reference {ref_name}, so their "
+                "log-probabilities are not comparable. Pass the model that training started from."
             )

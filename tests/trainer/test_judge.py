@@ -384,14 +384,14 @@ def test_settings_that_are_none_are_refused(tmp_path):
         '{"beta": 1, "label_transform": [{}]}',
     ):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"pointwise.json does not hold the settings of a pointwise model"):
+        with pytest.raises(ValueError, match=r"pointwise.json does not contain the settings of a pointwise model"):
             SavedSettings.read(file)
     file.write_text('{"beta": 0.5}')
     assert SavedSettings.read(file) == SavedSettings(beta=0.5)
 
 
 def test_a_log_z_without_its_state_is_refused():
-    with pytest.raises(ValueError, match=r"trained with log_z='learned', and its state, log_z.safetensors, is not bes"):
+    with pytest.raises(ValueError, match=r"trained with log_z='learned', but the file log_z.safetensors with its"):
         saved_log_partition(SavedSettings(beta=0.1, log_z="learned"), None, "cpu")
 
 

@@ -126,7 +126,7 @@ def test_adapters_with_virtual_tokens_are_padded(tiny_gpt2, tmp_path):
 
 
 def test_both_layouts_at_once_contradict(tiny_gpt2, tmp_path):
-    with pytest.raises(ValueError, match="padding_free and share_prompts are two ways"):
+    with pytest.raises(ValueError, match="padding_free and share_prompts exclude each other"):
         make_trainer(tiny_gpt2, make_rows(4), tmp_path, padding_free=True, share_prompts=True)
 
 
