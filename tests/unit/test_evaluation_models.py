@@ -100,7 +100,7 @@ def test_positions_of_learned_embeddings(tiny_gpt2):
 def test_a_broken_weight_is_named_by_row(tiny_gpt2):
     model = load_model(tiny_gpt2)
     model.transformer.ln_f.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"The log-probability of row 0 is nan \(4 rows in all"):
+    with pytest.raises(ValueError, match=r"The log-probability of row 0 is nan \(in total, 4 rows"):
         completion_logps(model, prepared(tiny_gpt2))
 
 
