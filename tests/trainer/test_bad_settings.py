@@ -285,20 +285,20 @@ WITH_THE_DATA = {
     "rows beyond the model's positions": (
         make_rows(2, completion=[" a" * 600, " b"]),
         {"max_length": None},
-        "Row 0 of the train dataset has 606 tokens, and the model only 512 positions. Set max_length=512, or drop the "
-        "row.",
+        "Row 0 of the train dataset has 606 tokens, but the model only has 512 positions. Set max_length=512, or "
+        "remove the row.",
     ),
     "rows of a stream beyond the model's positions": (
         stream(2, completion=[" b", " a" * 600]),
         {"max_length": 1024, "max_steps": 1},
-        "Row 1 of the train dataset has 613 tokens, and the model only 512 positions. Set max_length=512, or drop the "
-        "row.",
+        "Row 1 of the train dataset has 613 tokens, but the model only has 512 positions. Set max_length=512, or "
+        "remove the row.",
     ),
     "evaluation beyond the model's positions": (
         make_rows(4),
         {"max_length": None, "eval_dataset": make_rows(2, completion=[" a" * 600, " b"])},
-        "Row 0 of the eval dataset has 606 tokens, and the model only 512 positions. Set max_length=512, or drop the "
-        "row.",
+        "Row 0 of the eval dataset has 606 tokens, but the model only has 512 positions. Set max_length=512, or remove "
+        "the row.",
     ),
     "a stream of unknown length": (
         stream(),
@@ -381,8 +381,8 @@ def test_what_is_no_evaluation_set(without_weights, tmp_path, name):
     with pytest.raises(TypeError) as error:
         make_trainer(without_weights, make_rows(2), tmp_path, eval_dataset=rows if name == "eval" else {name: rows})
     assert str(error.value) == (
-        f"The {name} dataset must be a Dataset or an IterableDataset; got list. Dataset.from_list makes one of a list "
-        "of rows."
+        f"The {name} dataset must be a Dataset or an IterableDataset; got list. Use Dataset.from_list for a list of "
+        "rows."
     )
 
 
@@ -420,7 +420,7 @@ def test_a_tokenizer_without_pad_and_eos(tiny_gpt2):
 
 
 def test_a_pad_token_that_is_not_there(tiny_gpt2, without_weights, tmp_path):
-    message = "The pad_token '<nope>' is not in the tokenizer's vocabulary. Choose one that is."
+    message = "The pad_token '<nope>' is not in the tokenizer's vocabulary. Set one that is."
     with pytest.raises(ValueError) as error:
         take(AutoTokenizer.from_pretrained(tiny_gpt2), "<nope>")
     assert str(error.value) == message

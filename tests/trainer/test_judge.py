@@ -116,7 +116,7 @@ def test_rows_without_tokens_are_left_out_and_the_others_keep_their_numbers(tiny
     assert scored["row"][:] == [0, 2]
     assert scored["completion"][:] == [" a", " c"]
     assert "Left out 1 of 3 rows of the scored dataset" in capture.text
-    assert "has one class" not in capture.text
+    assert "has only one class" not in capture.text
 
 
 @pytest.fixture

@@ -101,16 +101,14 @@ def test_streams_take_transforms_that_need_no_fitting(tiny_gpt2, tmp_path):
 def test_streams_refuse_transforms_that_need_all_labels(tiny_gpt2, tmp_path, transform):
     stream = rated().to_iterable_dataset()
     with pytest.raises(
-        ValueError, match=f"label_transform='{transform}' needs all labels at once, which the train data"
+        ValueError, match=f"label_transform='{transform}' needs all labels at once, but the train datas"
     ):
         continuous(tiny_gpt2, stream, tmp_path, transform, max_steps=1)
 
 
 def test_an_evaluation_stream_has_no_prompt_quantiles(tiny_gpt2, tmp_path):
     rows = rated(prompt=["a"] * 6)
-    with pytest.raises(
-        ValueError, match=r"which the eval dataset, a stream, does not have. Load the data set without st"
-    ):
+    with pytest.raises(ValueError, match=r"but the eval dataset is a stream\. Load the dataset without streaming\."):
         continuous(tiny_gpt2, rows, tmp_path, "prompt_quantile", eval_dataset=rows.to_iterable_dataset())
 
 
@@ -129,7 +127,7 @@ def test_a_wrong_setting_is_refused_by_the_config(tmp_path):
             "Row 5 of the train dataset: label is nan; it must be finite",
         ),
         ({"label": ["1"] * 6}, "lower_is_better", "Row 0 of the train dataset: label is '1', a str"),
-        ({"label_type": ["binary"] * 6, "label": [1] * 6}, "centre", "no row of the train dataset is of that type"),
+        ({"label_type": ["binary"] * 6, "label": [1] * 6}, "centre", "no row of the train dataset has this type"),
         ({"label_type": [None] * 6}, "lower_is_better", "label_type is None; it must be one of"),
     ],
 )
@@ -142,13 +140,13 @@ def test_pairs_and_prepared_rows_have_no_raw_labels(tiny_gpt2, tmp_path):
     pairs = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})
     for transform in ("centre", "lower_is_better"):
         with pytest.raises(
-            ValueError, match="The train dataset is paired: its labels are 1 and 0, and not on the scale"
+            ValueError, match="The train dataset is paired, so its labels are 1 and 0, and not on the scale"
         ):
             continuous(tiny_gpt2, pairs, tmp_path, transform)
     with pytest.raises(ValueError, match="The eval dataset is paired"):
         continuous(tiny_gpt2, rated(), tmp_path, "centre", eval_dataset=pairs)
     prepared = continuous(tiny_gpt2, rated(), tmp_path, None).train_dataset
-    with pytest.raises(ValueError, match="The train dataset is prepared already, so its labels are not the raw ones"):
+    with pytest.raises(ValueError, match="The train dataset is already prepared, so it lacks the raw labels"):
         continuous(tiny_gpt2, prepared, tmp_path, "centre")
     assert continuous(tiny_gpt2, prepared, tmp_path, None).train_dataset["label"][:] == RATINGS
 
