@@ -601,7 +601,7 @@ def test_conversations_are_streamed(tmp_path, tiny_llama, capsys):
 def test_data_that_cannot_be_read_ends_the_run_in_one_line(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{oops}")
-    with pytest.raises(SystemExit, match=r"error: .*rows\.jsonl is broken JSON in line 1, column 2"):
+    with pytest.raises(SystemExit, match=r"error: .*rows\.jsonl is invalid JSON in line 1, column 2"):
         run_here(ulma, "--model_name_or_path", "m", "--dataset_name", str(rows))
 
 
