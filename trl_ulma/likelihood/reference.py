@@ -215,7 +215,7 @@ def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor],
 
 
 def plain_batch(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A batch of whole sequences, of which all tokens but the first are scored.
+    """A batch of whole sequences. All tokens except the first are scored.
 
     Example:
         >>> plain_batch(torch.tensor([[5, 6]]))["completion_mask"]
