@@ -383,7 +383,7 @@ AT = "Row 0 of the train dataset"
         ),
         (
             {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
-            f"{HAS}, but prompt-learning adapters put virtual tokens before the rows, which shifts the positions of "
+            f"{HAS}, but prompt-learning adapters put virtual tokens before the rows, so the model cannot find the "
             "images. Train with LoRA, or train the whole model.",
         ),
     ],

@@ -53,7 +53,7 @@ def has_images(dataset: Any) -> bool:
 
 
 def first_row(rows: datasets.Dataset | datasets.IterableDataset) -> Any:
-    """The first row, or None if there is none. Its images are not decoded, and None if they are in a typed column."""
+    """The first row, or None if there is none. Images of a stream are not decoded, and those of a table are None."""
     if isinstance(rows, datasets.IterableDataset):
         return next(iter(rows if rows.features is None else rows.decode(False)), None)
     held = [name for name in COLUMNS if name in rows.column_names]
@@ -304,7 +304,7 @@ def check_settings(args: Any, where: str, peft_config: Any) -> None:
         )
     if getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(
-            f"{has}, but prompt-learning adapters put virtual tokens before the rows, which shifts the positions of "
+            f"{has}, but prompt-learning adapters put virtual tokens before the rows, so the model cannot find the "
             "images. Train with LoRA, or train the whole model."
         )
 
