@@ -504,13 +504,18 @@ class ULMAConfig(PointwiseDPOConfig):
     )
     positive_loss: str = field(
         default="sft",
-        metadata={"help": "Loss of demonstrations.", "choices": POSITIVE_LOSSES},
+        metadata={
+            "help": "Loss of demonstrations: 'sft' imitates them, 'pointwise_dpo' compares them with the reference, "
+            "'none' ignores them.",
+            "choices": POSITIVE_LOSSES,
+        },
     )
     negative_loss: str = field(
         default="pointwise_dpo",
         metadata={
-            "help": "Loss of rows with a label below 1 that are not demonstrations. For continuous labels, the loss of "
-            "all rows that are not demonstrations.",
+            "help": "Loss of rows with a label below 1 that are not demonstrations: 'pointwise_dpo' compares them with "
+            "the reference, 'unlearning' lowers their probability, 'none' ignores them. For continuous labels, the "
+            "loss of all rows that are not demonstrations.",
             "choices": NEGATIVE_LOSSES,
         },
     )
