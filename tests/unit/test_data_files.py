@@ -129,12 +129,12 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
         ("bad.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', r"bad\.json is invalid JSON in line 2, column 11: "),
         ("object.json", b'{\n"prompt": "a"\n"label": 1}', r"object\.json is invalid JSON in line 3, column 1: "),
         ("numbers.jsonl", b"1\n2\n", r"numbers\.jsonl has '1' in line 1; each row must be an object"),
-        ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"latin\.jsonl is not UTF-8 text: byte 0xe9 in line 2\. Save it"),
+        ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"latin\.jsonl is not UTF-8 text: byte 0xe9 in line 2\. Save"),
         ("bad.parquet", b"PAR1", r"bad\.parquet cannot be read as parquet: "),
         (
             "ragged.csv",
             b"prompt,label\na,1\nb,2,3\n",
-            r"ragged\.csv has 3 fields in line 3, and 2 columns \(prompt, label\)",
+            r"ragged\.csv has 3 fields in line 3, but 2 columns \(prompt, label\)",
         ),
     ],
 )

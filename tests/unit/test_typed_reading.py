@@ -218,14 +218,14 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RAGGED.format("How?,In water, eight minutes.,1"), r"has 4 fields in line 3, and 3 columns .* double quotes"),
-        (RAGGED.format("How?,1"), r"has 2 fields in line 3, and 3 columns"),
+        (RAGGED.format("How?,In water, eight minutes.,1"), r"has 4 fields in line 3, but 3 columns .* double quotes"),
+        (RAGGED.format("How?,1"), r"has 2 fields in line 3, but 3 columns"),
         (RAGGED.format('"two\nlines","more\n\n",1\nHow?'), r"has 1 fields in line 7"),
         (RAGGED.format('How?,"He said ""so"",1'), r"is invalid CSV in line 3: unexpected end of data\. Put each field"),
         (RAGGED.format('How?,"He said \\"so\\"",1'), r"is invalid CSV in line 3: ',' expected after '\"'"),
         ("prompt,label,prompt\na,1,b\n", r"names the column prompt twice in line 1"),
         ("prompt,label\n\ra,1\n", r"has a carriage return outside of double quotes in line 2"),
-        ("prompt;label\na;1;b\n", r"has 3 fields in line 2, .* holds a semicolon in double quotes"),
+        ("prompt;label\na;1;b\n", r"has 3 fields in line 2, .* contains a semicolon in double quotes"),
         (("prompt,label\né,1\n").encode() + b"\xe9,1\n", r"is not UTF-8 text: byte 0xe9 in line 3"),
         (b"prompt,label\n\x81,1\n", r"is not CP1252 text"),
         ("prompt,label\n".encode("utf-16") + b"\x00\xd8", r"is not UTF-16 text"),
