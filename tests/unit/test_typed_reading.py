@@ -476,7 +476,7 @@ def test_names_are_made_once():
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
         ([row("down"), row("up")], "--label_map down=0,up=1"),
         ([row("0,5")], r"labels with a decimal comma \('0,5'\)\. Use a decimal point"),
-        ([{"foo": "a"}], "Needed are prompt, completion and label"),
+        ([{"foo": "a"}], "Rows need prompt, completion and label"),
         ([{"transcript": "a", "rating": 1}], "It looks like red-team data: trl-ulma prepare red-team --input rows"),
         (
             [{"system": "s", "question": "q", "chosen": "To solve a", "rejected": "To solve b"}],
