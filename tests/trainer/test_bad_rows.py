@@ -299,10 +299,10 @@ COLUMNS = {
     ),
     "no row": (
         Dataset.from_dict({"prompt": [], "completion": [], "label": []}),
-        "The train dataset is empty; at least one row is needed.",
+        "The train dataset is empty. Pass at least one row.",
     ),
-    "no column": (Dataset.from_dict({}), "The train dataset is empty; at least one row is needed."),
-    "an empty stream": (stream(), "The train dataset is empty; at least one row is needed."),
+    "no column": (Dataset.from_dict({}), "The train dataset is empty. Pass at least one row."),
+    "an empty stream": (stream(), "The train dataset is empty. Pass at least one row."),
     "a stream of strings": (
         stream("Hi"),
         "Row 0 of the train dataset is 'Hi'; it must be a dict of columns, such as prompt, completion and label.",
@@ -417,7 +417,7 @@ TEXTS = {
     "tools that are not JSON": (
         [CHAT | {"tools": "{search"}],
         "Row 0 of the train dataset: tools is text that is not JSON (Expecting property name enclosed in double "
-        "quotes: line 1 column 2 (char 1)).",
+        "quotes: line 1 column 2 (char 1)). Pass a list of JSON schemas.",
     ),
     "tools that are no list": (
         [CHAT | {"tools": '{"name": "search"}'}],

@@ -416,7 +416,7 @@ def test_a_tokenizer_without_pad_and_eos(tiny_gpt2):
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError) as error:
         take(tokenizer)
-    assert str(error.value) == "The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token."
+    assert str(error.value) == "The tokenizer has neither a padding nor an EOS token. Set tokenizer.pad_token."
 
 
 def test_a_pad_token_that_is_not_there(tiny_gpt2, without_weights, tmp_path):

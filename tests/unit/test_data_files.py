@@ -106,9 +106,9 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", b"", r"empty\.jsonl is empty; at least one row is needed"),
-        ("blank.jsonl", b"\n \n", r"blank\.jsonl is empty; at least one row"),
-        ("empty.csv", b"", r"empty\.csv is empty; at least one row"),
+        ("empty.jsonl", b"", r"empty\.jsonl is empty\. It must contain at least one row"),
+        ("blank.jsonl", b"\n \n", r"blank\.jsonl is empty\. It must contain"),
+        ("empty.csv", b"", r"empty\.csv is empty\. It must contain"),
         (
             "header.csv",
             b"prompt,completion,label\n",
@@ -189,7 +189,9 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach 'thumbs' on the Hub")
 
     monkeypatch.setattr("trl_ulma.data.files.load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"no file or folder thumbs .*thumbs\.jsonl.*from the hub: Couldn't"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder thumbs .*thumbs\.jsonl.*from the Hub either: Couldn't"
+    ):
         load_rows("thumbs")
 
 

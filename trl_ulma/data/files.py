@@ -101,9 +101,7 @@ def load_rows(
         return _load_folder(path, config, streaming, names)
     if path.exists():
         if config is not None:
-            raise ValueError(
-                f"{path} is a file, and files have no configurations. Remove the configuration {config!r}."
-            )
+            raise ValueError(f"{path} is a file, so it has no configurations. Remove the configuration {config!r}.")
         rows = load_files([path], streaming=streaming, columns=columns, label_map=label_map)
         return _as_splits({"train": rows}, streaming)
     if _looks_local(str(name)):
