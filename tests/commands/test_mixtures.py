@@ -119,11 +119,17 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
             [{"path": "a.jsonl"}, {"path": "words.csv"}],
             r"part 2 .* labels that are words \('up'\)\. .*--label_map up=1",
         ),
-        ([{"path": "a.jsonl", "split": "tests"}], r"part 1 .*: it has no split 'tests', but train"),
-        ([{"path": "a.jsonl", "split": "tests[:2]"}], r"part 1 .*: it has no split 'tests\[:2\]', but train"),
-        ([{"path": "a.jsonl", "columns": ["prompts"]}], r"part 1 .*: it has no column prompts, but prompt, completion"),
+        ([{"path": "a.jsonl", "split": "tests"}], r"part 1 .*: it has no split 'tests'; its splits are train"),
+        (
+            [{"path": "a.jsonl", "split": "tests[:2]"}],
+            r"part 1 .*: it has no split 'tests\[:2\]'; its splits are train",
+        ),
+        (
+            [{"path": "a.jsonl", "columns": ["prompts"]}],
+            r"part 1 .*: it has no column prompts; its columns are prompt, completion",
+        ),
         ([{"path": "a.jsonl", "columns": {"label": "stars"}}], r"part 1 .* has no column stars; its columns are"),
-        ([{"path": "a.jsonl", "name": "main"}], r"part 1 .* which has no configurations"),
+        ([{"path": "a.jsonl", "name": "main"}], r"part 1 .* so it has no configurations"),
         (
             [{"path": "a.jsonl"}, {"path": "chat.jsonl"}],
             r"The rows of part 1 .*a\.jsonl\) are text, but those of the other",
