@@ -295,13 +295,13 @@ def test_what_the_rows_contradict_is_told_before_a_model_is_loaded(tiny_gpt2, tm
 
 def test_evaluation_rows_have_the_column_that_training_rows_have(tiny_gpt2, tmp_path):
     rows, plain = make_rows(8, log_z=[5.0] * 8), make_rows(8)
-    lacks = "log_z='column' needs a column log_z in the {} dataset"
+    lacks = "log_z='column' needs a column log_z, in nats, but the {} dataset has none"
     with pytest.raises(ValueError, match=lacks.format("eval")):
         make_trainer(tiny_gpt2, rows, tmp_path, log_z="column", eval_dataset=plain)
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, log_z="column", eval_dataset=rows, pointwise=True)
     assert trainer.evaluate()["eval_log_z"] == 5
     for ask in (trainer.evaluate, trainer.predict):
-        with pytest.raises(ValueError, match=r"needs a column log_z in the \w+ dataset"):
+        with pytest.raises(ValueError, match=r"needs a column log_z, in nats, but the \w+ dataset"):
             ask(plain)
     stream = plain.to_iterable_dataset()
     with pytest.raises(ValueError, match="needs a column log_z"):
