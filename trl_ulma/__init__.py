@@ -1,4 +1,4 @@
-"""Point-wise DPO and ULMA for TRL: learn from ratings, thumbs, votes and demonstrations, one answer at a time."""
+"""Pointwise DPO and ULMA for TRL: learn from ratings, thumbs, votes and demonstrations of single answers."""
 
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ __all__ = [
     "__version__",
 ]
 
-# Loaded on first use, so that the command line answers without waiting for torch.
+# Modules are loaded on first use, so that the command line starts without importing torch
 _MODULES = {
     "DataCollatorForPointwisePreference": "rows.collator",
     "DataCollatorForVisionPointwisePreference": "rows.images",

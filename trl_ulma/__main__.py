@@ -1,4 +1,4 @@
-"""`python -m trl_ulma` is `trl-ulma`."""
+"""`python -m trl_ulma` runs `trl-ulma`."""
 
 from trl_ulma.scripts.cli import main
 

@@ -1,4 +1,4 @@
-"""What a training does at its events: Ctrl-C, checks at start and end."""
+"""Callbacks of a training: Ctrl-C, and the checks at its start and end."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ logger = get_logger(__name__)
 
 
 class Interruption(TrainerCallback):
-    """Ends training after the optimizer step in which Ctrl-C came, with its state saved; a second one ends it at once.
+    """Stops training after Ctrl-C once the current optimizer step has finished, and saves a checkpoint.
 
-    Use it as a context around the training. Processes may notice in different steps, so that they have to agree:
-    `noticed` is what this one knows, `agreed` what all know.
+    A second Ctrl-C stops immediately. Use the callback as a context manager around the training. Processes can notice
+    the signal in different steps, so they have to agree: `noticed` is what this process knows, `agreed` what all know.
 
     Args:
-        accelerator: of the trainer.
+        accelerator: the trainer's accelerator.
     """
 
     def __init__(self, accelerator: Any):
@@ -48,27 +48,27 @@ class Interruption(TrainerCallback):
         if self.noticed:
             raise KeyboardInterrupt
         self.noticed = True
-        # Not by print, which this may have interrupted
+        # print is not safe here, because the signal can interrupt another print
         os.write(
-            2, b"\nInterrupted: the step that is running ends, and a checkpoint is written. Ctrl-C ends it at once.\n"
+            2, b"\nInterrupted: finishing this step and writing a checkpoint. Press Ctrl-C again to stop immediately.\n"
         )
 
     def agree(self) -> bool:
-        """Have all processes know what one of them has noticed."""
+        """Tell all processes if one of them has noticed the signal."""
         noticed = torch.tensor(float(self.noticed), device=self._accelerator.device)
         self.agreed = bool(self._accelerator.reduce(noticed, "sum") > 0)
         return self.agreed
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a checkpoint and for the end."""
+        """Request a checkpoint and the end of the training."""
         self._stop(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The same, of what came after the epoch's last step."""
+        """The same, for a signal after the last step of an epoch."""
         self._stop(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        """The same, of what came in an evaluation while training."""
+        """The same, for a signal during an evaluation in training."""
         if self._is_training:
             self._stop(args, state, control)
 
@@ -79,19 +79,19 @@ class Interruption(TrainerCallback):
         control.should_evaluate = False
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
         logger.warning(
-            f"Interrupted: step {state.global_step} is saved in {folder}. Go on with resume_from_checkpoint=True "
-            "(on the command line --resume_from_checkpoint True)."
+            f"Interrupted: saving step {state.global_step} to {folder}. Resume with resume_from_checkpoint=True (on "
+            "the command line --resume_from_checkpoint True)."
         )
 
 
 class Calls(TrainerCallback):
-    """Calls functions at a training's events.
+    """Calls functions at the events of a training.
 
     Args:
-        on_train_begin: called before the first step, when the model is as it is trained.
+        on_train_begin: called before the first step, after the model is wrapped for training.
         on_train_end: called after the last step.
-        on_epoch_begin: called with the epoch's number.
-        on_optimizer_step: called when the weights have changed, before the learning rate does.
+        on_epoch_begin: called with the number of the epoch.
+        on_optimizer_step: called after the weights have changed and before the learning rate changes.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Checkpoints: which were written to their end, which can be gone on from."""
+"""Checkpoints: which ones are complete, and which one training resumes from."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -15,22 +15,22 @@ logger = get_logger(__name__)
 
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 
-# Written into a checkpoint's folder after everything else
+# This file is written to a checkpoint's folder after all other files
 WHOLE = "whole"
 
 
 def mark_whole(folder: Path) -> None:
-    """Say of a checkpoint that it was written to its end."""
+    """Mark a checkpoint as complete."""
     (folder / WHOLE).touch()
 
 
 def unmark(folder: Path) -> None:
-    """Take it back, before the checkpoint is written again."""
+    """Remove the mark, before the checkpoint is written again."""
     (folder / WHOLE).unlink(missing_ok=True)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not, the newest first."""
+    """The checkpoints in a folder, complete or not, the newest first."""
     folder = Path(output_dir)
     found = {
         int(match[1]): path
@@ -41,23 +41,23 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def last_whole(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint in a folder, or None; says which newer ones it passes over.
+    """The newest complete checkpoint in a folder, or None. Logs a warning for each newer one that it skips.
 
-    `transformers` takes the one with the highest number, whole or not, and fails where there is none.
+    `transformers` takes the checkpoint with the highest number, complete or not, and fails if there is none.
     """
     for path in checkpoints(output_dir):
         if (path / WHOLE).exists():
             return path
-        logger.warning(f"{path} was not written to its end, and is passed over.")
+        logger.warning(f"The checkpoint {path} is incomplete and is skipped.")
     return None
 
 
 def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
-    """Raise ValueError where the weights in a folder are pickled, unless `loading` has `use_safetensors=False`.
+    """Raise ValueError if the weights in a folder are pickled, unless `loading` has `use_safetensors=False`.
 
     Args:
-        folder: of a model or a checkpoint; what is no folder is left to whoever loads it.
-        loading: the settings' `model_init_kwargs`.
+        folder: the folder of a model or a checkpoint. If it is not a folder, it is not checked.
+        loading: `model_init_kwargs` of the settings.
     """
     loading = loading or {}
     weights = Path(folder) / loading.get("subfolder", "")
@@ -65,18 +65,18 @@ def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
     if pickled is None or any(weights.glob("*.safetensors")) or loading.get("use_safetensors") is False:
         return
     raise ValueError(
-        f"The weights in {weights} are a pickle ({pickled}), which can hold programs, and are not loaded. Save them as "
-        'safetensors, or, where you trust them, set model_init_kwargs={"use_safetensors": False}.'
+        f"The weights in {weights} are pickled ({pickled}). They are not loaded, because a pickle can run code. Save "
+        'them as safetensors, or, if you trust them, set model_init_kwargs={"use_safetensors": False}.'
     )
 
 
 def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: dict[str, Any] | None) -> str | None:
-    """The checkpoint that training goes on from; True takes the newest that was written to its end.
+    """The checkpoint that training resumes from. True selects the newest complete checkpoint.
 
     Args:
-        resume_from_checkpoint: what `Trainer.train` was given: None, a bool, or a folder.
-        output_dir: of the training.
-        loading: the settings' `model_init_kwargs`.
+        resume_from_checkpoint: the argument of `Trainer.train`: None, a bool, or a folder.
+        output_dir: the output folder of the training.
+        loading: `model_init_kwargs` of the settings.
 
     Raises:
         ValueError: if the checkpoint's weights are pickled.
@@ -86,13 +86,13 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
     if resume_from_checkpoint is True:
         whole = last_whole(output_dir)
         if whole is None:
-            logger.warning(f"There is no whole checkpoint in {output_dir}: training starts afresh.")
+            logger.warning(f"There is no complete checkpoint in {output_dir}. Training starts from scratch.")
             return None
         resume_from_checkpoint = str(whole)
     elif not (Path(resume_from_checkpoint) / WHOLE).exists():
         logger.warning(
-            f"{resume_from_checkpoint} has no mark that it was written to its end: it is half-written, or another "
-            "trainer's. Training goes on from it as it is."
+            f"The checkpoint {resume_from_checkpoint} is not marked as complete: it is incomplete, or another trainer "
+            "wrote it. Training resumes from it anyway."
         )
     refuse_pickle(resume_from_checkpoint, loading)
     return resume_from_checkpoint
@@ -100,15 +100,15 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
 
 @contextmanager
 def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> Iterator[None]:
-    """Around the writing of a checkpoint: it is marked at its end, and older ones go only after.
+    """A context for writing a checkpoint. It marks the checkpoint at the end, and deletes older ones only afterwards.
 
     Args:
         args: the trainer's config.
-        folder: of the checkpoint.
-        best: the checkpoint that is to be kept in any case, asked when this one is written.
+        folder: the folder of the checkpoint.
+        best: returns the checkpoint that must be kept. It is called after this checkpoint is written.
 
     Raises:
-        OSError: naming the last whole checkpoint, if this one cannot be written.
+        OSError: if the checkpoint cannot be written. The message names the last complete checkpoint.
     """
     limit, args.save_total_limit = args.save_total_limit, None
     try:
@@ -118,8 +118,8 @@ def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> It
     except (OSError, RuntimeError, SafetensorError) as error:
         last = next((path for path in checkpoints(folder.parent) if (path / WHOLE).exists()), "none")
         raise OSError(
-            f"The checkpoint {folder} could not be written ({error}). The last whole one is {last}: make room, and "
-            "go on with resume_from_checkpoint=True."
+            f"The checkpoint {folder} could not be written ({error}). The last complete checkpoint is {last}. Free "
+            "disk space, and resume with resume_from_checkpoint=True."
         ) from error
     finally:
         args.save_total_limit = limit

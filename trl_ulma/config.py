@@ -1,4 +1,4 @@
-"""Settings of the trainers: TRL's `DPOConfig` less what only pairs have, plus what only points have."""
+"""Settings of the trainers: TRL's `DPOConfig` without its pairwise settings, plus the pointwise ones."""
 
 import argparse
 import copy
@@ -34,12 +34,12 @@ logger = logging.get_logger(__name__)
 
 _INSTEAD = {
     "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
-    "loss_weights": "weigh demonstrations with sft_weight, classes with desirable_weight and undesirable_weight",
-    "ld_alpha": "length_normalize=True divides by the completion's length",
-    "f_divergence_type": "only the reverse KL divergence has an implicit reward for single rows",
-    "f_alpha_divergence_coef": "only the reverse KL divergence has an implicit reward for single rows",
-    "label_smoothing": "soften the labels in the data: 0.9 and 0.1 in place of 1 and 0",
-    "use_weighting": "give the rows a weight column",
+    "loss_weights": "use sft_weight for demonstrations, and desirable_weight and undesirable_weight for the classes",
+    "ld_alpha": "use length_normalize=True to divide by the completion's length",
+    "f_divergence_type": "only the reverse KL divergence defines an implicit reward for single rows",
+    "f_alpha_divergence_coef": "only the reverse KL divergence defines an implicit reward for single rows",
+    "label_smoothing": "soften the labels in the data: use 0.9 and 0.1 instead of 1 and 0",
+    "use_weighting": "add a weight column to the rows",
     "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
 }
 
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 else:
 
     class LogZ:
-        """How `HfArgumentParser`, which takes no union, reads log_z: a number, or the name of a choice."""
+        """Parses `--log_z` as a number or as the name of a choice. `HfArgumentParser` does not support unions."""
 
         def __new__(cls, text):
             try:
@@ -79,7 +79,7 @@ else:
 
 
 def _hidden(name: str) -> Any:
-    """TRL's field `name`, left out of `--help` and still settable, so that a YAML that repeats its default runs."""
+    """TRL's field `name`, hidden from `--help`. It can still be set, so a YAML file that repeats its default works."""
     original = DPOConfig.__dataclass_fields__[name]
     metadata = {**original.metadata, "help": argparse.SUPPRESS}
     if original.default_factory is not MISSING:
@@ -89,7 +89,7 @@ def _hidden(name: str) -> Any:
 
 @dataclass(repr=False)
 class PointwiseDPOConfig(DPOConfig):
-    r"""Settings of `PointwiseDPOTrainer`; every other setting is `trl.DPOConfig`'s.
+    r"""Settings of `PointwiseDPOTrainer`. All other settings are those of `trl.DPOConfig`.
 
     Parameters:
         label_type: "binary" reads labels in [0, 1] (thumbs, soft labels) and takes the loss of Eq. 8; "continuous"
@@ -135,21 +135,21 @@ class PointwiseDPOConfig(DPOConfig):
             that the chosen layout gives what padding gives. What fails is an error that says by how much. It costs less
             than an optimizer step. False trains regardless.
 
-    Of `DPOConfig`'s settings, `padding_free` works here: rows of a micro-batch are packed into one sequence. It is
-    tried out at the start whether the model computes the same, and refused where it does not.
+    `padding_free`, a setting of `DPOConfig`, is supported: it packs the rows of a micro-batch into one sequence. At
+    startup the trainer checks that packed and padded log-probabilities agree, and raises an error if they do not.
 
-    `disable_tqdm` is True by itself where stderr is neither a terminal nor a notebook's.
+    `disable_tqdm` defaults to True if stderr is neither a terminal nor a notebook.
 
-    Random numbers: `seed` (42) decides dropout, which is off unless `disable_dropout=False`, the first weights of
-    adapters, and the order of rows, which `data_seed` decides where it is set. The same seeds on the same machine, with
-    the same versions and number of threads and processes, give the same numbers, bit for bit on CPU; on a GPU
-    `full_determinism=True` asks for it. `split_by_prompt` and the order of a stream have seeds of their own.
+    Reproducibility: `seed` (42) determines dropout (off unless `disable_dropout=False`), the initial weights of
+    adapters, and the order of the rows unless `data_seed` is set. Runs with the same seeds, machine, versions, and
+    number of threads and processes give the same numbers. On a CPU they agree bit for bit. On a GPU that requires
+    `full_determinism=True`. `split_by_prompt` and the order of a stream have their own seeds.
 
-    Settings of DPOConfig that exist for pairs only (`loss_type`, `label_smoothing`, …) are refused away from their
-    default. Batch sizes count rows: a pair takes two.
+    Settings of `DPOConfig` that only apply to pairs (`loss_type`, `label_smoothing`, …) must keep their defaults. Batch
+    sizes count rows, so a pair counts as two.
 
     Raises:
-        ValueError: for a value out of range, or a pair-only setting away from its default.
+        ValueError: if a value is out of range, or if a pairwise setting differs from its default.
 
     Example:
         >>> PointwiseDPOConfig("out", label_type="continuous", beta=0.05, report_to="none").beta
@@ -159,37 +159,45 @@ class PointwiseDPOConfig(DPOConfig):
     label_type: str = field(
         default="binary",
         metadata={
-            "help": "What labels are: 'binary' (in [0, 1], soft labels too) or 'continuous' (any number, higher is "
-            "better). A column `label_type` decides per row.",
+            "help": "What the labels are: 'binary' (in [0, 1], including soft labels; loss of Eq. 8) or 'continuous' "
+            "(any number, higher is better; loss of Eq. 9). A column `label_type` overrides it per row.",
             "choices": LABEL_TYPES,
         },
     )
     label_transform: str | None = field(
         default=None,
         metadata={
-            "help": "What is done to labels first: names divided by commas, numbers after a colon, as in "
-            f"'lower_is_better,standardise' or 'threshold:0.5'. There are {', '.join(TRANSFORMS)}."
+            "help": "Transforms to apply to the labels before training, such as 'lower_is_better,standardise' or "
+            "'threshold:0.5'. Separate names by commas, and put a name's numbers after a colon. "
+            f"Choices: {', '.join(TRANSFORMS)}."
         },
     )
     label_report: bool = field(
         default=True,
-        metadata={"help": "Print a report on the training labels, and write it into output_dir/label_report.json."},
+        metadata={
+            "help": "Whether to print a report on the training labels and to write it to output_dir/label_report.json."
+        },
     )
     log_z: LogZ = field(
         default=0.0,
         metadata={
-            "help": "log Z(x), added to every log-ratio: a number of nats, or one of " + ", ".join(LOG_Z_CHOICES) + "."
+            "help": "log Z(x), which is added to every log-ratio: a number in nats, or one of "
+            + ", ".join(LOG_Z_CHOICES)
+            + ". Change it if the labels are unbalanced or not centered at 0."
         },
     )
     log_z_learning_rate: float = field(
         default=0.01,
-        metadata={"help": "Learning rate of log_z='learned' and 'learned_constant', in units of the reward a step."},
+        metadata={
+            "help": "Learning rate of the log_z choices 'learned' and 'learned_constant', in units of the reward per "
+            "step. It follows the learning-rate schedule."
+        },
     )
     length_normalize: bool = field(
         default=False,
         metadata={
-            "help": "Divide every log-probability by its completion's number of tokens, as the paper's authors' code "
-            "does. Raise `beta` by about that factor."
+            "help": "Whether to divide every log-probability by the number of completion tokens, as the code of the "
+            "paper's authors does. If you set it, raise `beta` by about the number of tokens in a completion."
         },
     )
     binary_loss: str = field(
@@ -210,51 +218,61 @@ class PointwiseDPOConfig(DPOConfig):
     )
     desirable_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of rows with a label of 1/2 and above (continuous labels: of demonstrations)."},
+        metadata={
+            "help": "Loss weight of rows with a label of 1/2 or above. For continuous labels, the weight of "
+            "demonstrations. Raise it if desirable rows are rare."
+        },
     )
-    undesirable_weight: float = field(default=1.0, metadata={"help": "Weight of the other rows."})
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Loss weight of all rows that `desirable_weight` does not apply to."}
+    )
     share_prompts: bool = field(
         default=False,
         metadata={
-            "help": "Run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a "
-            "prompt's rows together. Needs 'sdpa' or 'eager' attention."
+            "help": "Whether to run rows of a micro-batch with the same prompt as one prompt with several branches. "
+            "It saves time if prompts are long and have several completions. Requires 'sdpa' or 'eager' attention. "
+            "Otherwise rows are padded, and a warning is logged."
         },
     )
     padding_free: bool = field(
         default=False,
         metadata={
-            "help": "Pack the rows of a micro-batch into one sequence without padding. Whether the model computes the "
-            "same is tried out at the start."
+            "help": "Whether to pack the rows of a micro-batch into one sequence without padding. The trainer raises "
+            "an error at startup if packed and padded log-probabilities differ."
         },
     )
     invalid_rows: str = field(
         default="error",
         metadata={
-            "help": "What happens to rows that cannot be read: 'error' lists them and stops, 'drop' leaves them out.",
+            "help": "What to do with rows that cannot be read, such as rows without a label: 'error' lists them and "
+            "stops, 'drop' leaves them out and counts them.",
             "choices": INVALID_ROWS,
         },
     )
     assistant_only_loss: bool = field(
         default=True,
-        metadata={"help": "Score only the assistant's turns of a completion that has several turns."},
+        metadata={
+            "help": "Whether to score only the assistant's turns if a completion has several turns. Set it to False "
+            "to score everything after the prompt."
+        },
     )
     chat: str = field(
         default="auto",
         metadata={
-            "help": "Whether rows of text become a user's and an assistant's message: 'true', 'false', or 'auto', "
-            "which does so for CSV and TSV files if the tokenizer has a chat template."
+            "help": "Whether rows of plain text become a user message and an assistant message: 'true', 'false', or "
+            "'auto'. 'auto' converts rows of CSV and TSV files if the tokenizer has a chat template."
         },
     )
     system_message: str | None = field(
-        default=None, metadata={"help": "A system message for conversations that have none."}
+        default=None, metadata={"help": "System message to add to conversations that have none."}
     )
 
     startup_checks: bool = field(
         default=True,
         metadata={
-            "help": "Before the first step, show on a few rows that log-probabilities equal the model's own "
-            "logits, that "
-            "the reference is the model before training, and that nothing is noisy; raise an error otherwise."
+            "help": "Whether to check on a few rows, before the first step, that the log-probabilities match the "
+            "model's own logits, that the reference equals the model before training, and that forward passes have no "
+            "noise. A failed check raises an error."
         },
     )
 
@@ -282,10 +300,10 @@ class PointwiseDPOConfig(DPOConfig):
 
     def __post_init__(self):
         self.check()
-        # TRL's default is bf16, which a machine without support for it refuses
+        # TRL's default is bf16, which fails on a machine without bf16 support
         if self.bf16 is None and not (self.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()):
             self.bf16 = False
-        # A bar in a log file is many lines a second
+        # A progress bar writes many lines per second into a log file
         if self.disable_tqdm is None and not (sys.stderr.isatty() or is_in_notebook()):
             self.disable_tqdm = True
         super().__post_init__()
@@ -313,7 +331,7 @@ class PointwiseDPOConfig(DPOConfig):
                 )
             if value != default and [value] != default:
                 raise ValueError(
-                    f"{name}={value!r} is a setting of pair-wise losses, which {type(self).__name__} does not have. "
+                    f"{name}={value!r} is a setting of pairwise losses that {type(self).__name__} does not support. "
                     f"Leave it at {default!r}; {instead}."
                 )
         if self.label_type not in LABEL_TYPES:
@@ -324,7 +342,7 @@ class PointwiseDPOConfig(DPOConfig):
         if self.label_transform is not None:
             parse_transform(self.label_transform, self.label_type)
         if isinstance(self.log_z, str) and self.log_z not in LOG_Z_CHOICES:
-            raise ValueError(f"log_z must be a number, or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
+            raise ValueError(f"log_z must be a number or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
         if not isinstance(self.log_z, str):
             _check_number("log_z", self.log_z)
         _check_number("log_z_learning_rate", self.log_z_learning_rate, above=0)
@@ -332,7 +350,8 @@ class PointwiseDPOConfig(DPOConfig):
         _check_number("undesirable_weight", self.undesirable_weight, least=0)
         if self.desirable_weight == self.undesirable_weight == 0:
             raise ValueError(
-                "desirable_weight and undesirable_weight are both 0: no row would be learned from. Set one of them."
+                "desirable_weight and undesirable_weight are both 0, so the loss of every row would be 0. Raise one of "
+                "them."
             )
         for name, least in _WHOLE.items():
             value = getattr(self, name)
@@ -352,66 +371,67 @@ class PointwiseDPOConfig(DPOConfig):
                 raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
-                "sync_ref_model=True moves the reference while training, and precompute_ref_log_probs=True asks it "
-                "once, before. Set one of them."
+                "sync_ref_model=True changes the reference during training, but precompute_ref_log_probs=True runs it "
+                "only once, before training. Set only one of them."
             )
         if self.log_z == "batch_kl" and self.precompute_ref_log_probs:
             raise ValueError(
-                "log_z='batch_kl' asks the reference about new rows in each step, and precompute_ref_log_probs=True "
-                "asks it once, before. Set precompute_ref_log_probs=False, or another log_z."
+                "log_z='batch_kl' runs the reference on new rows in each step, but precompute_ref_log_probs=True runs "
+                "it only once, before training. Set precompute_ref_log_probs=False or another log_z."
             )
         if self.log_z == "batch_kl" and self.per_device_train_batch_size < 2:
             raise ValueError(
-                "log_z='batch_kl' needs two rows in a micro-batch, to pair one's prompt with the other's completion. "
-                "Raise per_device_train_batch_size, or set another log_z."
+                "log_z='batch_kl' pairs the prompt of one row with the completion of another, so it needs at least two "
+                "rows per micro-batch. Set per_device_train_batch_size to 2 or more, or set another log_z."
             )
         if self.padding_free and self.share_prompts:
-            raise ValueError("padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.")
+            raise ValueError("padding_free and share_prompts exclude each other: both lay out a batch. Set only one.")
 
     def check_machine(self) -> None:
-        """Raise ValueError or ImportError on a setting that this machine cannot carry out."""
+        """Raise ValueError or ImportError if this machine does not support a setting."""
         check_parallelism(getattr(self, "parallelism_config", None))
         if self.activation_offloading and not torch.accelerator.is_available():
             raise ValueError(
-                "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is "
-                "no accelerator. Leave it at False; gradient_checkpointing=True saves memory anywhere."
+                "activation_offloading=True moves activations from an accelerator's memory to CPU memory, and this "
+                "machine has no accelerator. Set it to False. gradient_checkpointing=True saves memory on any machine."
             )
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ImportError(
-                "use_liger_kernel=True needs liger-kernel, which is not installed. Run `pip install liger-kernel`, or "
-                "leave it at False: TRL will remove it, and model_init_kwargs={'use_kernels': True} is its successor."
+                "use_liger_kernel=True requires liger-kernel, which is not installed. Run `pip install liger-kernel`, "
+                "or set it to False. TRL will remove this setting; model_init_kwargs={'use_kernels': True} replaces it."
             )
 
     def check_with_data(self, *, needs_reference: bool, has_mask: bool) -> None:
-        """Raise ValueError on a setting that the data contradicts.
+        """Raise ValueError if a setting contradicts the data.
 
         Args:
-            needs_reference: whether the loss of any row contains the reference.
+            needs_reference: whether the loss of any row uses the reference.
             has_mask: whether any row is marked as a demonstration.
         """
         weighted = self.desirable_weight != 1 or self.undesirable_weight != 1
         if weighted and self.label_type == "continuous" and not has_mask:
             raise ValueError(
-                "desirable_weight and undesirable_weight weigh continuous labels by the SFT mask, and no row is "
-                "marked. Add a boolean column sft_mask, or weigh rows with a column weight."
+                "For continuous labels, desirable_weight applies to demonstrations and undesirable_weight to all other "
+                "rows, but no row is marked as a demonstration. Add a boolean column sft_mask, or set the weight of "
+                "each row in a column weight."
             )
         if needs_reference:
             return
         if isinstance(self.log_z, str):
             raise ValueError(
-                f"log_z={self.log_z!r} is for rows that are compared with the reference; with {self.method} none is. "
-                "Leave it at 0."
+                f"log_z={self.log_z!r} only affects rows that are compared with the reference; with {self.method} no "
+                "row is. Leave log_z at 0."
             )
         best = (self.metric_for_best_model or "").removeprefix("eval_")
         if is_of_rewards(best):
             raise ValueError(
                 f"metric_for_best_model={self.metric_for_best_model!r} needs a reference model; with {self.method} no "
-                "row is compared with one, so that none is loaded. Use eval_loss or eval_loss/sft."
+                "row is compared with one, so none is loaded. Use eval_loss or eval_loss/sft."
             )
         if self.sync_ref_model:
             raise ValueError(
-                f"sync_ref_model=True has nothing to synchronise: with {self.method} no row is compared with a "
-                "reference. Leave it at False."
+                f"sync_ref_model=True has no effect: with {self.method} no row is compared with a reference. Set it to "
+                "False."
             )
 
     def check_best_metric(self, logged: Mapping[str, Sequence[str]]) -> None:
@@ -440,7 +460,7 @@ class PointwiseDPOConfig(DPOConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As `DPOConfig.to_dict`, which blanks out `hub_token`; without the token in `model_init_kwargs`, too."""
+        """Like `DPOConfig.to_dict`, which masks `hub_token`, but also without the token in `model_init_kwargs`."""
         found = super().to_dict()
         found["model_init_kwargs"] = _without_tokens(found["model_init_kwargs"])
         return found
@@ -451,7 +471,7 @@ class PointwiseDPOConfig(DPOConfig):
     __str__ = __repr__
 
     def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its settings beside every checkpoint, and uploads them with it
+        # Trainer pickles its settings into every checkpoint and uploads them with it
         tokens = {"hub_token": None, "model_init_kwargs": _without_tokens(self.model_init_kwargs)}  # nosec B105
         return {**vars(self), **tokens}
 
@@ -467,14 +487,14 @@ class PointwiseDPOConfig(DPOConfig):
 
     @property
     def method(self) -> str:
-        """The cell of the grid of methods, in words."""
+        """The cell of the grid of methods, as text for messages."""
         return "positive_loss={!r} and negative_loss={!r}".format(*self.cell)
 
     @classmethod
     def from_dpo_config(cls, args: DPOConfig, **settings: Any) -> Self:
         """`args`' values in a config of this class, and this class's defaults for the rest.
 
-        `args` stays as it is, and its `__post_init__`, which reads the environment and warns, is not run again.
+        `args` is not changed. Its `__post_init__`, which reads the environment and warns, does not run again.
 
         Args:
             args: the config.
@@ -545,45 +565,58 @@ class PointwiseDPOConfig(DPOConfig):
 
 @dataclass(repr=False)
 class ULMAConfig(PointwiseDPOConfig):
-    r"""Settings of `ULMATrainer`; those of `PointwiseDPOConfig`, and:
+    r"""Settings of `ULMATrainer`: those of `PointwiseDPOConfig`, and the following.
 
     Parameters:
-        sft_weight: weight of −log π_θ(y|x) on demonstrations, ≥ 0.
-        sft_threshold: where the data has no `sft_mask`, rows with a continuous label of this and above are
-            demonstrations. (With binary labels, rows with label 1 are.)
-        positive_loss: loss of demonstrations: "sft", "pointwise_dpo" or "none".
-        negative_loss: loss of rows with a label below 1 that are no demonstrations (of continuous labels, of all rows
-            that are none): "pointwise_dpo", "unlearning" (+log π_θ) or "none".
+        sft_weight: the weight of −log π_θ(y|x) on demonstrations, ≥ 0. Lower it if demonstrations dominate the
+            feedback. Default: 1.
+        sft_threshold: the label from which on a row is a demonstration, if labels are continuous and the data has no
+            column `sft_mask`. With binary labels, rows with label 1 are demonstrations. Default: None.
+        positive_loss: the loss of demonstrations: "sft", "pointwise_dpo" or "none". Default: "sft".
+        negative_loss: the loss of rows with a label below 1 that are not demonstrations: "pointwise_dpo", "unlearning"
+            (+log π_θ) or "none". For continuous labels, it is the loss of all rows that are not demonstrations.
+            Default: "pointwise_dpo".
 
-    `positive_loss` × `negative_loss` is the paper's grid of methods: ULMA ("sft" × "pointwise_dpo"), point-wise DPO
+    `positive_loss` × `negative_loss` is the paper's grid of methods: ULMA ("sft" × "pointwise_dpo"), pointwise DPO
     ("pointwise_dpo" × "pointwise_dpo"), SFT ("sft" × "none"), unlikelihood ("sft" × "unlearning"), unlearning
     ("none" × "unlearning"), positive DPO ("pointwise_dpo" × "none"), negative DPO ("none" × "pointwise_dpo").
 
     Raises:
-        ValueError: for a value out of range, a cell that is no method, or a pair-only setting away from its default.
+        ValueError: if a value is out of range, if the cell is not a method, or if a pairwise setting differs from its
+            default.
 
     Example:
         >>> ULMAConfig("out", positive_loss="sft", negative_loss="none", report_to="none").cell
         ('sft', 'none')
     """
 
-    sft_weight: float = field(default=1.0, metadata={"help": "Weight of the SFT term of demonstrations."})
+    sft_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the SFT loss of demonstrations. Lower it if demonstrations dominate the feedback."
+        },
+    )
     sft_threshold: float | None = field(
         default=None,
         metadata={
-            "help": "Where the data has no `sft_mask`, rows with a continuous label of this and above are "
-            "demonstrations. With binary labels, rows with label 1 are."
+            "help": "Continuous label from which on a row is a demonstration, if the data has no column `sft_mask`. "
+            "With binary labels, rows with label 1 are demonstrations."
         },
     )
     positive_loss: str = field(
         default="sft",
-        metadata={"help": "Loss of demonstrations.", "choices": POSITIVE_LOSSES},
+        metadata={
+            "help": "Loss of demonstrations: 'sft' imitates them, 'pointwise_dpo' compares them with the reference, "
+            "'none' ignores them.",
+            "choices": POSITIVE_LOSSES,
+        },
     )
     negative_loss: str = field(
         default="pointwise_dpo",
         metadata={
-            "help": "Loss of rows with a label below 1 that are no demonstrations; of continuous labels, of all rows "
-            "that are none.",
+            "help": "Loss of rows with a label below 1 that are not demonstrations: 'pointwise_dpo' compares them with "
+            "the reference, 'unlearning' lowers their probability, 'none' ignores them. For continuous labels, the "
+            "loss of all rows that are not demonstrations.",
             "choices": NEGATIVE_LOSSES,
         },
     )
@@ -594,23 +627,25 @@ class ULMAConfig(PointwiseDPOConfig):
         return self.positive_loss, self.negative_loss
 
     def check(self) -> None:
-        """Raise ValueError on a value that these trainers cannot take."""
+        """Raise ValueError if these trainers do not support a value."""
         super().check()
         check_cell(*self.cell)
         _check_number("sft_weight", self.sft_weight, least=0)
         if self.sft_weight == 0 and self.cell == ("sft", "none"):
-            raise ValueError("sft_weight is 0 and negative_loss 'none': no row would be learned from. Set one of them.")
+            raise ValueError(
+                "sft_weight is 0 and negative_loss is 'none', so the loss of every row would be 0. Change one of them."
+            )
         if self.sft_threshold is not None:
             _check_number("sft_threshold", self.sft_threshold)
         if self.label_type == "continuous" and self.negative_loss == "unlearning":
             raise ValueError(
-                "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not "
-                "that it is to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'."
+                "negative_loss='unlearning' needs binary labels: a continuous label rates an answer, but does not say "
+                "that the model should unlearn it. Use negative_loss='pointwise_dpo' or label_type='binary'."
             )
 
 
 def check_parallelism(parallelism: Any) -> None:
-    """Raise ValueError on a way to split a model or a sequence that the log-probabilities are not known to be right in.
+    """Raise ValueError if a kind of parallelism is on for which the log-probabilities are not known to be right.
 
     Args:
         parallelism: accelerate's `ParallelismConfig`, or None.
@@ -620,8 +655,8 @@ def check_parallelism(parallelism: Any) -> None:
         size = getattr(parallelism, name, None) or 1
         if size > 1:
             raise ValueError(
-                f"{kind} parallelism ({name}={size}) is not supported: the output embeddings, or a row's tokens, would "
-                "be split over processes, and log-probabilities would be of parts. Use DDP, FSDP2 or ZeRO."
+                f"{kind} parallelism ({name}={size}) is not supported: it would split the output embeddings or the "
+                "tokens of a row across processes, and log-probabilities would be incomplete. Use DDP, FSDP2 or ZeRO."
             )
 
 

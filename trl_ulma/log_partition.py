@@ -1,8 +1,9 @@
-r"""The choices for log Z(x), the partition function that point-wise methods, unlike pair-wise ones, cannot cancel.
+r"""The choices for log Z(x), the log-partition function. It cancels in pairwise losses, but not in pointwise ones.
 
-The optimum is π* = π_ref·exp(r*/β) / Z(x), so that r* = β·(log π*/π_ref + log Z(x)). Below, c = β·log Z, in units of
-the reward; `log_z` is in nats. An estimator gives each row its log Z, watches the rows that are compared, and moves
-once an optimiser step, by sums over all rows of the step, so that no split into micro-batches or processes changes it.
+The optimum is π* = π_ref·exp(r*/β) / Z(x), so r* = β·(log π*/π_ref + log Z(x)). Below, c = β·log Z is in units of the
+reward, and `log_z` is in nats. An estimator gives each row its log Z and observes the rows that are compared with the
+reference. It is updated once per optimizer step from sums over all rows of the step, so the update does not depend on
+how the rows are split into micro-batches or processes.
 """
 
 import math
@@ -14,19 +15,19 @@ import numpy as np
 import torch
 
 LOG_Z_CHOICES = ("column", "prior", "running_mean", "batch_kl", "learned", "learned_constant")
-# Where compared rows are of one class, these would fit them by log Z alone
+# If all compared rows have the same class, these choices would fit them with log Z alone
 NEED_CLASSES = ("prior", "learned", "learned_constant")
-# What the running mean keeps of itself in a step
+# The share of its value that the running mean keeps in each step
 DECAY = 0.9
 
 
 class Observed(NamedTuple):
-    """What a micro-batch shows of its rows, each `(B,)`.
+    """What an estimator observes of a micro-batch, each `(B,)`.
 
     Attributes:
-        compared: bool, the rows whose loss contains the implicit reward, repeated rows left out.
-        log_ratio: log π_θ − log π_ref in nats; NaN where it is not known.
-        slope: ∂ℓ/∂r of the row's loss, weights included.
+        compared: bool, True for rows whose loss contains the implicit reward. Repeated rows are left out.
+        log_ratio: log π_θ − log π_ref in nats. NaN if it is unknown.
+        slope: ∂ℓ/∂r of the row's loss, including weights.
     """
 
     compared: torch.Tensor
@@ -35,14 +36,14 @@ class Observed(NamedTuple):
 
 
 class LogPartition:
-    """log Z as one number, which stays as it is; the base of the choices that move.
+    """log Z as a constant. Also the base class of the choices that change during training.
 
-    Take it where labels are centred at 0 (ratings), or where every prompt has few answers and nothing else is known: 0
-    is the paper's setting.
+    Use it if labels are centered at 0 (ratings), or if every prompt has few answers and nothing else is known. The
+    paper uses 0.
 
     Args:
-        log_z: in nats.
-        device: of the rows.
+        log_z: the constant in nats.
+        device: the device of the rows.
 
     Example:
         >>> LogPartition(0.5)(torch.tensor([True, False]))
@@ -54,7 +55,7 @@ class LogPartition:
     def __init__(self, log_z: float = 0.0, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        # (binary labels, continuous labels): their zeros differ, and so do their log Z
+        # (binary labels, continuous labels): their zero points differ, so each kind has its own log Z
         self.log_z = torch.full((2,), log_z, dtype=self.dtype, device=self.device)
         self._sums: torch.Tensor | None = None
 
@@ -63,12 +64,12 @@ class LogPartition:
 
         Args:
             continuous: `(B,)` bool, whether the label is continuous.
-            prompt_states: `(B, H)` hidden states of the policy before each completion, where they are asked for.
+            prompt_states: `(B, H)` hidden states of the policy before each completion, if `needs_prompt_states`.
         """
         return torch.where(continuous, self.log_z[1], self.log_z[0])
 
     def observe(self, rows: Observed, continuous: torch.Tensor, prompt_states: torch.Tensor | None = None) -> None:
-        """Add a micro-batch's rows to the sums of the step."""
+        """Add the rows of a micro-batch to the sums of the step."""
         found = self.sums_of(rows, continuous, prompt_states)
         if found is not None:
             self._sums = found if self._sums is None else self._sums + found
@@ -76,59 +77,59 @@ class LogPartition:
     def sums_of(
         self, rows: Observed, continuous: torch.Tensor, prompt_states: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What of a micro-batch is added up over the step, `(k,)`; None where nothing is."""
+        """The `(k,)` values of a micro-batch that are summed over the step. None if the choice needs no sums."""
         return None
 
     def take_sums(self) -> torch.Tensor | None:
-        """The sums since they were last taken, to be added over processes."""
+        """The sums since the last call. The caller adds them up over processes."""
         sums, self._sums = self._sums, None
         return sums
 
     def update(self, sums: torch.Tensor, rate: float = 1.0) -> None:
-        """Move by a step's sums.
+        """Update log Z from the sums of a step.
 
         Args:
-            sums: of all processes.
-            rate: what the learning-rate schedule multiplies its rate by.
+            sums: the sums over all processes.
+            rate: the factor of the learning-rate schedule.
         """
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint keeps; empty where nothing moves."""
+        """The state that a checkpoint saves. Empty if log Z is constant."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over the state of a checkpoint.
+        """Load the state of a checkpoint.
 
         Raises:
-            ValueError: where it is that of another choice or model.
+            ValueError: if the state belongs to another choice or model.
         """
         own = self.state_dict()
         found = {name: tuple(value.shape) for name, value in state.items()}
         needed = {name: tuple(value.shape) for name, value in own.items()}
         if found != needed:
             raise ValueError(
-                f"The checkpoint's state of log Z is {found or 'empty'}, and log_z needs {needed or 'none'}. Set log_z "
-                "to what the checkpoint was trained with."
+                f"The checkpoint's state of log Z is {found or 'empty'}, but this log_z needs {needed or 'none'}. Set "
+                "log_z to the value that the checkpoint was trained with."
             )
         for name, value in own.items():
             value.copy_(state[name])
 
 
 class Prior(LogPartition):
-    """log Z so that the start is calibrated: c is the logit of the mean label (binary), the mean label (continuous).
+    """log Z that calibrates the start: c is the logit of the mean label (binary), or the mean label (continuous).
 
-    Take it where classes are unbalanced or ratings are not centred, and nothing is to be trained: it takes out what all
-    prompts share. A kind of label that no training row has gets 0.
+    Use it if classes are unbalanced or ratings are not centered, and log Z should not be trained. It removes the offset
+    that all prompts share. If no training row has binary labels, or none has continuous ones, that kind gets 0.
 
     Args:
         label: `(N,)` labels of the compared training rows.
         continuous: `(N,)` bool.
-        weight: `(N,)` their weights in the loss.
+        weight: `(N,)` weights of these rows in the loss.
         beta: β.
-        device: of the rows.
+        device: the device of the rows.
 
     Raises:
-        ValueError: where the labels of a kind are of one class.
+        ValueError: if all binary labels have the same class.
 
     Example:
         >>> prior = Prior(np.array([1.0, 1.0, 0.0, 1.0]), np.zeros(4, bool), np.ones(4), beta=0.5)
@@ -153,7 +154,8 @@ class Prior(LogPartition):
             mean = float(np.average(label[rows], weights=weight[rows]))
             if not kind and not 0 < mean < 1:
                 raise ValueError(
-                    f"log_z='prior' needs labels of both classes; the compared rows have mean label {mean}."
+                    f"log_z='prior' needs labels of both classes; the mean label of the compared rows is {mean}. Set "
+                    "log_z to a number."
                 )
             self.log_z[kind] = (mean if kind else math.log(mean / (1 - mean))) / beta
 
@@ -163,22 +165,22 @@ class Prior(LogPartition):
 
 
 class RunningMean(LogPartition):
-    """log Z as minus the moving average of compared rows' log-ratio (the shift of BCO), 0.9 of which stays in a step.
+    """log Z as minus the moving average of the log-ratio of compared rows (the shift of BCO), with a decay of 0.9.
 
-    Take it where classes are balanced and the policy drifts as a whole, as with long completions. It depends on which
-    rows make up a step, though not on how they are split; it is no estimate of Z.
+    Use it if classes are balanced and the policy drifts as a whole, for example with long completions. It depends on
+    which rows make up a step, but not on how they are split. It is not an estimate of Z.
     """
 
     def sums_of(
         self, rows: Observed, continuous: torch.Tensor, prompt_states: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """(sum, number) of the log-ratios, for each kind of label."""
+        """The sum and the number of the log-ratios, for each kind of label."""
         kinds = torch.stack([rows.compared & ~continuous, rows.compared & continuous])
         ratios = torch.where(kinds, rows.log_ratio.to(self.dtype), 0.0)
         return torch.cat([ratios.sum(1), kinds.sum(1)])
 
     def update(self, sums: torch.Tensor, rate: float = 1.0) -> None:
-        """Move towards minus the step's mean."""
+        """Move log Z toward minus the mean log-ratio of the step."""
         total, count = sums.view(2, 2)
         moved = DECAY * self.log_z - (1 - DECAY) * total / count.clamp(min=1)
         self.log_z = torch.where(count > 0, moved, self.log_z)
@@ -189,14 +191,14 @@ class RunningMean(LogPartition):
 
 
 class BatchKL(LogPartition):
-    """log Z as −KL(π_θ‖π_ref), estimated on prompts with other prompts' completions and cut at 0, as KTO does.
+    """log Z as −KL(π_θ‖π_ref), estimated as in KTO: on prompts with completions of other prompts, and clipped at 0.
 
-    Take it to compare with KTO. It costs two more forwards, and depends on the micro-batches: the estimate is made
-    anew for each.
+    Use it to compare with KTO. It costs two additional forward passes. It depends on the split into micro-batches,
+    because each micro-batch has its own estimate.
     """
 
     def set_kl(self, total: torch.Tensor, count: torch.Tensor) -> None:
-        """Take the mean log-ratio of mismatched rows, `total` nats over `count` rows; none leaves it as it was."""
+        """Set the estimate from mismatched rows: `total` nats over `count` rows. If `count` is 0, nothing changes."""
         if count > 0:
             self.log_z.fill_(-max(float(total / count), 0.0))
 
@@ -206,21 +208,22 @@ class BatchKL(LogPartition):
 
 
 class Learned(LogPartition):
-    r"""log Z as a read-out of the prompt, trained by the loss itself: c(x) = w·h(x)/‖h(x)‖ + b.
+    r"""log Z as a linear read-out of the prompt's hidden state, trained by the loss: c(x) = w·h(x)/‖h(x)‖ + b.
 
-    h(x) is the policy's hidden state at the token before the completion, detached; binary and continuous labels have a
-    b each. Where every answer of a prompt can appear in the data, the joint minimiser with the policy is (π*, log Z),
-    since a normalised policy cannot take up what all answers of a prompt share. Take it where prompts have several
-    answers each; with one answer a prompt Z is not identified, and only what prompts share holds it.
+    h(x) is the policy's hidden state at the token before the completion, detached. Binary and continuous labels each
+    have their own b. If every answer to a prompt can appear in the data, the joint minimizer with the policy is
+    (π*, log Z), because a normalized policy cannot absorb an offset that all answers of a prompt share. Use it if
+    prompts have several answers each. With one answer per prompt, Z is not identified, and only the structure that
+    prompts share constrains it.
 
-    Trained with Adam, by ∂ℓ/∂c = ∂ℓ/∂r, whose mean over the compared rows is σ(r) − z or −2(z − r). It is the trainer's
-    own, and not in its optimiser, since what shards a model knows the model's parameters only.
+    Adam trains it with ∂ℓ/∂c = ∂ℓ/∂r, which is σ(r) − z or −2(z − r), averaged over the compared rows. The parameters
+    are not part of the trainer's optimizer, because FSDP and DeepSpeed only handle the parameters of the model.
 
     Args:
         size: H, or 0 for b alone ("learned_constant").
         beta: β.
-        learning_rate: of Adam, in units of the reward; follows the trainer's schedule.
-        device: of the rows.
+        learning_rate: the learning rate of Adam, in units of the reward. It follows the trainer's schedule.
+        device: the device of the rows.
 
     Example:
         >>> Learned(0, beta=0.1, learning_rate=0.01)(torch.tensor([False]))
@@ -234,18 +237,18 @@ class Learned(LogPartition):
         self.learning_rate = learning_rate
         self.weights = torch.zeros(size + 2, dtype=self.dtype, device=self.device, requires_grad=True)
         self._adam = torch.optim.Adam([self.weights], lr=learning_rate)
-        # Adam makes its moments at its first step; a checkpoint must know their shapes before
+        # Adam creates its moments at its first step, but loading a checkpoint needs their shapes before that
         self.weights.grad = torch.zeros_like(self.weights)
         self._adam.step()
         self._adam.state[self.weights]["step"].zero_()
 
     def _features(self, continuous: torch.Tensor, prompt_states: torch.Tensor | None) -> torch.Tensor:
-        """`(B, H + 2)`: the state's direction, and which kind of label the row has."""
+        """`(B, H + 2)`: the direction of the hidden state, and the kind of label as two indicators."""
         kinds = torch.stack([~continuous, continuous], 1).to(self.dtype)
         if not self.needs_prompt_states:
             return kinds
         if prompt_states is None:
-            raise ValueError("log_z='learned' needs prompt_states, the hidden states before each completion.")
+            raise ValueError("log_z='learned' needs prompt_states, the hidden states before each completion; got None.")
         return torch.cat([torch.nn.functional.normalize(prompt_states.to(self.dtype), dim=1), kinds], 1)
 
     def __call__(self, continuous: torch.Tensor, prompt_states: torch.Tensor | None = None) -> torch.Tensor:
@@ -255,27 +258,27 @@ class Learned(LogPartition):
     def sums_of(
         self, rows: Observed, continuous: torch.Tensor, prompt_states: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The gradient's sum over compared rows, and their number."""
+        """The sum of the gradient over compared rows, and the number of these rows."""
         slope = torch.where(rows.compared, rows.slope.to(self.dtype), 0.0)
         gradient = slope @ self._features(continuous, prompt_states)
         return torch.cat([gradient, rows.compared.sum()[None].to(self.dtype)])
 
     def update(self, sums: torch.Tensor, rate: float = 1.0) -> None:
-        """A step of Adam; none where no row was compared."""
+        """Take a step of Adam. Skip it if no row was compared."""
         if sums[-1] > 0:
             self.weights.grad = sums[:-1] / sums[-1]
             self._adam.param_groups[0]["lr"] = self.learning_rate * rate
             self._adam.step()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The read-out, (w, b of binary labels, b of continuous labels), and Adam's moments."""
+        """The weights (w, b of binary labels, b of continuous labels), and Adam's moments."""
         moments: dict[str, Any] = self._adam.state[self.weights]
         return {"weights": self.weights.detach(), **{f"adam.{name}": value for name, value in moments.items()}}
 
 
 class LogZEstimate(NamedTuple):
-    """`log_z` of each row's prompt, nats; its standard error (infinite of a single answer) and its bias, which is
-    downward. Each `(N,)`."""
+    """The estimated `log_z` of each row's prompt in nats, its standard error (infinite for a single answer), and its
+    bias, which is negative. Each `(N,)`."""
 
     log_z: np.ndarray
     standard_error: np.ndarray
@@ -283,20 +286,21 @@ class LogZEstimate(NamedTuple):
 
 
 def estimate_log_z(prompts: Sequence[Hashable], label: Sequence[float], *, beta: float) -> LogZEstimate:
-    r"""log Z(x) from several labelled answers a prompt: log of the mean of exp(label/β) over the prompt's answers.
+    r"""log Z(x) from several labeled answers per prompt: the log of the mean of exp(label/β) over the prompt's answers.
 
-    For labels that are rewards r*(x, y), of answers drawn from the reference: Z(x) = E_ref[exp(r*/β)]. Of n answers
-    with weights e = exp(label/β), the standard error is sd(e)/(√n·mean(e)) and the bias −var(e)/(2n·mean(e)²) (the
-    delta method): with few answers, or a small β, a few of them decide, and the estimate is low. Take it where prompts
-    have a dozen rated answers or more and β is of the size of the labels' spread; write it as the column `log_z`.
+    It assumes that labels are rewards r*(x, y) of answers drawn from the reference, so Z(x) = E_ref[exp(r*/β)]. For n
+    answers with weights e = exp(label/β), the delta method gives the standard error sd(e)/(√n·mean(e)) and the bias
+    −var(e)/(2n·mean(e)²). With few answers or a small β, a few answers dominate and the estimate is too low. Use it if
+    prompts have a dozen rated answers or more and β is about as large as the spread of the labels. Write the result
+    into the column `log_z`.
 
     Args:
-        prompts: `(N,)`, what tells prompts apart.
+        prompts: `(N,)` prompts, or keys that identify them.
         label: `(N,)`.
         beta: β > 0.
 
     Raises:
-        ValueError: on lengths that differ, or β that is not above 0.
+        ValueError: if lengths differ, or if β is not above 0.
 
     Example:
         >>> estimate_log_z(["a", "a"], [0.0, 1.0], beta=1.0).log_z.round(4)
@@ -317,18 +321,18 @@ def estimate_log_z(prompts: Sequence[Hashable], label: Sequence[float], *, beta:
 
 
 def quantile_labels(prompts: Sequence[Hashable], label: Sequence[float]) -> np.ndarray:
-    r"""`(N,)` labels replaced by their quantile among their prompt's answers, (rank − ½)/n, ties at their mean rank.
+    r"""`(N,)` labels replaced by their quantile among the prompt's answers, (rank − ½)/n. Ties share their mean rank.
 
-    Under the reference a quantile is uniform on [0, 1] at every prompt, so that Z is known and the same for all:
-    `quantile_log_z`. Take it where prompts have a dozen answers or more, drawn from the reference, few of them tied,
-    and only their order is to be trusted; with `label_type="continuous"`.
+    Under the reference, quantiles are uniform on [0, 1] for every prompt, so Z is known and the same for all prompts
+    (`quantile_log_z`). Use it if prompts have a dozen answers or more that were drawn from the reference, if few of
+    them are tied, and if only their order is reliable. Train with `label_type="continuous"`.
 
     Args:
-        prompts: `(N,)`, what tells prompts apart.
+        prompts: `(N,)` prompts, or keys that identify them.
         label: `(N,)`.
 
     Raises:
-        ValueError: on lengths that differ.
+        ValueError: if lengths differ.
 
     Example:
         >>> quantile_labels(["a", "a", "b", "a"], [3.0, 1.0, 9.0, 2.0])
@@ -349,7 +353,7 @@ def quantile_log_z(beta: float) -> float:
         beta: β > 0.
 
     Raises:
-        ValueError: for β that is not above 0.
+        ValueError: if β is not above 0.
 
     Example:
         >>> round(quantile_log_z(1.0), 6) == round(math.log(math.e - 1), 6)

@@ -1,4 +1,4 @@
-"""log Z of a training: checked with its rows, made as its settings choose, saved beside the weights."""
+"""log Z in training: check it against the rows, create it from the settings, save it beside the weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +12,19 @@ from safetensors.torch import load_file, save_file
 from trl_ulma.log_partition import NEED_CLASSES, BatchKL, Learned, LogPartition, Prior, RunningMean
 from trl_ulma.rows.dataset_labels import is_continuous
 
-# Beside the model's weights
+# The file beside the model's weights
 FILE = "log_z.safetensors"
 
 
 def make_log_partition(args: Any, train_dataset: Any, compared: Any, hidden_size: int, device: Any) -> LogPartition:
-    """What `log_z` of a training's config chooses.
+    """The `LogPartition` that `log_z` of a config selects.
 
     Args:
-        args: the config.
-        train_dataset: prepared rows, for which the choice has been checked.
-        compared: which of them are compared with the reference, `(N,)` bool; read for "prior" only.
-        hidden_size: of what the policy's output embeddings read.
-        device: of the rows.
+        args: the trainer's config.
+        train_dataset: prepared rows. `check_labels` must have passed for them.
+        compared: `(N,)` bool, the rows that are compared with the reference. Only read for "prior".
+        hidden_size: the size of the hidden states that the policy's output embeddings read.
+        device: the device of the rows.
     """
     choice, beta = args.log_z, args.beta
     if choice == "prior":
@@ -40,7 +40,7 @@ def make_log_partition(args: Any, train_dataset: Any, compared: Any, hidden_size
 
 
 def save_log_partition(log_partition: LogPartition, folder: str | Path) -> None:
-    """Write its state into a folder; nothing, if it has none."""
+    """Write the state of a `LogPartition` to a folder. If it has no state, write nothing."""
     state = log_partition.state_dict()
     if state:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -48,25 +48,25 @@ def save_log_partition(log_partition: LogPartition, folder: str | Path) -> None:
 
 
 def load_log_partition(log_partition: LogPartition, folder: str | Path) -> None:
-    """Take over the state that was saved in a folder.
+    """Load the state that was saved in a folder.
 
     Raises:
-        ValueError: if it is that of another choice or model.
+        ValueError: if the state belongs to another choice or model.
     """
     path = Path(folder) / FILE
     log_partition.load_state_dict(load_file(path) if path.exists() else {})
 
 
 def saved_log_partition(settings: Any, state: str | Path | None, device: Any) -> LogPartition:
-    """log Z as a saved model has it.
+    """log Z of a saved model.
 
     Args:
-        settings: saved with the model, with `beta` and `log_z`.
-        state: the file `log_z.safetensors`; None if there is none.
-        device: of the rows.
+        settings: the settings that were saved with the model, with `beta` and `log_z`.
+        state: the path of `log_z.safetensors`. None if there is no such file.
+        device: the device of the rows.
 
     Raises:
-        ValueError: if the choice has a state and there is no file.
+        ValueError: if the choice has a state, but the file is missing.
 
     Example:
         >>> from types import SimpleNamespace
@@ -77,22 +77,22 @@ def saved_log_partition(settings: Any, state: str | Path | None, device: Any) ->
         return LogPartition(0.0 if settings.log_z == "column" else float(settings.log_z), device)
     if state is None:
         raise ValueError(
-            f"The model was trained with log_z={settings.log_z!r}, and its state, {FILE}, is not beside it. Copy it "
-            "there from the folder that training wrote."
+            f"The model was trained with log_z={settings.log_z!r}, but the file {FILE} with its state is missing from "
+            "the model's folder. Copy it from the folder that training wrote."
         )
     found = load_file(state)
     if "weights" not in found:
         fixed = LogPartition(0.0, device)
         fixed.log_z.copy_(found["log_z"])
         return fixed
-    # The weights are of a prompt's state and of two kinds of labels
+    # The weights consist of those of the prompt's hidden state and one for each of the two kinds of labels
     learned = Learned(len(found["weights"]) - 2, beta=settings.beta, learning_rate=0.0, device=device)
     learned.load_state_dict(found)
     return learned
 
 
 def schedule_rate(optimizer: torch.optim.Optimizer) -> float:
-    """What a learning-rate schedule multiplies the rate by at this step.
+    """The factor of the learning-rate schedule at this step.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -100,7 +100,7 @@ def schedule_rate(optimizer: torch.optim.Optimizer) -> float:
         1.0
     """
     group = optimizer.param_groups[0]
-    # Schedulers of torch keep it there under this name, others nowhere; it is saved with the optimizer
+    # torch's schedulers store the initial rate under this key, others do not. It is saved with the optimizer.
     initial = group.setdefault("initial_lr", group["lr"])
     return float(group["lr"] / initial) if initial else 1.0
 
@@ -108,15 +108,16 @@ def schedule_rate(optimizer: torch.optim.Optimizer) -> float:
 def mismatched(
     batch: dict[str, torch.Tensor], real: torch.Tensor, image_key: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Each row's prompt with the completion of the next row that has another prompt, and which rows count, `(B,)` bool.
+    """Each row's prompt with the completion of the next row that has another prompt, and a `(B,)` bool of valid rows.
 
-    A row without such a partner keeps its own completion and does not count, so that all processes run as many rows.
-    Completions are cut where a row would become wider than the batch.
+    A row without such a partner keeps its own completion and is not valid, so all processes run the same number of
+    rows. Completions are truncated if a row would become wider than the batch.
 
     Args:
         batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, padded on the right.
         real: `(B,)` bool, False for rows that are repeated.
-        image_key: `(B,)` of the rows' images, where they have some: another image makes another prompt.
+        image_key: `(B,)` keys of the rows' images, if rows have images. Rows with different images have different
+            prompts.
     """
     ids, width = batch["input_ids"].tolist(), batch["input_ids"].size(1)
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -145,33 +146,36 @@ def mismatched(
 
 
 def check_column(choice: float | str, dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raise ValueError where a data set lacks the column that `log_z` reads, or has one that it contradicts.
+    """Raise ValueError if a dataset lacks the column that `log_z` reads, or has a column that contradicts `log_z`.
 
     Args:
         choice: `log_z` of the config.
-        dataset: prepared rows; of streams only those are checked whose columns are known.
-        name: of the data set, in the message.
+        dataset: prepared rows. A stream is only checked if its columns are known.
+        name: the name of the dataset, for messages.
     """
     names = dataset.column_names
     has_column = "log_z" in (names or ())
     if choice == "column" and names and not has_column:
-        raise ValueError(f"log_z='column' needs a column log_z in the {name} dataset, in nats; there is none.")
+        raise ValueError(
+            f"log_z='column' needs a column log_z, in nats, but the {name} dataset has none. Add the column, or set "
+            "another log_z."
+        )
     if isinstance(choice, str) and choice != "column" and has_column:
         raise ValueError(
-            f"log_z={choice!r} and a column log_z in the {name} dataset contradict one another. Remove the column, "
-            "or set log_z='column'."
+            f"log_z={choice!r} contradicts the column log_z in the {name} dataset. Remove the column, or set "
+            "log_z='column'."
         )
 
 
 def check_labels(
     args: Any, train_dataset: Dataset | IterableDataset, compared: Callable[[Dataset], np.ndarray]
 ) -> None:
-    """Raise ValueError where the labels do not tell what `log_z` is to be learned from.
+    """Raise ValueError if log Z cannot be learned from the labels.
 
     Args:
         args: the trainer's config.
         train_dataset: prepared rows.
-        compared: which of them are compared with the reference, `(N,)` bool.
+        compared: returns which rows are compared with the reference, `(N,)` bool.
     """
     if args.log_z not in NEED_CLASSES:
         return
@@ -179,13 +183,13 @@ def check_labels(
         _check_classes(args.log_z, *_labels_of(train_dataset, args, compared(train_dataset)))
     elif args.log_z == "prior":
         raise ValueError(
-            "log_z='prior' needs the mean label of all rows, which a stream does not tell. Set log_z to a number, to "
-            "'learned_constant', or load the data set without streaming."
+            "log_z='prior' needs the mean label of all rows, which is unknown for a stream. Set log_z to a number or "
+            "to 'learned_constant', or load the dataset without streaming."
         )
 
 
 def _labels_of(rows: Dataset, args: Any, compared: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(label, continuous, weight in the loss) of the prepared rows that are compared, each `(M,)`."""
+    """(label, continuous, weight in the loss) of the rows that are compared with the reference, each `(M,)`."""
     label = np.asarray(rows["label"][:])
     continuous = is_continuous(rows, args.label_type)
     chosen = np.where(continuous, np.asarray(rows["sft_mask"][:]), label >= 0.5)
@@ -200,8 +204,8 @@ def _check_classes(choice: str, label: np.ndarray, continuous: np.ndarray, weigh
         rows = (continuous == kind) & (weight > 0)
         if rows.any() and (label[rows] == label[rows][0]).all():
             raise ValueError(
-                f"log_z={choice!r} needs compared rows of both classes: all {rows.sum()} that are compared with the "
-                f"reference have the label {label[rows][0]:g}, which log Z alone would fit, and the policy would learn "
-                "nothing. (Of binary labels, ULMA compares only rows that are no demonstrations.) Mark with sft_mask "
-                "which of the good answers are demonstrations, or set log_z to a number."
+                f"log_z={choice!r} needs compared rows of both classes: all {rows.sum()} rows that are compared with "
+                f"the reference have the label {label[rows][0]:g}. log Z alone would fit them, and the policy would "
+                "learn nothing. (If labels are binary, ULMA only compares rows that are not demonstrations.) Mark the "
+                "demonstrations among the good answers with sft_mask, or set log_z to a number."
             )

@@ -1,8 +1,8 @@
-"""The row losses of point-wise DPO and ULMA: pure functions of log-probabilities, unreduced.
+"""The row losses of pointwise DPO and ULMA: pure functions of log-probabilities, without reduction.
 
 Every function takes tensors of shape `(B,)` and returns row losses of shape `(B,)`. Log-probabilities are in nats,
-summed over the completion's tokens. Whatever the dtype of the log-probabilities, the arithmetic is done, and the
-losses are returned, in at least float32.
+summed over the completion tokens. The functions compute and return losses in at least float32, whatever the dtype of
+the log-probabilities.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,9 @@ NEGATIVE_LOSSES = ("pointwise_dpo", "unlearning", "none")
 
 
 def _checked(policy_logps: torch.Tensor, **others: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
-    """`policy_logps` and `others` in one floating dtype of at least float32; every tensor must have the same shape."""
+    """`policy_logps` and `others` in one floating dtype of at least float32. All tensors must have the same shape."""
     if policy_logps.dim() != 1:
-        raise ValueError(f"policy_logps must have shape (B,), one value a row; got {tuple(policy_logps.shape)}.")
+        raise ValueError(f"policy_logps must have shape (B,), one value per row; got {tuple(policy_logps.shape)}.")
     dtype = torch.promote_types(policy_logps.dtype, torch.float32)
     tensors = [policy_logps.to(dtype)]
     for name, value in others.items():
@@ -44,26 +44,28 @@ def pointwise_dpo_loss(
     beta: float = 0.1,
     log_z: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    r"""Row losses of point-wise DPO for binary and soft labels.
+    r"""Row losses of pointwise DPO for binary and soft labels.
 
     With the implicit reward r = β·(log π_θ(y|x) − log π_ref(y|x) + log Z(x)),
 
         ℓ = −z·log σ(r) − (1 − z)·log σ(−r),        ∂ℓ/∂log π_θ = −β·(z − σ(r)).
 
-    Source: ULMA, arXiv 2312.02554, Eq. 8. Eq. 7 prints `log σ(1 − r)`; it must be `log(1 − σ(r)) = log σ(−r)`.
+    Source: ULMA, arXiv 2312.02554, Eq. 8. Eq. 7 prints `log σ(1 − r)`, but the correct term is
+    `log(1 − σ(r)) = log σ(−r)`.
 
     Args:
         policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
         ref_logps: `(B,)` log π_ref(y|x) in nats, summed over the same tokens.
-        label: `(B,)` z in [0, 1]: 1 desirable, 0 undesirable, in between the probability of being desirable.
-        beta: β > 0, the strength of the pull towards the reference.
+        label: `(B,)` z in [0, 1]: 1 is desirable, 0 undesirable, and a value in between is the probability of being
+            desirable.
+        beta: β > 0, the strength of the pull toward the reference.
         log_z: log Z(x) in nats, one number or `(B,)`.
 
     Returns:
         `(B,)` row losses, at least float32.
 
     Raises:
-        ValueError: on shapes that differ, or β that is not above 0.
+        ValueError: if shapes differ, or if β is not above 0.
 
     Example:
         >>> import torch
@@ -85,7 +87,7 @@ def pointwise_mse_loss(
     beta: float = 0.1,
     log_z: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
-    r"""Row losses of point-wise DPO for continuous labels.
+    r"""Row losses of pointwise DPO for continuous labels.
 
     With the implicit reward r = β·(log π_θ(y|x) − log π_ref(y|x) + log Z(x)),
 
@@ -96,15 +98,15 @@ def pointwise_mse_loss(
     Args:
         policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
         ref_logps: `(B,)` log π_ref(y|x) in nats, summed over the same tokens.
-        label: `(B,)` z, any real number, read as the reward r*(x, y): higher is better.
-        beta: β > 0, the strength of the pull towards the reference.
+        label: `(B,)` z, any real number, interpreted as the reward r*(x, y): higher is better.
+        beta: β > 0, the strength of the pull toward the reference.
         log_z: log Z(x) in nats, one number or `(B,)`.
 
     Returns:
         `(B,)` row losses, at least float32.
 
     Raises:
-        ValueError: on shapes that differ, or β that is not above 0.
+        ValueError: if shapes differ, or if β is not above 0.
 
     Example:
         >>> import torch
@@ -217,7 +219,7 @@ def reward_slope(
 
         cross_entropy: σ(r) − z,    squared_error: 2·(σ(r) − z)·σ(r)·σ(−r),    kto: (1 − 2z)·σ(r)·σ(−r).
 
-    With c = β·log Z, ∂ℓ/∂c is the same, and ∂ℓ/∂log π_θ is β times it.
+    With c = β·log Z, ∂ℓ/∂c has the same value, and ∂ℓ/∂log π_θ is β times this value.
 
     Args:
         rewards: `(B,)` r.
@@ -257,27 +259,27 @@ def ulma_loss(
 ) -> torch.Tensor:
     r"""Row losses of ULMA: demonstrations and feedback in one loss.
 
-        binary:      demonstration −w·log π_θ(y|x), every other row the loss of Eq. 8
+        binary:      −w·log π_θ(y|x) on demonstrations, the loss of Eq. 8 on all other rows
         continuous:  (z − r)² on all rows, plus −w·log π_θ(y|x) on demonstrations
 
-    with w = `sft_weight`. Source: ULMA, arXiv 2312.02554, §4.3 and §5.1 (iii). The printed sum weighs SFT by z; the
-    paper defines ULMA for labels 0 and 1 only, where that is the same.
+    with w = `sft_weight`. Source: ULMA, arXiv 2312.02554, §4.3 and §5.1 (iii). The sum in the paper multiplies the SFT
+    term by z. The paper only defines ULMA for labels 0 and 1, for which both forms agree.
 
     Args:
         policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
-        ref_logps: `(B,)` log π_ref(y|x) in nats. Not read for binary demonstrations, where it may be NaN.
+        ref_logps: `(B,)` log π_ref(y|x) in nats. It is not read for binary demonstrations and can be NaN there.
         label: `(B,)` z, see `pointwise_dpo_loss` and `pointwise_mse_loss`.
         sft_mask: `(B,)` bool, True for demonstrations.
         beta: β > 0.
         log_z: log Z(x) in nats, one number or `(B,)`.
         label_type: "binary" or "continuous".
-        sft_weight: w ≥ 0, weight of the SFT term.
+        sft_weight: w ≥ 0, the weight of the SFT term.
 
     Returns:
         `(B,)` row losses, at least float32.
 
     Raises:
-        ValueError: on shapes that differ, an unknown `label_type`, β that is not above 0 or a negative `sft_weight`.
+        ValueError: if shapes differ, if `label_type` is unknown, if β is not above 0, or if `sft_weight` is negative.
 
     Example:
         >>> import torch
@@ -296,12 +298,12 @@ def ulma_loss(
 
 
 class Terms(NamedTuple):
-    """Which terms a row's loss has; each `(B,)` bool. A row with none of them has the loss 0.
+    """The terms that the loss of each row has, as `(B,)` bools. The loss of a row without any term is 0.
 
     Attributes:
         imitated: the row has −log π_θ(y|x), the SFT term.
         unlearned: the row has +log π_θ(y|x).
-        compared: the row has the point-wise DPO term (Eq. 8 or Eq. 9), and so needs the reference.
+        compared: the row has the pointwise DPO term (Eq. 8 or Eq. 9), and so needs the reference.
     """
 
     imitated: torch.Tensor
@@ -310,17 +312,17 @@ class Terms(NamedTuple):
 
 
 def check_cell(positive_loss: str, negative_loss: str) -> None:
-    """Raise ValueError where `positive_loss` × `negative_loss` is no cell of the grid of methods."""
+    """Raise ValueError if `positive_loss` × `negative_loss` is not a cell of the grid of methods."""
     if positive_loss not in POSITIVE_LOSSES:
         raise ValueError(f"positive_loss must be one of {POSITIVE_LOSSES}; got {positive_loss!r}.")
     if negative_loss not in NEGATIVE_LOSSES:
         raise ValueError(f"negative_loss must be one of {NEGATIVE_LOSSES}; got {negative_loss!r}.")
     if positive_loss == "none" and negative_loss == "none":
-        raise ValueError("positive_loss and negative_loss are both 'none': no row would be learned from. Set one.")
+        raise ValueError("positive_loss and negative_loss are both 'none', so every loss would be 0. Set one of them.")
     if positive_loss == "pointwise_dpo" and negative_loss == "unlearning":
         raise ValueError(
-            "positive_loss='pointwise_dpo' with negative_loss='unlearning' is not a method: the one holds the policy "
-            "to its reference, the other drives it away without bound. Use negative_loss='pointwise_dpo', or "
+            "positive_loss='pointwise_dpo' with negative_loss='unlearning' is not a method: the first keeps the policy "
+            "close to the reference, the second drives it away without bound. Use negative_loss='pointwise_dpo', or "
             "positive_loss='sft' (unlikelihood)."
         )
 
@@ -338,18 +340,18 @@ def route(
     | positive ↓ / negative → | `pointwise_dpo`  | `unlearning` | `none`       |
     |-------------------------|------------------|--------------|--------------|
     | `sft`                   | ULMA             | Unlikelihood | SFT          |
-    | `pointwise_dpo`         | Point-wise DPO   | –            | Positive DPO |
+    | `pointwise_dpo`         | Pointwise DPO    | –            | Positive DPO |
     | `none`                  | Negative DPO     | Unlearning   | –            |
 
-    Positive rows are the demonstrations (`sft_mask`), negative rows those with a label below 1 that are not. A liked
-    row (label 1, not a demonstration) is compared by Eq. 8 in every cell. Rows with continuous labels: every
-    demonstration has the MSE term where `positive_loss` is "pointwise_dpo" or the cell is ULMA's, every other row where
-    `negative_loss` is "pointwise_dpo".
+    Positive rows are the demonstrations (`sft_mask`). Negative rows have a label below 1 and are not demonstrations.
+    A liked row (label 1, not a demonstration) has the term of Eq. 8 in every cell. If labels are continuous,
+    demonstrations have the MSE term if `positive_loss` is "pointwise_dpo" or the cell is ULMA's, and all other rows
+    have it if `negative_loss` is "pointwise_dpo".
 
     Args:
         label: `(B,)`.
         sft_mask: `(B,)` bool, True for demonstrations.
-        continuous: `(B,)` bool, True where the label is continuous.
+        continuous: `(B,)` bool, True if the label is continuous.
         positive_loss: "sft", "pointwise_dpo" or "none".
         negative_loss: "pointwise_dpo", "unlearning" or "none".
 
@@ -357,7 +359,7 @@ def route(
         `Terms` of `(B,)` bools.
 
     Raises:
-        ValueError: for a cell marked "–", or shapes that differ.
+        ValueError: if the cell is marked "–", or if shapes differ.
 
     Example:
         >>> import torch
@@ -387,14 +389,14 @@ def route(
 
 
 class RowLosses(NamedTuple):
-    """Row losses and their parts, each `(B,)` and 0 where the row lacks the term.
+    """Row losses and their parts, each `(B,)`. A part is 0 for rows that lack the term.
 
     Attributes:
         total: the row loss.
-        sft: −log π_θ(y|x) of imitated rows, before `sft_weight`.
+        sft: −log π_θ(y|x) of imitated rows, before multiplication by `sft_weight`.
         unlearning: +log π_θ(y|x) of unlearned rows.
         preference: the Eq. 8 or Eq. 9 loss of compared rows.
-        rewards: the implicit reward r of every row; NaN where `ref_logps` is.
+        rewards: the implicit reward r of every row. NaN if `ref_logps` is NaN.
     """
 
     total: torch.Tensor
@@ -424,10 +426,10 @@ def grid_loss(
 
     Args:
         policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
-        ref_logps: `(B,)` log π_ref(y|x) in nats; read on compared rows only, NaN elsewhere does no harm.
+        ref_logps: `(B,)` log π_ref(y|x) in nats. The loss only reads it on compared rows. It can be NaN elsewhere.
         label: `(B,)`.
-        terms: which terms each row has, see `route`.
-        continuous: `(B,)` bool, True where the label is continuous.
+        terms: the terms of each row, see `route`.
+        continuous: `(B,)` bool, True if the label is continuous.
         beta: β > 0.
         log_z: log Z(x) in nats, one number or `(B,)`.
         sft_weight: weight of the SFT term, ≥ 0.
@@ -437,7 +439,7 @@ def grid_loss(
         `RowLosses`, each `(B,)`, at least float32.
 
     Raises:
-        ValueError: on shapes that differ, β that is not above 0 or a negative `sft_weight`.
+        ValueError: if shapes differ, if β is not above 0, or if `sft_weight` is negative.
 
     Example:
         >>> import torch
@@ -451,8 +453,8 @@ def grid_loss(
     check_binary_loss(binary_loss)
     flags = {"continuous": continuous, **terms._asdict()}
     policy, ref, z, log_z, *_ = _checked(policy_logps, ref_logps=ref_logps, label=label, log_z=log_z, **flags)
-    # A row that is not compared may have no reference: its NaN is replaced before the arithmetic, not after, since the
-    # gradient of a NaN that `where` discards is NaN still.
+    # Rows that are not compared can have NaN as ref_logps. Replace it before the arithmetic, because the gradient of a
+    # NaN is still NaN after `where` discards it.
     ref = torch.where(terms.compared, ref, policy.detach())
     zero = torch.zeros_like(policy)
     compared = torch.where(

@@ -1,4 +1,4 @@
-"""Sums and counts in, named figures out.
+"""Named metrics from sums and counts.
 
 A figure is a ratio of two sums over rows, whatever micro-batch or process the rows fell into. A figure over no row is
 left out.
@@ -41,7 +41,7 @@ ROW_FIGURES = (
     "num_tokens",
 )
 
-# What evaluation gives: figures of rows, and those that need all rows at once
+# The metrics of an evaluation: those of single rows, and those that need all rows at once
 EVALUATED = (
     *(name for name in ROW_FIGURES if name != "num_tokens"),
     *("rewards/margins", "rewards/auc", "rewards/pearson", "rewards/spearman"),
@@ -76,7 +76,9 @@ def is_of_rewards(name: str) -> bool:
 
 
 def masked(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(numerator, denominator) of the mean of `values` over the rows in `mask`, each `(B,)`; others may hold NaN.
+    """(numerator, denominator) of the mean of `values` over the rows in `mask`, each `(B,)`.
+
+    `values` can be NaN for rows outside of `mask`.
 
     Example:
         >>> import torch
@@ -111,12 +113,12 @@ def reward_ratios(
     continuous: torch.Tensor,
     center: float = 0.0,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The figures of the implicit reward, of the rows whose reward is known (not NaN).
+    """The metrics of the implicit reward, over the rows whose reward is known (not NaN).
 
     Args:
-        rewards: `(B,)` r, NaN where the reference's log-probability was not computed.
-        log_ratio: `(B,)` log π_θ − log π_ref, nats.
-        log_z: `(B,)` log Z, nats.
+        rewards: `(B,)` r. NaN if the log-probability under the reference was not computed.
+        log_ratio: `(B,)` log π_θ − log π_ref in nats.
+        log_z: `(B,)` log Z in nats.
         label: `(B,)`.
         chosen: `(B,)` bool, see `is_chosen`.
         continuous: `(B,)` bool.
@@ -155,15 +157,15 @@ def reward_ratios(
 def token_ratios(
     entropy: torch.Tensor, mean_logits: torch.Tensor, is_top1: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The figures that are means over completion tokens.
+    """The metrics that are means over completion tokens.
 
     Args:
-        entropy, mean_logits, is_top1: `(B, T)` of the next-token distribution, as TRL's fused LM head gives them.
-        mask: `(B, T)`, 1 at completion tokens.
-        chosen: `(B,)` bool.
+        entropy, mean_logits, is_top1: `(B, T)` statistics of the next-token distribution, as in TRL's fused LM head.
+        mask: `(B, T)`, 1 for completion tokens.
+        chosen: `(B,)` bool, see `reward_ratios`.
 
     Returns:
-        name → (sum over the row's tokens, their number), each `(B,)`.
+        name → (sum over the tokens of the row, number of these tokens), each `(B,)`.
     """
     tokens = mask.sum(1).float()
     zero = torch.zeros_like(tokens)
@@ -188,15 +190,15 @@ class RatioSums:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Set all sums to 0."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self._sums = torch.zeros(len(ROW_FIGURES), 2, dtype=dtype, device=self.device)
 
     def add(self, ratios: Ratios, real: torch.Tensor) -> None:
-        """Add a micro-batch's rows; those where `real` is False are repeated ones and count for nothing.
+        """Add the rows of a micro-batch. Rows for which `real` is False are repetitions and are not counted.
 
         Raises:
-            KeyError: for a name that is not in `ROW_FIGURES`.
+            ValueError: if a name is not in `ROW_FIGURES`.
         """
         where = torch.tensor([ROW_FIGURES.index(name) for name in ratios], device=self.device)
         pairs = torch.stack([value.to(self._sums.dtype) for pair in ratios.values() for value in pair]).detach()
@@ -204,14 +206,14 @@ class RatioSums:
         self._sums[where] += pairs.sum(-1).view(-1, 2)
 
     def totals(self) -> torch.Tensor:
-        """`(len(ROW_FIGURES), 2)` sums, to be added over processes."""
+        """`(len(ROW_FIGURES), 2)` sums of this process. The caller adds them up over processes."""
         return self._sums
 
 
 def figures(totals: torch.Tensor) -> dict[str, float]:
-    """Named figures of the sums; `num_tokens` is the sum itself, `rewards/margins` the difference of two figures.
+    """Named metrics from the sums. `num_tokens` is a sum, and `rewards/margins` is the difference of two metrics.
 
-    `rewards/rows` is there if rewards, `kl` and `log_z` are of fewer rows than the loss, and says of how many.
+    If rewards, `kl` and `log_z` cover fewer rows than the loss, `rewards/rows` is the number of rows that they cover.
 
     Example:
         >>> import torch
@@ -233,7 +235,9 @@ def figures(totals: torch.Tensor) -> dict[str, float]:
 
 
 def auc(rewards: torch.Tensor, positive: torch.Tensor) -> float | None:
-    """Probability that a positive row has a higher reward than a negative one, ties counted half; None without both.
+    """The probability that a positive row has a higher reward than a negative one. Ties count as half.
+
+    None if there are no positive rows or no negative ones.
 
     Args:
         rewards: `(N,)`.
@@ -252,7 +256,7 @@ def auc(rewards: torch.Tensor, positive: torch.Tensor) -> float | None:
 
 
 def pearson(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Linear correlation of two `(N,)` tensors; None where either is constant.
+    """Linear correlation of two `(N,)` tensors. None if either is constant.
 
     Example:
         >>> import torch
@@ -265,7 +269,7 @@ def pearson(a: torch.Tensor, b: torch.Tensor) -> float | None:
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """Rank correlation of two `(N,)` tensors, ties given their mean rank; None where either is constant.
+    """Rank correlation of two `(N,)` tensors. Ties share their mean rank. None if either tensor is constant.
 
     Example:
         >>> import torch
@@ -276,17 +280,17 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float | None:
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks from 1, equal values given their mean rank."""
+    """Ranks from 1. Equal values share their mean rank."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[inverse]
 
 
 def ranking_figures(rewards: torch.Tensor, label: torch.Tensor, continuous: torch.Tensor) -> dict[str, float]:
-    """Figures that need all rows at once: `rewards/auc` over binary labels, correlations over continuous ones.
+    """Metrics that need all rows at once: `rewards/auc` for binary labels, correlations for continuous labels.
 
     Args:
-        rewards: `(N,)` r, NaN where unknown.
+        rewards: `(N,)` r. NaN if unknown.
         label: `(N,)`.
         continuous: `(N,)` bool.
     """

@@ -1,4 +1,4 @@
-"""The loss of a batch and the figures of its rows, from log-probabilities and labels."""
+"""The loss and the metrics of a batch, from log-probabilities and labels."""
 
 from typing import Any, NamedTuple
 
@@ -14,16 +14,16 @@ Rows = dict[str, torch.Tensor]
 
 
 class BatchLoss(NamedTuple):
-    """What a batch's rows add to the loss of a step; each `(B,)` but the last three.
+    """The contribution of a batch to the loss of a step. All but the last three fields are `(B,)`.
 
     Attributes:
-        weighted: the rows' losses, weights included; what is not finite is not a row's auxiliary loss.
-        rewards: the implicit rewards; NaN where `ref_logps` is.
-        policy_logps: log π_θ, divided by the tokens if `length_normalize`.
+        weighted: the row losses, including weights, without the auxiliary loss.
+        rewards: the implicit rewards. NaN if `ref_logps` is NaN.
+        policy_logps: log π_θ, divided by the number of tokens if `length_normalize`.
         continuous: bool, whether the label is continuous.
-        total: the sum to minimize, over rows that are no filler; with the auxiliary loss of a mixture of experts.
-        observed: what log Z sees.
-        ratios: the figures' numerators and denominators.
+        total: the sum to minimize over all rows except fillers, including the auxiliary loss of a mixture of experts.
+        observed: what the log Z estimator observes.
+        ratios: the numerators and denominators of the metrics.
     """
 
     weighted: torch.Tensor
@@ -36,7 +36,9 @@ class BatchLoss(NamedTuple):
 
 
 class Objective:
-    """Σ wᵢ·vᵢ·ℓᵢ over a batch's rows: ℓ the row loss (`trl_ulma.losses`), w the row's weight, v its class weight.
+    """Σ wᵢ·vᵢ·ℓᵢ over the rows of a batch.
+
+    ℓ is the row loss (`trl_ulma.losses`), w the row's weight, and v its class weight.
 
     Args:
         args: the trainer's config.
@@ -57,7 +59,7 @@ class Objective:
         return torch.full_like(rows["sft_mask"], self.rules.label_type == "continuous") if found is None else found
 
     def terms(self, rows: Rows) -> Terms:
-        """Which terms the loss of each row has, see `trl_ulma.losses.route`."""
+        """The terms that the loss of each row has, see `trl_ulma.losses.route`."""
         positive, negative = self.args.cell
         kinds = {"positive_loss": positive, "negative_loss": negative}
         return route(rows["label"], rows["sft_mask"], self.continuous(rows), **kinds)
@@ -72,19 +74,19 @@ class Objective:
         *,
         all_rewarded: bool,
     ) -> BatchLoss:
-        """The loss and the figures.
+        """Compute the loss and the metrics.
 
         Args:
             policy: the completion tokens under the policy, with statistics.
-            ref_logps: `(B,)` log π_ref in nats, NaN for rows that are not compared.
-            rows: `label`, `sft_mask` and what else a batch holds of its rows, each `(B,)`.
+            ref_logps: `(B,)` log π_ref in nats. NaN for rows that are not compared with the reference.
+            rows: `label`, `sft_mask` and the other columns that describe the rows of the batch, each `(B,)`.
             inputs: `attention_mask` and `completion_mask`.
-            log_partition: gives log Z of rows without a `log_z` of their own.
-            all_rewarded: whether `ref_logps` is known of all rows that have a reference, so that their rewards are
-                figures.
+            log_partition: computes log Z of rows without their own `log_z`.
+            all_rewarded: whether `ref_logps` is known for all rows that have a reference. If so, the metrics include
+                the rewards.
 
         Raises:
-            ValueError: if log Z is to be a column, and the rows have none.
+            ValueError: if `log_z` is "column" and the rows have no such column.
         """
         label, continuous, terms = rows["label"], self.continuous(rows), self.terms(rows)
         scored = inputs["completion_mask"][:, 1:]
@@ -134,7 +136,10 @@ class Objective:
         if "log_z" in rows:
             return rows["log_z"]
         if self.args.log_z == "column":
-            raise ValueError("log_z='column' needs a column log_z, in nats, in every row; a batch has none.")
+            raise ValueError(
+                "log_z='column' needs a column log_z, in nats, in every row, but a batch has none. Add the column to "
+                "the dataset, or set another log_z."
+            )
         return log_partition(continuous, policy.prompt_states)
 
 

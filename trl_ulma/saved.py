@@ -1,4 +1,4 @@
-"""A saved model: the files in its folder or on the hub, its policy, tokenizer and reference."""
+"""A saved model: its files in a folder or on the Hub, and its policy, tokenizer and reference."""
 
 import contextlib
 import json
@@ -49,14 +49,14 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 @dataclass(frozen=True)
 class SavedSettings:
-    """What a score depends on besides the weights: `pointwise.json` in a saved model's folder.
+    """Everything besides the weights that scores depend on: `pointwise.json` in a saved model's folder.
 
     Attributes:
         beta: β.
-        label_type: of rows that do not say it themselves.
-        length_normalize: whether log-probabilities are divided by the completion's tokens.
-        log_z: a number of nats, or the name of a choice, whose state is in `log_z.safetensors`.
-        max_length: longest sequence in tokens.
+        label_type: the label type of rows that have no column `label_type`.
+        length_normalize: whether log-probabilities are divided by the number of completion tokens.
+        log_z: a number in nats, or the name of a choice. Its state is in `log_z.safetensors`.
+        max_length: the maximum length of a sequence in tokens.
         truncation_mode: "keep_start" or "keep_end".
         assistant_only_loss: whether only the assistant's turns of a completion are scored.
         chat: whether rows of text become messages, see `trl_ulma.rows.chat`.
@@ -90,7 +90,7 @@ class SavedSettings:
     trl_ulma: str = ""
 
     def write(self, folder: str | Path) -> None:
-        """Write them into a folder."""
+        """Write the settings to a folder."""
         steps = None if self.label_transform is None else self.label_transform.to_json()
         reference = None if self.reference is None else self.reference.to_json()
         text = json.dumps({**asdict(self), "label_transform": steps, "reference": reference}, indent=2)
@@ -98,10 +98,10 @@ class SavedSettings:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Those that a file holds; all but `beta` may be left out of it.
+        """Read the settings from a file. Only `beta` is required.
 
         Raises:
-            ValueError: naming the file, if it holds something else.
+            ValueError: if the file contains something else. The message names the file.
         """
         try:
             found: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -115,21 +115,24 @@ class SavedSettings:
                 made["reference"] = ReferenceIdentity.from_json(made["reference"])
             return cls(**made)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold the settings of a pointwise model ({error}).") from error
+            raise ValueError(
+                f"{path} does not contain the settings of a pointwise model ({error}). Copy the file from the folder "
+                "that training wrote."
+            ) from error
 
 
 def saved_file(model: str, name: str) -> str | None:
-    """Where a file is that was saved with a model, in its folder or on the hub; None if there is none."""
+    """The path of a file that was saved with a model, in its folder or on the Hub. None if there is no such file."""
     return cached_file(
         model, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
 
 
 def saved_settings(model: str) -> SavedSettings | None:
-    """What training wrote beside a model; None if it wrote nothing.
+    """The settings that training saved with a model. None if there are none.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the file contains something else.
     """
     file = saved_file(model, SETTINGS_FILE)
     return None if file is None else SavedSettings.read(file)
@@ -148,7 +151,7 @@ def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, t
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        OSError: if there is no model; for an adapter also if its base model is gone.
+        OSError: if there is no model, or if the base model of an adapter is missing.
     """
     settings = saved_settings(name)
     if dtype == "auto":
@@ -164,8 +167,8 @@ def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, t
         loaded = _load_full(base, config.revision, options)
     except OSError as error:
         raise OSError(
-            f"{name} is an adapter on {base}, and that base model could not be loaded ({error}). Put it there, or "
-            f"write where it is into base_model_name_or_path of {name}/adapter_config.json."
+            f"{name} is an adapter on {base}, but this base model could not be loaded ({error}). Put it there, or set "
+            f"base_model_name_or_path in {name}/adapter_config.json to its location."
         ) from error
     if _has_tokenizer(name):  # which may have grown for the training
         tokens = len(load_tokenizer(name, trust_remote_code=trust_remote_code))
@@ -214,8 +217,8 @@ def training_autocast(settings: SavedSettings | None, model: Any) -> Any:
     """A context for forwards as in a model's training: mixed precision, if the weights are in the format of training.
 
     Args:
-        settings: saved with the model, or None.
-        model: loaded.
+        settings: the settings saved with the model, or None.
+        model: the loaded model.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get((settings and settings.mixed_precision) or "")
     trained = (settings and settings.dtype) or "float32"
@@ -225,7 +228,7 @@ def training_autocast(settings: SavedSettings | None, model: Any) -> Any:
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that an adapter was trained on; None for what is no adapter."""
+    """The model that an adapter was trained on. None if `name` is not an adapter."""
     if find_adapter_config_file(name) is None:
         return None
     return PeftConfig.from_pretrained(name).base_model_name_or_path
@@ -250,7 +253,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def positions(name: str, *, trust_remote_code: bool = False) -> int | None:
-    """How many tokens a model, or an adapter's, can read at most; see `trl_ulma.likelihood.layouts.positions_of`."""
+    """The maximum number of tokens that a model, or an adapter's base model, can read, see
+    `trl_ulma.likelihood.layouts.positions_of`."""
     return positions_of(AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code))
 
 
@@ -263,7 +267,7 @@ def load_reference(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Reference:
-    """The reference that a saved model was trained against, and the proof that it is.
+    """Load the reference that a saved model was trained against, and check that it is the same one.
 
     Args:
         policy: the saved model, loaded.
@@ -274,9 +278,9 @@ def load_reference(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: if there is no saying what the reference was, or the one that is found gives other
-            log-probabilities than the one of training. For a `ref_model`, that is a warning.
-        OSError: if the model that the settings name is gone.
+        ValueError: if the reference is unknown, or if its log-probabilities differ from those in training. If you
+            passed a `ref_model`, a difference is only logged as a warning.
+        OSError: if the model that the settings name is missing.
     """
     scorer = Scorer()
     identity = None if settings is None else settings.reference
@@ -290,13 +294,13 @@ def load_reference(
         model = load_model(ref_model, dtype=dtype, trust_remote_code=trust_remote_code) if name else ref_model
         found = Reference("given", scorer, model, name=name, autocast=autocast)
     elif kind == "none":
-        raise ValueError(f"{source} was trained without a reference, so that it has no rewards. Pass a ref_model.")
+        raise ValueError(f"{source} was trained without a reference, so it has no rewards. Pass a ref_model.")
     elif is_adapter and kind in ("", "adapter", "adapter_off"):
         saved = saved_file(source, f"{ADAPTER}/adapter_config.json") is not None
         if kind == "adapter" and not saved:
             raise ValueError(
-                f"{source} was trained away from another adapter, which was saved in its folder {ADAPTER!r}, and that "
-                "is gone. Copy it there, or pass a ref_model."
+                f"{source} was trained from another adapter, which was saved in its folder {ADAPTER!r}, but this "
+                "folder is missing. Copy it from the folder that training wrote, or pass a ref_model."
             )
         if saved and kind != "adapter_off" and ADAPTER not in policy.peft_config:
             trained = policy.active_adapter
@@ -306,8 +310,8 @@ def load_reference(
         found = Reference(kind, scorer, autocast=autocast)
     elif identity is None or not identity.name:
         raise ValueError(
-            f"{source} is a full model, and a reward compares it with the model that its training began from. Name "
-            "that with ref_model (on the command line --ref_model)."
+            f"{source} is a full model without information on its reference. A reward compares it with the model that "
+            "training started from. Pass that model as ref_model (on the command line --ref_model)."
             if identity is None
             else f"{source} was trained against a reference that had no name ({kind}). Pass it as ref_model."
         )
@@ -318,7 +322,7 @@ def load_reference(
         except OSError as error:
             raise OSError(
                 f"{source} was trained against the reference {identity.name}, which could not be loaded ({error}). Put "
-                "it there, or pass ref_model (on the command line --ref_model)."
+                "it there, or pass a ref_model (on the command line --ref_model)."
             ) from error
         # An adapter may have been merged since
         known = {"name": identity.name, "revision": identity.revision}
@@ -327,13 +331,13 @@ def load_reference(
         off = _difference(found, policy, identity, settings.mixed_precision)
         name = identity.name or "a model without a name"
         said = (
-            f"{source} was trained against another reference ({identity.kind}, {name}): the one here gives "
-            f"log-probabilities that differ by {off:.2g} nats a token."
+            f"{source} was trained against another reference ({identity.kind}, {name}): the log-probabilities of the "
+            f"reference found here differ by {off:.2g} nats per token."
         )
         if off and ref_model is not None:
-            logger.warning(f"{said} Rewards are not those of the training.")
+            logger.warning(f"{said} The rewards are not those of the training.")
         elif off:
-            raise ValueError(f"{said} Pass the model that training was compared with as ref_model.")
+            raise ValueError(f"{said} Pass the reference of the training as ref_model.")
     return found
 
 
@@ -390,7 +394,7 @@ def batching_note(source: str, settings: SavedSettings | None, model: Any, beta:
 
 
 def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, mixed_precision: str | None) -> float:
-    """Nats a token between a reference and the one that a model was trained against; 0 if it is rounding."""
+    """The difference between a reference and the one in training, in nats per token. 0 if rounding explains it."""
     model = policy if reference.model is None else reference.model
     ids = torch.tensor(identity.input_ids, device=model.device)
     off = identity.difference(reference.fingerprint(policy, ids))
@@ -401,18 +405,22 @@ def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, 
 
 @contextlib.contextmanager
 def as_reference(model: Any, source: str | None = None) -> Iterator[Any]:
-    """An adapter's model as what it was trained away from: with the adapter switched off, or, if training began from
-    an adapter, with that one, which was saved in the folder "ref".
+    """A context in which a model with an adapter is its own reference.
+
+    The adapter is switched off. If training started from an adapter, which is saved in the folder "ref", that adapter
+    is active instead.
 
     Args:
-        model: with an adapter.
-        source: its folder or name.
+        model: a model with an adapter.
+        source: the folder or name of the model.
 
     Raises:
-        ValueError: for a model without an adapter, which does not contain its reference.
+        ValueError: if the model has no adapter, because then it does not contain its reference.
     """
     if not is_peft_model(model):
-        raise ValueError("The model is no adapter, so its reference is not in it. Name the model that it began as.")
+        raise ValueError(
+            "The model has no adapter, so it does not contain its reference. Pass the model that training started from."
+        )
     if source is None or saved_file(source, f"{ADAPTER}/adapter_config.json") is None:
         with model.disable_adapter():
             yield model
@@ -430,7 +438,7 @@ def as_reference(model: Any, source: str | None = None) -> Iterator[Any]:
 def check_same_tokens(
     tokenizer: PreTrainedTokenizerBase, ref_tokenizer: PreTrainedTokenizerBase, rows: Dataset, name: str, ref_name: str
 ) -> None:
-    """Raise ValueError if a token of the rows is another one, or none, to the reference's tokenizer."""
+    """Raise ValueError if the reference's tokenizer has another token, or none, for a token id of the rows."""
     ids = {token for column in ("prompt_ids", "completion_ids") for row in rows[column] for token in row}
     known = set(ref_tokenizer.get_vocab().values())
     for token in sorted(ids):
@@ -438,6 +446,6 @@ def check_same_tokens(
         theirs = ref_tokenizer.convert_ids_to_tokens(token) if token in known else None
         if ours != theirs:
             raise ValueError(
-                f"Token {token} is {ours!r} to {name} and {theirs!r} to its reference {ref_name}, so their "
-                "log-probabilities are not of the same thing. Name the model that training began with."
+                f"Token {token} is {ours!r} for {name}, but {theirs!r} for its reference {ref_name}, so their "
+                "log-probabilities are not comparable. Pass the model that training started from."
             )

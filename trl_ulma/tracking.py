@@ -1,4 +1,4 @@
-"""Pictures of a run in its tracker: the labels when training begins, the calibration after each evaluation."""
+"""Plots in the experiment tracker: the labels when training starts, and the calibration after each evaluation."""
 
 from typing import Any
 
@@ -9,23 +9,23 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from trl_ulma.rows.dataset_labels import are_demonstrations
 
-# Those of `report_to` that take pictures
+# The trackers of `report_to` that support images
 TRACKERS = {"tensorboard": TensorBoardCallback, "trackio": TrackioCallback, "wandb": WandbCallback}
 
 
 class TracksPictures(TrainerCallback):
-    """Logs pictures to those of TensorBoard, Trackio and W&B that `report_to` names.
+    """Logs plots to TensorBoard, Trackio and W&B, if `report_to` names them.
 
     - `train/labels`, when training begins: a histogram of the labels, demonstrations apart; with a label transform also
       of the labels before it (not of a stream);
     - `eval/calibration`, after each evaluation: mean label against mean σ(r) of the rows with binary labels. The last
-      is that of the model as it is saved.
+      plot shows the model as it is saved.
 
     Args:
-        trainer: whose callbacks it is to be added to.
+        trainer: the trainer that the callback is added to.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: if matplotlib is not installed.
 
     Example:
         >>> trainer.add_callback(TracksPictures(trainer))  # doctest: +SKIP
@@ -36,7 +36,7 @@ class TracksPictures(TrainerCallback):
             from trl_ulma.evaluation import figures
         except ImportError as error:
             raise ImportError(
-                "Pictures are drawn with matplotlib, which is not installed: pip install 'trl-ulma[evaluation]'."
+                "Plots require matplotlib, which is not installed. Run `pip install 'trl-ulma[evaluation]'`."
             ) from error
         self.trainer = trainer
         self._figures = figures
@@ -79,18 +79,18 @@ class TracksPictures(TrainerCallback):
 
 
 def add_pictures(trainer: Any) -> str:
-    """Have a trainer log pictures where `report_to` names a tracker that takes them; what to say of it, or ""."""
+    """Make a trainer log plots if `report_to` names a tracker that supports them. Returns a message, or ""."""
     if not set(TRACKERS).intersection(trainer.args.report_to):
         return ""
     try:
         trainer.add_callback(TracksPictures(trainer))
     except ImportError as problem:
-        return f"No pictures are logged. {problem}"
+        return f"No plots are logged. {problem}"
     return ""
 
 
 def _pixels(figure: Any) -> np.ndarray:
-    """`(height, width, 3)` uint8."""
+    """The figure as a `(height, width, 3)` uint8 array."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

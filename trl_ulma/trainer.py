@@ -1,6 +1,6 @@
-"""PointwiseDPOTrainer and ULMATrainer: where pointwise learning meets TRL's `DPOTrainer`."""
+"""PointwiseDPOTrainer and ULMATrainer: pointwise learning on top of TRL's `DPOTrainer`."""
 
-# transformers declares the model, the dataset and the processing class of a trainer optional or of many kinds
+# In transformers' type hints, a trainer's model, dataset and processing class are optional or have many types
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
 import copy
@@ -80,27 +80,28 @@ _PAPER = {
 
 
 class PointwiseDPOTrainer(DPOTrainer):
-    r"""Trainer for pointwise DPO: learns from absolute feedback, one answer at a time.
+    r"""Trainer for pointwise DPO, which learns from absolute feedback on single answers.
 
-    The loss of an optimizer step is Σ wᵢ·vᵢ·ℓᵢ / N over the step's N rows, however they fall into micro-batches and
-    processes: ℓ the row loss (`trl_ulma.losses`), w the row's `weight`, v its class weight.
+    The loss of an optimizer step is Σ wᵢ·vᵢ·ℓᵢ / N over the N rows of the step. ℓ is the row loss
+    (`trl_ulma.losses`), w the row's `weight`, and v its class weight. The loss does not depend on how the rows are
+    split into micro-batches and processes.
 
-    A drop-in for `trl.DPOTrainer`, with the same arguments, except for:
+    The trainer is a drop-in replacement for `trl.DPOTrainer` with the same arguments, except for:
 
     Args:
-        args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are taken over. The trainer works on a copy.
-        train_dataset: rows of `prompt`, `completion` (both text, or both messages) and `label`; optional columns
-            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`,
-            `chat_template_kwargs`. Or pairs (`chosen`, `rejected`, with or without `prompt`), which become two rows
-            each. With a vision-language model also `image` or `images` (PIL images, paths, or bytes), which are
-            decoded and processed batch by batch.
-        eval_dataset: the same, or a dict of such datasets.
-        processing_class: the model's tokenizer, or its processor; rows with images need one.
-        compute_metrics: is given the rows' implicit rewards as predictions and their labels as label_ids.
+        args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are copied. The trainer works on a copy.
+        train_dataset: rows with `prompt`, `completion` (both text, or both messages) and `label`. Optional columns are
+            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`
+            and `chat_template_kwargs`. Pairs (`chosen`, `rejected`, with or without `prompt`) are also accepted, and
+            become two rows each. Rows for a vision-language model can have `image` or `images` (PIL images, paths, or
+            bytes), which are decoded and processed batch by batch.
+        eval_dataset: rows in the same format, or a dict of such datasets.
+        processing_class: the model's tokenizer or processor. Rows with images need a processor.
+        compute_metrics: receives the implicit rewards of the rows as predictions and their labels as label_ids.
 
     Raises:
-        ValueError: before any training, for rows or settings that cannot be learned from, and for a model whose
-            log-probabilities or reference are not right (`startup_checks`).
+        ValueError: before training starts, if the rows or settings are not valid for training, or if the model's
+            log-probabilities or its reference fail the `startup_checks`.
 
     Example:
         >>> from datasets import Dataset
@@ -134,14 +135,14 @@ class PointwiseDPOTrainer(DPOTrainer):
     ):
         if ref_model is not None and ref_model is model:
             raise ValueError(
-                "model and ref_model are the same object, so the reference would be trained along. Leave ref_model "
-                "out: the model as it is before training is the reference then."
+                "model and ref_model are the same object, so training would also change the reference. Leave out "
+                "ref_model: the reference is then the model as it is before training."
             )
         if ref_model is None:
             _check_adapter_name(model)
         args = own_config(self._config_class, type(self).__name__, model, args)
         args.check_machine()
-        # All rows are read before a model is loaded, so that what is wrong with them shows in seconds
+        # Read all rows before loading a model, so that errors in them appear within seconds
         self._plan = plan = make_plan(
             model,
             args,
@@ -191,12 +192,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         if isinstance(self.ref_model, NoReferenceModel):
             self.ref_model = None
         if self.ref_model is None:
-            self._reference.release()  # what DPOTrainer lets go of when all rows have been asked for
+            self._reference.release()  # DPOTrainer drops its reference once it has precomputed all rows
         if args.disable_dropout:
             switch_off_noise(self.model)
         asked_later = self._reference.kind if not args.precompute_ref_log_probs else "none"
         check_trainable(self.model, asked_later)
-        # DPOTrainer would precompute for what it evaluates; `evaluate` does
+        # Stop DPOTrainer from precomputing the datasets that it evaluates, because `evaluate` does that here
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
 
@@ -225,12 +226,13 @@ class PointwiseDPOTrainer(DPOTrainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         peft_config: Any = None,
     ) -> TrainingPlan:
-        """What the constructor does before it loads a model: settings and rows are checked, and rows are prepared.
+        """Check the settings and rows and prepare the rows, as the constructor does before it loads a model.
 
-        Arguments are the constructor's. What the machine lacks for a setting is left to the one that will train.
+        The arguments are those of the constructor. The dry run does not check whether this machine supports the
+        settings, because training may run on another one.
 
         Raises:
-            ValueError: for rows or settings that cannot be learned from.
+            ValueError: if the rows or settings are not valid for training.
         """
         own = own_config(cls._config_class, cls.__name__, model, args)
         return make_plan(
@@ -241,7 +243,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _scorer(self) -> Scorer:
-        """Made when it is first needed, which is while DPOTrainer sets up, if log π_ref is precomputed."""
+        """Created on first use. If log π_ref is precomputed, that is during DPOTrainer's setup."""
         scorer = Scorer(self._plan.layout)
         scorer.choose_layout(self.model)
         return scorer
@@ -252,11 +254,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         if kind == "adapter":
             if ADAPTER in self.model.peft_config:
                 copy_adapter(self.model)
-            else:  # TRL tells why it has not made one
+            else:  # TRL has logged why it did not make one
                 kind = "adapter_off"
         model = self.ref_model if kind in ("given", "copy") else None
         if kind == "copy" and (model is None or isinstance(model, NoReferenceModel)):
-            # Until it is trained, the policy is what it is compared with
+            # Until training starts, the policy itself is the reference
             model = self._precomputing_policy
         name, revision = self._reference_name(model)
         return Reference(kind, self._scorer, model, name=name, revision=revision, autocast=self.accelerator.autocast)
@@ -266,26 +268,26 @@ class PointwiseDPOTrainer(DPOTrainer):
             return "", None
         bare = bare_model(self.model if model is None else model)
         if self._reference_kind == "copy" and is_peft_model(bare):
-            return "", None  # a model and an adapter, of which no copy is kept
+            return "", None  # a model and an adapter; no copy of them is kept
         revision = (self.args.model_init_kwargs or {}).get("revision") if self._reference_kind != "given" else None
         return get_config_model_id(bare.config), revision
 
     def _new_log_partition(self) -> Any:
         choice = self.args.log_z
         compared = self._plan.compared(self.train_dataset) if choice == "prior" else None
-        # OPT-350m projects its states to another width for them
+        # OPT-350m projects its hidden states to another width before the output embeddings
         hidden_size = self.model.config.get_text_config().hidden_size
         hidden_size = getattr(self.model.get_output_embeddings(), "in_features", hidden_size)
         if choice == "learned" and getattr(self._plan.peft_config, "is_prompt_learning", False):
             raise ValueError(
-                "log_z='learned' reads the prompt's hidden state, which adapters that put virtual tokens before the "
-                "rows do not leave where it is. Set log_z='learned_constant', or train with LoRA."
+                "log_z='learned' reads the prompt's hidden state, but prompt-learning adapters put virtual tokens "
+                "before the rows, which shifts its position. Set log_z='learned_constant', or train with LoRA."
             )
         return make_log_partition(self.args, self.train_dataset, compared, hidden_size, self.accelerator.device)
 
     @property
     def has_rewards(self) -> bool:
-        """Whether any row is compared with a reference; without one there are no rewards."""
+        """Whether any row is compared with a reference. Without a reference there are no rewards."""
         return self._plan.needs_reference
 
     @property
@@ -299,7 +301,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _checks(self) -> TrainingChecks:
         model = bare_model(self.model)
         exact = self.accelerator.mixed_precision == "no" and model.dtype in (torch.float32, torch.float64)
-        # Products of quantized weights are rounded, whatever the others are in
+        # Products of quantized weights are rounded, whatever the dtype of the other weights
         exact = exact and getattr(model.config, "quantization_config", None) is None
         is_quiet = self.args.disable_dropout and self.args.neftune_noise_alpha is None
         return TrainingChecks(
@@ -328,7 +330,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
 
     def _on_train_begin(self) -> None:
-        self._sums.reset()  # of a try that ran out of memory
+        self._sums.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
         self._check_start(self.model_wrapped, is_training=True)
 
@@ -336,7 +338,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._checks.end(self.model_wrapped)
 
     def _on_epoch_begin(self, epoch: int) -> None:
-        # accelerate does not reach a sampler behind batches that are skipped
+        # accelerate does not set the epoch of a sampler while it skips batches
         if hasattr(self._train_sampler, "set_epoch"):
             self._train_sampler.set_epoch(epoch)
 
@@ -346,7 +348,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         return dataset if self._is_own(dataset) else self._plan.prepare(dataset, dataset_name)
 
     def _is_own(self, dataset: Any) -> bool:
-        """Whether a dataset is one that this trainer has prepared for itself."""
+        """Whether this trainer has prepared the dataset."""
         held = getattr(self, "eval_dataset", None)
         own = [*self._plan.datasets, getattr(self, "train_dataset", None), self._last_prepared]
         own += held.values() if isinstance(held, dict) else [held]
@@ -399,20 +401,20 @@ class PointwiseDPOTrainer(DPOTrainer):
         if not self._plan.needs_reference:
             return dataset
         if isinstance(dataset, IterableDataset):
-            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # raises TRL's error for streams
         if has_ref_logps(dataset):
             return dataset
         reference = self._reference
         if not reference.is_live and reference.kind == "copy" and self.state.global_step == 0:
-            # The policy is what it is compared with, until it is trained
+            # Until training starts, the policy itself is the reference
             reference = Reference("copy", self._scorer, self._precomputing_policy, autocast=self.accelerator.autocast)
         if not reference.is_live:
             raise ValueError(
-                "With precompute_ref_log_probs=True and no ref_model the reference is gone once training has begun, so "
-                f"the {name} dataset cannot be compared with it. Pass it to the trainer as an eval_dataset, or pass a "
-                "ref_model, or set precompute_ref_log_probs=False."
+                "With precompute_ref_log_probs=True and no ref_model, the reference no longer exists after training "
+                f"has begun, so its log-probabilities cannot be computed for the {name} dataset. Pass this dataset to "
+                "the trainer as an eval_dataset, pass a ref_model, or set precompute_ref_log_probs=False."
             )
-        # Evaluation sets may be called "train"
+        # Evaluation datasets can be called "train", too
         is_trained_on = dataset is self.train_dataset and "ref_logps" not in dataset.column_names
         return with_ref_logps(
             dataset,
@@ -424,16 +426,16 @@ class PointwiseDPOTrainer(DPOTrainer):
             key=cache_key(reference, self._precomputing_policy, self._probe_tokens, self.accelerator),
             batch_size=batch_size,
             num_workers=self.args.dataloader_num_workers,
-            what=f"Asking the reference of the {name} dataset",
+            what=f"Computing reference log-probabilities of the {name} dataset",
         )
 
     @functools.cached_property
     def _precomputing_policy(self) -> Any:
-        """The policy before Trainer prepares it: DeepSpeed must place and gather its parameters."""
+        """The policy before Trainer prepares it. DeepSpeed must place and gather its parameters."""
         return prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As `DPOTrainer.evaluate`. The trainer's own datasets can be passed, too, after training as well."""
+        """Like `DPOTrainer.evaluate`. You can also pass the trainer's own datasets, even after training."""
         if isinstance(eval_dataset, dict):
             found = {}
             for name, dataset in eval_dataset.items():
@@ -454,21 +456,21 @@ class PointwiseDPOTrainer(DPOTrainer):
     # The loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of an optimizer step, and the number of its real rows over all processes."""
+        """The micro-batches of an optimizer step, and the number of its rows over all processes, without fillers."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
-            return batches, None  # the stream has ended, for all processes
+            return batches, None  # the stream has ended on all processes
         rows = 0
         for batch in batches:
             real = is_real(batch)
             rows += int(real.sum())
             batch["real"] = real.to(batch["label"].device)
         if len(batches) < num_batches:
-            # Trainer steps only after as many micro-batches as asked: what a stream ends with would be left to the
-            # first step of its next epoch
+            # Trainer only steps after `num_batches` micro-batches. Without fillers, the last rows of a stream would
+            # be added to the first step of the next epoch.
             nothing = {**batches[-1], "real": torch.zeros_like(batches[-1]["real"])}
             batches += [nothing] * (num_batches - len(batches))
-        # If demonstrations have no log-ratio, their rewards are computed for the logs alone
+        # Rewards of demonstrations without a log-ratio in their loss are only needed for logging
         compares_all = self.args.cell == ("pointwise_dpo", "pointwise_dpo")
         if self._plan.needs_reference and not (self._is_precomputed or compares_all or self._step_is_logged()):
             compared = [self._objective.terms(batch).compared for batch in batches]
@@ -480,12 +482,12 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _is_sharded(self) -> bool:
-        """Whether a forward is a collective of all processes."""
+        """Whether a forward pass is a collective operation of all processes."""
         plugin = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def _step_is_logged(self) -> bool:
-        """Whether the optimizer step that begins will be logged; alike on all processes."""
+        """Whether the next optimizer step will be logged. The result is the same on all processes."""
         if self.args.logging_strategy == IntervalStrategy.EPOCH:
             return self.accelerator.gradient_state.end_of_dataloader
         step = self.state.global_step + 1
@@ -493,24 +495,24 @@ class PointwiseDPOTrainer(DPOTrainer):
         return first or (self.args.logging_strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0)
 
     def training_step(self, *args, **kwargs):
-        """As `Trainer.training_step`; a loss that is not finite ends the run.
+        """Like `Trainer.training_step`, but stops the run if the loss is not finite.
 
         Raises:
-            FloatingPointError: naming the rows.
+            FloatingPointError: if the loss is not finite. The message names the rows.
         """
         loss = super().training_step(*args, **kwargs)
-        # Reading the loss waits for the device, as Trainer does right after to leave such losses out of its logs
+        # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
             rows, losses = self._row_losses
             wrong = rows[~losses.isfinite()].tolist() or "unknown"
             raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}; rows of the train dataset with a "
-                f"loss that is not finite: {wrong}. Look at these rows, lower the learning rate, or train in fp32."
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Rows of the train dataset with a "
+                f"loss that is not finite: {wrong}. Check these rows, lower the learning rate, or train in fp32."
             )
         return loss
 
     def _on_optimizer_step(self) -> None:
-        # A step that ran out of memory, and is tried again, has not come to here
+        # A step that ran out of memory and is retried has not reached this point
         sums = self.log_partition.take_sums()
         if sums is not None:
             self.log_partition.update(self.accelerator.reduce(sums, "sum"), schedule_rate(self.optimizer))
@@ -524,16 +526,16 @@ class PointwiseDPOTrainer(DPOTrainer):
         asked = inputs.pop("asked", None)
         rows = {name: inputs.pop(name) for name in ROW_KEYS if name in inputs}
         if not (self._plan.needs_reference or self.model.training) and self._objective.terms(rows).compared.any():
-            raise ValueError(NO_REFERENCE.format("evaluated"))  # of a stream, seen only now
+            raise ValueError(NO_REFERENCE.format("evaluated"))  # rows of a stream are not known earlier
         real = rows.get("real", torch.ones_like(rows["sft_mask"]))
         if self.args.log_z == "batch_kl" and self.model.training:
             self._set_batch_kl(model, inputs, real, rows.get("image_key"))
-        # MoE models return their auxiliary loss if they are asked for router logits
+        # Mixture-of-experts models return their auxiliary loss if `output_router_logits` is set
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         states = self.log_partition.needs_prompt_states
         policy = self._scorer(model, inputs, statistics=True, prompt_states=states, **router)
         ref_logps = self._ref_logps(model, inputs, rows, asked)
-        # If only some rows are asked for their reference, their rewards would stand for all
+        # If the reference only ran on some rows, their mean reward would be logged as that of all rows
         found = self._objective(policy, ref_logps, rows, inputs, self.log_partition, all_rewarded=asked is None)
         self._row_losses = (rows.get("row", torch.full_like(rows["label"], -1)), found.weighted.detach())
         self._sums.add(found.ratios, real)
@@ -545,19 +547,20 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._rows_in_step is None:
             loss = found.total / real.sum().clamp(min=1)
         else:
-            # Gradients are averaged over the processes, and the sum is wanted
+            # Gradients are averaged over the processes, but the loss is a sum
             loss = found.total * self.accelerator.num_processes / self._rows_in_step
         predictions = found.rewards if self._plan.needs_reference else found.policy_logps
         return (loss, {"predictions": predictions.detach(), "label": rows["label"]}) if return_outputs else loss
 
     def _ref_logps(self, model: Any, inputs: dict, rows: dict, asked: Any) -> torch.Tensor:
-        """`(B,)` log π_ref in nats, summed; NaN for rows that it was not computed for."""
+        """`(B,)` log π_ref in nats, summed over tokens. NaN for rows that the reference did not run on."""
         if "ref_logps" in rows:
             return rows["ref_logps"]
         if self._is_precomputed:
             raise ValueError(
-                "precompute_ref_log_probs=True has put the log-probabilities into the column ref_logps, and the "
-                "data_collator leaves it out. Have it pass ref_logps on, as DataCollatorForPointwisePreference does."
+                "precompute_ref_log_probs=True stores the reference's log-probabilities in the column ref_logps, but "
+                "the data_collator drops this column. Keep ref_logps in the batch, as "
+                "DataCollatorForPointwisePreference does."
             )
         if not self._plan.needs_reference:
             return torch.full_like(rows["label"], torch.nan)
@@ -565,7 +568,10 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     @torch.no_grad()
     def _set_batch_kl(self, model: Any, inputs: dict, real: torch.Tensor, image_key: torch.Tensor | None) -> None:
-        """Estimate KL(π_θ‖π_ref) on this micro-batch's prompts with other rows' completions, on all processes alike."""
+        """Estimate KL(π_θ‖π_ref) from the prompts of this micro-batch, each with the completion of another row.
+
+        The estimate is the same on all processes.
+        """
         names = ("input_ids", "attention_mask", "completion_mask")
         text, counts = mismatched({name: inputs[name] for name in names}, real, image_key)
         batch = {**inputs, **text}  # the images stay with their prompts
@@ -579,7 +585,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     # Evaluation, and figures
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss, and for each row its implicit reward (without a reference: log π_θ) and label."""
+        """The loss, and the implicit reward (log π_θ if there is no reference) and label of each row."""
         inputs = self._prepare_inputs(inputs)
         if not self._checks.is_done:
             self._check_start(model)
@@ -593,7 +599,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """As `Trainer.evaluation_loop`; every figure is a ratio of sums over the whole dataset."""
+        """Like `Trainer.evaluation_loop`, but every metric is a ratio of sums over the whole dataset."""
         training, self._sums = self._sums, RatioSums(self.accelerator.device)
         self._evaluated = []
         try:
@@ -613,21 +619,23 @@ class PointwiseDPOTrainer(DPOTrainer):
         return output
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
-        """Implicit rewards (`predictions`, `(N,)`; without a reference log π_θ), labels (`label_ids`) and `metrics`.
+        """Implicit rewards (`predictions`, `(N,)`), labels (`label_ids`) and `metrics`.
+
+        Without a reference, `predictions` holds log π_θ instead.
 
         Args:
-            test_dataset: raw rows, as the trainer takes them.
-            ignore_keys: as in `Trainer.predict`.
-            metric_key_prefix: begins the metrics' names.
+            test_dataset: raw rows in the format of `train_dataset`.
+            ignore_keys: see `Trainer.predict`.
+            metric_key_prefix: the prefix of the metric names.
         """
         test_dataset = self._prepared_to_evaluate(test_dataset, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # By their names, since the last log finds the model as an evaluation left it
+        # Decide by the names of the logs: at the last log, an evaluation may have changed the model's mode
         if "loss" in logs or "train_loss" in logs:
             found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
-            found.pop("loss", None)  # Trainer's own figure is the same sum
+            found.pop("loss", None)  # Trainer logs the same value
             self._total_train_tokens += int(found.pop("num_tokens", 0))
             logs.update(found)
             logs["num_tokens"] = self._total_train_tokens
@@ -635,19 +643,19 @@ class PointwiseDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def score(self, dataset: Dataset) -> Dataset:
-        """What the policy thinks of each row, see `trl_ulma.judge.Judge.score`.
+        """Score each row with the policy's implicit reward, see `trl_ulma.judge.Judge.score`.
 
         Args:
-            dataset: raw rows as the trainer takes them, with or without `label`.
+            dataset: raw rows in the format of `train_dataset`, with or without `label`.
 
         Raises:
-            TypeError: for what is no `Dataset`.
-            ValueError: for rows that cannot be scored, or a model without a reference.
+            TypeError: if `dataset` is not a `Dataset`.
+            ValueError: if rows cannot be scored, or if the model has no reference.
         """
         if not self._plan.needs_reference:
             raise ValueError(
-                f"A reward needs a reference model; with {self.args.method} no row is compared with one, so that none "
-                "was loaded."
+                f"A reward needs a reference model; with {self.args.method} no row is compared with one, so none was "
+                "loaded. Train with a loss that uses the reference."
             )
         judge = Judge(
             self.saved_settings(),
@@ -669,15 +677,15 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.compute_metrics, self.args = compute_metrics, args
         return np.asarray(predictions, dtype=np.float64)
 
-    # Checkpoints, and what goes with the weights
+    # Checkpoints, and the files beside the weights
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end,
-        and if there is none, training starts afresh.
+        """Like `Trainer.train`. `resume_from_checkpoint=True` resumes from the newest complete checkpoint. If there is
+        none, training starts from scratch.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C, when the step that was running is done and a checkpoint is written.
-            ValueError: if the checkpoint's weights are pickled, or its reference is another one.
+            KeyboardInterrupt: after Ctrl-C, once the current step has finished and a checkpoint is written.
+            ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
@@ -689,16 +697,17 @@ class PointwiseDPOTrainer(DPOTrainer):
                 if not (folder / WHOLE).exists():
                     self._save_checkpoint(self.model, trial=None)
         if self.interruption.agreed:
-            # What follows a training is not for one that was stopped
+            # Code after `train` must not run for a training that was interrupted
             raise KeyboardInterrupt
         return result
 
     def _identity_in(self, checkpoint: str) -> ReferenceIdentity | None:
-        """What a checkpoint's reference is known by; None if it has none, or does not say."""
+        """The identity of a checkpoint's reference. None if it has no reference, or if the checkpoint lacks it."""
         if self.args.sync_ref_model:
             raise ValueError(
-                "sync_ref_model=True moves the reference while training, and checkpoints do not hold it: a resumed run "
-                "would go on with another reference. Train in one go, or set sync_ref_model=False."
+                "sync_ref_model=True changes the reference during training, and checkpoints do not contain the "
+                "reference, so a resumed run would use a different one. Train without interruption, or set "
+                "sync_ref_model=False."
             )
         file = Path(checkpoint) / SETTINGS_FILE
         before = SavedSettings.read(file).reference if file.exists() else None
@@ -710,7 +719,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        # What is pushed is whole: Trainer copies and uploads what it knows, and before the mark is set
+        # Trainer only copies and uploads the files that it knows, and does so before the checkpoint is marked
         self.accelerator.wait_for_everyone()
         folder = Path(checkpoint_folder)
         if self.args.should_save:
@@ -732,7 +741,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         super().save_model(output_dir, _internal_call)
 
     def saved_settings(self) -> SavedSettings:
-        """What scores depend on besides the weights, as it is saved with them."""
+        """Everything besides the weights that scores depend on, as it is saved with the model."""
         args, rules = self.args, self._plan.rules
         return SavedSettings(
             beta=args.beta,
@@ -767,13 +776,13 @@ class PointwiseDPOTrainer(DPOTrainer):
         """Write README.md into `output_dir`, on the main process.
 
         Args:
-            model_name: the title; default: the hub's or the folder's name.
-            dataset_name: what the rows are called.
-            tags: besides TRL's and the method's.
+            model_name: the title. Default: the name on the Hub or of the folder.
+            dataset_name: the name of the dataset.
+            tags: tags to add to those of TRL and of the method.
         """
         if not self.is_world_process_zero():
             return
-        # The head links to datasets of the hub, which a file is not
+        # The card's header links to datasets on the Hub, so it must not name a local file
         hub_dataset = None if dataset_name is None or Path(dataset_name).exists() else dataset_name
         super().create_model_card(model_name=model_name, dataset_name=hub_dataset, tags=tags)
         model_card.write(
@@ -793,11 +802,12 @@ class PointwiseDPOTrainer(DPOTrainer):
 
 
 class ULMATrainer(PointwiseDPOTrainer):
-    r"""Trainer for ULMA: learns demonstrations (SFT) and noisy feedback (KL-regularized) in one loss.
+    r"""Trainer for ULMA, which learns demonstrations (SFT) and noisy feedback (KL-regularized) with one loss.
 
-    Demonstrations are the rows whose `sft_mask` is True; in data without that column, the rows with label 1, or with a
-    continuous label of `sft_threshold` and above. `positive_loss` and `negative_loss` of `ULMAConfig` choose any other
-    method of the paper's tables. Arguments are those of `PointwiseDPOTrainer`, with a `ULMAConfig`.
+    Rows whose `sft_mask` is True are demonstrations. If the data has no such column, rows with label 1 or with a
+    continuous label of at least `sft_threshold` are demonstrations. `positive_loss` and `negative_loss` of `ULMAConfig`
+    select any other method of the paper's tables. The arguments are those of `PointwiseDPOTrainer`, but `args` is a
+    `ULMAConfig`.
 
     Example:
         >>> from datasets import Dataset
@@ -813,24 +823,24 @@ class ULMATrainer(PointwiseDPOTrainer):
 
 
 def _check_adapter_name(model: Any) -> None:
-    """Raise ValueError if a PEFT model would train another adapter than the one that its reference is a copy of."""
+    """Raise ValueError if the adapter that a PEFT model trains is not the one that the reference is copied from."""
     if isinstance(model, str) or not is_peft_model(model):
         return
     if model.active_peft_config.peft_type == PeftType.ADALORA:
         raise ValueError(
-            "PEFT keeps one AdaLoRA adapter per model, so that the reference cannot be a copy of it. Pass a ref_model: "
-            "the model with the adapter as it is before training."
+            "PEFT supports only one AdaLoRA adapter per model, so the reference cannot be a copy of it. Pass as "
+            "ref_model the model with the adapter as it is before training."
         )
     active = model.active_adapters
     if active != ["default"]:
         raise ValueError(
-            f"The model trains its adapter {', '.join(active)}, and the reference is a copy of the one that is called "
-            "default. Load the adapter under that name (as without adapter_name), or pass a ref_model."
+            f"The model trains the adapter {', '.join(active)}, but the reference would be a copy of the adapter named "
+            "default. Load the adapter under that name (leave out adapter_name), or pass a ref_model."
         )
 
 
 def _reference_kind(model: Any, ref_model: Any, args: PointwiseDPOConfig, peft_config: Any, is_needed: bool) -> str:
-    """What the reference will be, see `ReferenceIdentity`."""
+    """The kind of the reference, see `ReferenceIdentity`."""
     if not is_needed:
         return "none"
     if ref_model is not None:
@@ -839,7 +849,7 @@ def _reference_kind(model: Any, ref_model: Any, args: PointwiseDPOConfig, peft_c
         return "adapter_off"
     if not _is_peft(model):
         return "copy"
-    # PEFT makes no second adapter with biases, whose log-probabilities are asked before training then
+    # PEFT does not support a second adapter with biases, so log π_ref of such adapters is precomputed
     has_bias = getattr(model.active_peft_config, "bias", "none") != "none"
     return "copy" if has_bias and args.precompute_ref_log_probs else "adapter"
 
@@ -849,6 +859,6 @@ def _is_peft(model: Any) -> bool:
 
 
 def _is_in_memory(model: Any, args: PointwiseDPOConfig) -> bool:
-    """Whether the reference is copied from a model in memory, which DPOTrainer would load anew from where it once came
-    from. Under ZeRO-3 there are parts of it only."""
+    """Whether to copy the reference from a model in memory. DPOTrainer would load it again from its original source.
+    Under ZeRO-3 each process holds only a part of the model, so it cannot be copied."""
     return not (isinstance(model, str) or args.precompute_ref_log_probs or is_deepspeed_zero3_enabled())

@@ -1,6 +1,6 @@
-"""What is known of a training before its model is loaded: checked settings, and checked and prepared rows."""
+"""The plan of a training before its model is loaded: checked settings, and checked and prepared rows."""
 
-# transformers declares the dataset and the processing class of a trainer optional or of many kinds
+# In transformers' type hints, a trainer's dataset and processing class are optional or have many types
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import copy
@@ -31,27 +31,27 @@ from trl_ulma.rows.preparation import Preparation
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 from trl_ulma.versions import global_then_local_main_first, is_kto_config
 
-# Of `model_init_kwargs`, what says where a model's configuration is
+# The entries of `model_init_kwargs` that locate a model's configuration
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
 
 NO_REFERENCE = (
-    "The {} dataset has rows that are compared with the reference, and there is none, since no row seen at the start "
-    "needed it. (With this loss these are all rows but demonstrations, or liked ones alone.) Pass this data set to the "
-    "trainer as an eval_dataset."
+    "The {} dataset has rows that are compared with the reference, but no reference was loaded, because no row seen at "
+    "the start needed one. (With this loss, these are all rows except demonstrations, or only liked rows.) Pass this "
+    "dataset to the trainer as an eval_dataset."
 )
 
 
 @dataclass
 class TrainingPlan:
-    """A training's settings and rows.
+    """The settings and rows of a training.
 
     Attributes:
         args: the trainer's own config.
-        processing_class: with all tokens that are needed.
-        data_collator: the one that is given, or else our own.
+        processing_class: the tokenizer or processor, with all required tokens.
+        data_collator: the collator that was passed, or else the default one.
         train_dataset: prepared rows.
-        eval_dataset: the same, or a dict of such, or None.
-        needs_reference: whether a row is compared with the reference.
+        eval_dataset: prepared rows, a dict of such datasets, or None.
+        needs_reference: whether any row is compared with the reference.
         rules: how labels are read.
         positions: how many tokens the model can read at most; None if that has no end.
         vocab_size: how many tokens the model has embeddings for.
@@ -75,12 +75,12 @@ class TrainingPlan:
 
     @property
     def layout(self) -> str:
-        """How a batch's rows go through the model, see `trl_ulma.likelihood.layouts`."""
+        """How the rows of a batch are laid out for the model, see `trl_ulma.likelihood.layouts`."""
         return "packed" if self.args.padding_free else "shared" if self.args.share_prompts else "padded"
 
     @property
     def datasets(self) -> list[Dataset | IterableDataset]:
-        """The rows to train on and those to evaluate on."""
+        """The training dataset and all evaluation datasets."""
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         return [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
 
@@ -100,10 +100,10 @@ class TrainingPlan:
         return evaluated_figures(dataset, self.args, self.label_center, has_rewards=self.needs_reference)
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """Raw rows as prepared ones; those that are prepared, as they are.
+        """Prepare raw rows. Rows that are already prepared are returned unchanged.
 
         Raises:
-            ValueError: for rows that cannot be learned from.
+            ValueError: if rows are not valid for training.
         """
         if isinstance(self.processing_class, ProcessorMixin) and has_images(dataset):
             check_settings(self.args, name, self.peft_config)
@@ -122,7 +122,7 @@ class TrainingPlan:
         )
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):
-                # If the rows themselves name the demonstrations, a liked one may come that is compared
+                # If rows have their own sft_mask, the stream can contain a liked row, which needs the reference
                 first = next(iter(dataset.with_format(None)), None)
                 self.stream_has_mask |= isinstance(first, dict) and "sft_mask" in first
             prepared = prepare(dataset, name, self.args.dataset_num_proc)
@@ -132,13 +132,13 @@ class TrainingPlan:
         return prepared
 
     def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether a row's loss needs the reference; for a stream, whether any row's might."""
+        """Whether any row needs the reference. For a stream, whether any row might need it."""
         if isinstance(dataset, Dataset):
             return bool(self.compared(dataset).any())
         return "pointwise_dpo" in self.args.cell or self.stream_has_mask
 
     def _may_have_mask(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether a row is marked as a demonstration; for a stream, whether any row might be."""
+        """Whether any row is marked as a demonstration. For a stream, whether any row might be."""
         if isinstance(dataset, Dataset):
             return bool(np.any(dataset["sft_mask"][:]))
         return self.stream_has_mask or self.rules.sft_threshold is not None
@@ -169,16 +169,16 @@ def make_plan(
     needs_mask: bool,
     has_own_metrics: bool = False,
 ) -> TrainingPlan:
-    """Check settings and rows, and prepare the rows, all before a model is loaded.
+    """Check the settings and rows, and prepare the rows, before a model is loaded.
 
     Args:
-        model, train_dataset, eval_dataset, processing_class, peft_config, data_collator: the trainer's.
+        model, train_dataset, eval_dataset, processing_class, peft_config, data_collator: the trainer's arguments.
         args: the trainer's own config, see `own_config`.
-        needs_mask: whether demonstrations are told by labels, if rows have no `sft_mask`.
-        has_own_metrics: whether evaluation computes metrics of the user's.
+        needs_mask: whether labels determine the demonstrations if rows have no `sft_mask`.
+        has_own_metrics: whether evaluation computes metrics that the user defined.
 
     Raises:
-        TypeError, ValueError: for rows or settings that cannot be learned from.
+        TypeError, ValueError: if the rows or settings are not valid for training.
     """
     _check_kinds(args, train_dataset, eval_dataset)
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
@@ -191,8 +191,8 @@ def make_plan(
     has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if args.sync_ref_model and has_peft:
         raise ValueError(
-            "sync_ref_model=True needs a reference model of its own; with PEFT the reference is the model without its "
-            "adapter. Leave it at False, or fine-tune the whole model."
+            "sync_ref_model=True needs a separate reference model, but with PEFT the reference is the model without "
+            "its adapter. Set it to False, or fine-tune the whole model."
         )
     source = model if isinstance(model, str) else get_config_model_id(model.config)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
@@ -226,22 +226,22 @@ def make_plan(
     else:
         plan.data_collator = plan._own_collator()
         for rows in filter(has_images, plan.datasets):
-            plan.data_collator(list(islice(rows, 2)))  # what the processor cannot take shows before a model is loaded
+            plan.data_collator(list(islice(rows, 2)))  # raises the processor's errors before a model is loaded
     return plan
 
 
 def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any, args: Any) -> PointwiseDPOConfig:
-    """The trainer's own config: the caller's stays as it is.
+    """The trainer's own config. The caller's config is not changed.
 
     Args:
-        config_class: the trainer's.
-        trainer: its name, for errors.
-        model: the trainer's.
-        args: what the caller passed as such.
+        config_class: the config class of the trainer.
+        trainer: the name of the trainer, for messages.
+        model: the trainer's `model` argument.
+        args: the trainer's `args` argument.
 
     Raises:
-        TypeError: for what is no config of this trainer.
-        ValueError: for a value that it cannot take.
+        TypeError: if `args` is not a config of this trainer.
+        ValueError: if the trainer does not support a value.
     """
     name = config_class.__name__
     if args is None:
@@ -249,11 +249,11 @@ def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any,
         return config_class(f"{source.split('/')[-1]}-{name.removesuffix('Config')}")
     if isinstance(args, ULMAConfig) and not issubclass(config_class, ULMAConfig):
         raise TypeError(
-            f"{trainer} has one method and takes a PointwiseDPOConfig; got a ULMAConfig, which chooses between "
-            "methods. Use ULMATrainer."
+            f"{trainer} has only one method and takes a PointwiseDPOConfig; got a ULMAConfig, which selects a method. "
+            "Use ULMATrainer."
         )
     if isinstance(args, config_class):
-        args.check()  # attributes may have been set since it was made
+        args.check()  # attributes may have been changed since the config was created
         return copy.copy(args)
     if isinstance(args, DPOConfig):
         return config_class.from_dpo_config(args)
@@ -264,35 +264,35 @@ def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any,
 
 def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
     if train_dataset is None:
-        raise TypeError("train_dataset is required: rows of prompt, completion and label, or pairs.")
+        raise TypeError("train_dataset is None. Pass rows with prompt, completion and label, or pairs.")
     if not isinstance(train_dataset, Dataset | IterableDataset):
         raise TypeError(
-            f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. Of a dict of "
-            "splits, pass one, as dataset['train']."
+            f"train_dataset must be a Dataset or an IterableDataset; got {type(train_dataset).__name__}. If it is a "
+            "dict of splits, pass one of them, such as dataset['train']."
         )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-        raise ValueError("train_dataset is a stream, whose length is not known. Set max_steps.")
+        raise ValueError("train_dataset is a stream, so its length is unknown. Set max_steps.")
     evaluated: Iterable[Any] = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if args.precompute_ref_log_probs and any(isinstance(d, IterableDataset) for d in (train_dataset, *evaluated)):
         raise ValueError(
-            "precompute_ref_log_probs=True needs all rows at the start, which a stream does not have. Leave it at "
-            "False, or load the data set without streaming."
+            "precompute_ref_log_probs=True needs all rows at the start, but a dataset is a stream. Set it to False, or "
+            "load the dataset without streaming."
         )
 
 
 def _check_padding(tokenizer: Any, vocab_size: int | None) -> None:
     if vocab_size is not None and tokenizer.pad_token_id >= vocab_size:
         raise ValueError(
-            f"The padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model has "
-            f"embeddings for the ids below {vocab_size} only. Call model.resize_token_embeddings(len(tokenizer)), or "
-            "set pad_token to a token that the model knows."
+            f"The padding token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but the model only has "
+            f"embeddings for ids below {vocab_size}. Call model.resize_token_embeddings(len(tokenizer)), or set "
+            "pad_token to a token that the model knows."
         )
 
 
 def _check_collator(collator: Any, rows: Any) -> None:
-    """Raise ValueError if a collator does not make batches of rows with labels."""
+    """Raise ValueError if a collator does not create batches of labeled rows."""
     name = getattr(collator, "__name__", type(collator).__name__)
-    remedy = "Leave it out, or pass a DataCollatorForPointwisePreference, or a subclass of it."
+    remedy = "Leave out data_collator, or pass a DataCollatorForPointwisePreference or a subclass of it."
     examples = [dict(row) for row in islice(rows, 2)]
     try:
         batch = collator(examples)
@@ -307,8 +307,8 @@ def _check_collator(collator: Any, rows: Any) -> None:
 
 
 def _sizes(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> tuple[int | None, int | None]:
-    """(how many tokens the model can read at most, or None if that has no end, as with rotary positions; how many
-    tokens it has embeddings for)."""
+    """The maximum number of tokens that the model can read (None if there is no limit, as with rotary positions), and
+    the number of tokens that it has embeddings for."""
     embeddings = None
     if isinstance(model, str):
         loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in _WHERE}

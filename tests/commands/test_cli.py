@@ -554,7 +554,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_no_model(tmp_path, tiny_gpt2, p
         said = process.stdout.read()
         assert process.wait() == 130
     assert "Traceback" not in said
-    assert "Interrupted: step" in said
+    assert "Interrupted: saving step" in said
     assert "The model is in" not in said
     assert last_whole(out) is not None
     assert not (out / "model.safetensors").exists()
@@ -599,7 +599,7 @@ def test_conversations_are_streamed(tmp_path, tiny_llama, capsys):
 def test_data_that_cannot_be_read_ends_the_run_in_one_line(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{oops}")
-    with pytest.raises(SystemExit, match=r"error: .*rows\.jsonl is broken JSON in line 1, column 2"):
+    with pytest.raises(SystemExit, match=r"error: .*rows\.jsonl is invalid JSON in line 1, column 2"):
         run_here(ulma, "--model_name_or_path", "m", "--dataset_name", str(rows))
 
 

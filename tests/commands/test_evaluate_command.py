@@ -667,5 +667,5 @@ def test_held_out_votes_are_rates_as_in_the_training():
     assert held_out.rows["label"][:] == held_out.label.tolist()
     pairs = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
     assert HeldOut.of(pairs, "test", LabelRules()).label.tolist() == [1, 0]
-    with pytest.raises(ValueError, match="The test dataset is paired: its labels are 1 and 0, and not on the scale"):
+    with pytest.raises(ValueError, match="The test dataset is paired, so its labels are 1 and 0, and not on the scale"):
         HeldOut.of(pairs, "test", rules)

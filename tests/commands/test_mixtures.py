@@ -119,25 +119,31 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
             [{"path": "a.jsonl"}, {"path": "words.csv"}],
             r"part 2 .* labels that are words \('up'\)\. .*--label_map up=1",
         ),
-        ([{"path": "a.jsonl", "split": "tests"}], r"part 1 .*: it has no split 'tests', but train"),
-        ([{"path": "a.jsonl", "split": "tests[:2]"}], r"part 1 .*: it has no split 'tests\[:2\]', but train"),
-        ([{"path": "a.jsonl", "columns": ["prompts"]}], r"part 1 .*: it has no column prompts, but prompt, completion"),
+        ([{"path": "a.jsonl", "split": "tests"}], r"part 1 .*: it has no split 'tests'; its splits are train"),
+        (
+            [{"path": "a.jsonl", "split": "tests[:2]"}],
+            r"part 1 .*: it has no split 'tests\[:2\]'; its splits are train",
+        ),
+        (
+            [{"path": "a.jsonl", "columns": ["prompts"]}],
+            r"part 1 .*: it has no column prompts; its columns are prompt, completion",
+        ),
         ([{"path": "a.jsonl", "columns": {"label": "stars"}}], r"part 1 .* has no column stars; its columns are"),
-        ([{"path": "a.jsonl", "name": "main"}], r"part 1 .* which has no configurations"),
+        ([{"path": "a.jsonl", "name": "main"}], r"part 1 .* so it has no configurations"),
         (
             [{"path": "a.jsonl"}, {"path": "chat.jsonl"}],
-            r"The rows of part 1 .*a\.jsonl\) are text, and those of the other",
+            r"The rows of part 1 .*a\.jsonl\) are text, but those of the other",
         ),
         (
             [{"path": "a.jsonl", "fraction": 1.0}, {"path": "a.jsonl"}],
-            "fraction must be above 0 and given for all parts",
+            "fraction must be above 0, and either all parts of the mixture or none",
         ),
         (
             [{"path": "masked.jsonl"}, {"path": "stars.jsonl"}],
-            r"part 2 .* has no column sft_mask, and another part has",
+            r"part 2 .* has no column sft_mask, but another part has one",
         ),
         ([{"path": "p1.jsonl"}, {"path": "p2.jsonl"}], r"The pairs of part 2 .*p2\.jsonl\) have no prompt"),
-        ([{"path": "json", "data_files": "no*.jsonl"}], r"part 1 .*: no file is named as"),
+        ([{"path": "json", "data_files": "no*.jsonl"}], r"part 1 .*: no file matches"),
     ],
 )
 def test_an_error_names_the_part(tmp_path, parts, message, monkeypatch):
@@ -184,7 +190,7 @@ def test_check_takes_names_and_labels(tmp_path, tiny_gpt2, capsys, in_yaml):
         "prompt=question,completion=response,label=rating"
     ) in capsys.readouterr().err
     assert check.main([*options, *NAMES[:2]]) == 1
-    assert "labels that are words ('up', 'down'). Say which numbers they mean: --label_map" in capsys.readouterr().err
+    assert "labels that are words ('up', 'down'). Map them to numbers: --label_map" in capsys.readouterr().err
     if in_yaml:
         names = {"columns": {"prompt": "question", "completion": "response", "label": "rating"}}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({**names, "label_map": {"up": 1, "down": 0}}))

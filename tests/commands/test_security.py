@@ -81,7 +81,7 @@ def pickle_weights(folder: str, target: Path) -> str:
 
 def test_pickled_weights_are_refused_unless_asked_for(tiny_gpt2, tmp_path):
     folder = pickle_weights(tiny_gpt2, tmp_path / "pickled")
-    with pytest.raises(ValueError, match=r"weights in .*pickled are a pickle \(pytorch_model\.bin\), which can hold"):
+    with pytest.raises(ValueError, match=r"weights in .*pickled are pickled \(pytorch_model\.bin\)\. They are not"):
         make_trainer(folder, make_rows(4), tmp_path)
     trainer = make_trainer(folder, make_rows(4), tmp_path, model_init_kwargs={"use_safetensors": False})
     assert torch.equal(
@@ -93,7 +93,7 @@ def test_pickled_weights_are_refused_unless_asked_for(tiny_gpt2, tmp_path):
 def test_a_checkpoint_of_pickled_weights_is_refused(tiny_gpt2, tmp_path):
     folder = pickle_weights(tiny_gpt2, tmp_path / "checkpoint-1")
     trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match=r"checkpoint-1 are a pickle \(pytorch_model\.bin\).*use_safetensors"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 are pickled \(pytorch_model\.bin\).*use_safetensors"):
         trainer.train(resume_from_checkpoint=folder)
 
 

@@ -265,7 +265,7 @@ def test_one_class_everywhere_says_nothing(world):
 def test_one_class_is_refused_where_log_z_would_fit_it(world, log_z):
     liked = population(world)
     liked = dataclasses.replace(liked, label=np.ones_like(liked.label))
-    with pytest.raises(ValueError, match=rf"log_z='{log_z}' needs compared rows of both classes: all 108 that"):
+    with pytest.raises(ValueError, match=rf"log_z='{log_z}' needs compared rows of both classes: all 108 rows that"):
         train(liked, "pointwise_dpo", BETA, log_z, CONVERGES)
 
 

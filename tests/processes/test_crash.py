@@ -136,8 +136,8 @@ def test_a_run_that_is_killed_fifteen_times_ends_with_the_weights_of_one_that_is
     assert min(killed(places)[phase] for phase in ("preparing", "precomputing", "step", "saving")) >= 2
     assert sum("half-written" in place for place in places) >= 4
     printed = "".join(path.read_text() for path in folder.glob("printed-*"))
-    assert "There is no whole checkpoint in" in printed
-    assert "was not written to its end, and is passed over" in printed
+    assert "There is no complete checkpoint in" in printed
+    assert "is incomplete and is skipped" in printed
     assert_alike(folder, unbroken)
 
 

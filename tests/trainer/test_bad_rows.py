@@ -54,7 +54,7 @@ BOTH_ALIKE = (
     "then.)"
 )
 SURROGATE = (
-    "its text holds half of a surrogate pair, which is no character. Drop the row, or mend the text: "
+    "its text contains half of a surrogate pair, which is not a character. Remove the row, or repair the text with "
     'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
 )
 
@@ -192,8 +192,8 @@ LABELS = {
     "weight None": (two(weight=(1, None)), f"{AT}: weight is None; it must be a number."),
     "all weights 0": (
         two(weight=(0, 0)),
-        "Every row of the train dataset has weight 0, so that nothing would be learned. Remove the column weight, or "
-        "set some of it above 0.",
+        "Every row of the train dataset has weight 0, so the loss of every row would be 0. Remove the column weight, "
+        "or set some weights above 0.",
     ),
     "infinite log Z": (
         two(log_z=(0.0, float("inf"))),
@@ -299,10 +299,10 @@ COLUMNS = {
     ),
     "no row": (
         Dataset.from_dict({"prompt": [], "completion": [], "label": []}),
-        "The train dataset is empty; at least one row is needed.",
+        "The train dataset is empty. Pass at least one row.",
     ),
-    "no column": (Dataset.from_dict({}), "The train dataset is empty; at least one row is needed."),
-    "an empty stream": (stream(), "The train dataset is empty; at least one row is needed."),
+    "no column": (Dataset.from_dict({}), "The train dataset is empty. Pass at least one row."),
+    "an empty stream": (stream(), "The train dataset is empty. Pass at least one row."),
     "a stream of strings": (
         stream("Hi"),
         "Row 0 of the train dataset is 'Hi'; it must be a dict of columns, such as prompt, completion and label.",
@@ -318,18 +318,18 @@ COLUMNS = {
     ),
     "a stream that loses a column": (
         stream(*[GOOD] * 64, *[without(GOOD, "label")] * 3),
-        "Rows 64 to 66 of the train dataset have the columns completion, prompt; its first row has completion, label, "
-        "prompt. All rows need the same.",
+        "Rows 64 to 66 of the train dataset have the columns completion, prompt, but its first row has completion, "
+        "label, prompt. All rows must have the same columns.",
     ),
     "a stream that gains a column": (
         stream(*[GOOD] * 64, *[GOOD | {"weight": 2.0}] * 3),
-        "Rows 64 to 66 of the train dataset have the columns completion, label, prompt, weight; its first row has "
-        "completion, label, prompt. All rows need the same.",
+        "Rows 64 to 66 of the train dataset have the columns completion, label, prompt, weight, but its first row has "
+        "completion, label, prompt. All rows must have the same columns.",
     ),
     "a stream of rows, then pairs": (
         stream(*[GOOD] * 64, PAIR),
-        "Rows 64 to 64 of the train dataset have the columns chosen, prompt, rejected; its first row has completion, "
-        "label, prompt. All rows need the same.",
+        "Rows 64 to 64 of the train dataset have the columns chosen, prompt, rejected, but its first row has "
+        "completion, label, prompt. All rows must have the same columns.",
     ),
     "a row of a stream that lacks a column": (
         stream(*[GOOD] * 5, without(GOOD, "label"), GOOD),
@@ -417,16 +417,17 @@ TEXTS = {
     "tools that are not JSON": (
         [CHAT | {"tools": "{search"}],
         "Row 0 of the train dataset: tools is text that is not JSON (Expecting property name enclosed in double "
-        "quotes: line 1 column 2 (char 1)).",
+        "quotes: line 1 column 2 (char 1)). Pass a list of JSON schemas.",
     ),
     "tools that are no list": (
         [CHAT | {"tools": '{"name": "search"}'}],
-        "Row 0 of the train dataset: tools is {'name': 'search'}; it must be a list of JSON schemas, or that list as "
-        "JSON.",
+        "Row 0 of the train dataset: tools is {'name': 'search'}; it must be a list of JSON schemas, or such a list as "
+        "JSON text.",
     ),
     "tools by name": (
         [CHAT | {"tools": ["search"]}],
-        "Row 0 of the train dataset: tools is ['search']; it must be a list of JSON schemas, or that list as JSON.",
+        "Row 0 of the train dataset: tools is ['search']; it must be a list of JSON schemas, or such a list as JSON "
+        "text.",
     ),
     "template options as text": (
         [CHAT | {"chat_template_kwargs": "enable_thinking"}],
@@ -434,7 +435,8 @@ TEXTS = {
     ),
     "template options of the trainer's": (
         [CHAT | {"chat_template_kwargs": {"add_generation_prompt": True}}],
-        "Row 0 of the train dataset: chat_template_kwargs sets add_generation_prompt, as only the trainer may.",
+        "Row 0 of the train dataset: chat_template_kwargs sets add_generation_prompt, which only the trainer can "
+        "set. Remove it.",
     ),
 }
 
@@ -450,12 +452,13 @@ def test_texts_and_messages(tokenizer, rows, message):
 ONLY_IN_STREAMS = {
     "text, then a conversation": (
         [GOOD, CHAT],
-        f"{AT}: prompt is a list of messages and the first row's is text. Train on one kind, or write the messages out "
-        "as text.",
+        f"{AT}: prompt is a list of messages, but that of the first row is text. Use the same kind for all rows, or "
+        "write messages as text.",
     ),
     "a conversation, then text": (
         [CHAT, GOOD],
-        f"{AT}: prompt is text and the first row's is not. Train on one kind, or write the messages out as text.",
+        f"{AT}: prompt is text, but that of the first row is a list of messages. Use the same kind for all rows, or "
+        "write messages as text.",
     ),
     "half a surrogate pair": ([GOOD, GOOD | {"completion": " a \ud83d"}], f"{AT}: {SURROGATE}"),
     "half a surrogate pair in a prompt": ([GOOD, GOOD | {"prompt": "\udfff"}], f"{AT}: {SURROGATE}"),
@@ -498,8 +501,8 @@ ONLY_IN_STREAMS = {
     ),
     "pairs of two kinds": (
         [CONVERSATIONS, CONVERSATIONS | {"rejected": "No."}],
-        "Row 1 (rejected) of the train dataset: prompt is text and the first row's is not. Train on one kind, or write "
-        "the messages out as text.",
+        "Row 1 (rejected) of the train dataset: prompt is text, but that of the first row is a list of messages. Use "
+        "the same kind for all rows, or write messages as text.",
     ),
 }
 
@@ -525,8 +528,8 @@ def test_text_of_another_encoding(tokenizer, num_proc):
     with pytest.raises(ValueError) as error:
         Preparation(tokenizer, BINARY)(rows, "train", num_proc)
     assert said(error)[0] == (
-        "Row 2 of the train dataset holds text that is not UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 4: "
-        "unexpected end of data). Write the file anew, reading the text in the encoding that it has."
+        "Row 2 of the train dataset contains text that is not UTF-8 ('utf-8' codec can't decode byte 0xe9 in position "
+        "4: unexpected end of data). Read the file in its actual encoding, and write it again as UTF-8."
     )
 
 
@@ -609,7 +612,7 @@ DROPPED = {
     "a transcript without an answer": (
         [{"chosen": TRANSCRIPT, "rejected": "\n\nHuman: Hi\n\nHuman: Hi?"}],
         "1 of 2",
-        "no assistant turn in it",
+        "it has no assistant turn",
     ),
     "a conversation that ends in a user's turn": (
         [CONVERSATIONS | {"rejected": [*CONVERSATIONS["rejected"], *user("Why?")]}],
@@ -624,7 +627,7 @@ DROPPED = {
     "nothing before a single token": (
         [GOOD, {"prompt": "", "completion": "<|end|>", "label": 0}],
         "1 of 2",
-        "it has no token to score: the prompt is empty and the completion a single token",
+        "it has no token to score: the prompt is empty and the completion is a single token",
     ),
 }
 
@@ -645,7 +648,7 @@ def test_what_a_stream_leaves_out_is_said_by_row(tokenizer, caplog, rows, counts
     said = [message for message in caplog.messages if message.startswith("Left out row ")]
     assert len(kept) == total - left
     assert len(said) == left
-    assert all(message.endswith(f" of the train dataset: {why}.") for message in said)
+    assert all(message.endswith(f" of the train dataset because {why}.") for message in said)
 
 
 ALL_DROPPED = {
@@ -655,7 +658,7 @@ ALL_DROPPED = {
     ),
     "pairs without answers": (
         [PAIR | {"chosen": "", "rejected": " "}],
-        "All 2 rows of the train dataset were left out: 2 because its answer is empty. Look at the rows.",
+        "All 2 rows of the train dataset were left out: 2 because its answer is empty. Check the rows.",
     ),
     "for two reasons": (
         [PAIR | {"rejected": "", "prompt": "a" * 50}, PAIR | {"chosen": "", "prompt": "a" * 50}],
@@ -670,15 +673,14 @@ def test_nothing_left_is_an_error(tokenizer, caplog, rows, message):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, rows, max_length=20)
     assert message in said(error)
-    with pytest.raises(ValueError, match=r"^All rows of the train dataset were left out; a warning for each row says"):
+    with pytest.raises(ValueError, match=r"^All rows of the train dataset were left out\. The logged warnings give"):
         prepare(tokenizer, stream(*rows), max_length=20)
 
 
 def test_columns_of_pairs_that_are_not_read_are_named(tokenizer, caplog):
     assert len(prepare(tokenizer, [PAIR | {"label": 7, "label_type": "stars", "margin": 0.3}])) == 2
     assert caplog.messages[:2] == [
-        f"The train dataset is paired: its column `{column}` says nothing about pairs and is not read."
-        for column in ("label", "label_type")
+        f"The train dataset is paired, so its column `{column}` is ignored." for column in ("label", "label_type")
     ]
 
 
@@ -695,8 +697,8 @@ def test_columns_of_pairs_that_are_not_read_are_named(tokenizer, caplog):
 def test_one_class_is_a_warning(tokenizer, caplog, rows, rules, alike):
     prepare(tokenizer, rows, rules)
     said = (
-        f"The train dataset has one class: {alike}. That is right for SFT or unlearning; to compare answers, good and "
-        "bad ones are needed."
+        f"The train dataset has only one class: {alike}. This is correct for SFT or unlearning. Comparing answers "
+        "requires good and bad ones."
     )
     assert caplog.messages == ([said] if alike else [])
 
@@ -724,7 +726,7 @@ def test_a_chat_template_that_fails_names_the_row(tiny_llama, template, found):
         prepare(tokenizer, [CHAT])
     message = said(error)[0]
     assert message.startswith(f"Row 0 of the train dataset: the chat template fails on it ({found}")
-    assert message.endswith("). Mend the row, or set another tokenizer.chat_template.")
+    assert message.endswith("). Correct the row, or set another tokenizer.chat_template.")
 
 
 @pytest.mark.parametrize(
@@ -743,7 +745,7 @@ def test_a_chat_template_that_leaves_the_answer_out(tiny_llama, template, role):
         prepare(tokenizer, [CHAT] * 2)
     assert str(error.value) == (
         "All 2 rows of the train dataset were left out: 2 because the chat template leaves out the content of its "
-        f"{role} message. Look at the rows."
+        f"{role} message. Check the rows."
     )
 
 
@@ -753,8 +755,8 @@ def test_conversations_need_a_chat_template(tiny_gpt2):
         with pytest.raises(ValueError) as error:
             prepare(tokenizer, rows)
         assert str(error.value) == (
-            "The rows are conversations, and the tokenizer has no chat template. Set tokenizer.chat_template (or use "
-            "an instruction-tuned model's tokenizer) and pass it as processing_class."
+            "The rows are conversations, but the tokenizer has no chat template. Set tokenizer.chat_template (or use "
+            "the tokenizer of an instruction-tuned model), and pass it as processing_class."
         )
 
 
@@ -780,8 +782,8 @@ def test_text_needs_an_eos_token(tiny_llama):
         with pytest.raises(ValueError) as error:
             prepare(tokenizer, rows)
         assert str(error.value) == (
-            "The tokenizer has no EOS token, so completions of text could not be ended. Set tokenizer.eos_token and "
-            "pass the tokenizer as processing_class."
+            "The tokenizer has no EOS token to end completions of plain text with. Set tokenizer.eos_token, and pass "
+            "the tokenizer as processing_class."
         )
     assert len(prepare(tokenizer, [CHAT])) == 1
 
@@ -886,7 +888,7 @@ def test_a_row_of_100_000_tokens_is_cut_and_counted(tokenizer, caplog):
     rows = [GOOD | {"completion": " a" * 100_000}, GOOD | {"label": 0}]
     assert [row["length"] for row in prepare(tokenizer, rows)] == [100_003, 9]
     assert [row["length"] for row in prepare(tokenizer, rows, max_length=16)] == [16, 9]
-    assert caplog.messages == ["Cut 1 of 2 rows of the train dataset at max_length."]
+    assert caplog.messages == ["Truncated 1 of 2 rows of the train dataset to max_length."]
     assert [row["length"] for row in prepare(tokenizer, rows, max_length=16, truncation_mode="keep_end")] == [16, 9]
 
 
@@ -896,8 +898,8 @@ def test_a_row_beyond_the_models_positions(tokenizer, as_stream):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, stream(*rows) if as_stream else rows, positions=512)
     assert said(error)[0] == (
-        "Row 1 of the train dataset has 2,003 tokens, and the model only 512 positions. Set max_length=512, or drop "
-        "the row."
+        "Row 1 of the train dataset has 2,003 tokens, but the model only has 512 positions. Set max_length=512, or "
+        "remove the row."
     )
     assert len(prepare(tokenizer, rows, positions=512, max_length=512)) == 2
 
@@ -920,11 +922,11 @@ def test_prepared_rows_are_cut_and_left_out_as_raw_ones(tokenizer, caplog, trunc
     assert prepare(tokenizer, prepared, **how) == wanted
     assert len(wanted) == (2 if truncation_mode == "keep_start" else 3)
     if as_stream:
-        why = "Left out row 2 of the train dataset: its prompt alone fills max_length."
+        why = "Left out row 2 of the train dataset because its prompt alone fills max_length."
         assert (why in caplog.messages) == (truncation_mode == "keep_start")
     else:
         assert caplog.messages == said
-    with pytest.raises(ValueError, match=r"Row 0 of the train dataset has \d tokens, and the model only 4 positions\."):
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset has \d tokens, but the model only has 4 pos"):
         prepare(tokenizer, prepared, positions=4)
     with pytest.raises(ValueError, match=r"^All .*rows of the train dataset were left out"):
         prepare(tokenizer, prepared, max_length=1)
@@ -942,8 +944,8 @@ def test_what_is_no_data_set(tokenizer, rows):
     with pytest.raises(TypeError) as error:
         Preparation(tokenizer, BINARY)(rows, "eval")
     assert str(error.value) == (
-        f"The eval dataset must be a Dataset or an IterableDataset; got {type(rows).__name__}. Dataset.from_list makes "
-        "one of a list of rows."
+        f"The eval dataset must be a Dataset or an IterableDataset; got {type(rows).__name__}. Use Dataset.from_list "
+        "for a list of rows."
     )
 
 
@@ -1084,7 +1086,7 @@ def check_any_transcripts(chosen: str, rejected: str) -> None:
             except ValueError as error:
                 whole, refusal = answer, str(error)
             assert whole == answer
-            assert refusal in ("", "no assistant turn in it", "it ends in a human turn")
+            assert refusal in ("", "it has no assistant turn", "it ends in a human turn")
     rows = pairs_to_rows({"chosen": [chosen], "rejected": [rejected]})
     assert rows["label"] == [1.0, 0.0]
     for prompt, completion, left_out, whole in zip(

@@ -32,7 +32,7 @@ def config(cls: type = ULMAConfig, **changes: Any) -> Any:
 
 def pair_only(option: str, default: Any, instead: str) -> str:
     return (
-        f"{option} is a setting of pair-wise losses, which ULMAConfig does not have. Leave it at {default!r}; "
+        f"{option} is a setting of pairwise losses that ULMAConfig does not support. Leave it at {default!r}; "
         f"{instead}."
     )
 
@@ -104,40 +104,40 @@ VALUES = {
 CONTRADICTIONS = {
     "no loss": (
         {"positive_loss": "none", "negative_loss": "none"},
-        "positive_loss and negative_loss are both 'none': no row would be learned from. Set one.",
+        "positive_loss and negative_loss are both 'none', so every loss would be 0. Set one of them.",
     ),
     "not a method": (
         {"positive_loss": "pointwise_dpo", "negative_loss": "unlearning"},
-        "positive_loss='pointwise_dpo' with negative_loss='unlearning' is not a method: the one holds the policy to "
-        "its reference, the other drives it away without bound. Use negative_loss='pointwise_dpo', or "
+        "positive_loss='pointwise_dpo' with negative_loss='unlearning' is not a method: the first keeps the policy "
+        "close to the reference, the second drives it away without bound. Use negative_loss='pointwise_dpo', or "
         "positive_loss='sft' (unlikelihood).",
     ),
     "unlearning of ratings": (
         {"label_type": "continuous", "negative_loss": "unlearning"},
-        "negative_loss='unlearning' needs binary labels: a continuous label says how good an answer is, not that it is "
-        "to be unlearned. Use negative_loss='pointwise_dpo', or label_type='binary'.",
+        "negative_loss='unlearning' needs binary labels: a continuous label rates an answer, but does not say that the "
+        "model should unlearn it. Use negative_loss='pointwise_dpo' or label_type='binary'.",
     ),
     "SFT of weight 0": (
         {"sft_weight": 0, "negative_loss": "none"},
-        "sft_weight is 0 and negative_loss 'none': no row would be learned from. Set one of them.",
+        "sft_weight is 0 and negative_loss is 'none', so the loss of every row would be 0. Change one of them.",
     ),
     "no class has a weight": (
         {"desirable_weight": 0, "undesirable_weight": 0.0},
-        "desirable_weight and undesirable_weight are both 0: no row would be learned from. Set one of them.",
+        "desirable_weight and undesirable_weight are both 0, so the loss of every row would be 0. Raise one of them.",
     ),
     "two layouts": (
         {"padding_free": True, "share_prompts": True},
-        "padding_free and share_prompts are two ways to lay out a batch's rows: set one of them.",
+        "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
     ),
     "a reference that moves and is asked once": (
         {"sync_ref_model": True, "precompute_ref_log_probs": True},
-        "sync_ref_model=True moves the reference while training, and precompute_ref_log_probs=True asks it once, "
-        "before. Set one of them.",
+        "sync_ref_model=True changes the reference during training, but precompute_ref_log_probs=True runs it only "
+        "once, before training. Set only one of them.",
     ),
 }
 
 CELLS = "positive_loss and negative_loss of ULMAConfig choose the method"
-REVERSE_KL = "only the reverse KL divergence has an implicit reward for single rows"
+REVERSE_KL = "only the reverse KL divergence defines an implicit reward for single rows"
 OF_PAIRS = {
     "loss_type": ({"loss_type": "hinge"}, pair_only("loss_type='hinge'", ["sigmoid"], CELLS)),
     "loss_types": (
@@ -149,12 +149,12 @@ OF_PAIRS = {
         pair_only(
             "loss_weights=[1.0]",
             None,
-            "weigh demonstrations with sft_weight, classes with desirable_weight and undesirable_weight",
+            "use sft_weight for demonstrations, and desirable_weight and undesirable_weight for the classes",
         ),
     ),
     "ld_alpha": (
         {"ld_alpha": 0.5},
-        pair_only("ld_alpha=0.5", None, "length_normalize=True divides by the completion's length"),
+        pair_only("ld_alpha=0.5", None, "use length_normalize=True to divide by the completion's length"),
     ),
     "f_divergence_type": (
         {"f_divergence_type": "js_divergence"},
@@ -166,11 +166,11 @@ OF_PAIRS = {
     ),
     "label_smoothing": (
         {"label_smoothing": 0.1},
-        pair_only("label_smoothing=0.1", 0.0, "soften the labels in the data: 0.9 and 0.1 in place of 1 and 0"),
+        pair_only("label_smoothing=0.1", 0.0, "soften the labels in the data: use 0.9 and 0.1 instead of 1 and 0"),
     ),
     "use_weighting": (
         {"use_weighting": True},
-        pair_only("use_weighting=True", False, "give the rows a weight column"),
+        pair_only("use_weighting=True", False, "add a weight column to the rows"),
     ),
     "discopop_tau": ({"discopop_tau": 1.0}, pair_only("discopop_tau=1.0", 0.05, CELLS)),
 }
@@ -219,36 +219,37 @@ def stream(n: int = 4, **columns: Any) -> IterableDataset:
 SFT = {"positive_loss": "sft", "negative_loss": "none"}
 NO_REFERENCE = "with positive_loss='sft' and negative_loss='none' no row is compared with"
 CLASS_WEIGHTS = (
-    "desirable_weight and undesirable_weight weigh continuous labels by the SFT mask, and no row is marked. Add a "
-    "boolean column sft_mask, or weigh rows with a column weight."
+    "For continuous labels, desirable_weight applies to demonstrations and undesirable_weight to all other rows, but "
+    "no row is marked as a demonstration. Add a boolean column sft_mask, or set the weight of each row in a column "
+    "weight."
 )
 PRECOMPUTE = (
-    "precompute_ref_log_probs=True needs all rows at the start, which a stream does not have. Leave it at False, or "
-    "load the data set without streaming."
+    "precompute_ref_log_probs=True needs all rows at the start, but a dataset is a stream. Set it to False, or load "
+    "the dataset without streaming."
 )
 WITH_THE_DATA = {
     "best rewards without a reference": (
         make_rows(4),
         SFT | {"metric_for_best_model": "eval_rewards/margins"},
-        f"metric_for_best_model='eval_rewards/margins' needs a reference model; {NO_REFERENCE} one, so that none is "
+        f"metric_for_best_model='eval_rewards/margins' needs a reference model; {NO_REFERENCE} one, so none is "
         "loaded. Use eval_loss or eval_loss/sft.",
     ),
     "best kl without a reference": (
         make_rows(4),
         SFT | {"metric_for_best_model": "kl"},
-        f"metric_for_best_model='kl' needs a reference model; {NO_REFERENCE} one, so that none is loaded. Use "
+        f"metric_for_best_model='kl' needs a reference model; {NO_REFERENCE} one, so none is loaded. Use "
         "eval_loss or eval_loss/sft.",
     ),
     "sync without a reference": (
         make_rows(4),
         SFT | {"sync_ref_model": True},
-        f"sync_ref_model=True has nothing to synchronise: {NO_REFERENCE} a reference. Leave it at False.",
+        f"sync_ref_model=True has no effect: {NO_REFERENCE} a reference. Set it to False.",
     ),
     "sync with LoRA": (
         make_rows(4),
         {"sync_ref_model": True, "peft_config": LoraConfig(target_modules=["c_attn"])},
-        "sync_ref_model=True needs a reference model of its own; with PEFT the reference is the model without its "
-        "adapter. Leave it at False, or fine-tune the whole model.",
+        "sync_ref_model=True needs a separate reference model, but with PEFT the reference is the model without its "
+        "adapter. Set it to False, or fine-tune the whole model.",
     ),
     "class weights of unmarked ratings": (
         make_rows(4),
@@ -285,25 +286,25 @@ WITH_THE_DATA = {
     "rows beyond the model's positions": (
         make_rows(2, completion=[" a" * 600, " b"]),
         {"max_length": None},
-        "Row 0 of the train dataset has 606 tokens, and the model only 512 positions. Set max_length=512, or drop the "
-        "row.",
+        "Row 0 of the train dataset has 606 tokens, but the model only has 512 positions. Set max_length=512, or "
+        "remove the row.",
     ),
     "rows of a stream beyond the model's positions": (
         stream(2, completion=[" b", " a" * 600]),
         {"max_length": 1024, "max_steps": 1},
-        "Row 1 of the train dataset has 613 tokens, and the model only 512 positions. Set max_length=512, or drop the "
-        "row.",
+        "Row 1 of the train dataset has 613 tokens, but the model only has 512 positions. Set max_length=512, or "
+        "remove the row.",
     ),
     "evaluation beyond the model's positions": (
         make_rows(4),
         {"max_length": None, "eval_dataset": make_rows(2, completion=[" a" * 600, " b"])},
-        "Row 0 of the eval dataset has 606 tokens, and the model only 512 positions. Set max_length=512, or drop the "
-        "row.",
+        "Row 0 of the eval dataset has 606 tokens, but the model only has 512 positions. Set max_length=512, or remove "
+        "the row.",
     ),
     "a stream of unknown length": (
         stream(),
         {},
-        "train_dataset is a stream, whose length is not known. Set max_steps.",
+        "train_dataset is a stream, so its length is unknown. Set max_steps.",
     ),
     "a stream asked at the start": (stream(), {"max_steps": 1, "precompute_ref_log_probs": True}, PRECOMPUTE),
     "a stream asked at the start for evaluation": (
@@ -325,7 +326,7 @@ def test_a_pretrained_adapter_has_no_reference_to_synchronise(tiny_gpt2, tmp_pat
     from peft import get_peft_model
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(ValueError, match=r"^sync_ref_model=True needs a reference model of its own; with PEFT"):
+    with pytest.raises(ValueError, match=r"^sync_ref_model=True needs a separate reference model, but with PEFT"):
         make_trainer(model, make_rows(4), tmp_path, sync_ref_model=True)
 
 
@@ -360,8 +361,8 @@ def test_the_pointwise_trainer_takes_no_ulma_config(without_weights):
     with pytest.raises(TypeError) as error:
         PointwiseDPOTrainer(model=without_weights, args=config(), train_dataset=make_rows(2))
     assert str(error.value) == (
-        "PointwiseDPOTrainer has one method and takes a PointwiseDPOConfig; got a ULMAConfig, which chooses between "
-        "methods. Use ULMATrainer."
+        "PointwiseDPOTrainer has only one method and takes a PointwiseDPOConfig; got a ULMAConfig, which selects a "
+        "method. Use ULMATrainer."
     )
 
 
@@ -370,8 +371,8 @@ def test_what_is_no_training_set(without_weights, tmp_path, rows):
     with pytest.raises(TypeError) as error:
         make_trainer(without_weights, rows, tmp_path)
     assert str(error.value) == (
-        f"train_dataset must be a Dataset or an IterableDataset; got {type(rows).__name__}. Of a dict of splits, pass "
-        "one, as dataset['train']."
+        f"train_dataset must be a Dataset or an IterableDataset; got {type(rows).__name__}. If it is a dict of splits, "
+        "pass one of them, such as dataset['train']."
     )
 
 
@@ -381,8 +382,8 @@ def test_what_is_no_evaluation_set(without_weights, tmp_path, name):
     with pytest.raises(TypeError) as error:
         make_trainer(without_weights, make_rows(2), tmp_path, eval_dataset=rows if name == "eval" else {name: rows})
     assert str(error.value) == (
-        f"The {name} dataset must be a Dataset or an IterableDataset; got list. Dataset.from_list makes one of a list "
-        "of rows."
+        f"The {name} dataset must be a Dataset or an IterableDataset; got list. Use Dataset.from_list for a list of "
+        "rows."
     )
 
 
@@ -391,8 +392,8 @@ def test_the_reference_is_another_model(tiny_gpt2, tmp_path):
     with pytest.raises(ValueError) as error:
         make_trainer(model, make_rows(2), tmp_path, ref_model=model)
     assert str(error.value) == (
-        "model and ref_model are the same object, so the reference would be trained along. Leave ref_model out: the "
-        "model as it is before training is the reference then."
+        "model and ref_model are the same object, so training would also change the reference. Leave out ref_model: "
+        "the reference is then the model as it is before training."
     )
 
 
@@ -416,11 +417,11 @@ def test_a_tokenizer_without_pad_and_eos(tiny_gpt2):
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError) as error:
         take(tokenizer)
-    assert str(error.value) == "The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token."
+    assert str(error.value) == "The tokenizer has neither a padding nor an EOS token. Set tokenizer.pad_token."
 
 
 def test_a_pad_token_that_is_not_there(tiny_gpt2, without_weights, tmp_path):
-    message = "The pad_token '<nope>' is not in the tokenizer's vocabulary. Choose one that is."
+    message = "The pad_token '<nope>' is not in the tokenizer's vocabulary. Set one that is."
     with pytest.raises(ValueError) as error:
         take(AutoTokenizer.from_pretrained(tiny_gpt2), "<nope>")
     assert str(error.value) == message
@@ -448,15 +449,15 @@ def test_what_is_no_tokenizer(processor):
         (
             "eval_rewards/margin",
             False,
-            r"'eval_rewards/margin' is no .*\. Did you mean eval_rewards/margins\?",
+            r"'eval_rewards/margin' is not an eval metric\. Did you mean eval_rewards/margins\?",
         ),
         (
             "rewards/sensitivity",
             False,
-            r"'rewards/sensitivity' is no .* There are loss, .*rewards/auc",
+            r"'rewards/sensitivity' is not an eval metric\. Choices: loss, .*rewards/auc",
         ),
         ("eval_los", False, r"Did you mean eval_loss\?"),
-        ("eval_loss", True, r"'eval_loss' is no figure of evaluation\. There are thumbs_loss, .*"),
+        ("eval_loss", True, r"'eval_loss' is not an eval metric\. Choices: thumbs_loss, .*"),
         ("eval_thumbs_rewards/aucs", True, r"Did you mean eval_thumbs_rewards/auc\?"),
         (
             "eval_rewards/spearman",
@@ -560,5 +561,7 @@ def test_any_settings_at_length(changes):
 
 
 def test_a_training_set_is_required(without_weights, tmp_path):
-    with pytest.raises(TypeError, match=r"train_dataset is required: rows of prompt, completion and label, or pairs\."):
+    with pytest.raises(
+        TypeError, match=r"train_dataset is None\. Pass rows with prompt, completion and label, or pairs"
+    ):
         make_trainer(without_weights, None, tmp_path)

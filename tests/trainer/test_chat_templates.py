@@ -304,7 +304,7 @@ def test_a_row_of_which_no_scored_token_is_left_is_left_out(caplog):
     [whole] = prepared(tokenizer, row)
     assert "completion_mask" in whole
     message = refusal(tokenizer, row, max_length=20, truncation_mode="keep_end")
-    assert "max_length leaves none of its assistant's tokens" in message
+    assert "max_length cuts off all of its assistant tokens" in message
 
 
 def test_the_first_turn_may_be_rendered_otherwise_once_others_follow():

@@ -116,7 +116,7 @@ def test_rows_without_tokens_are_left_out_and_the_others_keep_their_numbers(tiny
     assert scored["row"][:] == [0, 2]
     assert scored["completion"][:] == [" a", " c"]
     assert "Left out 1 of 3 rows of the scored dataset" in capture.text
-    assert "has one class" not in capture.text
+    assert "has only one class" not in capture.text
 
 
 @pytest.fixture
@@ -429,14 +429,14 @@ def test_settings_that_are_none_are_refused(tmp_path):
         '{"beta": 1, "label_transform": [{}]}',
     ):
         file.write_text(text)
-        with pytest.raises(ValueError, match=r"pointwise.json does not hold the settings of a pointwise model"):
+        with pytest.raises(ValueError, match=r"pointwise.json does not contain the settings of a pointwise model"):
             SavedSettings.read(file)
     file.write_text('{"beta": 0.5}')
     assert SavedSettings.read(file) == SavedSettings(beta=0.5)
 
 
 def test_a_log_z_without_its_state_is_refused():
-    with pytest.raises(ValueError, match=r"trained with log_z='learned', and its state, log_z.safetensors, is not bes"):
+    with pytest.raises(ValueError, match=r"trained with log_z='learned', but the file log_z.safetensors with its"):
         saved_log_partition(SavedSettings(beta=0.1, log_z="learned"), None, "cpu")
 
 

@@ -162,16 +162,14 @@ def test_streams_take_transforms_that_need_no_fitting(tiny_gpt2, tmp_path):
 def test_streams_refuse_transforms_that_need_all_labels(tiny_gpt2, tmp_path, transform):
     stream = rated().to_iterable_dataset()
     with pytest.raises(
-        ValueError, match=f"label_transform='{transform}' needs all labels at once, which the train data"
+        ValueError, match=f"label_transform='{transform}' needs all labels at once, but the train datas"
     ):
         continuous(tiny_gpt2, stream, tmp_path, transform, max_steps=1)
 
 
 def test_an_evaluation_stream_has_no_prompt_quantiles(tiny_gpt2, tmp_path):
     rows = rated(prompt=["a"] * 6)
-    with pytest.raises(
-        ValueError, match=r"which the eval dataset, a stream, does not have. Load the data set without st"
-    ):
+    with pytest.raises(ValueError, match=r"but the eval dataset is a stream\. Load the dataset without streaming\."):
         continuous(tiny_gpt2, rows, tmp_path, "prompt_quantile", eval_dataset=rows.to_iterable_dataset())
 
 
@@ -203,7 +201,7 @@ def test_pairs_and_prepared_rows_have_no_raw_labels(tiny_gpt2, tmp_path):
     pairs = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})
     for transform in ("center", "lower_is_better"):
         with pytest.raises(
-            ValueError, match="The train dataset is paired: its labels are 1 and 0, and not on the scale"
+            ValueError, match="The train dataset is paired, so its labels are 1 and 0, and not on the scale"
         ):
             continuous(tiny_gpt2, pairs, tmp_path, transform)
     with pytest.raises(ValueError, match="The eval dataset is paired"):

@@ -261,17 +261,17 @@ def test_the_batch_kl_is_that_of_mismatched_rows(tiny_gpt2, tmp_path):
 
 
 ONE_CLASS = (
-    r"log_z='{}' needs compared rows of both classes: all 6 that are compared with the reference have the label 0"
+    r"log_z='{}' needs compared rows of both classes: all 6 rows that are compared with the reference have the label 0"
 )
 REFUSED = [
-    ({"log_z": "sometimes"}, None, r"log_z must be a number, or one of .*'learned_constant'\); got 'sometimes'\."),
+    ({"log_z": "sometimes"}, None, r"log_z must be a number or one of .*'learned_constant'\); got 'sometimes'\."),
     ({"log_z": math.nan}, None, r"log_z must be a number; got nan\."),
     ({"log_z_learning_rate": 0}, None, r"log_z_learning_rate must be above 0; got 0\."),
-    ({"log_z": "batch_kl", "precompute_ref_log_probs": True}, None, r"asks the reference about new rows in each step"),
-    ({"log_z": "batch_kl", "per_device_train_batch_size": 1}, None, r"needs two rows in a micro-batch"),
-    ({"log_z": "column"}, None, r"needs a column log_z in the train dataset, in nats; there is none\."),
-    ({"log_z": "learned"}, [0.0] * 12, r"a column log_z in the train dataset contradict one another"),
-    ({"log_z": "learned", "negative_loss": "none"}, None, r"log_z='learned' is for rows that are compared"),
+    ({"log_z": "batch_kl", "precompute_ref_log_probs": True}, None, r"runs the reference on new rows in each step"),
+    ({"log_z": "batch_kl", "per_device_train_batch_size": 1}, None, r"needs at least two rows per micro-batch"),
+    ({"log_z": "column"}, None, r"needs a column log_z, in nats, but the train dataset has none\."),
+    ({"log_z": "learned"}, [0.0] * 12, r"contradicts the column log_z in the train dataset"),
+    ({"log_z": "learned", "negative_loss": "none"}, None, r"log_z='learned' only affects rows that are compared"),
     # ULMA takes rows with label 1 as demonstrations, so that only rows with label 0 are compared
     ({"log_z": "learned"}, None, ONE_CLASS.format("learned")),
     ({"log_z": "learned_constant"}, None, ONE_CLASS.format("learned_constant")),
@@ -295,29 +295,27 @@ def test_what_the_rows_contradict_is_told_before_a_model_is_loaded(tiny_gpt2, tm
 
 def test_evaluation_rows_have_the_column_that_training_rows_have(tiny_gpt2, tmp_path):
     rows, plain = make_rows(8, log_z=[5.0] * 8), make_rows(8)
-    lacks = "log_z='column' needs a column log_z in the {} dataset"
+    lacks = "log_z='column' needs a column log_z, in nats, but the {} dataset has none"
     with pytest.raises(ValueError, match=lacks.format("eval")):
         make_trainer(tiny_gpt2, rows, tmp_path, log_z="column", eval_dataset=plain)
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, log_z="column", eval_dataset=rows, pointwise=True)
     assert trainer.evaluate()["eval_log_z"] == 5
     for ask in (trainer.evaluate, trainer.predict):
-        with pytest.raises(ValueError, match=r"needs a column log_z in the \w+ dataset"):
+        with pytest.raises(ValueError, match=r"needs a column log_z, in nats, but the \w+ dataset"):
             ask(plain)
     stream = plain.to_iterable_dataset()
     with pytest.raises(ValueError, match="needs a column log_z"):
         trainer.evaluate(stream)
-    with pytest.raises(
-        ValueError, match=r"log_z='prior' and a column log_z in the eval dataset contradict one another"
-    ):
+    with pytest.raises(ValueError, match=r"log_z='prior' contradicts the column log_z in the eval dataset"):
         make_trainer(tiny_gpt2, plain, tmp_path, log_z="prior", eval_dataset=rows, pointwise=True)
 
 
 def test_streams_and_virtual_tokens_are_refused_where_they_do_not_serve(tiny_gpt2, tmp_path):
     stream = make_rows(12).to_iterable_dataset()
-    with pytest.raises(ValueError, match="needs the mean label of all rows, which a stream does not tell"):
+    with pytest.raises(ValueError, match="needs the mean label of all rows, which is unknown for a stream"):
         make_trainer(tiny_gpt2, stream, tmp_path, pointwise=True, log_z="prior", max_steps=1)
     adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match="adapters that put virtual tokens before the rows"):
+    with pytest.raises(ValueError, match="prompt-learning adapters put virtual tokens before the rows"):
         make_trainer(tiny_gpt2, make_rows(12), tmp_path, pointwise=True, log_z="learned", peft_config=adapter)
 
 
@@ -325,7 +323,7 @@ def test_a_checkpoint_of_another_choice_is_refused(tiny_gpt2, tmp_path):
     settings = {**SETTINGS, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     make_trainer(tiny_gpt2, make_rows(12), tmp_path, pointwise=True, **settings).train()
     trainer = make_trainer(tiny_gpt2, make_rows(12), tmp_path, pointwise=True, log_z="learned", **settings)
-    with pytest.raises(ValueError, match="The checkpoint's state of log Z is empty, and log_z needs"):
+    with pytest.raises(ValueError, match="The checkpoint's state of log Z is empty, but this log_z needs"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

@@ -246,9 +246,9 @@ def test_a_token_without_an_embedding_is_named_before_training(kind):
     with pytest.raises(ValueError) as error:
         list(prepared(tokenizer, rows, vocab_size=size))
     assert str(error.value) == (
-        f"Row 3 of the train dataset has the token 'Zebra' with id {size}, and the model has embeddings for the "
-        f"ids below {size} only. Call model.resize_token_embeddings(len(tokenizer)) if the token was added on purpose; "
-        "else use the tokenizer that belongs to the model."
+        f"Row 3 of the train dataset has the token 'Zebra' with id {size}, but the model only has embeddings for ids "
+        f"below {size}. If you added the token on purpose, call model.resize_token_embeddings(len(tokenizer)). "
+        "Otherwise use the tokenizer that belongs to the model."
     )
     assert len(list(prepared(tokenizer, rows, vocab_size=size + 1))) == 4
 
@@ -342,7 +342,7 @@ def test_all_invalid_rows_are_listed_at_once_or_left_out(kind, caplog):
     assert [row["label"] for row in kept] == [1.0, 0.0]
     assert [row["row"] for row in kept] == [0, invalid + 1]
     if kind == "stream":
-        assert sum("which is invalid" in message for message in caplog.messages) >= invalid
+        assert sum("because it is invalid" in message for message in caplog.messages) >= invalid
     else:
         assert caplog.messages[0].startswith(
             f"Left out {invalid} of {invalid + 2} rows of the train dataset: {invalid} because it is invalid."
@@ -467,7 +467,7 @@ def test_a_csv_becomes_a_chat_by_itself_if_there_is_a_template(csv_file, csv, ca
             ("<|user|>Hi<|end|><|assistant|>", "Hello!<|end|>"),
             ("<|user|>How are you today?<|end|><|assistant|>", "Fine<|end|>"),
         ]
-        assert any("each prompt becomes a user's message" in message for message in caplog.messages)
+        assert any("each prompt becomes a user message" in message for message in caplog.messages)
     as_text = texts(make_tokenizer(), prepared(make_tokenizer(), csv))
     assert as_text[1] == ("How are you today?", " Fine <|end|>")
     assert texts(tokenizer, prepared(tokenizer, csv, chat="false")) == as_text
@@ -512,7 +512,7 @@ def test_a_chat_that_cannot_be(how, template, message):
 
 def test_pairs_without_prompts_and_transcripts_do_not_become_chats(tmp_path):
     tokenizer = make_tokenizer(CHAT_TEMPLATE)
-    with pytest.raises(ValueError, match=r"^chat=True makes a user's message of each prompt, and .* has none"):
+    with pytest.raises(ValueError, match=r"^chat=True converts each prompt to a user message, but .* has no prompts"):
         prepared(tokenizer, [{"chosen": "a b", "rejected": "a c"}], chat="true")
     path = tmp_path / "rows.csv"
     path.write_text('prompt,completion,label\n"\n\nHuman: Hi\n\nAssistant:"," Hello!",1\n')

@@ -119,7 +119,7 @@ def with_dropout(name: str):
 def test_dropout_that_is_read_from_the_config_is_refused(tmp_path, name):
     """Modules that keep no rate of their own cannot be quieted; the error says what can be set."""
     tokenizer, model = with_dropout(name)
-    with pytest.raises(ValueError, match=r"\d nats a token .* Set its rate to 0 in the model's config"):
+    with pytest.raises(ValueError, match=r"\d nats per token .* Set its rate to 0 in the model's config"):
         make_trainer(model, make_rows(4), tmp_path, processing_class=tokenizer, max_steps=1).train()
 
 

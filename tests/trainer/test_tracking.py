@@ -136,10 +136,10 @@ def test_without_matplotlib_it_is_said(tiny_gpt2, tmp_path, monkeypatch):
     monkeypatch.delattr("trl_ulma.evaluation.figures", raising=False)
     with pytest.raises(ImportError) as error:
         TracksPictures(trainer)
-    message = "Pictures are drawn with matplotlib, which is not installed: pip install 'trl-ulma[evaluation]'."
+    message = "Plots require matplotlib, which is not installed. Run `pip install 'trl-ulma[evaluation]'`."
     assert str(error.value) == message
     trainer.args.report_to = ["tensorboard"]
-    assert add_pictures(trainer) == f"No pictures are logged. {message}"
+    assert add_pictures(trainer) == f"No plots are logged. {message}"
 
 
 @pytest.mark.parametrize(

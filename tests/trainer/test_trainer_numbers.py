@@ -362,5 +362,5 @@ def test_a_collator_that_drops_the_precomputed_reference_is_refused(tiny_gpt2, t
         data_collator=Drops(pad_token_id=0),
         max_steps=1,
     )
-    with pytest.raises(ValueError, match="data_collator leaves it out"):
+    with pytest.raises(ValueError, match="the data_collator drops this column"):
         trainer.train()

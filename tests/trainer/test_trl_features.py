@@ -172,8 +172,8 @@ def test_activations_are_offloaded_in_every_forward_of_the_policy(tiny_llama, tm
     with pytest.raises(ValueError) as error:
         make_trainer(tiny_llama, make_rows(4), tmp_path, activation_offloading=True)
     assert str(error.value) == (
-        "activation_offloading=True moves activations from an accelerator's memory to the CPU's, and there is no "
-        "accelerator. Leave it at False; gradient_checkpointing=True saves memory anywhere."
+        "activation_offloading=True moves activations from an accelerator's memory to CPU memory, and this machine has "
+        "no accelerator. Set it to False. gradient_checkpointing=True saves memory on any machine."
     )
     moved, ends = [], []
     for offloaded in (False, True):
@@ -193,8 +193,8 @@ def test_liger_kernels_that_are_not_there(tiny_llama, tmp_path, monkeypatch):
     with pytest.raises(ImportError) as error:
         make_trainer(tiny_llama, make_rows(4), tmp_path, use_liger_kernel=True)
     assert str(error.value) == (
-        "use_liger_kernel=True needs liger-kernel, which is not installed. Run `pip install liger-kernel`, or leave it "
-        "at False: TRL will remove it, and model_init_kwargs={'use_kernels': True} is its successor."
+        "use_liger_kernel=True requires liger-kernel, which is not installed. Run `pip install liger-kernel`, or set "
+        "it to False. TRL will remove this setting; model_init_kwargs={'use_kernels': True} replaces it."
     )
     if Version(trl.__version__) < Version("1.15"):  # whose DPOTrainer asks for the kernels itself
         return

@@ -339,10 +339,12 @@ def test_long_rows_are_cut_or_left_out_with_their_images_counted(vlm, caplog):
     assert [n <= most for n in kept["length"][:]] == [True] * len(left)
     batch = collated(processor, kept, max_length=most)
     assert batch["attention_mask"].sum(1).tolist() == [min(lengths[row], most) for row in left]
-    message = f"Row {prompts.index(most)}: its prompt has {most} tokens with its images', which fills max_length={most}"
+    message = (
+        f"Row {prompts.index(most)}: its prompt has {most} tokens including its images, which fills max_length={most}"
+    )
     with pytest.raises(ValueError, match=message):
         collated(processor, whole, max_length=most)
-    with pytest.raises(ValueError, match=r"has .* tokens, and the model only 5 positions"):
+    with pytest.raises(ValueError, match=r"has .* tokens, but the model only has 5 positions"):
         prepared(processor, rows, positions=5)
 
 
@@ -366,23 +368,23 @@ AT = "Row 0 of the train dataset"
     [
         (
             {"padding_free": True},
-            f"{HAS}, and padding_free=True lays out rows of text only: where an image's tokens go, the model decides "
+            f"{HAS}, but padding_free=True only supports rows of text, because the model places the tokens of images "
             "row by row. Set padding_free=False.",
         ),
         (
             {"share_prompts": True},
-            f"{HAS}, and share_prompts=True lays out rows of text only: where an image's tokens go, the model decides "
+            f"{HAS}, but share_prompts=True only supports rows of text, because the model places the tokens of images "
             "row by row. Set share_prompts=False.",
         ),
         (
             {"truncation_mode": "keep_end", "max_length": 64},
-            f"{HAS}, whose tokens stand in the prompt, and truncation_mode='keep_end' would cut them off. Set "
+            f"{HAS}, whose tokens are in the prompt, so truncation_mode='keep_end' would cut them off. Set "
             "truncation_mode='keep_start', or max_length=None.",
         ),
         (
             {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
-            f"{HAS}, and adapters that put virtual tokens before the rows hide from the model where they are. Train "
-            "with LoRA, or the whole model.",
+            f"{HAS}, but prompt-learning adapters put virtual tokens before the rows, so the model cannot find the "
+            "images. Train with LoRA, or train the whole model.",
         ),
     ],
 )
@@ -409,17 +411,19 @@ PLACE, TEXT = {"type": "image"}, {"type": "text", "text": "What is this?"}
     [
         (
             one(asks(PLACE, PLACE, TEXT), [picture(1)]),
-            f"{AT}: 2 places for images in its messages, and 1 images. Give each image of the prompt one part "
-            '{"type": "image"}, in order; or write contents as text: images then come before the first user turn.',
+            f"{AT}: its messages have 2 placeholders for 1 images. Add one part "
+            '{"type": "image"} per image of the prompt, in order. Or write contents as text: images then come before '
+            "the first user turn.",
         ),
         (
             one(asks(TEXT), [picture(1)]),
-            f"{AT}: 0 places for images in its messages, and 1 images. Give each image of the prompt one part "
-            '{"type": "image"}, in order; or write contents as text: images then come before the first user turn.',
+            f"{AT}: its messages have 0 placeholders for 1 images. Add one part "
+            '{"type": "image"} per image of the prompt, in order. Or write contents as text: images then come before '
+            "the first user turn.",
         ),
         (
             one(asks({"type": "image", "image": "a.png"}, TEXT), [picture(1)]),
-            f"{AT}: a message holds an image itself. Put images into the column `images`, in their order, and leave "
+            f"{AT}: a message contains an image. Put images into the column `images`, in their order, and keep "
             '{"type": "image"} in the message.',
         ),
         (
@@ -432,31 +436,33 @@ PLACE, TEXT = {"type": "image"}, {"type": "text", "text": "What is this?"}
         ),
         (
             one("What is this?", [picture(1)], " Paris."),
-            f"{AT}: 0 of the placeholder '<image>' in its prompt, and 1 images. Write one for each image where it "
-            "belongs, or use messages, into which they are put.",
+            f"{AT}: its prompt has 0 placeholders '<image>' for 1 images. Write one placeholder per image where it "
+            "belongs, or use messages, which get placeholders automatically.",
         ),
         (
             one(asks(PLACE, TEXT), [picture(1)], [{"role": "assistant", "content": "An <image>."}]),
-            f"{AT}: its text has '<image>', which stands for an image, where there is none. Take it out of the text.",
+            f"{AT}: its text has the image placeholder '<image>', but there is no image. Remove the placeholder from "
+            "the text.",
         ),
         (
             one("What is <image>?", [], " Paris.").remove_columns("images"),
-            f"{AT}: its text has '<image>', which stands for an image, where there is none. Take it out of the text.",
+            f"{AT}: its text has the image placeholder '<image>', but there is no image. Remove the placeholder from "
+            "the text.",
         ),
         (
             one(asks(PLACE), [picture(1)]).cast_column("images", List(Image(mode="L"))),
-            "The train dataset has its column images decoded to the mode 'L', which the model's processor does not "
-            "keep. Cast the column to Image(), and have the processor do it.",
+            "The train dataset decodes its column images to the mode 'L', but the model's processor converts images to "
+            "RGB. Cast the column to Image(), and let the processor convert the images.",
         ),
         (
             one(asks(PLACE), [picture(1)]).rename_column("images", "image").add_column("images", [["a.png"]]),
-            "The train dataset has both `image` and `images`. Remove one: `image` holds one image a row, `images` a "
-            "list of them.",
+            "The train dataset has both `image` and `images`. Remove one of them. `image` has one image per row, "
+            "`images` a list of images.",
         ),
         (
             one(asks(PLACE), [picture(1)]).remove_columns("images").add_column("images", [["/nowhere/a.png"]]),
-            f"{AT}: image 0 can not be read ([Errno 2] No such file or directory: '/nowhere/a.png'). Mend its path, or "
-            "drop the row.",
+            f"{AT}: image 0 cannot be read ([Errno 2] No such file or directory: '/nowhere/a.png'). Correct its path, "
+            "or remove the row.",
         ),
         (
             one(asks(PLACE), [picture(1)]).remove_columns("images").add_column("images", [[3]]),
@@ -473,7 +479,7 @@ def test_a_row_that_can_not_be_learned_from(tiny_llava, tmp_path, rows, message)
 def test_a_file_that_is_no_image(tiny_llava, tmp_path):
     rows = one(asks(PLACE), [picture(1)]).remove_columns("images")
     rows = rows.add_column("images", [[{"bytes": b"no image", "path": None}]], feature=List(Image()))
-    with pytest.raises(ValueError, match=r"Row 0 of the train dataset: an image of it can not be read .*Mend it"):
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset: one of its images cannot be read .*Repair it"):
         prepared(AutoProcessor.from_pretrained(tiny_llava), rows.to_iterable_dataset())
 
 
@@ -481,7 +487,9 @@ def test_what_a_processor_can_not_take_is_told_before_training(tiny_llava, tmp_p
     processor = AutoProcessor.from_pretrained(tiny_llava)
     rows = image_rows(2)
     made = prepared(processor, rows).map(lambda row: {"prompt_text": row["prompt_text"].replace("<image>", "")})
-    with pytest.raises(ValueError, match=r"The processor fails on a batch with the rows 0, 1 \(.*\). Look at their"):
+    with pytest.raises(
+        ValueError, match=r"The processor fails on a batch with the rows 0, 1 \(.*\)\. Check the images"
+    ):
         make_trainer(tiny_llava, made, tmp_path)
     processor.chat_template = None
     with pytest.raises(ValueError, match=r"the processor has no chat template\. Set processor\.chat_template"):

@@ -31,7 +31,7 @@ from trl_ulma.data.summary import summarise
 from trl_ulma.data.votes import SEEN, votes
 
 HI = "\n\nHuman: Hi\n\nAssistant:"
-HUMAN_LAST, EMPTY, NO_TURN = "it ends in a human turn", "its answer is empty", "it is no transcript of `Human:`"
+HUMAN_LAST, EMPTY, NO_TURN = "it ends in a human turn", "its answer is empty", "it is not a transcript with `Human:`"
 
 
 def turns(*contents):
@@ -129,7 +129,7 @@ def test_what_a_marker_is(transcript, messages):
         ("", NO_TURN),
         ("Once:\n\nHuman: Hi\n\nAssistant: Hello", "it has text before its first turn"),
         (HI + " Hello\n\nHuman: Bye", HUMAN_LAST),
-        ("\n\nHuman: Hi", "no assistant turn in it"),
+        ("\n\nHuman: Hi", "it has no assistant turn"),
         (None, "it is not text"),
         ([turns("Hi")], "it is not text"),
     ],
@@ -340,7 +340,7 @@ def test_wins_are_continuous_labels():
 )
 def test_broken_questions_are_left_out(broken, wins):
     outcomes = shape(qa_feedback([QUESTION | broken], wins=wins, passages="cited"))
-    assert outcomes == ["a field of its question is missing, or not what it should be"] * (5 if wins else 2)
+    assert outcomes == ["a field of its question is missing or invalid"] * (5 if wins else 2)
 
 
 def test_an_unknown_choice_of_passages():
@@ -406,8 +406,12 @@ def test_shp_answers_are_not_repeated():
     ("raw", "options", "message"),
     [
         ({"question": "?", "answers": [{"text": "a", "pm_score": 1}]}, {"label": "votes"}, "have a `pm_score`"),
-        ({"question": "?", "answers": [{"text": "a", "pm_score": 1}]}, {"accepted": True}, "which were accepted"),
-        (shp("p", "a", "b"), {"accepted": True}, "SHP does not say which answers were accepted"),
+        (
+            {"question": "?", "answers": [{"text": "a", "pm_score": 1}]},
+            {"accepted": True},
+            "have no information on accepted answers",
+        ),
+        (shp("p", "a", "b"), {"accepted": True}, "SHP has no information on accepted answers"),
         (shp("p", "a", "b"), {"label": "ln"}, r"label is 'ln'; it must be one of \('log', 'votes'\)"),
     ],
 )
@@ -475,7 +479,7 @@ def test_columns_of_pairs_that_go_along():
         ({"weight": None}, {"its weight is not a finite number": 2}),
         ({"weight": float("nan")}, {"its weight is not a finite number": 2}),
         ({"sft_mask": None}, {"its sft_mask is neither true nor false": 1}),
-        ({"tools": ["search"]}, {"it has tools or chat_template_kwargs, which only pairs in their own layout keep": 2}),
+        ({"tools": ["search"]}, {"it has tools or chat_template_kwargs: train on the pairs without conversion": 2}),
     ],
 )
 def test_pairs_that_are_left_out(change, reasons):
@@ -489,7 +493,7 @@ def test_pairs_that_are_left_out(change, reasons):
 
 def test_transcripts_that_do_not_repeat_their_prompt_are_left_out():
     [why] = shape(demonstrations([{"prompt": "Ho", "completion": f"{HI} Hello!"}]))
-    assert why == "it is a transcript from its first turn on, and its prompt is not in it"
+    assert why == "it is a whole transcript that does not contain its prompt"
     assert shape(pairs([{"prompt": "Ho", "chosen": f"{HI} Hello!", "rejected": f"{HI} Go."}])) == [why] * 2
     # Answers that begin alike keep what they begin with
     alike = {"chosen": "Human: Hi\n\nAssistant: I do.", "rejected": "Human: Hi\n\nAssistant: I don't."}
@@ -500,7 +504,7 @@ def test_turns_that_hold_more_than_text():
     call = [{"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}]
     picture = [{"role": "assistant", "content": [{"type": "image", "image": "x"}]}]
     outcomes = shape(pairs([{"prompt": turns("Hi"), "chosen": call, "rejected": picture}]))
-    assert outcomes == ["a turn of it holds something else than text, as tool calls or images"] * 2
+    assert outcomes == ["one of its turns contains more than text, such as tool calls or images"] * 2
     thought = [{"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}]
     assert shape(demonstrations([{"prompt": turns("Hi"), "completion": thought}])) == outcomes[:1]
     outcomes = shape(pairs([{"prompt": turns("Hi"), "chosen": turns("Ho"), "rejected": BAD}]))
@@ -530,9 +534,9 @@ def test_layouts_of_demonstrations(raw):
         ({"messages": turns("Hi")}, "it does not end in an assistant turn"),
         (
             {"messages": [*turns("Hi"), GOOD[0] | {"label": 0}]},
-            "its turns have labels, which demonstrations do not: they are turns data",
+            "its turns have labels, so it is turns data and not demonstrations",
         ),
-        ({"messages": None}, "its messages are no list of turns with a role and content"),
+        ({"messages": None}, "its messages are not a list of turns with a role and content"),
         ({"prompt": 5, "completion": "a"}, "its prompt is neither text nor messages"),
     ],
 )
@@ -582,24 +586,25 @@ def test_the_columns_tell_the_family():
     with pytest.raises(ValueError) as caught:
         convert("votes", Dataset.from_list([{"transcript": "x", "rating": 1}]))
     assert str(caught.value) == (
-        "votes data have the columns question, answers or post_id, history, human_ref_A, human_ref_B, score_A, "
+        "votes data must have the columns question, answers or post_id, history, human_ref_A, human_ref_B, score_A, "
         "score_B; found transcript, rating. It looks like red-team."
     )
-    with pytest.raises(ValueError, match=r"hh data have not prompt; found .*\. It looks like pairs\.$"):
+    with pytest.raises(ValueError, match=r"hh data must not have the column prompt; found .*\. It looks like pairs\.$"):
         convert("hh", Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
-    with pytest.raises(ValueError, match=r"These are point-wise rows already: train on them as they are\.$"):
+    with pytest.raises(ValueError, match=r"These are already pointwise rows\. Train on them directly\.$"):
         convert("demonstrations", Dataset.from_list([{"prompt": "a", "completion": "b", "label": 1}]))
-    with pytest.raises(ValueError, match=r"red-team data have the columns transcript, rating; found text\.$"):
+    with pytest.raises(ValueError, match=r"red-team data must have the columns transcript, rating; found text\.$"):
         convert("red-team", Dataset.from_list([{"text": "a"}]))
 
 
 def test_data_of_which_nothing_is_left():
     message = (
-        r"No point-wise row came out of 2 raw rows: 4 times it is no transcript.* \(first in raw row 0\)\. Is it hh"
+        r"None of the 2 raw rows could be converted: 4 times it is not a transcript.* \(first in raw row 0\)\. "
+        r"Check that this is hh"
     )
     with pytest.raises(ValueError, match=message):
         convert("hh", Dataset.from_list([{"chosen": "a", "rejected": "b"}] * 2))
-    with pytest.raises(ValueError, match="holds no rows"):
+    with pytest.raises(ValueError, match="contains no rows"):
         convert("hh", Dataset.from_dict({"chosen": [], "rejected": []}))
 
 
@@ -687,21 +692,21 @@ def test_a_mixture_takes_whole_prompts_once_and_says_what_it_made():
 @pytest.mark.parametrize(
     ("change", "fractions", "message"),
     [
-        ({}, {"a": 1}, "fractions are given for a, and parts are a, b. Give each part a fraction"),
+        ({}, {"a": 1}, "fractions are given for a, but the parts are a, b. Give each part a fraction"),
         ({}, {"a": 1, "b": 1.5}, "The fraction of b is 1.5; it must be above 0 and at most 1"),
         ({}, {"a": 0, "b": 1}, "The fraction of a is 0; it must be above 0"),
         ({"b": part("b", 4, weight=[1.0] * 4)}, {"a": 1, "b": 1}, "need the same columns; found a: "),
         (
             {"b": part("b", 4, other=[1.0] * 4)},
             {"a": 1, "b": 1},
-            "The part b is to have rows, .* found prompt, .*other",
+            "The part b must have at least one row, .* found prompt, .*other",
         ),
-        ({"b": part("b", 0)}, {"a": 1, "b": 1}, "The part b is to have rows, .*, 0 rows"),
-        ({"b": part("b", 4).remove_columns("label")}, {"a": 1, "b": 1}, "The part b is to have rows"),
+        ({"b": part("b", 0)}, {"a": 1, "b": 1}, "The part b must have at least one row, .*, 0 rows"),
+        ({"b": part("b", 4).remove_columns("label")}, {"a": 1, "b": 1}, "The part b must have at least one row"),
         (
             {"b": Dataset.from_dict({"prompt": ["x"], "completion": ["y"], "label": [1]})},
             {"a": 1, "b": 1},
-            "Prompts are text in b and messages elsewhere",
+            "Prompts are text in b, but messages elsewhere",
         ),
         (
             {"b": part("b", 4, label_type=["continuous"] * 4)},

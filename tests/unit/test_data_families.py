@@ -87,7 +87,7 @@ def test_answers_with_labels():
     assert outcomes("kto", raw | {"label": 1}, liked=True) == [(["Hi"], "Hello!", 1.0, False)]
     assert outcomes("kto", raw | {"label": 4}, label_type="continuous") == [(["Hi"], "Hello!", 4.0, False)]
     assert outcomes("kto", raw | {"label": 4}, raw | {"label": "up"}, raw | {"label": None}) == [
-        "its label is outside [0, 1], where binary labels lie: set --label_type continuous",
+        "its label is outside [0, 1], the range of binary labels: set --label_type continuous",
         "its label is not a number",
         "its label is not a number",
     ]
@@ -98,7 +98,7 @@ def test_the_last_turn_of_a_conversation_is_the_answer():
     assert outcomes("messages", {"messages": turns, "label": 0}) == [(["Hi", "Hello!", "Bye"], "Bye.", 0.0, False)]
     assert outcomes("messages", {"messages": turns[:3], "label": 0}, {"messages": "Hi", "label": 0}) == [
         "it does not end in an assistant turn",
-        "its messages are no list of turns with a role and content",
+        "its messages are not a list of turns with a role and content",
     ]
 
 
@@ -127,9 +127,9 @@ def test_sharegpt():
     ]
     odd = [[{"from": "observation", "value": "{}"}], [{"from": "human", "value": None}], "Hi", turns[:1]]
     assert [outcomes("sharegpt", {"conversations": each})[0] for each in odd] == [
-        "a turn of it is from 'observation', which is neither a user, an assistant nor a system",
-        "a turn of it is not text",
-        "its conversation is no list of turns with `from` and `value`",
+        "one of its turns is from 'observation', which is neither a user, an assistant nor a system",
+        "one of its turns is not text",
+        "its conversation is not a list of turns with `from` and `value`",
         "it does not end in an assistant turn",
     ]
 
@@ -155,7 +155,9 @@ def test_steps():
         ("2 + 3 + 4?\n5\n9\n", "10", 0.0, False),
     ]
     assert outcomes("stepwise", raw, separator="\\n\\n", liked=True)[1] == ("2 + 3 + 4?\n\n5\n\n", "9", 1.0, False)
-    assert labels("stepwise", raw | {"labels": [True]}) == ["its question has other numbers of steps and labels"] * 3
+    assert (
+        labels("stepwise", raw | {"labels": [True]}) == ["its question has different numbers of steps and labels"] * 3
+    )
     assert labels("stepwise", raw | {"labels": [True, None, 2]}) == [
         1.0,
         *["its label is not a number from 0 to 1"] * 2,
@@ -230,7 +232,7 @@ def test_openassistant_messages_that_are_left_out():
     flat[3] |= {"parent_id": "gone"}
     flat[4] |= {"labels": None, "review_result": None}
     assert labels("oasst", *flat) == [
-        "it was deleted, or refused in review",
+        "it was deleted, or rejected in review",
         "a message before it is missing",
         "it has no quality",
     ]
@@ -264,7 +266,9 @@ def test_safety():
 def test_votes_of_the_arena():
     assert [labels("arena", SAMPLES["arena"](i)) for i in range(4)] == [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 0.0]]
     assert labels("arena", SAMPLES["arena"](2), ties="leave_out") == ["its vote is a tie"] * 2
-    assert labels("arena", SAMPLES["arena"](0) | {"winner": None})[0].startswith("its vote is none of model_a, model_b")
+    assert labels("arena", SAMPLES["arena"](0) | {"winner": None})[0].startswith(
+        "its vote is not one of model_a, model_b"
+    )
     lists = {"prompt": '["Hi", "Bye"]', "response_a": '["Hello!", "Bye."]', "response_b": ["Hey!", "Ciao."]}
     vote = {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
     assert outcomes("arena", lists | vote) == [
@@ -301,7 +305,7 @@ def test_summaries():
     raw = SAMPLES["tldr"](1)
     prompt = "SUBREDDIT: r/tea\n\nTITLE: Hot\n\nPOST: It was 1.\n\nTL;DR:"
     assert outcomes("tldr", raw) == [([prompt], "sup1 1", 0.0, False), ([prompt], "ref 1", 1.0, True)]
-    assert labels("tldr", raw | {"choice": 2}) == ["its choice is none of the summaries"] * 2
+    assert labels("tldr", raw | {"choice": 2}) == ["its choice is not one of the summaries"] * 2
     axes = {"overall": 5, "accuracy": 7, "coverage": None, "coherence": 6}
     rated = {"info": {"article": "News."}, "summary": {"text": "Short.", "policy": "ref", "axes": axes}, "worker": "w"}
     assert outcomes("tldr", rated) == [(["News.\n\nTL;DR:"], "Short.", 5.0, False)]
@@ -314,12 +318,12 @@ def test_pairs_of_stack_exchange():
     assert outcomes("stack-exchange-paired", raw, raw | {"response_j": "Dunno.", "response_k": "Fry it."}) == [
         (["An egg 1?"], "Boil it.", 1.0, True),
         (["An egg 1?"], "Dunno.", 0.0, False),
-        "an answer that other pairs have, too: each pair makes a row of it",
+        "an answer that is in several pairs: each pair adds a row with it",
         (["An egg 1?"], "Dunno.", 1.0, True),
         (["An egg 1?"], "Fry it.", 0.0, False),
     ]
     assert Counter(labels("stack-exchange-paired", raw | {"response_k": "Boil it."})) == {
-        "both halves of its pair say the same": 2
+        "both halves of its pair are the same": 2
     }
 
 

@@ -106,31 +106,35 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", b"", r"empty\.jsonl is empty; at least one row is needed"),
-        ("blank.jsonl", b"\n \n", r"blank\.jsonl is empty; at least one row"),
-        ("empty.csv", b"", r"empty\.csv is empty; at least one row"),
-        ("header.csv", b"prompt,completion,label\n", r"header\.csv holds no rows; at least one is needed"),
-        ("none.json", b"[]", r"none\.json holds no rows; at least one is needed"),
+        ("empty.jsonl", b"", r"empty\.jsonl is empty\. It must contain at least one row"),
+        ("blank.jsonl", b"\n \n", r"blank\.jsonl is empty\. It must contain"),
+        ("empty.csv", b"", r"empty\.csv is empty\. It must contain"),
+        (
+            "header.csv",
+            b"prompt,completion,label\n",
+            r"header\.csv contains no rows\. It must contain at least one row",
+        ),
+        ("none.json", b"[]", r"none\.json contains no rows\. It must contain at least one row"),
         ("rows.txt", b"hello", r"rows\.txt ends in '\.txt'; a data file must be \.jsonl\[\.gz\], .* or \.parquet"),
         ("rows", b"hello", r"rows ends in 'nothing'; a data file must be"),
         ("rows.txt.gz", b"hello", r"ends in '\.txt\.gz'; a data file must be"),
-        ("plain.jsonl.gz", b"hello", r"plain\.jsonl\.gz is a broken gzip file \(.*\)\. Write or copy it anew"),
+        ("plain.jsonl.gz", b"hello", r"plain\.jsonl\.gz is a broken gzip file \(.*\)\. Write or copy it again"),
         ("cut.json.gz", gzip.compress(LINES.encode(), mtime=0)[:-20], r"cut\.json\.gz is a broken gzip file"),
         (
             "cut.jsonl",
             LINES[:-9].encode(),
-            r"cut\.jsonl is broken JSON in line 5, column \d+: .* Mend or remove that row",
+            r"cut\.jsonl is invalid JSON in line 5, column \d+: .* Correct or remove this row",
         ),
-        ("bad.jsonl", b'{"prompt": "a"}\n\n{oops}\n', r"bad\.jsonl is broken JSON in line 3, column 2: "),
-        ("bad.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', r"bad\.json is broken JSON in line 2, column 11: "),
-        ("object.json", b'{\n"prompt": "a"\n"label": 1}', r"object\.json is broken JSON in line 3, column 1: "),
-        ("numbers.jsonl", b"1\n2\n", r"numbers\.jsonl holds '1' in line 1, where an object .* is needed"),
-        ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"latin\.jsonl is not UTF-8 text: byte 0xe9 in line 2\. Save it"),
+        ("bad.jsonl", b'{"prompt": "a"}\n\n{oops}\n', r"bad\.jsonl is invalid JSON in line 3, column 2: "),
+        ("bad.json", b'[{"prompt": "a"},\n{"prompt" "b"}]', r"bad\.json is invalid JSON in line 2, column 11: "),
+        ("object.json", b'{\n"prompt": "a"\n"label": 1}', r"object\.json is invalid JSON in line 3, column 1: "),
+        ("numbers.jsonl", b"1\n2\n", r"numbers\.jsonl has '1' in line 1; each row must be an object"),
+        ("latin.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', r"latin\.jsonl is not UTF-8 text: byte 0xe9 in line 2\. Save"),
         ("bad.parquet", b"PAR1", r"bad\.parquet cannot be read as parquet: "),
         (
             "ragged.csv",
             b"prompt,label\na,1\nb,2,3\n",
-            r"ragged\.csv has 3 fields in line 3, and 2 columns \(prompt, label\)",
+            r"ragged\.csv has 3 fields in line 3, but 2 columns \(prompt, label\)",
         ),
     ],
 )
@@ -151,13 +155,13 @@ def test_a_corrupt_gzip_file(tmp_path):
 def test_a_broken_file_in_a_folder(tmp_path):
     write(tmp_path / "train.jsonl", LINES)
     write(tmp_path / "test.jsonl", '{"prompt": }\n')
-    with pytest.raises(ValueError, match=r"test\.jsonl is broken JSON in line 1, column 12"):
+    with pytest.raises(ValueError, match=r"test\.jsonl is invalid JSON in line 1, column 12"):
         load_rows(tmp_path)
 
 
 def test_a_folder_without_data(tmp_path):
     write(tmp_path / "notes.txt", "hello")
-    with pytest.raises(FileNotFoundError, match=r"holds no data file; at least one \.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"contains no data file\. Add at least one \.jsonl"):
         load_rows(tmp_path)
 
 
@@ -185,7 +189,9 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
         raise ConnectionError("Couldn't reach 'thumbs' on the Hub")
 
     monkeypatch.setattr("trl_ulma.data.files.load_dataset", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"no file or folder thumbs .*thumbs\.jsonl.*from the hub: Couldn't"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no file or folder thumbs .*thumbs\.jsonl.*from the Hub either: Couldn't"
+    ):
         load_rows("thumbs")
 
 
@@ -203,9 +209,9 @@ def test_a_hub_name_goes_to_the_hub(monkeypatch):
 
 def test_a_configuration_is_for_data_sets_that_have_some(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"is a file, which has no configurations\. Leave the configuration 'main'"):
+    with pytest.raises(ValueError, match=r"is a file, so it has no configurations\. Remove the configuration 'main'"):
         load_rows(write(tmp_path / "rows.jsonl", LINES), config="main")
-    with pytest.raises(ValueError, match=r"was written by save_to_disk, and has no configurations"):
+    with pytest.raises(ValueError, match=r"was written by save_to_disk, so it has no configurations"):
         load_rows(tmp_path / "saved", config="main")
 
 
@@ -322,7 +328,7 @@ def test_a_size_that_is_none(test_size):
 
 
 def test_one_prompt_cannot_be_split():
-    with pytest.raises(ValueError, match=r"needs two different prompts; the 3 rows have 1\. Bring a test split along"):
+    with pytest.raises(ValueError, match=r"needs two different prompts; the 3 rows have 1\. Provide a test split"):
         split_by_prompt(Dataset.from_dict({"prompt": ["a"] * 3}), test_size=0.5, seed=0)
 
 

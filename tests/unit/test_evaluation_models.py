@@ -87,7 +87,7 @@ def test_an_adapter_without_a_tokenizer_has_its_bases(tiny_llama, adapter):
     assert load_tokenizer(adapter).get_vocab() == load_tokenizer(tiny_llama).get_vocab()
     assert positions(adapter) is None  # rotary
     with (
-        pytest.raises(ValueError, match="no adapter, so its reference is not in it"),
+        pytest.raises(ValueError, match="no adapter, so it does not contain its reference"),
         as_reference(load_model(tiny_llama)),
     ):
         pass
@@ -100,7 +100,7 @@ def test_positions_of_learned_embeddings(tiny_gpt2):
 def test_a_broken_weight_is_named_by_row(tiny_gpt2):
     model = load_model(tiny_gpt2)
     model.transformer.ln_f.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"The log-probability of row 0 is nan \(4 rows in all"):
+    with pytest.raises(ValueError, match=r"The log-probability of row 0 is nan \(in total, 4 rows"):
         completion_logps(model, prepared(tiny_gpt2))
 
 
@@ -117,7 +117,7 @@ def test_a_reference_with_other_tokens_is_refused(tiny_gpt2):
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
-    with pytest.raises(ValueError, match=f"Token {used} is {token!r} to a and 'Ā' to its reference b"):
+    with pytest.raises(ValueError, match=f"Token {used} is {token!r} for a, but 'Ā' for its reference b"):
         check_same_tokens(ours, theirs, rows, "a", "b")
 
 

@@ -62,7 +62,7 @@ def test_the_prior_makes_the_mean_slope_zero_at_the_start():
 
 
 def test_the_prior_needs_both_classes():
-    with pytest.raises(ValueError, match=r"needs labels of both classes; the compared rows have mean label 1\.0\."):
+    with pytest.raises(ValueError, match=r"of both classes; the mean label of the compared rows is 1\.0\."):
         Prior(np.ones(3), np.zeros(3, bool), np.ones(3), beta=0.1)
 
 
@@ -134,10 +134,10 @@ def test_a_step_without_compared_rows_moves_nothing():
 
 
 def test_a_state_of_another_choice_is_refused():
-    message = r"state of log Z is {'log_z': \(2,\)}, and log_z needs none\. Set log_z to what the checkpoint"
+    message = r"state of log Z is {'log_z': \(2,\)}, but this log_z needs none\. Set log_z to the value that"
     with pytest.raises(ValueError, match=message):
         LogPartition().load_state_dict(RunningMean().state_dict())
-    with pytest.raises(ValueError, match=r"state of log Z is empty, and log_z needs {'log_z': \(2,\)}"):
+    with pytest.raises(ValueError, match=r"state of log Z is empty, but this log_z needs {'log_z': \(2,\)}"):
         RunningMean().load_state_dict({})
 
 

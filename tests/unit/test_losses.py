@@ -572,7 +572,7 @@ def test_rows_of_another_shape_are_refused(loss, name):
 
 
 def test_policy_logps_must_be_one_value_a_row():
-    message = "policy_logps must have shape (B,), one value a row; got (2, 3)."
+    message = "policy_logps must have shape (B,), one value per row; got (2, 3)."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         pointwise_dpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))
 

@@ -123,7 +123,7 @@ def test_numbers_truth_values_and_marks(tmp_path, streaming):
 def test_what_is_read_as_a_number_is_said(tmp_path, caplog):
     read(write(tmp_path / "rows.jsonl", lines([row("4"), row("5")])))
     assert [each.getMessage() for each in caplog.records] == [
-        f"{tmp_path / 'rows.jsonl'}: label: numbers that are written as text are read as numbers (2 values)."
+        f"{tmp_path / 'rows.jsonl'}: label: numbers that are stored as text are converted to numbers (2 values)."
     ]
 
 
@@ -189,9 +189,9 @@ def test_any_delimiter_and_encoding(tmp_path, name, delimiter, encoding, caplog)
     assert found["label"][:] == [1, 0.5]
     said = " ".join(record.getMessage() for record in caplog.records)
     shown = {"cp1252": "cp1252", "utf-16": "UTF-16", "utf-16-le": "UTF-16-LE", "utf-16-be": "UTF-16-BE"}
-    assert (f"it is read as {shown.get(encoding)}" in said) == (encoding in shown)
+    assert (f"the file is read as {shown.get(encoding)}" in said) == (encoding in shown)
     usual = "\t" if name == "rows.tsv" else ","
-    assert ("its fields are separated by" in said) == (delimiter != usual)
+    assert ("the fields are separated by" in said) == (delimiter != usual)
 
 
 @pytest.mark.parametrize("text", ["None", "NA", "null", "NaN", "4", "5.0", "true", "2020-01-01", " ", "-", "#N/A"])
@@ -218,14 +218,14 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (RAGGED.format("How?,In water, eight minutes.,1"), r"has 4 fields in line 3, and 3 columns .* double quotes"),
-        (RAGGED.format("How?,1"), r"has 2 fields in line 3, and 3 columns"),
+        (RAGGED.format("How?,In water, eight minutes.,1"), r"has 4 fields in line 3, but 3 columns .* double quotes"),
+        (RAGGED.format("How?,1"), r"has 2 fields in line 3, but 3 columns"),
         (RAGGED.format('"two\nlines","more\n\n",1\nHow?'), r"has 1 fields in line 7"),
-        (RAGGED.format('How?,"He said ""so"",1'), r"is broken CSV in line 3: unexpected end of data\. Put a field"),
-        (RAGGED.format('How?,"He said \\"so\\"",1'), r"is broken CSV in line 3: ',' expected after '\"'"),
+        (RAGGED.format('How?,"He said ""so"",1'), r"is invalid CSV in line 3: unexpected end of data\. Put each field"),
+        (RAGGED.format('How?,"He said \\"so\\"",1'), r"is invalid CSV in line 3: ',' expected after '\"'"),
         ("prompt,label,prompt\na,1,b\n", r"names the column prompt twice in line 1"),
-        ("prompt,label\n\ra,1\n", r"has a carriage return in line 2 that no double quotes enclose"),
-        ("prompt;label\na;1;b\n", r"has 3 fields in line 2, .* holds a semicolon in double quotes"),
+        ("prompt,label\n\ra,1\n", r"has a carriage return outside of double quotes in line 2"),
+        ("prompt;label\na;1;b\n", r"has 3 fields in line 2, .* contains a semicolon in double quotes"),
         (("prompt,label\né,1\n").encode() + b"\xe9,1\n", r"is not UTF-8 text: byte 0xe9 in line 3"),
         (b"prompt,label\n\x81,1\n", r"is not CP1252 text"),
         ("prompt,label\n".encode("utf-16") + b"\x00\xd8", r"is not UTF-16 text"),
@@ -255,13 +255,13 @@ def test_a_long_field_and_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": 1, "prompt": 2}\n', r"holds an object with 'prompt' twice in line 1"),
-        ('[{"prompt": "a"},\n {"prompt": 1, "prompt": 2}]', r"holds an object with 'prompt' twice in line 2"),
-        ('[{"prompt": "a"}\n{"prompt": "b"}]', r"is broken JSON in line 2, column 1: Expecting ',' delimiter"),
-        ('[{"prompt": "a"},\n]', r"is broken JSON in line 2, column 1: Expecting value"),
-        ('[{"prompt": "a"}', r"is broken JSON in line 1, column 17: the array is not closed"),
-        ('[{"prompt": "a"}]\n[1]', r"is broken JSON in line 2, column 1: something follows the end of the array"),
-        ('[{"prompt": "a"}, 5]', r"holds '5\]' in line 1, where an object"),
+        ('{"prompt": 1, "prompt": 2}\n', r"has an object with the key 'prompt' twice in line 1"),
+        ('[{"prompt": "a"},\n {"prompt": 1, "prompt": 2}]', r"has an object with the key 'prompt' twice in line 2"),
+        ('[{"prompt": "a"}\n{"prompt": "b"}]', r"is invalid JSON in line 2, column 1: Expecting ',' delimiter"),
+        ('[{"prompt": "a"},\n]', r"is invalid JSON in line 2, column 1: Expecting value"),
+        ('[{"prompt": "a"}', r"is invalid JSON in line 1, column 17: the array is not closed"),
+        ('[{"prompt": "a"}]\n[1]', r"is invalid JSON in line 2, column 1: there is text after the end of the array"),
+        ('[{"prompt": "a"}, 5]', r"has '5\]' in line 1; each row must be an object"),
         ('{"prompt": "\\ud800"}\n', r", line 1: prompt has half of a surrogate pair"),
         ("[" * 100_000, r"holds|is"),
     ],
@@ -287,7 +287,7 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, size):
     line = path.read_text().splitlines().index('  "label": 59,') - 2  # counted from 1, of the brace
     assert origin(found, 59).endswith(f"rows.json, line {line}")
     (tmp_path / "broken.json").write_text(path.read_text().replace('"label": 40,', '"label" 40,'))
-    with pytest.raises(ValueError, match=r"is broken JSON in line \d+, column 11: Expecting ':' delimiter"):
+    with pytest.raises(ValueError, match=r"is invalid JSON in line \d+, column 11: Expecting ':' delimiter"):
         read(tmp_path / "broken.json")
 
 
@@ -323,7 +323,7 @@ def test_files_of_a_folder_that_are_in_no_split_are_named(tmp_path, caplog):
     write(tmp_path / "data" / "train.jsonl", lines([row(1)]))
     write(tmp_path / "data" / "more.csv", "prompt,label\na,1\n")
     assert len(read(tmp_path / "data")) == 1
-    assert "more.csv is not in a split, and not read" in caplog.text
+    assert "more.csv is not in a split and is ignored" in caplog.text
 
 
 def test_what_a_readme_says_of_files(tmp_path):
@@ -427,7 +427,7 @@ def test_pairs_can_be_turned_round(tmp_path):
 def test_a_column_of_the_same_name_is_not_read(tmp_path, caplog):
     path = write(tmp_path / "rows.jsonl", lines([row("fine", rating=4)]))
     assert read(path, columns={"label": "rating"})["label"][:] == [4]
-    assert "label: the column of that name is not read, because rating is read as label" in caplog.text
+    assert "label: the column of this name is ignored, because rating is read as label" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_a_column_of_the_same_name_is_not_read(tmp_path, caplog):
         ({"label_map": {"up": None}}, r"label_map has None for 'up'"),
         (
             {"columns": NAMES, "label_map": "up=1"},
-            r"label_map does not name the labels 'Down' \(1 row\) of .*rows\.csv; it names up\. Add them",
+            r"label_map does not contain the labels 'Down' \(1 row\) of .*rows\.csv, only up\. Add the",
         ),
     ],
 )
@@ -475,12 +475,12 @@ def test_names_are_made_once():
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
         ([row("down"), row("up")], "--label_map down=0,up=1"),
-        ([row("0,5")], r"labels with a decimal comma \('0,5'\)\. Write them with a point"),
-        ([{"foo": "a"}], "Needed are prompt, completion and label"),
+        ([row("0,5")], r"labels with a decimal comma \('0,5'\)\. Use a decimal point"),
+        ([{"foo": "a"}], "Rows need prompt, completion and label"),
         ([{"transcript": "a", "rating": 1}], "It looks like red-team data: trl-ulma prepare red-team --input rows"),
         (
             [{"system": "s", "question": "q", "chosen": "To solve a", "rejected": "To solve b"}],
-            "column question would not be read. .* --columns prompt=question",
+            "column question would be ignored. .* --columns prompt=question",
         ),
     ],
 )
@@ -493,9 +493,9 @@ def test_what_fits_is_proposed(tmp_path, rows, message, streaming):
 def test_text_that_is_not_read_is_said(tmp_path):
     pairs = [{"about": "a text of its own", "id": "x1", "chosen": "To be", "rejected": "Not to be"}]
     splits = load_rows(write(tmp_path / "rows.jsonl", lines(pairs)))
-    assert check_splits(splits, "rows.jsonl") == ["rows.jsonl: the text in column about is not read."]
+    assert check_splits(splits, "rows.jsonl") == ["rows.jsonl: the text in column about is ignored."]
     splits = load_rows(write(tmp_path / "more.jsonl", lines([row(1, system="Be kind.")])))
-    assert check_splits(splits, "more.jsonl") == ["more.jsonl: the text in column system is not read."]
+    assert check_splits(splits, "more.jsonl") == ["more.jsonl: the text in column system is ignored."]
     chat = {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}
     assert check_splits(load_rows(write(tmp_path / "chat.jsonl", lines([chat | {"question": "a"}]))), "x") == []
 

@@ -1,1 +1,1 @@
-"""Raw rows in, point-wise rows out: one file a family of data sets."""
+"""Converts raw rows to pointwise rows, with one file per family of datasets."""

@@ -1,8 +1,8 @@
-"""What an adapter is, and the table of those there are.
+"""Adapters for families of datasets, and the table of all families.
 
-A new family is a file with a generator over raw rows and its `Adapter`, and a line in `FAMILIES`; the command, its
-help, the checks and the report follow from these. The generator yields a `row` for each answer that can be learned
-from, and `LeftOut` for each that cannot, so that every answer is accounted for.
+To add a family, add a file with a generator over raw rows and its `Adapter`, and a line in `FAMILIES`. The command, its
+help, the checks and the report use these. The generator yields a `row` for each answer that is valid for training, and
+`LeftOut` for each other answer, so that every answer is accounted for.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +12,10 @@ from typing import Any
 
 from trl_ulma.data.columns import number
 
-# name: (where its Adapter is, what it reads)
+# name: (location of its Adapter, description of the data)
 FAMILIES = {
     "hh": ("trl_ulma.data.hh:HH", "HH-RLHF: `chosen` and `rejected` transcripts"),
-    "golden-hh": ("trl_ulma.data.hh:GOLDEN_HH", "Golden HH: the same, where `chosen` is a demonstration"),
+    "golden-hh": ("trl_ulma.data.hh:GOLDEN_HH", "Golden HH: like HH-RLHF, but `chosen` is a demonstration"),
     "qa-feedback": ("trl_ulma.data.qa_feedback:QA_FEEDBACK", "QA-feedback: flawed answers and their corrections"),
     "red-team": ("trl_ulma.data.red_team:RED_TEAM", "red-team attempts: a `transcript` and its `rating`, 0 to 4"),
     "votes": ("trl_ulma.data.votes:VOTES", "questions and voted answers: StackExchange preferences, SHP"),
@@ -25,26 +25,29 @@ FAMILIES = {
         "answers to imitate: `prompt` and `completion`, or `messages`",
     ),
     "kto": ("trl_ulma.data.kto:KTO", "kto-mix, unpaired preferences: `prompt`, `completion` and `label`"),
-    "messages": ("trl_ulma.data.labelled_messages:MESSAGES", "`messages` and a `label` of the last answer"),
-    "turns": ("trl_ulma.data.labelled_messages:TURNS", "`messages` in which each answer has a `label` of its own"),
+    "messages": ("trl_ulma.data.labelled_messages:MESSAGES", "`messages` and a `label` for the last answer"),
+    "turns": ("trl_ulma.data.labelled_messages:TURNS", "`messages` in which each answer has its own `label`"),
     "sharegpt": ("trl_ulma.data.sharegpt:SHAREGPT", "`conversations` of turns with `from` and `value`"),
     "alpaca": ("trl_ulma.data.alpaca:ALPACA", "`instruction`, `input` and `output`"),
     "stepwise": (
         "trl_ulma.data.stepwise:STEPWISE",
-        "TRL's step-wise supervision: `completions` and `labels`, one a step",
+        "TRL's stepwise supervision: `completions` and `labels`, one per step",
     ),
     "helpsteer": ("trl_ulma.data.helpsteer:HELPSTEER", "HelpSteer2: a `response` and its ratings, 0 to 4"),
     "ultrafeedback": (
         "trl_ulma.data.ultrafeedback:ULTRAFEEDBACK",
         "UltraFeedback: rated `completions` of an `instruction`",
     ),
-    "oasst": ("trl_ulma.data.oasst:OASST", "OpenAssistant: trees of messages, or the messages one by one"),
-    "pku-saferlhf": ("trl_ulma.data.pku_saferlhf:PKU_SAFERLHF", "PKU-SafeRLHF: two responses, whether each is safe"),
-    "beavertails": ("trl_ulma.data.beavertails:BEAVERTAILS", "BeaverTails: a `response`, and `is_safe`"),
+    "oasst": ("trl_ulma.data.oasst:OASST", "OpenAssistant: trees of messages, or single messages"),
+    "pku-saferlhf": (
+        "trl_ulma.data.pku_saferlhf:PKU_SAFERLHF",
+        "PKU-SafeRLHF: two responses, each safe or not",
+    ),
+    "beavertails": ("trl_ulma.data.beavertails:BEAVERTAILS", "BeaverTails: a `response` and `is_safe`"),
     "arena": ("trl_ulma.data.arena:ARENA", "Chatbot Arena: two conversations and a vote, with ties"),
     "nectar": ("trl_ulma.data.nectar:NECTAR", "Nectar: ranked `answers` to a transcript"),
-    "webgpt": ("trl_ulma.data.webgpt:WEBGPT", "WebGPT comparisons: two answers with a score each, −1 to 1"),
-    "tldr": ("trl_ulma.data.tldr:TLDR", "summarize from feedback: compared summaries, or rated ones"),
+    "webgpt": ("trl_ulma.data.webgpt:WEBGPT", "WebGPT comparisons: two answers, each with a score from −1 to 1"),
+    "tldr": ("trl_ulma.data.tldr:TLDR", "summarize from feedback: compared or rated summaries"),
     "stack-exchange-paired": (
         "trl_ulma.data.stack_exchange_paired:STACK_EXCHANGE_PAIRED",
         "`question`, the better `response_j` and the worse `response_k`",
@@ -54,10 +57,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An answer that becomes no row.
+    """An answer that is left out.
 
     Attributes:
-        why: the reason, in the same words for all answers that it is true of, so that they can be counted.
+        why: the reason. It has the same wording for all answers that it applies to, so that they can be counted.
     """
 
     why: str
@@ -65,10 +68,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Noted:
-    """Something that was found on the way and changes no count.
+    """A finding that does not affect the number of rows.
 
     Attributes:
-        what: the finding, in the same words wherever it is found.
+        what: the finding. It always has the same wording.
     """
 
     what: str
@@ -79,12 +82,12 @@ Outcome = dict[str, Any] | LeftOut | Noted
 
 @dataclass(frozen=True)
 class Adapter:
-    """How one family of data sets is read.
+    """How to read one family of datasets.
 
     Attributes:
-        read: raw rows and the options by keyword → an outcome an answer.
-        needs: the layouts it knows, each the columns that it needs.
-        refuses: columns that say that the file is of another kind.
+        read: takes raw rows and the options as keyword arguments, and yields one outcome per answer.
+        needs: the supported layouts, each as the columns that it needs.
+        refuses: columns that show that the data is of another family.
         options: command-line flag → the arguments of argparse's `add_argument`.
     """
 
@@ -94,7 +97,7 @@ class Adapter:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def reads(self, columns: Any) -> bool:
-        """Whether a data set with these columns is of this family.
+        """Whether a dataset with these columns is of this family.
 
         Example:
             >>> find("pairs").reads(["chosen", "rejected"]), find("hh").reads(["prompt", "completion"])
@@ -123,7 +126,7 @@ def row(
     demonstration: bool = False,
     label_type: str = "binary",
 ) -> dict[str, Any]:
-    """A point-wise row. A text is one turn.
+    """A pointwise row. A text becomes one turn.
 
     Example:
         >>> row("Hi", "Hello!", 1.0)["completion"]
@@ -139,7 +142,7 @@ def row(
 
 
 def as_number(value: Any) -> int | float | None:
-    """The number that a value is, or that its text says (all of a CSV file is text), or None.
+    """A value, or its text, as a number. None if it is not a number. (All values in CSV files are text.)
 
     Example:
         >>> as_number(4), as_number("0.5"), as_number(True), as_number("N/A")
@@ -150,7 +153,7 @@ def as_number(value: Any) -> int | float | None:
 
 
 def as_bool(value: Any) -> bool | None:
-    """The truth value that a value is, or that its text says, or None; 0 and 1 are truth values.
+    """A value, or its text, as a bool. None if it is neither a bool nor 0 or 1.
 
     Example:
         >>> as_bool(True), as_bool("false"), as_bool(1), as_bool("perhaps")
@@ -161,20 +164,20 @@ def as_bool(value: Any) -> bool | None:
 
 
 def labelled(prompt: Any, completion: Any, label: Any, *, label_type: str = "binary", liked: bool = False) -> "Outcome":
-    """A point-wise row with the label that the data have, or why there is none.
+    """A pointwise row with the label of the data, or the reason why there is none.
 
     Args:
         prompt: text, a transcript, or messages.
-        completion: the same.
-        label: a number or a truth value.
-        label_type: of the label. Binary labels of 1 are demonstrations.
-        liked: binary labels of 1 are no demonstrations.
+        completion: text, a transcript, or messages.
+        label: a number or a bool.
+        label_type: the type of the label. Answers with the binary label 1 are demonstrations.
+        liked: answers with the binary label 1 are not demonstrations.
 
     Example:
         >>> labelled("Hi", "Hello!", "up")
         LeftOut(why='its label is not a number')
     """
-    from trl_ulma.data.conversations import as_messages  # which reads labels, too
+    from trl_ulma.data.conversations import as_messages  # imported here, because it imports labels
 
     value = as_number(label)
     if value is None:
@@ -183,7 +186,7 @@ def labelled(prompt: Any, completion: Any, label: Any, *, label_type: str = "bin
             return LeftOut("its label is not a number")
         value = float(truth)
     if label_type == "binary" and not 0 <= value <= 1:
-        return LeftOut("its label is outside [0, 1], where binary labels lie: set --label_type continuous")
+        return LeftOut("its label is outside [0, 1], the range of binary labels: set --label_type continuous")
     try:
         prompt, completion = as_messages(prompt, completion)
     except ValueError as error:
@@ -195,20 +198,21 @@ def labelled(prompt: Any, completion: Any, label: Any, *, label_type: str = "bin
 LIKED = {
     "--liked": {
         "action": "store_true",
-        "help": "answers with label 1 are liked, not demonstrations: ULMA then compares them, too",
+        "help": "treat answers with label 1 as liked, not as demonstrations, so that ULMA also compares them",
     }
 }
 LABELLED = LIKED | {
     "--label_type": {
         "choices": ("binary", "continuous"),
         "default": "binary",
-        "help": "binary: labels from 0 to 1; continuous: any number, higher is better (default: %(default)s)",
+        "help": "type of the labels: binary (0 to 1) or continuous (any number, higher is better) (default: "
+        "%(default)s)",
     }
 }
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an int or a float, as it is in the data: no bool, no text.
+    """Whether a value is an int or a float, and not a bool or text.
 
     Example:
         >>> is_number(0.5), is_number("4.0")

@@ -1,4 +1,4 @@
-"""Alpaca's layout: an instruction, perhaps with an input, and its output."""
+"""Alpaca's layout: an instruction, an optional input, and an output."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,13 +7,13 @@ from trl_ulma.data.adapters import LABELLED, Adapter, LeftOut, Outcome, labelled
 
 
 def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
-    r"""One row an output: the prompt is the instruction and, two lines below, the input.
+    r"""One row per output. The prompt is the instruction, followed by an empty line and the input.
 
     Args:
-        rows: `instruction`, `output`, and perhaps `input`, `system`, and `history`, a list of questions and answers;
-            with a `label` (or `kto_tag`), or without: then outputs are demonstrations.
-        label_type: of the labels. Binary labels of 1 are demonstrations.
-        liked: binary labels of 1 are no demonstrations.
+        rows: `instruction` and `output`. Optional columns are `input`, `system`, `history` (a list of questions and
+            answers), and `label` or `kto_tag`. Without a label, outputs are demonstrations.
+        label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
+        liked: answers with the binary label 1 are not demonstrations.
 
     Example:
         >>> [outcome] = alpaca([{"instruction": "Add.", "input": "2 + 2", "output": "4"}])

@@ -1,4 +1,4 @@
-"""Chatbot Arena: two conversations with the same questions, and a vote, which may be a tie."""
+"""Chatbot Arena: two conversations with the same questions, and a vote, which can be a tie."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,17 +11,19 @@ from trl_ulma.labels import is_messages
 # vote: the labels of A and B
 VOTES = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0), "tie": (0.5, 0.5), "tie (bothbad)": (0.0, 0.0)}
 TIES = ("half", "leave_out")
-NO_VOTE = "its vote is none of " + ", ".join(VOTES)
+NO_VOTE = "its vote is not one of " + ", ".join(VOTES)
 
 
 def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool = False) -> Iterator[Outcome]:
-    """Two rows a vote, with binary labels: 1 for the winner, 0 for the other; ties ½ each, 0 if both were bad.
+    """Two rows per vote, with binary labels: 1 for the winner and 0 for the loser.
+
+    Both answers of a tie have the label ½, or 0 if both were bad.
 
     Args:
         rows: `conversation_a`, `conversation_b` (messages) and `winner`; or `prompt`, `response_a`, `response_b` (lists
-            of texts, also as JSON) and `winner_model_a`, `winner_model_b`, `winner_tie`.
-        ties: "half" or "leave_out", which leaves both answers of a tie out.
-        liked: answers with label 1 are no demonstrations.
+            of texts, which can be JSON text) and `winner_model_a`, `winner_model_b`, `winner_tie`.
+        ties: "half", or "leave_out" to leave out both answers of a tie.
+        liked: answers with label 1 are not demonstrations.
 
     Example:
         >>> a = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -44,7 +46,7 @@ def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool 
             try:
                 conversation = raw[f"conversation_{half}"] if "conversation_a" in raw else _conversation(raw, half)
                 if not is_messages(conversation):
-                    raise ValueError("its conversation is no list of turns with a role and content")
+                    raise ValueError("its conversation is not a list of turns with a role and content")
                 prompt, answer = split_messages(conversation)
             except ValueError as error:
                 yield LeftOut(str(error))
@@ -61,7 +63,7 @@ def _vote(raw: Mapping[str, Any]) -> str | None:
 def _conversation(raw: Mapping[str, Any], half: str) -> list[dict[str, str]]:
     questions, answers = _texts(raw["prompt"]), _texts(raw[f"response_{half}"])
     if len(questions) != len(answers):
-        raise ValueError("its conversation has other numbers of questions and answers")
+        raise ValueError("its conversation has different numbers of questions and answers")
     turns = zip(questions, answers, strict=True)
     return [
         {"role": role, "content": text}
@@ -93,8 +95,8 @@ ARENA = Adapter(
         "--ties": {
             "choices": TIES,
             "default": "half",
-            "help": "half: both answers of a tie have label ½; leave_out: neither is used (default: %(default)s). "
-            "Answers that were both voted bad have label 0",
+            "help": "what to do with ties: half gives both answers the label ½, leave_out leaves both out (default: "
+            "%(default)s). If both answers were voted bad, their label is 0",
         },
     },
 )

@@ -1,4 +1,4 @@
-"""BeaverTails: responses, and whether they are safe."""
+"""BeaverTails: responses, and whether each is safe."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,11 +7,11 @@ from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, la
 
 
 def beavertails(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
-    """One row a response: label 1 if it is safe, else 0.
+    """One row per response, with label 1 if it is safe, else 0.
 
     Args:
         rows: `prompt`, `response` and `is_safe`.
-        liked: safe responses are no demonstrations.
+        liked: safe responses are not demonstrations.
 
     Example:
         >>> [outcome] = beavertails([{"prompt": "Harm!", "response": "Sure.", "is_safe": False}])

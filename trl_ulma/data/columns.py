@@ -1,4 +1,4 @@
-"""The columns that trainers read: what their values are, what they are called in a file, and what labels mean."""
+"""The columns that trainers read: their values, their names in a file, and the meaning of labels."""
 
 import ast
 import difflib
@@ -16,19 +16,19 @@ TEXTS = ("prompt", "completion", "chosen", "rejected")
 NUMBERS = ("label", "weight", "log_z", "trials")
 OTHERS = ("sft_mask", "label_type", "tools", "chat_template_kwargs", "image", "images")
 READ = (*TEXTS, *NUMBERS, *OTHERS)
-# What a CSV file may hold as JSON
+# Columns that can be JSON text in a CSV file
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-_DIGITS = 18  # of an int of 64 bits
+_DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _WORDS = {"true": True, "false": False}
 
 Notice = Callable[[str], None]
 
 
 def number(text: str) -> bool | int | float | None:
-    """The number or truth value that a text is, or None if it is none.
+    """A text as a number or bool. None if it is neither.
 
     Example:
         >>> number("4"), number(" 0.5"), number("True"), number("4 stars"), number("nan")
@@ -45,17 +45,19 @@ def number(text: str) -> bool | int | float | None:
 
 
 def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) -> Any:
-    """A value of a column as trainers read that column; anything else stays as it is, for them to refuse.
+    """A value of a column, converted to the type that trainers read.
+
+    Values that cannot be converted are returned unchanged, and trainers raise an error for them.
 
     Args:
-        name: of the column.
-        value: as the file has it.
-        notice: called with what was read as something else.
-        is_cell: whether it is the text of a CSV field, which is all that such a file has for numbers and lists.
+        name: the name of the column.
+        value: the value in the file.
+        notice: called with a message if the value was converted.
+        is_cell: whether the value is a CSV field. CSV files store numbers and lists as text.
 
     Example:
         >>> read_value("label", "4", print)
-        label: numbers that are written as text are read as numbers
+        label: numbers that are stored as text are converted to numbers
         4
         >>> read_value("sft_mask", 1, print), read_value("completion", "4", print), read_value("label", "up", print)
         (True, '4', 'up')
@@ -66,14 +68,14 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
         if name in CONVERSATIONS and value.startswith("[{") and value.endswith("}]"):
             found = _messages(value)
             if found is not None:
-                notice(f"{name}: lists that are written as text are read as lists")
+                notice(f"{name}: lists that are stored as text are converted to lists")
                 return found
     if name in NUMBERS or name == "sft_mask":
         if isinstance(value, str):
             found = number(value)
             if found is not None:
                 if not is_cell:
-                    notice(f"{name}: numbers that are written as text are read as numbers")
+                    notice(f"{name}: numbers that are stored as text are converted to numbers")
                 value = found
         elif isinstance(value, Decimal):
             value = int(value) if value == value.to_integral_value() else float(value)
@@ -83,7 +85,7 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
 
 
 def _messages(text: str) -> list[Any] | None:
-    for parse in (json.loads, ast.literal_eval):  # as json.dumps and as repr write a list
+    for parse in (json.loads, ast.literal_eval):  # json.dumps or repr wrote the list
         try:
             found = parse(text)
         except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
@@ -94,11 +96,11 @@ def _messages(text: str) -> list[Any] | None:
 
 @dataclass(frozen=True)
 class Names:
-    """What columns and labels are called in a file.
+    """The names of columns and labels in a file.
 
     Attributes:
-        columns: column that is read → what the file calls it.
-        label_map: label in the file, as text → the number that it means.
+        columns: column that trainers read → its name in the file.
+        label_map: label in the file, as text → its number.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -106,10 +108,10 @@ class Names:
 
     @classmethod
     def of(cls, columns: str | Mapping[str, str] | None, label_map: str | Mapping[Any, Any] | None) -> "Names":
-        """Names from what users write: `prompt=question,label=rating` and `up=1,down=0`, or mappings.
+        """Names from settings such as `prompt=question,label=rating` and `up=1,down=0`, or from mappings.
 
         Raises:
-            ValueError: if one is written otherwise.
+            ValueError: if a setting has another form.
 
         Example:
             >>> Names.of("prompt=question, label=rating", {"up": 1, "down": 0})
@@ -121,7 +123,7 @@ class Names:
                 raise ValueError(f"columns has {ours!r}: {theirs!r}; it must map names of columns to names of columns.")
         twice = [theirs for theirs, count in Counter(named.values()).items() if count > 1]
         if twice:
-            raise ValueError(f"columns names {twice[0]!r} twice; a column can be read as one thing only.")
+            raise ValueError(f"columns names {twice[0]!r} twice. Each column of the file can only be used once.")
         meanings: dict[str, bool | int | float] = {}
         for label, meaning in _entries(label_map, "label_map", "up=1,down=0", str.rpartition).items():
             found = number(meaning) if isinstance(meaning, str) else meaning
@@ -133,7 +135,7 @@ class Names:
         return cls(named, meanings)
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row under the names that are read. A column that another one is read as is left out.
+        """The row with its columns renamed. If a renamed column has the name of another one, the other is dropped.
 
         Example:
             >>> Names.of("label=rating", None).row({"rating": 4, "label": "good"})
@@ -146,7 +148,7 @@ class Names:
         return {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row} | kept
 
     def check(self, there: Sequence[str]) -> None:
-        """Raise ValueError, beginning with "has", if a column that is to be read is not among those that there are."""
+        """Raise ValueError if a column is missing in `there`. The message begins with "has"."""
         for theirs in self.columns.values():
             if theirs not in there:
                 near = difflib.get_close_matches(theirs, there, n=1)
@@ -154,7 +156,7 @@ class Names:
                 raise ValueError(f"has no column {theirs}; its columns are {', '.join(there)}.{hint}")
 
     def label(self, value: Any, unknown: Counter) -> Any:
-        """What a label means; one that `label_map` does not name stays, and is counted.
+        """The number of a label. A label that `label_map` does not name is returned unchanged and counted.
 
         Example:
             >>> Names.of(None, "up=1,down=0").label("Up ", Counter())
@@ -192,20 +194,23 @@ def _label_key(value: Any) -> str:
 
 
 def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -> str | None:
-    """A sentence that says which labels `label_map` does not name, or None if it names all.
+    """An error message that lists the labels that `label_map` lacks, or None if it has all.
 
     Example:
         >>> unknown_labels(Counter(up=2), {"good": 1}, "a.csv")
-        "label_map does not name the labels 'up' (2 rows) of a.csv; it names good. Add them."
+        "label_map does not contain the labels 'up' (2 rows) of a.csv, only good. Add the missing labels."
     """
     if not unknown:
         return None
     found = ", ".join(f"{label!r} ({count:,} row{'s' * (count > 1)})" for label, count in unknown.most_common(10))
     more = f" and {len(unknown) - 10:,} more" if len(unknown) > 10 else ""
-    return f"label_map does not name the labels {found}{more} of {where}; it names {', '.join(label_map)}. Add them."
+    return (
+        f"label_map does not contain the labels {found}{more} of {where}, only {', '.join(label_map)}. Add the missing "
+        "labels."
+    )
 
 
-# What columns are called elsewhere, the likeliest first
+# Common other names of columns, the most likely first
 _CALLED = {
     "prompt": ("question", "instruction", "query", "input", "problem", "context", "post", "user", "request", "message"),
     "completion": ("response", "answer", "output", "reply", "generation", "completions", "assistant", "generated"),
@@ -219,13 +224,13 @@ _CALLED = {
 
 
 def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
-    """Which other columns look like prompt, completion and label, or chosen and rejected.
+    """The columns that look like prompt, completion and label, or like chosen and rejected.
 
     Args:
         columns: name → the values of a few rows.
 
     Returns:
-        Column that is read and not there → the column that looks like it.
+        Missing column → the column that looks like it.
 
     Example:
         >>> proposed({"question": ["Why?"], "completion": ["So."], "rating": [4]})
@@ -266,16 +271,16 @@ def _may_be(name: str, values: Sequence[Any]) -> bool:
 
 
 def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_label: bool = True) -> list[str]:
-    """Check that rows have the columns that are read; what is to be said of columns that are not.
+    """Check that rows have the columns that trainers read. Returns warnings about ignored columns.
 
     Args:
         columns: name → the values of a few rows.
-        where: the data set's name.
-        needs_label: whether rows of one answer need a label.
+        where: the name of the dataset.
+        needs_label: whether rows of single answers need a label.
 
     Raises:
-        ValueError: if a column is missing, labels are words, or pairs have a question that would not be read. The
-            message proposes `--columns` or `--label_map`, or the family that `trl-ulma prepare` reads.
+        ValueError: if a column is missing, if labels are words, or if pairs have a question that would be ignored. The
+            message suggests `--columns`, `--label_map`, or the family for `trl-ulma prepare`.
 
     Example:
         >>> check_readable({"question": ["Why?"], "completion": ["So."], "rating": [4]}, "rows.csv")
@@ -302,14 +307,14 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
     if words and not is_paired:
         shown = ", ".join(map(repr, words[:5]))
         if any(_DECIMAL_COMMA.fullmatch(word.strip()) for word in words):
-            raise ValueError(f"{where} has labels with a decimal comma ({shown}). Write them with a point, as in 0.5.")
+            raise ValueError(f"{where} has labels with a decimal comma ({shown}). Use a decimal point, as in 0.5.")
         raise ValueError(
-            f"{where} has labels that are words ({shown}). Say which numbers they mean: --label_map {_meanings(words)}"
+            f"{where} has labels that are words ({shown}). Map them to numbers: --label_map {_meanings(words)}"
         )
     if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
         raise ValueError(
-            f"{where} has pairs without a prompt, and its column {likely['prompt']} would not be read. If that is the "
-            f"prompt, set --columns prompt={likely['prompt']}; if not, remove the column."
+            f"{where} has pairs without a prompt, and its column {likely['prompt']} would be ignored. If it is the "
+            f"prompt, set --columns prompt={likely['prompt']}. If not, remove the column."
         )
     unread = [
         name for name in names if name.lower() in ("system", "system_prompt") and _may_be("prompt", columns[name])
@@ -322,10 +327,10 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
         ]
     if not unread:
         return []
-    return [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is not read."]
+    return [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored."]
 
 
-# What labels of two kinds are called
+# Common words for good and bad labels
 _GOOD = frozenset(
     (
         "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
@@ -341,7 +346,7 @@ _BAD = frozenset(
 
 
 def _meanings(words: Sequence[str]) -> str:
-    """What to write after `--label_map`: numbers for words that say which is better.
+    """The value to suggest for `--label_map`, with numbers for known words.
 
     Example:
         >>> _meanings(["down", "up"]), _meanings(["very good", "poor"])
@@ -355,14 +360,14 @@ def _meanings(words: Sequence[str]) -> str:
 
 
 def _families(columns: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The families of `trl-ulma prepare` that have such columns."""
+    """The families of `trl-ulma prepare` that have these columns."""
     from trl_ulma.data.adapters import FAMILIES, find
 
     return [name for name in FAMILIES if find(name).reads(columns)]
 
 
 def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether pairs are texts without a marker of where their prompt ends."""
+    """Whether pairs are texts without a marker at the end of their prompt."""
     from trl_ulma.data.conversations import is_transcript
 
     halves = [value for name in ("chosen", "rejected") for value in columns[name]]
@@ -372,7 +377,7 @@ def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
 def _proposal(likely: Mapping[str, str]) -> str:
     if not likely:
         return (
-            "Needed are prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
+            "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
             "columns with --columns, as in --columns prompt=question,completion=response,label=rating"
         )
     (first, theirs), *others = likely.items()

@@ -1,4 +1,4 @@
-r"""Transcripts of `\n\nHuman:` and `\n\nAssistant:` turns, plain texts and messages: what is prompt, what is answer."""
+r"""Splits transcripts with `\n\nHuman:` and `\n\nAssistant:` turns, plain texts and messages into prompt and answer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def is_transcript(text: str) -> bool:
 
 
 def is_whole_transcript(text: Any) -> bool:
-    r"""Whether a text is a transcript that begins with a human turn, and not with what follows a prompt.
+    r"""Whether a text is a transcript that begins with a human turn, and not just the continuation of a prompt.
 
     Example:
         >>> is_whole_transcript("\n\nHuman: Hi\n\nAssistant: Hello!"), is_whole_transcript("\n\nAssistant: Hello!")
@@ -30,7 +30,7 @@ def is_whole_transcript(text: Any) -> bool:
 
 
 def check_repeats(transcript: str, prompt: Any) -> None:
-    r"""Raise ValueError where a whole transcript does not say its prompt again, which can be left out where it does.
+    r"""Raise ValueError unless a whole transcript repeats its prompt, so that the prompt column is not needed.
 
     Example:
         >>> check_repeats("\n\nHuman: Hi\n\nAssistant: Hello!", "\n\nHuman: Hi\n\nAssistant:")
@@ -40,14 +40,14 @@ def check_repeats(transcript: str, prompt: Any) -> None:
         asked = (turn["content"].strip() for turn in parse_transcript(transcript) if turn["role"] == "user")
         if transcript.strip().startswith(prompt.strip()) or prompt.strip() in asked:
             return
-    raise ValueError("it is a transcript from its first turn on, and its prompt is not in it")
+    raise ValueError("it is a whole transcript that does not contain its prompt")
 
 
 def split_transcript(text: str) -> tuple[str, str]:
-    r"""A transcript cut at its last assistant turn: (prompt up to and with the marker, completion).
+    r"""A transcript split at its last assistant turn: (prompt including the marker, completion).
 
     Raises:
-        ValueError: where the text has no assistant turn, or ends in a human one.
+        ValueError: if the text has no assistant turn, or ends in a human turn.
 
     Example:
         >>> split_transcript("\n\nHuman: Hi\n\nAssistant: Hello!")
@@ -55,7 +55,7 @@ def split_transcript(text: str) -> tuple[str, str]:
     """
     marks = list(_TURN.finditer(text))
     if not any(mark[1] == "Assistant" for mark in marks):
-        raise ValueError("no assistant turn in it")
+        raise ValueError("it has no assistant turn")
     if marks[-1][1] == "Human":
         raise ValueError("it ends in a human turn")
     cut = marks[-1].end()
@@ -63,13 +63,13 @@ def split_transcript(text: str) -> tuple[str, str]:
 
 
 def parse_transcript(text: str) -> list[dict[str, str]]:
-    r"""The turns of a transcript as messages, with every text as it was.
+    r"""The turns of a transcript as messages, with unchanged texts.
 
-    A marker is `Human:` or `Assistant:` after an empty line (or at the start), with the one space that follows it.
-    All else is the turn's text: further spaces, line ends before the next marker, and `Human:` within a line.
+    A marker is `Human:` or `Assistant:` after an empty line (or at the start), including one space after it. All else
+    belongs to the text of the turn: further spaces, line breaks before the next marker, and `Human:` within a line.
 
     Raises:
-        ValueError: where the text has no turn, or something before the first.
+        ValueError: if the text has no turn, or if there is text before the first turn.
 
     Example:
         >>> parse_transcript("\n\nHuman: Who says Human: ?\n\nAssistant: I do.\n")
@@ -77,7 +77,7 @@ def parse_transcript(text: str) -> list[dict[str, str]]:
     """
     marks = list(_TURN.finditer(text))
     if not marks:
-        raise ValueError("it is no transcript of `Human:` and `Assistant:` turns")
+        raise ValueError("it is not a transcript with `Human:` and `Assistant:` turns")
     if text[: marks[0].start()].strip():
         raise ValueError("it has text before its first turn")
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
@@ -88,10 +88,10 @@ def parse_transcript(text: str) -> list[dict[str, str]]:
 
 
 def split_turns(transcript: Any) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    r"""(prompt, completion) of a transcript as messages: all turns but the last, and the last, an assistant's.
+    r"""The (prompt, completion) of a transcript as messages. The completion is the last turn, which is an assistant's.
 
     Raises:
-        ValueError: where it is no such transcript, or has no answer at its end.
+        ValueError: if it is not such a transcript, or if it does not end in an answer.
 
     Example:
         >>> split_turns("\n\nHuman: Hi\n\nAssistant: Hello!")
@@ -105,7 +105,7 @@ def split_turns(transcript: Any) -> tuple[list[dict[str, str]], list[dict[str, s
 
 
 def names_in_text(turns: Sequence[Mapping[str, str]]) -> bool:
-    """Whether a turn's text holds `Human:` or `Assistant:`, which may be a turn that the transcript runs into another.
+    """Whether the text of a turn contains `Human:` or `Assistant:`, which can be another turn without an empty line.
 
     Example:
         >>> names_in_text([{"role": "user", "content": "Is it so?  Human: And this?"}])
@@ -115,12 +115,13 @@ def names_in_text(turns: Sequence[Mapping[str, str]]) -> bool:
 
 
 def as_messages(prompt: Any, completion: Any) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    r"""A prompt and its completion, each text or messages, as messages; texts stay as they are.
+    r"""A prompt and its completion, each text or messages, as messages with unchanged texts.
 
-    A prompt that is a transcript, open at its end, becomes its turns. Any other text is one turn.
+    A prompt that is a transcript with an open assistant turn at its end becomes several turns. Any other text becomes
+    one turn.
 
     Raises:
-        ValueError: where one is neither text nor messages, or a message holds more than text.
+        ValueError: if one is neither text nor messages, or if a message contains more than text.
 
     Example:
         >>> as_messages("Hi", "Hello!")
@@ -147,7 +148,7 @@ def _plain(value: Any, role: str, name: str) -> list[dict[str, str]]:
     return [_turn(turn) for turn in value]
 
 
-# What a message may hold that has no place in prepared rows; other plain keys, as `name` and `weight`, are kept
+# Keys of messages that prepared rows do not support. Other keys with plain values, such as `name`, are kept.
 _MORE_THAN_TEXT = frozenset(
     ("tool_calls", "tool_call_id", "function_call", "images", "audio", "reasoning_content", "reasoning", "thinking")
 )
@@ -161,10 +162,10 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
     others = {key: turn[key] for key in _present(turn) if key not in ("role", "content")}
     is_plain = all(isinstance(value, str | int | float) for value in others.values())
     if not isinstance(content, str) or not is_plain or _MORE_THAN_TEXT.intersection(others):
-        raise ValueError("a turn of it holds something else than text, as tool calls or images")
+        raise ValueError("one of its turns contains more than text, such as tool calls or images")
     return {"role": turn["role"], "content": content, **others}
 
 
 def _present(value: Any) -> list[str]:
-    """The keys that have a value: Arrow gives every message the keys of all."""
+    """The keys that have a value. (Arrow gives every message the keys of all messages.)"""
     return [key for key, each in value.items() if each is not None] if isinstance(value, Mapping) else []

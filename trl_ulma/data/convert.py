@@ -1,4 +1,4 @@
-"""From raw rows to a data set of point-wise rows, with an account of every answer."""
+"""Converts raw rows to a dataset of pointwise rows, and accounts for every answer."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -24,17 +24,17 @@ FEATURES = {
     "log_z": Value("float64"),
     "weight": Value("float64"),
 }
-SAME_SPEAKER = "two turns of one speaker in a row, which some chat templates refuse"
+SAME_SPEAKER = "two consecutive turns of the same speaker, which some chat templates do not support"
 _CHUNK = 10_000
 
 
 @dataclass
 class Found:
-    """How often something was found.
+    """The number of times that something was found.
 
     Attributes:
-        count: how often.
-        first_row: the number of the first raw row that it was found in.
+        count: the number of times.
+        first_row: the number of the first raw row with this finding.
     """
 
     count: int
@@ -43,13 +43,13 @@ class Found:
 
 @dataclass
 class Account:
-    """What became of the raw rows: `answers` is `rows_out` and all that was left out.
+    """An account of the conversion. `answers` is the sum of `rows_out` and all answers that were left out.
 
     Attributes:
-        rows_in: raw rows.
-        rows_out: point-wise rows.
-        left_out: reason → how many answers.
-        noted: what was found and left as it is → how often.
+        rows_in: the number of raw rows.
+        rows_out: the number of pointwise rows.
+        left_out: reason → number of answers.
+        noted: finding that did not change a row → number of times.
     """
 
     rows_in: int = 0
@@ -59,30 +59,30 @@ class Account:
 
     @property
     def answers(self) -> int:
-        """Answers in the raw rows."""
+        """The number of answers in the raw rows."""
         return self.rows_out + sum(found.count for found in self.left_out.values())
 
     def add(self, to: dict[str, Found], what: str) -> None:
-        """Count a finding in the raw row that is being read."""
+        """Count a finding in the current raw row."""
         to.setdefault(what, Found(0, self.rows_in - 1)).count += 1
 
 
 def convert(
     family: str, rows: Dataset | IterableDataset, *, alternating: bool = False, **options: Any
 ) -> tuple[Dataset, Account]:
-    r"""The point-wise rows of a raw data set, in memory, and the account of what became of it.
+    r"""The pointwise rows of a raw dataset, in memory, and an account of the conversion.
 
-    Columns are `prompt` and `completion` (messages), `label`, `sft_mask`, `label_type`, and for pairs `log_z` and
-    `weight` where they have them: what every trainer here takes.
+    The columns are `prompt` and `completion` (messages), `label`, `sft_mask`, `label_type`, and, for pairs that have
+    them, `log_z` and `weight`. Both trainers accept these rows.
 
     Args:
         family: a name in `FAMILIES`.
-        rows: raw rows, all at hand or streamed.
-        alternating: leave out conversations in which one speaker has two turns in a row.
-        options: the family's own; see its function.
+        rows: raw rows, as a dataset or a stream.
+        alternating: whether to leave out conversations in which a speaker has two consecutive turns.
+        options: the options of the family, see its function.
 
     Raises:
-        ValueError: where the columns are not this family's, or no row comes out.
+        ValueError: if the columns do not match the family, or if there is no valid row.
 
     Example:
         >>> raw = Dataset.from_dict({"transcript": ["\n\nHuman: Harm!\n\nAssistant: No."], "rating": [3.0]})
@@ -94,7 +94,7 @@ def convert(
     stream = iter(rows)
     first = next(stream, None)
     if first is None:
-        raise ValueError("The data set holds no rows.")
+        raise ValueError("The dataset contains no rows. Pass at least one row.")
     _check_columns(family, adapter, first)
 
     def counted() -> Iterator[Mapping[str, Any]]:
@@ -132,17 +132,18 @@ def convert(
         parts.append(_dataset(chunk, keys))
     if not parts:
         raise ValueError(
-            f"No point-wise row came out of {account.rows_in:,} raw rows: {reasons(account)}. Is it {family} data?"
+            f"None of the {account.rows_in:,} raw rows could be converted: {reasons(account)}. Check that this is "
+            f"{family} data."
         )
     features = max((part.features for part in parts), key=lambda each: len(str(each)))
     if any(kind == "json" or part.features != features for part in parts for kind in keys.values()):
-        # Keys of messages, or their types, that only a later row has
+        # Only later rows have some keys of messages, or their types
         parts = [_dataset(part.to_list(), keys) for part in parts]
     return concatenate_datasets(parts), account
 
 
 def reasons(account: Account) -> str:
-    """Why answers were left out, in a line.
+    """The reasons why answers were left out, in one line.
 
     Example:
         >>> reasons(Account(3, 1, {"its answer is empty": Found(2, 1)}))
@@ -160,19 +161,19 @@ def _check_columns(family: str, adapter: Adapter, first: Mapping[str, Any]) -> N
         return
     refused = [name for name in adapter.refuses if name in columns]
     needed = " or ".join(", ".join(layout) for layout in adapter.needs)
-    fault = f"not {refused[0]}" if refused else f"the columns {needed}"
+    fault = f"not have the column {refused[0]}" if refused else f"have the columns {needed}"
     others = [name for name in FAMILIES if name != family and find(name).reads(columns)]
     likely = proposed({name: [value] for name, value in first.items()})
     hint = f" It looks like {' or '.join(others)}." if others else ""
     if {"prompt", "completion", "label"} <= set(columns):
-        hint = " These are point-wise rows already: train on them as they are."
+        hint = " These are already pointwise rows. Train on them directly."
     elif not refused and any(set(layout) <= {*likely, *columns} for layout in adapter.needs):
-        hint = f" Perhaps you mean --columns {','.join(f'{ours}={theirs}' for ours, theirs in likely.items())}"
-    raise ValueError(f"{family} data have {fault}; found {', '.join(columns)}.{hint}")
+        hint = f" Did you mean --columns {','.join(f'{ours}={theirs}' for ours, theirs in likely.items())}"
+    raise ValueError(f"{family} data must {fault}; found {', '.join(columns)}.{hint}")
 
 
 def _fault(row: Mapping[str, Any]) -> str | None:
-    """Why a row can not be learned from."""
+    """The reason why a row is not valid for training, or None."""
     for name, what in (("prompt", "prompt"), ("completion", "answer")):
         turns = row[name]
         if isinstance(turns, str):
@@ -198,12 +199,12 @@ def _alternates(row: Mapping[str, Any]) -> bool:
 
 
 def _dataset(rows: list[dict[str, Any]], keys: Mapping[str, Kind]) -> Dataset:
-    """Rows as a dataset; `keys` are those that messages have besides role and content."""
+    """Rows as a dataset. `keys` are the keys of messages besides role and content."""
     features = Features({name: FEATURES[name] for name in rows[0]})
     if isinstance(rows[0]["prompt"], str):
         features |= {"prompt": Value("string"), "completion": Value("string")}
     elif keys:
-        mixed = [key for key, kind in keys.items() if kind == "json"]  # what is a number here and text there
+        mixed = [key for key, kind in keys.items() if kind == "json"]  # a number in some rows and text in others
         others = {key: Value("string") if key in mixed else feature_of(kind) for key, kind in keys.items()}
         features |= dict.fromkeys(("prompt", "completion"), List(_TURN | others))
         for turn in (turn for row in rows if mixed for name in ("prompt", "completion") for turn in row[name]):

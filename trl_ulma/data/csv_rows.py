@@ -1,4 +1,4 @@
-"""CSV and TSV files as rows of text: every field as it is written, or an error with its line."""
+"""Reads CSV and TSV files as rows of text. Every field is read exactly, or an error names its line."""
 
 import csv
 from collections.abc import Callable, Collection, Iterator
@@ -8,25 +8,25 @@ from pathlib import Path
 from trl_ulma.data.encodings import encoding_of, opened_text
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
-# csv refuses fields of more than 131,072 characters unless told otherwise, and a long answer has more
+# By default, csv rejects fields of more than 131,072 characters, but long answers can have more
 _LONGEST_FIELD = 2**31 - 1
 
 
 def csv_rows(
     path: Path, known: Collection[str] = (), notice: Callable[[str], None] | None = None
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    r"""(line that the row begins in, column → text of the field), as RFC 4180 reads them.
+    r"""Yield (line that the row begins in, column → text of the field), according to RFC 4180.
 
-    The encoding and the character between fields are recognized. What is not a comma or UTF-8 is told to `notice`.
+    The encoding and the delimiter are detected. If they are not UTF-8 and a comma, `notice` is called.
 
     Args:
         path: the file. Its first line names the columns.
-        known: names of columns, which tell commas, semicolons, tabs and vertical bars apart.
+        known: known column names, which help to detect the delimiter: comma, semicolon, tab or vertical bar.
         notice: called with each finding.
 
     Raises:
-        ValueError: for rows with more or fewer fields than the first line, for quotes that are not closed, and for
-            names that are there twice. The message begins with a verb, and names the line.
+        ValueError: if a row has more or fewer fields than the first line, if a quote is not closed, or if a column name
+            appears twice. The message begins with a verb and names the line.
 
     Example:
         >>> import tempfile
@@ -41,7 +41,7 @@ def csv_rows(
     line = 1
     try:
         with opened_text(path, encoding, newline="") as text:
-            ends: list[str] = ["", ""]  # of the first line, and of the last that was read
+            ends: list[str] = ["", ""]  # the ends of the first line and of the last line read
 
             def numbered() -> Iterator[str]:
                 for each in text:
@@ -52,11 +52,11 @@ def csv_rows(
             names: list[str] = []
             for fields in reader:
                 start, line = line, reader.line_num + 1
-                # A lone carriage return ends the lines of a file, or is a part of a field that lacks its quotes
+                # A single carriage return ends all lines of a file, or is part of a field without quotes
                 if names and ends[1].endswith("\r") and not ends[0].endswith("\r"):
                     raise ValueError(
-                        f"has a carriage return in line {start} that no double quotes enclose. Put the field that "
-                        "holds it in double quotes."
+                        f"has a carriage return outside of double quotes in line {start}. Put the field that contains "
+                        "it in double quotes."
                     )
                 if not fields:  # a blank line
                     continue
@@ -64,29 +64,31 @@ def csv_rows(
                     names, ends[0] = _names(fields, start), ends[1]
                     if notice is not None:
                         if encoding not in ("utf-8", "utf-8-sig"):
-                            notice(f"it is read as {encoding.upper().replace('CP', 'cp')}")
+                            notice(f"the file is read as {encoding.upper().replace('CP', 'cp')}")
                         if delimiter != ("\t" if ".tsv" in path.name.lower() else ","):
-                            notice(f"its fields are separated by {DELIMITERS[delimiter]}")
+                            notice(f"the fields are separated by {DELIMITERS[delimiter]}")
                     continue
                 if len(fields) != len(names):
                     raise ValueError(_ragged(start, fields, names, delimiter))
                 yield start, dict(zip(names, fields, strict=True))
     except csv.Error as error:
         raise ValueError(
-            f"is broken CSV in line {line}: {error}. Put a field that holds {_shown(delimiter)}, a quote or a line "
-            'break in double quotes, write each quote in it twice (""), and close it.'
+            f"is invalid CSV in line {line}: {error}. Put each field that contains {_shown(delimiter)}, a quote or a "
+            'line break in double quotes, and write each quote inside it twice ("").'
         ) from error
     except UnicodeError as error:
-        raise ValueError(f"is not {encoding.upper()} text after line {line}: {error}. Save it as UTF-8.") from error
+        raise ValueError(
+            f"is not {encoding.upper()} text after line {line}: {error}. Save the file as UTF-8."
+        ) from error
 
 
 def _delimiter(path: Path, encoding: str, known: Collection[str]) -> str:
-    """The character that splits the first line into most known names, or else into most names."""
+    """The delimiter that splits the first line into the most known names, or else into the most names."""
     with opened_text(path, encoding, newline="") as text:
         try:
             first = "".join(islice((line for line in text if line.strip()), 1))
         except UnicodeError as error:
-            raise ValueError(f"is not {encoding.upper()} text: {error}. Save it as UTF-8.") from error
+            raise ValueError(f"is not {encoding.upper()} text: {error}. Save the file as UTF-8.") from error
 
     def names(delimiter: str) -> tuple[int, int]:
         try:
@@ -96,7 +98,7 @@ def _delimiter(path: Path, encoding: str, known: Collection[str]) -> str:
         return len(set(fields).intersection(known)) if len(fields) > 1 else 0, len(fields)
 
     own_first = sorted(DELIMITERS, key=lambda delimiter: delimiter == "\t", reverse=".tsv" in path.name.lower())
-    return max(own_first, key=names)  # the first of those that split alike
+    return max(own_first, key=names)  # the first one if several are equally good
 
 
 def _names(fields: list[str], line: int) -> list[str]:
@@ -109,13 +111,13 @@ def _names(fields: list[str], line: int) -> list[str]:
 
 def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> str:
     remedy = (
-        f"Put a field that holds {_shown(delimiter)} in double quotes"
+        f"Put each field that contains {_shown(delimiter)} in double quotes"
         if len(fields) > len(names)
-        else f"Write {_shown(delimiter)} for an empty field, too, and put one that holds a line break in double quotes"
+        else f"Write {_shown(delimiter)} also for empty fields, and put fields with line breaks in double quotes"
     )
     return (
-        f"has {len(fields)} fields in line {line}, and {len(names)} columns ({', '.join(names)}); the line's fields "
-        f"are {' | '.join(field if len(field) <= 30 else field[:30] + '…' for field in fields[:6])}. {remedy}."
+        f"has {len(fields)} fields in line {line}, but {len(names)} columns ({', '.join(names)}). The fields of the "
+        f"line are {' | '.join(field if len(field) <= 30 else field[:30] + '…' for field in fields[:6])}. {remedy}."
     )
 
 

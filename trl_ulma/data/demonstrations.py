@@ -10,11 +10,11 @@ from trl_ulma.labels import is_messages
 
 
 def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-    """One row an answer, each a demonstration with label 1.
+    """One row per answer, which is a demonstration with label 1.
 
     Args:
         rows: `prompt` and `completion`, text or messages; or `messages`, whose last answer is the completion. A
-            completion that is a whole transcript is cut at its last answer, and left out where it does not repeat its
+            completion that is a whole transcript is split at its last answer. It is left out if it does not repeat its
             prompt.
 
     Example:
@@ -31,10 +31,10 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
                     prompt, completion = split_turns(completion)
             elif is_messages(raw["messages"]):
                 if any(turn.get("label") is not None for turn in raw["messages"]):
-                    raise ValueError("its turns have labels, which demonstrations do not: they are turns data")
+                    raise ValueError("its turns have labels, so it is turns data and not demonstrations")
                 prompt, completion = split_messages(raw["messages"])
             else:
-                raise ValueError("its messages are no list of turns with a role and content")
+                raise ValueError("its messages are not a list of turns with a role and content")
             prompt, completion = as_messages(prompt, completion)
         except ValueError as error:
             yield LeftOut(str(error))

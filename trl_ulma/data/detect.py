@@ -1,4 +1,4 @@
-"""Which families of data sets a data set may be of."""
+"""Detects which families a dataset can belong to."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ _ROWS = 100
 
 @dataclass(frozen=True)
 class Detected:
-    """A family that reads a data set's first rows.
+    """A family that can read the first rows of a dataset.
 
     Attributes:
-        family: its name.
-        kept: how many of their answers become rows.
-        answers: how many answers they have.
-        rows: how many rows were tried.
+        family: the name of the family.
+        kept: the number of answers that become rows.
+        answers: the number of answers in the first rows.
+        rows: the number of rows that were tried.
     """
 
     family: str
@@ -31,7 +31,7 @@ class Detected:
 
 
 def detected(rows: Iterable[Mapping[str, Any]]) -> list[Detected]:
-    """The families that can read the first rows, those first that can use most of their answers.
+    """The families that can read the first rows. Families that use more of their answers come first.
 
     Example:
         >>> [each.family for each in detected([{"prompt": "Hi", "response": "Hello!", "is_safe": True}])]
@@ -45,6 +45,6 @@ def detected(rows: Iterable[Mapping[str, Any]]) -> list[Detected]:
         try:
             _, account = convert(family, IterableDataset.from_generator(lambda: iter(first)))
         except (KeyError, TypeError, ValueError):
-            continue  # which has such columns, and other values
+            continue  # the columns match, but the values do not
         found.append(Detected(family, account.rows_out, account.answers, account.rows_in))
     return sorted(found, key=lambda each: -each.kept / each.answers)

@@ -1,4 +1,4 @@
-"""Text files, gzipped or not, in the encoding that they are written in."""
+"""Opens text files, gzipped or not, and detects their encoding."""
 
 import codecs
 import gzip
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 _CHUNK = 1 << 20
-# Longest first: the mark of UTF-32 begins with that of UTF-16
+# Longest first, because the mark of UTF-32 begins with that of UTF-16
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -20,14 +20,15 @@ _MARKS = (
 
 
 def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
-    """The encoding of a text file: its byte order mark's, UTF-8, UTF-16 without a mark, or cp1252.
+    """The encoding of a text file: that of its byte order mark, UTF-8, UTF-16 without a mark, or cp1252.
 
     Args:
-        path: the file; gzipped if its name ends in `.gz`.
-        takes_cp1252: whether bytes that are not UTF-8 may be cp1252, the encoding of Windows programs in the West.
+        path: the file. It is gzipped if its name ends in `.gz`.
+        takes_cp1252: whether bytes that are not UTF-8 can be cp1252, the encoding of Windows programs in Western
+            languages.
 
     Raises:
-        ValueError: if the bytes are text in none of these encodings. The message begins with "is" and names the line.
+        ValueError: if the file is in none of these encodings. The message begins with "is" and names the line.
 
     Example:
         >>> import tempfile
@@ -42,9 +43,9 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
             if head.startswith(mark):
                 return encoding
         zeros = [head[start::2].count(0) for start in (0, 1)]
-        if sum(zeros) > len(head) // 4:  # every other byte of English text in UTF-16
+        if sum(zeros) > len(head) // 4:  # in UTF-16, every other byte of English text is 0
             return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
-        # A byte that is not UTF-8 becomes a lone surrogate, and any other character above 127 is of several bytes
+        # A byte that is not UTF-8 becomes a lone surrogate. Any other character above 127 has several bytes.
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         strange, is_utf8_elsewhere, lines = None, False, 1
         chunk = head
@@ -66,13 +67,13 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
     if strange is None:
         return "utf-8"
     if is_utf8_elsewhere or not takes_cp1252:
-        raise ValueError(f"is not UTF-8 text: byte 0x{strange[0]:02x} in line {strange[1]}. Save it as UTF-8.")
+        raise ValueError(f"is not UTF-8 text: byte 0x{strange[0]:02x} in line {strange[1]}. Save the file as UTF-8.")
     return "cp1252"
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unzipped if its name ends in `.gz`."""
+    """Open a file for its bytes. It is unzipped if its name ends in `.gz`."""
     with path.open("rb") as raw:
         if path.suffix.lower() == ".gz":
             with gzip.open(raw) as unzipped:
@@ -83,6 +84,6 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def opened_text(path: Path, encoding: str, newline: str) -> Iterator[TextIO]:
-    """The text of a file, as `open` gives it; gzipped files are unzipped."""
+    """Open a file for its text, like `open`. Gzipped files are unzipped."""
     with opened(path) as file, io.TextIOWrapper(file, encoding=encoding, newline=newline) as text:
         yield text

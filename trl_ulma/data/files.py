@@ -1,4 +1,4 @@
-"""Datasets by name: a file, a folder or the hub; and their split by prompt."""
+"""Loads datasets by name, from a file, a folder or the Hub, and splits them by prompt."""
 
 import difflib
 import hashlib
@@ -47,12 +47,12 @@ _KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", "
 _KINDS |= {f"{suffix}.gz": kind for suffix, kind in _KINDS.items()}
 _KINDS[".parquet"] = "parquet"
 ACCEPTED = ".jsonl[.gz], .json[.gz], .csv[.gz], .tsv[.gz] or .parquet"
-# In a folder, what can say which its data files are
+# Files in a folder that can declare its data files
 _NAME_FILES = ("README.md", ".huggingface.yaml")
-# How many rows of a stream are read at once to see what is wrong
+# The number of rows of a stream that are read immediately to find errors
 _FIRST_ROWS = 1000
 
-# What `datasets` and pyarrow raise on what they cannot read
+# The errors that `datasets` and pyarrow raise for files that they cannot read
 _UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, TypeError, ValueError, zlib.error)
 
 logger = logging.getLogger(__name__)
@@ -66,26 +66,25 @@ def load_rows(
     columns: str | Mapping[str, str] | None = None,
     label_map: str | Mapping[Any, float] | None = None,
 ) -> DatasetDict | IterableDatasetDict:
-    """The splits of a dataset. A file is one split, "train".
+    """Load the splits of a dataset. A file has one split, "train".
 
-    Values are read as they are written. `prompt`, `completion`, `chosen` and `rejected` are text or messages, `label`,
-    `weight`, `log_z` and `trials` numbers or truth values, whatever the first rows look like: the types of columns are
-    those that all rows of a split agree with. What is read as something else than it is written, such as the text
-    "4" as a number, is logged as a warning.
+    Values are read as they are stored. `prompt`, `completion`, `chosen` and `rejected` are text or messages. `label`,
+    `weight`, `log_z` and `trials` are numbers or bools. The type of a column fits all rows of a split, and does not
+    only depend on the first rows. If a value is converted, such as the text "4" to a number, a warning is logged.
 
     Args:
         name: a `.jsonl[.gz]`, `.json[.gz]`, `.csv[.gz]`, `.tsv[.gz]` or `.parquet` file; a folder of such files, or one
-            written by `save_to_disk`; or a name on the hub. Whether JSON is an array or lines is recognized, as are
-            commas, semicolons and tabs in CSV, and its encoding: UTF-8, UTF-16 or cp1252.
-        config: the configuration, for a dataset that has several.
-        streaming: read rows when they are asked for. The first 1,000 are read at once.
-        columns: what the columns are called in the file, as a mapping or as `prompt=question,label=rating`.
-        label_map: which numbers the labels mean, as a mapping or as `up=1,down=0`.
+            written by `save_to_disk`; or a name on the Hub. JSON can be an array or lines. The delimiter of CSV (comma,
+            semicolon or tab) and its encoding (UTF-8, UTF-16 or cp1252) are detected.
+        config: the configuration of a dataset with several configurations.
+        streaming: whether to read rows only when they are needed. The first 1,000 rows are read immediately.
+        columns: the names of the columns in the file, as a mapping or as `prompt=question,label=rating`.
+        label_map: the numbers of the labels, as a mapping or as `up=1,down=0`.
 
     Raises:
-        FileNotFoundError: if nothing has that name.
-        ValueError: if a file cannot be read, or holds no rows; if `columns` names a column that does not exist, or
-            `label_map` leaves a label out. The message names the file and the line.
+        FileNotFoundError: if there is no such dataset.
+        ValueError: if a file cannot be read or contains no rows, if `columns` names a column that does not exist, or
+            if `label_map` lacks a label. The message names the file and the line.
 
     Example:
         >>> import tempfile
@@ -102,7 +101,7 @@ def load_rows(
         return _load_folder(path, config, streaming, names)
     if path.exists():
         if config is not None:
-            raise ValueError(f"{path} is a file, which has no configurations. Leave the configuration {config!r} out.")
+            raise ValueError(f"{path} is a file, so it has no configurations. Remove the configuration {config!r}.")
         rows = load_files([path], streaming=streaming, columns=columns, label_map=label_map)
         return _as_splits({"train": rows}, streaming)
     if _looks_local(str(name)):
@@ -110,7 +109,7 @@ def load_rows(
     try:
         splits = load_dataset(str(name), name=config, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{missing(path)} Nor could it be had from the hub: {error}") from error
+        raise FileNotFoundError(f"{missing(path)} It could not be loaded from the Hub either: {error}") from error
     return _renamed_splits(splits, names, str(name))
 
 
@@ -121,7 +120,7 @@ def load_files(
     columns: str | Mapping[str, str] | None = None,
     label_map: str | Mapping[Any, float] | None = None,
 ) -> Dataset | IterableDataset:
-    """The rows of files as one split; arguments as in `load_rows`."""
+    """Load the rows of files as one split. For the arguments, see `load_rows`."""
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(missing(file))
@@ -131,12 +130,12 @@ def load_files(
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files in a folder, and in folders below, that are read as its data."""
+    """The data files in a folder and its subfolders."""
     return [file for file in sorted(folder.rglob("*")) if _suffix(file) in _KINDS]
 
 
 def missing(path: Path) -> str:
-    """A sentence that says that `path` does not exist, with the names nearest to it that do."""
+    """An error message for a `path` that does not exist, with the most similar names that exist."""
     name, folder = path.name, path.parent
     while not folder.is_dir():
         name, folder = folder.name, folder.parent
@@ -147,7 +146,7 @@ def missing(path: Path) -> str:
 
 
 def check_splits(splits: Mapping[str, Any], name: str, *, needs_label: bool = True) -> list[str]:
-    """Check that the first rows of each split can be trained on; what is to be said of columns that are not read.
+    """Check that the first rows of each split are valid for training. Returns warnings about ignored columns.
 
     Raises:
         ValueError: see `trl_ulma.data.columns.check_readable`.
@@ -164,11 +163,11 @@ def check_splits(splits: Mapping[str, Any], name: str, *, needs_label: bool = Tr
 
 
 def origin(rows: Dataset, row: int) -> str | None:
-    """The file and the line that a row was read from, or None if that is not known.
+    """The file and line that a row was read from. None if unknown.
 
     Args:
-        rows: of `load_rows`, or rows that were selected from them.
-        row: the row's number.
+        rows: the result of `load_rows`, or rows that were selected from it.
+        row: the number of the row.
 
     Example:
         >>> import tempfile
@@ -209,12 +208,12 @@ def _as_splits(splits: Any, streaming: bool) -> DatasetDict | IterableDatasetDic
 
 
 class _FileRows:
-    """The rows of files, one after the other, as trainers read them; each call reads the files anew.
+    """Yields the rows of several files, as trainers read them. Each call reads the files again.
 
     Attributes:
-        found: what was read as something else, and how often, in the last call.
-        lines: where each row was, in the last call.
-        firsts: the number of each file's first row, in the last call.
+        found: the conversions of values in the last call, and their numbers.
+        lines: the line of each row in the last call.
+        firsts: the number of the first row of each file in the last call.
     """
 
     def __init__(self, files: list[Path], names: Names):
@@ -239,13 +238,13 @@ class _FileRows:
         return str(self.files[0]) if len(self.files) == 1 else str(Path(os.path.commonpath(self.files)))
 
     def place(self, row: int) -> str:
-        """The file and line of a row that has been read."""
+        """The file and line of a row that was already read."""
         file = int(np.searchsorted(self.firsts, row, side="right")) - 1
         return f"{self.files[file]}, {_unit(self.files[file])} {self.lines[row]}"
 
     def _rows(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if file.stat().st_size == 0:
-            raise ValueError(f"{file} is empty; at least one row is needed.")
+            raise ValueError(f"{file} is empty. It must contain at least one row.")
         kind, is_empty = _KINDS[_suffix(file)], True
         try:
             if kind == "csv":
@@ -258,11 +257,11 @@ class _FileRows:
                 is_empty = False
                 yield line, row
         except (BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{file} is a broken gzip file ({error}). Write or copy it anew.") from error
+            raise ValueError(f"{file} is a broken gzip file ({error}). Write or copy it again.") from error
         except (ValueError, pa.ArrowException) as error:
             raise ValueError(f"{file} {error}") from error
         if is_empty:
-            raise ValueError(f"{file} holds no rows; at least one is needed.")
+            raise ValueError(f"{file} contains no rows. It must contain at least one row.")
 
     def _read(self, row: dict[str, Any], unknown: Counter, *, is_cell: bool) -> dict[str, Any]:
         return _read_row(row, self.names, unknown, self._notice, is_cell=is_cell)
@@ -274,7 +273,7 @@ class _FileRows:
 def _read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Any, *, is_cell: bool) -> dict[str, Any]:
     for ours, theirs in names.columns.items():
         if ours in row and ours not in names.columns.values():
-            notice(f"{ours}: the column of that name is not read, because {theirs} is read as {ours}")
+            notice(f"{ours}: the column of this name is ignored, because {theirs} is read as {ours}")
     row = names.row(row)
     if "label" in row:
         row["label"] = names.label(row["label"], unknown)
@@ -283,7 +282,7 @@ def _read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Any, 
     }
 
 
-# The columns whose values may be written otherwise than they are read
+# The columns whose values can need a conversion
 _ODD = frozenset((*READ, *CONVERSATIONS))
 
 
@@ -335,7 +334,7 @@ def _load_files(files: list[Path], streaming: bool, names: Names) -> Dataset | I
 
 
 def _marked(rows: Any, files: list[Path]) -> Any:
-    """Rows of CSV and TSV files known as such, because these cannot hold messages, see `trl_ulma.rows.chat`."""
+    """Mark rows of CSV and TSV files, because these files cannot contain messages, see `trl_ulma.rows.chat`."""
     if all(_suffix(file).removesuffix(".gz") in (".csv", ".tsv") for file in files):
         rows.info.builder_name = "csv"
     return rows
@@ -346,7 +345,7 @@ def _stream(files: list[Path], names: Names) -> Iterator[dict[str, Any]]:
 
 
 def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDataset | None:
-    """The rows of Parquet files as `datasets` reads them; None if their types differ, or are none that it has."""
+    """The rows of Parquet files as `datasets` reads them. None if their types differ or are not supported."""
     try:
         schemas = []
         for file in files:
@@ -362,7 +361,7 @@ def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
             return None
         splits: Any = load_dataset("parquet", data_files=[str(file) for file in files], streaming=streaming)
         if streaming and next(iter(splits["train"]), None) is None:
-            raise ValueError("it holds no rows; at least one is needed")
+            raise ValueError("it contains no rows, but must contain at least one")
     except _UNREADABLE as error:
         if isinstance(error, ValueError) and str(error).startswith(str(files[0].parent)):
             raise
@@ -378,7 +377,7 @@ def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
 def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) -> DatasetDict | IterableDatasetDict:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         if config is not None:
-            raise ValueError(f"{path} was written by save_to_disk, and has no configurations. Leave {config!r} out.")
+            raise ValueError(f"{path} was written by save_to_disk, so it has no configurations. Remove {config!r}.")
         _check_saved(path)
         saved = load_from_disk(str(path))
         splits = _renamed_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, names, str(path))
@@ -386,7 +385,7 @@ def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) 
             return splits
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     if not data_files(path):
-        raise FileNotFoundError(f"The folder {path} holds no data file; at least one {ACCEPTED} file is needed.")
+        raise FileNotFoundError(f"The folder {path} contains no data file. Add at least one {ACCEPTED} file.")
     about = [name for name in _NAME_FILES if (path / name).exists()]
     named: dict[str, list[str]] = {}
     try:
@@ -394,7 +393,7 @@ def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) 
     except _UNREADABLE as error:
         if about or config is not None:
             raise ValueError(f"The folder {path} cannot be read: {_line(error)}") from error
-        builder = None  # its files are of several kinds
+        builder = None  # the folder has files of several kinds
     if builder is not None:
         named = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
         for file in (file for files in named.values() for file in files):
@@ -413,19 +412,19 @@ def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) 
     others = [] if about else [file.name for file in data_files(path) if file.resolve() not in read]
     if others:
         _say(
-            {f"{', '.join(others[:3])}{' and others' * (len(others) > 3)} is not in a split, and not read": 1},
+            {f"{', '.join(others[:3])}{' and others' * (len(others) > 3)} is not in a split and is ignored": 1},
             str(path),
         )
     return _as_splits({split: _load_files(found, streaming, names) for split, found in files.items()}, streaming)
 
 
 def _line(error: BaseException) -> str:
-    """What an error of `datasets` says, in a line."""
+    """The message of an error of `datasets`, in one line."""
     return " ".join(str(error.__cause__ or error).split())
 
 
 def _is_plain(config: Any) -> bool:
-    """Whether a folder's README says nothing of how its files are read, but which they are."""
+    """Whether a folder's README only names its files, and does not change how they are read."""
     usual = type(config)()
     ours = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
     return getattr(config, "sep", ",") in DELIMITERS and all(
@@ -434,7 +433,7 @@ def _is_plain(config: Any) -> bool:
 
 
 def _check_saved(path: Path) -> None:
-    """Raise ValueError where what `save_to_disk` wrote about a data set names a file in another folder."""
+    """Raise ValueError if the metadata that `save_to_disk` wrote names a file in another folder."""
     about = path / "dataset_dict.json"
     splits = json.loads(about.read_text())["splits"] if about.exists() else [""]
     for split in splits:
@@ -447,12 +446,12 @@ def _check_saved(path: Path) -> None:
 def _check_inside(folder: Path, file: str | Path, named_by: str) -> None:
     if not Path(os.path.abspath(file)).is_relative_to(folder.absolute()):
         raise ValueError(
-            f"{folder / named_by} names {file}, which is not in {folder}: a data set reads the files of its own folder "
-            "only. Move the file there, or name it itself as the data set."
+            f"{folder / named_by} names {file}, which is not in {folder}. A dataset can only read files of its own "
+            "folder. Move the file there, or load the file itself as a dataset."
         )
 
 
-# Datasets whose types are known: of the hub, of save_to_disk, and Parquet
+# Datasets whose types are known: those on the Hub, those of save_to_disk, and Parquet
 
 
 def _renamed_splits(splits: Any, names: Names, where: str) -> Any:
@@ -461,7 +460,7 @@ def _renamed_splits(splits: Any, names: Names, where: str) -> Any:
 
 
 class _Read:
-    """A row of a stream as trainers read it."""
+    """Converts a row of a stream to the form that trainers read."""
 
     def __init__(self, names: Names, where: str):
         self.names, self.where = names, where
@@ -476,7 +475,7 @@ class _Read:
 
 
 def _renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Dataset | IterableDataset:
-    """Rows under the names that trainers read, with numbers where there are numbers as text."""
+    """Rows with the column names that trainers read, and with numbers that are stored as text converted to numbers."""
     if isinstance(rows, IterableDataset):
         first = next(iter(rows.take(1)), {})
         _check_names(names, list(first), where)
@@ -493,7 +492,7 @@ def _renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Datas
         kept = [name for name in rows.column_names if name not in taken]
         for ours, theirs in names.columns.items():
             if ours in rows.column_names and ours not in names.columns.values():
-                found[f"{ours}: the column of that name is not read, because {theirs} is read as {ours}"] = 1
+                found[f"{ours}: the column of this name is ignored, because {theirs} is read as {ours}"] = 1
         rows = rows.select_columns([*names.columns.values(), *kept])
         rows = rows.rename_columns({theirs: ours for ours, theirs in names.columns.items() if ours != theirs})
     unknown: Counter[str] = Counter()
@@ -513,7 +512,7 @@ def _renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Datas
         for value in values:
             kind = joined(kind, kind_of(value), is_number=True)
         if kind not in ("bool", "int", "long", "float"):
-            continue  # which trainers refuse, with the row's number
+            continue  # trainers raise an error that names the row
         found |= noticed
         values = [None if value is None else {"bool": bool, "float": float}.get(kind, int)(value) for value in values]
         dtype = {"bool": "bool", "float": "float64"}.get(kind, "int64")
@@ -540,18 +539,19 @@ def _is_as_read(name: str, feature: Any) -> bool:
 
 
 def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> DatasetDict:
-    """Splits "train" and "test" with no prompt on both sides; about `test_size` of the rows are test rows.
+    """Split a dataset into "train" and "test" without a prompt in both. About `test_size` of the rows are test rows.
 
-    Which prompts are held out follows from `seed` and the prompts themselves: every process, and any order of the
-    rows, gives the same. Pairs without a prompt are split by the prompts that they are cut into.
+    The held-out prompts only depend on `seed` and the prompts themselves, so they are the same on every process and for
+    any order of the rows. Pairs without a prompt are split by the prompts that are extracted from them.
 
     Args:
         dataset: rows with `prompt` (text or messages), or pairs of `chosen` and `rejected`.
         test_size: a fraction between 0 and 1, or a whole number of rows.
-        seed: another seed holds out other prompts.
+        seed: the seed of the choice. Another seed holds out other prompts.
 
     Raises:
-        ValueError: without a prompt column, with fewer than two prompts, or where `test_size` leaves one side empty.
+        ValueError: if there is no prompt column, if there are fewer than two prompts, or if `test_size` leaves one
+            split empty.
 
     Example:
         >>> rows = Dataset.from_dict({"prompt": ["a", "b", "a", "c"], "completion": ["1", "2", "3", "4"]})
@@ -563,13 +563,13 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
     if not (0 < test_size < 1 or (whole and test_size == int(test_size) and test_size < len(dataset))):
         raise ValueError(
             f"test_split_size is {test_size}; it must be a fraction between 0 and 1, or a whole number of rows below "
-            f"the {len(dataset)} that there are."
+            f"{len(dataset)}, the number of rows."
         )
     groups = _groups_by_prompt(dataset)
     if len(groups) < 2:
         raise ValueError(
-            f"A split by prompt needs two different prompts; the {len(dataset)} rows have {len(groups)}. Bring a test "
-            "split along, or switch the evaluation off."
+            f"A split by prompt needs two different prompts; the {len(dataset)} rows have {len(groups)}. Provide a "
+            "test split, or switch off the evaluation."
         )
 
     def rank(prompt: str) -> bytes:
@@ -588,7 +588,7 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
 
 
 def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
-    """The row numbers of each set of rows that have a prompt in common, under the first of its prompts."""
+    """The row numbers of each set of rows that share a prompt, by the first prompt of the set."""
     keys = [[_key(prompt) for prompt in prompts] for prompts in _prompts(dataset)]
     parent = {key: key for row in keys for key in row}
 
@@ -598,7 +598,7 @@ def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
             key = parent[key]
         return key
 
-    # A pair's halves may have two prompts. Both belong on one side, and the smaller one names the set.
+    # The halves of a pair can have different prompts. Both must be in the same split. The smaller one names the set.
     for first, *others in keys:
         for other in others:
             low, high = sorted((root(first), root(other)))
@@ -618,7 +618,7 @@ def _prompts(dataset: Dataset) -> list[list[Any]]:
         prompts = [prompt for batch in pairs.iter(1000) for prompt in pairs_to_rows(dict(batch))["prompt"]]
         return [prompts[first : first + 2] for first in range(0, len(prompts), 2)]
     raise ValueError(
-        f"A split by prompt needs a column `prompt`, or `chosen` and `rejected`; the columns are {', '.join(names)}."
+        f"A split by prompt needs a column `prompt`, or `chosen` and `rejected`; found {', '.join(names)}."
     )
 
 

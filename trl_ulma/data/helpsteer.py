@@ -7,16 +7,16 @@ from typing import Any
 from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labelled
 
 ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-# How the prompts of HelpSteer2 that are conversations mark their turns
+# The markers of turns in HelpSteer2 prompts that are conversations
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def helpsteer(rows: Iterable[Mapping[str, Any]], *, aspect: str = "helpfulness") -> Iterator[Outcome]:
-    """One row a response, with one of its ratings as a continuous label.
+    """One row per response, with one of its ratings as a continuous label.
 
     Args:
         rows: `prompt`, `response` and the ratings.
-        aspect: which rating.
+        aspect: the rating to use.
 
     Example:
         >>> [outcome] = helpsteer([{"prompt": "Hi", "response": "Hello!", "helpfulness": 3}])
@@ -40,6 +40,6 @@ HELPSTEER = Adapter(
     helpsteer,
     needs=(("prompt", "response", "helpfulness", "correctness"),),
     options={
-        "--aspect": {"choices": ASPECTS, "default": "helpfulness", "help": "which rating (default: %(default)s)"},
+        "--aspect": {"choices": ASPECTS, "default": "helpfulness", "help": "the rating to use (default: %(default)s)"},
     },
 )

@@ -6,19 +6,19 @@ from typing import Any
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, row
 from trl_ulma.data.conversations import names_in_text, split_turns
 
-SAME = "both halves of its pair say the same"
-PREFIX = "one half of a pair is the beginning of the other: each is cut at its own last answer"
-NAME_IN_TEXT = "`Human:` or `Assistant:` within a turn's text: left as it is"
+SAME = "both halves of its pair are the same"
+PREFIX = "one half of a pair is the beginning of the other: each is split at its own last answer"
+NAME_IN_TEXT = "`Human:` or `Assistant:` within the text of a turn: kept as it is"
 
 
 def hh(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
-    r"""Two rows a pair: chosen with label 1, rejected with label 0, each cut at its own last assistant turn.
+    r"""Two rows per pair: chosen with label 1 and rejected with label 0, each split at its own last assistant turn.
 
-    Chosen answers are demonstrations, as the paper's ULMA takes all answers with label 1.
+    Chosen answers are demonstrations, because the paper's ULMA treats all answers with label 1 as demonstrations.
 
     Args:
-        rows: `chosen` and `rejected`, transcripts of `\n\nHuman:` and `\n\nAssistant:` turns.
-        liked: chosen answers are not demonstrations, but liked.
+        rows: `chosen` and `rejected`, transcripts with `\n\nHuman:` and `\n\nAssistant:` turns.
+        liked: chosen answers are liked, and not demonstrations.
 
     Example:
         >>> human = "\n\nHuman: Hi\n\nAssistant:"
@@ -45,7 +45,7 @@ def hh(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Ou
 
 
 def golden_hh(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-    r"""As `hh`: chosen answers were rewritten to be demonstrations.
+    r"""Like `hh`, but the authors rewrote the chosen answers to be demonstrations.
 
     Example:
         >>> human = "\n\nHuman: Hi\n\nAssistant:"

@@ -1,4 +1,4 @@
-"""JSON files as rows: an array of objects, an object a line, or objects one after the other."""
+"""Reads JSON files as rows: an array of objects, one object per line, or consecutive objects."""
 
 import json
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ _BLANK = " \t\r\n"
 
 
 class _Fault(ValueError):
-    """What is wrong with a value, without its place."""
+    """An error in a value, without its position."""
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    r"""(line that the row begins in, the row), a row at a time however large the file is.
+    r"""Yield (line that the row begins in, row). Only one row at a time is in memory.
 
     Raises:
-        ValueError: for what is no JSON, no object, or an object with one key twice. The message begins with a verb, and
-            names the line.
+        ValueError: if the file is not JSON, if a row is not an object, or if an object has a key twice. The message
+            begins with a verb and names the line.
 
     Example:
         >>> import tempfile
@@ -35,16 +35,16 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         while first and not first.strip():
             start, first = start + 1, text.readline()
         if not first:
-            raise ValueError("is empty; at least one row is needed.")
+            raise ValueError("is empty. It must contain at least one row.")
         try:
             if first.lstrip().startswith("[") or first.strip() == "{":
                 yield from _values(text, first, start)
             else:
                 yield from _lines(text, first, start)
         except UnicodeError as error:
-            raise ValueError(f"is not {encoding.upper()} text: {error}. Save it as UTF-8.") from error
+            raise ValueError(f"is not {encoding.upper()} text: {error}. Save the file as UTF-8.") from error
         except RecursionError as error:
-            raise ValueError("holds lists or objects that are nested too deeply to be rows.") from error
+            raise ValueError("contains lists or objects that are nested too deeply. Check its rows.") from error
 
 
 def _lines(text: TextIO, line: str, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -61,16 +61,16 @@ def _lines(text: TextIO, line: str, number: int) -> Iterator[tuple[int, dict[str
 
 
 class _Text:
-    """A file's text from a place on, as much of it as has been asked for, and where that place is."""
+    """A buffer of a file's text from a position on, and the line and column of that position."""
 
     def __init__(self, text: TextIO, first: str, line: int):
         self.text, self.buffer, self.at = text, first, 0
         self.is_whole = False
-        # The line of buffer[self._counted], and where it begins
+        # The line of buffer[self._counted], and the position where it begins
         self._line, self._counted, self._begin = line, 0, 0
 
     def more(self, size: int = _CHUNK) -> bool:
-        """Read on, and let go of what is behind; whether there was more."""
+        """Read more text, and drop the text before the current position. Returns whether there was more."""
         self.place(self.at)
         self.buffer, cut = self.buffer[self.at :], self.at
         self.at, self._counted, self._begin = 0, self._counted - cut, self._begin - cut
@@ -80,7 +80,7 @@ class _Text:
         return bool(read)
 
     def next(self) -> str:
-        """The first character from here on that is not blank, or "" at the end."""
+        """The next character that is not blank, or "" at the end."""
         while True:
             while self.at < len(self.buffer) and self.buffer[self.at] in _BLANK:
                 self.at += 1
@@ -90,7 +90,7 @@ class _Text:
                 return ""
 
     def place(self, position: int) -> tuple[int, int]:
-        """(line, column) of a position in the buffer, not before the last that was asked for."""
+        """The (line, column) of a position in the buffer. Positions must not decrease between calls."""
         newlines = self.buffer.count("\n", self._counted, position)
         if newlines:
             self._begin = self.buffer.rindex("\n", self._counted, position) + 1
@@ -98,7 +98,7 @@ class _Text:
         return self._line, position - self._begin + 1
 
     def row(self) -> dict[str, Any]:
-        """The object that begins here."""
+        """The object that begins at the current position."""
         if self.buffer[self.at] != "{":
             shown = self.buffer[self.at : self.at + 40].split("\n")[0]
             raise ValueError(_no_object(shown, self.place(self.at)[0]))
@@ -107,7 +107,7 @@ class _Text:
             try:
                 row, end = _DECODER.raw_decode(self.buffer, self.at)
             except json.JSONDecodeError as error:
-                # Whether the object is cut off at the buffer's end, or wrong before it
+                # Whether the object is cut off at the end of the buffer, or invalid before it
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.buffer) - 16
                 if not is_cut or self.is_whole:
                     raise ValueError(_broken(*self.place(error.pos), error.msg)) from error
@@ -121,7 +121,7 @@ class _Text:
 
 
 def _values(text: TextIO, first: str, line: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Values of an array, or one after the other; only what is being read is in memory."""
+    """Yield the values of an array, or consecutive values. Only the current value is in memory."""
     source = _Text(text, first, line)
     is_array = source.next() == "["
     source.at += is_array
@@ -145,14 +145,14 @@ def _values(text: TextIO, first: str, line: int) -> Iterator[tuple[int, dict[str
         is_first = False
     source.at += 1
     if source.next():
-        raise ValueError(_broken(*source.place(source.at), "something follows the end of the array"))
+        raise ValueError(_broken(*source.place(source.at), "there is text after the end of the array"))
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _Fault(f"holds an object with {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise _Fault(f"has an object with the key {next(name for name in names if names.count(name) > 1)!r} twice")
     return found
 
 
@@ -163,11 +163,11 @@ def _checked(row: Any, line: str, number: int) -> dict[str, Any]:
 
 
 def _no_object(shown: str, line: int) -> str:
-    return f"holds {shown!r} in line {line}, where an object with a row's columns is needed."
+    return f"has {shown!r} in line {line}; each row must be an object with the columns of the row."
 
 
 def _broken(line: int, column: int, message: str) -> str:
-    return f"is broken JSON in line {line}, column {column}: {message}. Mend or remove that row."
+    return f"is invalid JSON in line {line}, column {column}: {message}. Correct or remove this row."
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs)

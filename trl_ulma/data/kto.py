@@ -1,4 +1,4 @@
-"""Unpaired preferences in TRL's layout, as of kto-mix: an answer and its label."""
+"""Unpaired preferences in TRL's layout, such as kto-mix: an answer and its label."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from trl_ulma.data.adapters import LABELLED, Adapter, Outcome, labelled
 
 
 def kto(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
-    """One row an answer.
+    """One row per answer.
 
     Args:
         rows: `prompt` and `completion`, text or messages, and `label`.
-        label_type: of the labels. Binary labels of 1 are demonstrations.
-        liked: binary labels of 1 are no demonstrations.
+        label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
+        liked: answers with the binary label 1 are not demonstrations.
 
     Example:
         >>> [outcome] = kto([{"prompt": "Hi", "completion": "Go.", "label": False}])

@@ -1,4 +1,4 @@
-"""Conversations with labels: of the last answer, or of each."""
+"""Conversations with a label for the last answer, or for each answer."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,19 +7,19 @@ from trl_ulma.data.adapters import LABELLED, Adapter, LeftOut, Outcome, labelled
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.labels import is_messages
 
-NO_MESSAGES = "its messages are no list of turns with a role and content"
+NO_MESSAGES = "its messages are not a list of turns with a role and content"
 NO_LABEL = "its turn has no label"
 
 
 def messages(
     rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False
 ) -> Iterator[Outcome]:
-    """One row a conversation: the last assistant turn is the answer.
+    """One row per conversation. The last assistant turn is the answer.
 
     Args:
         rows: `messages` and `label`.
-        label_type: of the labels. Binary labels of 1 are demonstrations.
-        liked: binary labels of 1 are no demonstrations.
+        label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
+        liked: answers with the binary label 1 are not demonstrations.
 
     Example:
         >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go."}]
@@ -40,12 +40,12 @@ def messages(
 
 
 def turns(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
-    """One row an assistant turn: its prompt is all that came before. Turns without a label are left out.
+    """One row per assistant turn. Its prompt consists of all previous turns. Turns without a label are left out.
 
     Args:
-        rows: `messages`; each assistant turn has `label` beside its `content`.
-        label_type: of the labels. Binary labels of 1 are demonstrations.
-        liked: binary labels of 1 are no demonstrations.
+        rows: `messages`. Each assistant turn has a `label` in addition to its `content`.
+        label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
+        liked: answers with the binary label 1 are not demonstrations.
 
     Example:
         >>> first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go.", "label": 0}]

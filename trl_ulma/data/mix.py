@@ -1,4 +1,4 @@
-"""Several data sets as one."""
+"""Combines several datasets into one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ COLUMNS = ("prompt", "completion", "label", "sft_mask", "label_type")
 
 @dataclass(frozen=True)
 class Part:
-    """What a mixture took of one of its parts.
+    """The contribution of one part to a mixture.
 
     Attributes:
-        taken: rows in the mixture.
-        of: rows that there were.
-        share: of the mixture's rows.
+        taken: the number of rows of the part in the mixture.
+        of: the number of rows of the part.
+        share: the share of the part in the rows of the mixture.
     """
 
     taken: int
@@ -28,12 +28,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A shuffled mixture; `str()` of it says what it is made of.
+    """A shuffled mixture. `str()` describes its parts.
 
     Attributes:
-        rows: point-wise rows, with the name of the part that each comes from in column `part`.
-        parts: name → what was taken.
-        seed: of the choice and the order.
+        rows: pointwise rows, with the name of their part in the column `part`.
+        parts: name → contribution of the part.
+        seed: the seed of the choice and the order.
     """
 
     rows: Dataset
@@ -46,19 +46,19 @@ class Mixture:
 
 
 def mix(parts: Mapping[str, Dataset], fractions: Mapping[str, float], *, seed: int) -> Mixture:
-    """A part of each data set, shuffled together; whole prompts are taken, none of them twice.
+    """Take a fraction of each dataset and shuffle the rows together. All rows of a prompt are taken or none.
 
-    Rows without `label_type` are binary; of rows without `sft_mask` those with label 1 are demonstrations, as trainers
-    read them. Other columns than `COLUMNS`, and `weight` and `log_z` where all parts have them, are refused.
+    Like in the trainers, rows without `label_type` are binary, and rows with label 1 are demonstrations if there is no
+    `sft_mask`. The only supported columns are `COLUMNS`, and `weight` and `log_z` if all parts have them.
 
     Args:
-        parts: name → point-wise rows.
-        fractions: name → how much of the part is taken, above 0 and up to 1, for each part.
-        seed: another seed takes other prompts, and orders them differently.
+        parts: name → pointwise rows.
+        fractions: name → the fraction of the part to take, above 0 and at most 1. Each part needs one.
+        seed: the seed of the choice and the order. Another seed takes other prompts in another order.
 
     Raises:
-        ValueError: where fractions and parts do not have the same names, a fraction is outside (0, 1], a column is
-            missing or not in all parts, or a label is wrong.
+        ValueError: if fractions and parts have different names, if a fraction is outside (0, 1], if a column is missing
+            or not in all parts, or if a label is invalid.
 
     Example:
         >>> rows = Dataset.from_dict({"prompt": list("abcd"), "completion": list("abcd"), "label": [1, 0, 1, 0]})
@@ -67,8 +67,8 @@ def mix(parts: Mapping[str, Dataset], fractions: Mapping[str, float], *, seed: i
     """
     if not parts or set(parts) != set(fractions):
         raise ValueError(
-            f"fractions are given for {', '.join(fractions) or 'none'}, and parts are {', '.join(parts) or 'none'}. "
-            "Give each part a fraction."
+            f"fractions are given for {', '.join(fractions) or 'none'}, but the parts are "
+            f"{', '.join(parts) or 'none'}. Give each part a fraction."
         )
     for name, fraction in fractions.items():
         if not 0 < fraction <= 1:
@@ -76,11 +76,11 @@ def mix(parts: Mapping[str, Dataset], fractions: Mapping[str, float], *, seed: i
     whole = {name: _with_columns(name, rows) for name, rows in parts.items()}
     if len({tuple(sorted(rows.column_names)) for rows in whole.values()}) > 1:
         found = "; ".join(f"{name}: {', '.join(rows.column_names)}" for name, rows in whole.items())
-        raise ValueError(f"The parts of a mixture need the same columns; found {found}. Add or remove some.")
+        raise ValueError(f"The parts of a mixture need the same columns; found {found}. Add or remove columns.")
     kinds = {name: isinstance(rows[0]["prompt"], str) for name, rows in whole.items()}
     if len(set(kinds.values())) > 1:
         text = ", ".join(name for name, is_text in kinds.items() if is_text)
-        raise ValueError(f"Prompts are text in {text} and messages elsewhere. Bring all parts into one form.")
+        raise ValueError(f"Prompts are text in {text}, but messages elsewhere. Convert all parts to the same form.")
     taken = {
         name: rows if fractions[name] == 1 else split_by_prompt(rows, test_size=fractions[name], seed=seed)["test"]
         for name, rows in whole.items()
@@ -96,14 +96,14 @@ def mix(parts: Mapping[str, Dataset], fractions: Mapping[str, float], *, seed: i
 
 
 def _with_columns(name: str, rows: Dataset) -> Dataset:
-    """The rows with all of `COLUMNS`, their labels checked."""
+    """The rows with all `COLUMNS` and checked labels."""
     missing = [column for column in COLUMNS[:3] if column not in rows.column_names]
     strange = [column for column in rows.column_names if column not in (*COLUMNS, "weight", "log_z")]
     if missing or strange or not len(rows):
         found = f"found {', '.join(rows.column_names)}, {len(rows)} rows"
         raise ValueError(
-            f"The part {name} is to have rows, with prompt, completion, label, and perhaps sft_mask, label_type, "
-            f"weight and log_z; {found}."
+            f"The part {name} must have at least one row, and the columns prompt, completion, label, and optionally "
+            f"sft_mask, label_type, weight and log_z; {found}."
         )
     columns = {column: rows[column][:] for column in rows.column_names if column not in COLUMNS[:2]}
     read = {"label_type": ["binary"] * len(rows)}

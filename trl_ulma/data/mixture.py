@@ -1,4 +1,4 @@
-"""A mixture of datasets, as the list `datasets` of a YAML file names it: parts of any kind as one dataset."""
+"""Loads a mixture of datasets, the list `datasets` of a YAML file, as one dataset. Parts can be of different kinds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,39 +21,40 @@ from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.tables import as_dataset
 from trl_ulma.labels import LabelRules
 
-# Builders of `datasets`, by the names of which TRL's mixtures say what their files are
+# Builders of `datasets`. TRL's mixtures use their names to declare the kind of files.
 _BUILDERS = ("json", "csv", "parquet")
 _OF_PAIRS = ("prompt", "chosen", "rejected", "sft_mask", "log_z", "weight", "tools", "chat_template_kwargs")
 
-# `concatenate_datasets` and `DatasetDict` take either kind, and their annotations one
+# `concatenate_datasets` and `DatasetDict` accept datasets and streams, but their annotations only allow one of them
 Rows = Any
 
 
 def load_mixture(
     parts: Sequence[Any], *, streaming: bool = False, rules: LabelRules | None = None, log_z: Any = None
 ) -> tuple[DatasetDict | IterableDatasetDict, list[str]]:
-    """The parts one after the other, as the split "train", and what is to be said of columns that are not read.
+    """Load the parts, one after the other, as the split "train". Also returns warnings about ignored columns.
 
-    A column that some parts lack is filled in: `weight` with 1, `label_type`, `sft_mask` and `log_z` with what the
-    settings say for rows without it. Pairs among rows of one answer become two rows each. Columns that no trainer reads
-    are dropped.
+    If some parts lack a column, it is filled in: `weight` with 1, and `label_type`, `sft_mask` and `log_z` according to
+    the settings. If there are pairs and rows of single answers, each pair becomes two rows. Columns that the trainers
+    do not read are dropped.
 
     Args:
-        parts: each with `path`, and as in TRL's `DatasetConfig` `name`, `data_dir`, `data_files`, `split`, `columns`
-            (a list of those to keep, or as in `load_rows` what they are called), `fraction`; and `label_map`.
-        streaming: read rows when they are asked for.
-        rules: how labels of rows are read that do not say it themselves.
-        log_z: of rows that do not say it themselves.
+        parts: the parts, each with `path`, the fields of TRL's `DatasetConfig` (`name`, `data_dir`, `data_files`,
+            `split`, `columns`, `fraction`), and `label_map`. `columns` is a list of the columns to keep, or has the
+            names of columns as in `load_rows`.
+        streaming: whether to read rows only when they are needed.
+        rules: how to read labels of rows without their own settings.
+        log_z: log Z of rows without their own `log_z`.
 
     Raises:
         FileNotFoundError: if a part does not exist.
-        ValueError: if a part cannot be read, or does not fit the others. The message names it.
+        ValueError: if a part cannot be read, or if it does not fit the others. The message names the part.
 
     Example:
         >>> load_mixture([DatasetConfig(path="thumbs.csv"), DatasetConfig(path="~/stars")])  # doctest: +SKIP
     """
     if not parts:
-        raise ValueError("The mixture has no parts; at least one is needed.")
+        raise ValueError("The mixture has no parts. Add at least one.")
     loaded: list[tuple[str, Rows]] = []
     said: list[str] = []
     for number, part in enumerate(parts, start=1):
@@ -64,7 +65,7 @@ def load_mixture(
                 there = rows.column_names or list(next(iter(rows), {}))
                 absent = [column for column in part.columns if column not in there]
                 if absent:
-                    raise ValueError(f"it has no column {', '.join(absent)}, but {', '.join(there)}")
+                    raise ValueError(f"it has no column {', '.join(absent)}; its columns are {', '.join(there)}")
                 rows = rows.select_columns(part.columns)
             said += [note for note in check_splits({"": rows}, str(part.path)) if note not in said]
         except (OSError, ValueError) as error:
@@ -99,7 +100,7 @@ def _load(part: Any, streaming: bool) -> Rows:
 
 
 def _files(base: Path, given: str | list[str]) -> list[Path] | None:
-    """The files of names and patterns; None if they are elsewhere."""
+    """The files that match names and patterns. None if they are not local."""
     found = []
     for name in [given] if isinstance(given, str) else given:
         if "://" in name:
@@ -107,23 +108,23 @@ def _files(base: Path, given: str | list[str]) -> list[Path] | None:
         path = base / Path(name).expanduser()
         matches = sorted(path.parent.glob(path.name)) if set("*?[") & set(path.name) and not path.exists() else [path]
         if not matches:
-            raise FileNotFoundError(f"no file is named as {path}")
+            raise FileNotFoundError(f"no file matches {path}")
         found += matches
     return found
 
 
 def _split(splits: Mapping[Any, Any], split: str) -> Rows:
-    """A split, or what `datasets` calls one: `train[:10%]`, `train+test`."""
+    """A split by its name, or by an expression of `datasets`: `train[:10%]`, `train+test`."""
     if split in splits:
         return splits[split]
     there = ", ".join(map(str, splits))
     if not all(isinstance(rows, Dataset) for rows in splits.values()) or not set("[+") & set(split):
-        raise ValueError(f"it has no split {split!r}, but {there}")
+        raise ValueError(f"it has no split {split!r}; its splits are {there}")
     lengths = {str(name): len(rows) for name, rows in splits.items()}
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"it has no split {split!r}, but {there}: {error}") from error
+        raise ValueError(f"it has no split {split!r}; its splits are {there}: {error}") from error
     chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     if all(rows.features == chosen[0].features for rows in chosen):
         return concatenate_datasets(chosen)
@@ -131,13 +132,14 @@ def _split(splits: Mapping[Any, Any], split: str) -> Rows:
 
 
 def _taken(parts: Sequence[Any], loaded: list[tuple[str, Rows]], streaming: bool) -> list[tuple[str, Rows]]:
-    """The share of each part, as TRL's `fraction` means it: of the largest mixture that repeats no row."""
+    """The share of each part according to TRL's `fraction`, in the largest mixture that repeats no row."""
     fractions = [part.fraction for part in parts if part.fraction is not None]
     if not fractions:
         return loaded
     if len(fractions) < len(parts) or streaming or any(fraction <= 0 for fraction in fractions):
         raise ValueError(
-            "fraction must be above 0 and given for all parts of the mixture or for none, without streaming."
+            "fraction must be above 0, and either all parts of the mixture or none must have it. It does not support "
+            "streaming."
         )
     weights = [fraction / sum(fractions) for fraction in fractions]
     total = min(len(rows) / weight for (_, rows), weight in zip(loaded, weights, strict=True))
@@ -154,26 +156,29 @@ def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Row
     if len(set(kinds.values())) > 1:
         texts = ", ".join(name for name, is_text in kinds.items() if is_text)
         raise ValueError(
-            f"The rows of {texts} are text, and those of the other parts messages. Bring all into one form."
+            f"The rows of {texts} are text, but those of the other parts are messages. Convert all parts to the same "
+            "form."
         )
     paired = {name: "chosen" in row for name, row in first.items()}
     if len(set(paired.values())) > 1:
         if rules.transform is not None and rules.label_type == "binary":
             raise ValueError(
-                "label_transform is for labels, and a part of the mixture has pairs. Leave the one or the other out."
+                "label_transform needs labels, but a part of the mixture has pairs. Remove label_transform or the "
+                "pairs."
             )
         loaded = [(name, _single(rows) if paired[name] else rows) for name, rows in loaded]
         first = {name: next(iter(rows), {}) for name, rows in loaded}
     elif all(paired.values()) and len({"prompt" in row for row in first.values()}) > 1:
         without = ", ".join(name for name, row in first.items() if "prompt" not in row)
         raise ValueError(
-            f"The pairs of {without} have no prompt, and those of the other parts do. Bring all into one form."
+            f"The pairs of {without} have no prompt, but those of the other parts do. Convert all parts to the same "
+            "form."
         )
     read = _OF_PAIRS if all(paired.values()) else [name for name in READ if name not in ("chosen", "rejected")]
     columns = [name for name in read if any(name in row for row in first.values())]
     rows_of = [(_Part(name, set(first[name]), columns, rules, log_z), rows) for name, rows in loaded]
     if isinstance(loaded[0][1], IterableDataset):
-        # `concatenate_datasets` would take the types of the first rows for those of all
+        # `concatenate_datasets` would assume that all rows have the types of the first rows
         return IterableDataset.from_generator(_chained, gen_kwargs={"rows_of": tuple(rows_of)})
     alike = {str(sorted(rows.features.items())) for _, rows in loaded}
     if len(alike) == 1 or any(name in columns for name in ("image", "images")):
@@ -182,12 +187,15 @@ def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Row
                 [rows.select_columns([c for c in columns if c in first[n]]) for n, rows in loaded]
             )
         except ValueError as error:
-            raise ValueError(f"The parts of the mixture have columns of other types: {error}") from error
+            raise ValueError(
+                f"The parts of the mixture have columns of different types ({error}). Convert all parts to the same "
+                "form."
+            ) from error
     return _together(rows_of, [columns, str(rules), str(log_z)])
 
 
 def _together(rows_of: Sequence[tuple[Any, Dataset]], key: Any) -> Dataset:
-    """Rows of datasets whose types differ, each row as its function makes it."""
+    """Rows of datasets with different types. Each row is converted by the function of its dataset."""
     named = [(getattr(part, "name", "the mixture"), rows) for part, rows in rows_of]
     key = ["mixture", [rows._fingerprint for _, rows in rows_of], key]
     return as_dataset(partial(_chained, rows_of), partial(_place, named), key, lambda what: None)
@@ -208,7 +216,7 @@ def _place(loaded: list[tuple[str, Any]], row: int) -> str:
 
 
 def _single(rows: Any) -> Any:
-    """Pairs as rows of one answer, less those that have none."""
+    """Pairs as rows of single answers, without halves that have no answer."""
     names = rows.column_names or list(next(iter(rows), {}))
 
     def halves(batch: dict[str, list]) -> dict[str, list]:
@@ -221,7 +229,7 @@ def _single(rows: Any) -> Any:
 
 
 class _Part:
-    """A row of a part with the columns of the mixture."""
+    """Converts a row of a part to the columns of the mixture."""
 
     def __init__(self, name: str, own: set[str], columns: Sequence[str], rules: LabelRules, log_z: Any):
         self.name, self.own, self.columns, self.rules, self.log_z = name, own, columns, rules, log_z
@@ -239,10 +247,12 @@ class _Part:
             if isinstance(self.log_z, int | float):
                 return self.log_z
             raise ValueError(
-                f"{self.name} has no column log_z, and another part has. Add it, or set log_z to a number."
+                f"{self.name} has no column log_z, but another part has one. Add it, or set log_z to a number."
             )
         if column in TEXTS:
-            raise ValueError(f"{self.name} has no column {column}, and another part has. Bring all into one form.")
+            raise ValueError(
+                f"{self.name} has no column {column}, but another part has one. Convert all parts to the same form."
+            )
         if column != "sft_mask":
             return None
         if "chosen" in row:
@@ -250,6 +260,6 @@ class _Part:
         is_transformed = self.rules.transform is not None and label_type == self.rules.label_type
         if is_transformed or (label_type == "continuous" and self.rules.sft_threshold is None):
             remedy = "" if is_transformed else ", or set sft_threshold"
-            raise ValueError(f"{self.name} has no column sft_mask, and another part has. Add it{remedy}.")
+            raise ValueError(f"{self.name} has no column sft_mask, but another part has one. Add it{remedy}.")
         label = row.get("label")
         return isinstance(label, bool | int | float) and self.rules.is_demonstration(label, label_type)

@@ -8,10 +8,11 @@ from trl_ulma.data.conversations import ASSISTANT, is_transcript, parse_transcri
 
 
 def nectar(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-    r"""One row an answer, with minus its rank as a continuous label: −1 is the best.
+    r"""One row per answer. The continuous label is minus the rank, so −1 is the best.
 
     Args:
-        rows: `prompt`, a transcript that is open at its end, or text, and `answers`, each with `answer` and `rank`.
+        rows: `prompt`, which is text or a transcript with an open assistant turn at its end, and `answers`, each with
+            `answer` and `rank`.
 
     Example:
         >>> answers = [{"answer": "Hello!", "rank": 1.0}, {"answer": "Go.", "rank": 2.0}]

@@ -1,4 +1,4 @@
-"""OpenAssistant conversations: trees whose answers were ranked among their siblings, and rated."""
+"""OpenAssistant conversations: trees of messages whose answers were rated, and ranked among their siblings."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -8,17 +8,17 @@ from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, labelle
 LABELS = ("quality", "rank")
 ROLES = {"prompter": "user", "assistant": "assistant"}
 NO_PARENT = "a message before it is missing"
-REFUSED = "it was deleted, or refused in review"
+REFUSED = "it was deleted, or rejected in review"
 
 
 def oasst(rows: Iterable[Mapping[str, Any]], *, label: str = "quality") -> Iterator[Outcome]:
-    """One row an assistant message: its prompt is the way from the root of the tree.
+    """One row per assistant message. Its prompt is the path from the root of the tree.
 
     Args:
         rows: trees (`message_tree_id` and `prompt`, a message with `replies`), or messages (`message_id`, `parent_id`,
-            `text`, `role`), which are all held in memory.
-        label: "quality", the mean of the ratings, from 0 to 1, a binary label; or "rank", minus the rank among the
-            answers to one message, 0 for the best, a continuous label.
+            `text`, `role`), which are all kept in memory.
+        label: "quality" is a binary label, the mean rating from 0 to 1. "rank" is a continuous label, minus the rank
+            among the answers to a message, with 0 for the best.
 
     Example:
         >>> answer = {"text": "Hello!", "role": "assistant", "rank": 1, "replies": []}
@@ -84,7 +84,8 @@ def _row(before: list[dict[str, Any]], message: Mapping[str, Any], label: str) -
 
 
 def _quality(labels: Any) -> Any:
-    """Of trees `{"quality": {"value": 0.5}}`, of the hub's messages `{"name": ["quality"], "value": [0.5]}`."""
+    """The quality. Trees have `{"quality": {"value": 0.5}}`, messages on the Hub have
+    `{"name": ["quality"], "value": [0.5]}`."""
     if not isinstance(labels, Mapping):
         return None
     if isinstance(labels.get("name"), list) and isinstance(labels.get("value"), list):
@@ -100,8 +101,8 @@ OASST = Adapter(
         "--label": {
             "choices": LABELS,
             "default": "quality",
-            "help": "quality: the mean rating, from 0 to 1; rank: minus the rank among siblings, a continuous label "
-            "(default: %(default)s)",
+            "help": "the label to use: quality is the mean rating, from 0 to 1; rank is minus the rank among siblings, "
+            "a continuous label (default: %(default)s)",
         },
     },
 )

@@ -1,4 +1,4 @@
-"""Preference pairs, with or without a prompt, as point-wise rows: two a pair, side by side."""
+"""Converts preference pairs, with or without a prompt, to pointwise rows: two consecutive rows per pair."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,10 +16,11 @@ from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
 
 def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
-    """A conversation cut before its last run of turns that are not the user's: (prompt, completion).
+    """A conversation split before the last run of turns that are not the user's: (prompt, completion).
 
     Raises:
-        ValueError: where the conversation does not end in an assistant turn (or what follows one, as tool calls do).
+        ValueError: if the conversation does not end in an assistant turn, or in turns that follow one, such as tool
+            results.
 
     Example:
         >>> split_messages([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
@@ -34,14 +35,14 @@ def split_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
 
 
 def split_answer(answer: Any, other: Any) -> tuple[Any, Any]:
-    r"""(prompt, completion) of one half of a pair that has no prompt; `other` is the other half.
+    r"""The (prompt, completion) of one half of a pair without a prompt. `other` is the other half.
 
-    Conversations and transcripts are cut at the last assistant turn, each half at its own, so that what two answers
-    have in common at their start stays in the answers. Other texts have no marker to cut at; there the words that both
-    begin with are the prompt, as in TRL's `extract_prompt`.
+    Each half of a conversation or transcript is split at its own last assistant turn, so that a common beginning of the
+    two answers stays in the answers. Other texts have no marker to split at. Their prompt consists of the words that
+    both begin with, as in TRL's `extract_prompt`.
 
     Raises:
-        ValueError: where the half has no answer.
+        ValueError: if the half has no answer.
 
     Example:
         >>> split_answer("\n\nHuman: Hi\n\nAssistant: I do.", "\n\nHuman: Hi\n\nAssistant: I don't.")
@@ -61,11 +62,11 @@ def split_answer(answer: Any, other: Any) -> tuple[Any, Any]:
 
 
 def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
-    r"""Point-wise rows of a batch of pairs: chosen (label 1), rejected (label 0), chosen, …
+    r"""The pointwise rows of a batch of pairs: chosen (label 1), rejected (label 0), chosen, …
 
-    Columns `sft_mask` (which speaks of the chosen half), `log_z`, `weight`, `tools` and `chat_template_kwargs` go with
-    both halves, all others are dropped. `pair` is the pair's place in the batch, `left_out` says why a half can not be
-    learned from, or is None.
+    Both halves keep the columns `sft_mask` (which applies to the chosen half), `log_z`, `weight`, `tools` and
+    `chat_template_kwargs`. All other columns are dropped. `pair` is the index of the pair in the batch. `left_out` is
+    the reason why a half is not valid for training, or None.
 
     Example:
         >>> rows = pairs_to_rows({"prompt": ["Hi"], "chosen": [" Hello!"], "rejected": [""]})
@@ -104,18 +105,18 @@ def _is_answer(value: Any) -> bool:
 
 
 def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
-    """Two rows a pair: chosen with label 1, a demonstration unless the data or `liked` say otherwise, rejected with 0.
+    """Two rows per pair: chosen with label 1 and rejected with label 0.
 
-    `log_z` and `weight` go with both.
+    Chosen answers are demonstrations unless `sft_mask` or `liked` says otherwise. Both rows keep `log_z` and `weight`.
 
     Args:
-        rows: `chosen` and `rejected`, with or without `prompt`; texts, transcripts or messages. Halves that are whole
-            conversations are cut at their last answer, and a text `prompt` beside them is not needed; pairs of
-            transcripts that do not repeat it are left out.
-        liked: chosen answers are not demonstrations, but liked.
+        rows: `chosen` and `rejected`, with or without `prompt`, as texts, transcripts or messages. Halves that are
+            whole conversations are split at their last answer, and do not need a text `prompt`. Pairs of transcripts
+            that do not repeat the `prompt` are left out.
+        liked: chosen answers are liked, and not demonstrations.
 
     Raises:
-        ValueError: where `liked` is set and the rows have their own `sft_mask`.
+        ValueError: if `liked` is set and the rows have their own `sft_mask`.
 
     Example:
         >>> [outcome["label"] for outcome in pairs([{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}])]
@@ -123,12 +124,12 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
     """
     for raw in rows:
         if liked and "sft_mask" in raw:
-            raise ValueError("The pairs have an `sft_mask`, which says what is a demonstration. Leave `liked` out.")
+            raise ValueError("The pairs have an `sft_mask`, which marks the demonstrations. Remove `liked`.")
         if raw["chosen"] == raw["rejected"]:
             yield from [LeftOut(SAME)] * 2
             continue
         if any(raw.get(name) for name in ("tools", "chat_template_kwargs")):
-            yield from [LeftOut("it has tools or chat_template_kwargs, which only pairs in their own layout keep")] * 2
+            yield from [LeftOut("it has tools or chat_template_kwargs: train on the pairs without conversion")] * 2
             continue
         try:
             columns = _without_needless_prompt(raw)
@@ -151,10 +152,10 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
 
 
 def _without_needless_prompt(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a pair, without a prompt that its halves repeat, or together with a transcript's prompt.
+    """The columns of a pair without a prompt that the halves repeat. A transcript's prompt is added to the halves.
 
     Raises:
-        ValueError: where both halves are whole transcripts, of which one does not repeat the prompt.
+        ValueError: if both halves are whole transcripts and one of them does not repeat the prompt.
     """
     columns = dict(raw)
     prompt, chosen, rejected = columns.get("prompt"), columns["chosen"], columns["rejected"]

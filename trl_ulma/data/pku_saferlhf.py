@@ -5,19 +5,20 @@ from typing import Any
 
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, as_number, labelled
 
-# option: the column with the number of the preferred response
+# label: the column with the number of the preferred response
 PREFERRED = {"better": "better_response_id", "safer": "safer_response_id"}
 LABELS = ("safe", *PREFERRED)
 
 
 def pku_saferlhf(rows: Iterable[Mapping[str, Any]], *, label: str = "safe", liked: bool = False) -> Iterator[Outcome]:
-    """Two rows a prompt, with binary labels.
+    """Two rows per prompt, with binary labels.
 
     Args:
         rows: `prompt`, `response_0`, `response_1`, `is_response_0_safe`, `is_response_1_safe`, and for the other labels
             `better_response_id` and `safer_response_id`.
-        label: "safe", whether the response is; "better" or "safer", whether it is the one of the two.
-        liked: responses with label 1 are no demonstrations.
+        label: "safe" labels whether a response is safe. "better" and "safer" label whether it is the better or the
+            safer of the two.
+        liked: responses with label 1 are not demonstrations.
 
     Example:
         >>> raw = {"prompt": "Harm!", "response_0": "No.", "response_1": "Sure."}
@@ -48,7 +49,8 @@ PKU_SAFERLHF = Adapter(
         "--label": {
             "choices": LABELS,
             "default": "safe",
-            "help": "whether a response is safe, the better, or the safer of the two (default: %(default)s)",
+            "help": "the label to use: whether a response is safe, or whether it is the better or the safer of the two "
+            "(default: %(default)s)",
         },
     },
 )

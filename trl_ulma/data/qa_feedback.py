@@ -1,4 +1,4 @@
-"""QA-feedback: answers from passages, with their corrections and preferences among four of them."""
+"""QA-feedback: answers from passages, with corrections, and with preferences among four predictions."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
@@ -16,18 +16,20 @@ NO_PASSAGES = "the question has no passages"
 
 
 def qa_feedback(rows: Iterable[Mapping[str, Any]], *, passages: str = "all", wins: bool = False) -> Iterator[Outcome]:
-    """Two rows a question: the correction is a demonstration (label 1), the flawed first prediction has label 0.
+    """Two rows per question: the correction is a demonstration (label 1), the flawed first prediction has label 0.
 
-    There is no row where nothing was wrong. A prediction whose correction is empty is flawed all the same.
+    If nothing was wrong with the prediction, there is no row. A prediction with an empty correction still counts as
+    flawed.
 
     Args:
-        rows: `question`, `passages` (a title and sentences each), `prediction 1`, and `feedback` with `errors`,
-            `missing-info` and `corrected-prediction`; for `wins` also `prediction 2` to `4` and `preference`, which
+        rows: `question`, `passages` (each with a title and sentences), `prediction 1`, and `feedback` with `errors`,
+            `missing-info` and `corrected-prediction`. For `wins` also `prediction 2` to `4` and `preference`, which
             compares (1, 2), (1, 3), (1, 4), (2, 3), (2, 4) and (3, 4): 1 for the first, 2 for the second, 0 for a tie.
-        passages: "all"; "cited", those that the annotator found information in which the prediction lacks, and all
-            where there is no such; or "none". The data do not say which passages the rest of an answer comes from.
-        wins: add predictions 2 to 4 with the continuous label (wins − losses) / 3 in [−1, 1], over the comparisons
-            with all three others.
+        passages: the passages in the prompt. "all" keeps all of them. "cited" keeps those with information that, in the
+            annotator's view, the prediction lacks, or all if there are none. "none" keeps none. The data does not say
+            which passages the rest of an answer comes from.
+        wins: whether to add predictions 2 to 4. Their continuous label is (wins − losses) / 3 in [−1, 1], over the
+            comparisons with all three others.
 
     Example:
         >>> feedback = {"errors": [{}], "missing-info": [], "corrected-prediction": "Paris."}
@@ -55,7 +57,7 @@ def qa_feedback(rows: Iterable[Mapping[str, Any]], *, passages: str = "all", win
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError
         except (IndexError, KeyError, TypeError):
-            yield from [LeftOut("a field of its question is missing, or not what it should be")] * answers
+            yield from [LeftOut("a field of its question is missing or invalid")] * answers
             continue
         if note:
             yield Noted(note)
@@ -71,7 +73,7 @@ def qa_feedback(rows: Iterable[Mapping[str, Any]], *, passages: str = "all", win
 
 
 def _passages(raw: Mapping[str, Any], which: str) -> tuple[list[str], str | None]:
-    """(the passages, a title line and a paragraph each; what is to be noted)."""
+    """The passages, each as a title line and a paragraph, and a note or None."""
     passages, note = raw["passages"], None
     if which == "none":
         return [], None
@@ -89,7 +91,7 @@ def _passages(raw: Mapping[str, Any], which: str) -> tuple[list[str], str | None
 
 
 def _wins(preference: list[int]) -> dict[int, float]:
-    """(wins − losses) / 3 of predictions 2 to 4, each compared with three others."""
+    """(wins − losses) / 3 of predictions 2 to 4. Each is compared with three others."""
     pairs = list(combinations(PREDICTIONS, 2))
     if len(preference) != len(pairs) or not set(preference) <= {0, 1, 2}:
         raise IndexError
@@ -108,8 +110,8 @@ QA_FEEDBACK = Adapter(
         "--passages": {
             "choices": PASSAGES,
             "default": "all",
-            "help": "those in the prompt; cited: only those that the annotator found overlooked information in, which "
-            "makes prompts shorter (default: %(default)s)",
+            "help": "the passages in the prompt; cited keeps only passages with information that the prediction lacks, "
+            "which makes prompts shorter (default: %(default)s)",
         },
         "--wins": {
             "action": "store_true",

@@ -1,4 +1,4 @@
-"""Red-team attempts: transcripts with a rating of how far the attack succeeded."""
+"""Red-team attempts: transcripts with a rating of the success of the attack."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,10 +9,10 @@ from trl_ulma.data.hh import NAME_IN_TEXT
 
 
 def red_team(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-    r"""One row a transcript with a continuous label, −rating: higher is better. Rating 0 is a demonstration.
+    r"""One row per transcript. The continuous label is −rating: higher is better. Rating 0 is a demonstration.
 
     Args:
-        rows: `transcript` of `\n\nHuman:` and `\n\nAssistant:` turns, and `rating` from 0 (the attack failed) to 4.
+        rows: `transcript` with `\n\nHuman:` and `\n\nAssistant:` turns, and `rating` from 0 (the attack failed) to 4.
 
     Example:
         >>> [outcome] = red_team([{"transcript": "\n\nHuman: Harm!\n\nAssistant: No.", "rating": 0.0}])

@@ -1,4 +1,4 @@
-"""ShareGPT's layout: turns with `from` and `value`, to imitate, with a label, or in pairs."""
+"""ShareGPT's layout: turns with `from` and `value`, as demonstrations, with a label, or as pairs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,13 +22,13 @@ ROLES = {
 def sharegpt(
     rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False
 ) -> Iterator[Outcome]:
-    """One row a conversation, whose last answer is learned from; two where it ends in `chosen` and `rejected`.
+    """One row per conversation, with its last answer as completion. If it has `chosen` and `rejected`, two rows.
 
     Args:
-        rows: `conversations`, turns with `from` and `value`, and perhaps `system`; with a `label` (or `kto_tag`), or
-            with `chosen` and `rejected`, a turn each, or with neither: then answers are demonstrations.
-        label_type: of the labels. Binary labels of 1 are demonstrations.
-        liked: binary labels of 1 are no demonstrations.
+        rows: `conversations` (turns with `from` and `value`) and optionally `system`. They have a `label` (or
+            `kto_tag`), or `chosen` and `rejected` (one turn each). Without these, answers are demonstrations.
+        label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
+        liked: answers with the binary label 1 are not demonstrations.
 
     Example:
         >>> turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
@@ -58,14 +58,14 @@ def sharegpt(
 
 def _messages(turns: Any) -> list[dict[str, Any]]:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError("its conversation is no list of turns with `from` and `value`")
+        raise ValueError("its conversation is not a list of turns with `from` and `value`")
     found = []
     for turn in turns:
         said = turn.get("from")
         if said not in ROLES:
-            raise ValueError(f"a turn of it is from {said!r}, which is neither a user, an assistant nor a system")
+            raise ValueError(f"one of its turns is from {said!r}, which is neither a user, an assistant nor a system")
         if not isinstance(turn.get("value"), str):
-            raise ValueError("a turn of it is not text")
+            raise ValueError("one of its turns is not text")
         found.append({"role": ROLES[said], "content": turn["value"]})
     return found
 

@@ -6,17 +6,17 @@ from typing import Any
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, labelled
 from trl_ulma.data.hh import SAME
 
-AGAIN = "an answer that other pairs have, too: each pair makes a row of it"
+AGAIN = "an answer that is in several pairs: each pair adds a row with it"
 
 
 def stack_exchange_paired(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
-    """Two rows a pair: `response_j` with label 1, `response_k` with label 0.
+    """Two rows per pair: `response_j` with label 1 and `response_k` with label 0.
 
-    An answer that is better than one and worse than another has rows with both labels, in proportion.
+    An answer that is better than some answers and worse than others has rows with both labels, in proportion.
 
     Args:
         rows: `question`, `response_j` and `response_k`.
-        liked: better answers are no demonstrations.
+        liked: better answers are not demonstrations.
 
     Example:
         >>> raw = {"question": "An egg?", "response_j": "Boil it.", "response_k": "Dunno."}

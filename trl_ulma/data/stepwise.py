@@ -1,4 +1,4 @@
-"""TRL's step-wise supervision: a label for each step of an answer."""
+"""TRL's stepwise supervision: a label for each step of an answer."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -7,12 +7,12 @@ from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number
 
 
 def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked: bool = False) -> Iterator[Outcome]:
-    r"""One row a step, of text: its prompt is the question and the steps before it, each followed by the separator.
+    r"""One row of text per step. Its prompt is the question and the previous steps, each followed by the separator.
 
     Args:
-        rows: `prompt`, `completions` (the steps) and `labels`, one a step, from 0 to 1.
-        separator: what stands after the question and between steps.
-        liked: steps with label 1 are no demonstrations.
+        rows: `prompt`, `completions` (the steps) and `labels` from 0 to 1, one per step.
+        separator: the text after the question and between steps.
+        liked: steps with label 1 are not demonstrations.
 
     Example:
         >>> raw = {"prompt": "2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 8."], "labels": [True, False]}
@@ -24,7 +24,7 @@ def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked:
         steps, labels = raw["completions"], raw["labels"]
         if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
             count = len(steps) if isinstance(steps, list) else 1
-            yield from [LeftOut("its question has other numbers of steps and labels")] * max(count, 1)
+            yield from [LeftOut("its question has different numbers of steps and labels")] * max(count, 1)
             continue
         if not steps:
             yield LeftOut("its question has no steps")
@@ -33,7 +33,7 @@ def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked:
         for step, label in zip(steps, labels, strict=True):
             value = float(label) if isinstance(label, bool) else as_number(label)
             if not is_text:
-                yield LeftOut("its question or a step of it is not text")
+                yield LeftOut("its question or one of its steps is not text")
             elif value is None or not 0 <= value <= 1:
                 yield LeftOut("its label is not a number from 0 to 1")
             else:
@@ -52,5 +52,5 @@ STEPWISE = Adapter(
     stepwise,
     needs=(("prompt", "completions", "labels"),),
     options=LIKED
-    | {"--separator": {"default": "\\n", "help": r"what stands before each step (default: \n, the end of a line)"}},
+    | {"--separator": {"default": "\\n", "help": r"the text before each step (default: \n, a line break)"}},
 )

@@ -1,4 +1,4 @@
-"""Figures of a set of point-wise rows: labels, demonstrations, lengths."""
+"""Statistics of a set of pointwise rows: labels, demonstrations, lengths."""
 
 from itertools import pairwise
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-# Up to so many values are counted one by one, more in as many bins
+# Up to this number of different values are counted individually. More values are counted in this number of bins.
 BINS = 10
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
@@ -15,12 +15,12 @@ def summarise(rows: Dataset) -> dict[str, Any]:
     """The label histogram, the share of demonstrations, and quantiles of the lengths in characters.
 
     Args:
-        rows: point-wise rows with `label`, `sft_mask` and `label_type`.
+        rows: pointwise rows with `label`, `sft_mask` and `label_type`.
 
     Returns:
         `rows`; `demonstrations` and `demonstration_share`; `labels`: label type → bins, each with `from`, `to` and
-        `rows` (`to` belongs to the bin where it is `from`, or the last); `characters`: "prompt" and "completion" →
-        `QUANTILES` and their values.
+        `rows` (a bin only includes `to` if it equals `from`, or in the last bin); `characters`: "prompt" and
+        "completion" → `QUANTILES` and their values.
 
     Example:
         >>> from trl_ulma.data.adapters import row

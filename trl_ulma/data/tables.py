@@ -1,4 +1,4 @@
-"""Rows as Arrow tables whose types all rows agree with: nothing is cast that the file does not say."""
+"""Stores rows in Arrow tables with types that fit all rows, without casting values."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from filelock import FileLock
 
 from trl_ulma.data.columns import NUMBERS
 
-# A kind is how a column's values are stored: one of these words, ("list", kind), ("object", {key: kind}), or an Arrow
-# type that JSON does not have. "int" is exact as a float, "long" is not, "json" is any value, as JSON.
+# A kind describes how values of a column are stored: a word such as "string", ("list", kind), ("object", {key: kind}),
+# or an Arrow type that JSON lacks. "int" is exact as a float, "long" is not. "json" is any value, stored as JSON.
 Kind = Any
 _EXACT = 2**53
 _INT64 = 2**63
-# With more keys than this an object is a dictionary, and no row of a table
+# An object with more keys than this is stored as a dictionary instead of a table
 _MOST_KEYS = 100
 _BATCH = 1000
 
@@ -31,7 +31,7 @@ def kind_of(value: Any) -> Kind:
     """The kind of one value.
 
     Raises:
-        ValueError: for text that is not Unicode.
+        ValueError: if a text is not valid Unicode.
 
     Example:
         >>> kind_of([{"role": "user", "turn": 1}, {"role": "user", "turn": 0.5}])
@@ -67,7 +67,7 @@ def joined(one: Kind, other: Kind, *, is_number: bool = False) -> Kind:
     Args:
         one: a kind.
         other: another.
-        is_number: whether truth values are numbers in this column.
+        is_number: whether bools count as numbers in this column.
 
     Example:
         >>> joined("int", "float"), joined("int", "string"), joined("bool", "float", is_number=True)
@@ -95,7 +95,7 @@ def joined(one: Kind, other: Kind, *, is_number: bool = False) -> Kind:
 
 
 def feature_of(kind: Kind) -> Any:
-    """The feature of a column of that kind.
+    """The feature of a column of this kind.
 
     Example:
         >>> feature_of(("list", "int"))
@@ -112,7 +112,7 @@ def feature_of(kind: Kind) -> Any:
 
 
 def _flattened(kind: Kind) -> Kind:
-    """The kind of a column: "json" if a part of it is."""
+    """The kind of a column. It is "json" if any part of it is."""
     if isinstance(kind, tuple):
         parts = [kind[1]] if kind[0] == "list" else kind[1].values()
         if kind == ("object", {}) or any(_flattened(part) == "json" for part in parts):
@@ -121,7 +121,7 @@ def _flattened(kind: Kind) -> Kind:
 
 
 def _is_kept_by_json(value: Any) -> bool:
-    """Whether `Json` gives a value back as it is: it rounds some numbers."""
+    """Whether `Json` keeps a value unchanged. (It rounds some numbers.)"""
     try:
         written = json.dumps(value)
         return json.dumps(Json().decode_example(written)) == written
@@ -130,12 +130,12 @@ def _is_kept_by_json(value: Any) -> bool:
 
 
 def typed(rows: Rows, place: Callable[[int], str], warn: Callable[[str], None]) -> dict[str, Kind]:
-    """The kind of each column, seen from all rows.
+    """The kind of each column, determined from all rows.
 
     Args:
-        rows: gives the rows anew each time it is called; `ValueError` from it goes through.
-        place: a row's number → where it is, for errors.
-        warn: called with what cannot be kept as it is.
+        rows: returns the rows each time it is called. A `ValueError` in it is not caught.
+        place: returns the file and line of a row by its number, for messages.
+        warn: called with a message about values that cannot be kept unchanged.
     """
     kinds: dict[str, Kind] = {}
     for number, row in enumerate(rows()):
@@ -153,7 +153,7 @@ def typed(rows: Rows, place: Callable[[int], str], warn: Callable[[str], None]) 
         for column in [each for each in unsure if not _is_kept_by_json(row.get(each))]:
             unsure.remove(column)
             kinds[column] = "text"
-            warn(f"{column}: values of several kinds are kept as JSON text")
+            warn(f"{column}: values of several kinds are stored as JSON text")
     return kinds
 
 
@@ -182,13 +182,13 @@ def _batches(rows: Iterable[dict[str, Any]], kinds: Mapping[str, Kind], schema: 
 
 
 def as_dataset(rows: Rows, place: Callable[[int], str], key: Any, warn: Callable[[str], None]) -> Dataset:
-    """Rows as a dataset in a file of the cache, which is written in batches and used again while `key` is the same.
+    """Rows as a dataset in a cache file. The file is written in batches, and reused as long as `key` is the same.
 
     Args:
-        rows: gives the rows anew each time it is called.
-        place: a row's number → where it is, for errors.
-        key: what the rows depend on, as JSON.
-        warn: called with what cannot be kept as it is.
+        rows: returns the rows each time it is called.
+        place: returns the file and line of a row by its number, for messages.
+        key: everything that the rows depend on. It must be convertible to JSON.
+        warn: called with a message about values that cannot be kept unchanged.
 
     Raises:
         ValueError: if a row cannot be stored.
@@ -217,4 +217,6 @@ def _check_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"has half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is no text") from error
+        raise ValueError(
+            f"has half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is not a character"
+        ) from error

@@ -1,4 +1,4 @@
-"""Summarize from feedback (TL;DR): summaries of posts that were compared, or rated from 1 to 7."""
+"""Summarize from feedback (TL;DR): summaries of posts that were compared in pairs, or rated from 1 to 7."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ ASPECTS = ("overall", "accuracy", "coverage", "coherence")
 
 
 def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: bool = False) -> Iterator[Outcome]:
-    r"""Two rows a comparison, label 1 for the chosen summary and 0 for the other; one row a rated summary.
+    r"""Two rows per comparison, with label 1 for the chosen summary and 0 for the other. One row per rated summary.
 
     Args:
-        rows: `info` (a post's `subreddit`, `title` and `post`, or an `article`) with `summaries` (two, each with
-            `text`) and `choice`; or with `summary`, which has `text` and `axes`.
-        aspect: which of the `axes` is the label of rated summaries, a continuous one.
-        liked: chosen summaries are no demonstrations.
+        rows: `info` (with `subreddit`, `title` and `post`, or with `article`), and either `summaries` (two, each with
+            `text`) and `choice`, or `summary` with `text` and `axes`.
+        aspect: the entry of `axes` that is the continuous label of rated summaries.
+        liked: chosen summaries are not demonstrations.
 
     Example:
         >>> info = {"subreddit": "tea", "title": "Hot", "post": "It was hot."}
@@ -38,11 +38,11 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
             continue
         summaries, choice = raw["summaries"], as_number(raw["choice"])
         if not isinstance(summaries, list) or not all(isinstance(each, Mapping) for each in summaries):
-            yield from [LeftOut("its summaries are no list")] * 2
+            yield from [LeftOut("its summaries are not a list")] * 2
         elif prompt is None:
             yield from [LeftOut("its post is not text")] * len(summaries)
         elif choice not in range(len(summaries)):
-            yield from [LeftOut("its choice is none of the summaries")] * len(summaries)
+            yield from [LeftOut("its choice is not one of the summaries")] * len(summaries)
         else:
             for place, summary in enumerate(summaries):
                 yield labelled(prompt, summary.get("text"), place == choice, liked=liked)
@@ -67,7 +67,7 @@ TLDR = Adapter(
         "--aspect": {
             "choices": ASPECTS,
             "default": "overall",
-            "help": "which rating of rated summaries is the label (default: %(default)s)",
+            "help": "the rating to use as the label of rated summaries (default: %(default)s)",
         },
     },
 )

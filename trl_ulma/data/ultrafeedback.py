@@ -1,4 +1,4 @@
-"""UltraFeedback as it was published: an instruction and four completions, each rated in several aspects."""
+"""UltraFeedback in its original form: an instruction and four completions, each rated in several aspects."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ ASPECTS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
 
 
 def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall") -> Iterator[Outcome]:
-    """One row a completion, with one of its scores as a continuous label.
+    """One row per completion, with one of its scores as a continuous label.
 
     Args:
         rows: `instruction` and `completions`, each with `response`, `overall_score`, `fine-grained_score` and
@@ -31,7 +31,7 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
             continue
         for answer in answers:
             if not isinstance(answer, Mapping):
-                yield LeftOut("its completion is no object with a `response`")
+                yield LeftOut("its completion is not an object with a `response`")
                 continue
             if aspect in OVERALL:
                 rating = answer.get(OVERALL[aspect])
@@ -47,7 +47,8 @@ ULTRAFEEDBACK = Adapter(
         "--aspect": {
             "choices": (*OVERALL, *ASPECTS),
             "default": "overall",
-            "help": "which score: overall, the mean of the aspects, or one of them (default: %(default)s)",
+            "help": "the score to use: overall, fine-grained (the mean of the aspects), or an aspect (default: "
+            "%(default)s)",
         },
     },
 )

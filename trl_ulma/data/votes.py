@@ -8,25 +8,26 @@ from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, row
 
 LABELS = ("log", "votes")
 NOT_A_NUMBER = "its votes are not a number"
-SEEN = "the same answer came with an earlier pair"
+SEEN = "an earlier pair has the same answer"
 
 
 def votes(rows: Iterable[Mapping[str, Any]], *, label: str = "log", accepted: bool = False) -> Iterator[Outcome]:
-    """One row an answer, with a continuous label from its votes; not centred, as the whole set is needed for that.
+    """One row per answer, with a continuous label from its votes. Labels are not centered.
 
-    Two layouts are known. StackExchange preferences: `question` and `answers`, each with `text`, `pm_score` or `score`,
-    and perhaps `selected`. SHP: `post_id`, `history` (the post) and two comments a row, `human_ref_A` and
-    `human_ref_B` with `score_A` and `score_B`; a comment that is in several rows becomes one row.
+    There are two layouts. StackExchange preferences have `question` and `answers`, each with `text`, `pm_score` or
+    `score`, and optionally `selected`. SHP has `post_id`, `history` (the post) and two comments per row, `human_ref_A`
+    and `human_ref_B`, with `score_A` and `score_B`. A comment that is in several raw rows becomes one row. Centering
+    labels would need all rows at once.
 
     Args:
         rows: the raw rows.
-        label: "log" is `pm_score` where there is one (log2(1 + votes), rounded, plus 1 for an accepted answer, −1
-            below 0 votes: Askell et al., arXiv 2112.00861, §4.1), else sign(votes)·log2(1 + |votes|); "votes" is the
-            number of votes itself.
+        label: "log" is `pm_score` if the data has it (log2(1 + votes), rounded, plus 1 for an accepted answer, −1
+            below 0 votes: Askell et al., arXiv 2112.00861, §4.1), and sign(votes)·log2(1 + |votes|) otherwise. "votes"
+            is the number of votes.
         accepted: accepted answers (`selected`) are demonstrations.
 
     Raises:
-        ValueError: where `label` or `accepted` asks for something that the data do not say.
+        ValueError: if `label` or `accepted` needs information that the data lacks.
 
     Example:
         >>> answers = [{"text": "Boil it.", "score": 7, "selected": True}, {"text": "Dunno.", "score": -1}]
@@ -40,7 +41,7 @@ def votes(rows: Iterable[Mapping[str, Any]], *, label: str = "log", accepted: bo
         if "answers" in raw:
             yield from _stack_exchange(raw, label, accepted)
         elif accepted:
-            raise ValueError("SHP does not say which answers were accepted. Leave `accepted` out.")
+            raise ValueError("SHP has no information on accepted answers. Remove `accepted`.")
         else:
             yield from _shp(raw, label, seen)
 
@@ -52,13 +53,15 @@ def _stack_exchange(raw: Mapping[str, Any], label: str, accepted: bool) -> Itera
         return
     for answer in answers:
         if not isinstance(answer, Mapping):
-            yield LeftOut("its answer is no object with `text` and `pm_score` or `score`")
+            yield LeftOut("its answer is not an object with `text` and `pm_score` or `score`")
             continue
         value = answer.get("score")
         if label == "votes" and value is None and answer.get("pm_score") is not None:
-            raise ValueError("The answers have a `pm_score`, a logarithm, and no `score`. Use the label 'log'.")
+            raise ValueError(
+                "The answers have a `pm_score`, which is a logarithm, but no `score`. Use the label 'log'."
+            )
         if accepted and answer.get("selected") is None:
-            raise ValueError("The answers do not say which were accepted (`selected`). Leave `accepted` out.")
+            raise ValueError("The answers have no information on accepted answers (`selected`). Remove `accepted`.")
         if label == "log":
             value = answer["pm_score"] if answer.get("pm_score") is not None else _log(value)
         yield _row(raw["question"], answer.get("text"), value, demonstration=accepted and answer["selected"] is True)
@@ -97,9 +100,9 @@ VOTES = Adapter(
         "--label": {
             "choices": LABELS,
             "default": "log",
-            "help": "log: pm_score where there is one, else ±log2(1 + |votes|); votes: their number (default: "
-            "%(default)s)",
+            "help": "the label to use: log is pm_score if the data has it, and ±log2(1 + |votes|) otherwise; votes is "
+            "the number of votes (default: %(default)s)",
         },
-        "--accepted": {"action": "store_true", "help": "accepted answers (`selected`) are demonstrations"},
+        "--accepted": {"action": "store_true", "help": "treat accepted answers (`selected`) as demonstrations"},
     },
 )

@@ -9,12 +9,12 @@ NO_QUOTES = "its answer has no quotes"
 
 
 def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterator[Outcome]:
-    """Two rows a question, with the score as a continuous label, from −1 to 1; 0 is a tie.
+    """Two rows per question, with the score from −1 to 1 as a continuous label. 0 is a tie.
 
     Args:
-        rows: `question` (with `full_text`, or text), `answer_0`, `answer_1`, `score_0`, `score_1`, and for `quotes`
-            `quotes_0` and `quotes_1`, each with lists `title` and `extract`.
-        quotes: put what the answer was written from before the question. Each answer then has a prompt of its own.
+        rows: `question` (text, or an object with `full_text`), `answer_0`, `answer_1`, `score_0`, `score_1`, and for
+            `quotes` also `quotes_0` and `quotes_1`, each with lists `title` and `extract`.
+        quotes: whether to put the quotes of an answer before the question. Each answer then has its own prompt.
 
     Example:
         >>> raw = {"question": {"full_text": "Why?"}, "answer_0": "So.", "answer_1": "No.", "score_0": 1.0}

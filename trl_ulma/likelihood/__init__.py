@@ -1,1 +1,1 @@
-"""The only place where log-probabilities are computed: for training, evaluation, scoring and the demo."""
+"""Log-probabilities for training, evaluation, scoring and the demo. They are computed only in this package."""

@@ -1,4 +1,4 @@
-"""What a training checks of its reference: at its start, at its end, and against the checkpoint it goes on from."""
+"""Checks of the reference: at the start and the end of a training, and against the checkpoint it resumes from."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,14 +16,14 @@ from trl_ulma.likelihood.table import forward_inputs
 
 
 class TrainingChecks:
-    """The startup proof of a training, and its reference's identity.
+    """The startup proof of a training, and the identity of its reference.
 
     Args:
-        proof: of the training's scorer and reference.
-        collate: makes a batch, on the device, of prepared rows.
-        context: that forwards run in, as of mixed precision.
-        tokens: `(N, W)` that the reference is known by, see `probe_tokens`.
-        is_on: whether the proof is made (`startup_checks`).
+        proof: the proof for the training's scorer and reference.
+        collate: collates prepared rows to a batch on the device.
+        context: returns the context that forward passes run in, for example mixed precision.
+        tokens: `(N, W)` tokens that identify the reference, see `probe_tokens`.
+        is_on: whether to run the proof (`startup_checks`).
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class TrainingChecks:
         is_moving: bool = False,
         resumed: ReferenceIdentity | None = None,
     ) -> None:
-        """Prove, on all processes alike.
+        """Run the proof. All processes run the same forward passes.
 
         Args:
-            policy: the policy's model as it is trained.
-            rows: prepared rows to train on.
-            at_start: whether the policy is as it was before training.
-            is_training: whether a training begins, and not an evaluation.
-            is_moving: whether the reference is to move while training, or is asked before it alone.
-            resumed: the identity in the checkpoint that training goes on from.
+            policy: the policy's model, wrapped for training.
+            rows: prepared training rows.
+            at_start: whether the policy is still as it was before training.
+            is_training: whether a training starts. False for an evaluation.
+            is_moving: whether the reference changes during training, or is only used before training.
+            resumed: the reference's identity in the checkpoint that training resumes from.
 
         Raises:
-            ValueError: naming what is wrong, by how much, and what to do.
+            ValueError: if a check fails. The message states what is wrong, by how much, and what to do.
         """
-        # A second training goes on from where the first one ended
+        # A second training continues from the end of the first one
         at_start = at_start and not self._has_trained
         self._has_trained |= is_training
         self.is_done = True
@@ -95,9 +95,9 @@ class TrainingChecks:
             if not off <= self._proof.tolerance:
                 name = resumed.name or "no name"
                 raise ValueError(
-                    f"The checkpoint was trained against another reference ({resumed.kind}, {name}): the one here "
-                    f"gives log-probabilities that differ by {off:.2g} nats a token. Pass the model that training "
-                    "began with, or the same ref_model."
+                    f"The checkpoint was trained against another reference ({resumed.kind}, {name}): its "
+                    f"log-probabilities differ by {off:.2g} nats per token from those of this reference. Pass the "
+                    "model that training started from, or the same ref_model."
                 )
 
     def policy_logps(self, policy: Any) -> list[float]:
@@ -113,25 +113,26 @@ class TrainingChecks:
             return self._proof.policy_logps(policy, plain_batch(self._tokens)).double().tolist()
 
     def end(self, policy: Any) -> None:
-        """Raise ValueError if the reference has moved since the start."""
+        """Raise ValueError if the reference has changed since the start."""
         if self.identity is None or not self._reference.is_live or self._is_moving:
             return
         off = self.identity.difference(self._reference.fingerprint(policy, self._tokens))
         if not off <= self._proof.tolerance:
             raise ValueError(
-                f"The reference has moved while training, by {off:.2g} nats a token: what was learned is not what the "
-                "loss says. Something changes its weights or adapter; pass a ref_model that nothing else holds."
+                f"The reference has changed during training, by {off:.2g} nats per token, so the loss was not computed "
+                "against a fixed reference. Other code has changed its weights or adapter. Pass a ref_model that no "
+                "other code uses."
             )
 
     def _check_precomputed(self, policy: Any, rows: Any) -> None:
-        """That the column `ref_logps` holds what the policy gives before training."""
+        """Raise ValueError if the column `ref_logps` differs from the policy's log-probabilities before training."""
         if not isinstance(rows, Dataset) or "ref_logps" not in rows.column_names:
             return
         known = np.flatnonzero(~np.isnan(np.asarray(rows.select(range(min(len(rows), 64)))["ref_logps"][:])))
         if len(known):
             batch = self._collate([rows[int(i)] for i in known[:2]])
             if "ref_logps" not in batch:
-                return  # a collator of the user's leaves it out, which the loss refuses
+                return  # the user's collator drops the column; computing the loss raises an error for that
             found = self._proof.policy_logps(policy, forward_inputs(batch))
             tokens = batch["completion_mask"][:, 1:].sum(1)
             self._proof.check_reference(policy, found, batch["ref_logps"], tokens)
@@ -141,14 +142,14 @@ class TrainingChecks:
 
 
 def probe_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int, positions: int | None = None) -> torch.Tensor:
-    """`(4, 8)` random tokens, none of them special; fewer columns if the policy reads no more.
+    """`(4, 8)` random tokens without special tokens. There are fewer columns if the policy cannot read 8 tokens.
 
-    They are the same ones whenever a tokenizer's vocabulary is the same.
+    The tokens only depend on the vocabulary of the tokenizer.
 
     Args:
-        tokenizer: the policy's.
-        embeddings: how many tokens the policy has embeddings for.
-        positions: how many tokens the policy reads at most, or None.
+        tokenizer: the policy's tokenizer.
+        embeddings: the number of tokens that the policy has embeddings for.
+        positions: the maximum number of tokens that the policy can read, or None.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     size = min(len(tokenizer), embeddings)

@@ -1,4 +1,4 @@
-"""The compact LM head: log-probabilities of the wanted tokens, in chunks, without the logits of all positions."""
+"""The compact LM head: log-probabilities of selected tokens, in chunks, without the logits of all positions."""
 
 import math
 import weakref
@@ -12,21 +12,21 @@ from torch.utils.checkpoint import checkpoint
 
 from trl_ulma.likelihood.noise import evaluation_mode
 
-# Logits of more positions than fit here are computed in chunks, and once more in the backward pass
+# If the logits need more memory than this, they are computed in chunks, and again in the backward pass
 CHUNK_BYTES = 256 * 2**20
-# What a head's map from projections to logits is measured at, and how far the measured map may be from the model's
+# The points at which a head's map from projections to logits is measured, and the tolerance for the measured map
 _PROBES = (-50.0, -3.0, -0.5, 0.0, 0.5, 3.0, 50.0)
 _MAP_TOLERANCE = 1e-4
 
 
 class TokenScores(NamedTuple):
-    """What a next-token distribution says of its token, one value per scored token.
+    """Scores of the next-token distribution, one value per scored token.
 
     Attributes:
         log_probs: log-probability of the token in nats, with gradient.
-        entropy: entropy of the distribution in nats, without gradient; None where it is not asked for.
-        mean_logits: mean of the logits over the vocabulary, without gradient; or None.
-        is_top1: 1 where the token is the most likely one, else 0; or None.
+        entropy: entropy of the distribution in nats, without gradient. None if statistics were not requested.
+        mean_logits: mean of the logits over the vocabulary, without gradient. None if statistics were not requested.
+        is_top1: 1 if the token is the most likely one, else 0. None if statistics were not requested.
     """
 
     log_probs: torch.Tensor
@@ -36,12 +36,12 @@ class TokenScores(NamedTuple):
 
 
 class LogitMap(NamedTuple):
-    r"""How a model makes logits of its output embeddings' projections z: c·tanh(s·z/c), or s·z without a cap.
+    r"""How a model computes logits from its output embeddings' projections z: c·tanh(s·z/c), or s·z without a cap.
 
     Attributes:
         scale: s.
         cap: c, or None.
-        width: how many entries of the vocabulary are logits; models can pad their embeddings.
+        width: the number of logits. Models can pad their embeddings to a larger size.
     """
 
     scale: float = 1.0
@@ -56,7 +56,7 @@ class LogitMap(NamedTuple):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def backward(self, gradient: torch.Tensor, logits: torch.Tensor, projections: torch.Tensor) -> torch.Tensor:
-        """The gradient with respect to the projections; writes into `gradient`."""
+        """The gradient with respect to the projections. Overwrites `gradient`."""
         if self.cap is not None:
             gradient *= 1 - (logits / self.cap) ** 2
         if self.scale != 1:
@@ -66,7 +66,7 @@ class LogitMap(NamedTuple):
 
 
 class _LogProbs(torch.autograd.Function):
-    """log softmax at the targets, and statistics of the distribution; keeps the projections alone."""
+    """log softmax at the targets, and statistics of the distribution. Saves only the projections for the backward."""
 
     @staticmethod
     def forward(ctx, projections, targets, logit_map, with_statistics):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -99,10 +99,10 @@ def token_scores(
     r"""log softmax(logits)[target] of each row of projections, and statistics of the distribution.
 
     Args:
-        projections: `(n, V)`, what the output embeddings give.
+        projections: `(n, V)`, the output of the output embeddings.
         targets: `(n,)` token ids below V.
-        logit_map: from projections to logits; the identity where it is None.
-        statistics: whether entropy, mean logit and top-1 agreement are computed, too.
+        logit_map: the map from projections to logits. None is the identity.
+        statistics: whether to also compute entropy, mean logit and top-1 agreement.
 
     Returns:
         `TokenScores` of `(n,)` tensors, at least float32.
@@ -117,34 +117,34 @@ def token_scores(
 
 
 class CompactHead:
-    """Runs a causal language model whose output embeddings score the wanted tokens, instead of giving all logits.
+    """Runs a causal language model so that its output embeddings score selected tokens instead of returning all logits.
 
-    The model's own forward runs, through whatever wraps it (PEFT, DDP, FSDP2, ZeRO-3, torch.compile). Only during a
-    call, its output embeddings take the hidden states at the wanted positions, project them in chunks, and return the
-    tokens' log-probabilities; a hook hands these on as the model's output. The hooks that a wrapper has put on the
-    output embeddings and on the model see the tensor that gradients flow through. After a call the model is as before.
+    The model's own forward runs, including its wrappers (PEFT, DDP, FSDP2, ZeRO-3, torch.compile). During a call, the
+    output embeddings select the hidden states at the wanted positions, project them in chunks, and return the
+    log-probabilities of the tokens. A hook returns these as the model's output. Hooks of wrappers on the output
+    embeddings and on the model see the tensor that gradients flow through. After a call the model is unchanged.
 
     Args:
         model: the causal language model without wrappers.
 
     Raises:
-        ValueError: for a model without output embeddings.
+        ValueError: if the model has no output embeddings.
     """
 
     def __init__(self, model: nn.Module):
         head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         if head is None:
             raise ValueError(
-                f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None), so it gives no "
+                f"{type(model).__name__} has no output embeddings (`get_output_embeddings()` is None), so it has no "
                 "log-probabilities of tokens. Pass a causal language model."
             )
         self._model = weakref.ref(model)
         self._head = weakref.ref(head)
         self.logit_map: LogitMap | None = None
-        # torch.compile runs these as they are: what they do depends on the batch
+        # torch.compile must not trace these, because what they do depends on the batch
         self._head_forward = torch.compiler.disable(self._score)
         self._keep_hook = torch.compiler.disable(self._keep)
-        # Not what it calls, which is the model
+        # The model that it calls must still be compiled
         self._model_forward = torch.compiler.disable(self._handed_on, recursive=False)
         self._project: Any = None
         self._run_model: Any = None
@@ -160,7 +160,7 @@ class CompactHead:
 
     @property
     def head(self) -> Any:
-        """Its output embeddings."""
+        """The output embeddings of the model."""
         return self._head()
 
     def __call__(
@@ -173,14 +173,14 @@ class CompactHead:
         first: torch.Tensor | None = None,
         statistics: bool = False,
     ) -> tuple[TokenScores, torch.Tensor | None, torch.Tensor | None]:
-        """(scores `(n,)` of each wanted token, hidden states `(B, H)`, auxiliary loss of a mixture of experts).
+        """The scores `(n,)` of the wanted tokens, hidden states `(B, H)`, and the auxiliary loss of MoE models.
 
         Args:
-            wrapped: the model, or what it is wrapped in.
-            inputs: of its forward; `input_ids` `(R, W)` among them.
-            positions: `(n,)` places in the flattened `(R·W)` sequences, each right before a wanted token.
+            wrapped: the model, with or without wrappers.
+            inputs: the inputs of its forward, including `input_ids` `(R, W)`.
+            positions: `(n,)` indices into the flattened `(R·W)` sequences, each right before a wanted token.
             targets: `(n,)` the wanted tokens.
-            first: `(B,)` which of `positions` hidden states are wanted of (detached); None for none.
+            first: `(B,)` indices into `positions` whose hidden states (detached) are returned. None returns no states.
             statistics: see `token_scores`.
         """
         if self.logit_map is None:
@@ -189,9 +189,9 @@ class CompactHead:
         output = self._run(wrapped, inputs, wanted)
         log_probs: Any = output.get("log_probs")
         if log_probs is None and not torch.is_grad_enabled():
-            # PEFT calls the forward of a model whose virtual tokens are switched off, past its hooks
+            # If virtual tokens are switched off, PEFT calls the model's forward directly and bypasses its hooks
             log_probs = self._log_probs
-        # They have passed the wrappers' hooks; statistics need no gradient
+        # These log-probabilities passed through the wrappers' hooks. Statistics need no gradient.
         flat: Any = log_probs
         scores = self._scores._replace(log_probs=flat.reshape(-1))
         states = self._states
@@ -208,18 +208,18 @@ class CompactHead:
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
-        """The two forwards and the hook in place, and gone after."""
+        """A context with the two forwards and the hook installed."""
         head, model = self.head, self.model
         self._project, self._run_model = head.forward, model.forward
         own = [(module, vars(module).get("forward")) for module in (head, model)]
-        hook = head.register_forward_hook(self._keep_hook)  # after all others
+        hook = head.register_forward_hook(self._keep_hook)  # runs after all other hooks
         head.forward, model.forward = self._head_forward, self._model_forward
         try:
             yield
         finally:
             hook.remove()
-            self._project = self._run_model = None  # which would keep the model alive
-            for module, forward in own:  # what accelerate or a user has put there
+            self._project = self._run_model = None  # these would keep the model alive
+            for module, forward in own:  # restore a forward that accelerate or the user has set
                 if forward is None:
                     del module.forward
                 else:
@@ -227,17 +227,18 @@ class CompactHead:
 
     def _score(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         wanted = self._wanted
-        if wanted is None:  # a compiled model outside a call
+        if wanted is None:  # a compiled model outside of a call
             return type(self.head).forward(self.head, hidden, *args, **kwargs)
         if isinstance(wanted, torch.Tensor):
             return wanted.to(hidden.device).expand(*hidden.shape[:-1], -1)
         if hidden.dim() != 3 or hidden.size(1) < wanted.width:
             raise ValueError(
-                f"{type(self.model).__name__} gives its output embeddings states of shape {tuple(hidden.shape)} for "
-                f"sequences of {wanted.width} tokens, and not one state per token, so its tokens cannot be scored."
+                f"{type(self.model).__name__} passes hidden states of shape {tuple(hidden.shape)} to its output "
+                f"embeddings for sequences of {wanted.width} tokens. Tokens can only be scored if there is one state "
+                "per token. Use another model class."
             )
         rows, columns = wanted.positions // wanted.width, wanted.positions % wanted.width
-        # Adapters can put virtual tokens before the sequence
+        # Adapters can prepend virtual tokens to the sequence
         places = rows * hidden.size(1) + (hidden.size(1) - wanted.width) + columns
         states = hidden.flatten(0, 1)[places.to(hidden.device)]
         if wanted.first is not None:
@@ -247,7 +248,7 @@ class CompactHead:
 
     def _in_chunks(self, states: torch.Tensor, targets: torch.Tensor, statistics: bool) -> TokenScores:
         size = max(1, CHUNK_BYTES // (4 * self._vocabulary))
-        project, logit_map = self._project, self.logit_map  # of which the backward pass must know, too
+        project, logit_map = self._project, self.logit_map  # the backward pass needs them after the call
         if len(states) <= size:
             return _score_chunk(project, logit_map, states, targets, statistics)
         parts = [
@@ -259,13 +260,13 @@ class CompactHead:
         return TokenScores(*joined)
 
     def _keep(self, head: nn.Module, args: Any, output: Any) -> None:
-        """Keep what the head has returned, behind the hooks of wrappers."""
+        """Keep the output of the head after the hooks of wrappers."""
         if self._wanted is not None:
             self._log_probs = output
 
     def _handed_on(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with the log-probabilities as its output."""
-        if self._wanted is None:  # a compiled model outside a call
+        if self._wanted is None:  # a compiled model outside of a call
             return type(self.model).forward(self.model, *args, **kwargs)
         output = self._run_model(*args, **kwargs)
         if isinstance(self._wanted, torch.Tensor):
@@ -273,7 +274,8 @@ class CompactHead:
         if self._log_probs is None:
             raise ValueError(
                 f"{type(self.model).__name__} does not call the output embeddings that `get_output_embeddings()` "
-                "names, so its log-probabilities cannot be read. Its forward must project its last hidden state."
+                "returns, so its log-probabilities cannot be computed. Use a model whose forward projects its last "
+                "hidden state with them."
             )
         found = {"log_probs": self._log_probs}
         if getattr(output, "aux_loss", None) is not None:
@@ -282,16 +284,16 @@ class CompactHead:
 
     @property
     def _vocabulary(self) -> int:
-        """How many projections a position has."""
+        """The number of projections per position."""
         size = getattr(self.head, "out_features", None)
         return self.model.config.get_text_config().vocab_size if size is None else size
 
     @torch.no_grad()
     def _measure(self, wrapped: Any, inputs: dict[str, Any]) -> LogitMap:
-        """The map from projections to logits, read off the model's own forward: known numbers go in for projections.
+        """The map from projections to logits, measured by running the model's own forward with known projections.
 
         Raises:
-            ValueError: where it is no scale and no soft cap.
+            ValueError: if the map is not a scale with an optional soft cap.
         """
         sample = {"input_ids": torch.zeros_like(inputs["input_ids"][:1, :2])}
         dtype = torch.promote_types(self.model.dtype, torch.float32)
@@ -314,10 +316,11 @@ class CompactHead:
         logit_map = LogitMap(scale, cap, width)
         expected = logit_map(made.double())
         off = (found - expected).abs().max().item() if expected.shape == found.shape else math.inf
-        if not off <= _MAP_TOLERANCE * max(1.0, expected.abs().max().item()):  # also where it is NaN
+        if not off <= _MAP_TOLERANCE * max(1.0, expected.abs().max().item()):  # also true for NaN
             raise ValueError(
-                f"{type(self.model).__name__} makes its logits of the output embeddings' projections by something else "
-                f"than a scale and a soft cap (off by {off:.2g}), so its log-probabilities cannot be computed here."
+                f"{type(self.model).__name__} does not compute its logits from the output embeddings with a scale and "
+                f"a soft cap alone (off by {off:.2g}), so its log-probabilities cannot be computed. Use another model "
+                "class."
             )
         return logit_map
 

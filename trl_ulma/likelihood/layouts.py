@@ -1,6 +1,6 @@
-"""How a batch's rows go through a model: padded, packed into one sequence, or with shared prompts run once.
+"""How the rows of a batch are laid out for a model: padded, packed into one sequence, or with shared prompts.
 
-Each way gives the log-probabilities of the same completion tokens, and only these are projected through the LM head.
+All layouts give the log-probabilities of the same completion tokens. Only these are projected through the LM head.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ import torch
 
 
 class Layout(NamedTuple):
-    """A batch's rows, laid out as sequences.
+    """The rows of a batch, laid out as sequences.
 
     Attributes:
-        inputs: what the model is given: `input_ids` `(R, W)` and what says who attends to whom.
-        positions: `(n,)` places in the flattened `(R·W)` sequences, each right before a completion token.
+        inputs: the inputs of the model: `input_ids` `(R, W)`, and the tensors that determine which tokens attend to
+            which.
+        positions: `(n,)` indices into the flattened `(R·W)` sequences, each right before a completion token.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -22,22 +23,22 @@ class Layout(NamedTuple):
 
 
 def completion_tokens(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, column) of each completion token's predecessor, `(n,)` each, row by row."""
+    """The row and the column of the token before each completion token, `(n,)` each, ordered by rows."""
     rows, columns = batch["completion_mask"][:, 1:].nonzero(as_tuple=True)
     return rows, columns
 
 
 def padded(batch: Mapping[str, torch.Tensor]) -> Layout:
-    """One padded sequence a row: the batch as the collator made it."""
+    """One padded sequence per row: the batch as it comes from the collator."""
     rows, columns = completion_tokens(batch)
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
     return Layout(inputs, rows * batch["input_ids"].size(1) + columns)
 
 
 def packed(batch: Mapping[str, torch.Tensor]) -> Layout:
-    """All rows in one sequence without padding, told apart by positions that start again.
+    """All rows in one sequence without padding. Positions restart at the beginning of each row.
 
-    Exact where the attention reads rows' bounds from `position_ids`, see `trl_ulma.likelihood.proof`.
+    This is exact if the attention derives the boundaries of rows from `position_ids`, see `trl_ulma.likelihood.proof`.
     """
     rows, columns = completion_tokens(batch)
     attended = batch["attention_mask"].bool()
@@ -49,15 +50,15 @@ def packed(batch: Mapping[str, torch.Tensor]) -> Layout:
 
 
 def shared(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> Layout:
-    """Rows with the same prompt in one sequence: the prompt less its last token, then a branch for each row.
+    """Rows with the same prompt in one sequence: the prompt without its last token, then one branch per row.
 
-    A branch is a copy of the prompt's last token, which predicts the completion's first, and the completion less its
-    last. It attends to the prompt and to itself, and its positions go on from the prompt's. Rows must be padded on the
-    right, with the completion at their end.
+    A branch consists of a copy of the prompt's last token, which predicts the first token of the completion, and of the
+    completion without its last token. A branch attends to the prompt and to itself, and its positions continue those of
+    the prompt. Rows must be padded on the right, and the completion must be at the end of the row.
 
     Args:
         batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`.
-        dtype: of an additive attention mask, for eager attention; a boolean mask where it is None.
+        dtype: the dtype of an additive attention mask, for eager attention. None gives a boolean mask.
     """
     device = batch["input_ids"].device
     ids, mask, attended = (batch[n].cpu() for n in ("input_ids", "completion_mask", "attention_mask"))
@@ -73,17 +74,17 @@ def shared(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) 
         sequence = [(token, position, 0) for position, token in enumerate(prompt[:-1])]
         for branch, row in enumerate(rows, start=1):
             span_of[row] = (number, len(sequence))
-            # Row by row a branch's tokens are the row's from its last prompt token to its last but one
+            # The branch has the row's tokens from its last prompt token to its second-to-last token
             part = ids[row, len(prompt) - 1 : lengths[row] - 1].tolist()
             sequence += [(token, len(prompt) - 1 + i, branch) for i, token in enumerate(part)]
         sequences.append(torch.tensor(sequence))
     width = max(len(sequence) for sequence in sequences)
     table = torch.zeros(len(sequences), width, 3, dtype=torch.long)
-    table[..., 2] = -1  # padding, which attends to itself alone
+    table[..., 2] = -1  # padding, which only attends to itself
     for number, sequence in enumerate(sequences):
         table[number, : len(sequence)] = sequence
     rows, columns = mask[:, 1:].nonzero(as_tuple=True)
-    # Where a row's branch begins, less the column of its first token
+    # The start of each row's branch
     begins = torch.tensor([number * width + start for number, start in (span_of[row] for row in range(len(ids)))])
     index = begins[rows] + columns - (torch.tensor(prompt_lengths)[rows] - 1)
 
@@ -107,29 +108,29 @@ def shares_prompts(batch: Mapping[str, torch.Tensor]) -> bool:
 
 
 def why_not_shared(config: Any) -> str | None:
-    """Why rows of one prompt can not be run as branches in a model of this configuration; None where they can."""
+    """The reason why a model of this configuration does not support shared prompts. None if it does."""
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
-        return f"attn_implementation={attention!r} takes no mask of its own; 'sdpa' and 'eager' do"
+        return f"attn_implementation={attention!r} does not support custom masks, but 'sdpa' and 'eager' do"
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(text, "sliding_window", None)):
-        return "the model has layers that are sliding windows, or recurrent"
+        return "the model has sliding-window or recurrent layers"
     if getattr(text, "output_router_logits", None) is not None:
-        return "the auxiliary loss of a mixture of experts is defined for padded rows"
+        return "the auxiliary loss of a mixture of experts is only defined for padded rows"
     return None
 
 
 def positions_of(config: Any) -> int | None:
-    """How many tokens a model of this configuration reads at most; None where that has no end, as with rotary ones."""
+    """The maximum number of tokens that a model of this configuration can read. None for rotary positions."""
     text = config.get_text_config()
     return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)
 
 
 def length_that_changes_positions(config: Any) -> int | None:
-    """The length from which a batch's longest row changes the rotary positions of all its rows; None where none does.
+    """The length from which on the longest row of a batch changes the rotary positions of all its rows, or None.
 
-    So it is with the scalings "longrope" and "dynamic": a row's log-probability depends on the batch it is in.
+    The scalings "longrope" and "dynamic" have such a length. With them, a row's log-probability depends on its batch.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -138,7 +139,7 @@ def length_that_changes_positions(config: Any) -> int | None:
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    # Models with several kinds of layers have one set of parameters for each
+    # Models with several kinds of layers have one set of parameters per kind
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     if not any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds):
         return None

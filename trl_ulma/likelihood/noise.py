@@ -1,19 +1,19 @@
-"""Dropout and other noise in a model's forward: left out for a while, or switched off."""
+"""Dropout and other noise in a model's forward pass: switch it off temporarily or permanently."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-# Part of the names under which modules keep rates of functional dropout and of skipped layers
+# Attributes for the rates of functional dropout and of skipped layers have this in their names
 _RATE = "drop"
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and each in its own mode again after.
+    """A context with every module in evaluation mode. Afterwards each module is in its previous mode.
 
-    Dropout, functional dropout and the noise of NEFTune are off in it.
+    Dropout, functional dropout and the noise of NEFTune are off in this context.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1).eval())
@@ -34,11 +34,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def switch_off_noise(model: nn.Module) -> None:
-    """Set every dropout rate of a model to 0, also those of functional dropout and skipped layers.
+    """Set every dropout rate of a model to 0, including those of functional dropout and skipped layers.
 
-    `nn.Dropout` modules have a rate `p`. Other modules pass a rate to `nn.functional.dropout`, or to attention, and
-    keep it in an attribute: a number whose name contains "drop". The jitter of routers stays, because in evaluation
-    mode it can be a threshold.
+    `nn.Dropout` modules have a rate `p`. Other modules pass a rate to `nn.functional.dropout` or to attention, and
+    store it in an attribute whose name contains "drop". The jitter of routers is not changed, because it can also be a
+    threshold in evaluation mode.
 
     Example:
         >>> from transformers import OPTConfig, OPTForCausalLM

@@ -1,4 +1,4 @@
-"""log π_ref of a whole table, asked once and kept in a cache that knows what it depends on."""
+"""log π_ref of a whole table, computed once and cached with a key that covers everything it depends on."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ from trl_ulma.likelihood.table import forward_inputs
 
 
 def has_ref_logps(rows: Dataset) -> bool:
-    """Whether log π_ref of every row is known.
+    """Whether log π_ref is known for every row.
 
     Example:
         >>> has_ref_logps(Dataset.from_dict({"ref_logps": [-1.0, float("nan")]}))
@@ -34,35 +34,36 @@ def has_ref_logps(rows: Dataset) -> bool:
 
 
 def with_ref_logps(rows: Dataset, asked: np.ndarray, **asking: Any) -> Dataset:
-    """The rows with a column `ref_logps`, NaN for those that the reference is not asked for.
+    """The rows with a column `ref_logps`, which is NaN for rows that are not selected.
 
     Args:
         rows: prepared rows.
-        asked: `(N,)` bool.
-        **asking: as `precomputed_logps` takes it.
+        asked: `(N,)` bool, the rows to compute log π_ref for.
+        **asking: the arguments of `precomputed_logps`.
     """
-    if "ref_logps" in rows.column_names:  # of the training set's compared rows alone
+    if "ref_logps" in rows.column_names:  # known only for the compared rows of the training set
         rows = rows.remove_columns("ref_logps")
     ref_logps = np.full(len(rows), np.nan)
     if asked.any():
         part = rows if asked.all() else rows.select(np.flatnonzero(asked))
-        # Whether they are computed or read from the cache, training draws the same random numbers: a data loader takes
-        # its seed from torch's
+        # Computing must not change the random numbers of the training, so that it matches a run that reads the cache. A
+        # data loader draws its seed from torch's generator.
         with torch.random.fork_rng(devices=[]):
             ref_logps[asked] = precomputed_logps(rows=part, **asking)
     return rows.add_column("ref_logps", ref_logps.tolist())
 
 
 def cache_key(reference: Reference, policy: Any, probe: torch.Tensor, accelerator: Accelerator) -> str:
-    """What the reference's log-probabilities depend on besides the rows: weights, config, number formats, layout.
+    """A hash of what the reference's log-probabilities depend on besides the rows.
 
-    What none of these names (a module that was changed in memory) shows in the log-probabilities of `probe`.
+    It covers weights, config, number formats and layout. Other changes, such as a module that was changed in memory,
+    change the log-probabilities of `probe`, which the hash also covers.
 
     Args:
-        reference: that is asked.
+        reference: the reference.
         policy: the policy's model, for references that are an adapter on it.
         probe: `(N, W)` tokens.
-        accelerator: of the trainer.
+        accelerator: the trainer's accelerator.
     """
     model = bare_model(policy if reference.model is None else reference.model)
     adapters = {name: str(config) for name, config in getattr(model, "peft_config", {}).items()}
@@ -76,7 +77,7 @@ def cache_key(reference: Reference, policy: Any, probe: torch.Tensor, accelerato
 
 
 def weights_hash(model: Any) -> str:
-    """A hash of a model's weights, the same on all processes, each of which may hold a part of them.
+    """A hash of a model's weights. It is the same on all processes, even if each process holds a part of the weights.
 
     Example:
         >>> weights_hash(torch.nn.Linear(1, 1)) == weights_hash(torch.nn.Linear(1, 1))
@@ -101,27 +102,27 @@ def precomputed_logps(
     key: str,
     batch_size: int,
     num_workers: int = 0,
-    what: str = "Asking the reference",
+    what: str = "Computing reference log-probabilities",
 ) -> np.ndarray:
-    """`(N,)` log π_ref of prepared rows in nats, on all processes; from the cache, if they are there.
+    """`(N,)` log π_ref of prepared rows in nats, on all processes. They are read from the cache if they are there.
 
-    Rows that were made in memory have no cache.
+    Rows that were created in memory have no cache.
 
     Args:
-        reference: that is asked.
+        reference: the reference.
         policy: the policy's model, for references that are an adapter on it.
         rows: prepared rows.
-        collate: makes a batch of rows.
-        accelerator: of the trainer; each process asks for its part of the rows.
+        collate: collates rows to a batch.
+        accelerator: the trainer's accelerator. Each process computes its part of the rows.
         key: see `cache_key`.
-        batch_size: rows per forward and process.
-        num_workers: of the data loader.
-        what: on the progress bar.
+        batch_size: the number of rows per forward pass and process.
+        num_workers: the number of workers of the data loader.
+        what: the description on the progress bar.
     """
     file = None
     if rows.cache_files:
         file = Path(rows._get_cache_file_path(Hasher.hash((rows._fingerprint, key)))).with_suffix(".npy")
-        # One process reads for all, since they may not see one file system
+        # One process reads for all, because processes may have different file systems
         has = accelerator.is_main_process and file.exists()
         cached = broadcast_object_list([np.load(file) if has else None])[0]
         if cached is not None:
@@ -137,11 +138,11 @@ def precomputed_logps(
     for batch in tqdm(loader, desc=what, unit="batch", disable=None if accelerator.is_main_process else True):
         logps = reference.logps(policy, forward_inputs(batch)).double()
         found.append(torch.as_tensor(accelerator.gather(logps)).cpu())
-    # The processes take batches in turn; what was added so that all have as many comes last
+    # Processes take batches in turn. Rows that were repeated to fill up the last batches come last.
     values = torch.cat(found)[: len(rows)].numpy()
     if file is not None and accelerator.is_main_process:
         half = file.with_suffix(".half.npy")
         np.save(half, values)
-        os.replace(half, file)  # so that a file that is there is whole
+        os.replace(half, file)  # so that an existing file is always complete
     accelerator.wait_for_everyone()
     return values

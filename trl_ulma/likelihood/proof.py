@@ -1,4 +1,4 @@
-"""The startup proof: before the first step, a training's numbers are shown to be right on the user's own model."""
+"""The startup proof: it checks on the user's own model, before the first step, that the numbers are right."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -15,26 +15,28 @@ logger = logging.getLogger(__name__)
 
 Scores = Callable[[Layout, Batch], torch.Tensor]
 
-# Nats a token by which a log-probability may differ in fp32, and in other number formats
+# How much a log-probability may differ, in nats per token: in fp32, and in other number formats
 TOLERANCE = 1e-4
 COARSE_TOLERANCE = 0.05
-# Share of a contaminated layout's error that an exact one may have; in half precision that its noise may have
+# The error of an exact layout, as a share of that of a contaminated one, must be below this. In half precision, the
+# same holds for the noise.
 CONTAMINATION = 0.01
 CONTAMINATION_OF_NOISE = 0.1
-# What another exact layout may differ by in half precision, in units of what padding changes. Of a few rows the two are
-# measured loosely: with SmolLM2-135M in bf16 their ratio is now and then above 2, and a contaminated one's above 100.
+# In half precision, an exact layout may differ by this many times the difference that padding makes. On a few rows both
+# are noisy estimates: with SmolLM2-135M in bf16, their ratio is sometimes above 2. It is above 100 for a contaminated
+# layout.
 NOISES = 4
-# Tokens of a row that is probed with: of the prompt and of the completion each, of a layout and of all else
+# Maximum length of a probe row's prompt and of its completion, in tokens: for the layout check, and for all others
 LONGEST_OF_LAYOUT = 64
 LONGEST = 24
 
 
 def check_trainable(model: Any, reference: str) -> None:
-    """Raise ValueError where nothing is trained, or what is trained moves the reference along.
+    """Raise ValueError if no parameter is trainable, or if training would also change the reference.
 
     Args:
         model: the policy.
-        reference: the kind of a reference that is asked while training, see `ReferenceIdentity`; "none" otherwise.
+        reference: the kind of the reference if it runs during training, see `ReferenceIdentity`. Otherwise "none".
     """
     if not any(p.requires_grad for p in model.parameters()):
         remedy = (
@@ -42,33 +44,34 @@ def check_trainable(model: Any, reference: str) -> None:
             if hasattr(model, "peft_config")
             else "Set requires_grad=True on the parameters to train, or pass a peft_config"
         )
-        raise ValueError(f"The model has no trainable parameter, so nothing would be learned. {remedy}.")
+        raise ValueError(f"The model has no trainable parameters, so training would not change it. {remedy}.")
     outside = outside_adapter(model) if reference in ("adapter_off", "adapter") else []
     if outside:
         names = ", ".join(outside[:3]) + (f" and {len(outside) - 3} others" if len(outside) > 3 else "")
         raise ValueError(
-            "The reference is this model with another adapter or none, and training would change parameters outside "
-            f"the adapter, so that the reference would move with the policy: {names}. Set "
-            "precompute_ref_log_probs=True, pass a ref_model, or train the adapter alone (LoraConfig(bias='none'), no "
-            "other parameter with requires_grad=True)."
+            "The reference is this model with another adapter or with none. Training would change parameters outside "
+            f"the adapter, so the reference would change with the policy: {names}. Set precompute_ref_log_probs=True, "
+            "pass a ref_model, or only train the adapter (LoraConfig(bias='none'), and no other parameter with "
+            "requires_grad=True)."
         )
 
 
 class StartupProof:
-    """Shows on a few rows that log-probabilities and reference are right.
+    """Checks on a few rows that the log-probabilities and the reference are right.
 
-    In evaluation mode, by a handful of short forwards, on all processes alike:
+    It runs a few short forward passes in evaluation mode. All processes run the same ones. The checks are:
 
-    1. the head gives the log softmax of the model's own logits, and no token sees later ones;
-    2. the reference is the policy before training, unless a `ref_model` was given;
-    3. asking again gives the same, for the reference, and for the policy in training mode where dropout is to be off;
-    4. the chosen layout gives what padding gives.
+    1. The head's log-probabilities match the log softmax of the model's own logits, and no token sees later tokens.
+    2. The reference equals the policy before training, unless a `ref_model` was given.
+    3. A second forward pass gives the same values. This is checked for the reference, and, if dropout is off, for the
+       policy in training mode.
+    4. The chosen layout gives the same values as padding.
 
     Args:
-        scorer: the training's.
-        reference: the training's.
-        exact: whether forwards compute in fp32 or better.
-        is_quiet: whether the policy is to be trained without dropout and other noise.
+        scorer: the training's scorer.
+        reference: the training's reference.
+        exact: whether forward passes compute in fp32 or better.
+        is_quiet: whether the policy is trained without dropout and other noise.
     """
 
     def __init__(self, scorer: Scorer, reference: Reference, *, exact: bool, is_quiet: bool):
@@ -82,17 +85,17 @@ class StartupProof:
     def __call__(
         self, policy: Any, batch: Batch, layout_batch: Batch | None, *, at_start: bool = True, is_training: bool = True
     ) -> None:
-        """Check everything.
+        """Run all checks.
 
         Args:
-            policy: the policy's model, wrapped as it is trained.
+            policy: the policy's model, wrapped for training.
             batch: a few short rows, padded.
-            layout_batch: a few rows for the layout, see `probe_rows`; None where rows are padded.
-            at_start: whether the policy is as it was before training.
-            is_training: whether it is to be trained.
+            layout_batch: a few rows for the layout check, see `probe_rows`. None if the layout is "padded".
+            at_start: whether the policy is still as it was before training.
+            is_training: whether a training starts. False for an evaluation.
 
         Raises:
-            ValueError: naming what fails, by how much, and what to do.
+            ValueError: if a check fails. The message states what is wrong, by how much, and what to do.
             FloatingPointError: if the model's own logits are not finite.
         """
         inputs = dict(batch)
@@ -101,7 +104,7 @@ class StartupProof:
         with evaluation_mode(policy):
             scored = self.scorer(policy, batch, layout=place).log_probs.double()
             logits = policy(**inputs, use_cache=False).logits
-            # Adapters can put virtual tokens before the row
+            # Adapters can prepend virtual tokens to the row
             logits = logits[:, -inputs["input_ids"].size(1) :][:, :-1].double()
             own = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None].to(logits.device))[..., 0]
             own = torch.where(mask[:, 1:].to(scored.device) > 0, own.to(scored), 0.0)
@@ -115,48 +118,48 @@ class StartupProof:
         if self.reference.is_live:
             first = self.reference.logps(policy, batch).double()
             again = self.reference.logps(policy, batch).double()
-            self._check_same(first, again, tokens, "The reference", "dropout or noise that evaluation mode leaves on")
+            self._check_same(first, again, tokens, "The reference", "dropout or noise that stays on in evaluation mode")
             if at_start and self.reference.kind != "given":
                 self.check_reference(policy, self.policy_logps(policy, batch), first, tokens)
         if self.is_quiet and is_training:
             training = _in_training_mode(self.scorer, policy, batch, place)
             quiet = (
                 "dropout or noise that disable_dropout=True does not switch off. Set its rate to 0 in the model's "
-                "config, or train with it: disable_dropout=False"
+                "config, or set disable_dropout=False to train with it"
             )
             self._check_same(scored.sum(1), training.double().sum(1), tokens, "The policy in training mode", quiet)
 
     def check_reference(self, model: Any, policy: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Raise ValueError unless the reference is the policy before training.
+        """Raise ValueError unless the reference equals the policy before training.
 
         Args:
             model: the policy's model.
             policy: `(B,)` log π_θ in evaluation mode.
             reference: `(B,)` log π_ref of the same rows.
-            tokens: `(B,)` their completion tokens.
+            tokens: `(B,)` number of completion tokens of the rows.
         """
         off = ((policy.double() - reference.double().to(policy.device)).abs() / tokens.to(policy.device)).max().item()
         if off <= self.tolerance:
             return
         if getattr(getattr(bare_model(model), "active_peft_config", None), "is_prompt_learning", False):
             logger.warning(
-                f"The virtual tokens of the adapter change the model before they are trained, by {off:.2g} nats a "
-                "token: rewards do not start at 0. They are of the model without them."
+                f"The untrained virtual tokens of the adapter change the model by {off:.2g} nats per token. The "
+                "reference is the model without virtual tokens, so rewards do not start at 0."
             )
             return
         remedy = {
             "copy": "Pass the model before training as ref_model.",
             "adapter": "Pass a ref_model: the base model with a copy of the adapter, merged.",
             "adapter_off": (
-                "The adapter changes the model before it is trained (so do init_lora_weights='pissa', 'olora' or "
-                "'loftq'). Wrap the model with get_peft_model before you pass it: the reference is then a copy of the "
-                "adapter. Or pass a ref_model."
+                "The untrained adapter changes the model (as with init_lora_weights='pissa', 'olora' or 'loftq'). Wrap "
+                "the model with get_peft_model before you pass it, so that the reference is a copy of the adapter. Or "
+                "pass a ref_model."
             ),
         }[self.reference.kind]
         raise ValueError(
-            f"Before training the reference ({self.reference.kind}) differs from the model by {off:.2g} nats a token "
-            f"(at most {self.tolerance:g} is allowed), so every implicit reward would be wrong. {remedy} "
-            "startup_checks=False trains regardless."
+            f"Before training, the reference ({self.reference.kind}) differs from the model by {off:.2g} nats per "
+            f"token (at most {self.tolerance:g} is allowed), so every implicit reward would be wrong. {remedy} To "
+            "train anyway, set startup_checks=False."
         )
 
     @torch.no_grad()
@@ -168,17 +171,17 @@ class StartupProof:
     def _check_head(self, policy: Any, scored: torch.Tensor, own: torch.Tensor) -> None:
         if not own.isfinite().all():
             raise FloatingPointError(
-                f"The logits of {_class_of(policy)} are not finite. Look at its weights, or load it in "
-                "another number format (bfloat16 or float32 in place of float16)."
+                f"The logits of {_class_of(policy)} are not finite. Check its weights, or load it in another number "
+                "format (bfloat16 or float32 instead of float16)."
             )
         off = (scored - own).abs()
         found = off.max().item() if self.is_exact else _root_mean_square(off)
-        if not found <= self.tolerance:  # also where it is NaN
+        if not found <= self.tolerance:  # also true for NaN
             raise ValueError(
-                f"Log-probabilities of {_class_of(policy)} differ by {found:.2g} nats a token from the "
-                f"log softmax of its own logits (at most {self.tolerance:g} is allowed): its forward does something "
-                "else with its output embeddings than this package knows. Use another model class, or report it; "
-                "startup_checks=False trains regardless."
+                f"Log-probabilities of {_class_of(policy)} differ by {found:.2g} nats per token from the log softmax "
+                f"of its own logits (at most {self.tolerance:g} is allowed). Its forward pass uses its output "
+                "embeddings in a way that this package does not support. Use another model class, or report this. To "
+                "train anyway, set startup_checks=False."
             )
 
     def _check_causal(self, policy: Any, scored: torch.Tensor, changed: torch.Tensor, batch: Batch) -> None:
@@ -188,17 +191,17 @@ class StartupProof:
         off = torch.where(last, 0.0, scored - changed).abs().max().item()
         if not off <= self.tolerance:
             raise ValueError(
-                f"In {_class_of(policy)} a token's log-probability depends on later tokens, by "
-                f"{off:.2g} nats: it is no causal language model as it is configured (is_decoder=True makes one of "
-                "some encoders)."
+                f"In {_class_of(policy)}, a token's log-probability depends on later tokens, by {off:.2g} nats, so "
+                "with this configuration it is not a causal language model. Use a causal language model. For some "
+                "encoders, is_decoder=True is enough."
             )
 
     def _check_same(self, first: torch.Tensor, again: torch.Tensor, tokens: torch.Tensor, who: str, cause: str) -> None:
         off = ((first - again).abs() / tokens).max().item()
         if not off <= self.tolerance:
             raise ValueError(
-                f"{who} gives other log-probabilities for the same rows, by {off:.2g} nats a token (at most "
-                f"{self.tolerance:g} is allowed): {cause}. startup_checks=False trains regardless."
+                f"{who} gives different log-probabilities for the same rows, by {off:.2g} nats per token (at most "
+                f"{self.tolerance:g} is allowed). The cause is {cause}. To train anyway, set startup_checks=False."
             )
 
     def _check_layout(self, policy: Any, batch: Batch) -> None:
@@ -215,7 +218,7 @@ class StartupProof:
 
 
 def _class_of(policy: Any) -> str:
-    """The causal language model's class, whatever it is wrapped in."""
+    """The class name of the causal language model, without wrappers."""
     bare = bare_model(policy)
     return type(
         bare.get_base_model() if hasattr(bare, "peft_config") and hasattr(bare, "get_base_model") else bare
@@ -223,7 +226,7 @@ def _class_of(policy: Any) -> str:
 
 
 def _with_other_ends(batch: Batch) -> dict[str, torch.Tensor]:
-    """The batch with another last token in each row: one that the row has elsewhere, or else the next."""
+    """The batch with another last token in each row: the row's first token, or the preceding token id if they match."""
     ids = batch["input_ids"].clone()
     rows = torch.arange(len(ids), device=ids.device)
     ends = batch["attention_mask"].sum(1) - 1
@@ -232,7 +235,7 @@ def _with_other_ends(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def _in_training_mode(scorer: Scorer, policy: Any, batch: Batch, layout: Layout) -> torch.Tensor:
-    """The scores in training mode; every module is in its own mode again after."""
+    """The scores in training mode. Afterwards every module is in its previous mode."""
     training = {module: module.training for module in policy.modules()}
     policy.train()
     try:
@@ -243,12 +246,12 @@ def _in_training_mode(scorer: Scorer, policy: Any, batch: Batch, layout: Layout)
 
 
 def prove_packed(scores: Scores, batch: Batch, *, exact: bool) -> None:
-    """Raise ValueError unless rows packed into one sequence keep apart.
+    """Raise ValueError unless rows that are packed into one sequence do not affect each other.
 
     Args:
-        scores: per-token log-probabilities `(B, T − 1)` of a layout of a batch, with dropout off.
+        scores: computes the per-token log-probabilities `(B, T − 1)` of a batch in a layout, with dropout off.
         batch: at least two rows.
-        exact: whether the forward computes in fp32 or better.
+        exact: whether the forward pass computes in fp32 or better.
     """
     layout = packed(batch)
     places = torch.arange(layout.inputs["input_ids"].size(1), device=layout.positions.device)
@@ -257,13 +260,13 @@ def prove_packed(scores: Scores, batch: Batch, *, exact: bool) -> None:
 
 
 def prove_shared(scores: Scores, batch: Batch, *, exact: bool, dtype: torch.dtype | None) -> None:
-    """Raise ValueError unless branches of a shared prompt keep apart.
+    """Raise ValueError unless branches of a shared prompt do not affect each other.
 
     Args:
-        scores: as for `prove_packed`.
+        scores: see `prove_packed`.
         batch: at least two rows with the same prompt.
-        exact: whether the forward computes in fp32 or better.
-        dtype: as for `trl_ulma.likelihood.layouts.shared`.
+        exact: whether the forward pass computes in fp32 or better.
+        dtype: see `trl_ulma.likelihood.layouts.shared`.
     """
     layout = shared(batch, dtype)
     allowed = layout.inputs["attention_mask"]
@@ -281,22 +284,22 @@ def _compare(scores: Scores, batch: Batch, layout: Layout, contaminated: Layout,
         found = scores(layout, batch) - wanted
     except (IndexError, RuntimeError, TypeError, ValueError) as failure:
         raise ValueError(
-            f"{option}=True is not exact with this model, which does not run ({failure}). {remedy}"
+            f"{option}=True is not supported by this model, whose forward pass fails ({failure}). {remedy}"
         ) from failure
     size, measure, allowed, noise = _largest, "the fp32 bound", TOLERANCE, 0.0
     if not exact:
-        # In half precision the padding alone changes the sums' order, and the largest difference is chance
-        size, measure = _root_mean_square, f"{NOISES} times the difference between rows padded and by themselves"
+        # In half precision, padding alone changes the order of sums, and the largest difference is random
+        size, measure = _root_mean_square, f"{NOISES} times the difference between padded and single rows"
         wider = [scores(padded(_wider(batch, by)), batch) - wanted for by in (1, 7, 64)]
         noise = max(map(size, [*wider, _one_by_one(scores, batch) - wanted]))
         allowed = max(TOLERANCE, NOISES * noise)
     error, contamination = size(found), size(scores(contaminated, batch) - wanted)
     told_apart = error <= CONTAMINATION * contamination
     told_apart |= not exact and noise <= CONTAMINATION_OF_NOISE * contamination
-    if not (error <= allowed and told_apart):  # also where they are NaN
+    if not (error <= allowed and told_apart):  # also true for NaN
         raise ValueError(
-            f"{option}=True is not exact with this model: log-probabilities differ from the padded ones by "
-            f"{error:.2g} nats a token ({measure} is {allowed:.2g}), where rows that see one another differ by "
+            f"{option}=True is not exact with this model: log-probabilities differ from those of padded rows by "
+            f"{error:.2g} nats per token ({measure} is {allowed:.2g}). Rows that attend to each other differ by "
             f"{contamination:.2g}. {remedy}"
         )
 
@@ -310,7 +313,7 @@ def _root_mean_square(difference: torch.Tensor) -> float:
 
 
 def _one_by_one(scores: Scores, batch: Batch) -> torch.Tensor:
-    """The scores of each row by itself, without padding."""
+    """The scores of each row in its own forward pass, without padding."""
     found = []
     for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
         alone = {name: value[row : row + 1, :length] for name, value in batch.items()}
@@ -320,20 +323,20 @@ def _one_by_one(scores: Scores, batch: Batch) -> torch.Tensor:
 
 
 def _wider(batch: Batch, by: int) -> dict[str, torch.Tensor]:
-    """The batch with `by` more columns of padding."""
+    """The batch with `by` additional columns of padding."""
     return {name: torch.nn.functional.pad(value, (0, by)) for name, value in batch.items()}
 
 
 def probe_rows(examples: Sequence[Mapping[str, Any]], longest: int, *, same_prompt: bool) -> list[dict[str, Any]]:
-    """Four rows to prove with: `examples` cut short, over and over if there are fewer.
+    """Four rows for the checks: truncated `examples`, which are repeated if there are fewer than four.
 
     Args:
         examples: prepared rows.
-        longest: tokens of a prompt, and of a completion.
-        same_prompt: whether all have the first one's prompt.
+        longest: maximum number of tokens of a prompt and of a completion.
+        same_prompt: whether all rows get the prompt of the first one.
     """
     chosen = [examples[i % len(examples)] for i in range(4)]
-    # Rows of one length would hide much
+    # Rows of the same length would hide many errors
     lengths = [max(longest - 7 * i, 2) for i in range(4)]
     return [
         {

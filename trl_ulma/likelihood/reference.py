@@ -1,4 +1,4 @@
-"""The reference: what log π_ref is asked of, always without noise, and what it is known by later."""
+"""The reference: it computes log π_ref without noise, and has an identity by which it is recognized later."""
 
 import contextlib
 import math
@@ -16,23 +16,24 @@ from trl_ulma.likelihood.layouts import length_that_changes_positions
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model
 
-# The adapter that training began with, beside the one that is trained; saved in a folder of this name
+# The adapter that training started from, beside the one that is trained. It is saved in a folder of this name.
 ADAPTER = "ref"
 KINDS = ("none", "given", "copy", "adapter_off", "adapter")
-# Nats a token by which a reference may differ from itself at another time: in fp32, and in other number formats
+# How much a reference may differ from itself at another time, in nats per token: in fp32, and in other number formats
 TOLERANCE, COARSE_TOLERANCE = 1e-3, 0.1
 _TEXT = {"input_ids", "attention_mask", "completion_mask"}
 
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """What a reference is known by; saved with the model that was trained against it.
+    """The identity of a reference. It is saved with the model that was trained against the reference.
 
     Attributes:
         kind: "none"; "given" (a `ref_model`); "copy" (the model as it was before training); "adapter_off" (the model
-            without its adapter); "adapter" (the adapter that training began with, saved in the folder "ref").
-        name: folder or hub name of the model; "" of one that was made in memory. Of adapters, the base model's.
-        revision: of the hub, or None.
+            without its adapter); "adapter" (the adapter that training started from, saved in the folder "ref").
+        name: the folder of the model or its name on the Hub. For adapters, that of the base model. "" if the model was
+            created in memory.
+        revision: the revision on the Hub, or None.
         input_ids: `(4, 8)` random tokens.
         logps: their log-probabilities under the reference, one sum per sequence, in nats.
         dtype: of the weights of a reference with a model of its own, as "float32"; "" if it is not known.
@@ -54,14 +55,14 @@ class ReferenceIdentity:
         """From plain values.
 
         Raises:
-            ValueError: for a kind that is none.
+            ValueError: if the kind is unknown.
         """
         if found.get("kind") not in KINDS:
             raise ValueError(f"reference.kind must be one of {KINDS}; got {found.get('kind')!r}")
         return cls(**found)
 
     def difference(self, logps: Sequence[float]) -> float:
-        """The largest difference in nats a token between a reference's values of `input_ids` and the saved ones."""
+        """The largest difference between `logps` and the saved log-probabilities of `input_ids`, in nats per token."""
         if not self.logps:
             return 0.0
         tokens = len(self.input_ids[0]) - 1
@@ -70,20 +71,20 @@ class ReferenceIdentity:
 
 
 class Reference:
-    """Gives log π_ref of rows: by a model of its own, or by the policy with another adapter or none.
+    """Computes log π_ref of rows with its own model, or with the policy and another adapter or none.
 
-    Whatever mode the models are in, the reference runs in evaluation mode and without gradients.
+    The reference always runs in evaluation mode and without gradients.
 
     Args:
-        kind: see `ReferenceIdentity`; "given" and "copy" need a `model`.
-        scorer: with the policy's layout.
+        kind: see `ReferenceIdentity`. "given" and "copy" need a `model`.
+        scorer: a scorer with the policy's layout.
         model: the reference's own model.
         name: see `ReferenceIdentity`.
         revision: see `ReferenceIdentity`.
-        autocast: a context for mixed precision.
+        autocast: returns a context for mixed precision.
 
     Raises:
-        ValueError: for an unknown kind.
+        ValueError: if the kind is unknown.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Reference:
 
     @property
     def is_live(self) -> bool:
-        """Whether it can be asked now; what was precomputed may be all that is left."""
+        """Whether the reference can run now. It cannot if its model was released after precomputing."""
         return self.model is not None or self.kind in ("adapter_off", "adapter")
 
     @torch.no_grad()
@@ -115,28 +116,28 @@ class Reference:
         """`(B,)` log π_ref(y|x) in nats, summed over completion tokens.
 
         Args:
-            policy: the policy's model, wrapped or not; for references that are an adapter on it.
-            batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, and what the forward takes besides them.
+            policy: the policy's model, with or without wrappers, for references that are an adapter on it.
+            batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, and any other inputs of the forward.
 
         Raises:
-            ValueError: where there is none to ask.
+            ValueError: if the reference cannot run.
         """
         if not self.is_live:
-            raise ValueError(f"There is no reference to ask: its kind is {self.kind!r}, and no model of it is held.")
+            raise ValueError(f"The reference cannot run: its kind is {self.kind!r}, and it has no model.")
         model = policy if self.model is None else self.model
         with evaluation_mode(model), self._adapter(policy), self._autocast():
             return self.scorer(model, batch).logps
 
     def logps_of(self, policy: Any, batch: Batch, asked: tuple[Sequence[int], int] | None) -> torch.Tensor:
-        """As `logps`, for some rows only; NaN for the others.
+        """Like `logps`, but only for some rows. The other rows get NaN.
 
         Args:
             policy: see `logps`.
             batch: see `logps`.
-            asked: (the rows, the width of the longest of them), or None for all rows.
+            asked: the indices of the rows and the width of the longest of them, or None for all rows.
         """
-        # Where a row's images are among all of the batch, only its processor knows; and rotary positions that change
-        # with the longest row must be the policy's
+        # Only the processor knows which images of a batch belong to a row. Rotary positions that depend on the longest
+        # row must be the same as in the policy's forward pass. In both cases the whole batch must run.
         depends = set(batch) - _TEXT or length_that_changes_positions(bare_model(policy).config) is not None
         if asked is not None and not asked[0]:
             return torch.full(batch["input_ids"].shape[:1], torch.nan, device=batch["input_ids"].device)
@@ -149,7 +150,7 @@ class Reference:
         return unknown.index_copy(0, index.to(found.device), found)
 
     def fingerprint(self, policy: Any, input_ids: torch.Tensor) -> list[float]:
-        """log π_ref of whole sequences, less their first token, in nats.
+        """log π_ref of whole sequences without their first token, in nats.
 
         Args:
             policy: see `logps`.
@@ -158,7 +159,7 @@ class Reference:
         return self.logps(policy, plain_batch(input_ids)).double().tolist()
 
     def identity(self, policy: Any, input_ids: torch.Tensor) -> ReferenceIdentity:
-        """What it is known by, with its fingerprint where it can be asked.
+        """The identity of the reference. It includes the fingerprint if the reference can run.
 
         Args:
             policy: see `logps`.
@@ -170,7 +171,7 @@ class Reference:
         return ReferenceIdentity(self.kind, self.name, self.revision, ids, logps, dtype)
 
     def release(self) -> None:
-        """Let go of a model of its own."""
+        """Release the reference's own model."""
         self.model = None
 
     @contextlib.contextmanager
@@ -187,7 +188,7 @@ class Reference:
                 yield
             finally:
                 bare.set_adapter(trained)
-                # Which set_adapter decides by names
+                # set_adapter decides by names which parameters are trainable, so restore them
                 for p in bare.parameters():
                     p.requires_grad_(False)
                 for p in trainable:
@@ -197,14 +198,15 @@ class Reference:
 
 
 def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor], *, at_least_one: bool) -> None:
-    """Give each micro-batch, as `asked`, the rows that the reference is asked for and the width of the longest.
+    """Add the key `asked` to each micro-batch: the rows that the reference must run on, and the width of the longest.
 
-    All micro-batches of a step are planned together, because reading them off the device waits for it.
+    All micro-batches of a step are planned together, because reading values from the device waits for the device.
 
     Args:
-        batches: micro-batches with `attention_mask` `(B, T)`; written to.
-        compared: of each, `(B,)` bool: whether the row's loss contains the reference.
-        at_least_one: ask for a row even if none needs it, because other processes' forwards wait for this one's.
+        batches: micro-batches with `attention_mask` `(B, T)`. They are modified.
+        compared: for each micro-batch, `(B,)` bool: whether the row's loss uses the reference.
+        at_least_one: whether to run the reference on one row even if no row needs it, because the forward passes of
+            other processes wait for this one.
     """
     plans = []
     for batch, rows in zip(batches, compared, strict=True):
@@ -217,7 +219,7 @@ def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor],
 
 
 def plain_batch(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A batch of whole sequences, of which all tokens but the first are scored.
+    """A batch of whole sequences. All tokens except the first are scored.
 
     Example:
         >>> plain_batch(torch.tensor([[5, 6]]))["completion_mask"]
@@ -230,13 +232,13 @@ def plain_batch(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class NoReferenceModel(FSDPModule, nn.Module):
-    """Passed to `DPOTrainer` as `ref_model` where no reference is needed, so that it loads none.
+    """Passed to `DPOTrainer` as `ref_model` if no reference is needed, so that it does not load one.
 
-    It is called an FSDP module because DPOTrainer wraps what is none.
+    It is an FSDP module, because DPOTrainer would wrap any other model.
     """
 
     def __new__(cls):
-        return object.__new__(cls)  # FSDPModule's own makes the class behind it
+        return object.__new__(cls)  # FSDPModule.__new__ would create an instance of the wrapped class
 
     def __init__(self):
         nn.Module.__init__(self)
@@ -244,22 +246,22 @@ class NoReferenceModel(FSDPModule, nn.Module):
         self.nothing = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "NoReferenceModel":
-        return self  # wherever it is to be put
+        return self  # ignore moves to a device
 
     def forward(self, **inputs: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def copy_adapter(model: Any, source: str = "default", target: str = ADAPTER) -> None:
-    """Make the parameters and buffers of adapter `target` those of `source`, whatever their kind.
+    """Copy all parameters and buffers of adapter `source` to adapter `target`, for any type of adapter.
 
-    PEFT keeps an adapter's name as one part of its parameters' names, in the middle ("lora_A.default.weight") or at the
-    end ("lora_embedding_A.default").
+    PEFT stores an adapter's name as one part of its parameters' names, in the middle ("lora_A.default.weight") or at
+    the end ("lora_embedding_A.default").
 
     Args:
         model: a `PeftModel` with both adapters.
-        source: to copy from.
-        target: to copy to.
+        source: the adapter to copy from.
+        target: the adapter to copy to.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
@@ -272,7 +274,7 @@ def copy_adapter(model: Any, source: str = "default", target: str = ADAPTER) -> 
 
 
 def outside_adapter(model: nn.Module) -> list[str]:
-    """Names of trainable parameters that are no part of the adapter, and so stay when it is switched off.
+    """The names of trainable parameters outside the adapter. They stay in effect when the adapter is switched off.
 
     Example:
         >>> outside_adapter(nn.Linear(1, 1))

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities of a batch's completions under any model, laid out in the chosen way."""
+"""Per-token log-probabilities of a batch's completions under any causal language model, in a chosen layout."""
 
 import logging
 from collections.abc import Mapping
@@ -26,15 +26,18 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class Likelihood(NamedTuple):
-    """A batch's completion tokens under a model. Each field but the last two is `(B, T − 1)`, and 0 elsewhere.
+    """Scores of a batch's completion tokens under a model.
+
+    All fields except the last two are `(B, T − 1)`, and 0 for all other tokens. `entropy`, `mean_logits` and `is_top1`
+    are None if statistics were not requested.
 
     Attributes:
         log_probs: log π of each token in nats.
-        entropy: of the next-token distribution in nats; None where statistics are not asked for. Likewise:
+        entropy: entropy of the next-token distribution in nats.
         mean_logits: mean logit over the vocabulary.
-        is_top1: 1 where the token is the most likely one.
-        prompt_states: `(B, H)` what the output embeddings read before each row's first completion token; or None.
-        aux_loss: load-balancing loss of a mixture of experts; or None.
+        is_top1: 1 if the token is the most likely one.
+        prompt_states: `(B, H)` inputs of the output embeddings before each row's first completion token, or None.
+        aux_loss: load-balancing loss of a mixture of experts, or None.
     """
 
     log_probs: torch.Tensor
@@ -51,7 +54,7 @@ class Likelihood(NamedTuple):
 
 
 class Scorer:
-    """Scores completion tokens with any causal language model; policy and reference alike.
+    """Scores completion tokens with any causal language model. The policy and the reference use the same scorer.
 
     Args:
         layout: "padded", "packed" or "shared", see `trl_ulma.likelihood.layouts`.
@@ -70,7 +73,7 @@ class Scorer:
 
     def __init__(self, layout: str = "padded"):
         self.layout = layout
-        # By the model as it is passed in; a head holds its model weakly, so that this keeps none alive
+        # Keys are models as passed in. A head only holds a weak reference to its model, so this keeps no model alive.
         self._heads: WeakKeyDictionary[Any, CompactHead] = WeakKeyDictionary()
 
     def __call__(
@@ -83,15 +86,15 @@ class Scorer:
         layout: Layout | None = None,
         **kwargs: Any,
     ) -> Likelihood:
-        """The completion tokens' scores.
+        """Score the completion tokens.
 
         Args:
-            model: the model, wrapped or not.
-            batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, and what the forward takes besides them.
-            statistics: whether entropy, mean logits and top-1 agreement are computed.
-            prompt_states: whether they are wanted.
-            layout: of the batch, in place of this scorer's own.
-            **kwargs: for the forward.
+            model: the model, with or without wrappers.
+            batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, and any other inputs of the forward.
+            statistics: whether to compute entropy, mean logits and top-1 agreement.
+            prompt_states: whether to return the prompt states.
+            layout: the layout of the batch, instead of this scorer's own.
+            **kwargs: additional arguments of the forward.
         """
         bare = bare_model(model)
         if layout is None:
@@ -126,18 +129,18 @@ class Scorer:
         return self._heads[model]
 
     def choose_layout(self, model: Any) -> None:
-        """Fall back to padded rows where the chosen layout is not defined for a model, with a warning."""
+        """Fall back to padding and log a warning if a model does not support the chosen layout."""
         bare = bare_model(model)
         reason = why_not_shared(bare.config) if self.layout == "shared" else None
         if isinstance(bare, PeftModel) and bare.active_peft_config.is_prompt_learning and self.layout != "padded":
-            reason = "adapters that put virtual tokens before the rows need padded rows"
+            reason = "prompt-learning adapters put virtual tokens before the rows, which requires padded rows"
         if reason:
-            logger.warning(f"Rows are padded, and not {self.layout} as set: {reason}.")
+            logger.warning(f"The layout is padded instead of {self.layout}: {reason}.")
             self.layout = "padded"
 
 
 def bare_model(model: Any) -> Any:
-    """The model without the wrappers of distributed training and of torch.compile; an adapter stays.
+    """The model without the wrappers of distributed training and of torch.compile, but with its adapter.
 
     Example:
         >>> layer = torch.nn.Linear(1, 1)
@@ -154,7 +157,7 @@ def bare_model(model: Any) -> Any:
 
 
 def summed(per_token_logps: torch.Tensor) -> torch.Tensor:
-    """`(B,)` sums of `(B, T)`, in at least float32; positions without a label hold 0.
+    """`(B,)` sums of `(B, T)` in at least float32. Positions that are not scored must be 0.
 
     Example:
         >>> summed(torch.tensor([[-1.0, -2.0]]))
@@ -164,7 +167,7 @@ def summed(per_token_logps: torch.Tensor) -> torch.Tensor:
 
 
 def mask_dtype(model: Any) -> torch.dtype | None:
-    """Of an attention mask: None for a boolean one, as sdpa takes it."""
+    """The dtype of an attention mask. None for a boolean mask, which sdpa uses."""
     return None if model.config._attn_implementation == "sdpa" else model.dtype
 
 
@@ -175,12 +178,13 @@ def _dense(scores: TokenScores, rows: torch.Tensor, columns: torch.Tensor, ids: 
 
 
 def _keep_gradients(model: Any) -> None:
-    """Have 4-bit weights stay as they are trained with.
+    """Keep bitsandbytes from repacking 4-bit weights.
 
-    On a CPU with AVX512-BF16 bitsandbytes (0.46 to 0.50) packs them at the first forward without gradients, for a
-    product that has none, and leaves them so: all training after an evaluation would change nothing, and not say so.
+    On a CPU with AVX512-BF16, bitsandbytes (0.46 to 0.50) packs the weights at the first forward pass without
+    gradients, for a product that has no gradient, and does not unpack them. Any training after an evaluation would then
+    silently have no effect.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
-            module.state_dict()  # unpacks what was packed before
+            module.state_dict()  # unpacks weights that are already packed

@@ -15,7 +15,7 @@ from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference
 from trl_ulma.rows.rendering import processor_of, tokenizer_of
 
-# Of a batch, what is about its rows, and not for a model's forward
+# The keys of a batch that describe its rows and are not inputs of a model's forward
 ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "image_key")
 
 
@@ -27,16 +27,16 @@ def batches(
     device: Any = "cpu",
     what: str | None = "Scoring",
 ) -> Iterator[tuple[Sequence[int], dict[str, torch.Tensor]]]:
-    """(numbers of the rows, batch) of prepared rows, the longest first, with a progress bar.
+    """Yield (row numbers, batch) of prepared rows, the longest rows first, with a progress bar.
 
     Args:
         rows: prepared rows.
-        collate: makes a batch of rows; padding on the right by default.
-        batch_size: rows per batch.
-        device: where the batch is put.
-        what: on the progress bar; None for no bar.
+        collate: collates rows to a batch. Default: padding on the right.
+        batch_size: the number of rows per batch.
+        device: the device of the batch.
+        what: the description on the progress bar. None for no bar.
     """
-    # What a padding position holds makes no difference
+    # The token at padding positions makes no difference
     collate = collate or DataCollatorForPointwisePreference(pad_token_id=0)
     by_length = np.argsort(-np.asarray(rows["length"][:]), kind="stable").tolist()
     with tqdm(total=len(rows), desc=what, unit="row", disable=what is None) as bar:
@@ -69,7 +69,7 @@ def collator_for(
 
 
 def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch a model's forward takes, and its `completion_mask`.
+    """The inputs of a model's forward in a batch, and its `completion_mask`.
 
     Example:
         >>> sorted(forward_inputs({"input_ids": 1, "completion_mask": 2, "label": 3}))
@@ -88,9 +88,9 @@ def completion_logps(
     what: str | None = "Scoring",
     reference: Reference | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(`(N,)` log π(y|x) in nats, summed over completion tokens, EOS included; `(N,)` the numbers of these tokens).
+    """`(N,)` log π(y|x) in nats, summed over completion tokens including EOS, and `(N,)` numbers of these tokens.
 
-    The first token of a sequence is predicted by nothing: if a prompt is empty, it is not scored.
+    The first token of a sequence has no prediction, so it is not scored if the prompt is empty.
 
     Args:
         model: a causal language model, or an adapter on one.
@@ -101,7 +101,7 @@ def completion_logps(
         reference: asked in place of the model, which may be what it is an adapter on.
 
     Raises:
-        ValueError: naming the row, if a log-probability is not finite.
+        ValueError: if a log-probability is not finite. The message names the row.
 
     Example:
         >>> logps, tokens = completion_logps(model, rows)  # doctest: +SKIP
@@ -176,11 +176,10 @@ def prompt_states(
 
 
 def check_finite(values: np.ndarray, rows: Dataset) -> None:
-    """Raise ValueError, naming the row, where a value is NaN or infinite."""
+    """Raise ValueError if a value is NaN or infinite. The message names the row."""
     broken = np.flatnonzero(~np.isfinite(values))
     if len(broken):
         raise ValueError(
-            f"The log-probability of row {rows['row'][int(broken[0])]} is {values[broken[0]]} ({len(broken)} rows "
-            "in all "
-            'are not finite). Load the model with dtype="float32", or look at its weights.'
+            f"The log-probability of row {rows['row'][int(broken[0])]} is {values[broken[0]]} (in total, {len(broken)} "
+            'rows are not finite). Load the model with dtype="float32", or check its weights.'
         )

@@ -1,4 +1,4 @@
-"""Rows of text as conversations of a user's and an assistant's message."""
+"""Rows of plain text as conversations with a user message and an assistant message."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from trl_ulma.data.conversations import is_transcript
 logger = logging.get_logger(__name__)
 
 CHAT = ("auto", "true", "false")
-# The readers of `datasets` whose files cannot hold messages
+# The builders of `datasets` whose files cannot contain messages
 _TABLES = ("csv", "tsv")
 
 
 def check_chat(chat: str, system_message: str | None) -> None:
-    """Raise ValueError for values that are none.
+    """Raise ValueError if a value is not valid.
 
     Example:
         >>> check_chat("auto", None)
@@ -24,63 +24,63 @@ def check_chat(chat: str, system_message: str | None) -> None:
     if chat not in CHAT:
         raise ValueError(f"chat must be one of {CHAT}; got {chat!r}.")
     if system_message is not None and not (isinstance(system_message, str) and system_message.strip()):
-        raise ValueError(f"system_message must be text, or None; got {system_message!r}.")
+        raise ValueError(f"system_message must be non-empty text or None; got {system_message!r}.")
 
 
 def becomes_chat(
     raw: Dataset | IterableDataset, prompt: Any, chat: str, system_message: str | None, has_template: bool, name: str
 ) -> bool:
-    """Whether rows of text are trained on as messages, which is logged.
+    """Whether rows of plain text become messages. The decision is logged.
 
-    With "auto" the rows of CSV and TSV files are, if the tokenizer has a chat template, because such files cannot hold
-    messages. Other rows stay text. Transcripts ("Human: … Assistant: …") stay text as well.
+    With "auto", rows of CSV and TSV files become messages if the tokenizer has a chat template, because such files
+    cannot contain messages. Other rows stay plain text, and so do transcripts ("Human: … Assistant: …").
 
     Args:
         raw: rows whose prompts are text.
-        prompt: the first row's, or None for pairs without prompts.
+        prompt: the prompt of the first row, or None for pairs without prompts.
         chat: one of `CHAT`.
         system_message: the first message of each conversation, or None.
         has_template: whether the tokenizer or processor has a chat template.
-        name: the data set's.
+        name: the name of the dataset.
 
     Raises:
-        ValueError: for `chat="true"` without a chat template or without prompts; for a system message of text.
+        ValueError: if `chat` is "true" and there is no chat template or there are no prompts, or if there is a system
+            message but rows stay plain text.
     """
     if chat == "true" and not has_template:
         raise ValueError(
-            f"chat=True makes messages of the {name} dataset's texts, and the tokenizer has no chat template. Set "
-            "tokenizer.chat_template, use an instruction-tuned model's tokenizer, or set chat=False."
+            f"chat=True converts the texts of the {name} dataset to messages, but the tokenizer has no chat template. "
+            "Set tokenizer.chat_template, use the tokenizer of an instruction-tuned model, or set chat=False."
         )
     if chat == "true" and prompt is None:
         raise ValueError(
-            f"chat=True makes a user's message of each prompt, and the {name} dataset has none. Add a column prompt, "
-            "or set chat=False."
+            f"chat=True converts each prompt to a user message, but the {name} dataset has no prompts. Add a column "
+            "prompt, or set chat=False."
         )
     is_table = raw.info.builder_name in _TABLES
     if chat == "true" or (chat == "auto" and has_template and is_table and prompt and not is_transcript(prompt)):
         if chat == "auto":
             logger.warning(
-                f"The {name} dataset is read from CSV or TSV, and the tokenizer has a chat template: each prompt "
-                "becomes a user's message and each completion the assistant's, without the spaces around them. Set "
-                "chat=False (--chat false) to train on the bare text."
+                f"The {name} dataset comes from CSV or TSV, and the tokenizer has a chat template: each prompt becomes "
+                "a user message and each completion an assistant message, without surrounding whitespace. Set "
+                "chat=False (--chat false) to train on the plain text."
             )
         return True
     if system_message is not None:
         raise ValueError(
-            f"system_message needs conversations, and the {name} dataset is text. Set chat=True (--chat true), or "
-            "leave system_message out."
+            f"system_message needs conversations, but the {name} dataset is plain text. Set chat=True (--chat true), "
+            "or remove system_message."
         )
     if chat == "auto" and has_template:
         logger.warning_once(
-            f"The {name} dataset is text, and the tokenizer has a chat template, which is not used: the model is "
-            "trained on the bare text. Set chat=True (--chat true) to make messages of it, or chat=False to keep it so "
-            "without this warning."
+            f"The {name} dataset is plain text, so the tokenizer's chat template is not used. Set chat=True (--chat "
+            "true) to convert the text to messages, or chat=False to train on the plain text without this warning."
         )
     return False
 
 
 def as_chat(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list, list]:
-    """Each prompt as a user's message and each completion as the assistant's; what is no text, or blank, stays.
+    """Each prompt as a user message and each completion as an assistant message. Other values than text stay as is.
 
     Example:
         >>> as_chat(["Hi"], [" Hello!"])
@@ -96,7 +96,7 @@ def as_chat(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list, l
 
 
 def with_system_message(prompt: Any, system_message: str) -> Any:
-    """A conversation that begins with a system message: its own, or this one.
+    """The conversation with a system message at the start: its own one, or else this one.
 
     Example:
         >>> with_system_message([{"role": "user", "content": "Hi"}], "Be kind.")[0]

@@ -1,4 +1,4 @@
-"""Rows of token ids and labels as the tensors of a batch."""
+"""Collates rows of token ids and labels to the tensors of a batch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,31 +12,32 @@ from trl_ulma.labels import LabelRules
 
 @dataclass
 class DataCollatorForPointwisePreference(DataCollatorMixin):
-    r"""Collates rows of `prompt_ids`, `completion_ids` and `label` into a batch, padded on the right.
+    r"""Collates rows with `prompt_ids`, `completion_ids` and `label` into a batch that is padded on the right.
 
-    Rows may have a `completion_mask`: for each of the completion's tokens 1 if it is scored, else 0. Without one (or if
-    it is None) all of them are.
+    Rows can have a `completion_mask` with 1 for each completion token that is scored, and 0 for the others. If a row
+    has no mask (or None), all completion tokens are scored.
 
     Returns a dictionary of
 
     - `input_ids`, `attention_mask`, `completion_mask`: `(B, T)`;
     - `label`: `(B,)` float32;
-    - `sft_mask`: `(B,)` bool; rows without one are demonstrations where their label is 1 ("binary"), or at least
+    - `sft_mask`: `(B,)` bool. A row without `sft_mask` is a demonstration if its label is 1 ("binary"), or at least
       `sft_threshold` ("continuous");
-    - where the rows have them: `log_z` (nats), `weight`, `ref_logps` (nats, summed over the completion) `(B,)` float32,
+    - if the rows have them: `log_z` (nats), `weight`, `ref_logps` (nats, summed over the completion) `(B,)` float32,
       `continuous` `(B,)` bool (from `label_type`), `row` `(B,)` int64.
 
     Args:
-        pad_token_id: token to pad with.
-        max_length: longest sequence; longer ones are cut before padding. None cuts nothing.
+        pad_token_id: the token to pad with.
+        max_length: the maximum length of a sequence. Longer sequences are truncated before padding. None does not
+            truncate.
         truncation_mode: "keep_start" or "keep_end".
-        pad_to_multiple_of: pad the length to a multiple of this.
-        label_type: "binary" or "continuous", for rows without a `label_type` of their own.
+        pad_to_multiple_of: pads the length to a multiple of this number.
+        label_type: "binary" or "continuous", for rows without their own `label_type`.
         sft_threshold: see `sft_mask`.
         return_tensors: "pt".
 
     Raises:
-        ValueError: for an unknown `truncation_mode`.
+        ValueError: if `truncation_mode` is unknown.
 
     Example:
         >>> collator = DataCollatorForPointwisePreference(pad_token_id=0)

@@ -1,4 +1,4 @@
-"""The labels of a whole data set: transforms fitted and applied, and the report on them."""
+"""The labels of a whole dataset: fits and applies transforms, and writes the label report."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 from trl_ulma.rows.notes import left_out_of
 
-# What is written into the output folder
+# The file that is written to the output folder
 REPORT_FILE = "label_report.json"
 _LABELS = ("label", "label_type")
 
@@ -35,10 +35,11 @@ _LABELS = ("label", "label_type")
 def with_transform(rules: LabelRules, label_transform: str | None, train_dataset: Any) -> LabelRules:
     """`rules` with the transform that the setting names, fitted on the raw rows of the training set.
 
-    Every row counts once, those included that are left out later on.
+    Every row counts once, including rows that are left out later.
 
     Raises:
-        ValueError: where it cannot be fitted: the rows are a stream, are prepared already, or have no fitting labels.
+        ValueError: if the transform cannot be fitted, because the rows are a stream, are already prepared, or have no
+            matching labels.
     """
     if label_transform is None:
         return rules
@@ -48,59 +49,58 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
         check_stream(rules, "train")
         return rules
     if not len(train_dataset):
-        return rules  # which preparation refuses
+        return rules  # preparation raises an error for empty datasets
     names = list(train_dataset[0])
     if "prompt_ids" in names:
         raise ValueError(
-            f"The train dataset is prepared already, so its labels are not the raw ones that "
-            f"label_transform={label_transform!r} reads. Pass the raw rows, or leave label_transform out."
+            f"The train dataset is already prepared, so it lacks the raw labels that "
+            f"label_transform={label_transform!r} reads. Pass the raw rows, or remove label_transform."
         )
     if check_columns(names, "train", takes_images=True):
         check_pairs(rules, "train")
     if transform.is_fitted and not transform.needs_prompts:
         return rules
     columns = _read(train_dataset, rules, "train")
-    # Preparation lists the rows whose labels are invalid, or leaves them out
+    # Preparation raises an error for rows with invalid labels, or leaves them out
     own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid := {})
     if not len(own):
         refuse_invalid(list(invalid.values()), len(train_dataset), "train")
         raise ValueError(
-            f"label_transform={label_transform!r} is for rows of label_type={rules.label_type!r}, and no row of the "
-            "train dataset is of that type. Leave it out, or set label_type to the other."
+            f"label_transform={label_transform!r} applies to rows with label_type={rules.label_type!r}, but no row of "
+            "the train dataset has this type. Remove label_transform, or set label_type to the other type."
         )
     prompts = prompt_keys(columns, own.tolist()) if transform.needs_prompts else None
     return replace(rules, transform=transform.fit(labels, trials, prompts))
 
 
 def check_stream(rules: LabelRules, name: str) -> None:
-    """Raise ValueError where a transform needs more rows at once than a stream has."""
+    """Raise ValueError if a transform needs all rows at once, which a stream does not provide."""
     transform = rules.transform
     if transform is None or (transform.is_fitted and not transform.needs_prompts):
         return
-    remedy = "Load the data set without streaming"
+    remedy = "Load the dataset without streaming"
     if not transform.needs_prompts:
         remedy += ", or give the numbers, as in standardise:2.5,1.2"
     raise ValueError(
-        f"label_transform={str(transform)!r} needs all labels at once, which the {name} dataset, a stream, does not "
-        f"have. {remedy}."
+        f"label_transform={str(transform)!r} needs all labels at once, but the {name} dataset is a stream. {remedy}."
     )
 
 
 def check_pairs(rules: LabelRules, name: str) -> None:
-    """Raise ValueError where a transform is asked for of pairs, whose labels are 1 and 0 by themselves."""
+    """Raise ValueError if there is a transform for pairs, because the labels of pairs are always 1 and 0."""
     if rules.transform is not None:
         raise ValueError(
-            f"The {name} dataset is paired: its labels are 1 and 0, and not on the scale that "
-            f"label_transform={str(rules.transform)!r} reads. Leave label_transform out, or make rows of the pairs."
+            f"The {name} dataset is paired, so its labels are 1 and 0, and not on the scale that "
+            f"label_transform={str(rules.transform)!r} reads. Remove label_transform, or convert the pairs to rows."
         )
 
 
 def transformed_labels(
     dataset: Dataset, name: str, rules: LabelRules, invalid: dict[int, InvalidRow] | None = None
 ) -> list[Any] | None:
-    """The label of each raw row after the fitted transform; None where there is no transform.
+    """The label of each raw row after the fitted transform. None if there is no transform.
 
-    `invalid` takes the errors of rows that have no label to transform; if it is None, such rows raise an error.
+    Errors of rows without a label to transform are added to `invalid`. If it is None, such rows raise an error.
     """
     if rules.transform is None:
         return None
@@ -110,14 +110,14 @@ def transformed_labels(
 
 
 def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
-    """The columns that a transform reads, as plain values; of images their key, made one row after the other."""
+    """The columns that a transform reads, as plain values. Images are replaced by their key, one row at a time."""
     wanted = {"label", "label_type", "trials"}
     if rules.transform is not None and rules.transform.needs_prompts:
         wanted |= {"prompt", "image", "images"}
     images = image_column([name for name in dataset[0] if name in wanted], where)
     if images is not None:
         wanted = wanted - {images}
-    if dataset.format["type"] == "custom":  # rows are made as they are read
+    if dataset.format["type"] == "custom":  # a transform creates the rows when they are read
         made: list[Any] = [{name: row[name] for name in row if name in wanted or name == images} for row in dataset]
         found = {name: [row.get(name) for row in made] for name in made[0] if name in wanted}
         raw = (row[images] for row in made) if images else ()
@@ -144,7 +144,7 @@ def prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
 
 
 def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
-    """`(N,)` bool: whether a prepared row's label is continuous, by its own `label_type` or the settings'.
+    """`(N,)` bool: whether a prepared row's label is continuous, according to its own `label_type` or the setting.
 
     Example:
         >>> is_continuous(Dataset.from_dict({"label": [0.5, 1.0]}), "binary")
@@ -176,11 +176,11 @@ def label_center(rows: Dataset | IterableDataset, label_type: str) -> float:
 
 
 def terms_of(rows: Dataset, label_type: str, cell: tuple[str, str]) -> Terms:
-    """Which terms the loss of each prepared row has, see `trl_ulma.losses.route`.
+    """The terms that the loss of each prepared row has, see `trl_ulma.losses.route`.
 
     Args:
-        rows: prepared.
-        label_type: of rows that have none of their own.
+        rows: prepared rows.
+        label_type: the label type of rows without their own `label_type`.
         cell: (positive_loss, negative_loss).
     """
     label = torch.tensor(rows["label"][:], dtype=torch.float32)
@@ -223,9 +223,9 @@ def evaluated_figures(rows: Dataset, args: Any, center: float, *, has_rewards: b
 
 
 def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:
-    """`(N,)` bool: the prepared rows that are imitated, or marked as demonstrations and in no other term of the loss.
+    """`(N,)` bool: the prepared rows that are imitated, or that are marked as demonstrations and not compared.
 
-    Point-wise DPO has none: what is marked is compared like all rows.
+    Pointwise DPO has none, because it compares marked rows like all others.
     """
     terms = terms_of(rows, args.label_type, args.cell)
     marked = np.asarray(rows["sft_mask"][:], dtype=bool)
@@ -257,7 +257,7 @@ def report_labels(rows: Dataset, args: Any, raw: np.ndarray | None = None, trans
     left out for which reason, if any were.
 
     Args:
-        rows: prepared.
+        rows: prepared rows.
         args: the trainer's config.
         raw: `(N,)` labels before the label transform, see `labels_before`.
         transform: the fitted transform, or None.
@@ -306,7 +306,7 @@ def show_report(
 
 
 def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(hash of the prompt, hash of prompt and completion, tokens that are scored) of each row, `(N,)` each."""
+    """(hash of the prompt, hash of prompt and completion, number of scored tokens) of each row, `(N,)` each."""
     prompts, answers, tokens = [], [], []
     names = [n for n in ("prompt_ids", "completion_ids", "completion_mask") if n in rows.column_names]
     table: Any = rows.select_columns(names).with_format("arrow")
@@ -316,7 +316,7 @@ def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         answers += map(hash, zip(prompt, completion, strict=True))
         scored = batch["completion_mask"].to_pylist() if "completion_mask" in names else [None] * len(completion)
         tokens += [len(ids) // 4 if mask is None else sum(mask) for ids, mask in zip(completion, scored, strict=True)]
-    if "image_key" in rows.column_names:  # one question about two images is two prompts
+    if "image_key" in rows.column_names:  # the same question about two images is two prompts
         keys = rows["image_key"][:]
         prompts = [hash(both) for both in zip(prompts, keys, strict=True)]
         answers = [hash(both) for both in zip(answers, keys, strict=True)]

@@ -1,4 +1,4 @@
-"""Rows that cannot be learned from: refused together, or left out, counted and logged."""
+"""Rows that are not valid for training: raises one error for all of them, or leaves them out, counts and logs them."""
 
 import json
 from collections import Counter
@@ -16,12 +16,12 @@ from trl_ulma.rows.rendering import PROMPT_FILLS
 logger = logging.get_logger(__name__)
 
 INVALID_ROWS = ("error", "drop")
-# Columns of rows that are being prepared, which prepared rows do not have
+# Columns that exist only while rows are prepared
 PASSING = ("left_out", "cut", "invalid", "unended")
 
 
 def packed(error: InvalidRow | None) -> str | None:
-    """An error as a text, to be kept beside its row.
+    """An error as text, to be stored in a column of its row.
 
     Example:
         >>> unpacked(packed(InvalidRow("Row 1: label is None.", "label is missing"))).kind
@@ -31,15 +31,15 @@ def packed(error: InvalidRow | None) -> str | None:
 
 
 def unpacked(text: str) -> InvalidRow:
-    """The error that `packed` has made a text of."""
+    """The error that `packed` converted to text."""
     return InvalidRow(*json.loads(text))
 
 
 def kept_of(encoded: Mapping[str, list], name: str, invalid_rows: str, numbers: Sequence[int | str]) -> dict[str, list]:
-    """A batch of a stream without the rows to leave out, which are logged by these numbers.
+    """A batch of a stream without the rows to leave out. These rows are logged with their numbers.
 
     Raises:
-        ValueError: listing the batch's invalid rows, unless they are to be dropped.
+        ValueError: if the batch has invalid rows and `invalid_rows` is "error". The message lists the rows.
     """
     invalid = [None if text is None else unpacked(text) for text in encoded["invalid"]]
     if invalid_rows == "error":
@@ -49,13 +49,14 @@ def kept_of(encoded: Mapping[str, list], name: str, invalid_rows: str, numbers: 
         is_kept.append(reason is None and error is None)
         if error is not None:
             logger.warning(
-                f"Left out row {row} of the {name} dataset, which is invalid. {list_invalid([error], 1, name)}"
+                f"Left out row {row} of the {name} dataset because it is invalid. {list_invalid([error], 1, name)}"
             )
         elif reason is not None:
-            logger.warning(f"Left out row {row} of the {name} dataset: {reason}.")
+            logger.warning(f"Left out row {row} of the {name} dataset because {reason}.")
         elif unended:
             logger.warning_once(
-                f"{UNENDED.format('answers')} (Said once; other rows of the {name} dataset may be alike.)"
+                f"{UNENDED.format('answers')} (This warning is shown once; it may apply to other rows of the {name} "
+                "dataset.)"
             )
     return {
         column: [value for value, kept in zip(values, is_kept, strict=True) if kept]
@@ -65,15 +66,15 @@ def kept_of(encoded: Mapping[str, list], name: str, invalid_rows: str, numbers: 
 
 
 UNENDED = (
-    "The chat template ends {} with no special token, such as EOS or the end of a turn, so the model would not learn "
-    "to stop. Have tokenizer.chat_template end assistant turns with one."
+    "The chat template ends {} without a special token, such as EOS or an end-of-turn token, so the model would not "
+    "learn to stop. Change tokenizer.chat_template so that assistant turns end with one."
 )
 
 
 def check_stream_has_rows(stream: IterableDataset, name: str) -> None:
-    """Raise ValueError where nothing is left of a stream."""
+    """Raise ValueError if all rows of a stream were left out."""
     if next(iter(stream), None) is None:
-        raise ValueError(f"All rows of the {name} dataset were left out; a warning for each row says why.")
+        raise ValueError(f"All rows of the {name} dataset were left out. The logged warnings give the reason per row.")
 
 
 def kept_rows(
@@ -83,18 +84,21 @@ def kept_rows(
     invalid_rows: str = "error",
     unreadable: Sequence[InvalidRow] = (),
 ) -> Dataset:
-    """The rows that can be learned from; logs what was left out, what was cut, and (given the type of labels) what the
-    labels lack. How many rows were left out for which reason is kept with them, see `trl_ulma.rows.notes`.
+    """The rows that are valid for training.
+
+    Logs which rows were left out or truncated, and, if `label_type` is given, whether labels have only one class. The
+    numbers of rows that were left out are stored with the rows, see `trl_ulma.rows.notes`.
 
     Args:
         encoded: prepared rows with the columns `PASSING`.
-        name: the data set's.
-        label_type: of rows that have none of their own, or None.
+        name: the name of the dataset.
+        label_type: the label type of rows without their own `label_type`, or None.
         invalid_rows: "error" or "drop".
-        unreadable: errors of rows that could not even be read, and are not in `encoded`.
+        unreadable: errors of rows that could not be read and are not in `encoded`.
 
     Raises:
-        ValueError: listing the invalid rows; also where no row is left.
+        ValueError: if rows are invalid and `invalid_rows` is "error" (the message lists them), if no row is left, or
+            if all weights are 0.
     """
     reasons, invalid = encoded["left_out"][:], encoded["invalid"][:]
     errors = [*unreadable, *(unpacked(text) for text in invalid if text is not None)]
@@ -110,7 +114,7 @@ def kept_rows(
     if not any(is_kept):
         raise ValueError(
             f"All {total} rows of the {name} dataset were left out: {why}. "
-            + ("Raise max_length." if PROMPT_FILLS in counts else "Look at the rows.")
+            + ("Raise max_length." if PROMPT_FILLS in counts else "Check the rows.")
             + listed
         )
     if counts:
@@ -119,7 +123,7 @@ def kept_rows(
         encoded = encoded.select([i for i, kept in enumerate(is_kept) if kept])
     cut = sum(encoded["cut"][:])
     if cut:
-        logger.warning(f"Cut {cut} of {len(encoded)} rows of the {name} dataset at max_length.")
+        logger.warning(f"Truncated {cut} of {len(encoded)} rows of the {name} dataset to max_length.")
     unended = sum(encoded["unended"][:])
     if unended:
         logger.warning(UNENDED.format(f"{unended} of {len(encoded)} answers of the {name} dataset"))
@@ -128,8 +132,8 @@ def kept_rows(
         rows = rows.remove_columns("completion_mask")
     if "weight" in rows.column_names and not any(rows["weight"][:]):
         raise ValueError(
-            f"Every row of the {name} dataset has weight 0, so that nothing would be learned. Remove the column "
-            "weight, or set some of it above 0."
+            f"Every row of the {name} dataset has weight 0, so the loss of every row would be 0. Remove the column "
+            "weight, or set some weights above 0."
         )
     kinds = Counter(error.kind for error in errors)
     counts.pop("it is invalid", None)
@@ -140,7 +144,7 @@ def kept_rows(
     alike = one_class(label, is_continuous(rows, label_type))
     if alike:
         logger.warning(
-            f"The {name} dataset has one class: {alike}. That is right for SFT or unlearning; to compare answers, "
-            "good and bad ones are needed."
+            f"The {name} dataset has only one class: {alike}. This is correct for SFT or unlearning. Comparing answers "
+            "requires good and bad ones."
         )
     return rows

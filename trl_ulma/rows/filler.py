@@ -1,4 +1,4 @@
-"""Rows that are there twice so that all processes have as many: marked in the data, and counted as nothing."""
+"""Filler rows: repeated rows so that all processes have the same number of rows. They are marked and not counted."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Dataset, IterableDataset, RandomSampler, Sampler
 
-# What the column `row` holds of a filler row
+# The value of the column `row` in filler rows
 FILLER = -1
 
 
@@ -25,12 +25,12 @@ def is_real(batch: dict[str, Any]) -> torch.Tensor:
 class FilledStream(IterableDataset):
     """The prepared rows of a stream, filled up to a multiple of `size`.
 
-    All processes read the same rows in the same order, each takes its part, and none runs out before the others, as
-    they do if accelerate gives each of them shards of a `datasets.IterableDataset`.
+    All processes read the same rows in the same order, and each takes its part, so that all of them end at the same
+    time. If accelerate gave each process its own shards of a `datasets.IterableDataset`, some would end earlier.
 
     Args:
         rows: the stream.
-        size: rows in a micro-batch of all processes together.
+        size: the number of rows in a micro-batch over all processes.
     """
 
     def __init__(self, rows: datasets.IterableDataset, size: int):
@@ -45,12 +45,12 @@ class FilledStream(IterableDataset):
         yield from [{**row, "row": FILLER}] * missing
 
     def set_epoch(self, epoch: int) -> None:
-        """Passed on to the stream, which shuffles by it."""
+        """Pass the epoch to the stream, which uses it for shuffling."""
         self.rows.set_epoch(epoch)
 
 
 class FilledRows(Dataset):
-    """The prepared rows of a table, and under numbers from `len` on the first of them again, as filler.
+    """The prepared rows of a table. Indices from `len` on return the first rows again, as fillers.
 
     Args:
         rows: the table.
@@ -69,13 +69,13 @@ class FilledRows(Dataset):
 
 
 class FilledSampler(Sampler[int]):
-    """A sampler's order, filled up with the numbers of filler rows of `FilledRows`.
+    """The order of a sampler, filled up with indices of filler rows of `FilledRows`.
 
     Args:
-        sampler: of the table.
-        rows: how many the table has.
-        size: rows in a micro-batch of all processes together, of which a multiple is given.
-        seed: of a random order, which then is the same in all processes and differs from epoch to epoch.
+        sampler: the sampler of the table.
+        rows: the number of rows of the table.
+        size: the number of rows in a micro-batch over all processes. The order is filled up to a multiple of it.
+        seed: the seed of a random order. The order is the same in all processes and differs between epochs.
 
     Example:
         >>> list(FilledSampler(range(3), rows=3, size=2, seed=0))
@@ -83,7 +83,7 @@ class FilledSampler(Sampler[int]):
     """
 
     def __init__(self, sampler: Any, *, rows: int, size: int, seed: int):
-        if type(sampler) is RandomSampler:  # accelerate does so with samplers that it sees
+        if type(sampler) is RandomSampler:  # accelerate does the same with samplers that it sees
             sampler = SeedableRandomSampler(
                 data_source=sampler.data_source,
                 replacement=sampler.replacement,
@@ -96,7 +96,7 @@ class FilledSampler(Sampler[int]):
         self.size = size
 
     def set_epoch(self, epoch: int) -> None:
-        """Passed on to the sampler."""
+        """Pass the epoch to the sampler."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -111,13 +111,13 @@ class FilledSampler(Sampler[int]):
 def filled(
     rows: Any, sampler: Callable[[Any], Any] | None, *, size: int, seed: int
 ) -> tuple[Any, Callable[[Any], Any] | None]:
-    """(rows, sampler) of a data loader, with filler rows up to a multiple of `size`.
+    """The (rows, sampler) of a data loader, with filler rows up to a multiple of `size`.
 
     Args:
-        rows: a table of prepared rows, or a stream of such.
-        sampler: makes the order of the table's rows; None for the order that they have.
-        size: rows in a micro-batch of all processes together.
-        seed: of a random order.
+        rows: a table or a stream of prepared rows.
+        sampler: creates the order of the table's rows. None keeps the order of the table.
+        size: the number of rows in a micro-batch over all processes.
+        seed: the seed of a random order.
     """
     if isinstance(rows, datasets.IterableDataset):
         return FilledStream(rows, size), sampler

@@ -1,6 +1,6 @@
-"""Rows with images: what is checked before training, and the collator that processes images batch by batch."""
+"""Rows with images: the checks before training, and the collator that processes images batch by batch."""
 
-# transformers declares a processor's parts, and datasets a column's kind, to be of many kinds
+# In the type hints of transformers and datasets, a processor's parts and a column's kind have many types
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import hashlib
@@ -26,10 +26,10 @@ _PLACEHOLDERS: "WeakKeyDictionary[ProcessorMixin, str | None]" = WeakKeyDictiona
 
 
 def image_column(names: Sequence[str], where: str) -> str | None:
-    """The column that holds the rows' images, or None.
+    """The column with the images of the rows, or None.
 
     Raises:
-        ValueError: where there are two.
+        ValueError: if there are two such columns.
 
     Example:
         >>> image_column(["prompt", "image"], "train")
@@ -38,14 +38,14 @@ def image_column(names: Sequence[str], where: str) -> str | None:
     found = [name for name in COLUMNS if name in names]
     if len(found) > 1:
         raise ValueError(
-            f"The {where} dataset has both `image` and `images`. Remove one: `image` holds one image a row, `images` "
-            "a list of them."
+            f"The {where} dataset has both `image` and `images`. Remove one of them. `image` has one image per row, "
+            "`images` a list of images."
         )
     return found[0] if found else None
 
 
 def has_images(dataset: Any) -> bool:
-    """Whether rows, raw or prepared, have a column of images."""
+    """Whether raw or prepared rows have a column of images."""
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return False
     names = dataset.column_names or next(iter(dataset), ())
@@ -53,7 +53,7 @@ def has_images(dataset: Any) -> bool:
 
 
 def first_row(rows: datasets.Dataset | datasets.IterableDataset) -> Any:
-    """The first row, None where there is none; an image of it is not decoded, and of a column of images is None."""
+    """The first row, or None if there is none. Images of a stream are not decoded, and those of a table are None."""
     if isinstance(rows, datasets.IterableDataset):
         return next(iter(rows if rows.features is None else rows.decode(False)), None)
     held = [name for name in COLUMNS if name in rows.column_names]
@@ -64,7 +64,7 @@ def first_row(rows: datasets.Dataset | datasets.IterableDataset) -> Any:
 
 
 def undecoded(batch: Mapping[str, Sequence[Any]], column: str) -> Sequence[Any]:
-    """The images of a batch that `datasets.map` hands on, as bytes or paths where nothing has decoded them yet."""
+    """The images of a batch of `datasets.map`, as bytes or paths unless they are already decoded."""
     table = getattr(batch, "pa_table", None)
     return batch[column] if table is None else table[column].to_pylist()
 
@@ -76,25 +76,26 @@ def undecoded_column(rows: datasets.Dataset, column: str) -> Iterator[Any]:
 
 
 def check_mode(rows: datasets.Dataset | datasets.IterableDataset, column: str, where: str) -> None:
-    """Raise ValueError where a column has its images decoded to a mode that processors make RGB of again."""
+    """Raise ValueError if a column decodes its images to a mode that processors would convert back to RGB."""
     kind = None if rows.features is None else rows.features.get(column)
     mode = getattr(getattr(kind, "feature", kind), "mode", None)
     if mode not in (None, "RGB"):
         raise ValueError(
-            f"The {where} dataset has its column {column} decoded to the mode {mode!r}, which the model's processor "
-            "does not keep. Cast the column to Image(), and have the processor do it."
+            f"The {where} dataset decodes its column {column} to the mode {mode!r}, but the model's processor converts "
+            "images to RGB. Cast the column to Image(), and let the processor convert the images."
         )
 
 
 def as_images(value: Any, at: str) -> list[dict[str, Any]]:
-    """A row's images, each as its file's `bytes` or `path`.
+    """A row's images, each with the `bytes` or `path` of its file.
 
     Args:
-        value: None, an image or a list of images, each a PIL image, an array, a path, bytes, or what `datasets` stores.
-        at: the row's name, for errors.
+        value: None, an image or a list of images. An image is a PIL image, an array, a path, bytes, or a value as
+            `datasets` stores it.
+        at: the name of the row, for messages.
 
     Raises:
-        ValueError: for what is no image, or a file that is not there.
+        ValueError: if a value is not an image, or if a file does not exist.
 
     Example:
         >>> as_images(None, "Row 0"), as_images(b"GIF89a", "Row 1")
@@ -109,20 +110,20 @@ def as_images(value: Any, at: str) -> list[dict[str, Any]]:
                     pass
         except OSError as error:
             raise InvalidRow(
-                f"{at}: image {number} can not be read ({error}). Mend its path, or drop the row.",
+                f"{at}: image {number} cannot be read ({error}). Correct its path, or remove the row.",
                 "an image cannot be read",
             ) from error
-        except Exception as error:  # what encoding a value of another kind ends in is not said
+        except Exception as error:  # `datasets` does not document what encoding another kind of value raises
             raise InvalidRow(
                 f"{at}: image {number} is {shown(image)}; it must be a PIL image, an array, or a file's path or bytes.",
-                "an image is no image",
+                "a value that is not an image",
             ) from error
         found.append(kept)
     return found
 
 
 def image_key(images: Sequence[Mapping[str, Any]]) -> int:
-    """A number by which rows with the same images are known; 0 for none.
+    """A number that is the same for rows with the same images. 0 for rows without images.
 
     Example:
         >>> image_key([]), image_key([{"bytes": b"a"}]) == image_key([{"bytes": b"a"}])
@@ -137,17 +138,17 @@ def image_key(images: Sequence[Mapping[str, Any]]) -> int:
 
 
 def with_placeholders(messages: list[dict[str, Any]], images: int, at: str) -> list[dict[str, Any]]:
-    """Messages whose contents are lists of parts, with a place for each image, as a processor's chat template wants.
+    """Messages whose contents are lists of parts with a placeholder per image, as a processor's chat template needs.
 
-    Where contents are text, images come before the first user turn's.
+    If contents are text, the images come before the text of the first user turn.
 
     Args:
-        messages: of a prompt, or with `images` 0 of a completion.
-        images: how many the row has.
-        at: the row's name, for errors.
+        messages: the messages of a prompt, or, with `images` 0, of a completion.
+        images: the number of images of the row.
+        at: the name of the row, for messages.
 
     Raises:
-        ValueError: where places and images differ in number.
+        ValueError: if the numbers of placeholders and images differ.
 
     Example:
         >>> with_placeholders([{"role": "user", "content": "What is it?"}], 1, "Row 0")
@@ -156,24 +157,26 @@ def with_placeholders(messages: list[dict[str, Any]], images: int, at: str) -> l
     parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
     if any(set(part) - {"type"} for part in parts if part.get("type") == "image"):
         raise InvalidRow(
-            f"{at}: a message holds an image itself. Put images into the column `images`, in their order, and leave "
+            f"{at}: a message contains an image. Put images into the column `images`, in their order, and keep "
             '{"type": "image"} in the message.',
-            "a message holds an image itself",
+            "a message contains an image",
         )
     places = sum(part.get("type") == "image" for part in parts)
     if any(turn["role"] == "user" and isinstance(turn.get("content"), str) for turn in messages):
         places += images
     if places != images:
         raise InvalidRow(
-            f"{at}: {places} places for images in its messages, and {images} images. Give each image of the prompt one "
-            'part {"type": "image"}, in order; or write contents as text: images then come before the first user turn.',
-            "images and their places differ in number",
+            f"{at}: its messages have {places} placeholders for {images} images. Add one part "
+            '{"type": "image"} per image of the prompt, in order. Or write contents as text: images then come before '
+            "the first user turn.",
+            "different numbers of images and placeholders",
         )
     try:
         made = prepare_multimodal_messages(messages, images=["image"] * images)
-    except ValueError as error:  # a role that is not known
+    except ValueError as error:  # an unknown role
         raise InvalidRow(
-            f"{at}: its messages cannot be given to the processor ({error}).", "messages that a processor refuses"
+            f"{at}: the processor does not accept its messages ({error}). Correct the row, or remove it.",
+            "messages that the processor does not accept",
         ) from error
     return [_without_payload(turn) for turn in made]
 
@@ -185,22 +188,22 @@ def _without_payload(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_text_places(processor: ProcessorMixin, prompt: str, images: int, at: str) -> None:
-    """Raise ValueError unless a prompt of text has a placeholder for each image."""
+    """Raise ValueError unless a prompt of plain text has a placeholder for each image."""
     token = placeholder_of(processor)
     places = images if token is None else prompt.count(token)
     if places != images:
         raise InvalidRow(
-            f"{at}: {places} of the placeholder {token!r} in its prompt, and {images} images. Write one for each "
-            "image where it belongs, or use messages, into which they are put.",
-            "images and their places differ in number",
+            f"{at}: its prompt has {places} placeholders {token!r} for {images} images. Write one placeholder per "
+            "image where it belongs, or use messages, which get placeholders automatically.",
+            "different numbers of images and placeholders",
         )
 
 
 def placeholder_of(processor: ProcessorMixin) -> str | None:
-    """The text that the processor replaces by an image's tokens, or None if it has none.
+    """The text that the processor replaces by the tokens of an image, or None if it has none.
 
-    Processors name it `image_token` or `boi_token`, and some have both names for different tokens. The processor is
-    asked with a black image: it raises an error for a text whose placeholders do not match the images.
+    Processors name it `image_token` or `boi_token`. Some have both names for different tokens. In that case each one is
+    tried with a black image, because the processor raises an error if the placeholders do not match the images.
     """
     if processor in _PLACEHOLDERS:
         return _PLACEHOLDERS[processor]
@@ -211,7 +214,7 @@ def placeholder_of(processor: ProcessorMixin) -> str | None:
     for token in found if len(found) > 1 else ():
         try:
             processor(images=[[black]], text=[token], add_special_tokens=False)
-        except Exception:  # nosec B112: a processor is a program, and each refuses in its own way
+        except Exception:  # nosec B112: processors can raise any exception
             continue
         found = [token]
         break
@@ -222,34 +225,34 @@ def placeholder_of(processor: ProcessorMixin) -> str | None:
 def check_stray(
     processor: ProcessorMixin, prompt_ids: Sequence[int], completion_ids: Sequence[int], images: int, at: str
 ) -> None:
-    """Raise ValueError where a text has what stands for an image, and no image: the model would look for one."""
+    """Raise ValueError if a text has a placeholder without an image, because the model would look for the image."""
     token = getattr(processor, "image_token_id", None)
     if token is not None and (token in completion_ids or (not images and token in prompt_ids)):
         raise InvalidRow(
-            f"{at}: its text has {processor.tokenizer.decode([token])!r}, which stands for an image, where there is "
-            "none. Take it out of the text.",
+            f"{at}: its text has the image placeholder {processor.tokenizer.decode([token])!r}, but there is no image. "
+            "Remove the placeholder from the text.",
             "a placeholder without an image",
         )
 
 
 @dataclass
 class ImageTokens:
-    """How many tokens an image adds to a prompt, of which its processor makes one placeholder's more.
+    """The number of tokens that an image adds to a prompt, in addition to its placeholder.
 
-    The processor is asked once for each size, with a black image.
+    It is measured once per image size, by running the processor on a black image.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
     """
 
     processor: ProcessorMixin
     _known: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __call__(self, images: Sequence[Mapping[str, Any]], at: str) -> int:
-        """Tokens that `images` add, besides their placeholders; 0 for an image that is not on this machine.
+        """The number of tokens that `images` add to their placeholders. An image that is not a local file counts as 0.
 
         Raises:
-            ValueError: for a file that is no image.
+            ValueError: if a file is not an image.
         """
         return sum(self._of(size) for image in images if (size := _size(image, at)) is not None)
 
@@ -267,7 +270,7 @@ class ImageTokens:
 
 
 def _size(image: Mapping[str, Any], at: str) -> tuple[int, int] | None:
-    """(width, height) as it is shown, from the file's header."""
+    """The displayed (width, height) of an image, from the header of its file."""
     import PIL.Image
 
     source = image.get("bytes")
@@ -279,56 +282,56 @@ def _size(image: Mapping[str, Any], at: str) -> tuple[int, int] | None:
             turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5
     except Exception as error:
         raise InvalidRow(
-            f"{at}: an image of it can not be read ({type(error).__name__}: {error}). Mend it, or drop the row.",
+            f"{at}: one of its images cannot be read ({type(error).__name__}: {error}). Repair it, or remove the row.",
             "an image cannot be read",
         ) from error
     return (height, width) if turned else (width, height)
 
 
 def check_settings(args: Any, where: str, peft_config: Any) -> None:
-    """Raise ValueError on a setting that rows with images can not be learned from with.
+    """Raise ValueError if a setting does not support rows with images.
 
     Args:
         args: the trainer's config.
-        where: the data set's name.
-        peft_config: of the adapter, or None.
+        where: the name of the dataset.
+        peft_config: the config of the adapter, or None.
     """
     has = f"The {where} dataset has images"
     for name in ("padding_free", "share_prompts"):
         if getattr(args, name):
             raise ValueError(
-                f"{has}, and {name}=True lays out rows of text only: where an image's tokens go, the model decides row "
+                f"{has}, but {name}=True only supports rows of text, because the model places the tokens of images row "
                 f"by row. Set {name}=False."
             )
     if args.truncation_mode == "keep_end" and args.max_length is not None:
         raise ValueError(
-            f"{has}, whose tokens stand in the prompt, and truncation_mode='keep_end' would cut them off. Set "
+            f"{has}, whose tokens are in the prompt, so truncation_mode='keep_end' would cut them off. Set "
             "truncation_mode='keep_start', or max_length=None."
         )
     if getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(
-            f"{has}, and adapters that put virtual tokens before the rows hide from the model where they are. Train "
-            "with LoRA, or the whole model."
+            f"{has}, but prompt-learning adapters put virtual tokens before the rows, so the model cannot find the "
+            "images. Train with LoRA, or train the whole model."
         )
 
 
 @dataclass
 class DataCollatorForVisionPointwisePreference(DataCollatorForPointwisePreference):
-    r"""Collates rows with images and rows without into a batch, padded on the right; images are processed here.
+    r"""Collates rows with and without images into a batch that is padded on the right, and processes the images.
 
-    Besides what `DataCollatorForPointwisePreference` returns, the batch has what the processor makes of the images:
-    `pixel_values`, and by model `image_grid_thw`, `mm_token_type_ids` `(B, T)` and others. Images stand in the order of
-    the rows. A batch without an image has none of them but those of shape `(B, T)`.
+    In addition to the tensors of `DataCollatorForPointwisePreference`, the batch has the processor's outputs for the
+    images: `pixel_values`, and, depending on the model, `image_grid_thw`, `mm_token_type_ids` `(B, T)` and others.
+    Images are in the order of the rows. A batch without images only has the outputs of shape `(B, T)`.
 
-    Rows with images have `prompt_text` (with placeholders, special tokens included), `prompt_images` (each a file's
-    `bytes` or `path`, or a PIL image) and `completion_ids`; rows without have `prompt_ids` and `completion_ids`.
+    Rows with images have `prompt_text` (including placeholders and special tokens), `prompt_images` (the `bytes` or
+    `path` of a file, or a PIL image) and `completion_ids`. Rows without images have `prompt_ids` and `completion_ids`.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
 
     Raises:
-        ValueError: for truncation_mode="keep_end" with a `max_length`; for a row whose prompt alone fills `max_length`,
-            or that the processor can not take.
+        ValueError: if truncation_mode is "keep_end" and there is a `max_length`, if the prompt of a row alone fills
+            `max_length`, or if the processor does not accept a row.
 
     Example:
         >>> from transformers import AutoProcessor
@@ -349,7 +352,7 @@ class DataCollatorForVisionPointwisePreference(DataCollatorForPointwisePreferenc
         seen = [i for i, example in enumerate(examples) if example.get("prompt_images")]
         if seen and self.truncation_mode == "keep_end" and self.max_length is not None:
             raise ValueError(
-                "truncation_mode='keep_end' would cut off the images, which stand in the prompt. Use 'keep_start', or "
+                "truncation_mode='keep_end' would cut off the images, which are in the prompt. Set 'keep_start', or "
                 "max_length=None."
             )
         made, kinds = self._process([examples[i] for i in seen])
@@ -379,7 +382,7 @@ class DataCollatorForVisionPointwisePreference(DataCollatorForPointwisePreferenc
         return batch | {name: v for name, v in made.items() if name not in {"input_ids", "attention_mask", *kinds}}
 
     def _process(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-        """(what the processor makes of rows with images, the names of what it says of each token)."""
+        """The processor's outputs for rows with images, and the names of its outputs with one value per token."""
         if not rows:
             return {}, self._kinds_of_tokens
         try:
@@ -387,11 +390,11 @@ class DataCollatorForVisionPointwisePreference(DataCollatorForPointwisePreferenc
                 text=[row["prompt_text"] for row in rows],
                 images=[[_decoded(image) for image in row["prompt_images"]] for row in rows],
             )
-        except Exception as error:  # a processor is a program
+        except Exception as error:  # processors can raise any exception
             at = ", ".join(str(row.get("row", "?")) for row in rows)
             raise ValueError(
-                f"The processor fails on a batch with the rows {at} ({type(error).__name__}: {error}). Look at their "
-                "images and placeholders."
+                f"The processor fails on a batch with the rows {at} ({type(error).__name__}: {error}). Check the "
+                "images and placeholders of these rows."
             ) from error
         return made, _per_token(made)
 
@@ -406,14 +409,14 @@ class DataCollatorForVisionPointwisePreference(DataCollatorForPointwisePreferenc
     def _check_room(self, example: Mapping[str, Any], tokens: int) -> None:
         if self.max_length is not None and tokens >= self.max_length:
             raise ValueError(
-                f"Row {example.get('row', '?')}: its prompt has {tokens} tokens with its images', which fills "
-                f"max_length={self.max_length}. Raise max_length (None cuts nothing), let the processor make images "
-                "smaller, or drop the row."
+                f"Row {example.get('row', '?')}: its prompt has {tokens} tokens including its images, which fills "
+                f"max_length={self.max_length}. Raise max_length (None does not truncate), let the processor shrink "
+                "images, or remove the row."
             )
 
 
 def _decoded(image: Any) -> Any:
-    """An image that is stored as bytes or a path; `datasets` itself decodes the first of a list twice."""
+    """Decode an image that is stored as bytes or a path. (`datasets` would decode the first of a list twice.)"""
     return datasets.Image().decode_example(image) if isinstance(image, dict) else image
 
 

@@ -1,17 +1,18 @@
-"""Messages as chat templates need them, and what a template leaves out of them."""
+"""Converts messages to the form that chat templates need, and finds what a template leaves out of them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# Names under which messages carry what a model thought before it answered
+# Keys of messages for the reasoning before the answer
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _SYSTEM = ("system", "developer")
 
 
 def without_nones(value: Any) -> Any:
-    """Messages, tools or settings without the keys that Arrow fills with None because other rows have them, such as
-    the arguments of another tool.
+    """Messages, tools or settings without keys whose value is None.
+
+    Arrow adds such keys if other rows have them, for example for the arguments of another tool.
 
     Example:
         >>> without_nones([{"role": "user", "content": "Hi", "name": None}])
@@ -23,7 +24,7 @@ def without_nones(value: Any) -> Any:
 
 
 def joined(turn: dict[str, Any]) -> dict[str, Any]:
-    """A message whose content is text: the parts of a content that has text only are joined.
+    """A message whose content is text. If all parts of a content are text, they are joined.
 
     Example:
         >>> joined({"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]})
@@ -38,7 +39,7 @@ def joined(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoded(turn: dict[str, Any]) -> dict[str, Any]:
-    """A message whose tool calls have their arguments as dicts; arguments may be given as JSON text.
+    """A message whose tool calls have their arguments as dicts. Arguments that are JSON text are parsed.
 
     Example:
         >>> decoded({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]})
@@ -82,7 +83,7 @@ def _parsed(arguments: Any) -> Any:
 
 
 def calls_of(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The functions that a message calls, each with its `name` and `arguments`.
+    """The function calls of a message, each with its `name` and `arguments`.
 
     Example:
         >>> [call["name"] for call in calls_of({"tool_calls": [{"function": {"name": "f"}}, {"name": "g"}]})]
@@ -96,22 +97,22 @@ def calls_of(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def prints_python(messages: Sequence[Mapping[str, Any]], whole: str) -> bool:
-    """Whether a rendering has a tool call's arguments as Python writes a dict, which is not JSON."""
+    """Whether a rendering contains a tool call's arguments as a printed Python dict, which is not JSON."""
     found = (call.get("arguments") for turn in messages for call in calls_of(turn))
     return any(isinstance(each, dict) and "'" in str(each) and str(each) in whole for each in found)
 
 
 def left_out_by_template(messages: Sequence[Mapping[str, Any]], first: int, whole: str) -> str | None:
-    """What a rendering lacks of the messages' text, in words; None if it has all of it.
+    """A description of the text of the messages that a rendering lacks. None if it has all text.
 
-    The texts must follow each other as their messages do; only system messages may stand anywhere. Whitespace may
-    differ, and text may be escaped as in JSON. What the assistant thought in the prompt need not be there, because
+    The texts must be in the order of their messages, except system messages, which can be anywhere. Whitespace can
+    differ, and text can be escaped as in JSON. The assistant's reasoning in the prompt can be missing, because
     templates leave it out on purpose.
 
     Args:
-        messages: of prompt and completion.
-        first: the number of the completion's first message.
-        whole: their rendering.
+        messages: the messages of prompt and completion.
+        first: the index of the first message of the completion.
+        whole: the rendering of the messages.
 
     Example:
         >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -133,7 +134,7 @@ def left_out_by_template(messages: Sequence[Mapping[str, Any]], first: int, whol
 
 
 def _left_out_but_for_spaces(wanted: list, first: int, whole: str) -> str | None:
-    """As `left_out_by_template`, slower: whatever the whitespace and the escapes, and the prompt in any order."""
+    """A slower `left_out_by_template` that ignores whitespace and escapes, and the order of the prompt's messages."""
     whole, at, prompt_end = _squashed(whole), 0, 0
     for number, role, texts in wanted:
         if number == first:
@@ -158,10 +159,10 @@ def _squashed(text: str) -> str:
 
 
 def _texts(turn: Mapping[str, Any], is_scored: bool) -> Iterator[tuple[str, str]]:
-    """(field, text) of what a rendering of a message must have."""
+    """The (field, text) of everything that a rendering of a message must contain."""
     is_thought = turn["role"] == "assistant" and not is_scored
     content = turn.get("content")
-    if not (is_thought and turn.get("tool_calls")):  # in a prompt, what was said beside a call may be left out
+    if not (is_thought and turn.get("tool_calls")):  # in a prompt, templates can leave out the text beside a tool call
         for text in _leaves(content, parts=True):
             yield "content", text.split("</think>")[-1] if is_thought else text
     if not is_thought:
@@ -176,7 +177,7 @@ def _texts(turn: Mapping[str, Any], is_scored: bool) -> Iterator[tuple[str, str]
 
 
 def _leaves(value: Any, *, parts: bool = False) -> Iterator[str]:
-    """The texts and numbers in a value; `parts` takes the text of a content's parts, and nothing else of them."""
+    """The texts and numbers in a value. With `parts`, only the text of a content's parts."""
     if isinstance(value, str):
         if value.strip():
             yield value

@@ -1,4 +1,4 @@
-"""Facts about prepared rows that go with them: what was left out, and by which rules their labels were read."""
+"""Facts that are stored with prepared rows: which rows were left out, and the rules by which labels were read."""
 
 import json
 from typing import Any
@@ -7,14 +7,14 @@ from datasets import Dataset, IterableDataset
 
 
 def note(rows: Dataset | IterableDataset, **facts: Any) -> None:
-    """Keep facts about prepared rows with them, in their `info`, which saving and loading keeps as well."""
-    # A new object, because data sets share theirs with those that they were made of
+    """Store facts about prepared rows in their `info`, which is kept when they are saved and loaded."""
+    # A copy, because datasets share their `info` with the datasets that they were created from
     rows._info = rows.info.copy()
     rows.info.description = json.dumps(noted(rows) | facts)
 
 
 def noted(rows: Dataset | IterableDataset) -> dict[str, Any]:
-    """What `note` has kept with rows; {} for rows that it knows nothing of.
+    """The facts that `note` has stored with rows. {} if there are none.
 
     Example:
         >>> rows = Dataset.from_dict({"label": [1.0]})
@@ -30,7 +30,7 @@ def noted(rows: Dataset | IterableDataset) -> dict[str, Any]:
 
 
 def left_out_of(rows: Dataset) -> dict[str, int]:
-    """How many raw rows were left out of prepared ones, by reason.
+    """The number of raw rows that were left out of prepared rows, by reason.
 
     Example:
         >>> left_out_of(Dataset.from_dict({"label": [1.0]}))

@@ -1,6 +1,6 @@
-"""From raw rows to checked rows of token ids: what runs once, before training."""
+"""From raw rows to checked rows of token ids. This runs once, before training."""
 
-# transformers declares a tokenizer's tokens and backend to be of many kinds
+# In the type hints of transformers, a tokenizer's tokens and backend have many types
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 import datetime
@@ -67,9 +67,9 @@ _TYPES = {
     "row": Value("int64"),
     "length": Value("int32"),
 }
-# Named otherwise than the raw column, by which DPOTrainer would know rows that are not prepared
+# Names differ from those of the raw columns, because DPOTrainer would take rows with a raw column for unprepared ones
 _OF_IMAGES = ("prompt_text", "prompt_images", "image_key")
-# What `datasets.map` writes beside a row, for `kept_rows`
+# Columns that `datasets.map` adds to a row for `kept_rows`
 _PASSING = {"left_out": Value("string"), "cut": Value("bool"), "invalid": Value("string"), "unended": Value("bool")}
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
 _READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "image", "images", *OPTIONAL_COLUMNS}
@@ -77,24 +77,24 @@ _READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "image
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to raw rows: pairs become rows, rows are checked, rendered, tokenized and cut.
+    """Prepares raw rows: converts pairs to rows, and checks, renders, tokenizes and truncates rows.
 
     Attributes:
-        processing_class: the policy's tokenizer, or its processor.
+        processing_class: the policy's tokenizer or processor.
         rules: how labels are read.
-        max_length: longest sequence in tokens, or None.
+        max_length: the maximum length of a sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
-        positions: how many tokens the model can read at most, or None where that has no end.
-        is_for_training: whether labels must tell answers apart; where they do not, that is warned of.
-        keeps_prompts: whether the raw prompts are kept beside their tokens, which TRL's callbacks that generate read.
-        invalid_rows: "error" refuses a data set with invalid rows and lists them; "drop" leaves them out and warns.
-        assistant_only_loss: whether only the assistant's turns are scored in completions of several turns.
-        chat: whether rows of text become messages: "true", "false", or "auto", see `trl_ulma.rows.chat`.
-        system_message: the first message of conversations that have none, or None.
-        vocab_size: how many token ids the model has embeddings for, or None if that is not known.
+        positions: the maximum number of tokens that the model can read. None if there is no limit.
+        is_for_training: whether labels must distinguish answers. If they do not, a warning is logged.
+        keeps_prompts: whether to keep the raw prompts beside their tokens. TRL's callbacks that generate read them.
+        invalid_rows: "error" raises an error that lists all invalid rows. "drop" leaves them out and logs a warning.
+        assistant_only_loss: whether to score only the assistant's turns in completions with several turns.
+        chat: whether rows of plain text become messages: "true", "false", or "auto", see `trl_ulma.rows.chat`.
+        system_message: the system message to add to conversations that have none, or None.
+        vocab_size: the number of token ids that the model has embeddings for. None if unknown.
 
     Raises:
-        ValueError: for an unknown `invalid_rows` or `chat`.
+        ValueError: if `invalid_rows` or `chat` is unknown.
     """
 
     processing_class: PreTrainedTokenizerBase | ProcessorMixin
@@ -118,34 +118,36 @@ class Preparation:
     def __call__(
         self, dataset: Dataset | IterableDataset, name: str, num_proc: int | None = None
     ) -> Dataset | IterableDataset:
-        """The rows of `dataset` as `prompt_ids`, `completion_ids`, `label`, `sft_mask`, the optional columns that it
-        has, `row` (the raw row's number) and `length` (tokens). Rows without anything to learn from are left out, and
-        counted in a warning.
+        """Prepare the rows of `dataset`.
 
-        `completion_mask` says which of a completion's tokens are scored, where these are not all of them: in
-        conversations whose completion has several turns. Such a column is None for rows of which all tokens are scored.
+        Prepared rows have `prompt_ids`, `completion_ids`, `label`, `sft_mask`, the optional columns of the dataset,
+        `row` (the number of the raw row) and `length` (in tokens). Rows without any token to learn from are left out
+        and counted in a warning.
 
-        The labels of a data set that has been through here are checked again, and demonstrations are found anew by
-        these rules if the raw rows did not name them. Rows that are too long for this `max_length` are cut or left out
-        as raw ones are, and `ref_logps`, which another trainer's reference gave, is removed. If nothing of that changes
-        a row, the data set itself is returned.
+        If not all tokens of a completion are scored, because it has several turns, `completion_mask` marks the scored
+        ones. This column is None for rows whose tokens are all scored.
 
-        With `keeps_prompts` also `prompt`, but of a stream or of rows with images.
+        If the dataset is already prepared, its labels are checked again, and `sft_mask` is computed again by these
+        rules unless the raw rows had one. Rows that are longer than this `max_length` are truncated or left out like
+        raw rows. `ref_logps` is removed, because it comes from the reference of another trainer. If all this changes no
+        row, the dataset itself is returned.
 
-        Of rows with images, `prompt_ids` has placeholders for them; the collator makes the prompt of `prompt_text` and
-        `prompt_images`. Images are not decoded here, `length` counts what their size makes of them.
+        With `keeps_prompts`, rows also have `prompt`, except those of streams and rows with images.
 
-        Of a stream the first rows are read at once; the others are checked as they come, 64 at a time.
+        For rows with images, `prompt_ids` has placeholders, and the collator creates the prompt from `prompt_text` and
+        `prompt_images`. Images are not decoded here. `length` includes the tokens that they need because of their size.
+
+        The first rows of a stream are read immediately. The others are checked when they are read, 64 at a time.
 
         Raises:
-            TypeError: for what is no data set.
-            ValueError: listing the invalid rows, or naming the column that is wrong; also where no row is left, or a
+            TypeError: if `dataset` is not a dataset.
+            ValueError: if rows are invalid (the message lists them), if a column is wrong, if no row is left, or if a
                 token has no embedding.
         """
         if not isinstance(dataset, Dataset | IterableDataset):
             raise TypeError(
-                f"The {name} dataset must be a Dataset or an IterableDataset; got {type(dataset).__name__}. "
-                "Dataset.from_list makes one of a list of rows."
+                f"The {name} dataset must be a Dataset or an IterableDataset; got {type(dataset).__name__}. Use "
+                "Dataset.from_list for a list of rows."
             )
         try:
             prepared = self._prepare(dataset, name, num_proc)
@@ -170,13 +172,13 @@ class Preparation:
         numbers: np.ndarray | None = None,
         unreadable: Sequence[InvalidRow] = (),
     ) -> Dataset | IterableDataset:
-        """As `__call__`, of rows with these numbers; the others could not be read."""
-        # Rows are read as plain values; only a transform of the caller's stays, since it is what makes them
+        """Like `__call__`, for the rows with these numbers. The other rows could not be read."""
+        # Rows are read as plain values. Only the caller's own transform is kept, because it creates the rows.
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         raw = dataset if is_transformed else dataset.with_format(None)
         first = first_row(raw)
         if first is None:
-            raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
+            raise ValueError(f"The {name} dataset is empty. Pass at least one row.")
         if not isinstance(first, Mapping):
             raise ValueError(
                 f"Row 0 of the {name} dataset is {shown(first)}; it must be a dict of columns, such as prompt, "
@@ -193,9 +195,7 @@ class Preparation:
                 raw = raw.decode(False)
         for column in ("label", "label_type") if paired else ():
             if column in names:
-                logger.warning(
-                    f"The {name} dataset is paired: its column `{column}` says nothing about pairs and is not read."
-                )
+                logger.warning(f"The {name} dataset is paired, so its column `{column}` is ignored.")
         if paired:
             check_pairs(self.rules, name)
         is_text = _are_texts(raw, first)
@@ -249,7 +249,7 @@ class Preparation:
             replace(encode, labels=labels, invalid=invalid, keeps_prompts=prompt is not None),
             with_indices=True,
             batched=True,
-            # What a batch holds of images is in memory
+            # All images of a batch are in memory
             batch_size=1000 if images is None else 32,
             writer_batch_size=1000 if images is None else 32,
             remove_columns=raw.column_names,
@@ -263,16 +263,16 @@ class Preparation:
         return kept_rows(encoded.with_format(None), name, label_type, self.invalid_rows, unreadable)
 
     def _again(self, rows: Dataset | IterableDataset, names: list[str], name: str) -> Dataset | IterableDataset:
-        """Rows that are prepared already, by these rules, at this length, and without the log-probabilities of
-        another's reference."""
+        """Apply these rules and this length to rows that are already prepared, and remove the log-probabilities of
+        another trainer's reference."""
         rules = noted(rows).get("rules", {})
-        # Rows that are only to be scored have no labels to learn from
+        # Rows that were prepared for scoring only may have no labels
         is_for_training = rules.get("is_for_training", True)
         transform = str(self.rules.transform)
         if is_for_training and self.rules.transform is not None and rules.get("transform", transform) != transform:
             raise ValueError(
-                f"The {name} dataset is prepared already, by a trainer with label_transform={rules['transform']}, and "
-                f"this one has label_transform={transform!r}. Pass the raw rows."
+                f"The {name} dataset was prepared by a trainer with label_transform={rules['transform']}, but this "
+                f"trainer has label_transform={transform!r}. Pass the raw rows."
             )
         if "ref_logps" in names:
             rows = rows.remove_columns("ref_logps")
@@ -297,16 +297,16 @@ class Preparation:
         return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)
 
     def check_positions(self, tokens: int, at: str) -> None:
-        """Raise InvalidRow where a row has more tokens than the model can read."""
+        """Raise InvalidRow if a row has more tokens than the model can read."""
         if self.positions is not None and tokens > self.positions:
             raise InvalidRow(
-                f"{at} has {tokens:,} tokens, and the model only {self.positions:,} positions. Set "
-                f"max_length={self.positions}, or drop the row.",
+                f"{at} has {tokens:,} tokens, but the model only has {self.positions:,} positions. Set "
+                f"max_length={self.positions}, or remove the row.",
                 "more tokens than the model has positions",
             )
 
     def check_batch(self, rows: Mapping[str, list], numbers: Sequence[int | str], name: str) -> None:
-        """Raise ValueError where a prepared row of a batch has a token without an embedding."""
+        """Raise ValueError if a prepared row of a batch has a token without an embedding."""
         if self.vocab_size is None:
             return
         for row, *both in zip(numbers, rows["prompt_ids"], rows["completion_ids"], strict=True):
@@ -316,7 +316,7 @@ class Preparation:
                 raise _no_embedding(f"Row {row} of the {name} dataset", most, self.vocab_size, tokenizer)
 
     def _type_of_prompts(self, raw: Dataset, is_text: bool, is_made_chat: bool) -> Any:
-        """Of the column `prompt` to keep, or None."""
+        """The type of the column `prompt` if it is kept, or None."""
         if self.keeps_prompts and is_made_chat:
             return List({"role": Value("string"), "content": Value("string")})
         if not self.keeps_prompts or is_text:
@@ -324,39 +324,39 @@ class Preparation:
         return raw.features.get("prompt", raw.features.get("chosen"))
 
     def _check_tokenizer(self, is_text: bool, name: str) -> None:
-        """Raise ValueError where the tokenizer cannot take the rows."""
+        """Raise ValueError if the tokenizer does not support the rows."""
         tokenizer = tokenizer_of(self.processing_class)
         if is_text:
             end = tokenizer.eos_token
             if end is None:
                 raise ValueError(
-                    "The tokenizer has no EOS token, so completions of text could not be ended. Set "
-                    "tokenizer.eos_token and pass the tokenizer as processing_class."
+                    "The tokenizer has no EOS token to end completions of plain text with. Set tokenizer.eos_token, "
+                    "and pass the tokenizer as processing_class."
                 )
             ids = tokenizer(str(end), add_special_tokens=False)["input_ids"]
             if len(ids) != 1:
                 logger.warning(
-                    f"The EOS token {str(end)!r} is {len(ids)} tokens to the tokenizer, so the completions of the "
-                    f"{name} dataset do not end with the token that ends a generation. Set tokenizer.eos_token to one "
-                    "token of its vocabulary."
+                    f"The tokenizer splits the EOS token {str(end)!r} into {len(ids)} tokens, so the completions of "
+                    f"the {name} dataset do not end with the token that stops generation. Set tokenizer.eos_token to a "
+                    "single token of its vocabulary."
                 )
         elif self.processing_class.chat_template is None:
             kind = "tokenizer" if processor_of(self.processing_class) is None else "processor"
             raise ValueError(
-                f"The rows are conversations, and the {kind} has no chat template. Set {kind}.chat_template (or use an "
-                f"instruction-tuned model's {kind}) and pass it as processing_class."
+                f"The rows are conversations, but the {kind} has no chat template. Set {kind}.chat_template (or use "
+                f"the {kind} of an instruction-tuned model), and pass it as processing_class."
             )
 
     def _key(self) -> str:
-        """What a cached result depends on, besides the rows."""
+        """A hash of everything that a cached result depends on besides the rows."""
         own, processor = tokenizer_of(self.processing_class), processor_of(self.processing_class)
         state: dict[str, Any] = {name: value for name, value in vars(own).items() if name not in _NOT_READ}
         state["type"] = f"{type(own).__module__}.{type(own).__qualname__}"
-        # The special tokens that templates print
+        # Chat templates print the special tokens
         state["special_tokens"] = own.special_tokens_map
         state["added_tokens"] = {str(i): repr(token) for i, token in own.added_tokens_decoder.items()}
         if own.is_fast:
-            # Which the last call left, and each call of the tokenizer sets anew
+            # Each call of the tokenizer sets these again, so the values of the last call must not matter
             own.backend_tokenizer.no_padding()
             own.backend_tokenizer.no_truncation()
             state["backend"] = own.backend_tokenizer.to_str()
@@ -367,38 +367,38 @@ class Preparation:
             state["processor"] = (type(processor).__name__, processor.to_json_string())
             state["processor's"] = {n: v for n, v in vars(processor).items() if isinstance(v, _PLAIN)}
         if "strftime_now" in str(template):
-            state["date"] = datetime.date.today().isoformat()  # which the template prints
+            state["date"] = datetime.date.today().isoformat()  # the template prints the date
         how = replace(self, processing_class=None)  # type: ignore[arg-type]
         versions = (version("trl-ulma"), transformers_version)
         return Hasher.hash((sorted(state), [state[name] for name in sorted(state)], str(template), how, versions))
 
 
-# Of a tokenizer's attributes: what its backend's own text says, and what has no part in tokens
+# Attributes of a tokenizer that are part of its serialized backend, or that do not affect tokens
 _NOT_READ = {"_tokenizer", "name_or_path", "deprecation_warnings", "init_kwargs", "_processor_class", "padding_side"}
 _PLAIN = str | int | float | bool | None | tuple | list | dict
 
 
 @dataclass(frozen=True)
 class _Encode:
-    """The function that `datasets.map` runs over batches of raw rows."""
+    """The function that `datasets.map` runs on batches of raw rows."""
 
     how: Preparation
     encoder: Encoder
     name: str
     paired: bool
     names: tuple[str, ...]
-    # The column of images and what they add, where there is one
+    # The column of images and the number of tokens that they add, if there is such a column
     images: str | None = None
     image_tokens: ImageTokens | None = None
-    # Whether texts become messages
+    # Whether plain text becomes messages
     is_made_chat: bool = False
-    # After the transform, of all rows, and the errors of those that have none; a stream's are transformed as they come
+    # The transformed labels of all rows, and the errors of rows without one. Labels of a stream are transformed here.
     labels: list[Any] | None = None
     invalid: Mapping[int, InvalidRow] | None = None
     keeps_prompts: bool = False
-    # Of a data set of which some rows could not be read
+    # The numbers of the rows, if some rows of the dataset could not be read
     numbers: np.ndarray | None = None
-    # Of a stream
+    # The number of shards of a stream
     shards: int = 1
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
@@ -407,9 +407,9 @@ class _Encode:
         if found != needed:
             raise ValueError(
                 f"Rows {rows[0]} to {rows[-1]} of the {self.name} dataset have the columns {', '.join(found) or 'none'}"
-                f"; its first row has {', '.join(needed)}. All rows need the same."
+                f", but its first row has {', '.join(needed)}. All rows must have the same columns."
             )
-        # Rows are known by their places in the batch, which of a pair's halves are two
+        # Rows are identified by their index in the batch. The two halves of a pair have two indices.
         columns: Mapping[str, list] = batch
         left_out: list[str | None] = [None] * len(rows)
         pair, halves = range(len(rows)), [""] * len(rows)
@@ -487,7 +487,7 @@ class _Encode:
         }
 
     def _as_chat(self, columns: Mapping[str, list]) -> Mapping[str, list]:
-        """The columns with the messages that are made here."""
+        """The columns with plain text converted to messages and with the system message added."""
         system_message = self.how.system_message
         if self.is_made_chat:
             prompts, completions = as_chat(columns["prompt"], columns["completion"])
@@ -500,7 +500,7 @@ class _Encode:
     def _labels(
         self, columns: Mapping[str, list], indices: Sequence[int], numbers: list, invalid: dict[int, InvalidRow]
     ) -> dict[str, list]:
-        """The columns of labels; `invalid` takes the errors."""
+        """The columns of labels. Errors are added to `invalid`."""
         rules = self.how.rules
         if self.labels is None:
             label = transform_labels(columns, numbers, self.name, rules, invalid=invalid)
@@ -508,12 +508,12 @@ class _Encode:
             label = [self.labels[row] for row in indices]
             known = self.invalid or {}
             invalid |= {i: known[row] for i, row in enumerate(indices) if row in known}
-        # Only what is read: a batch decodes each column that is taken from it
+        # Only take columns that are read, because a batch decodes each column that is taken from it
         optional = {name: columns[name] for name in OPTIONAL_COLUMNS if name in columns}
         return read_labels({**optional, "label": label}, numbers, self.name, rules, invalid)
 
     def _number(self, row: int) -> int | str:
-        """A row's number, as errors say it: in a data loader's worker, rows are counted in the worker's shards."""
+        """The number of a row in messages. In a worker of a data loader, rows are counted within its shards."""
         worker = get_worker_info()
         if worker is None or worker.num_workers == 1 or self.shards == 1:
             return row
@@ -523,27 +523,27 @@ class _Encode:
         return f"{row}, counted in the shards {', '.join(map(str, own[:5]))}{', …' if len(own) > 5 else ''},"
 
     def stream(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        """As `__call__`, for a stream: rows to leave out are dropped here, and logged as they come."""
+        """Like `__call__`, for a stream: rows to leave out are dropped and logged here."""
         made = self(batch, indices)
         numbers = [self._number(row) for row in made["row"]]
         kept = kept_of(made, self.name, self.how.invalid_rows, numbers)
         self.how.check_batch(kept, [self._number(row) for row in kept["row"]], self.name)
-        # Other columns that come late are not among those to remove, and must not differ in length
+        # Columns that the first row lacks are not removed by `map`, so they must have the same length
         late = set(batch).difference(self.names)
         return dict.fromkeys(late, [None] * len(kept["row"])) | kept
 
 
 @dataclass(frozen=True)
 class _Again:
-    """The function that `datasets.map` runs over batches of prepared rows."""
+    """The function that `datasets.map` runs on batches of prepared rows."""
 
     how: Preparation
     name: str
-    # Whether the raw rows did; else this trainer's rules find them
+    # Whether the raw rows had `sft_mask`. If not, this trainer's rules compute it.
     names_demonstrations: bool
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        """What is other in prepared rows, and `_PASSING`."""
+        """The changed columns of prepared rows, and the columns `_PASSING`."""
         labels, invalid = self._labels(batch)
         encoder = Encoder(self.how.processing_class, True, False, self.how.max_length, self.how.truncation_mode)
         count = len(batch["row"])
@@ -568,13 +568,13 @@ class _Again:
         return {**found, **labels, "invalid": errors, "unended": [False] * count}
 
     def stream(self, batch: Mapping[str, list]) -> dict[str, list]:
-        """As `__call__`, for a stream."""
+        """Like `__call__`, for a stream."""
         kept = kept_of({**batch, **self(batch)}, self.name, self.how.invalid_rows, batch["row"])
         self.how.check_batch(kept, kept["row"], self.name)
         return kept
 
     def changes(self, columns: Mapping[str, list]) -> bool:
-        """Whether any row of these columns would change or be left out."""
+        """Whether any row with these columns would be changed or left out."""
         labels, invalid = self._labels(columns)
         limits = [limit for limit in (self.how.max_length, self.how.positions) if limit is not None]
         is_long = bool(limits) and max(columns["length"]) > min(limits)
@@ -591,13 +591,13 @@ class _Again:
 
 
 def check_token_ids(rows: Dataset, vocab_size: int, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError that names the first prepared row with a token id that the model has no embedding for.
+    """Raise ValueError if the model has no embedding for a token id. The message names the first such row.
 
     Args:
-        rows: prepared.
-        vocab_size: how many embeddings the model has.
-        name: the data set's.
-        tokenizer: which the ids are from.
+        rows: prepared rows.
+        vocab_size: the number of embeddings of the model.
+        name: the name of the dataset.
+        tokenizer: the tokenizer that created the ids.
 
     Example:
         >>> rows = Dataset.from_dict({"prompt_ids": [[1, 2]], "completion_ids": [[3]], "row": [0]})
@@ -619,14 +619,14 @@ def check_token_ids(rows: Dataset, vocab_size: int, name: str, tokenizer: PreTra
 
 def _no_embedding(at: str, token: int, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> ValueError:
     return ValueError(
-        f"{at} has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, and the model has embeddings "
-        f"for the ids below {vocab_size} only. Call model.resize_token_embeddings(len(tokenizer)) if the token was "
-        "added on purpose; else use the tokenizer that belongs to the model."
+        f"{at} has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, but the model only has "
+        f"embeddings for ids below {vocab_size}. If you added the token on purpose, call "
+        "model.resize_token_embeddings(len(tokenizer)). Otherwise use the tokenizer that belongs to the model."
     )
 
 
 def _are_texts(raw: Dataset | IterableDataset, first: Mapping[str, Any]) -> bool:
-    """Whether prompts are text and not messages, as the first rows say that have a prompt at all."""
+    """Whether prompts are text and not messages. The first row that has a prompt decides."""
     column = "prompt" if "prompt" in first else "chosen"
     for row in [first, *islice(raw, 0 if isinstance(first[column], str) or is_messages(first[column]) else 64)]:
         if isinstance(row, Mapping) and row.get(column):
@@ -638,7 +638,7 @@ def _are_texts(raw: Dataset | IterableDataset, first: Mapping[str, Any]) -> bool
 
 
 def _readable(dataset: Dataset, name: str) -> tuple[list[int], list[InvalidRow]]:
-    """The rows whose text is UTF-8, which Arrow does not check, and the errors of the others."""
+    """The rows whose text is valid UTF-8, and the errors of the others. Arrow does not check this."""
     readable, errors = [], []
     for row in range(len(dataset)):
         try:
@@ -646,8 +646,8 @@ def _readable(dataset: Dataset, name: str) -> tuple[list[int], list[InvalidRow]]
         except UnicodeDecodeError as error:
             errors.append(
                 InvalidRow(
-                    f"Row {row} of the {name} dataset holds text that is not UTF-8 ({error}). Write the file anew, "
-                    "reading the text in the encoding that it has.",
+                    f"Row {row} of the {name} dataset contains text that is not UTF-8 ({error}). Read the file in its "
+                    "actual encoding, and write it again as UTF-8.",
                     "text that is not UTF-8",
                 )
             )

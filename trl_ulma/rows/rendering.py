@@ -1,6 +1,6 @@
-"""From a checked row to its token ids: rendered, tokenized and cut."""
+"""From a checked row to its token ids: renders, tokenizes and truncates."""
 
-# transformers declares a tokenizer's tokens to be of many kinds
+# In the type hints of transformers, a tokenizer's tokens have many types
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 
 import json
@@ -21,11 +21,11 @@ from trl_ulma.rows.turns import Span, has_generation_markers, marked_spans, rend
 
 logger = logging.get_logger(__name__)
 
-NO_TOKENS = "nothing of its completion is left in its tokens, as where a chat template leaves it out"
+NO_TOKENS = "its completion has no tokens, for example because the chat template drops it"
 PROMPT_FILLS = "its prompt alone fills max_length"
-NO_TURNS = "its assistant turns cannot be told apart in what the chat template renders; see assistant_only_loss"
-CUT_OFF = "max_length leaves none of its assistant's tokens"
-NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion a single token"
+NO_TURNS = "its assistant turns cannot be found in the output of the chat template; see assistant_only_loss"
+CUT_OFF = "max_length cuts off all of its assistant tokens"
+NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion is a single token"
 
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
@@ -33,30 +33,31 @@ _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 def own_processing_class(
     processing_class: Any, source: str, pad_token: str | None, *, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The tokenizer, or a vision-language model's processor, to prepare rows with, that of the model at `source` where
-    none is given; it has a pad token.
+    """The tokenizer, or the processor of a vision-language model, that prepares rows. It has a padding token.
+
+    If `processing_class` is None, that of the model at `source` is loaded.
 
     Raises:
-        TypeError: for what is neither.
-        ValueError: where no pad token can be found.
+        TypeError: if `processing_class` is neither a tokenizer nor a processor.
+        ValueError: if there is no padding token.
     """
     if processing_class is None:
         processing_class = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_of(processing_class)
     pad_token = pad_token or tokenizer.pad_token or tokenizer.eos_token
     if pad_token is None:
-        raise ValueError("The tokenizer has neither a pad nor an EOS token. Set tokenizer.pad_token.")
+        raise ValueError("The tokenizer has neither a padding nor an EOS token. Set tokenizer.pad_token.")
     if pad_token not in tokenizer.get_vocab():
-        raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Choose one that is.")
+        raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Set one that is.")
     tokenizer.pad_token = pad_token
     return processing_class
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer itself, or that of a processor of images and text.
+    """The tokenizer itself, or the tokenizer of a processor of images and text.
 
     Raises:
-        TypeError: for what is neither.
+        TypeError: if `processing_class` is neither of them.
     """
     if isinstance(processing_class, ProcessorMixin) and hasattr(processing_class, "image_processor"):
         processing_class = processing_class.tokenizer
@@ -69,7 +70,7 @@ def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def processor_of(processing_class: Any) -> ProcessorMixin | None:
-    """The processor itself, of a policy that takes images; None for a tokenizer."""
+    """The processor itself, or None for a tokenizer."""
     return processing_class if isinstance(processing_class, ProcessorMixin) else None
 
 
@@ -77,11 +78,11 @@ class Rendered(NamedTuple):
     """A row as text.
 
     Attributes:
-        prompt: with the special tokens of a conversation.
-        whole: prompt and completion; where prompts may have images, the completion alone.
-        spans: characters of `whole` that are scored, or None for all of the completion.
-        left_out: why the row cannot be learned from, or None.
-        is_ended: whether the answer ends with a token of its own.
+        prompt: the prompt. For conversations it includes special tokens.
+        whole: prompt and completion. If prompts can have images, only the completion.
+        spans: the scored characters of `whole`. None scores the whole completion.
+        left_out: the reason to leave out the row, or None.
+        is_ended: whether the answer ends with a special token.
     """
 
     prompt: str
@@ -92,7 +93,7 @@ class Rendered(NamedTuple):
 
 
 class Tokenized(NamedTuple):
-    """A row as token ids; `mask` says which of the completion's are scored, None for all."""
+    """A row as token ids. `mask` marks the completion tokens that are scored. None scores all of them."""
 
     prompt: list[int]
     completion: list[int]
@@ -101,14 +102,14 @@ class Tokenized(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What makes token ids of the rows of one data set.
+    """Converts the rows of one dataset to token ids.
 
     Attributes:
-        processing_class: the policy's tokenizer, or its processor.
-        is_text: whether prompts and completions are text; else they are messages.
-        has_images: whether prompts may have images. They are tokenized apart from their completions then, because their
-            tokens are not known before their images are.
-        max_length: longest sequence in tokens, or None.
+        processing_class: the policy's tokenizer or processor.
+        is_text: whether prompts and completions are plain text. If not, they are messages.
+        has_images: whether prompts can have images. If so, prompts and completions are tokenized separately, because
+            the tokens of a prompt depend on its images.
+        max_length: the maximum length of a sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
         assistant_only: whether only the assistant's turns of a completion are scored.
     """
@@ -122,29 +123,31 @@ class Encoder:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the policy."""
+        """The policy's tokenizer."""
         return tokenizer_of(self.processing_class)
 
     @cached_property
     def processor(self) -> ProcessorMixin | None:
-        """Of a policy that takes images, or None."""
+        """The processor of a policy that takes images, or None."""
         return processor_of(self.processing_class)
 
     def render(self, columns: Mapping[str, list], i: int, images: int, at: str) -> Rendered:
-        """What `tokenize` takes of row `i`, which has so many images.
+        """Render row `i`, which has this number of images, for `tokenize`.
 
         Raises:
-            InvalidRow: for a row that cannot be rendered.
+            InvalidRow: if the row cannot be rendered.
         """
         prompt, completion = columns["prompt"][i], columns["completion"][i]
         tokenizer, processor = self.tokenizer, self.processor
         if isinstance(prompt, str) != self.is_text:
             kind = (
-                "a list of messages and the first row's is text" if self.is_text else "text and the first row's is not"
+                "a list of messages, but that of the first row is text"
+                if self.is_text
+                else "text, but that of the first row is a list of messages"
             )
             raise InvalidRow(
-                f"{at}: prompt is {kind}. Train on one kind, or write the messages out as text.",
-                "text among conversations, or the reverse",
+                f"{at}: prompt is {kind}. Use the same kind for all rows, or write messages as text.",
+                "a mix of text and conversations",
             )
         if not self.is_text:
             return self._render_messages(columns, i, images, at)
@@ -175,13 +178,13 @@ class Encoder:
             whole = None
         as_text = [encoded(turn) for turn in messages]
         if as_text != messages and (whole is None or prints_python(messages, whole)):
-            messages, whole = as_text, None  # a template that takes the arguments of tool calls as text only
+            messages, whole = as_text, None  # the template only accepts arguments of tool calls as text
         try:
             whole = str(render(messages)) if whole is None else whole
             begin = str(render(messages[:first], add_generation_prompt=True))
-        except Exception as error:  # a template is a program
+        except Exception as error:  # templates can raise any exception
             raise InvalidRow(
-                f"{at}: the chat template fails on it ({type(error).__name__}: {error}). Mend the row, or set "
+                f"{at}: the chat template fails on it ({type(error).__name__}: {error}). Correct the row, or set "
                 "another tokenizer.chat_template.",
                 "the chat template fails",
             ) from error
@@ -201,7 +204,7 @@ class Encoder:
         return Rendered(begin, answer, spans, left_out, is_ended)
 
     def _spans(self, messages: list, first: int, begin: str, whole: str, kwargs: dict) -> tuple[Span, ...] | None:
-        """What the assistant wrote of `whole` in the messages from number `first` on; None if that cannot be told."""
+        """The spans of `whole` that the assistant wrote in the messages from index `first` on. None if unknown."""
         found = None
         template = self.processing_class.chat_template
         if self.processor is None:
@@ -222,7 +225,7 @@ class Encoder:
 
     @cached_property
     def _tokens_that_end(self) -> re.Pattern:
-        """Matches a token that can end a turn: one that the tokenizer never makes of other text."""
+        """Matches a token that can end a turn: one that the tokenizer never creates from other text."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         names = sorted({*added, *self.tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -238,38 +241,42 @@ class Encoder:
             try:
                 tools = json.loads(tools)
             except ValueError as error:
-                raise InvalidRow(f"{at}: tools is text that is not JSON ({error}).", "tools are no list") from error
+                raise InvalidRow(
+                    f"{at}: tools is text that is not JSON ({error}). Pass a list of JSON schemas.",
+                    "tools that are not a list",
+                ) from error
         else:
             tools = without_nones(tools)
         are_tools = isinstance(tools, list) and all(isinstance(tool, dict) or callable(tool) for tool in tools)
         if tools is not None and not are_tools:
             raise InvalidRow(
-                f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or that list as JSON.",
-                "tools are no list",
+                f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or such a list as JSON text.",
+                "tools that are not a list",
             )
         kwargs = without_nones(columns["chat_template_kwargs"][i]) if "chat_template_kwargs" in columns else None
         if not isinstance(kwargs, dict | None):
             raise InvalidRow(
-                f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.", "chat_template_kwargs is no dict"
+                f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.",
+                "chat_template_kwargs that are not a dict",
             )
         set_by_us = sorted(_OURS.intersection(kwargs or {}))
         if set_by_us:
             raise InvalidRow(
-                f"{at}: chat_template_kwargs sets {', '.join(set_by_us)}, as only the trainer may.",
-                "chat_template_kwargs sets what only the trainer may",
+                f"{at}: chat_template_kwargs sets {', '.join(set_by_us)}, which only the trainer can set. Remove it.",
+                "chat_template_kwargs that only the trainer can set",
             )
         return {"tools": tools, **(kwargs or {})}
 
     def tokenize(self, rows: Sequence[Rendered]) -> list[Tokenized]:
-        """The token ids of each row; a batch's texts are tokenized together, each once."""
+        """The token ids of each row. All texts of a batch are tokenized together, and each different text once."""
         unique = list(dict.fromkeys(text for row in rows for text in row[:2]))
         if not unique:
             return []
-        # A chat template writes the special tokens itself, and `_apart` those of texts
+        # Chat templates write the special tokens themselves, and `_apart` writes those of plain text
         special = [text for text in unique if self._takes_special(text)]
         other = [text for text in unique if not self._takes_special(text)] if len(special) < len(unique) else []
         bos, adds_eos = self._added if special else ("", False)
-        # What the tokenizer adds is not added to what a text has of it already
+        # The tokenizer must not add tokens that a text already has
         ids = self._ids([text.removeprefix(bos) for text in special], True)
         ids_of = dict(zip(special, [each[:-1] for each in ids] if adds_eos else ids, strict=True))
         ids_of |= zip(other, self._ids(other, False), strict=True)
@@ -282,7 +289,7 @@ class Encoder:
                 continue
             scored = self._scored(row.whole, row.spans, ids_of[row.whole])
             mask = scored[len(scored) - len(completion) :]
-            # What comes before the first token that is scored is the prompt
+            # All tokens before the first scored one belong to the prompt
             start = mask.index(1) if 1 in mask and not self.has_images else 0
             found.append(Tokenized(prompt + completion[:start], completion[start:], mask[start:]))
         return found
@@ -290,7 +297,7 @@ class Encoder:
     def _takes_special(self, text: str) -> bool:
         """Whether the tokenizer adds its special tokens to a text.
 
-        As in TRL, it does not for conversations, unless a processor's template does not write the first one.
+        As in TRL, it does not add them to conversations, unless a processor's template does not write the first one.
         """
         if self.has_images or (not self.is_text and self.processor is None):
             return False
@@ -310,7 +317,7 @@ class Encoder:
         return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=special)]
 
     def _scored(self, text: str, spans: Sequence[Span], ids: list[int]) -> list[int]:
-        """1 for each of the text's tokens that has a character in a span, else 0."""
+        """1 for each token of the text with a character in a span, else 0."""
         special = self._takes_special(text)
         if self.tokenizer.is_fast:
             made = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
@@ -323,26 +330,26 @@ class Encoder:
         return scored
 
     def _tokens_before(self, text: str, special: bool, ids: list[int]) -> int:
-        """How many of the whole's tokens are those of its start `text`."""
+        """The number of tokens in `ids` that belong to the beginning `text`."""
         start = self._ids([text], special)[0]
         return next((i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), min(len(start), len(ids)))
 
     def _apart(self, prompt: str, whole: str) -> tuple[str, str]:
-        """(prompt, completion) of a row that may have images, with the token that begins a text."""
+        """The (prompt, completion) of a row that can have images, with the BOS token of plain text."""
         differ = (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
         begin = prompt[: next(differ, min(len(prompt), len(whole)))]
         if begin != prompt:
             logger.warning_once(
-                "The chat template renders a prompt alone in another way than with its completion. The completion "
-                f"starts where the two part, and {prompt[len(begin) :]!r} is no part of the prompt that is trained on. "
-                "(Said once; other rows may be alike.)"
+                "The chat template renders a prompt alone differently than with its completion. The completion starts "
+                f"where the two renderings differ, so {prompt[len(begin) :]!r} is not part of the prompt in training. "
+                "(This warning is shown once; it may apply to other rows.)"
             )
         bos = self._added[0] if self.is_text else ""
         return (begin if begin.startswith(bos) else bos + begin), whole[len(begin) :]
 
     @cached_property
     def _added(self) -> tuple[str, bool]:
-        """(the token that the tokenizer begins texts with by itself, or "", whether it ends them with EOS)."""
+        """The token that the tokenizer adds at the beginning of texts, or "", and whether it adds EOS at the end."""
         tokenizer = self.tokenizer
         ids = tokenizer("a")["input_ids"]
         bos = str(tokenizer.bos_token) if ids[:1] == [tokenizer.bos_token_id] else ""
@@ -350,7 +357,7 @@ class Encoder:
 
     @cached_property
     def _is_plain_fast(self) -> bool:
-        """Whether calling the tokenizer is calling its backend, which is faster without the tokenizer around it."""
+        """Whether the tokenizer only calls its backend. If so, calling the backend directly is faster."""
         own = type(self.tokenizer)
         return bool(self.tokenizer.is_fast) and all(
             getattr(own, name, None) is getattr(PreTrainedTokenizerFast, name, None)
@@ -358,22 +365,24 @@ class Encoder:
         )
 
     def _split(self, prompt: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
-        """`whole` cut where it and the prompt's own tokens part, which can be before the prompt's end."""
+        """`whole`, split where it first differs from the prompt's own tokens. This can be before the prompt's end."""
         cut = len(prompt)
         if whole[:cut] == prompt:
             return prompt, whole[cut:]
         cut = next(i for i, (a, b) in enumerate(zip([*prompt, -1], [*whole, -2], strict=False)) if a != b)
         logger.warning_once(
-            "A tokenized prompt is not how its tokenized prompt and completion begin, since the chat template "
-            "renders the prompt alone in another way or tokens merge across the boundary. The completion starts "
-            f"where the two part, and {self.tokenizer.decode(prompt[cut:])!r} is no part of the prompt that is "
-            "trained on. End prompts on a token boundary to avoid it. (Said once; other rows may be alike.)"
+            "The tokens of a prompt alone differ from its tokens with the completion, because the chat template "
+            "renders the prompt alone differently, or because tokens merge across the boundary. The completion starts "
+            f"where they differ, so {self.tokenizer.decode(prompt[cut:])!r} is not part of the prompt in training. End "
+            "prompts on a token boundary to avoid this. (This warning is shown once; it may apply to other rows.)"
         )
         return whole[:cut], whole[cut:]
 
     def truncate(self, row: Tokenized, added: int) -> tuple[Tokenized, bool, str | None]:
-        """(the row, whether anything was cut, why the row is to be left out or None); images add `added` tokens to the
-        prompt."""
+        """The truncated row, whether anything was cut, and the reason to leave out the row or None.
+
+        Images add `added` tokens to the prompt.
+        """
         prompt, completion, mask = row
         if not completion:
             return _NONE, False, NO_TOKENS
@@ -403,14 +412,14 @@ _NONE = Tokenized([], [])
 
 def _no_unicode(at: str) -> InvalidRow:
     return InvalidRow(
-        f"{at}: its text holds half of a surrogate pair, which is no character. Drop the row, or mend the "
-        'text: text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").',
+        f"{at}: its text contains half of a surrogate pair, which is not a character. Remove the row, or repair the "
+        'text with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").',
         "half of a surrogate pair",
     )
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded, which one with half a surrogate pair cannot."""
+    """Whether a text can be encoded. A text with half of a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

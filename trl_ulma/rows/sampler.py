@@ -1,4 +1,4 @@
-"""Orders of rows: each prompt's rows together, or rows of alike length."""
+"""Orders of rows: rows of the same prompt together, or rows of similar length together."""
 
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -9,13 +9,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class PromptSampler(Sampler[int]):
-    """Rows in random order, those of a prompt side by side; prompts with mostly good and mostly bad answers take turns,
-    so that micro-batches are not of one class.
+    """Rows in random order, with the rows of a prompt next to each other.
+
+    Prompts with mostly good and with mostly bad answers alternate, so that micro-batches contain both classes.
 
     Args:
-        prompts: of each row, anything that tells prompts apart.
-        desirable: of each row, whether its label is a good one.
-        seed: of the order, which differs from epoch to epoch and is the same in every process.
+        prompts: for each row, its prompt or a key that identifies it.
+        desirable: for each row, whether its label is good.
+        seed: the seed of the order. The order differs between epochs and is the same in every process.
 
     Example:
         >>> list(PromptSampler(["a", "b", "a"], [True, False, False], seed=0))
@@ -44,21 +45,21 @@ class PromptSampler(Sampler[int]):
         order = random.permutation(len(self._groups)).tolist()
         good = [group for group in order if self._is_good[group]]
         other = [group for group in order if not self._is_good[group]]
-        # Each list spread evenly over the whole: the nth of k at (n + ½) / k
+        # Spread each list evenly over the whole: element n of k is at (n + ½) / k
         places = [((n + 0.5) / len(part), group) for part in (good, other) for n, group in enumerate(part)]
         for _, group in sorted(places):
             yield from random.permutation(self._groups[group]).tolist()
 
 
 class LengthSampler(Sampler[int]):
-    """The order of transformers' `LengthGroupedSampler`, which depends on the seed and the epoch alone.
+    """The order of transformers' `LengthGroupedSampler`, but determined by the seed and the epoch only.
 
-    By itself that sampler draws from the process's own random numbers. These differ between processes and after a
+    The original sampler draws from the random numbers of its process. These differ between processes and after a
     resume.
 
     Args:
         grouped: transformers' sampler.
-        seed: of the order, which differs from epoch to epoch and is the same in every process.
+        seed: the seed of the order. The order differs between epochs and is the same in every process.
     """
 
     def __init__(self, grouped: LengthGroupedSampler, seed: int):

@@ -1,4 +1,4 @@
-"""Which characters of a rendered conversation the assistant wrote, where a completion has several turns."""
+"""Finds the characters of a rendered conversation that the assistant wrote, if a completion has several turns."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ Span = tuple[int, int]
 
 
 def has_generation_markers(template: str) -> bool:
-    """Whether a chat template marks what the assistant generates.
+    """Whether a chat template marks the text that the assistant generates.
 
     Example:
         >>> has_generation_markers("{% generation %}{{ message.content }}{% endgeneration %}")
@@ -21,11 +21,11 @@ def has_generation_markers(template: str) -> bool:
 
 
 def marked_spans(render: Callable[..., tuple[str, list[Span]]], start: int, whole: str) -> list[Span] | None:
-    """What the template's markers say is generated, from character `start` on; None if they mark nothing.
+    """The spans that the template marks as generated, from character `start` on. None if it marks nothing.
 
     Args:
-        render: gives (the rendering, the spans that are marked).
-        start: where the completion starts.
+        render: returns the rendering and the marked spans.
+        start: the index of the first character of the completion.
         whole: the rendering without markers.
     """
     rendered, spans = render()
@@ -41,19 +41,19 @@ def rendered_spans(
     whole: str,
     ends: re.Pattern,
 ) -> list[Span] | None:
-    """What the assistant wrote of a rendering, by rendering the conversation turn by turn; None if that cannot be told.
+    """The spans of a rendering that the assistant wrote, found by rendering turn by turn. None if unknown.
 
-    A turn starts where the rendering of what comes before it, with the generation prompt, ends, and ends where the
-    rendering up to and with the turn ends. Templates that render a turn in another way when it is the last one break
-    this. Each turn's own text is therefore located by rendering the conversation with that text replaced, and a start
-    or end that does not fit is taken from there: the turn starts after the generation prompt's text and ends after the
+    A turn starts at the end of the rendering of all previous turns with the generation prompt. It ends at the end of
+    the rendering up to and including the turn. Templates that render the last turn differently break this rule.
+    Therefore the text of each turn is also located by rendering the conversation with this text replaced. If the start
+    or end by the first rule does not fit, the turn starts after the text of the generation prompt, and ends after the
     token that ends a turn.
 
     Args:
-        render: gives the rendering of messages, with or without `add_generation_prompt`.
-        messages: of prompt and completion.
-        first: the number of the completion's first message.
-        whole: their rendering.
+        render: renders messages, with or without `add_generation_prompt`.
+        messages: the messages of prompt and completion.
+        first: the index of the first message of the completion.
+        whole: the rendering of the messages.
         ends: matches the tokens that can end a turn.
     """
     texts = [_text_span(render, messages, number, whole) for number in range(len(messages))]
@@ -74,7 +74,7 @@ def rendered_spans(
             if not own[1] <= end <= after:
                 token = ends.search(whole, own[1], after)
                 end = own[1] if token is None else token.end()
-            # What is rendered at the end of a conversation only can begin as the next turn's token does
+            # Text that is only rendered at the end of a conversation can begin like the token of the next turn
             end = next(
                 (token.start() for token in ends.finditer(whole, own[1]) if token.start() < end < token.end()), end
             )
@@ -99,7 +99,7 @@ def _start(render: Callable[..., str], messages: Sequence[Mapping[str, Any]], wh
 def _text_span(
     render: Callable[..., str], messages: Sequence[Mapping[str, Any]], number: int, whole: str
 ) -> Span | None:
-    """From the first to the last character that a message's texts decide on."""
+    """The span from the first to the last character that depends on the texts of a message."""
     mark = next(chr(code) for code in range(0x2600, 0x10000) if chr(code) not in whole) * 3
     changed = _replaced(messages[number], mark)
     other = _try(render, [*messages[:number], changed, *messages[number + 1 :]])
@@ -111,7 +111,7 @@ def _text_span(
 
 
 def _replaced(turn: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    """A message with other texts."""
+    """The message with its texts replaced."""
     made = dict(turn)
     for name in ("content", *REASONING):
         value = made.get(name)
@@ -136,15 +136,15 @@ def _other_call(call: Any, mark: str) -> Any:
 
 
 def _common(a: str, b: str) -> int:
-    """How many characters two texts have in common at their start."""
+    """The length of the common prefix of two texts."""
     if b.startswith(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _try(render: Callable[..., str], messages: Sequence[Mapping[str, Any]], **how: Any) -> str:
-    """A rendering, or "" where the template refuses a part of a conversation."""
+    """The rendering, or "" if the template does not support a part of a conversation."""
     try:
         return render(list(messages), **how) if messages else ""
-    except Exception:  # a template is a program
+    except Exception:  # templates can raise any exception
         return ""
