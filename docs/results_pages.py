@@ -6,11 +6,13 @@
 """
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 PAGES = {"RESULTS.md": "index.md", "README.md": "running.md"}
 
@@ -45,3 +47,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 if uri not in files.src_uris:
                     files.append(File.generated(config, uri, abs_src_path=str(picture)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead links between reports, which name files of the repository, to the pages that these become."""
+    if not page.file.src_uri.startswith("results/"):
+        return markdown
+    return re.sub(r"(?<=\]\()([\w./-]*)(RESULTS\.md|README\.md)", lambda m: m[1] + PAGES[m[2]], markdown)
