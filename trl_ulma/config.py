@@ -17,15 +17,19 @@ from transformers.utils import (
     is_liger_kernel_available,
     is_torch_bf16_gpu_available,
     is_torch_xla_available,
+    logging,
 )
 from trl import DPOConfig
 
 from trl_ulma.labels import LABEL_TYPES, TRANSFORMS, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
-from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
+from trl_ulma.losses import BINARY_LOSSES, NEGATIVE_LOSSES, POSITIVE_LOSSES, check_binary_loss, check_cell
 from trl_ulma.metrics import EVALUATED
+from trl_ulma.presets import PRESETS, apply_preset
 from trl_ulma.rows.chat import check_chat
 from trl_ulma.rows.dropped import INVALID_ROWS
+
+logger = logging.get_logger(__name__)
 
 _INSTEAD = {
     "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
@@ -36,6 +40,11 @@ _INSTEAD = {
     "label_smoothing": "soften the labels in the data: 0.9 and 0.1 in place of 1 and 0",
     "use_weighting": "give the rows a weight column",
     "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
+}
+
+# Losses of KTOConfig, and the line that replaces them
+_KTO_LOSSES = {
+    "apo_zero_unpaired": "set binary_loss='kto' in the PointwiseDPOConfig, with log_z=0, which is the same loss",
 }
 
 # Whole numbers, and their least values
@@ -97,6 +106,10 @@ class PointwiseDPOConfig(DPOConfig):
         log_z_learning_rate: of the learned ones, in units of the reward a step; follows the schedule.
         length_normalize: divide every log-probability by its completion's number of tokens, as the authors' code does.
             The log-ratio is then about as many times smaller as a completion has tokens: raise β by that factor.
+        binary_loss: the loss of compared rows with binary or soft labels. "cross_entropy" is pointwise DPO's (Eq. 8),
+            "squared_error" is UNA's (σ(r) − z)², and "kto" is KTO's, which saturates for rewards on either side.
+        preset: a published method by its name: "qrpo", "sppo", "bco", "una" or "kto". It sets the options that the
+            method stands for, see `trl_ulma.presets`. An option that contradicts it raises an error.
         desirable_weight: weight of rows with a label of ½ and above (continuous labels: of demonstrations).
         undesirable_weight: weight of the other rows.
         share_prompts: run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a
@@ -175,6 +188,22 @@ class PointwiseDPOConfig(DPOConfig):
             "does. Raise `beta` by about that factor."
         },
     )
+    binary_loss: str = field(
+        default="cross_entropy",
+        metadata={
+            "help": "The loss of compared rows with binary or soft labels: 'cross_entropy' (pointwise DPO, Eq. 8), "
+            "'squared_error' (UNA) or 'kto' (KTO's, which saturates).",
+            "choices": tuple(BINARY_LOSSES),
+        },
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "A published method by its name, which sets the options that it stands for: "
+            f"{', '.join(PRESETS)}. An option that contradicts it is an error.",
+            "choices": tuple(PRESETS),
+        },
+    )
     desirable_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of rows with a label of 1/2 and above (continuous labels: of demonstrations)."},
@@ -225,6 +254,19 @@ class PointwiseDPOConfig(DPOConfig):
         },
     )
 
+    # TRL before 1.7 has neither of these, and before 1.15 another default of the second
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether models and tokenizers may run Python code that comes with them from the hub."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts. By default the model's own weight; 0.0 "
+            "switches the loss off."
+        },
+    )
+
     loss_type: list[str] = _hidden("loss_type")
     loss_weights: list[float] | None = _hidden("loss_weights")
     ld_alpha: float | None = _hidden("ld_alpha")
@@ -250,7 +292,7 @@ class PointwiseDPOConfig(DPOConfig):
         return "pointwise_dpo", "pointwise_dpo"
 
     def check(self) -> None:
-        """Raise ValueError on a value that these trainers cannot take."""
+        """Raise ValueError on a value that these trainers cannot take, and set what `preset` stands for."""
         if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in ("1", "true"):
             sizes = ("tp_size", "cp_size", "sp_size")
             check_parallelism(
@@ -262,9 +304,8 @@ class PointwiseDPOConfig(DPOConfig):
             value = getattr(self, name)
             if name == "loss_type" and "kto" in (value if isinstance(value, list) else [value]):
                 raise ValueError(
-                    f"loss_type={value!r} is a setting of DPOConfig, which {type(self).__name__} does not have. "
-                    "Nearest to KTO is PointwiseDPOTrainer with PointwiseDPOConfig(log_z='batch_kl'): its reference "
-                    "point, with the cross-entropy of Eq. 8. Leave loss_type out."
+                    f"loss_type={value!r} is a setting of DPOConfig, which {type(self).__name__} does not have. Set "
+                    "preset='kto' for KTO's loss and reference point, and leave loss_type out."
                 )
             if value != default and [value] != default:
                 raise ValueError(
@@ -273,9 +314,11 @@ class PointwiseDPOConfig(DPOConfig):
                 )
         if self.label_type not in LABEL_TYPES:
             raise ValueError(f"label_type must be one of {LABEL_TYPES}; got {self.label_type!r}.")
+        _check_number("beta", self.beta, above=0)
+        apply_preset(self, {f.name: f.default for f in fields(self)})
+        check_binary_loss(self.binary_loss)
         if self.label_transform is not None:
             parse_transform(self.label_transform, self.label_type)
-        _check_number("beta", self.beta, above=0)
         if isinstance(self.log_z, str) and self.log_z not in LOG_Z_CHOICES:
             raise ValueError(f"log_z must be a number, or one of {LOG_Z_CHOICES}; got {self.log_z!r}.")
         if not isinstance(self.log_z, str):
@@ -421,15 +464,57 @@ class PointwiseDPOConfig(DPOConfig):
         Raises:
             ValueError: for a pair-only setting of `args` away from its default.
         """
-        config = object.__new__(cls)
-        for f in fields(cls):
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            object.__setattr__(config, f.name, default)
+        config = cls._with_defaults()
+        theirs = DPOConfig.__dataclass_fields__
         for name, value in vars(args).items():
+            if name == "router_aux_loss_coef" and value == theirs[name].default:
+                continue  # of TRL before 1.15: 0.001 for all models, and not the model's own weight
             # TRL writes into these while it sets up
             own = copy.deepcopy(value) if isinstance(value, list | dict | AcceleratorConfig) else value
             object.__setattr__(config, name, own)
         config.check()
+        return config
+
+    @classmethod
+    def from_kto_config(cls, args: Any) -> Self:
+        """The values of a `trl.KTOConfig` in a config of this class, and this class's defaults for the rest.
+
+        `desirable_weight` and `undesirable_weight` mean the same here. The loss becomes the pointwise one, which is
+        logged once.
+
+        Raises:
+            ValueError: for settings that only KTO has, away from their defaults; all of them at once.
+        """
+        config = cls._with_defaults()
+        theirs = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(args)}
+        refused = []
+        for name, value in vars(args).items():
+            if name == "loss_type":
+                if value not in ("kto", ["kto"]):
+                    refused.append(f"loss_type={value!r}: {_KTO_LOSSES.get(str(value), 'it has no counterpart')}")
+            elif name in theirs and not hasattr(config, name):
+                if value != theirs[name]:
+                    refused.append(f"{name}={value!r}: it has no counterpart, leave it out")
+            # TRL's default for KTO's mismatched pairs, and not a choice of the user's
+            elif not (name in ("train_sampling_strategy", "router_aux_loss_coef") and value == theirs[name]):
+                object.__setattr__(config, name, copy.deepcopy(value))
+        if refused:
+            raise ValueError(
+                f"{cls.__name__} cannot take over these settings of {type(args).__name__}: {'; '.join(refused)}."
+            )
+        config.check()
+        logger.warning_once(
+            f"{type(args).__name__} is taken over as a {cls.__name__}: its loss becomes pointwise DPO's cross-entropy "
+            f"with log Z = 0. Set {cls.__name__}(preset='kto') to train with KTO's own loss and reference point."
+        )
+        return config
+
+    @classmethod
+    def _with_defaults(cls) -> Self:
+        config = object.__new__(cls)
+        for f in fields(cls):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            object.__setattr__(config, f.name, default)
         return config
 
 

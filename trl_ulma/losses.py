@@ -117,8 +117,105 @@ def pointwise_mse_loss(
     return (z - beta * (policy - ref + log_z)) ** 2
 
 
-def reward_slope(rewards: torch.Tensor, label: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
-    r"""∂ℓ/∂r of the losses of Eq. 8 and Eq. 9: σ(r) − z for binary labels, −2·(z − r) for continuous ones.
+def squared_error_loss(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    label: torch.Tensor,
+    *,
+    beta: float = 0.1,
+    log_z: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    r"""Row losses of UNA for binary and soft labels: the squared error of the predicted probability.
+
+    With the implicit reward r = β·(log π_θ(y|x) − log π_ref(y|x) + log Z(x)),
+
+        ℓ = (σ(r) − z)²,        ∂ℓ/∂log π_θ = 2β·(σ(r) − z)·σ(r)·σ(−r).
+
+    Source: UNA, arXiv 2408.15339. Unlike the cross-entropy of `pointwise_dpo_loss`, the gradient vanishes for rows
+    whose reward is far on the wrong side.
+
+    Args:
+        policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
+        ref_logps: `(B,)` log π_ref(y|x) in nats, summed over the same tokens.
+        label: `(B,)` z in [0, 1].
+        beta: β > 0, the strength of the pull towards the reference.
+        log_z: log Z(x) in nats, one number or `(B,)`.
+
+    Returns:
+        `(B,)` row losses, at least float32.
+
+    Raises:
+        ValueError: if shapes differ, or β is not above 0.
+
+    Example:
+        >>> import torch
+        >>> logps = torch.tensor([-10.0, -10.0])
+        >>> squared_error_loss(logps, logps, torch.tensor([1.0, 0.5]))
+        tensor([0.2500, 0.0000])
+    """
+    _check_beta(beta)
+    policy, ref, z, log_z = _checked(policy_logps, ref_logps=ref_logps, label=label, log_z=log_z)
+    return (torch.sigmoid(beta * (policy - ref + log_z)) - z) ** 2
+
+
+def kto_loss(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    label: torch.Tensor,
+    *,
+    beta: float = 0.1,
+    log_z: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    r"""Row losses of KTO for binary and soft labels: they saturate on both sides.
+
+    With the implicit reward r = β·(log π_θ(y|x) − log π_ref(y|x) + log Z(x)),
+
+        ℓ = z·(1 − σ(r)) + (1 − z)·(1 − σ(−r)),        ∂ℓ/∂log π_θ = −β·(2z − 1)·σ(r)·σ(−r).
+
+    Source: KTO, arXiv 2402.01306, Eq. 8. Its reference point z₀ is −β·log Z here (`log_z="batch_kl"`), and its λ are
+    `desirable_weight` and `undesirable_weight`. With log Z = 0 it is APO-zero for unpaired rows (arXiv 2408.06266).
+
+    Args:
+        policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
+        ref_logps: `(B,)` log π_ref(y|x) in nats, summed over the same tokens.
+        label: `(B,)` z in [0, 1].
+        beta: β > 0, the strength of the pull towards the reference.
+        log_z: log Z(x) in nats, one number or `(B,)`.
+
+    Returns:
+        `(B,)` row losses, at least float32.
+
+    Raises:
+        ValueError: if shapes differ, or β is not above 0.
+
+    Example:
+        >>> import torch
+        >>> logps = torch.tensor([-10.0, -10.0])
+        >>> kto_loss(logps, logps - 20, torch.tensor([1.0, 0.0]))
+        tensor([0.1192, 0.8808])
+    """
+    _check_beta(beta)
+    policy, ref, z, log_z = _checked(policy_logps, ref_logps=ref_logps, label=label, log_z=log_z)
+    reward = beta * (policy - ref + log_z)
+    return z * torch.sigmoid(-reward) + (1 - z) * torch.sigmoid(reward)
+
+
+# Losses of compared rows with binary or soft labels, by the name that `binary_loss` has for them
+BINARY_LOSSES = {"cross_entropy": pointwise_dpo_loss, "squared_error": squared_error_loss, "kto": kto_loss}
+
+
+def check_binary_loss(binary_loss: str) -> None:
+    """Raise ValueError if a loss of binary labels has no such name."""
+    if binary_loss not in BINARY_LOSSES:
+        raise ValueError(f"binary_loss must be one of {tuple(BINARY_LOSSES)}; got {binary_loss!r}.")
+
+
+def reward_slope(
+    rewards: torch.Tensor, label: torch.Tensor, continuous: torch.Tensor, *, binary_loss: str = "cross_entropy"
+) -> torch.Tensor:
+    r"""∂ℓ/∂r of the losses: −2·(z − r) for continuous labels, and for binary ones by the loss
+
+        cross_entropy: σ(r) − z,    squared_error: 2·(σ(r) − z)·σ(r)·σ(−r),    kto: (1 − 2z)·σ(r)·σ(−r).
 
     With c = β·log Z, ∂ℓ/∂c is the same, and ∂ℓ/∂log π_θ is β times it.
 
@@ -126,6 +223,7 @@ def reward_slope(rewards: torch.Tensor, label: torch.Tensor, continuous: torch.T
         rewards: `(B,)` r.
         label: `(B,)` z.
         continuous: `(B,)` bool, True where the label is continuous.
+        binary_loss: one of `BINARY_LOSSES`.
 
     Returns:
         `(B,)` slopes.
@@ -135,7 +233,15 @@ def reward_slope(rewards: torch.Tensor, label: torch.Tensor, continuous: torch.T
         >>> reward_slope(torch.zeros(2), torch.tensor([1.0, 3.0]), torch.tensor([False, True]))
         tensor([-0.5000, -6.0000])
     """
-    return torch.where(continuous, 2 * (rewards - label), torch.sigmoid(rewards) - label)
+    check_binary_loss(binary_loss)
+    probability = torch.sigmoid(rewards)
+    spread = probability * torch.sigmoid(-rewards)
+    binary = {
+        "cross_entropy": probability - label,
+        "squared_error": 2 * (probability - label) * spread,
+        "kto": (1 - 2 * label) * spread,
+    }[binary_loss]
+    return torch.where(continuous, 2 * (rewards - label), binary)
 
 
 def ulma_loss(
@@ -308,12 +414,13 @@ def grid_loss(
     beta: float = 0.1,
     log_z: torch.Tensor | float = 0.0,
     sft_weight: float = 1.0,
+    binary_loss: str = "cross_entropy",
 ) -> RowLosses:
     r"""Row losses of any cell of the grid, with binary and continuous labels mixed.
 
         ℓ = sft_weight·(−log π_θ)  on imitated rows
           + log π_θ                on unlearned rows
-          + Eq. 8 or Eq. 9         on compared rows, as `continuous` says
+          + Eq. 8 or Eq. 9         on compared rows, as `continuous` says; `binary_loss` can replace Eq. 8
 
     Args:
         policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
@@ -324,6 +431,7 @@ def grid_loss(
         beta: β > 0.
         log_z: log Z(x) in nats, one number or `(B,)`.
         sft_weight: weight of the SFT term, ≥ 0.
+        binary_loss: the loss of compared rows with binary labels, one of `BINARY_LOSSES`; by default Eq. 8.
 
     Returns:
         `RowLosses`, each `(B,)`, at least float32.
@@ -340,6 +448,7 @@ def grid_loss(
     """
     if not sft_weight >= 0:
         raise ValueError(f"sft_weight must be 0 or above; got {sft_weight}.")
+    check_binary_loss(binary_loss)
     flags = {"continuous": continuous, **terms._asdict()}
     policy, ref, z, log_z, *_ = _checked(policy_logps, ref_logps=ref_logps, label=label, log_z=log_z, **flags)
     # A row that is not compared may have no reference: its NaN is replaced before the arithmetic, not after, since the
@@ -349,7 +458,7 @@ def grid_loss(
     compared = torch.where(
         continuous.bool(),
         pointwise_mse_loss(policy, ref, z, beta=beta, log_z=log_z),
-        pointwise_dpo_loss(policy, ref, z, beta=beta, log_z=log_z),
+        BINARY_LOSSES[binary_loss](policy, ref, z, beta=beta, log_z=log_z),
     )
     sft = torch.where(terms.imitated, -policy, zero)
     unlearning = torch.where(terms.unlearned, policy, zero)

@@ -102,6 +102,7 @@ class Objective:
             beta=self.args.beta,
             log_z=log_z,
             sft_weight=getattr(self.args, "sft_weight", 1.0),
+            binary_loss=self.args.binary_loss,
         )
         chosen = torch.where(continuous, rows["sft_mask"], label >= 0.5)
         weight = torch.where(chosen, self.args.desirable_weight, self.args.undesirable_weight)
@@ -120,7 +121,7 @@ class Objective:
                 ratios.update(reward_ratios(losses.rewards, log_ratio, log_z, label, chosen, continuous))
             if aux_loss is not None:
                 ratios["aux_loss"] = (aux_loss.expand_as(weighted), torch.ones_like(weighted))
-            slope = reward_slope(losses.rewards, label, continuous) * weight
+            slope = reward_slope(losses.rewards, label, continuous, binary_loss=self.args.binary_loss) * weight
             observed = Observed(terms.compared & real, log_ratio, slope)
         return BatchLoss(weighted, losses.rewards, policy_logps, continuous, total, observed, ratios)
 

@@ -62,6 +62,7 @@ from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
+from trl_ulma.versions import for_dpo_trainer, leave_loss_undivided, set_auxiliary_loss
 
 logger = get_logger(__name__)
 
@@ -164,9 +165,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if not isinstance(model, str) and peft_config is None:
             check_trainable(model, "none" if args.precompute_ref_log_probs else self._reference_kind)
 
-        # DPOTrainer says of its own padding_free that it is switched off
-        theirs = copy.copy(args)
-        theirs.padding_free = False
+        theirs, further = for_dpo_trainer(args, model, quantization_config)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -178,11 +177,14 @@ class PointwiseDPOTrainer(DPOTrainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
-            quantization_config=quantization_config,
             peft_config=peft_config,
+            **further,
         )
+        leave_loss_undivided(self)
+        set_auxiliary_loss(self)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
+        self.args.model_init_kwargs = args.model_init_kwargs
         plan.args = self.args
         if isinstance(self.ref_model, NoReferenceModel):
             self.ref_model = None

@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, DataCollator, ProcessorMixin
 from trl import DPOConfig
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.trainer.utils import get_config_model_id
 
 from trl_ulma.checkpoints import refuse_pickle
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
@@ -27,6 +27,7 @@ from trl_ulma.rows.dataset_labels import terms_of, with_transform
 from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, check_settings, has_images
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
+from trl_ulma.versions import global_then_local_main_first, is_kto_config
 
 # Of `model_init_kwargs`, what says where a model's configuration is
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
@@ -237,7 +238,9 @@ def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any,
         return copy.copy(args)
     if isinstance(args, DPOConfig):
         return config_class.from_dpo_config(args)
-    raise TypeError(f"args must be a {name} or a trl.DPOConfig; got {type(args).__name__}.")
+    if is_kto_config(args):
+        return config_class.from_kto_config(args)
+    raise TypeError(f"args must be a {name}, a trl.DPOConfig or a trl.KTOConfig; got {type(args).__name__}.")
 
 
 def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any) -> None:

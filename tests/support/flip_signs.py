@@ -7,7 +7,7 @@ fails is printed beside it. Exit status 1 if some flip survives. The terms are f
 
 - a unary minus is dropped;
 - a binary + becomes −, and a binary − becomes +;
-- the argument of a `logsigmoid` is negated;
+- the argument of a `logsigmoid` or `sigmoid` is negated;
 - an arithmetic expression is negated at its start, which flips the first term of a sum and the only one of a product.
 """
 
@@ -75,7 +75,7 @@ def find_flips(source: bytes) -> list[Flip]:
             elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
                 start = span(node)[0]
                 yield Flip(function.name, node.lineno, start, start + 1, b"")
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("logsigmoid"):
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("sigmoid"):
                 yield from negated(function, node.args[0])
 
     def negated(function: ast.FunctionDef, node: ast.expr) -> Iterator[Flip]:

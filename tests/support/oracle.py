@@ -47,6 +47,18 @@ def squared_error_term(r: float, z: float, beta: float) -> tuple[float, float]:
     return (z - r) ** 2, 2.0 * beta * (r - z)
 
 
+def squared_probability_term(r: float, z: float, beta: float) -> tuple[float, float]:
+    """UNA: (σ(r) − z)², and its gradient by the chain rule."""
+    error = sigmoid(r) - z
+    return error * error, 2.0 * error * sigmoid(r) * sigmoid(-r) * beta
+
+
+def kahneman_tversky_term(r: float, z: float, beta: float) -> tuple[float, float]:
+    """KTO with λ = 1: the desirable part 1 − σ(r) with weight z, the undesirable part 1 − σ(−r) with weight 1 − z."""
+    slope = sigmoid(r) * sigmoid(-r)
+    return z * sigmoid(-r) + (1.0 - z) * sigmoid(r), beta * ((1.0 - z) * slope - z * slope)
+
+
 def grid(
     policy_logps: Rows,
     ref_logps: Rows,
@@ -121,6 +133,20 @@ def pointwise_mse(
 ) -> tuple[Array, Array]:
     """Eq. 9 on every row."""
     return every_row(squared_error_term, policy_logps, ref_logps, label, beta, log_z)
+
+
+def una(
+    policy_logps: Rows, ref_logps: Rows, label: Rows, *, beta: float = 0.1, log_z: float | Rows = 0.0
+) -> tuple[Array, Array]:
+    """UNA's squared error on every row."""
+    return every_row(squared_probability_term, policy_logps, ref_logps, label, beta, log_z)
+
+
+def kto(
+    policy_logps: Rows, ref_logps: Rows, label: Rows, *, beta: float = 0.1, log_z: float | Rows = 0.0
+) -> tuple[Array, Array]:
+    """KTO's loss on every row."""
+    return every_row(kahneman_tversky_term, policy_logps, ref_logps, label, beta, log_z)
 
 
 def every_row(

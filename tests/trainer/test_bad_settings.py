@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from trl import DPOConfig, KTOConfig
+from trl import DPOConfig, SFTConfig
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOTrainer, ULMAConfig, ULMATrainer
@@ -342,7 +342,7 @@ def test_an_evaluation_stream_does_not_hide_the_training_streams_mask(tiny_gpt2,
 @pytest.mark.parametrize(
     ("args", "name"),
     [
-        (KTOConfig("out", **QUIET), "KTOConfig"),
+        (SFTConfig("out", **QUIET), "SFTConfig"),
         (TrainingArguments("out"), "TrainingArguments"),
         ({"beta": 0.1}, "dict"),
         ("out", "str"),
@@ -352,7 +352,7 @@ def test_arguments_of_another_trainer(without_weights, args, name):
     for trainer, own in ((ULMATrainer, "ULMAConfig"), (PointwiseDPOTrainer, "PointwiseDPOConfig")):
         with pytest.raises(TypeError) as error:
             trainer(model=without_weights, args=args, train_dataset=make_rows(2))
-        assert str(error.value) == f"args must be a {own} or a trl.DPOConfig; got {name}."
+        assert str(error.value) == f"args must be a {own}, a trl.DPOConfig or a trl.KTOConfig; got {name}."
 
 
 def test_the_pointwise_trainer_takes_no_ulma_config(without_weights):

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from trl_ulma.losses import (
+    BINARY_LOSSES,
     Terms,
     grid_loss,
+    kto_loss,
     pointwise_dpo_loss,
     pointwise_mse_loss,
     reward_slope,
     route,
+    squared_error_loss,
     ulma_loss,
 )
 
@@ -31,7 +34,12 @@ if os.environ.get("TRL_ULMA_FEW_EXAMPLES"):
 else:
     examples = settings(deadline=None)
 
-POINTWISE = {"dpo": (pointwise_dpo_loss, oracle.pointwise_dpo), "mse": (pointwise_mse_loss, oracle.pointwise_mse)}
+POINTWISE = {
+    "dpo": (pointwise_dpo_loss, oracle.pointwise_dpo),
+    "mse": (pointwise_mse_loss, oracle.pointwise_mse),
+    "una": (squared_error_loss, oracle.una),
+    "kto": (kto_loss, oracle.kto),
+}
 LABEL_TYPES = ("binary", "continuous")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 
@@ -316,8 +324,9 @@ def test_the_gradient_of_unlearning_is_plus_one_whatever_the_weight_of_sft():
 def test_gradcheck_agrees_with_every_loss(label_type):
     policy, ref, label, log_z = gradient_rows([1.0, 0.0, 0.3, 1.0])
     mask = torch.tensor([True, False, False, False])
-    pointwise = pointwise_mse_loss if label_type == "continuous" else pointwise_dpo_loss
-    assert gradcheck(lambda p, c: pointwise(p, ref, label, beta=0.5, log_z=c), (policy, log_z))
+    of_kind = [pointwise_mse_loss] if label_type == "continuous" else BINARY_LOSSES.values()
+    for pointwise in of_kind:
+        assert gradcheck(lambda p, c, loss=pointwise: loss(p, ref, label, beta=0.5, log_z=c), (policy, log_z))
     assert gradcheck(
         lambda p, c: ulma_loss(p, ref, label, mask, beta=0.5, log_z=c, label_type=label_type, sft_weight=0.5),
         (policy, log_z),
@@ -538,7 +547,7 @@ def test_binary_demonstrations_of_ulma_need_no_reference():
     assert policy.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [pointwise_dpo_loss, pointwise_mse_loss])
+@pytest.mark.parametrize("loss", [pointwise_mse_loss, *BINARY_LOSSES.values()])
 def test_a_missing_reference_of_a_compared_row_is_not_made_silent(loss):
     label = torch.ones(2)
     losses = loss(torch.tensor([-3.0, -1.0]), torch.tensor([math.nan, -2.0]), label)
@@ -551,7 +560,7 @@ def test_a_missing_reference_of_a_compared_row_is_not_made_silent(loss):
 
 
 @pytest.mark.parametrize("name", ["ref_logps", "label", "log_z"])
-@pytest.mark.parametrize("loss", [pointwise_dpo_loss, pointwise_mse_loss, ulma_loss])
+@pytest.mark.parametrize("loss", [pointwise_mse_loss, *BINARY_LOSSES.values(), ulma_loss])
 def test_rows_of_another_shape_are_refused(loss, name):
     rows = {name: torch.zeros(8) for name in ("policy_logps", "ref_logps", "label", "log_z")}
     if loss is ulma_loss:
@@ -634,7 +643,7 @@ def test_the_two_cells_that_are_no_method_are_refused(positive_loss, negative_lo
         route(label, mask, ~mask, positive_loss=positive_loss, negative_loss=negative_loss)
 
 
-@pytest.mark.parametrize("loss", [pointwise_dpo_loss, pointwise_mse_loss])
+@pytest.mark.parametrize("loss", [pointwise_mse_loss, *BINARY_LOSSES.values()])
 def test_the_slope_is_the_losses_derivative(loss):
     torch.manual_seed(0)
     policy, ref, label = torch.randn(3, 9, dtype=torch.float64)
@@ -642,5 +651,35 @@ def test_the_slope_is_the_losses_derivative(loss):
     log_z = torch.randn(9, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(policy, ref, label, beta=0.3, log_z=log_z).sum(), log_z)
     continuous = torch.full((9,), loss is pointwise_mse_loss)
-    slope = reward_slope(0.3 * (policy - ref + log_z.detach()), label, continuous)
+    name = next((name for name, each in BINARY_LOSSES.items() if each is loss), "cross_entropy")
+    slope = reward_slope(0.3 * (policy - ref + log_z.detach()), label, continuous, binary_loss=name)
     torch.testing.assert_close(0.3 * slope, gradient)
+
+
+@pytest.mark.parametrize("name", BINARY_LOSSES)
+def test_the_grid_compares_binary_rows_by_the_chosen_loss_and_continuous_ones_by_the_squared_error(name):
+    policy, ref, label, log_z = gradient_rows([1.0, 0.0, 0.3, 2.5])
+    continuous = torch.tensor([False, False, False, True])
+    nowhere = torch.zeros(4, dtype=torch.bool)
+    terms = route(label, nowhere, continuous)
+    found = grid_loss(policy, ref, label, terms, continuous, beta=0.7, log_z=log_z, binary_loss=name).total
+    wanted = BINARY_LOSSES[name](policy, ref, label, beta=0.7, log_z=log_z)
+    assert found[:3].tolist() == wanted[:3].tolist()
+    assert found[3] == pointwise_mse_loss(policy, ref, label, beta=0.7, log_z=log_z)[3]
+
+
+def test_an_unknown_binary_loss_is_refused():
+    rows = torch.zeros(1)
+    terms = Terms(*torch.zeros(3, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"binary_loss must be one of \('cross_entropy', .*; got 'hinge'"):
+        grid_loss(rows, rows, rows, terms, terms.imitated, binary_loss="hinge")
+    with pytest.raises(ValueError, match="got 'hinge'"):
+        reward_slope(rows, rows, terms.imitated, binary_loss="hinge")
+
+
+def test_the_losses_of_kto_and_una_by_hand():
+    # σ(2) = 0.880797, σ(2.5) = 0.924142
+    assert kto_loss(*hand_rows(1.0, 0.0, 0.25)).tolist() == pytest.approx([0.119203, 0.880797, 0.690399], abs=1e-6)
+    assert squared_error_loss(*hand_rows(1.0, 0.0)).tolist() == pytest.approx([0.014209, 0.775803], abs=1e-6)
+    assert kto_loss(*hand_rows(1.0), log_z=5.0).tolist() == pytest.approx([0.075858], abs=1e-6)
+    assert squared_error_loss(*hand_rows(0.0), log_z=5.0).tolist() == pytest.approx([0.854038], abs=1e-6)

@@ -1,0 +1,115 @@
+"""What differs between the supported versions of TRL and transformers, each with the version in which it can go.
+
+The supported versions are those of `pyproject.toml`. Everything here is for the older ones of them.
+"""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import PartialState
+from transformers import Trainer
+from trl import DPOTrainer
+
+from trl_ulma.likelihood.scorer import bare_model
+
+# TRL 1.7 has added the argument `quantization_config`; older ones read it from `model_init_kwargs`
+TAKES_QUANTIZATION = "quantization_config" in inspect.signature(DPOTrainer.__init__).parameters
+
+
+@contextlib.contextmanager
+def global_then_local_main_first() -> Iterator[None]:
+    """The global main process runs the block first, then the main process of each node, then all others.
+
+    It can go when TRL 1.14 is the oldest: `trl.trainer.utils.global_then_local_main_first`.
+    """
+    state = PartialState()
+    with state.main_process_first(), state.local_main_process_first():
+        yield
+
+
+def is_kto_config(args: Any) -> bool:
+    """Whether a config is TRL's `KTOConfig`, which was experimental, and in another module, before TRL 1.8.
+
+    Example:
+        >>> is_kto_config(object())
+        False
+    """
+    return any(each.__name__ == "KTOConfig" and each.__module__.split(".")[0] == "trl" for each in type(args).__mro__)
+
+
+def for_dpo_trainer(args: Any, model: Any, quantization_config: Any) -> tuple[Any, dict[str, Any]]:
+    """(a copy of the config, further arguments) as the installed `DPOTrainer` takes them.
+
+    `padding_free` is switched off in the copy, because `DPOTrainer` warns that it switches its own off. The rest can go
+    when TRL 1.7 is the oldest.
+
+    Args:
+        args: the config.
+        model: as it was given to the trainer.
+        quantization_config: as it was given to the trainer, or None.
+
+    Raises:
+        ValueError: if `quantization_config` comes with a model in memory, which is already loaded.
+    """
+    theirs = copy.copy(args)
+    theirs.padding_free = False
+    if TAKES_QUANTIZATION:
+        return theirs, {"quantization_config": quantization_config}
+    if not isinstance(model, str):
+        if quantization_config is not None:
+            raise ValueError(
+                "quantization_config is set, but the model is already loaded. Pass the model's name, or leave out "
+                "quantization_config."
+            )
+        return theirs, {}
+    options = dict(args.model_init_kwargs or {})
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    theirs.model_init_kwargs = options
+    return theirs, {}
+
+
+def set_auxiliary_loss(trainer: Any) -> None:
+    """Set what a mixture of experts' load-balancing loss weighs: the config's coefficient, or else the model's.
+
+    TRL before 1.7 has no such loss, and before 1.15 its default is 0.001 for all models. It can go when TRL 1.15 is the
+    oldest.
+
+    Args:
+        trainer: whose constructor has run.
+
+    Raises:
+        ValueError: if the config names a coefficient, and the model returns no router logits.
+    """
+    model, chosen = trainer.model, trainer.args.router_aux_loss_coef
+    config = model.config.get_text_config()
+    is_routed = hasattr(config, "output_router_logits")
+    if chosen and not is_routed:
+        raise ValueError(
+            f"router_aux_loss_coef is {chosen}, but {type(bare_model(model)).__name__} is not a Mixture-of-Experts "
+            "model that returns its router logits. Leave router_aux_loss_coef out."
+        )
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0) if chosen is None else chosen
+    trainer.router_aux_loss_coef = coefficient
+    trainer.aux_loss_enabled = is_routed and coefficient != 0.0
+
+
+def leave_loss_undivided(trainer: Any) -> None:
+    """Keep `Trainer` from dividing the loss by the number of micro-batches in a step, because ours is divided.
+
+    transformers before 5.19 does not read `Trainer.loss_is_scaled_for_ga`. It leaves a loss as it is if the trainer has
+    a `compute_loss_func`, which our `compute_loss` does not call. It can go when transformers 5.19 is the oldest.
+
+    Args:
+        trainer: whose constructor has run.
+    """
+    if not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        trainer.compute_loss_func = _not_called
+
+
+def _not_called(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("The trainer computes its loss itself.")
