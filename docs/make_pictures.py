@@ -1,12 +1,10 @@
-r"""Draw the curves of `docs/metrics.md` and `docs/migrating.md` from short real runs.
+r"""Draw the curves of `docs/metrics.md` from short real runs, each beside one in which a single setting is wrong.
 
     python docs/make_pictures.py                # all pictures into docs/pictures, minutes of one CPU core
     python docs/make_pictures.py one-class      # one of them
 
 The model is the demo's two-layer GPT-2, after it was taught to write the answers of `trl_ulma/data/everyday.jsonl`. The
-rows are from that file, and evaluation is on its test split. The pictures show what the trainers logged. On
-`docs/metrics.md`, each run is beside one in which a single setting is wrong. `swap` trains on pairs with TRL's
-`DPOTrainer` and with the trainers of this package, and prints what they log first.
+rows are from that file, and evaluation is on its test split. The pictures show what the trainer logged, nothing else.
 """
 
 import argparse
@@ -19,7 +17,6 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
 from trl_ulma.evaluation.figures import training_curves
@@ -102,39 +99,6 @@ class Runs:
         trainer.train()
         return trainer.state.log_history
 
-    def on_pairs(self, trainer_class: type, config_class: type, rows: int, **settings: Any) -> list[dict[str, float]]:
-        """The logs of a training on pairs: of each question with a demonstration, that and its first bad answer.
-
-        Args:
-            trainer_class: of TRL or of this package.
-            config_class: of its settings.
-            rows: how many rows a pair is in its batches.
-            **settings: of the config, besides those of all runs.
-        """
-        pairs = {}
-        for split, found in self.rows.items():
-            bad = {row["prompt"][0]["content"]: row["completion"] for row in reversed(found) if row["label"] == 0}
-            pairs[split] = Dataset.from_list(
-                [
-                    {"prompt": row["prompt"], "chosen": row["completion"], "rejected": bad[question]}
-                    for row in found
-                    if row["sft_mask"] and (question := row["prompt"][0]["content"]) in bad
-                ]
-            )
-        own = {name: value for name, value in QUIET.items() if name != "label_report"}
-        sizes = {"per_device_train_batch_size": 4 * rows, "per_device_eval_batch_size": 16 * rows}
-        trainer = trainer_class(
-            model=copy.deepcopy(self.model),
-            ref_model=copy.deepcopy(self.model),
-            args=config_class(self.folder, **{**RUN, **own, **sizes, "logging_steps": 1, **settings}),
-            train_dataset=pairs["train"],
-            eval_dataset=pairs["test"],
-            processing_class=self.tokenizer,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return trainer.state.log_history
-
 
 def healthy(runs: Runs) -> Any:
     logs = {"learning rate 2e-4, 3 epochs": runs(runs.of("binary"))}
@@ -197,22 +161,6 @@ def demonstrations(runs: Runs) -> Any:
     return training_curves(logs, [*metrics, "eval_rewards/auc", "kl"])
 
 
-def swap(runs: Runs) -> Any:
-    logs = {
-        "DPOTrainer": runs.on_pairs(DPOTrainer, DPOConfig, 1),
-        "ULMATrainer": runs.on_pairs(ULMATrainer, ULMAConfig, 2, label_report=False),
-        "ULMATrainer, sft_weight 0.1": runs.on_pairs(ULMATrainer, ULMAConfig, 2, label_report=False, sft_weight=0.1),
-        "PointwiseDPOTrainer": runs.on_pairs(PointwiseDPOTrainer, PointwiseDPOConfig, 2, label_report=False),
-    }
-    for name, found in logs.items():
-        first = next(log for log in found if "loss" in log)
-        last = [log for log in found if "eval_loss" in log][-1]
-        losses = {key: round(first[key], 2) for key in ("loss", "loss/sft", "loss/preference") if key in first}
-        print(f"{name}: first {losses}, held-out margin at the end {last['eval_rewards/margins']:.3f}")
-    metrics = ["loss", "rewards/margins", "eval_rewards/margins", "eval_rewards/chosen", "eval_rewards/rejected"]
-    return training_curves(logs, [*metrics, "eval_logps/chosen"])
-
-
 DRAWN = {
     "healthy": healthy,
     "too-long": too_long,
@@ -221,7 +169,6 @@ DRAWN = {
     "one-class": one_class,
     "offset": offset,
     "demonstrations": demonstrations,
-    "swap": swap,
 }
 
 
