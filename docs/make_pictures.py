@@ -1,10 +1,10 @@
-r"""Draw the curves of `docs/metrics.md`: short real runs, each beside one in which a single setting is wrong.
+r"""Draw the curves of `docs/metrics.md` from short real runs, each beside one in which a single setting is wrong.
 
     python docs/make_pictures.py                # all pictures into docs/pictures, minutes of one CPU core
     python docs/make_pictures.py one-class      # one of them
 
-The model is the demo's two-layer GPT-2, first taught to write the answers of `trl_ulma/data/everyday.jsonl`; the rows
-are that file's, and evaluation is on its test split. What is shown are the logs of the trainer, nothing else.
+The model is the demo's two-layer GPT-2, after it was taught to write the answers of `trl_ulma/data/everyday.jsonl`. The
+rows are from that file, and evaluation is on its test split. The pictures show what the trainer logged, nothing else.
 """
 
 import argparse

@@ -20,26 +20,26 @@ STEP_TARGETS = (
     ("ULMA, half demonstrations, LoRA : TRL KTO", "ulma", "kto", 0.50, False),
     ("ULMA, half demonstrations, LoRA : TRL DPO", "ulma", "dpo", 0.75, False),
     ("ULMA with precomputed reference : TRL SFT", "ulma-precomputed", "sft", 0.95, False),
-    ("point-wise DPO : TRL DPO on the same rows", "pointwise-dpo", "dpo", 0.95, False),
-    ("point-wise DPO with shared prompts : TRL DPO, HH pairs", "pointwise-dpo-shared", "dpo", 0.65, True),
+    ("pointwise DPO : TRL DPO on the same rows", "pointwise-dpo", "dpo", 0.95, False),
+    ("pointwise DPO with shared prompts : TRL DPO, HH pairs", "pointwise-dpo-shared", "dpo", 0.65, True),
     ("ULMA with shared prompts : TRL DPO, HH pairs", "ulma-shared", "dpo", 0.55, True),
 )
 INTRODUCTION = """\
-# Results
+# Benchmarks
 
-Written by `report.py` from the JSON files beside the pictures. In a run all methods get the same rows in the same order
-and take turns, one step or a few at a time, each through its own trainer's `train()`; the first turn warms up. A step
-includes collation, metrics and logging. Ratios are taken round by round: the median, and in brackets where 95 % of the
-rounds lie. CPU time is that of all threads of the process; `around` is what the training thread spends in
-`compute_loss` and in fetching the batch, less the models' forwards. Memory is measured with each method in a process of
-its own: what the peak adds to what is in use before the first step.
+`report.py` wrote this page from the JSON files beside the pictures. In a run, all methods get the same rows in the same
+order and take turns, one step or a few at a time, each through its own trainer's `train()`. The first turn warms up. A
+step includes collation, metrics and logging. Ratios are taken round by round: the median, and in brackets the range of
+95 % of the rounds. CPU time is that of all threads of the process. `around` is the time of the training thread in
+`compute_loss` and in fetching the batch, minus the models' forwards. Memory is measured with each method in a process
+of its own: how far the peak is above what is in use before the first step.
 """
 PREPARATION = """\
-Where preparation is below its target: most of it is the tokenizer itself, which both call. KTO's tokenises two texts a
-row, the prompt and the whole; ours, in batches, each text once, which of HH pairs are one and a half. In a profile
-(`python -m cProfile -s cumulative`, 3,000 rows of HH) `encode_batch` is two thirds of our time, checks and rendering a
-tenth, Arrow and the cache's key the rest: on one core little but the tokenizer is left to save, on several its batches
-run in parallel.
+Why preparation misses its target: most of it is the tokenizer, which both trainers call. KTO's tokenizes two texts per
+row, the prompt and the whole. Ours tokenizes each text once, in batches, which is one and a half texts per row for HH
+pairs. In a profile (`python -m cProfile -s cumulative`, 3,000 rows of HH), `encode_batch` is two thirds of our time,
+checks and rendering a tenth, and Arrow and the cache's key the rest. On one core, little but the tokenizer is left to
+save. On several cores, its batches run in parallel.
 """
 
 # The power of growth from which on it counts as proportional
@@ -157,8 +157,8 @@ def throughput_page(name: str, result: Result) -> str:
         cells += [f"{(found['peak'] - found['before']) / MEBIBYTE:.0f}" if has_memory else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
-        "Medians a step. `policy`, `forward only` and `reference` are positions run a step: by the policy with a "
-        "backward, by the policy without, and by the reference; `padding` is the share among the first."
+        "Medians per step. `policy`, `forward only` and `reference` are positions per step: run by the policy with a "
+        "backward, by the policy without one, and by the reference. `padding` is the padding among the first."
     )
     table = "\n".join(lines)
     return f"## {name}\n\n{facts(result)}\n\n{table}\n\n{note}\n\n![{name}](results/{name}.png)\n"
@@ -193,9 +193,10 @@ def bounds(result: Result, axis: str, points: list[dict[str, Any]]) -> str:
     if axis == "demonstrations":
         saved = 1 - last_point["cpu"] / first_point["cpu"]
         return (
-            f"Of {last}'s step {saved:.0%} goes from the first share to the last, with the reference's positions from "
-            f"{first_point['reference']:.0f} to {last_point['reference']:.0f} a step: without demonstrations the step "
-            "is bound by both models' forwards, with nothing else by the policy's forward and backward, as SFT is."
+            f"From the first share to the last, {last}'s step becomes {saved:.0%} shorter, and the reference's "
+            f"positions fall from {first_point['reference']:.0f} to {last_point['reference']:.0f} per step. Without "
+            "demonstrations, both models' forwards bound the step. With nothing else, the policy's forward and "
+            "backward bound it, as in SFT."
         )
     if len(points) < 3:
         return ""

@@ -68,7 +68,7 @@ def train(feedback: Feedback, method: str, beta: float, log_z: float | str = 0.0
         feedback: what all methods learn from.
         method: one of `METHODS`.
         beta: β; SFT has none.
-        log_z: of point-wise DPO and ULMA: as in `PointwiseDPOConfig`, and "column" is the exact one.
+        log_z: of pointwise DPO and ULMA: as in `PointwiseDPOConfig`, and "column" is the exact one.
         recipe: steps and rates.
 
     Raises:

@@ -44,7 +44,7 @@ SAYS = {
 def named(method: str, log_z: float | str) -> str:
     """A contender's name in tables."""
     names = {"sft": "SFT", "dpo": "DPO (TRL)", "kto": "KTO (TRL)", "ulma": "ULMA"}
-    return names.get(method, f"point-wise DPO, log Z {CHOICE_NAMES[log_z]}")
+    return names.get(method, f"pointwise DPO, log Z {CHOICE_NAMES[log_z]}")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -94,7 +94,7 @@ def approximation_words(rows: list[Row]) -> str:
             continue
         order = sorted((choice for choice in CHOICES if choice != "column"), key=means.__getitem__)
         parts.append(
-            f"- **{labels}**: nearest to the optimum after the exact one ({means['column']:.4f}) comes "
+            f"- **{labels}**: closest to the optimum after the exact one ({means['column']:.4f}) comes "
             f"{CHOICE_NAMES[order[0]]} ({means[order[0]]:.3f}); then {CHOICE_NAMES[order[1]]} ({means[order[1]]:.2f}). "
             f"With log Z = 0 it is {means[0.0]:.2f}, {means[0.0] / means[order[0]]:.0f} times as far as the first."
         )
@@ -184,7 +184,9 @@ def difference(found: dict, one: tuple, other: tuple, budget: float) -> tuple[fl
 def verdict(found: dict, one: tuple, other: tuple, budget: float, *, against: bool = True) -> str:
     """Whether `one` is better than `other` within the budget, in words; `against` names the other."""
     mean, low, high = difference(found, one, other, budget)
-    word, link = ("better", "than") if low > 0 else ("worse", "than") if high < 0 else ("not told apart", "from")
+    word, link = (
+        ("better", "than") if low > 0 else ("worse", "than") if high < 0 else ("not significantly different", "from")
+    )
     named_other = f" {link} {named(*other)}" if against else ""
     return f"{word}{named_other} ({mean:+.2f} [{low:+.2f}, {high:+.2f}])"
 
@@ -203,7 +205,11 @@ def frontier_words(rows: list[Row], regime: str, budget: float = 1.0) -> str:
     ties = [key for key in usable if key != first and difference(found, first, key, budget)[1] <= 0]
     lines = [
         f"- **What to use**: {named(*first)} earns most within {budget:g} nat ({mean[first]:.2f})"
-        + (f"; not told apart from it: {', '.join(named(*key) for key in ties)}." if ties else ", ahead of all others.")
+        + (
+            f"; not significantly different from it: {', '.join(named(*key) for key in ties)}."
+            if ties
+            else ", ahead of all others."
+        )
     ]
     points = [key for key in usable if key[0] in ("pointwise_dpo", "ulma")]
     best_point = max(points, key=mean.__getitem__)
@@ -267,13 +273,14 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
 
 
 INTRODUCTION = """\
-# Results
+# An exact world
 
-Written by `report.py` from what `run.py` stored; `python examples/exact_world/run.py` measures it anew (an hour of one
-core), `report.py` writes this page. A world is a random one-layer GPT-2 over 8 symbols, whose completions have exactly
-two: all 64 are enumerated, so that the reference, the true reward r*, Z(x), the optimum π* ∝ π_ref·exp(r*/β), expected
-rewards and KL are exact. Each seed is another world, with other rows. Brackets are 95 % t-intervals over seeds;
-differences are taken seed by seed. The intervals are not corrected for the number of comparisons.
+A world is a random one-layer GPT-2 over 8 symbols, whose completions have exactly two symbols. All 64 completions are
+enumerated, so the reference, the true reward r*, Z(x), the optimum π* ∝ π_ref·exp(r*/β), expected rewards and KL are
+exact. Each seed is another world, with other rows. Brackets are 95 % t-intervals over seeds, and differences are taken
+seed by seed. The intervals are not corrected for the number of comparisons.
+
+`python examples/exact_world/run.py` measures everything again (an hour of one core), and `report.py` writes this page.
 """
 
 
@@ -290,10 +297,10 @@ def page(results: Path) -> str:
         recipe = APPROXIMATION_RECIPE
         parts += [
             "## Approximation error of log Z\n",
-            f"Four prompts, β = 0.5; every completion is in the data, weighted by π_ref, with its expected label: "
-            f"{recipe.steps} steps of AdamW on all rows. Total variation from π*, "
-            f"{len({row['seed'] for row in rows})} seeds. The running mean and batch KL average rows as they come, "
-            "not by their weight: here, uniformly over completions.\n",
+            f"Four prompts, β = 0.5. Every completion is in the data, weighted by π_ref, with its expected label. "
+            f"{recipe.steps} steps of AdamW on all rows. The numbers are the total variation from π*, over "
+            f"{len({row['seed'] for row in rows})} seeds. The running mean and batch KL average rows without their "
+            "weights, which is uniformly over completions here.\n",
             approximation_table(rows),
             "",
             approximation_words(rows),
@@ -303,14 +310,14 @@ def page(results: Path) -> str:
         recipe = FRONTIER_RECIPE
         parts += [
             "## Reward and KL\n",
-            f"2,048 labelled answers, {recipe.steps} steps of {recipe.batch_size} rows for every method, "
+            f"2,048 labeled answers, {recipe.steps} steps of {recipe.batch_size} rows for every method, "
             f"β of {', '.join(f'{beta:g}' for beta in BETAS)}. All prompts of the world are measured. A number in the "
-            "tables is the greatest mean reward over the reference's that a method reaches within so many nats of KL; "
-            "between two β it is read off the line, which a mixture of the two policies reaches. DPO has the same "
-            "answers in pairs within a prompt; KTO has thumbs (ratings are cut at their median) and class weights that "
-            "balance them; SFT, and ULMA's SFT term, take demonstrations, or where there are none the likes, or the "
-            'best-rated quarter. "exact" is log Z(x) of the reward as labels say it, which no one has outside such a '
-            "world.\n",
+            "tables is the greatest mean reward above the reference's that a method reaches within so many nats of "
+            "KL. Between two β it is read off the line, which a mixture of the two policies reaches.\n",
+            "DPO gets the same answers in pairs within a prompt. KTO gets thumbs (ratings are cut at their median) and "
+            "class weights that balance them. SFT and the SFT term of ULMA get the demonstrations. If there are none, "
+            'they get the likes, or the best-rated quarter. "exact" is log Z(x) of the reward in the labels, which is '
+            "known only in such a world.\n",
         ]
         for number, regime in enumerate(REGIMES):
             own = [row for row in rows if row["regime"] == regime]

@@ -31,10 +31,15 @@ ABLATION = ("base", "sft", "positive-dpo", "unlearning", "negative-dpo")
 FIGURE_1 = "golden-hh"
 # What is varied: the paper's figure, if it has one
 SWEPT = {"quality": "Figure 2", "beta": "Figure 3", "learning_rate": "Learning rate", "train_rows": "Size"}
+INTRODUCTION = """\
+The tables compare the methods, and say of each claim of the paper whether it was confirmed. Brackets are 95 %
+intervals, the wider ends of two: over prompts (the bootstrap's, for shares Wilson's) and over seeds (Student's t). With
+one seed, they are over prompts only. [How they are run](README.md#what-was-found) summarizes what was found; the
+commands are [at the end](#how-it-was-measured)."""
 DEPARTURES = """\
-Departures from the paper: its PPO is REINFORCE leave-one-out here (TRL's `RLOOTrainer`), as TRL has no PPO any more;
-its judge was GPT-4; all methods begin with the same model, without a stage of SFT before; prompts with a row that is
-too long are left out for all methods alike. The numbers of Table 4 and of Figures 2 and 3 are ours."""
+Departures from the paper: PPO is replaced by REINFORCE leave-one-out (TRL's `RLOOTrainer`), because TRL no longer has
+PPO. The paper's judge was GPT-4. All methods begin with the same model, without an SFT stage before. Prompts with a row
+that is too long are left out for all methods alike. The numbers of Table 4 and of Figures 2 and 3 are ours."""
 
 
 def write(folder: Path, file: Path | None = None) -> Path:
@@ -47,12 +52,13 @@ def write(folder: Path, file: Path | None = None) -> Path:
     found = read(folder)
     pictures = file.parent / "figures"
     pictures.mkdir(parents=True, exist_ok=True)
-    parts = ["# The paper's experiments", "Written by `tables.py` from stored records, by one command:"]
-    parts += ["    python examples/paper/tables.py FOLDER RESULTS.md", _how(folder, found), DEPARTURES]
+    parts = ["# The paper's experiments", INTRODUCTION]
     for scale in grid.SCALES:
         of_scale = [record for record in found if record["cell"]["scale"] == scale]
         if of_scale:
             parts += [f"## At the {scale} scale", *_Scale(folder, scale, of_scale, pictures).parts()]
+    parts += ["## How it was measured", "`tables.py` wrote this page from stored records, by one command:"]
+    parts += ["    python examples/paper/tables.py FOLDER RESULTS.md", _how(folder, found), DEPARTURES]
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return file
 
@@ -283,8 +289,6 @@ def _how(folder: Path, found: Sequence[dict[str, Any]]) -> str:
         f"- {len(found)} cells; model: {', '.join(models)}; {seconds / 3600:.1f} h in all",
         f"- hardware: {'; '.join(machines)}",
         f"- versions: {'; '.join(versions)}; commit {', '.join(commits)}",
-        "- in brackets are 95 % intervals, the wider ends of two: over prompts (the bootstrap's, for shares Wilson's) "
-        "and over seeds (Student's t); of one seed the first alone",
     ]
     changed = folder / "commands.json"
     if changed.exists():

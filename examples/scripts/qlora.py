@@ -1,6 +1,6 @@
 r"""ULMA of a large model in four bits with adapters (QLoRA), and the full model that comes of merging them.
 
-    pip install "trl-ulma[quantization]"
+    pip install -c constraints.txt ".[quantization]"
     python examples/scripts/qlora.py \
         --model_name_or_path Qwen/Qwen2.5-7B-Instruct \
         --dataset_name feedback.jsonl --sft_weight 0.1 \

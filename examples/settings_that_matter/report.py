@@ -31,23 +31,27 @@ BASELINE = "log_z=0"
 INTRODUCTION = """\
 # Settings that matter, on real data
 
-Written by `report.py` from the JSON files beside it, which `run.py` wrote. {model}, LoRA of rank 16, {rows} rows of
-training ({steps} steps of {batch} rows, learning rate {rate}, linear decay, β = 0.1), {held_out} held-out rows, good
-and bad answers of the same prompts; the reference is the model before training. Means over {seeds} seeds (rows, their
-order, adapters), with 95 % intervals (Student's t), the last column's of differences within seeds; Δ is the change in
-training of the log-probability of held-out answers. `log_z=…` is point-wise DPO; `mean` too, with the mean of the
-tokens' log-probabilities and β multiplied by the
-mean length; `sft_weight=…` is ULMA, with the good answers as demonstrations.
+{model}, LoRA of rank 16, {rows} rows of training ({steps} steps of {batch} rows, learning rate {rate}, linear decay,
+β = 0.1), {held_out} held-out rows, with good and bad answers to the same prompts. The reference is the model before
+training. The numbers are means over {seeds} seeds (rows, their order, adapters), with 95 % intervals (Student's t). The
+last column has intervals of differences within seeds. Δ is the change of the log-probability of held-out answers in
+training.
+
+- `log_z=…` is pointwise DPO.
+- `mean` is pointwise DPO with the mean of the tokens' log-probabilities, and β multiplied by the mean length.
+- `sft_weight=…` is ULMA, with the good answers as demonstrations.
+
+`report.py` wrote this page from the JSON files beside it, which `run.py` wrote:
 
     trl-ulma prepare hh --input hh_harmless.jsonl.gz --output hh.parquet
     trl-ulma prepare qa-feedback --input qa_feedback.json.gz --passages none --output qa.parquet
     python examples/settings_that_matter/run.py --hh hh.parquet --qa qa.parquet {options}
     python examples/settings_that_matter/report.py examples/settings_that_matter/results > RESULTS.md
 
-`hh` is from 1,800 pairs of HH (harmless), `hh 7:1` the same with seven good answers to a bad one in training (held-out
-rows stay even, so that a calibrated model is wrong about their share), `qa` QA-feedback's corrections and flawed
-predictions, asked without the passages. Prompts with a row of more than {max_tokens} tokens are left out. Run with
-{threads} thread on CPU, torch {torch}.
+`hh` is from 1,800 pairs of HH (harmless). `hh 7:1` is the same with seven good answers to a bad one in training. Its
+held-out rows are balanced, so a calibrated model is wrong about their share. `qa` has QA-feedback's corrections and
+flawed predictions, asked without the passages. Prompts with a row of more than {max_tokens} tokens are left out. Run
+with {threads} thread on CPU, torch {torch}.
 """
 
 

@@ -1,11 +1,13 @@
-"""What the pages of the site say, is so: settings, metrics, commands and code run as they are printed."""
+"""What the pages of the site say is true: settings, metrics, commands and code run as they are printed."""
 
 import csv
 import gzip
 import inspect
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -23,10 +25,15 @@ from trl_ulma.scripts import cli
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BLOCK = re.compile(r"^(<!-- not run: (?P<why>.+?) -->\n)?```(?P<kind>bash|python)\n(?P<text>.*?)^```", re.M | re.S)
+VISION_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
+BLOCK = re.compile(
+    r"^(<!-- not run: (?P<why>.+?) -->\n)?"
+    r"```(?:(?P<kind>bash|python)|csv title=\"(?P<file>[\w.]+)\")\n(?P<text>.*?)^```",
+    re.M | re.S,
+)
 PAGES = sorted(page.stem for page in DOCS.glob("*.md") if BLOCK.search(page.read_text(encoding="utf-8")))
-# Blocks that need a server: few, and known
-NOT_RUN = {"evaluation": 1}
+# Blocks that need a server or a GPU: few, and known
+NOT_RUN = {"evaluation": 1, "examples": 1}
 
 
 def page(name: str) -> str:
@@ -66,8 +73,9 @@ def run_command(command: str, monkeypatch) -> None:
     program, *options = shlex.split(command)
     if program == "pip":
         assert options[0] == "install"
-        extras = re.search(r"trl-ulma\[(.*)\]", options[1])
+        extras = re.search(r"^\.\[(.*)\]$", options[-1])
         declared = (ROOT / "pyproject.toml").read_text()
+        assert extras, f"{command}: the package is not on PyPI, so a page installs it from the checkout."
         assert all(re.search(rf"^{extra} = ", declared, re.M) for extra in extras[1].split(","))
         return
     assert program == "trl-ulma", command
@@ -80,7 +88,7 @@ def run_command(command: str, monkeypatch) -> None:
     assert cli.main(options) == 0, command
 
 
-def run_blocks(name: str, model: str, monkeypatch) -> int:
+def run_blocks(name: str, model: str, vision_model: str, monkeypatch) -> int:
     """Run the blocks of a page one after another; how many are marked as not run."""
     scope: dict = {"__name__": "a page"}
     left_out = 0
@@ -88,7 +96,10 @@ def run_blocks(name: str, model: str, monkeypatch) -> int:
         if block["why"]:
             left_out += 1
             continue
-        text = block["text"].replace(MODEL, model)
+        text = block["text"].replace(MODEL, model).replace(VISION_MODEL, vision_model)
+        if block["file"]:
+            Path(block["file"]).write_text(text)
+            continue
         if block["kind"] == "python":
             exec(compile(text, f"{name}.md", "exec"), scope)
             continue
@@ -97,20 +108,27 @@ def run_blocks(name: str, model: str, monkeypatch) -> int:
     return left_out
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name != "index"])
-def test_the_blocks_of_a_page_run(name, files, tiny_gpt2, monkeypatch):
-    assert run_blocks(name, tiny_gpt2, monkeypatch) == NOT_RUN.get(name, 0)
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "quickstart"])
+def test_the_blocks_of_a_page_run(name, files, tiny_gpt2, tiny_llava, monkeypatch):
+    assert run_blocks(name, tiny_gpt2, tiny_llava, monkeypatch) == NOT_RUN.get(name, 0)
 
 
-def test_the_quick_start_runs_and_leaves_what_it_says(files, tiny_gpt2, monkeypatch, capsys):
-    assert run_blocks("index", tiny_gpt2, monkeypatch) == 0
-    assert "held out for evaluation, by prompt" in capsys.readouterr().out
-    trained_on = json.loads(Path("out/label_report.json").read_text())["continuous"]["rows"]
+def test_the_quick_start_runs_and_leaves_what_it_says(files, tiny_llama, tiny_llava, monkeypatch, capsys):
+    assert run_blocks("quickstart", tiny_llama, tiny_llava, monkeypatch) == 0
+    said = capsys.readouterr().out
+    # The expected output of the page, as far as it does not depend on the model
+    shown = re.findall(r"^```text\n(.*?)^```", page("quickstart"), re.M | re.S)
+    assert shown[1].splitlines()[0] in said
+    rows = "          4 → +0.48 ████████████████████████         3  30.0%"
+    for line in ("Labels of the train dataset: 10 rows, 4 prompts", rows, "6 steps in total (3 epochs)", "Ready. To"):
+        assert line in shown[0]
+        assert line in said
+    assert json.loads(Path("out/label_report.json").read_text())["continuous"]["rows"] == 8
     with open("ratings.csv", newline="") as file:
         rows = len(list(csv.DictReader(file)))
-    assert 0 < trained_on < rows
     assert len(Path("scored.jsonl").read_text().splitlines()) == rows
     assert "spearman" in Path("report/report.md").read_text()
+    assert shown[2].strip() in Path("report/report.md").read_text()
 
 
 def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, capsys):
@@ -130,12 +148,12 @@ def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, ca
     assert len(Path("scored.jsonl").read_text().splitlines()) == 10
 
 
-def test_readmes_evaluation_runs_as_printed(tmp_path, tiny_llama, tmp_path_factory, monkeypatch):
+def test_the_judged_report_runs_as_printed(tmp_path, tiny_llama, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    [block] = re.findall(r"```bash\n(.*?)```", readme.split("## Evaluate")[1].split("\n## ")[0], re.S)
+    section = page("evaluation").split("### From a public dataset to a judged report")[1].split("\n### ")[0]
+    [block] = re.findall(r"```bash\n(.*?)```", section, re.S)
     # The server is real; its model, which always says the same, and its port are the test's
-    asked = re.search(r"transformers serve (\S+) --port (\d+) &\n", block)
+    asked = re.search(r"pip install 'transformers\[serving\]'; transformers serve (\S+) --port (\d+) &\n", block)
     assert f"--judge_url http://localhost:{asked[2]}/v1" in block
     assert f"--judge llm:{asked[1]}" in block
     parrot = make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1")
@@ -146,20 +164,20 @@ def test_readmes_evaluation_runs_as_printed(tmp_path, tiny_llama, tmp_path_facto
     with gzip.open("hh_harmless.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(pair) + "\n" for pair in pairs)
     with transformers_serve(parrot) as url:
-        block = block.replace(asked[0], "\n").replace(f"http://localhost:{asked[2]}/v1", url)
+        block = block.replace(asked[0], "").replace(f"http://localhost:{asked[2]}/v1", url)
         for command in commands(block.replace(MODEL, tiny_llama).replace(asked[1], parrot)):
-            run_command(command.rstrip("; "), monkeypatch)
-    facts = json.loads(Path("report/report.json").read_text())
+            run_command(command, monkeypatch)
+    facts = json.loads(Path("hh-report/report.json").read_text())
     held_out = facts["data"]["prompts"]
     assert facts["data"]["rows"] == 2 * held_out > 0
     assert facts["judges"][0]["orders_disagree"] == facts["judges"][0]["comparisons"] >= 2 * held_out
     assert facts["models"][0]["judged"][parrot]["harmless"]["counts"]["tie"] == held_out
-    said = Path("report/report.md").read_text()
+    said = Path("hh-report/report.md").read_text()
     assert "Perplexity" in said
     assert "no ranking is claimed" in said
     assert "nothing can be concluded" in said
     assert "Not drawn" in said
-    assert Path("report/report.html").stat().st_size > 1000
+    assert Path("hh-report/report.html").stat().st_size > 1000
 
 
 def test_the_settings_page_has_our_fields_their_defaults_and_no_other():
@@ -207,13 +225,14 @@ def test_the_metrics_page_has_every_figure():
     assert set(EVALUATED) - named == elsewhere
 
 
-def test_every_picture_of_the_metrics_page_is_drawn_by_the_script():
+def test_every_picture_is_drawn_by_the_script_and_shown():
     sys.path.insert(0, str(DOCS))
     try:
         from make_pictures import DRAWN
     finally:
         sys.path.remove(str(DOCS))
-    shown = re.findall(r"\(pictures/([\w-]+)\.png\)", page("metrics"))
+    texts = [file.read_text(encoding="utf-8") for file in DOCS.glob("*.md")]
+    shown = {name for text in texts for name in re.findall(r"\(pictures/([\w-]+)\.png\)", text)}
     assert sorted(shown) == sorted(DRAWN) == sorted(file.stem for file in (DOCS / "pictures").glob("*.png"))
 
 
@@ -224,5 +243,39 @@ def test_every_result_is_a_page_of_the_site():
         assert wanted in nav, f"Add {wanted} to the nav of mkdocs.yml."
 
 
-def test_there_are_answers_to_many_questions():
-    assert len(re.findall(r"^\*\*.+?\*\* ", page("faq"), re.M)) >= 15
+def test_there_are_answers_to_many_questions_each_with_an_anchor():
+    questions = re.findall(r"^### (.+)$", page("faq"), re.M)
+    assert len(questions) >= 15
+    assert len(set(questions)) == len(questions)
+    assert all(question.endswith("?") for question in questions)
+
+
+def test_no_page_installs_the_package_from_pypi():
+    texts = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    texts += [*(ROOT / "examples").rglob("*.py"), *(ROOT / "examples").rglob("*.ipynb")]
+    from_pypi = re.compile(r"pip install [^\n]*\btrl-ulma\b(?!\[[\w,]+\] @\s)[^\n]*")
+    for file in texts:
+        found = from_pypi.findall(file.read_text(encoding="utf-8"))
+        assert not found, f"{file}: {found}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """With `--quiet`, `--strict` counts no warnings, so broken links pass there."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    built = {file.name for file in (tmp_path / "site").glob("*.html")}
+    assert {f"{file.stem}.html" for file in DOCS.glob("*.md")} <= built
+    assert "RESULTS.md" not in re.findall(r'href="([^"]*)"', (tmp_path / "site/results/paper/running.html").read_text())
+
+
+def test_formulas_are_typeset_by_files_of_the_site():
+    settings = (ROOT / "mkdocs.yml").read_text()
+    for name in ("katex/katex.min.css", "katex/katex.min.js", "katex/render.js"):
+        assert name in settings
+        assert (DOCS / name).is_file()
+    style = (DOCS / "katex/katex.min.css").read_text()
+    assert not re.search(r"url\((?!fonts/)", style)

@@ -327,13 +327,13 @@ def test_the_report_says_what_the_numbers_say(tmp_path):
     page = report.page(tmp_path)
     paired, single = page.split("### ")[1:3]
     assert "**What to use**: DPO (TRL) earns most within 1 nat (0.60), ahead of all others." in paired
-    assert "**Pairs**: DPO (TRL) is better than point-wise DPO, log Z learned (+0.15" in paired
+    assert "**Pairs**: DPO (TRL) is better than pointwise DPO, log Z learned (+0.15" in paired
     assert "prior worse (-0.10" in paired
     assert "learned better (+0.15" in paired
-    assert re.search(r"learned constant not told apart \([+-]0\.00", paired)
+    assert re.search(r"learned constant not significantly different \([+-]0\.00", paired)
     assert "**What to use**: KTO (TRL) earns most within 1 nat (0.50), ahead of all others." in single
     assert "there are none: no prompt has two answers" in single
-    assert re.search(r"ULMA\*\* is not told apart from SFT \([+-]0\.00", single)
+    assert re.search(r"ULMA\*\* is not significantly different from SFT \([+-]0\.00", single)
     assert (tmp_path / "frontier-1.png").stat().st_size > 10_000
 
 
