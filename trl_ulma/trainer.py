@@ -62,7 +62,15 @@ from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, quantization_of
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
-from trl_ulma.versions import for_dpo_trainer, leave_loss_undivided, loads_needless_reference, set_auxiliary_loss
+from trl_ulma.versions import (
+    for_dpo_trainer,
+    instance_forward,
+    leave_loss_undivided,
+    loads_needless_reference,
+    mend_copied_forward,
+    restore_forward,
+    set_auxiliary_loss,
+)
 
 logger = get_logger(__name__)
 
@@ -140,6 +148,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             )
         if ref_model is None:
             _check_adapter_name(model)
+        for given in (model, ref_model):
+            if given is not None:
+                mend_copied_forward(given)
         args = own_config(self._config_class, type(self).__name__, model, args)
         args.check_machine()
         # Read all rows before loading a model, so that errors in them appear within seconds
@@ -163,11 +174,14 @@ class PointwiseDPOTrainer(DPOTrainer):
             ref_model = NoReferenceModel()
         elif self._reference_kind == "copy" and _is_in_memory(model, args):
             ref_model = copy.deepcopy(model)
+            mend_copied_forward(ref_model)
         elif self._reference_kind == "copy" and loads_needless_reference(args):
             ref_model = NoReferenceModel()
         if not isinstance(model, str) and peft_config is None:
             check_trainable(model, "none" if args.precompute_ref_log_probs else self._reference_kind)
 
+        forward = instance_forward(model)
+        ref_forward = None if ref_model is None else instance_forward(ref_model)
         theirs, further = for_dpo_trainer(args, model, quantization_config)
         super().__init__(
             model=model,
@@ -185,6 +199,9 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
         leave_loss_undivided(self)
         set_auxiliary_loss(self)
+        restore_forward(self.model, forward)
+        if self.ref_model is not None:
+            restore_forward(self.ref_model, ref_forward)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         self.args.model_init_kwargs = args.model_init_kwargs

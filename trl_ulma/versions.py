@@ -12,6 +12,7 @@ from typing import Any
 
 import trl
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import Trainer
 from trl import DPOTrainer
@@ -114,6 +115,58 @@ def loads_needless_reference(args: Any) -> bool:
     """
     is_fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
     return _LOADS_PRECOMPUTED and args.precompute_ref_log_probs and not is_fsdp
+
+
+def instance_forward(model: Any) -> Any:
+    """The forward that something has set on a model itself, or None if its class's forward runs.
+
+    Args:
+        model: any model, also one that is wrapped, or the name of one.
+    """
+    return None if isinstance(model, str) else vars(_without_adapter(model)).get("forward")
+
+
+def restore_forward(model: Any, forward: Any) -> None:
+    """Undo `DPOTrainer`'s patch of a model's forward, so that patches of several trainers do not pile up.
+
+    `DPOTrainer` adds a fused LM head from TRL 1.14 on. These trainers have their own head and do not use it.
+
+    Args:
+        model: that the trainer has set up.
+        forward: what `instance_forward` gave before.
+    """
+    if not _is_fused(instance_forward(model)):
+        return
+    if forward is None:
+        del _without_adapter(model).forward
+    else:
+        _without_adapter(model).forward = forward
+
+
+def mend_copied_forward(model: Any) -> None:
+    """Undo TRL's patch on a deep copy of a patched model, because its forward would run the original's weights.
+
+    The patch calls the forward that it found, and `copy.deepcopy` does not copy what a function refers to.
+
+    Args:
+        model: any model, also one that is wrapped, or the name of one.
+    """
+    forward = instance_forward(model)
+    if not _is_fused(forward):
+        return
+    original = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
+    if original.__self__ is not _without_adapter(model):
+        del _without_adapter(model).forward
+
+
+def _is_fused(forward: Any) -> bool:
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    return code is not None and code.co_name == "_fused_forward"
+
+
+def _without_adapter(model: Any) -> Any:
+    bare = bare_model(model)
+    return bare.get_base_model() if is_peft_model(bare) else bare
 
 
 def leave_loss_undivided(trainer: Any) -> None:
