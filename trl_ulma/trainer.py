@@ -227,6 +227,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._train_sampler: Any = None
+        self._told_of_sft = False
         self.interruption = Interruption(self.accelerator)
         self.add_callback(self.interruption)
         self.add_callback(
@@ -654,10 +655,26 @@ class PointwiseDPOTrainer(DPOTrainer):
             found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
             found.pop("loss", None)  # Trainer logs the same value
             self._total_train_tokens += int(found.pop("num_tokens", 0))
+            self._tell_of_dominant_sft(found)
             logs.update(found)
             logs["num_tokens"] = self._total_train_tokens
             self._sums.reset()
         super().log(logs, start_time)
+
+    def _tell_of_dominant_sft(self, found: dict[str, float]) -> None:
+        """Warn once if the SFT term of a demonstration is more than ten times a compared row's preference term."""
+        sft, preference = found.get("loss/sft"), found.get("loss/preference")
+        if self._told_of_sft or sft is None or not preference:
+            return
+        ratio = getattr(self.args, "sft_weight", 1.0) * sft / preference
+        if ratio > 10:
+            self._told_of_sft = True
+            logger.warning(
+                f"The SFT term dominates: so far a demonstration's loss is {sft:.3g} nats, and the preference loss of "
+                f"a compared row is {preference:.3g}. With sft_weight={self.args.sft_weight:g} they are {ratio:.0f} to "
+                f"1. Lower sft_weight, for example to beta={self.args.beta:g}, if the feedback is to count as much. If "
+                "nothing is to be imitated, use PointwiseDPOTrainer."
+            )
 
     def score(self, dataset: Dataset) -> Dataset:
         """Score each row with the policy's implicit reward, see `trl_ulma.judge.Judge.score`.
@@ -747,10 +764,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
+        # Scripts may call this on one process alone, and a forward of DDP is one of all processes
+        policy = self.model_wrapped if self._is_sharded else self.model
         if not self._checks.is_done:  # before any training
-            self._check_start(self.model_wrapped)
+            self._check_start(policy)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        self._policy_logps = self._checks.policy_logps(self.model_wrapped)
+        self._policy_logps = self._checks.policy_logps(policy)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             self.saved_settings().write(folder)

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-ulma[quantization,trackers]"]
+#
+# [tool.uv.sources]
+# trl-ulma = { path = "../.." }
+# ///
 r"""Point-wise DPO on thumbs or ratings, and the labels that the trained model finds most surprising.
 
     python examples/scripts/pointwise_dpo.py \

@@ -1,4 +1,4 @@
-"""Presets of published methods, and configs of TRL's KTO."""
+"""Presets of published methods, configs of TRL's KTO, and what a swap of the trainer is told."""
 
 import logging
 import math
@@ -109,3 +109,25 @@ def test_settings_that_only_kto_has_are_refused_all_at_once(tiny_gpt2, tmp_path)
     theirs = KTOConfig(str(tmp_path), loss_type="apo_zero_unpaired", **QUIET)
     with pytest.raises(ValueError, match=r"loss_type='apo_zero_unpaired': set binary_loss='kto' in the PointwiseDPOC"):
         PointwiseDPOTrainer(tiny_gpt2, args=theirs, train_dataset=make_rows(4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [
+        ({}, True),
+        ({"sft_weight": 0.001}, False),
+        ({"positive_loss": "pointwise_dpo"}, False),
+        ({"negative_loss": "none"}, False),  # SFT alone: there is nothing to dominate
+    ],
+)
+def test_a_dominant_sft_term_is_told_once_with_the_measured_ratio(tiny_gpt2, tmp_path, caplog, settings, is_told):
+    rows = make_rows(8).add_column("sft_mask", [label == 1 for label in make_rows(8)["label"]])
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, max_steps=3, **settings)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    told = [record.getMessage() for record in caplog.records if "The SFT term dominates" in record.getMessage()]
+    assert len(told) == is_told
+    if told:
+        first = trainer.state.log_history[0]
+        assert f"{first['loss/sft'] / first['loss/preference']:.0f} to 1" in told[0]
+        assert "for example to beta=0.1" in told[0]

@@ -84,6 +84,13 @@ GROUPS: dict[str, list[Option]] = {
             "0.0",
         ),
         Option("--log_z_learning_rate", "LR", "learning rate of a learned log Z", "0.01"),
+        Option(
+            "--binary_loss",
+            "{cross_entropy,squared_error,kto}",
+            "loss of compared rows with binary labels: pointwise DPO's, UNA's or KTO's",
+            "cross_entropy",
+        ),
+        Option("--preset", "{qrpo,sppo,bco,una,kto}", "a published method by its name, which sets its options"),
         Option("--length_normalize", "", "divide log-probabilities by the completion's number of tokens"),
         Option("--sft_weight", "W", "weight of the SFT loss of demonstrations", "1.0", _ULMA),
         Option("--positive_loss", "{sft,pointwise_dpo,none}", "loss of demonstrations", "sft", _ULMA),
