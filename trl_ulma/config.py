@@ -454,10 +454,8 @@ class PointwiseDPOConfig(DPOConfig):
                 )
         everything = [prefix + figure for prefix in prefixes.values() for figure in EVALUATED]
         near = difflib.get_close_matches(best, [*known, *everything], n=1, cutoff=0.75)
-        hint = f"Did you mean eval_{near[0]}?" if near else f"There are {', '.join(known)}."
-        raise ValueError(
-            f"{setting} is no figure of evaluation. {hint} (Figures of your own come from compute_metrics.)"
-        )
+        hint = f"Did you mean eval_{near[0]}?" if near else f"Choices: {', '.join(known)}."
+        raise ValueError(f"{setting} is not an eval metric. {hint} (Metrics of your own come from compute_metrics.)")
 
     def to_dict(self) -> dict[str, Any]:
         """Like `DPOConfig.to_dict`, which masks `hub_token`, but also without the token in `model_init_kwargs`."""

@@ -180,7 +180,7 @@ def test_a_script_begins_with_its_command(command):
         (["--beta", "high"], "argument --beta: invalid float value: 'high'"),
         (["--beta", "-1"], "--beta must be above 0; got -1.0."),
         (["--label_type", "odd"], "argument --label_type: invalid choice: 'odd'"),
-        (["--loss_type", "ipo"], "loss_type=['ipo'] is a setting of pair-wise losses"),
+        (["--loss_type", "ipo"], "loss_type=['ipo'] is a setting of pairwise losses"),
         (["--config"], "--config needs the name of a YAML file."),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice. Put all options in one file."),
         (["--config", "/nowhere/run.yaml"], "--config: There is no file or folder /nowhere/run.yaml (looked in /)."),

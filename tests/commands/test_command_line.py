@@ -252,7 +252,7 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path):
         (
             ["--label_type", "continuous", "--sft_threshold", "9", "--desirable_weight", "2"],
             1,
-            "--desirable_weight and --undesirable_weight weigh",
+            "For continuous labels, --desirable_weight applies to demonstrations",
         ),
         (["--model", "no-such-folder"], 1, "--model no-such-folder cannot be loaded ("),
         (["--dataset", "none.csv"], 1, "There is no file or folder none.csv"),
@@ -362,7 +362,7 @@ def test_a_whole_run_says_nothing_of_other_libraries_unless_it_is_asked_to(tiny_
     said = quiet.stdout + quiet.stderr
     assert not [each for each in noise if each in said]
     # What is ours stays
-    assert "each prompt becomes a user's message" in said
+    assert "each prompt becomes a user message" in said
     assert "Labels of the train dataset" in said
     verbose = run("ulma", *words, "--verbose")
     assert verbose.returncode == 0, verbose.stderr

@@ -466,7 +466,7 @@ def test_what_is_no_tokenizer(processor):
             r"dataset does not have\. It logs loss, loss/sft, .*rewards/auc\.",
         ),
         ("thumbs_rewards/mse", True, r"needs rows with continuous labels, which the thumbs dataset does not have"),
-        ("my_own", False, r"'my_own' is no figure of evaluation\. .* \(Figures of your own come from compute_metrics"),
+        ("my_own", False, r"'my_own' is not an eval metric\. .* \(Metrics of your own come from compute_metrics"),
     ],
 )
 def test_a_misspelt_best_metric_is_refused_at_the_start(tiny_gpt2, tmp_path, best, several, message):
