@@ -113,7 +113,8 @@ class PointwiseDPOConfig(DPOConfig):
         binary_loss: the loss of compared rows with binary or soft labels. "cross_entropy" is pointwise DPO's (Eq. 8),
             "squared_error" is UNA's (σ(r) − z)², and "kto" is KTO's, which saturates for rewards on either side.
         preset: a published method by its name: "qrpo", "sppo", "bco", "una" or "kto". It sets the options that the
-            method stands for, see `trl_ulma.presets`. An option that contradicts it raises an error.
+            method stands for, see `trl_ulma.presets`. An option with another value than its default
+            raises an error if it contradicts the preset.
         desirable_weight: weight of rows with a label of ½ and above (continuous labels: of demonstrations).
         undesirable_weight: weight of the other rows.
         share_prompts: run rows of a micro-batch that have the same prompt as one prompt and its branches, and keep a
@@ -212,7 +213,8 @@ class PointwiseDPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "A published method by its name, which sets the options that it stands for: "
-            f"{', '.join(PRESETS)}. An option that contradicts it is an error.",
+            f"{', '.join(PRESETS)}. An option that you have changed and that contradicts "
+            "it is an error.",
             "choices": tuple(PRESETS),
         },
     )
@@ -540,7 +542,8 @@ class PointwiseDPOConfig(DPOConfig):
                     refused.append(f"{name}={value!r}: it has no counterpart, leave it out")
             # TRL's default for KTO's mismatched pairs, and not a choice of the user's
             elif not (name in ("train_sampling_strategy", "router_aux_loss_coef") and value == theirs[name]):
-                object.__setattr__(config, name, copy.deepcopy(value))
+                own = copy.deepcopy(value) if isinstance(value, list | dict | AcceleratorConfig) else value
+                object.__setattr__(config, name, own)
         if refused:
             raise ValueError(
                 f"{cls.__name__} cannot take over these settings of {type(args).__name__}: {'; '.join(refused)}."

@@ -104,7 +104,7 @@ def write(
             format=_format_in_words(is_chat, args.system_message),
             report=label_report and render_report(label_report),
             length_normalize=args.length_normalize,
-            formulas=formulas(args.cell),
+            formulas=formulas(args.cell, args.binary_loss),
             settings=_settings(args, plan, model, processes),
             metrics=[(name, value, intervals.get(name.removeprefix("eval_"), "")) for name, value in metrics],
             has_intervals=bool(intervals),
@@ -241,11 +241,20 @@ def bootstrap_intervals(evaluated: np.ndarray, group: np.ndarray) -> dict[str, s
     return said
 
 
-def formulas(cell: tuple[str, str]) -> str:
+# The loss of compared rows with binary labels, by `binary_loss`
+_BINARY = {
+    "cross_entropy": "−z·log σ(r) − (1 − z)·log σ(−r)",
+    "squared_error": "(σ(r) − z)²",
+    "kto": "z·(1 − σ(r)) + (1 − z)·(1 − σ(−r))",
+}
+
+
+def formulas(cell: tuple[str, str], binary_loss: str = "cross_entropy") -> str:
     """What each kind of row adds to the loss, as Markdown.
 
     Args:
         cell: (positive_loss, negative_loss).
+        binary_loss: the config's.
 
     Example:
         >>> print(formulas(("sft", "none")))
@@ -257,7 +266,7 @@ def formulas(cell: tuple[str, str]) -> str:
     if "pointwise_dpo" in cell:
         lines += [
             "- r = β · (log π_θ(y|x) − log π_ref(y|x) + log Z(x)), the implicit reward",
-            "- rows that are compared: −z·log σ(r) − (1 − z)·log σ(−r), or (z − r)² where the label z is continuous",
+            f"- rows that are compared: {_BINARY[binary_loss]}, or (z − r)² if the label z is continuous",
         ]
     if positive == "sft":
         both = ", added to (z − r)² where the label is continuous" if negative == "pointwise_dpo" else ""

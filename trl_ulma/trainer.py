@@ -68,6 +68,7 @@ from trl_ulma.versions import (
     leave_loss_undivided,
     loads_needless_reference,
     mend_copied_forward,
+    refuse_data_parallel,
     restore_forward,
     set_auxiliary_loss,
 )
@@ -182,6 +183,9 @@ class PointwiseDPOTrainer(DPOTrainer):
 
         forward = instance_forward(model)
         ref_forward = None if ref_model is None else instance_forward(ref_model)
+        if self._reference_kind == "adapter" and getattr(model, "has_trl_ulma_reference", False):
+            model.delete_adapter(ADAPTER)  # an earlier trainer's copy of what the adapter was
+        self._precomputed_identity: ReferenceIdentity | None = None
         theirs, further = for_dpo_trainer(args, model, quantization_config)
         super().__init__(
             model=model,
@@ -197,6 +201,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             peft_config=peft_config,
             **further,
         )
+        self.use_liger_kernel = False  # older versions would compute their own loss of pairs with it
+        refuse_data_parallel(self)
         leave_loss_undivided(self)
         set_auxiliary_loss(self)
         restore_forward(self.model, forward)
@@ -272,6 +278,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if kind == "adapter":
             if ADAPTER in self.model.peft_config:
                 copy_adapter(self.model)
+                self.model.has_trl_ulma_reference = True
             else:  # TRL has logged why it did not make one
                 kind = "adapter_off"
         model = self.ref_model if kind in ("given", "copy") else None
@@ -328,6 +335,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.compute_loss_context_manager,
             self._probe_tokens,
             is_on=self.args.startup_checks,
+            before=self._precomputed_identity,
         )
 
     @functools.cached_property
@@ -432,6 +440,9 @@ class PointwiseDPOTrainer(DPOTrainer):
                 f"has begun, so its log-probabilities cannot be computed for the {name} dataset. Pass this dataset to "
                 "the trainer as an eval_dataset, pass a ref_model, or set precompute_ref_log_probs=False."
             )
+        if self._precomputed_identity is None:
+            # Taken while there is a reference
+            self._precomputed_identity = reference.identity(self._precomputing_policy, self._probe_tokens)
         # Evaluation datasets can be called "train", too
         is_trained_on = dataset is self.train_dataset and "ref_logps" not in dataset.column_names
         return with_ref_logps(
@@ -651,7 +662,8 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Decide by the names of the logs: at the last log, an evaluation may have changed the model's mode
-        if "loss" in logs or "train_loss" in logs:
+        # Trainer's last log has total_flos; an evaluation with the prefix "train" has train_loss, too
+        if "loss" in logs or "total_flos" in logs:
             found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
             found.pop("loss", None)  # Trainer logs the same value
             self._total_train_tokens += int(found.pop("num_tokens", 0))
@@ -666,14 +678,16 @@ class PointwiseDPOTrainer(DPOTrainer):
         sft, preference = found.get("loss/sft"), found.get("loss/preference")
         if self._told_of_sft or sft is None or not preference:
             return
-        ratio = getattr(self.args, "sft_weight", 1.0) * sft / preference
+        weight = getattr(self.args, "sft_weight", 1.0)
+        ratio = weight * sft / preference
         if ratio > 10:
             self._told_of_sft = True
+            lower = min(self.args.beta, 10 * weight / ratio)
             logger.warning(
                 f"The SFT term dominates: so far a demonstration's loss is {sft:.3g} nats, and the preference loss of "
-                f"a compared row is {preference:.3g}. With sft_weight={self.args.sft_weight:g} they are {ratio:.0f} to "
-                f"1. Lower sft_weight, for example to beta={self.args.beta:g}, if the feedback is to count as much. If "
-                "nothing is to be imitated, use PointwiseDPOTrainer."
+                f"a compared row is {preference:.3g}. With sft_weight={weight:g} they are {ratio:.0f} to 1. "
+                f"Lower sft_weight, for example to {lower:.2g}, if the feedback is to count as much. If nothing is to "
+                "be imitated, use PointwiseDPOTrainer."
             )
 
     def score(self, dataset: Dataset) -> Dataset:
@@ -705,6 +719,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         compute_metrics, self.compute_metrics = self.compute_metrics, None
         args, self.args = self.args, copy.copy(self.args)
         self.args.prediction_loss_only = self.args.dataloader_drop_last = False
+        self.args.eval_do_concat_batches = True
         try:
             predictions = self.predict(prepared, metric_key_prefix="score").predictions
         finally:
@@ -787,7 +802,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             assistant_only_loss=args.assistant_only_loss,
-            chat=args.chat,
+            chat="true" if model_card.trained_on_chat(self._plan) else "false",
             system_message=args.system_message,
             label_transform=rules.transform,
             sft_threshold=rules.sft_threshold,

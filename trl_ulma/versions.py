@@ -5,6 +5,7 @@ The supported versions are those of `pyproject.toml`. Everything here is for the
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 from collections.abc import Iterator
@@ -135,11 +136,10 @@ def restore_forward(model: Any, forward: Any) -> None:
         model: that the trainer has set up.
         forward: what `instance_forward` gave before.
     """
-    if not _is_fused(instance_forward(model)):
+    if _fused(instance_forward(model)) is None:
         return
-    if forward is None:
-        del _without_adapter(model).forward
-    else:
+    _forget_forward(model)
+    if forward is not None:
         _without_adapter(model).forward = forward
 
 
@@ -151,17 +151,43 @@ def mend_copied_forward(model: Any) -> None:
     Args:
         model: any model, also one that is wrapped, or the name of one.
     """
-    forward = instance_forward(model)
-    if not _is_fused(forward):
+    fused = _fused(instance_forward(model))
+    if fused is None:
         return
-    original = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
-    if original.__self__ is not _without_adapter(model):
-        del _without_adapter(model).forward
+    original = inspect.getclosurevars(fused).nonlocals["original_forward"]
+    # accelerate's hooks set a partial of the module
+    owner = original.args[0] if isinstance(original, functools.partial) else getattr(original, "__self__", None)
+    if owner is not None and owner is not _without_adapter(model):
+        _forget_forward(model)
 
 
-def _is_fused(forward: Any) -> bool:
-    code = getattr(getattr(forward, "__func__", None), "__code__", None)
-    return code is not None and code.co_name == "_fused_forward"
+def _fused(forward: Any) -> Any:
+    """TRL's function within a forward, also below what accelerate wraps it in for mixed precision; None without it."""
+    function = getattr(forward, "__func__", forward)
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_name == "_fused_forward":
+            return function
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _forget_forward(model: Any) -> None:
+    for name in ("forward", "_original_forward"):
+        vars(_without_adapter(model)).pop(name, None)
+
+
+def refuse_data_parallel(trainer: Any) -> None:
+    """Raise ValueError if the model would be replicated by `nn.DataParallel`. TRL 1.16 raises by itself.
+
+    Args:
+        trainer: whose constructor has run.
+    """
+    if trainer.args.n_gpu > 1 and not trainer.is_model_parallel:
+        raise ValueError(
+            f"One process sees {trainer.args.n_gpu} GPUs, and nn.DataParallel is not supported. Start one process per "
+            "GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
 
 
 def _without_adapter(model: Any) -> Any:

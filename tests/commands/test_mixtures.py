@@ -218,3 +218,11 @@ def test_prepare_takes_names_and_labels(tmp_path, capsys):
     assert "--columns prompt=question,chosen=better,rejected=worse" in capsys.readouterr().err
     assert main([*argv, "--columns", "prompt=question,chosen=better,rejected=worse"]) == 0
     assert "rows out            20" in capsys.readouterr().out
+
+
+def test_options_of_a_single_dataset_are_refused_beside_a_mixture(tmp_path):
+    write(tmp_path / "a.jsonl", rows("a", [0, 1]))
+    with pytest.raises(ValueError, match=r"--label_map, --dataset_train_split: a mixture \(`datasets`\) does not read"):
+        mixture(
+            tmp_path, [{"path": str(tmp_path / "a.jsonl")}], label_map={"1": 0, "0": 1}, dataset_train_split="nosuch"
+        )

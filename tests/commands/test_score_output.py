@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 
 from datasets import Dataset
+from world import make_trainer
 
+from trl_ulma.data.files import load_rows
+from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.score import most_surprising, summary, write
 
 TURNS = [{"role": "user", "content": "Hi"}]
@@ -70,3 +73,23 @@ def test_the_five_most_surprising_rows_are_shown():
     assert second.endswith("…")
     assert len(second) < 130
     assert most_surprising(pairs.remove_columns("surprise")) == []
+
+
+def test_rows_have_the_rewards_of_the_format_trained_on_whatever_file_they_come_from(tiny_llama, tmp_path):
+    texts = [{"prompt": f"What is {i}?", "completion": f"It is {i}.", "label": i % 2} for i in range(8)]
+    Dataset.from_list(texts).to_csv(tmp_path / "rows.csv")
+    Dataset.from_list(texts).to_json(tmp_path / "rows.jsonl")
+    found = {}
+    for trained_on in ("csv", "jsonl"):  # which become conversations, and which stay text
+        trainer = make_trainer(
+            tiny_llama, load_rows(tmp_path / f"rows.{trained_on}")["train"], tmp_path / trained_on, max_steps=3
+        )
+        trainer.train()
+        trainer.save_model()
+        for scored in ("csv", "jsonl"):
+            output = tmp_path / f"{trained_on}-{scored}.jsonl"
+            argv = ["--model", str(tmp_path / trained_on), "--dataset", str(tmp_path / f"rows.{scored}")]
+            assert main(["score", *argv, "--ref_model", tiny_llama, "--sort", "row", "--output", str(output)]) == 0
+            found[trained_on, scored] = [json.loads(line)["reward"] for line in output.read_text().splitlines()]
+        assert found[trained_on, "csv"] == found[trained_on, "jsonl"]
+    assert found["csv", "csv"] != found["jsonl", "csv"]

@@ -252,7 +252,7 @@ def test_answers_that_the_template_does_not_end_are_counted(caplog):
     made = prepared(tokenizer, {"prompt": [USER], "completion": [ANSWER]}, {"prompt": [SUM], "completion": [ANSWER]})
     assert len(made) == 2
     assert any(
-        m.startswith("The chat template ends 2 of 2 answers of the train dataset with no") for m in caplog.messages
+        m.startswith("The chat template ends 2 of 2 answers of the train dataset without") for m in caplog.messages
     )
     caplog.clear()
     prepared(tokenizer_for(PLAIN), {"prompt": [USER], "completion": [ANSWER]})

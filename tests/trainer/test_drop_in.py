@@ -12,7 +12,14 @@ import transformers
 import trl
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer, LogCompletionsCallback
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
@@ -578,3 +585,33 @@ def test_the_real_transcripts_train_as_they_are(tiny_gpt2, tmp_path, shared_data
     trainer.train()
     log = next(log for log in trainer.state.log_history if "loss" in log)
     assert {"loss/sft", "loss/preference"} <= log.keys()
+
+
+def test_an_evaluation_called_train_leaves_the_figures_of_training_alone(tiny_gpt2, tmp_path):
+    class Evaluates(TrainerCallback):
+        def __init__(self, is_on):
+            self.is_on = is_on
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 2 == 1 and self.is_on:
+                trainer.evaluate(rows, metric_key_prefix="train")
+
+    rows, found = make_rows(16), []
+    for evaluates in (False, True):
+        settings = {"max_steps": 4, "logging_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+        trainer = make_trainer(tiny_gpt2, rows, tmp_path, callbacks=[Evaluates(evaluates)], **settings)
+        trainer.train()
+        [log] = [log for log in trainer.state.log_history if "loss" in log]
+        found.append({name: value for name, value in log.items() if name.startswith(("rewards/", "kl", "loss", "num"))})
+    assert found[0] == pytest.approx(found[1])
+
+
+def test_scores_do_not_depend_on_how_evaluation_gathers_batches(tiny_gpt2, tmp_path):
+    rows = make_rows(5)
+    found = [
+        make_trainer(
+            tiny_gpt2, rows, tmp_path, eval_do_concat_batches=concatenates, per_device_eval_batch_size=2
+        ).score(rows)["reward"][:]
+        for concatenates in (True, False)
+    ]
+    assert found[0] == found[1]

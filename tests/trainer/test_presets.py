@@ -130,4 +130,5 @@ def test_a_dominant_sft_term_is_told_once_with_the_measured_ratio(tiny_gpt2, tmp
     if told:
         first = trainer.state.log_history[0]
         assert f"{first['loss/sft'] / first['loss/preference']:.0f} to 1" in told[0]
-        assert "for example to beta=0.1" in told[0]
+        ratio = first["loss/sft"] / first["loss/preference"]
+        assert f"for example to {min(0.1, 10 / ratio):.2g}," in told[0]

@@ -268,6 +268,17 @@ def test_a_resume_on_another_base_model_is_told(tiny_llama, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_resume_against_another_precomputed_reference_is_told(tiny_llama, tmp_path):
+    settings = QUICK | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "precompute_ref_log_probs": True}
+    make_trainer(tiny_llama, make_rows(8), tmp_path, **settings).train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    make_trainer(tiny_llama, make_rows(8), tmp_path / "again", **settings).train(resume_from_checkpoint=checkpoint)
+    # The model of the checkpoint is not what it was compared with
+    trainer = make_trainer(checkpoint, make_rows(8), tmp_path / "other", **settings)
+    with pytest.raises(ValueError, match="The checkpoint was trained against another reference"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
 def test_a_resume_of_a_whole_model_keeps_its_reference(tiny_llama, tmp_path):
     """The checkpoint's weights are the policy's, and none of the reference's."""
     settings = QUICK | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

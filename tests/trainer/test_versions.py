@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from world import make_rows, make_trainer, plain_logps
 
 ROWS = make_rows(6)
@@ -47,3 +48,47 @@ def test_copies_of_models_that_other_trainers_have_patched_run_their_own_weights
     assert trainer.score(ROWS)["reward"][:] == pytest.approx(0.5 * (policy - wanted), abs=1e-3)
     again = make_trainer(trainer.model, ROWS, tmp_path / "again", max_steps=2, learning_rate=1e-3)
     again.train()
+
+
+def test_copies_are_mended_below_what_accelerate_wraps_a_forward_in(tiny_gpt2, tmp_path):
+    rows = Dataset.from_list([{"text": "Hi there. How are you?"}] * 4)
+    settings = {"report_to": "none", "bf16": True, "max_steps": 1, "use_cpu": True, "save_strategy": "no"}
+    theirs = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_gpt2), args=SFTConfig(str(tmp_path), **settings), train_dataset=rows
+    )
+    theirs.train()
+    trainer = make_trainer(theirs.model, ROWS, tmp_path / "own", max_steps=2, bf16=True, use_cpu=True)
+    trainer.train()
+    again = make_trainer(
+        AutoModelForCausalLM.from_pretrained(tiny_gpt2),
+        ROWS,
+        tmp_path / "again",
+        max_steps=2,
+        bf16=True,
+        use_cpu=True,
+        ref_model=copy.deepcopy(trainer.ref_model),
+    )
+    again.train()
+
+
+def test_forwards_with_accelerates_hooks_are_left_alone(tiny_gpt2, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    add_hook_to_module(model, ModelHook())
+    DPOTrainer(
+        model,
+        args=DPOConfig(str(tmp_path), report_to="none", bf16=False, use_cpu=True),
+        train_dataset=Dataset.from_list(PAIRS),
+    )
+    make_trainer(model, ROWS, tmp_path, max_steps=1).train()
+
+
+def test_a_second_trainer_takes_the_adapter_as_the_first_one_left_it(tiny_gpt2, tmp_path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_gpt2), LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"])
+    )
+    first = make_trainer(model, ROWS, tmp_path / "1", max_steps=2, learning_rate=1e-2)
+    first.train()
+    second = make_trainer(first.model, ROWS, tmp_path / "2", max_steps=1)
+    # The policy is its reference again
+    assert second.score(ROWS)["reward"][:] == pytest.approx([0.0] * len(ROWS), abs=1e-5)
+    second.train()

@@ -90,6 +90,10 @@ def as_trained(
     chosen = label_type or first.label_type
     notes = []
     if is_paired:
+        if label_transform not in (None, "none"):
+            raise ValueError(
+                f"label_transform={label_transform!r} reads labels, and pairs have none. Leave it out, or set 'none'."
+            )
         transform = None
     elif label_transform is None:
         transform = first.label_transform

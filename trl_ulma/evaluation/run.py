@@ -72,6 +72,10 @@ def run(args: Namespace) -> dict[str, Any]:
     return _Run(args)()
 
 
+def _file_name(run: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", run) + ".jsonl"
+
+
 class _Run:
     def __init__(self, args: Namespace):
         self.args = args
@@ -79,6 +83,12 @@ class _Run:
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])
+        files = [_file_name(name) for name in self.names]
+        if alike := [name for name, file in zip(self.names, files, strict=True) if files.count(file) > 1]:
+            raise ValueError(
+                f"--model names the runs {', '.join(map(repr, alike))}, whose files would have the same name. Give "
+                "them names that differ in letters, digits, dots or dashes."
+            )
         self.budget = Budget(args.max_requests)
         self.servers = {
             source: self._server(source.removeprefix(SERVED), args.server_url, args.server_key_variable)
@@ -506,7 +516,7 @@ class _Run:
 
     def _file(self, folder: str, run: str) -> Path:
         """Where what there is of each row of a run is written, in a folder of the report's."""
-        return self.args.output / folder / (re.sub(r"[^\w.-]+", "_", run) + ".jsonl")
+        return self.args.output / folder / _file_name(run)
 
     def _base_name(self, base: str, run: str) -> str:
         return f"{run} before training" if base.endswith("/ref") else f"{base.rstrip('/').split('/')[-1]} (base)"

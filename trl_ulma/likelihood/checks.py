@@ -24,6 +24,7 @@ class TrainingChecks:
         context: returns the context that forward passes run in, for example mixed precision.
         tokens: `(N, W)` tokens that identify the reference, see `probe_tokens`.
         is_on: whether to run the proof (`startup_checks`).
+        before: the reference's identity, if it was asked before training and released.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class TrainingChecks:
         tokens: torch.Tensor,
         *,
         is_on: bool,
+        before: ReferenceIdentity | None = None,
     ):
         self.is_done = self._has_trained = False
         self.identity: ReferenceIdentity | None = None
@@ -42,6 +44,7 @@ class TrainingChecks:
         self._context = context
         self._tokens = tokens
         self._is_on = is_on
+        self._before = before
 
     @property
     def _reference(self) -> Reference:
@@ -86,12 +89,17 @@ class TrainingChecks:
                 self._proof(policy, batch, laid_out, at_start=at_start, is_training=is_training)
                 if at_start and self._reference.kind != "given":
                     self._check_precomputed(policy, rows)
-        if self._reference.kind != "none":
+        if self._before is not None and not self._reference.is_live:
+            self.identity = self._before
+        elif self._reference.kind != "none":
             self.identity = self._reference.identity(policy, self._tokens)
         self._is_moving = is_moving
-        if resumed is not None and self._reference.is_live:
-            tokens = torch.tensor(resumed.input_ids, device=self._tokens.device)
-            off = resumed.difference(self._reference.fingerprint(policy, tokens))
+        if resumed is not None and (self._reference.is_live or self._knows(resumed)):
+            if self._reference.is_live:
+                tokens = torch.tensor(resumed.input_ids, device=self._tokens.device)
+                off = resumed.difference(self._reference.fingerprint(policy, tokens))
+            else:
+                off = resumed.difference(self.identity.logps if self.identity is not None else ())
             if not off <= self._proof.tolerance:
                 name = resumed.name or "no name"
                 raise ValueError(
@@ -99,6 +107,11 @@ class TrainingChecks:
                     f"log-probabilities differ by {off:.2g} nats per token from those of this reference. Pass the "
                     "model that training started from, or the same ref_model."
                 )
+
+    def _knows(self, resumed: ReferenceIdentity) -> bool:
+        """Whether the reference was asked, before it was released, about the tokens that the checkpoint knows it by."""
+        before = self._before
+        return before is not None and [*map(list, before.input_ids)] == [*map(list, resumed.input_ids)]
 
     def policy_logps(self, policy: Any) -> list[float]:
         """log π_θ of the sequences that the reference is known by, which later tells whether the policy is the same

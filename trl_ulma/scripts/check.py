@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     script: Any = import_module(f"trl_ulma.scripts.{chosen.method.replace('-', '_')}")
     parser = script.make_parser(prog=PROG)
-    launcher = CommandParser(add_help=False)
+    launcher = CommandParser(prog=PROG, add_help=False)
     launcher.add_argument("--num_processes", type=int, default=1)
     launch_options, script_words = parser.parse_for_launch(list(words))
     processes = launcher.parse_known_args(launch_options)[0].num_processes

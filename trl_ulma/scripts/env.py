@@ -26,7 +26,7 @@ FRAMEWORKS = {
     "axolotl": "trains through its plugin trl_ulma.integrations.axolotl.PointwisePlugin, see the page on axolotl",
     "ms_swift": "has no hook for our trainers in its YAML: train with trl-ulma or in Python in this environment",
     "unsloth": "import unsloth before trl_ulma; its patched trainers are not tested here",
-    "vllm": "samples answers to rate; trl-ulma evaluate asks its server with --judge_url",
+    "vllm": "samples answers: trl-ulma evaluate --model served:MODEL --server_url http://localhost:8000/v1",
     "google-colab": "a T4 has no bfloat16: train with --bf16 False --fp16 True",
 }
 # Of these, an installation that does not fit torch or the driver is found only on import

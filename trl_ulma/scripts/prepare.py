@@ -139,6 +139,7 @@ def detect(argv: Sequence[str]) -> int:
         *INPUT, dest="input", metavar="DATA", required=True, help="a file, a folder, or a name on the hub"
     )
     _add_reading_options(parser)
+    add_verbose(parser)
     args = parser.parse_args(argv)
     found: list[Any] = []
     splits: list[str] = []

@@ -71,12 +71,17 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
 
     said = ""
     if dataset_args.datasets:
+        _refuse_beside_mixture(script_args)
         if script_args.dataset_name is not None:
             said = f"The mixture `datasets` is trained on; dataset_name={script_args.dataset_name} is not read.\n"
         name, train_split, test_split = "the mixture", "train", "test"
         rules, log_z = _rules(training_args)
         splits, notes = load_mixture(dataset_args.datasets, streaming=dataset_args.streaming, rules=rules, log_z=log_z)
     else:
+        if dataset_args.streaming:
+            raise ValueError(
+                "--streaming is for a mixture, which `datasets` names. Set --dataset_streaming True instead."
+            )
         name = script_args.dataset_name
         train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
         splits = load_rows(
@@ -97,6 +102,8 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     if not training_args.do_eval and dataset_args.test_split_size is None:
         return train, None, said
     if test_split in splits:
+        if dataset_args.test_split_size is not None:
+            said += f"{name} has the split {test_split!r} to evaluate on: --test_split_size is not used.\n"
         return train, splits[test_split], said
     if test_split != "test":
         raise ValueError(f"{name} has no split {test_split!r}, but {there}. Set --dataset_test_split to one of them.")
@@ -113,6 +120,24 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are trained on."
     )
     return halves["train"], halves["test"], said
+
+
+def _refuse_beside_mixture(script_args: Any) -> None:
+    """Raise ValueError for options of a single dataset that a mixture does not read; all of them at once."""
+    unread = {
+        "columns": script_args.columns,
+        "label_map": script_args.label_map,
+        "dataset_config": script_args.dataset_config,
+        "dataset_train_split": None if script_args.dataset_train_split == "train" else script_args.dataset_train_split,
+        "dataset_test_split": None if script_args.dataset_test_split == "test" else script_args.dataset_test_split,
+        "dataset_streaming": script_args.dataset_streaming or None,
+    }
+    named = [name for name, value in unread.items() if value is not None]
+    if named:
+        raise ValueError(
+            f"{', '.join(f'--{name}' for name in named)}: a mixture (`datasets`) does not read what is set for a "
+            "single dataset. Put columns, label_map and split into its entries, and set `streaming` for all of them."
+        )
 
 
 def _rules(training_args: Any) -> tuple[LabelRules, Any]:
