@@ -14,6 +14,15 @@ import torch
 from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from trl_ulma.scripts.command_line import VERBOSE
+
+
+@pytest.fixture(autouse=True)
+def each_command_is_quiet_by_itself():
+    """`--verbose` is handed on to processes through the environment, and must not stay there for the next test."""
+    yield
+    os.environ.pop(VERBOSE, None)
+
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory) -> str:

@@ -268,7 +268,7 @@ class Run:
                 try:
                     work.train(folder)
                     work.measure(folder)
-                except Exception:  # as in a process of its own: said in the log, and the next cell's turn
+                except (Exception, SystemExit):  # as in a process of its own: said in the log, and the next cell's turn
                     traceback.print_exc()
                     return False
             return True

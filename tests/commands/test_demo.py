@@ -120,7 +120,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, capsys):
 
 def test_options_cannot_be_abbreviated(capsys):
     with pytest.raises(SystemExit) as stop:
-        demo.main(["--output", "here"])
+        demo.main(["--outp", "here"])
     assert stop.value.code == 2
     assert "--output" in capsys.readouterr().err
 

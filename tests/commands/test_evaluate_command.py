@@ -408,7 +408,7 @@ def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_
     assert main(["evaluate", *argv, "--log_z", "0"]) == 0
     monkeypatch.setattr("trl_ulma.evaluation.run.completion_logps", None)  # told before the scoring
     said_last = error_of(capsys, argv)
-    assert f"{tmp_path}: log_z='column' needs a column log_z in the scored rows, in nats; there is none." in said_last
+    assert f"{tmp_path}: --log_z column needs a column log_z in the scored rows," in said_last
 
 
 def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(tiny_llama, rows, tmp_path, capsys):

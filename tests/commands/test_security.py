@@ -163,7 +163,7 @@ def test_a_data_set_reads_the_files_of_its_own_folder_only(tmp_path, streaming):
     (folder / "inside.jsonl").write_text('{"prompt": "yours"}\n')
     readme = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
     (folder / "README.md").write_text(readme.format("../outside.jsonl"))
-    with pytest.raises(ValueError, match=r"README\.md names .*outside\.jsonl, which is not in .*rows: a data"):
+    with pytest.raises(ValueError, match=r"README\.md names .*outside\.jsonl, which is not in .*rows\. A dataset"):
         load_rows(folder, streaming=streaming)
     (folder / "README.md").write_text(readme.format("inside.jsonl"))
     assert [row["prompt"] for row in load_rows(folder, streaming=streaming)["train"]] == ["yours"]

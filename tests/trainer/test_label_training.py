@@ -188,7 +188,7 @@ def test_a_wrong_setting_is_refused_by_the_config(tmp_path):
             "Row 5 of the train dataset: label is nan; it must be finite",
         ),
         ({"label": ["1"] * 6}, "lower_is_better", "Row 0 of the train dataset: label is '1', a str"),
-        ({"label_type": ["binary"] * 6, "label": [1] * 6}, "center", "no row of the train dataset is of that type"),
+        ({"label_type": ["binary"] * 6, "label": [1] * 6}, "center", "no row of the train dataset has this type"),
         ({"label_type": [None] * 6}, "lower_is_better", "label_type is None; it must be one of"),
     ],
 )
@@ -207,7 +207,7 @@ def test_pairs_and_prepared_rows_have_no_raw_labels(tiny_gpt2, tmp_path):
     with pytest.raises(ValueError, match="The eval dataset is paired"):
         continuous(tiny_gpt2, rated(), tmp_path, "center", eval_dataset=pairs)
     prepared = continuous(tiny_gpt2, rated(), tmp_path, None).train_dataset
-    with pytest.raises(ValueError, match="The train dataset is prepared already, so its labels are not the raw ones"):
+    with pytest.raises(ValueError, match="The train dataset is already prepared, so it lacks the raw labels"):
         continuous(tiny_gpt2, prepared, tmp_path, "center")
     assert continuous(tiny_gpt2, prepared, tmp_path, None).train_dataset["label"][:] == RATINGS
 

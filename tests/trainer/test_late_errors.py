@@ -208,7 +208,7 @@ def test_rows_prepared_with_unlearning_in_mind(tiny_gpt2, tmp_path):
 
 @pytest.mark.parametrize("trainer", [ULMATrainer, PointwiseDPOTrainer])
 def test_no_rows_to_train_on(tiny_gpt2, trainer):
-    with pytest.raises((TypeError, ValueError), match=r"train_dataset.*required"):
+    with pytest.raises((TypeError, ValueError), match=r"train_dataset is None. Pass rows"):
         trainer(model=tiny_gpt2)
 
 
@@ -280,7 +280,7 @@ def test_the_callers_config_stays_as_it_was(tiny_gpt2, tmp_path, use, trains):
 @pytest.mark.parametrize("config", [ULMAConfig, PointwiseDPOConfig])
 @pytest.mark.parametrize("value", ["kto", ["kto"]])
 def test_ktos_loss_is_given_the_line_that_replaces_it(config, value):
-    with pytest.raises(ValueError, match=r"log_z=['\"]batch_kl['\"]") as error:
+    with pytest.raises(ValueError, match=r"Set preset='kto'") as error:
         config("out", bf16=False, report_to="none", loss_type=value)
     assert not re.search(r"pair-?wise losses", str(error.value)), "KTO's loss is none of pairs"
 

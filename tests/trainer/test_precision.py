@@ -165,6 +165,6 @@ def test_a_nan_loss_ends_the_run_though_it_would_be_left_out_of_the_logs(tiny_gp
 
     trainer._objective = broken
     broken.terms = scored.__self__.terms
-    with pytest.raises(FloatingPointError, match=r"loss of step 2 is nan; rows of the train dataset .*: \[5, 7\]\."):
+    with pytest.raises(FloatingPointError, match=r"loss of step 2 is nan. Rows of the train dataset .*: \[5, 7\]\."):
         trainer.train()
     assert trainer.state.global_step == 1

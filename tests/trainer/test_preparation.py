@@ -219,7 +219,7 @@ def test_prepared_rows_of_another_transform_are_refused():
     made = prepared(tokenizer, rows, half)
     assert prepared(tokenizer, made, half) is made
     other = LabelRules("continuous", transform=parse_transform("centre:2", "continuous"))
-    with pytest.raises(ValueError, match=r"prepared already, by a trainer with label_transform=center:3.*Pass the raw"):
+    with pytest.raises(ValueError, match=r"was prepared by a trainer with label_transform=center:3.*Pass the raw"):
         prepared(tokenizer, made, other)
 
 
@@ -498,11 +498,11 @@ def test_a_system_message_goes_before_conversations_that_have_none(csv):
 @pytest.mark.parametrize(
     ("how", "template", "message"),
     [
-        ({"chat": "true"}, None, r"and the tokenizer has no chat template"),
+        ({"chat": "true"}, None, r"but the tokenizer has no chat template"),
         ({"system_message": "No."}, CHAT_TEMPLATE, r"^system_message needs conversations"),
         ({"chat": "false", "system_message": "No."}, CHAT_TEMPLATE, r"^system_message needs conversations"),
         ({"chat": "maybe"}, None, r"^chat must be one of"),
-        ({"system_message": " "}, None, r"^system_message must be text"),
+        ({"system_message": " "}, None, r"^system_message must be non-empty text"),
     ],
 )
 def test_a_chat_that_cannot_be(how, template, message):
