@@ -792,7 +792,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         super().save_model(output_dir, _internal_call)
 
     def saved_settings(self) -> SavedSettings:
-        """Everything besides the weights that scores depend on, as it is saved with the model."""
+        """What scores depend on besides the weights. It is saved with the model."""
         args, rules = self.args, self._plan.rules
         return SavedSettings(
             beta=args.beta,

@@ -157,7 +157,7 @@ def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
 
 def label_center(rows: Dataset | IterableDataset, label_type: str) -> float:
     """The mean of the continuous labels of prepared training rows, by which figures tell chosen rows from rejected
-    ones; 0 if there are none. Of a stream it is the mean over the first 64 rows.
+    ones; 0 if there are none. For a stream, it is the mean over the first 64 rows.
 
     Args:
         rows: prepared.

@@ -174,7 +174,7 @@ class Encoder:
         render = partial(self.processing_class.apply_chat_template, tokenize=False, **kwargs)
         try:
             whole = str(render(messages))
-        except Exception:
+        except Exception:  # templates can raise any exception; the messages as text are tried next
             whole = None
         as_text = [encoded(turn) for turn in messages]
         if as_text != messages and (whole is None or prints_python(messages, whole)):

@@ -68,7 +68,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     rows.add_argument(
         "--label_transform",
-        help='transform of the labels, with its numbers, or "none" (default: that of training, as it was fitted; none '
+        help='transform of the labels, with its numbers, or "none" (default: the one fitted in training; none '
         "for pairs)",
     )
     rows.add_argument(
