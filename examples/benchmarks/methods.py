@@ -189,16 +189,15 @@ def _parts(method: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: for an unknown name.
     """
-    if method in TRAINERS:
-        return method, {}
-    base, _, variant = method.rpartition("-")
+    base = next((name for name in sorted(TRAINERS, key=len, reverse=True) if f"{method}-".startswith(f"{name}-")), "")
     known = set(VARIANTS) if base in OURS else {"precomputed"} if base in ("dpo", "kto") else set()
-    if variant not in known:
+    variants = method[len(base) + 1 :].split("-") if method != base else []
+    if not base or not known.issuperset(variants):
         raise ValueError(
             f"There is no method {method!r}. Methods are {', '.join(TRAINERS)}; the last two also with "
-            f"-{', -'.join(VARIANTS)}, dpo and kto with -precomputed."
+            f"-{', -'.join(VARIANTS)}, one or several, dpo and kto with -precomputed."
         )
-    return base, VARIANTS[variant]
+    return base, {name: value for variant in variants for name, value in VARIANTS[variant].items()}
 
 
 def check_methods(methods: list[str]) -> None:

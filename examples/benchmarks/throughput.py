@@ -5,6 +5,7 @@ own `train()`. Prints and writes, per method, the median step, tokens a second, 
 the reference run, peak memory, what is spent around the forwards, and the ratios of the methods to each other.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -26,6 +28,7 @@ import numpy as np
 import psutil
 import torch
 from datasets import load_from_disk
+from floor import FLOORS, Floor
 from methods import Settings, World, check_methods
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -44,8 +47,9 @@ class Options:
     method: str = field(
         default="sft,dpo,kto,pointwise-dpo,ulma",
         metadata={
-            "help": "Methods, separated by commas. pointwise-dpo and ulma also with -precomputed, -shared or -packed; "
-            "dpo and kto with -precomputed."
+            "help": "Methods, separated by commas. pointwise-dpo and ulma also with -precomputed, -shared or -packed, "
+            "or several of them; dpo and kto with -precomputed. floor and floor-shared: the policy's bare forward and "
+            "backward on the real tokens."
         },
     )
     rounds: int = field(default=10, metadata={"help": "Times that each method has its turn, after a first to warm up."})
@@ -67,7 +71,7 @@ def measure(world: World, methods: list[str], rounds: int, steps: int) -> dict[s
     share_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         turns = {
-            method: Turns(world.trainer(method, Path(folder), (rounds + 1) * steps), world.settings.threads)
+            method: _turns(world, method, Path(folder), (rounds + 1) * steps)
             for method in tqdm(methods, desc="Setting up")
         }
         for number in tqdm(range(rounds + 1), desc="Rounds"):
@@ -81,6 +85,12 @@ def measure(world: World, methods: list[str], rounds: int, steps: int) -> dict[s
     if any(counts != tokens[methods[0]] for counts in tokens.values()):
         raise RuntimeError(f"The methods were not given the same rows: tokens of each step are {tokens}.")
     return laps
+
+
+def _turns(world: World, method: str, folder: Path, steps: int) -> Turns | Floor:
+    if method in FLOORS:
+        return Floor(world, method, folder, steps)
+    return Turns(world.trainer(method, folder, steps), world.settings.threads)
 
 
 def peak_memory(settings: Settings, method: str, steps: int) -> dict[str, int]:
@@ -97,32 +107,45 @@ def peak_memory(settings: Settings, method: str, steps: int) -> dict[str, int]:
 
 
 def peak_memories(settings: Settings, methods: list[str], steps: int) -> dict[str, dict[str, int]]:
-    """`peak_memory` of each method, each in a new process."""
+    """`peak_memory` of each trainer, each in a new process."""
     # glibc gives memory back at once only above a threshold, which grows unless it is set
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "131072")
     context, found = multiprocessing.get_context("spawn"), {}
-    for method in tqdm(methods, desc="Peak memory"):
+    for method in tqdm([method for method in methods if method not in FLOORS], desc="Peak memory"):
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found[method] = pool.submit(peak_memory, settings, method, steps).result()
     return found
 
 
 def time_preparation(world: World, count: int, repeats: int = 3) -> dict[str, Any]:
-    """Rows a second of our preparation and of TRL's for KTO: in turns, on new files, so that nothing is cached."""
+    """Seconds of our preparation, of TRL's for KTO, and of the tokenizer alone on the texts that ours tokenizes.
+
+    They take turns, on new files, so that nothing is cached.
+    """
     pairs = world.make_pairs(count // 2)
-    spent: dict[str, dict[str, list[float]]] = {method: {"cpu": [], "wall": []} for method in ("kto", "ulma")}
+    # As ours: each prompt, and each prompt with its completion, once
+    ends = ("", *(f"{{{half}}}{world.tokenizer.eos_token}" for half in ("chosen", "rejected")))
+    texts = list(dict.fromkeys(pair["prompt"] + end.format_map(pair) for pair in pairs for end in ends))
+    encode = world.tokenizer.backend_tokenizer.encode_batch_fast
+    spent: dict[str, dict[str, list[float]]] = {way: {"cpu": [], "wall": []} for way in ("kto", "ulma", "tokenizer")}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {method: world.trainer(method, Path(folder), 1) for method in spent}
+        trainers = {method: world.trainer(method, Path(folder), 1) for method in ("kto", "ulma")}
         for number in tqdm(range(repeats), desc="Preparation"):
             for method, trainer in trainers.items():
                 path = str(Path(folder) / f"rows-{method}-{number}")
                 world.rows_for(method, pairs).save_to_disk(path)
                 rows = load_from_disk(path)
-                cpu, wall = time.process_time(), time.perf_counter()
-                trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, "train")
-                spent[method]["cpu"].append(time.process_time() - cpu)
-                spent[method]["wall"].append(time.perf_counter() - wall)
-    return {"rows": 2 * len(pairs), "seconds": spent}
+                prepare = functools.partial(trainer._prepare_dataset, rows, trainer.processing_class, trainer.args)
+                _time(functools.partial(prepare, "train"), spent[method])
+            _time(functools.partial(encode, texts, add_special_tokens=False), spent["tokenizer"])
+    return {"rows": 2 * len(pairs), "texts": len(texts), "seconds": spent}
+
+
+def _time(call: Callable[[], object], spent: dict[str, list[float]]) -> None:
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    spent["cpu"].append(time.process_time() - cpu)
+    spent["wall"].append(time.perf_counter() - wall)
 
 
 def ratio(laps: list[float], others: list[float], steps: int = 1) -> tuple[float, float, float]:
@@ -296,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     be_quiet()
     try:
-        check_methods(methods)
+        check_methods([method for method in methods if method not in FLOORS])
         world = World(settings)
     except ValueError as error:
         parser.error(str(error))
@@ -315,8 +338,9 @@ def main(arguments: list[str] | None = None) -> None:
     if count:
         spent = result["preparation"]["seconds"]
         for clock in ("cpu", "wall"):
-            median, low, high = ratio(spent["kto"][clock], spent["ulma"][clock])
-            print(f"\npreparation, rows a {clock} second, ours to KTO's: {median:.2f} [{low:.2f}, {high:.2f}]")
+            for way, name in (("kto", "KTO's"), ("tokenizer", "the tokenizer's alone")):
+                median, low, high = ratio(spent[way][clock], spent["ulma"][clock])
+                print(f"\npreparation, rows a {clock} second, ours to {name}: {median:.2f} [{low:.2f}, {high:.2f}]")
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.json").write_text(json.dumps(result), encoding="utf-8")

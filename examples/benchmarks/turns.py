@@ -40,14 +40,14 @@ class Meter:
 
     def start(self) -> None:
         """Begin a lap."""
-        _wait_for_device()
+        wait_for_device()
         self._lap, self._masks = Counter(), []
-        self._clocks = _clocks()
+        self._clocks = clocks()
 
     def stop(self) -> Lap:
         """The lap that `start` began."""
-        _wait_for_device()
-        spent = {name: now - self._clocks[name] for name, now in _clocks().items()}
+        wait_for_device()
+        spent = {name: now - self._clocks[name] for name, now in clocks().items()}
         # Masks are counted when the clocks have stopped
         for name, mask in self._masks:
             self._lap[name] += _padding(mask) if name == "padding" else int(mask.sum())
@@ -91,7 +91,8 @@ class Meter:
         return counted
 
 
-def _clocks() -> dict[str, float]:
+def clocks() -> dict[str, float]:
+    """Seconds of all threads, of the wall, and of this thread."""
     return {"cpu": time.process_time(), "wall": time.perf_counter(), "thread": time.thread_time()}
 
 
@@ -209,6 +210,7 @@ class PeakMemory(TrainerCallback):
             self.peak = torch.cuda.max_memory_allocated()
 
 
-def _wait_for_device() -> None:
+def wait_for_device() -> None:
+    """Until a GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

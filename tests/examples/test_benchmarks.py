@@ -16,7 +16,7 @@ def run(script: str, *options: str, folder: Path) -> str:
 
 
 def test_methods_take_turns_and_the_report_has_their_ratios(tiny_gpt2, tmp_path):
-    methods = ["dpo", "kto", "ulma", "pointwise-dpo-shared"]
+    methods = ["dpo", "kto", "ulma", "pointwise-dpo-shared", "ulma-shared-precomputed", "floor", "floor-shared"]
     options = ["--model", tiny_gpt2, "--method", ",".join(methods), "--rows", "8", "--rounds", "2", "--no_memory"]
     options += ["--prompt_tokens", "20", "--completion_tokens", "8", "--preparation_rows", "0"]
     run("throughput.py", *options, "--output", "out", folder=tmp_path)
