@@ -1,7 +1,8 @@
 """Checkpoints: which ones are complete, and which one training resumes from."""
 
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
+from transformers import Trainer, TrainerState
+from transformers import __version__ as transformers_version
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 logger = get_logger(__name__)
@@ -27,6 +31,13 @@ def mark_whole(folder: Path) -> None:
 def unmark(folder: Path) -> None:
     """Remove the mark, before the checkpoint is written again."""
     (folder / WHOLE).unlink(missing_ok=True)
+
+
+def copy_files(source: Path, target: str, names: Sequence[str]) -> None:
+    """Copy the files that there are from one folder to another."""
+    for name in names:
+        if (source / name).exists():
+            shutil.copy(source / name, target)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -96,6 +107,31 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
         )
     refuse_pickle(resume_from_checkpoint, loading)
     return resume_from_checkpoint
+
+
+def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int] | None:
+    """(complete passes over a stream, micro-batches of the pass after them) at a checkpoint. None if it is not known.
+
+    Args:
+        checkpoint: the folder of the checkpoint.
+        accumulation: micro-batches per optimizer step.
+
+    Raises:
+        ValueError: if it is in a later pass than the first one, and the installed transformers cannot resume there.
+    """
+    file = Path(checkpoint) / TRAINER_STATE_NAME
+    if not file.exists():
+        return None
+    state = TrainerState.load_from_json(str(file))
+    # Trainer counts a pass over a stream, whose length it does not know, as max_steps steps
+    passes = int(state.epoch or 0)
+    if passes and not hasattr(Trainer, "_init_training_state"):
+        raise ValueError(
+            f"The checkpoint {checkpoint} is in pass {passes + 1} over a stream, and transformers "
+            f"{transformers_version} can only resume in the first one. "
+            "Update transformers, or load the dataset without streaming."
+        )
+    return passes, round(((state.epoch or 0) - passes) * state.max_steps) * accumulation
 
 
 @contextmanager

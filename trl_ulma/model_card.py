@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.resources
 import json
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ METHODS = {
     ("pointwise_dpo", "none"): "positive DPO",
     ("none", "pointwise_dpo"): "negative DPO",
     ("none", "unlearning"): "unlearning",
+}
+PAPER = {
+    "title": "ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference",
+    "id": "2312.02554",
+    "citation": textwrap.dedent("""\
+        @article{cai2023ulma,
+            title   = {{ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference}},
+            author  = {Tianchi Cai and Xierui Song and Jiyan Jiang and Fei Teng and Jinjie Gu and Guannan Zhang},
+            year    = 2023,
+            journal = {arXiv preprint arXiv:2312.02554},
+        }"""),
 }
 # What the snippet asks
 QUESTION = "How do I boil an egg?"

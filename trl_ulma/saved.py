@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl_ulma.labels import LabelTransform
+from trl_ulma.labels import LabelRules, LabelTransform
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import (
@@ -89,6 +90,41 @@ class SavedSettings:
     reference: ReferenceIdentity | None = None
     trl_ulma: str = ""
 
+    @classmethod
+    def of_training(
+        cls,
+        args: Any,
+        rules: LabelRules,
+        model: Any,
+        *,
+        is_chat: bool,
+        mixed_precision: str,
+        policy_logps: Sequence[float],
+        reference: ReferenceIdentity,
+    ) -> Self:
+        """The settings of a training.
+
+        Args:
+            args: the trainer's config.
+            rules: how labels are read, with the fitted transform.
+            model: the trained model, with or without wrappers.
+            is_chat: whether it was trained on conversations.
+            mixed_precision, policy_logps, reference: see the attributes.
+        """
+        names = ("beta", "label_type", "length_normalize", "log_z", "max_length", "truncation_mode")
+        return cls(
+            **{name: getattr(args, name) for name in (*names, "assistant_only_loss", "system_message")},
+            chat=str(is_chat).lower(),
+            label_transform=rules.transform,
+            sft_threshold=rules.sft_threshold,
+            dtype=str(bare_model(model).dtype).removeprefix("torch."),
+            mixed_precision=mixed_precision,
+            quantization=quantization_of(model),
+            policy_logps=policy_logps,
+            reference=reference,
+            trl_ulma=version("trl-ulma"),
+        )
+
     def write(self, folder: str | Path) -> None:
         """Write the settings to a folder."""
         steps = None if self.label_transform is None else self.label_transform.to_json()
@@ -136,6 +172,13 @@ def saved_settings(model: str) -> SavedSettings | None:
     """
     file = saved_file(model, SETTINGS_FILE)
     return None if file is None else SavedSettings.read(file)
+
+
+def identity_in(checkpoint: str | Path) -> ReferenceIdentity | None:
+    """The identity of a checkpoint's reference. None if it has no reference, or if the checkpoint lacks it."""
+    file = Path(checkpoint) / SETTINGS_FILE
+    found = SavedSettings.read(file).reference if file.exists() else None
+    return found if found is not None and found.logps else None
 
 
 def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -20,6 +20,7 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_ulma.checkpoints import refuse_pickle
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.config_checks import check_best_metric, check_with_data
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.log_z import check_column, check_labels
@@ -214,11 +215,12 @@ def make_plan(
         plan.eval_dataset = plan.prepare(eval_dataset, "eval")
     plan.needs_reference = any(map(plan._may_compare, plan.datasets))
     has_mask = any(map(plan._may_have_mask, plan.datasets))
-    args.check_with_data(needs_reference=plan.needs_reference, has_mask=has_mask)
+    check_with_data(args, needs_reference=plan.needs_reference, has_mask=has_mask)
     check_labels(args, plan.train_dataset, plan.compared)
     if args.metric_for_best_model is not None and not has_own_metrics:
         evaluated = plan.eval_dataset if isinstance(plan.eval_dataset, dict) else {"": plan.eval_dataset}
-        args.check_best_metric({name: plan.figures_of(rows) for name, rows in evaluated.items()})
+        logged = {name: plan.figures_of(rows) for name, rows in evaluated.items()}
+        check_best_metric(args.metric_for_best_model, logged)
     plan.data_collator = data_collator
     _check_padding(tokenizer_of(processing_class), vocab_size)
     if data_collator is not None:
