@@ -19,9 +19,6 @@ class Interruption(TrainerCallback):
 
     A second Ctrl-C stops immediately. Use the callback as a context manager around the training. Processes can notice
     the signal in different steps, so they have to agree: `noticed` is what this process knows, `agreed` what all know.
-
-    Args:
-        accelerator: the trainer's accelerator.
     """
 
     def __init__(self, accelerator: Any):

@@ -68,7 +68,6 @@ def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
 
     Args:
         folder: the folder of a model or a checkpoint. If it is not a folder, it is not checked.
-        loading: `model_init_kwargs` of the settings.
     """
     loading = loading or {}
     weights = Path(folder) / loading.get("subfolder", "")
@@ -86,8 +85,6 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
 
     Args:
         resume_from_checkpoint: the argument of `Trainer.train`: None, a bool, or a folder.
-        output_dir: the output folder of the training.
-        loading: `model_init_kwargs` of the settings.
 
     Raises:
         ValueError: if the checkpoint's weights are pickled.
@@ -113,7 +110,6 @@ def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int
     """(complete passes over a stream, micro-batches of the pass after them) at a checkpoint. None if it is not known.
 
     Args:
-        checkpoint: the folder of the checkpoint.
         accumulation: micro-batches per optimizer step.
 
     Raises:
@@ -139,8 +135,6 @@ def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> It
     """A context for writing a checkpoint. It marks the checkpoint at the end, and deletes older ones only afterwards.
 
     Args:
-        args: the trainer's config.
-        folder: the folder of the checkpoint.
         best: returns the checkpoint that must be kept. It is called after this checkpoint is written.
 
     Raises:

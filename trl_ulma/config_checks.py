@@ -65,11 +65,7 @@ _PARALLELISM = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"
 
 
 def check_settings(args: Any) -> None:
-    """Set what `preset` stands for, and raise ValueError if the trainers do not support a value.
-
-    Args:
-        args: a `PointwiseDPOConfig` or a `ULMAConfig`.
-    """
+    """Set what `preset` stands for, and raise ValueError if the trainers do not support a value."""
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in ("1", "true"):
         sizes = {size: int(os.environ.get(f"PARALLELISM_CONFIG_{size.upper()}", 1)) for size in _PARALLELISM}
         check_parallelism(SimpleNamespace(**sizes))
@@ -190,11 +186,7 @@ def check_machine(args: Any) -> None:
 
 
 def check_parallelism(parallelism: Any) -> None:
-    """Raise ValueError if a kind of parallelism is on for which the log-probabilities are not known to be right.
-
-    Args:
-        parallelism: accelerate's `ParallelismConfig`, or None.
-    """
+    """Raise ValueError if a kind of parallelism is on for which the log-probabilities are not known to be right."""
     for name, kind in _PARALLELISM.items():
         size = getattr(parallelism, name, None) or 1
         if size > 1:
@@ -208,7 +200,6 @@ def check_with_data(args: Any, *, needs_reference: bool, has_mask: bool) -> None
     """Raise ValueError if a setting contradicts the data.
 
     Args:
-        args: the trainer's config.
         needs_reference: whether the loss of any row uses the reference.
         has_mask: whether any row is marked as a demonstration.
     """
@@ -242,7 +233,6 @@ def check_best_metric(metric: str | None, logged: Mapping[str, Sequence[str]]) -
     """Raise ValueError if no evaluation will log `metric_for_best_model`, before the first evaluation shows it.
 
     Args:
-        metric: `metric_for_best_model`.
         logged: the name of each evaluated dataset, or "" if there is one, → the figures that it will log.
     """
     prefixes = {name: f"{name}_" if name else "" for name in logged}

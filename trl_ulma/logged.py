@@ -21,11 +21,6 @@ class LoggedFigures:
 
     Attributes:
         evaluated: `(N, 3)` implicit reward, label and whether it is continuous, of the rows of the last evaluation.
-
-    Args:
-        accelerator: the trainer's accelerator.
-        beta: β.
-        sft_weight: the weight of the SFT term.
     """
 
     def __init__(self, accelerator: Any, beta: float, sft_weight: float):

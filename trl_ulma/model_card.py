@@ -72,16 +72,10 @@ def write(
     data and their format, the label report, the reference, formulas, settings, results, and both citations.
 
     Args:
-        args: the trainer's config.
-        model: the policy without wrappers.
-        plan: the `TrainingPlan`.
-        processes: that train.
-        log_history: what was logged.
         label_report: on the training rows, or None.
         evaluated: `(N, 3)` implicit reward, label and whether it is continuous, of the rows of the last evaluation.
         reference: its kind, see `trl_ulma.likelihood.reference.ReferenceIdentity`, and its name.
         paper: title, arXiv number and citation of the method.
-        title: the card's.
         location: the model's name on the hub, or None.
         dataset_name: what the rows are called.
     """
@@ -164,7 +158,6 @@ def reference_in_words(kind: str, name: str, args: Any) -> str:
 
     Args:
         kind, name: see `trl_ulma.likelihood.reference.ReferenceIdentity`.
-        args: the trainer's config.
 
     Example:
         >>> from types import SimpleNamespace
@@ -263,10 +256,6 @@ _BINARY = {
 
 def formulas(cell: tuple[str, str], binary_loss: str = "cross_entropy") -> str:
     """What each kind of row adds to the loss, as Markdown.
-
-    Args:
-        cell: (positive_loss, negative_loss).
-        binary_loss: the config's.
 
     Example:
         >>> print(formulas(("sft", "none")))

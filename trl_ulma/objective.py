@@ -43,8 +43,6 @@ class Objective:
     ℓ is the row loss (`trl_ulma.losses`), w the row's weight, and v its class weight.
 
     Args:
-        args: the trainer's config.
-        rules: how labels are read.
         aux_loss_weight: of the auxiliary loss of a mixture of experts.
         center: of the continuous labels of the training set, by which figures tell chosen rows from rejected ones.
     """
@@ -184,10 +182,7 @@ def mismatched_sums(
     Their mean over all processes estimates KL(π_θ‖π_ref).
 
     Args:
-        scorer: the trainer's scorer.
-        model: the policy's model.
         ref_logps: computes log π_ref of a batch.
-        inputs: the micro-batch.
         real, image_key: see `trl_ulma.log_z.mismatched`.
         normalize: whether to divide by the number of completion tokens.
     """
@@ -204,10 +199,8 @@ def refuse_not_finite(loss: torch.Tensor, rows: torch.Tensor, losses: torch.Tens
     """Raise FloatingPointError for a loss of a step that is not finite.
 
     Args:
-        loss: of the step.
         rows: `(B,)` numbers of the rows of the last micro-batch.
         losses: `(B,)` their losses.
-        step: its number.
     """
     wrong = rows[~losses.isfinite()].tolist() or "unknown"
     raise FloatingPointError(

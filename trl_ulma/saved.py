@@ -53,12 +53,10 @@ class SavedSettings:
     """Everything besides the weights that scores depend on: `pointwise.json` in a saved model's folder.
 
     Attributes:
-        beta: β.
         label_type: the label type of rows that have no column `label_type`.
         length_normalize: whether log-probabilities are divided by the number of completion tokens.
         log_z: a number in nats, or the name of a choice. Its state is in `log_z.safetensors`.
         max_length: the maximum length of a sequence in tokens.
-        truncation_mode: "keep_start" or "keep_end".
         assistant_only_loss: whether only the assistant's turns of a completion are scored.
         chat: whether rows of text become messages, see `trl_ulma.rows.chat`.
         system_message: of conversations that have none, or None.
@@ -105,11 +103,8 @@ class SavedSettings:
         """The settings of a training.
 
         Args:
-            args: the trainer's config.
             rules: how labels are read, with the fitted transform.
-            model: the trained model, with or without wrappers.
             is_chat: whether it was trained on conversations.
-            mixed_precision, policy_logps, reference: see the attributes.
         """
         names = ("beta", "label_type", "length_normalize", "log_z", "max_length", "truncation_mode")
         return cls(
@@ -128,8 +123,7 @@ class SavedSettings:
     def write(self, folder: str | Path) -> None:
         """Write the settings to a folder."""
         steps = None if self.label_transform is None else self.label_transform.to_json()
-        reference = None if self.reference is None else self.reference.to_json()
-        text = json.dumps({**asdict(self), "label_transform": steps, "reference": reference}, indent=2)
+        text = json.dumps({**asdict(self), "label_transform": steps}, indent=2)
         (Path(folder) / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -187,11 +181,8 @@ def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, t
     It is put on the GPUs if there are any. The base model of an adapter is quantized as in training.
 
     Args:
-        name: folder or name.
         dtype: of the weights; "auto" is the one that the model was trained with, and float32 if that is not known,
             because log-probabilities are not precise enough for rewards in the formats that weights are stored in.
-        revision: on the hub, or None.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         OSError: if there is no model, or if the base model of an adapter is missing.
@@ -257,12 +248,7 @@ def quantization_of(model: Any) -> dict[str, Any] | None:
 
 
 def training_autocast(settings: SavedSettings | None, model: Any) -> Any:
-    """A context for forwards as in a model's training: mixed precision, if the weights are in the format of training.
-
-    Args:
-        settings: the settings saved with the model, or None.
-        model: the loaded model.
-    """
+    """A context for forwards as in training: mixed precision, if the weights are in the format of training."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get((settings and settings.mixed_precision) or "")
     trained = (settings and settings.dtype) or "float32"
     if dtype is None or str(model.dtype).removeprefix("torch.") != trained:
@@ -313,12 +299,8 @@ def load_reference(
     """Load the reference that a saved model was trained against, and check that it is the same one.
 
     Args:
-        policy: the saved model, loaded.
-        source: its folder or name.
-        settings: what training wrote beside the model, or None.
         ref_model: a model, or where one is, in place of the one that the settings name.
         dtype: of the reference's weights; "auto" is the one of training.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: if the reference is unknown, or if its log-probabilities differ from those in training. If you
@@ -386,13 +368,7 @@ def load_reference(
 
 @torch.no_grad()
 def differs_from_training(policy: Any, source: str, settings: SavedSettings | None) -> str | None:
-    """What is to be said if a model is not computed as when it was saved, with the measured effect; None if it is.
-
-    Args:
-        policy: the saved model, loaded.
-        source: its folder or name.
-        settings: what training wrote beside the model, or None.
-    """
+    """What is to be said if a model is not computed as when it was saved, with the measured effect; None if it is."""
     identity = None if settings is None else settings.reference
     if settings is None or identity is None or not settings.policy_logps or not identity.input_ids:
         return None
@@ -416,10 +392,6 @@ def batching_note(source: str, settings: SavedSettings | None, model: Any, beta:
     """What is to be said if log-probabilities depend on which rows are computed together; None if they hardly do.
 
     Args:
-        source: the model's folder or name.
-        settings: saved with the model, or None.
-        model: loaded.
-        beta: of the rewards.
         off: by how many nats the log-probability of a row differs by itself.
     """
     if beta * off <= REWARD_TOLERANCE:
@@ -455,7 +427,6 @@ def as_reference(model: Any, source: str | None = None) -> Iterator[Any]:
 
     Args:
         model: a model with an adapter.
-        source: the folder or name of the model.
 
     Raises:
         ValueError: if the model has no adapter, because then it does not contain its reference.

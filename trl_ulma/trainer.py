@@ -192,7 +192,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if isinstance(self.ref_model, NoReferenceModel):
             self.ref_model = None
         if self.ref_model is None:
-            self._reference.release()  # DPOTrainer drops its reference once it has precomputed all rows
+            self._reference.model = None  # DPOTrainer drops its reference once it has precomputed all rows
         if args.disable_dropout:
             switch_off_noise(self.model)
         asked_later = self._reference.kind if not args.precompute_ref_log_probs else "none"

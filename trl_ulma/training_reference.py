@@ -74,10 +74,6 @@ def make_reference(
 
     Args:
         kind: see `reference_kind`.
-        policy: the trainer's model.
-        ref_model: the trainer's reference model, or None.
-        scorer: the trainer's scorer.
-        args: the trainer's config.
         autocast: returns a context for mixed precision.
         before: returns the policy as it is before training, which is the reference if there is no copy of it.
     """

@@ -49,7 +49,6 @@ class FilledStream(IterableDataset):
     time. If accelerate gave each process its own shards of a `datasets.IterableDataset`, some would end earlier.
 
     Args:
-        rows: the stream.
         size: the number of rows in a micro-batch over all processes.
     """
 
@@ -70,11 +69,7 @@ class FilledStream(IterableDataset):
 
 
 class FilledRows(Dataset):
-    """The prepared rows of a table. Indices from `len` on return the first rows again, as fillers.
-
-    Args:
-        rows: the table.
-    """
+    """The prepared rows of a table. Indices from `len` on return the first rows again, as fillers."""
 
     def __init__(self, rows: datasets.Dataset):
         self.rows = rows
