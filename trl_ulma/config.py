@@ -2,6 +2,8 @@
 
 import argparse
 import copy
+import inspect
+import re
 import sys
 from dataclasses import MISSING, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -40,12 +42,64 @@ def _hidden(name: str) -> Any:
     return field(default=original.default, metadata=metadata)
 
 
+def _with_help(config_class: Any) -> Any:
+    """A config class whose docstring is also the help text of its settings on the command line."""
+    own = config_class.__dataclass_fields__
+    texts = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", inspect.cleandoc(config_class.__doc__ or ""), re.M)
+    for name, text in texts:
+        if name in own:
+            names = f" Names: {', '.join(_NAMES[name])}." if name in _NAMES else ""
+            own[name].metadata = {**own[name].metadata, "help": " ".join(text.split()) + names}
+    return config_class
+
+
+# Names that a setting accepts beside other values
+_NAMES = {"log_z": LOG_Z_CHOICES, "label_transform": TRANSFORMS}
+
+
+@_with_help
 @dataclass(repr=False)
 class PointwiseDPOConfig(DPOConfig):
-    r"""Settings of `PointwiseDPOTrainer`: those of `trl.DPOConfig`, and the ones that the page "Settings" describes.
+    r"""Settings of `PointwiseDPOTrainer`: those of `trl.DPOConfig`, and the following.
 
-    `padding_free`, a setting of `DPOConfig`, is supported: it packs the rows of a micro-batch into one sequence. At
-    startup the trainer checks that packed and padded log-probabilities agree, and raises an error if they do not.
+    Parameters:
+        label_type: What the labels are: "binary" (in [0, 1], including soft labels; loss of Eq. 8) or "continuous"
+            (any number, higher is better; loss of Eq. 9). A column `label_type` overrides it per row.
+        label_transform: Transforms to apply to the labels before training, such as "lower_is_better,standardise" or
+            "threshold:0.5". Separate names by commas, and put a name's numbers after a colon. They are fitted on the
+            training set and saved with the model.
+        label_report: Whether to print a report on the training labels and to write it to output_dir/label_report.json.
+        log_z: log Z(x), which is added to every log-ratio: a number in nats, or a name. Change it if the labels are
+            unbalanced or not centered at 0.
+        log_z_learning_rate: Learning rate of the log_z choices "learned" and "learned_constant", in units of the reward
+            per step. It follows the learning-rate schedule.
+        length_normalize: Whether to divide every log-probability by the number of completion tokens, as the code of the
+            paper's authors does. If you set it, raise `beta` by about the number of tokens in a completion.
+        binary_loss: The loss of compared rows with binary or soft labels: "cross_entropy" (pointwise DPO, Eq. 8),
+            "squared_error" (UNA) or "kto" (KTO's, which saturates).
+        preset: A published method by its name, which sets the options that it stands for: "qrpo", "sppo", "bco", "una"
+            or "kto". An option that you have changed and that contradicts it is an error.
+        desirable_weight: Loss weight of rows with a label of 1/2 or above. For continuous labels, the weight of
+            demonstrations. Raise it if desirable rows are rare.
+        undesirable_weight: Loss weight of all rows that `desirable_weight` does not apply to.
+        share_prompts: Whether to run rows of a micro-batch with the same prompt as one prompt with several branches.
+            It saves time if prompts are long and have several completions. Requires "sdpa" or "eager" attention.
+            Otherwise rows are padded, and a warning is logged.
+        padding_free: Whether to pack the rows of a micro-batch into one sequence without padding. The trainer raises
+            an error at startup if packed and padded log-probabilities differ.
+        invalid_rows: What to do with rows that cannot be read, such as rows without a label: "error" lists them and
+            stops, "drop" leaves them out and counts them.
+        assistant_only_loss: Whether to score only the assistant's turns if a completion has several turns. Set it to
+            False to score everything after the prompt.
+        chat: Whether rows of plain text become a user message and an assistant message: True, False, or "auto". "auto"
+            converts rows of CSV and TSV files if the tokenizer has a chat template.
+        system_message: System message to add to conversations that have none.
+        startup_checks: Whether to check on a few rows, before the first step, that the log-probabilities match the
+            model's own logits, that the reference equals the model before training, and that forward passes have no
+            noise. A failed check raises an error.
+        trust_remote_code: Whether models and tokenizers may run Python code that comes with them from the hub.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture of experts. By default the model's own
+            weight; 0.0 switches the loss off.
 
     `disable_tqdm` defaults to True if stderr is neither a terminal nor a notebook.
 
@@ -65,139 +119,26 @@ class PointwiseDPOConfig(DPOConfig):
         0.05
     """
 
-    label_type: str = field(
-        default="binary",
-        metadata={
-            "help": "What the labels are: 'binary' (in [0, 1], including soft labels; loss of Eq. 8) or 'continuous' "
-            "(any number, higher is better; loss of Eq. 9). A column `label_type` overrides it per row.",
-            "choices": LABEL_TYPES,
-        },
-    )
-    label_transform: str | None = field(
-        default=None,
-        metadata={
-            "help": "Transforms to apply to the labels before training, such as 'lower_is_better,standardise' or "
-            "'threshold:0.5'. Separate names by commas, and put a name's numbers after a colon. "
-            f"Choices: {', '.join(TRANSFORMS)}."
-        },
-    )
-    label_report: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to print a report on the training labels and to write it to output_dir/label_report.json."
-        },
-    )
-    log_z: LogZ = field(
-        default=0.0,
-        metadata={
-            "help": "log Z(x), which is added to every log-ratio: a number in nats, or one of "
-            + ", ".join(LOG_Z_CHOICES)
-            + ". Change it if the labels are unbalanced or not centered at 0."
-        },
-    )
-    log_z_learning_rate: float = field(
-        default=0.01,
-        metadata={
-            "help": "Learning rate of the log_z choices 'learned' and 'learned_constant', in units of the reward per "
-            "step. It follows the learning-rate schedule."
-        },
-    )
-    length_normalize: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to divide every log-probability by the number of completion tokens, as the code of the "
-            "paper's authors does. If you set it, raise `beta` by about the number of tokens in a completion."
-        },
-    )
-    binary_loss: str = field(
-        default="cross_entropy",
-        metadata={
-            "help": "The loss of compared rows with binary or soft labels: 'cross_entropy' (pointwise DPO, Eq. 8), "
-            "'squared_error' (UNA) or 'kto' (KTO's, which saturates).",
-            "choices": tuple(BINARY_LOSSES),
-        },
-    )
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "A published method by its name, which sets the options that it stands for: "
-            f"{', '.join(PRESETS)}. An option that you have changed and that contradicts "
-            "it is an error.",
-            "choices": tuple(PRESETS),
-        },
-    )
-    desirable_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Loss weight of rows with a label of 1/2 or above. For continuous labels, the weight of "
-            "demonstrations. Raise it if desirable rows are rare."
-        },
-    )
-    undesirable_weight: float = field(
-        default=1.0, metadata={"help": "Loss weight of all rows that `desirable_weight` does not apply to."}
-    )
-    share_prompts: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to run rows of a micro-batch with the same prompt as one prompt with several branches. "
-            "It saves time if prompts are long and have several completions. Requires 'sdpa' or 'eager' attention. "
-            "Otherwise rows are padded, and a warning is logged."
-        },
-    )
-    padding_free: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to pack the rows of a micro-batch into one sequence without padding. The trainer raises "
-            "an error at startup if packed and padded log-probabilities differ."
-        },
-    )
-    invalid_rows: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with rows that cannot be read, such as rows without a label: 'error' lists them and "
-            "stops, 'drop' leaves them out and counts them.",
-            "choices": INVALID_ROWS,
-        },
-    )
-    assistant_only_loss: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to score only the assistant's turns if a completion has several turns. Set it to False "
-            "to score everything after the prompt."
-        },
-    )
-    chat: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether rows of plain text become a user message and an assistant message: 'true', 'false', or "
-            "'auto'. 'auto' converts rows of CSV and TSV files if the tokenizer has a chat template."
-        },
-    )
-    system_message: str | None = field(
-        default=None, metadata={"help": "System message to add to conversations that have none."}
-    )
-
-    startup_checks: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to check on a few rows, before the first step, that the log-probabilities match the "
-            "model's own logits, that the reference equals the model before training, and that forward passes have no "
-            "noise. A failed check raises an error."
-        },
-    )
-
+    label_type: str = field(default="binary", metadata={"choices": LABEL_TYPES})
+    label_transform: str | None = None
+    label_report: bool = True
+    log_z: LogZ = 0.0
+    log_z_learning_rate: float = 0.01
+    length_normalize: bool = False
+    binary_loss: str = field(default="cross_entropy", metadata={"choices": tuple(BINARY_LOSSES)})
+    preset: str | None = field(default=None, metadata={"choices": tuple(PRESETS)})
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    share_prompts: bool = False
+    padding_free: bool = False
+    invalid_rows: str = field(default="error", metadata={"choices": INVALID_ROWS})
+    assistant_only_loss: bool = True
+    chat: str = "auto"
+    system_message: str | None = None
+    startup_checks: bool = True
     # TRL before 1.7 has neither of these, and before 1.15 another default of the second
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether models and tokenizers may run Python code that comes with them from the hub."},
-    )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the load-balancing loss of a mixture of experts. By default the model's own weight; 0.0 "
-            "switches the loss off."
-        },
-    )
+    trust_remote_code: bool = False
+    router_aux_loss_coef: float | None = None
 
     loss_type: list[str] = _hidden("loss_type")
     loss_weights: list[float] | None = _hidden("loss_weights")
@@ -288,9 +229,20 @@ class PointwiseDPOConfig(DPOConfig):
         return config_conversion.from_kto_config(cls, args)
 
 
+@_with_help
 @dataclass(repr=False)
 class ULMAConfig(PointwiseDPOConfig):
-    r"""Settings of `ULMATrainer`: those of `PointwiseDPOConfig`, and four that choose and weigh the losses.
+    r"""Settings of `ULMATrainer`: those of `PointwiseDPOConfig`, and the following.
+
+    Parameters:
+        sft_weight: Weight of the SFT loss of demonstrations. Lower it if demonstrations dominate the feedback.
+        sft_threshold: Continuous label from which on a row is a demonstration, if the data has no column `sft_mask`.
+            With binary labels, rows with label 1 are demonstrations.
+        positive_loss: Loss of demonstrations: "sft" imitates them, "pointwise_dpo" compares them with the reference,
+            "none" ignores them.
+        negative_loss: Loss of rows with a label below 1 that are not demonstrations: "pointwise_dpo" compares them with
+            the reference, "unlearning" lowers their probability, "none" ignores them. For continuous labels, the loss
+            of all rows that are not demonstrations.
 
     `positive_loss` × `negative_loss` is the paper's grid of methods: ULMA ("sft" × "pointwise_dpo"), pointwise DPO
     ("pointwise_dpo" × "pointwise_dpo"), SFT ("sft" × "none"), unlikelihood ("sft" × "unlearning"), unlearning
@@ -305,36 +257,10 @@ class ULMAConfig(PointwiseDPOConfig):
         ('sft', 'none')
     """
 
-    sft_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "Weight of the SFT loss of demonstrations. Lower it if demonstrations dominate the feedback."
-        },
-    )
-    sft_threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Continuous label from which on a row is a demonstration, if the data has no column `sft_mask`. "
-            "With binary labels, rows with label 1 are demonstrations."
-        },
-    )
-    positive_loss: str = field(
-        default="sft",
-        metadata={
-            "help": "Loss of demonstrations: 'sft' imitates them, 'pointwise_dpo' compares them with the reference, "
-            "'none' ignores them.",
-            "choices": POSITIVE_LOSSES,
-        },
-    )
-    negative_loss: str = field(
-        default="pointwise_dpo",
-        metadata={
-            "help": "Loss of rows with a label below 1 that are not demonstrations: 'pointwise_dpo' compares them with "
-            "the reference, 'unlearning' lowers their probability, 'none' ignores them. For continuous labels, the "
-            "loss of all rows that are not demonstrations.",
-            "choices": NEGATIVE_LOSSES,
-        },
-    )
+    sft_weight: float = 1.0
+    sft_threshold: float | None = None
+    positive_loss: str = field(default="sft", metadata={"choices": POSITIVE_LOSSES})
+    negative_loss: str = field(default="pointwise_dpo", metadata={"choices": NEGATIVE_LOSSES})
 
     @property
     def cell(self) -> tuple[str, str]:
