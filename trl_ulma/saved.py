@@ -31,7 +31,7 @@ from trl_ulma.likelihood.reference import (
     ReferenceIdentity,
     plain_batch,
 )
-from trl_ulma.likelihood.scorer import Scorer, bare_model
+from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 logger = logging.get_logger(__name__)
@@ -413,9 +413,7 @@ def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, 
     model = policy if reference.model is None else reference.model
     ids = torch.tensor(identity.input_ids, device=model.device)
     off = identity.difference(reference.fingerprint(policy, ids))
-    exact = model.dtype in (torch.float32, torch.float64) and getattr(model.config, "quantization_config", None) is None
-    exact = exact and mixed_precision in (None, "no")
-    return 0.0 if off <= (TOLERANCE if exact else COARSE_TOLERANCE) else off
+    return 0.0 if off <= (TOLERANCE if is_exact(model, mixed_precision) else COARSE_TOLERANCE) else off
 
 
 @contextlib.contextmanager

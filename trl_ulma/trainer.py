@@ -50,7 +50,7 @@ from trl_ulma.likelihood.reference import (
     ReferenceIdentity,
     plan_references,
 )
-from trl_ulma.likelihood.scorer import Scorer, bare_model
+from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.likelihood.table import ROW_KEYS
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
@@ -296,10 +296,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _checks(self) -> TrainingChecks:
-        model = bare_model(self.model)
-        exact = self.accelerator.mixed_precision == "no" and model.dtype in (torch.float32, torch.float64)
-        # Products of quantized weights are rounded, whatever the dtype of the other weights
-        exact = exact and getattr(model.config, "quantization_config", None) is None
+        exact = is_exact(bare_model(self.model), self.accelerator.mixed_precision)
         is_quiet = self.args.disable_dropout and self.args.neftune_noise_alpha is None
         return TrainingChecks(
             StartupProof(self._scorer, self._reference, exact=exact, is_quiet=is_quiet),

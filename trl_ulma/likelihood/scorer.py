@@ -155,6 +155,12 @@ def bare_model(model: Any) -> Any:
     return model
 
 
+def is_exact(model: Any, mixed_precision: str | None) -> bool:
+    """Whether forward passes of a model compute in float32 or better. Products of quantized weights are rounded."""
+    is_quantized = getattr(model.config, "quantization_config", None) is not None
+    return mixed_precision in (None, "no") and model.dtype in (torch.float32, torch.float64) and not is_quantized
+
+
 def mask_dtype(model: Any) -> torch.dtype | None:
     """The dtype of an attention mask. None for a boolean mask, which sdpa uses."""
     return None if model.config._attn_implementation == "sdpa" else model.dtype
