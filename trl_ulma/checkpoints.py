@@ -1,5 +1,6 @@
 """Checkpoints: which ones are complete, and which one training resumes from."""
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,6 @@ WHOLE = "whole"
 def mark_whole(folder: Path) -> None:
     """Mark a checkpoint as complete."""
     (folder / WHOLE).touch()
-
-
-def unmark(folder: Path) -> None:
-    """Remove the mark, before the checkpoint is written again."""
-    (folder / WHOLE).unlink(missing_ok=True)
 
 
 def copy_files(source: Path, target: str, names: Sequence[str]) -> None:
@@ -119,15 +115,17 @@ def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int
     if not file.exists():
         return None
     state = TrainerState.load_from_json(str(file))
-    # Trainer counts a pass over a stream, whose length it does not know, as max_steps steps
-    passes = int(state.epoch or 0)
+    # Trainer counts a pass over a stream, whose length it does not know, as max_steps steps. It writes after a step, so
+    # a whole number is the end of a pass.
+    epoch = state.epoch or 0
+    passes = max(math.ceil(epoch) - 1, 0)
     if passes and not hasattr(Trainer, "_init_training_state"):
         raise ValueError(
             f"The checkpoint {checkpoint} is in pass {passes + 1} over a stream, and transformers "
             f"{transformers_version} can only resume in the first one. "
             "Update transformers, or load the dataset without streaming."
         )
-    return passes, round(((state.epoch or 0) - passes) * state.max_steps) * accumulation
+    return passes, round((epoch - passes) * state.max_steps) * accumulation
 
 
 @contextmanager
@@ -143,7 +141,7 @@ def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> It
     limit, args.save_total_limit = args.save_total_limit, None
     try:
         if args.should_save:
-            unmark(folder)
+            (folder / WHOLE).unlink(missing_ok=True)
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         last = next((path for path in checkpoints(folder.parent) if (path / WHOLE).exists()), "none")

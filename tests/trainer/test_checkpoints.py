@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from world import make_rows, make_trainer, weights
 
 from trl_ulma.checkpoints import checkpoints, last_whole, stream_position
@@ -129,6 +129,13 @@ def streamed(request, tiny_gpt2, tmp_path_factory):
 def test_a_stream_resumes_in_any_pass(streamed, tmp_path, step):
     train, unbroken, folder = streamed
     assert torch.equal(train(tmp_path, str(folder / f"checkpoint-{step}")), unbroken)
+
+
+@pytest.mark.parametrize(("epoch", "position"), [(0.5, (0, 8)), (1.0, (0, 16)), (1.25, (1, 4)), (2.875, (2, 14))])
+def test_the_position_in_a_stream_of_unknown_length(tmp_path, epoch, position):
+    state = TrainerState(epoch=epoch, max_steps=8)
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    assert stream_position(tmp_path, 2) == position
 
 
 def test_an_older_transformers_refuses_to_resume_in_a_later_pass(streamed, tmp_path, monkeypatch):
