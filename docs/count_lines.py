@@ -47,7 +47,7 @@ def code_lines(text: str) -> int:
 def counts(package: Path) -> dict[str, tuple[int, int, int]]:
     """Area → (files, lines, lines of code) of a package."""
     area_of = {name: area for area, names in AREAS.items() for name in names}
-    found = dict.fromkeys(AREAS, (0, 0, 0))
+    found: dict[str, tuple[int, int, int]] = dict.fromkeys(AREAS, (0, 0, 0))
     for file in sorted(package.rglob("*.py")):
         # Before, log-probabilities of evaluations were computed apart
         first = "likelihood" if file.name == "logps.py" else file.relative_to(package).parts[0].removesuffix(".py")
@@ -57,13 +57,17 @@ def counts(package: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+def _sum(found: dict[str, tuple[int, int, int]]) -> tuple[int, int, int]:
+    files, lines, code = map(sum, zip(*found.values(), strict=True))
+    return files, lines, code
+
+
 def main() -> None:
     """Print a table in Markdown."""
     before, after = (counts(Path(folder)) for folder in sys.argv[1:3])
     print("| area | files | lines | lines of code |\n|---|---|---|---|")
-    columns = list(zip(*before.values(), strict=True)), list(zip(*after.values(), strict=True))
     rows = [(area, before[area], after[area]) for area in AREAS]
-    rows.append(("**all**", *(tuple(map(sum, column)) for column in columns)))
+    rows.append(("**all**", _sum(before), _sum(after)))
     for area, old, new in rows:
         print(f"| {area} | " + " | ".join(f"{a:,} → {b:,}" for a, b in zip(old, new, strict=True)) + " |")
 
