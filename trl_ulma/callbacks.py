@@ -19,9 +19,6 @@ class Interruption(TrainerCallback):
 
     A second Ctrl-C stops immediately. Use the callback as a context manager around the training. Processes can notice
     the signal in different steps, so they have to agree: `noticed` is what this process knows, `agreed` what all know.
-
-    Args:
-        accelerator: the trainer's accelerator.
     """
 
     def __init__(self, accelerator: Any):
@@ -85,37 +82,12 @@ class Interruption(TrainerCallback):
 
 
 class Calls(TrainerCallback):
-    """Calls functions at the events of a training.
+    """Calls functions at the events of a training, with the trainer's state.
 
     Args:
-        on_train_begin: called before the first step, after the model is wrapped for training.
-        on_train_end: called after the last step.
-        on_epoch_begin: called with the number of the epoch.
-        on_optimizer_step: called after the weights have changed and before the learning rate changes.
+        **functions: by the names of the events, such as `on_train_begin`.
     """
 
-    def __init__(
-        self,
-        on_train_begin: Callable[[], None],
-        on_train_end: Callable[[], None],
-        on_epoch_begin: Callable[[int], None],
-        on_optimizer_step: Callable[[], None],
-    ):
-        self._begin, self._end = on_train_begin, on_train_end
-        self._epoch, self._step = on_epoch_begin, on_optimizer_step
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Call the function."""
-        self._begin()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Call the function."""
-        self._end()
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Call the function."""
-        self._epoch(int(state.epoch or 0))
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        """Call the function."""
-        self._step()
+    def __init__(self, **functions: Callable[[Any], None]):
+        for event, function in functions.items():
+            setattr(self, event, lambda args, state, control, call=function, **kwargs: call(state))

@@ -1,7 +1,9 @@
 """Checkpoints: which ones are complete, and which one training resumes from."""
 
+import math
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
+from transformers import Trainer, TrainerState
+from transformers import __version__ as transformers_version
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 logger = get_logger(__name__)
@@ -24,9 +29,11 @@ def mark_whole(folder: Path) -> None:
     (folder / WHOLE).touch()
 
 
-def unmark(folder: Path) -> None:
-    """Remove the mark, before the checkpoint is written again."""
-    (folder / WHOLE).unlink(missing_ok=True)
+def copy_files(source: Path, target: str, names: Sequence[str]) -> None:
+    """Copy the files that there are from one folder to another."""
+    for name in names:
+        if (source / name).exists():
+            shutil.copy(source / name, target)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -57,7 +64,6 @@ def refuse_pickle(folder: str | Path, loading: dict[str, Any] | None) -> None:
 
     Args:
         folder: the folder of a model or a checkpoint. If it is not a folder, it is not checked.
-        loading: `model_init_kwargs` of the settings.
     """
     loading = loading or {}
     weights = Path(folder) / loading.get("subfolder", "")
@@ -75,8 +81,6 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
 
     Args:
         resume_from_checkpoint: the argument of `Trainer.train`: None, a bool, or a folder.
-        output_dir: the output folder of the training.
-        loading: `model_init_kwargs` of the settings.
 
     Raises:
         ValueError: if the checkpoint's weights are pickled.
@@ -98,13 +102,37 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
     return resume_from_checkpoint
 
 
+def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int] | None:
+    """(complete passes over a stream, micro-batches of the pass after them) at a checkpoint. None if it is not known.
+
+    Args:
+        accumulation: micro-batches per optimizer step.
+
+    Raises:
+        ValueError: if it is in a later pass than the first one, and the installed transformers cannot resume there.
+    """
+    file = Path(checkpoint) / TRAINER_STATE_NAME
+    if not file.exists():
+        return None
+    state = TrainerState.load_from_json(str(file))
+    # Trainer counts a pass over a stream, whose length it does not know, as max_steps steps. It writes after a step, so
+    # a whole number is the end of a pass.
+    epoch = state.epoch or 0
+    passes = max(math.ceil(epoch) - 1, 0)
+    if passes and not hasattr(Trainer, "_init_training_state"):
+        raise ValueError(
+            f"The checkpoint {checkpoint} is in pass {passes + 1} over a stream, and transformers "
+            f"{transformers_version} can only resume in the first one. "
+            "Update transformers, or load the dataset without streaming."
+        )
+    return passes, round((epoch - passes) * state.max_steps) * accumulation
+
+
 @contextmanager
 def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> Iterator[None]:
     """A context for writing a checkpoint. It marks the checkpoint at the end, and deletes older ones only afterwards.
 
     Args:
-        args: the trainer's config.
-        folder: the folder of the checkpoint.
         best: returns the checkpoint that must be kept. It is called after this checkpoint is written.
 
     Raises:
@@ -113,7 +141,7 @@ def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> It
     limit, args.save_total_limit = args.save_total_limit, None
     try:
         if args.should_save:
-            unmark(folder)
+            (folder / WHOLE).unlink(missing_ok=True)
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         last = next((path for path in checkpoints(folder.parent) if (path / WHOLE).exists()), "none")

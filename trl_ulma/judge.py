@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -150,7 +151,16 @@ class Judge:
         processing_class = load_processing_class(folder, trust_remote_code=trust_remote_code)
         cut = {"max_length": settings.max_length, "truncation_mode": settings.truncation_mode}
         collate = collator_for(processing_class, **cut)
-        rewards = _ModelRewards(folder, policy, reference, settings, log_partition, collate, batch_size)
+        rewards = partial(
+            _model_rewards,
+            source=folder,
+            policy=policy,
+            reference=reference,
+            settings=settings,
+            log_partition=log_partition,
+            collate=collate,
+            batch_size=batch_size,
+        )
         return cls(settings, processing_class, rewards, positions=positions_of(policy.config))
 
     def score(self, dataset: Dataset, *, invalid_rows: str = "error") -> Dataset:
@@ -287,47 +297,36 @@ def _replaced(rows: Dataset, name: str, values: list[Any]) -> Dataset:
     return (rows.remove_columns(name) if name in rows.column_names else rows).add_column(name, values)
 
 
-class _ModelRewards:
-    """Implicit rewards of prepared rows by a loaded policy and its reference."""
-
-    def __init__(
-        self,
-        source: str,
-        policy: Any,
-        reference: Reference,
-        settings: SavedSettings,
-        log_partition: LogPartition,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        batch_size: int,
-    ):
-        self.source = source
-        self.policy = policy
-        self.reference = reference
-        self.settings = settings
-        self.log_partition = log_partition
-        self.collate = collate
-        self.batch_size = batch_size
-        self._scorer = Scorer()
-
-    @torch.no_grad()
-    def __call__(self, rows: Dataset) -> np.ndarray:
-        reward, logps = np.empty(len(rows)), np.empty(len(rows))
-        continuous = torch.from_numpy(is_continuous(rows, self.settings.label_type))
-        for numbers, batch in batches(rows, self.collate, batch_size=self.batch_size, device=self.policy.device):
+@torch.no_grad()
+def _model_rewards(
+    rows: Dataset,
+    *,
+    source: str,
+    policy: Any,
+    reference: Reference,
+    settings: SavedSettings,
+    log_partition: LogPartition,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    batch_size: int,
+) -> np.ndarray:
+    """`(N,)` implicit rewards of prepared rows by a loaded policy and its reference."""
+    scorer = Scorer()
+    reward, logps = np.empty(len(rows)), np.empty(len(rows))
+    continuous = torch.from_numpy(is_continuous(rows, settings.label_type))
+    with evaluation_mode(policy), training_autocast(settings, policy):
+        for numbers, batch in batches(rows, collate, batch_size=batch_size, device=policy.device):
             inputs = forward_inputs(batch)
-            with evaluation_mode(self.policy), training_autocast(self.settings, self.policy):
-                policy = self._scorer(self.policy, inputs, prompt_states=self.log_partition.needs_prompt_states)
-                log_ratio = policy.logps.double() - self.reference.logps(self.policy, inputs).to(policy.logps).double()
-            logps[list(numbers)] = policy.logps.double().cpu().numpy()
-            if self.settings.length_normalize:
+            found = scorer(policy, inputs, prompt_states=log_partition.needs_prompt_states)
+            log_ratio = found.logps.double() - reference.logps(policy, inputs).to(found.logps).double()
+            logps[list(numbers)] = found.logps.double().cpu().numpy()
+            if settings.length_normalize:
                 log_ratio = log_ratio / inputs["completion_mask"][:, 1:].sum(1).clamp(min=1)
             log_z = batch.get("log_z")
             if log_z is None:
-                log_z = self.log_partition(continuous[list(numbers)].to(log_ratio.device), policy.prompt_states)
-            reward[list(numbers)] = (self.settings.beta * (log_ratio + log_z.to(log_ratio))).cpu().numpy()
-        with training_autocast(self.settings, self.policy):
-            off = batching_difference(self.policy, rows, logps, self.collate, batch_size=self.batch_size)
-        note = batching_note(self.source, self.settings, self.policy, self.settings.beta, off)
-        if note is not None:
-            logger.warning(note)
-        return reward
+                log_z = log_partition(continuous[list(numbers)].to(log_ratio.device), found.prompt_states)
+            reward[list(numbers)] = (settings.beta * (log_ratio + log_z.to(log_ratio))).cpu().numpy()
+        off = batching_difference(policy, rows, logps, collate, batch_size=batch_size)
+    note = batching_note(source, settings, policy, settings.beta, off)
+    if note is not None:
+        logger.warning(note)
+    return reward

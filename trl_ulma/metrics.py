@@ -92,8 +92,6 @@ def is_chosen(label: torch.Tensor, continuous: torch.Tensor, center: float = 0.0
     """`(B,)` bool: whether figures count a row as chosen, see the module's docstring.
 
     Args:
-        label: `(B,)`.
-        continuous: `(B,)` bool.
         center: of the continuous labels of the training set.
 
     Example:
@@ -119,9 +117,7 @@ def reward_ratios(
         rewards: `(B,)` r. NaN if the log-probability under the reference was not computed.
         log_ratio: `(B,)` log π_θ − log π_ref in nats.
         log_z: `(B,)` log Z in nats.
-        label: `(B,)`.
         chosen: `(B,)` bool, see `is_chosen`.
-        continuous: `(B,)` bool.
         center: of the continuous labels of the training set.
 
     Returns:
@@ -239,10 +235,6 @@ def auc(rewards: torch.Tensor, positive: torch.Tensor) -> float | None:
 
     None if there are no positive rows or no negative ones.
 
-    Args:
-        rewards: `(N,)`.
-        positive: `(N,)` bool.
-
     Example:
         >>> import torch
         >>> auc(torch.tensor([0.1, 0.4, 0.8]), torch.tensor([False, True, True]))
@@ -291,8 +283,6 @@ def ranking_figures(rewards: torch.Tensor, label: torch.Tensor, continuous: torc
 
     Args:
         rewards: `(N,)` r. NaN if unknown.
-        label: `(N,)`.
-        continuous: `(N,)` bool.
     """
     known = ~rewards.isnan()
     binary, continuous = known & ~continuous, known & continuous

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.resources
 import json
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ METHODS = {
     ("none", "pointwise_dpo"): "negative DPO",
     ("none", "unlearning"): "unlearning",
 }
+PAPER = {
+    "title": "ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference",
+    "id": "2312.02554",
+    "citation": textwrap.dedent("""\
+        @article{cai2023ulma,
+            title   = {{ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference}},
+            author  = {Tianchi Cai and Xierui Song and Jiyan Jiang and Fei Teng and Jinjie Gu and Guannan Zhang},
+            year    = 2023,
+            journal = {arXiv preprint arXiv:2312.02554},
+        }"""),
+}
 # What the snippet asks
 QUESTION = "How do I boil an egg?"
 RESAMPLES = 1000
@@ -60,16 +72,10 @@ def write(
     data and their format, the label report, the reference, formulas, settings, results, and both citations.
 
     Args:
-        args: the trainer's config.
-        model: the policy without wrappers.
-        plan: the `TrainingPlan`.
-        processes: that train.
-        log_history: what was logged.
         label_report: on the training rows, or None.
         evaluated: `(N, 3)` implicit reward, label and whether it is continuous, of the rows of the last evaluation.
         reference: its kind, see `trl_ulma.likelihood.reference.ReferenceIdentity`, and its name.
         paper: title, arXiv number and citation of the method.
-        title: the card's.
         location: the model's name on the hub, or None.
         dataset_name: what the rows are called.
     """
@@ -152,7 +158,6 @@ def reference_in_words(kind: str, name: str, args: Any) -> str:
 
     Args:
         kind, name: see `trl_ulma.likelihood.reference.ReferenceIdentity`.
-        args: the trainer's config.
 
     Example:
         >>> from types import SimpleNamespace
@@ -251,10 +256,6 @@ _BINARY = {
 
 def formulas(cell: tuple[str, str], binary_loss: str = "cross_entropy") -> str:
     """What each kind of row adds to the loss, as Markdown.
-
-    Args:
-        cell: (positive_loss, negative_loss).
-        binary_loss: the config's.
 
     Example:
         >>> print(formulas(("sft", "none")))

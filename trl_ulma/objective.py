@@ -1,12 +1,14 @@
 """The loss and the metrics of a batch, from log-probabilities and labels."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from trl_ulma.labels import LabelRules
-from trl_ulma.likelihood.scorer import Likelihood
+from trl_ulma.likelihood.scorer import Likelihood, Scorer
 from trl_ulma.log_partition import LogPartition, Observed
+from trl_ulma.log_z import mismatched
 from trl_ulma.losses import RowLosses, Terms, grid_loss, reward_slope, route
 from trl_ulma.metrics import Ratios, is_chosen, masked, reward_ratios, token_ratios
 
@@ -41,8 +43,6 @@ class Objective:
     ℓ is the row loss (`trl_ulma.losses`), w the row's weight, and v its class weight.
 
     Args:
-        args: the trainer's config.
-        rules: how labels are read.
         aux_loss_weight: of the auxiliary loss of a mixture of experts.
         center: of the continuous labels of the training set, by which figures tell chosen rows from rejected ones.
     """
@@ -164,3 +164,46 @@ def _ratios(
         "logps/rejected": masked(policy_logps, ~chosen),
         **token_ratios(entropy, mean_logits, is_top1, scored, chosen),
     }
+
+
+@torch.no_grad()
+def mismatched_sums(
+    scorer: Scorer,
+    model: Any,
+    ref_logps: Callable[[Any], torch.Tensor],
+    inputs: Rows,
+    real: torch.Tensor,
+    image_key: torch.Tensor | None,
+    *,
+    normalize: bool,
+) -> torch.Tensor:
+    """`(2,)` sum and number of the log-ratios of this micro-batch's prompts, each with the completion of another row.
+
+    Their mean over all processes estimates KL(π_θ‖π_ref).
+
+    Args:
+        ref_logps: computes log π_ref of a batch.
+        real, image_key: see `trl_ulma.log_z.mismatched`.
+        normalize: whether to divide by the number of completion tokens.
+    """
+    names = ("input_ids", "attention_mask", "completion_mask")
+    text, counts = mismatched({name: inputs[name] for name in names}, real, image_key)
+    batch = {**inputs, **text}  # the images stay with their prompts
+    log_ratio = scorer(model, batch).logps - ref_logps(batch)
+    if normalize:
+        log_ratio = log_ratio / batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
+    return torch.stack([torch.where(counts, log_ratio, 0.0).sum(), counts.sum().to(log_ratio)])
+
+
+def refuse_not_finite(loss: torch.Tensor, rows: torch.Tensor, losses: torch.Tensor, *, step: int) -> None:
+    """Raise FloatingPointError for a loss of a step that is not finite.
+
+    Args:
+        rows: `(B,)` numbers of the rows of the last micro-batch.
+        losses: `(B,)` their losses.
+    """
+    wrong = rows[~losses.isfinite()].tolist() or "unknown"
+    raise FloatingPointError(
+        f"The loss of step {step} is {loss.item()}. Rows of the train dataset with a loss that is not finite: {wrong}. "
+        "Check these rows, lower the learning rate, or train in fp32."
+    )

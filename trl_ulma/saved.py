@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers.utils import cached_file, logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from trl_ulma.labels import LabelTransform
+from trl_ulma.labels import LabelRules, LabelTransform
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import (
@@ -30,7 +31,7 @@ from trl_ulma.likelihood.reference import (
     ReferenceIdentity,
     plain_batch,
 )
-from trl_ulma.likelihood.scorer import Scorer, bare_model
+from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 logger = logging.get_logger(__name__)
@@ -52,12 +53,10 @@ class SavedSettings:
     """Everything besides the weights that scores depend on: `pointwise.json` in a saved model's folder.
 
     Attributes:
-        beta: β.
         label_type: the label type of rows that have no column `label_type`.
         length_normalize: whether log-probabilities are divided by the number of completion tokens.
         log_z: a number in nats, or the name of a choice. Its state is in `log_z.safetensors`.
         max_length: the maximum length of a sequence in tokens.
-        truncation_mode: "keep_start" or "keep_end".
         assistant_only_loss: whether only the assistant's turns of a completion are scored.
         chat: whether rows of text become messages, see `trl_ulma.rows.chat`.
         system_message: of conversations that have none, or None.
@@ -89,11 +88,42 @@ class SavedSettings:
     reference: ReferenceIdentity | None = None
     trl_ulma: str = ""
 
+    @classmethod
+    def of_training(
+        cls,
+        args: Any,
+        rules: LabelRules,
+        model: Any,
+        *,
+        is_chat: bool,
+        mixed_precision: str,
+        policy_logps: Sequence[float],
+        reference: ReferenceIdentity,
+    ) -> Self:
+        """The settings of a training.
+
+        Args:
+            rules: how labels are read, with the fitted transform.
+            is_chat: whether it was trained on conversations.
+        """
+        names = ("beta", "label_type", "length_normalize", "log_z", "max_length", "truncation_mode")
+        return cls(
+            **{name: getattr(args, name) for name in (*names, "assistant_only_loss", "system_message")},
+            chat=str(is_chat).lower(),
+            label_transform=rules.transform,
+            sft_threshold=rules.sft_threshold,
+            dtype=str(bare_model(model).dtype).removeprefix("torch."),
+            mixed_precision=mixed_precision,
+            quantization=quantization_of(model),
+            policy_logps=policy_logps,
+            reference=reference,
+            trl_ulma=version("trl-ulma"),
+        )
+
     def write(self, folder: str | Path) -> None:
         """Write the settings to a folder."""
         steps = None if self.label_transform is None else self.label_transform.to_json()
-        reference = None if self.reference is None else self.reference.to_json()
-        text = json.dumps({**asdict(self), "label_transform": steps, "reference": reference}, indent=2)
+        text = json.dumps({**asdict(self), "label_transform": steps}, indent=2)
         (Path(folder) / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -138,17 +168,21 @@ def saved_settings(model: str) -> SavedSettings | None:
     return None if file is None else SavedSettings.read(file)
 
 
+def identity_in(checkpoint: str | Path) -> ReferenceIdentity | None:
+    """The identity of a checkpoint's reference. None if it has no reference, or if the checkpoint lacks it."""
+    file = Path(checkpoint) / SETTINGS_FILE
+    found = SavedSettings.read(file).reference if file.exists() else None
+    return found if found is not None and found.logps else None
+
+
 def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode: a checkpoint's folder, an adapter's, or a name on the hub.
 
     It is put on the GPUs if there are any. The base model of an adapter is quantized as in training.
 
     Args:
-        name: folder or name.
         dtype: of the weights; "auto" is the one that the model was trained with, and float32 if that is not known,
             because log-probabilities are not precise enough for rewards in the formats that weights are stored in.
-        revision: on the hub, or None.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         OSError: if there is no model, or if the base model of an adapter is missing.
@@ -214,12 +248,7 @@ def quantization_of(model: Any) -> dict[str, Any] | None:
 
 
 def training_autocast(settings: SavedSettings | None, model: Any) -> Any:
-    """A context for forwards as in a model's training: mixed precision, if the weights are in the format of training.
-
-    Args:
-        settings: the settings saved with the model, or None.
-        model: the loaded model.
-    """
+    """A context for forwards as in training: mixed precision, if the weights are in the format of training."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get((settings and settings.mixed_precision) or "")
     trained = (settings and settings.dtype) or "float32"
     if dtype is None or str(model.dtype).removeprefix("torch.") != trained:
@@ -270,12 +299,8 @@ def load_reference(
     """Load the reference that a saved model was trained against, and check that it is the same one.
 
     Args:
-        policy: the saved model, loaded.
-        source: its folder or name.
-        settings: what training wrote beside the model, or None.
         ref_model: a model, or where one is, in place of the one that the settings name.
         dtype: of the reference's weights; "auto" is the one of training.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: if the reference is unknown, or if its log-probabilities differ from those in training. If you
@@ -343,13 +368,7 @@ def load_reference(
 
 @torch.no_grad()
 def differs_from_training(policy: Any, source: str, settings: SavedSettings | None) -> str | None:
-    """What is to be said if a model is not computed as when it was saved, with the measured effect; None if it is.
-
-    Args:
-        policy: the saved model, loaded.
-        source: its folder or name.
-        settings: what training wrote beside the model, or None.
-    """
+    """What is to be said if a model is not computed as when it was saved, with the measured effect; None if it is."""
     identity = None if settings is None else settings.reference
     if settings is None or identity is None or not settings.policy_logps or not identity.input_ids:
         return None
@@ -373,10 +392,6 @@ def batching_note(source: str, settings: SavedSettings | None, model: Any, beta:
     """What is to be said if log-probabilities depend on which rows are computed together; None if they hardly do.
 
     Args:
-        source: the model's folder or name.
-        settings: saved with the model, or None.
-        model: loaded.
-        beta: of the rewards.
         off: by how many nats the log-probability of a row differs by itself.
     """
     if beta * off <= REWARD_TOLERANCE:
@@ -398,9 +413,7 @@ def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, 
     model = policy if reference.model is None else reference.model
     ids = torch.tensor(identity.input_ids, device=model.device)
     off = identity.difference(reference.fingerprint(policy, ids))
-    exact = model.dtype in (torch.float32, torch.float64) and getattr(model.config, "quantization_config", None) is None
-    exact = exact and mixed_precision in (None, "no")
-    return 0.0 if off <= (TOLERANCE if exact else COARSE_TOLERANCE) else off
+    return 0.0 if off <= (TOLERANCE if is_exact(model, mixed_precision) else COARSE_TOLERANCE) else off
 
 
 @contextlib.contextmanager
@@ -412,7 +425,6 @@ def as_reference(model: Any, source: str | None = None) -> Iterator[Any]:
 
     Args:
         model: a model with an adapter.
-        source: the folder or name of the model.
 
     Raises:
         ValueError: if the model has no adapter, because then it does not contain its reference.

@@ -21,9 +21,6 @@ class TracksPictures(TrainerCallback):
     - `eval/calibration`, after each evaluation: mean label against mean σ(r) of the rows with binary labels. The last
       plot shows the model as it is saved.
 
-    Args:
-        trainer: the trainer that the callback is added to.
-
     Raises:
         ImportError: if matplotlib is not installed.
 

@@ -5,20 +5,15 @@
 
 import copy
 import functools
-import shutil
-import textwrap
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftType
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -26,17 +21,23 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalPrediction, IntervalStrategy
+from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import get_config_model_id
 
 from trl_ulma import model_card
 from trl_ulma.callbacks import Calls, Interruption
-from trl_ulma.checkpoints import WHOLE, checkpoint_to_resume, mark_whole, written_whole
-from trl_ulma.config import PointwiseDPOConfig, ULMAConfig, check_parallelism
+from trl_ulma.checkpoints import (
+    WHOLE,
+    checkpoint_to_resume,
+    copy_files,
+    mark_whole,
+    stream_position,
+    written_whole,
+)
+from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.config_checks import check_machine, check_parallelism
 from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -47,26 +48,25 @@ from trl_ulma.likelihood.reference import (
     NoReferenceModel,
     Reference,
     ReferenceIdentity,
-    copy_adapter,
     plan_references,
 )
-from trl_ulma.likelihood.scorer import Scorer, bare_model
+from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.likelihood.table import ROW_KEYS
 from trl_ulma.log_z import FILE as LOG_Z_FILE
-from trl_ulma.log_z import load_log_partition, make_log_partition, mismatched, save_log_partition, schedule_rate
-from trl_ulma.metrics import RatioSums, figures, ranking_figures
-from trl_ulma.objective import Objective
+from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
+from trl_ulma.logged import LoggedFigures, is_logged
+from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
-from trl_ulma.rows.filler import filled, is_real
+from trl_ulma.rows.filler import filled, is_real, mark_real
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import LengthSampler, PromptSampler
-from trl_ulma.saved import SETTINGS_FILE, SavedSettings, quantization_of
+from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
+from trl_ulma.training_reference import check_models, make_reference, model_for_dpo_trainer, reference_kind
 from trl_ulma.versions import (
     for_dpo_trainer,
     instance_forward,
     leave_loss_undivided,
-    loads_needless_reference,
     mend_copied_forward,
     refuse_data_parallel,
     restore_forward,
@@ -74,18 +74,6 @@ from trl_ulma.versions import (
 )
 
 logger = get_logger(__name__)
-
-_PAPER = {
-    "title": "ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference",
-    "id": "2312.02554",
-    "citation": textwrap.dedent("""\
-        @article{cai2023ulma,
-            title   = {{ULMA: Unified Language Model Alignment with Human Demonstration and Point-wise Preference}},
-            author  = {Tianchi Cai and Xierui Song and Jiyan Jiang and Fei Teng and Jinjie Gu and Guannan Zhang},
-            year    = 2023,
-            journal = {arXiv preprint arXiv:2312.02554},
-        }"""),
-}
 
 
 class PointwiseDPOTrainer(DPOTrainer):
@@ -123,7 +111,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     _tag_names = ["trl", "trl-ulma", "pointwise-dpo"]
     _name = "Pointwise DPO"
-    _paper = _PAPER
+    _paper = model_card.PAPER
     _config_class: type[PointwiseDPOConfig] = PointwiseDPOConfig
     _needs_mask = False
 
@@ -142,18 +130,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
     ):
-        if ref_model is not None and ref_model is model:
-            raise ValueError(
-                "model and ref_model are the same object, so training would also change the reference. Leave out "
-                "ref_model: the reference is then the model as it is before training."
-            )
-        if ref_model is None:
-            _check_adapter_name(model)
+        check_models(model, ref_model)
         for given in (model, ref_model):
             if given is not None:
                 mend_copied_forward(given)
         args = own_config(self._config_class, type(self).__name__, model, args)
-        args.check_machine()
+        check_machine(args)
         # Read all rows before loading a model, so that errors in them appear within seconds
         self._plan = plan = make_plan(
             model,
@@ -170,20 +152,15 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform)
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
-        self._reference_kind = _reference_kind(model, ref_model, args, peft_config, plan.needs_reference)
-        if self._reference_kind == "none" or (self._reference_kind == "copy" and _is_peft(model)):
-            ref_model = NoReferenceModel()
-        elif self._reference_kind == "copy" and _is_in_memory(model, args):
-            ref_model = copy.deepcopy(model)
-            mend_copied_forward(ref_model)
-        elif self._reference_kind == "copy" and loads_needless_reference(args):
-            ref_model = NoReferenceModel()
+        kind = reference_kind(model, ref_model, args, peft_config, is_needed=plan.needs_reference)
+        self._reference_kind = kind
+        ref_model = model_for_dpo_trainer(kind, model, ref_model, args)
         if not isinstance(model, str) and peft_config is None:
-            check_trainable(model, "none" if args.precompute_ref_log_probs else self._reference_kind)
+            check_trainable(model, "none" if args.precompute_ref_log_probs else kind)
 
         forward = instance_forward(model)
         ref_forward = None if ref_model is None else instance_forward(ref_model)
-        if self._reference_kind == "adapter" and getattr(model, "has_trl_ulma_reference", False):
+        if kind == "adapter" and getattr(model, "has_trl_ulma_reference", False):
             model.delete_adapter(ADAPTER)  # an earlier trainer's copy of what the adapter was
         self._precomputed_identity: ReferenceIdentity | None = None
         theirs, further = for_dpo_trainer(args, model, quantization_config)
@@ -215,7 +192,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if isinstance(self.ref_model, NoReferenceModel):
             self.ref_model = None
         if self.ref_model is None:
-            self._reference.release()  # DPOTrainer drops its reference once it has precomputed all rows
+            self._reference.model = None  # DPOTrainer drops its reference once it has precomputed all rows
         if args.disable_dropout:
             switch_off_noise(self.model)
         asked_later = self._reference.kind if not args.precompute_ref_log_probs else "none"
@@ -226,18 +203,21 @@ class PointwiseDPOTrainer(DPOTrainer):
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
         self.log_partition = self._new_log_partition()
-        self._sums = RatioSums(self.accelerator.device)
-        self._evaluated: list[torch.Tensor] = []
-        self.evaluated: np.ndarray = np.empty((0, 3))
+        self._figures = LoggedFigures(self.accelerator, self.args.beta, getattr(self.args, "sft_weight", 1.0))
         self._rows_in_step: torch.Tensor | int | None = None
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
+        self._stream_position: tuple[int, int] | None = None
         self._train_sampler: Any = None
-        self._told_of_sft = False
         self.interruption = Interruption(self.accelerator)
         self.add_callback(self.interruption)
         self.add_callback(
-            Calls(self._on_train_begin, self._on_train_end, self._on_epoch_begin, self._on_optimizer_step)
+            Calls(
+                on_train_begin=self._on_train_begin,
+                on_train_end=lambda state: self._checks.end(self.model_wrapped),
+                on_epoch_begin=self._on_epoch_begin,
+                on_optimizer_step=self._on_optimizer_step,
+            )
         )
 
     @classmethod
@@ -274,28 +254,15 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _reference(self) -> Reference:
-        kind = self._reference_kind
-        if kind == "adapter":
-            if ADAPTER in self.model.peft_config:
-                copy_adapter(self.model)
-                self.model.has_trl_ulma_reference = True
-            else:  # TRL has logged why it did not make one
-                kind = "adapter_off"
-        model = self.ref_model if kind in ("given", "copy") else None
-        if kind == "copy" and (model is None or isinstance(model, NoReferenceModel)):
-            # Until training starts, the policy itself is the reference
-            model = self._precomputing_policy
-        name, revision = self._reference_name(model)
-        return Reference(kind, self._scorer, model, name=name, revision=revision, autocast=self.accelerator.autocast)
-
-    def _reference_name(self, model: Any) -> tuple[str, str | None]:
-        if self._reference_kind == "none":
-            return "", None
-        bare = bare_model(self.model if model is None else model)
-        if self._reference_kind == "copy" and is_peft_model(bare):
-            return "", None  # a model and an adapter; no copy of them is kept
-        revision = (self.args.model_init_kwargs or {}).get("revision") if self._reference_kind != "given" else None
-        return get_config_model_id(bare.config), revision
+        return make_reference(
+            self._reference_kind,
+            self.model,
+            self.ref_model,
+            self._scorer,
+            args=self.args,
+            autocast=self.accelerator.autocast,
+            before=lambda: self._precomputing_policy,
+        )
 
     def _new_log_partition(self) -> Any:
         choice = self.args.log_z
@@ -320,14 +287,16 @@ class PointwiseDPOTrainer(DPOTrainer):
         """`(N,)` labels of the training rows before the label transform; None without one."""
         return self._plan.raw_labels
 
+    @property
+    def evaluated(self) -> np.ndarray:
+        """`(N, 3)` implicit reward, label and whether it is continuous, of the rows of the last evaluation."""
+        return self._figures.evaluated
+
     # Before the first step, and after the last
 
     @functools.cached_property
     def _checks(self) -> TrainingChecks:
-        model = bare_model(self.model)
-        exact = self.accelerator.mixed_precision == "no" and model.dtype in (torch.float32, torch.float64)
-        # Products of quantized weights are rounded, whatever the dtype of the other weights
-        exact = exact and getattr(model.config, "quantization_config", None) is None
+        exact = is_exact(bare_model(self.model), self.accelerator.mixed_precision)
         is_quiet = self.args.disable_dropout and self.args.neftune_noise_alpha is None
         return TrainingChecks(
             StartupProof(self._scorer, self._reference, exact=exact, is_quiet=is_quiet),
@@ -355,18 +324,15 @@ class PointwiseDPOTrainer(DPOTrainer):
             resumed=self._resumed_identity,
         )
 
-    def _on_train_begin(self) -> None:
-        self._sums.reset()  # discard sums of an attempt that ran out of memory
+    def _on_train_begin(self, state: Any) -> None:
+        self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
         self._check_start(self.model_wrapped, is_training=True)
 
-    def _on_train_end(self) -> None:
-        self._checks.end(self.model_wrapped)
-
-    def _on_epoch_begin(self, epoch: int) -> None:
+    def _on_epoch_begin(self, state: Any) -> None:
         # accelerate does not set the epoch of a sampler while it skips batches
         if hasattr(self._train_sampler, "set_epoch"):
-            self._train_sampler.set_epoch(epoch)
+            self._train_sampler.set_epoch(int(state.epoch or 0))
 
     # Data
 
@@ -489,19 +455,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None  # the stream has ended on all processes
-        rows = 0
-        for batch in batches:
-            real = is_real(batch)
-            rows += int(real.sum())
-            batch["real"] = real.to(batch["label"].device)
-        if len(batches) < num_batches:
-            # Trainer only steps after `num_batches` micro-batches. Without fillers, the last rows of a stream would
-            # be added to the first step of the next epoch.
-            nothing = {**batches[-1], "real": torch.zeros_like(batches[-1]["real"])}
-            batches += [nothing] * (num_batches - len(batches))
+        rows = mark_real(batches, num_batches)
         # Rewards of demonstrations without a log-ratio in their loss are only needed for logging
         compares_all = self.args.cell == ("pointwise_dpo", "pointwise_dpo")
-        if self._plan.needs_reference and not (self._is_precomputed or compares_all or self._step_is_logged()):
+        if self._plan.needs_reference and not (self._is_precomputed or compares_all or self._is_logged):
             compared = [self._objective.terms(batch).compared for batch in batches]
             plan_references(batches, compared, at_least_one=self._is_sharded)
         if self.accelerator.num_processes == 1:
@@ -515,13 +472,9 @@ class PointwiseDPOTrainer(DPOTrainer):
         plugin = self.accelerator.state.deepspeed_plugin
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
-    def _step_is_logged(self) -> bool:
-        """Whether the next optimizer step will be logged. The result is the same on all processes."""
-        if self.args.logging_strategy == IntervalStrategy.EPOCH:
-            return self.accelerator.gradient_state.end_of_dataloader
-        step = self.state.global_step + 1
-        first = self.args.logging_first_step and step == 1
-        return first or (self.args.logging_strategy == IntervalStrategy.STEPS and step % self.state.logging_steps == 0)
+    @property
+    def _is_logged(self) -> bool:
+        return is_logged(self.args, self.state, ends_epoch=self.accelerator.gradient_state.end_of_dataloader)
 
     def training_step(self, *args, **kwargs):
         """Like `Trainer.training_step`, but stops the run if the loss is not finite.
@@ -532,15 +485,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         loss = super().training_step(*args, **kwargs)
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
-            rows, losses = self._row_losses
-            wrong = rows[~losses.isfinite()].tolist() or "unknown"
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Rows of the train dataset with a "
-                f"loss that is not finite: {wrong}. Check these rows, lower the learning rate, or train in fp32."
-            )
+            refuse_not_finite(loss, *self._row_losses, step=self.state.global_step + 1)
         return loss
 
-    def _on_optimizer_step(self) -> None:
+    def _on_optimizer_step(self, state: Any) -> None:
         # A step that ran out of memory and is retried has not reached this point
         sums = self.log_partition.take_sums()
         if sums is not None:
@@ -558,7 +506,10 @@ class PointwiseDPOTrainer(DPOTrainer):
             raise ValueError(NO_REFERENCE.format("evaluated"))  # rows of a stream are not known earlier
         real = rows.get("real", torch.ones_like(rows["sft_mask"]))
         if self.args.log_z == "batch_kl" and self.model.training:
-            self._set_batch_kl(model, inputs, real, rows.get("image_key"))
+            ask = functools.partial(self._reference.logps, model)
+            normalize = self.args.length_normalize
+            sums = mismatched_sums(self._scorer, model, ask, inputs, real, rows.get("image_key"), normalize=normalize)
+            self.log_partition.set_kl(*self.accelerator.reduce(sums, "sum"))
         # Mixture-of-experts models return their auxiliary loss if `output_router_logits` is set
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         states = self.log_partition.needs_prompt_states
@@ -567,12 +518,9 @@ class PointwiseDPOTrainer(DPOTrainer):
         # If the reference only ran on some rows, their mean reward would be logged as that of all rows
         found = self._objective(policy, ref_logps, rows, inputs, self.log_partition, all_rewarded=asked is None)
         self._row_losses = (rows.get("row", torch.full_like(rows["label"], -1)), found.weighted.detach())
-        self._sums.add(found.ratios, real)
+        self._figures.add(found, rows["label"], real, is_evaluated=not self.model.training)
         if self.model.training:
             self.log_partition.observe(found.observed, found.continuous, policy.prompt_states)
-        else:
-            evaluated = torch.stack([found.rewards.double(), rows["label"].double(), found.continuous.double()], 1)
-            self._evaluated.append(evaluated[real].cpu())
         if self._rows_in_step is None:
             loss = found.total / real.sum().clamp(min=1)
         else:
@@ -595,22 +543,6 @@ class PointwiseDPOTrainer(DPOTrainer):
             return torch.full_like(rows["label"], torch.nan)
         return self._reference.logps_of(model, inputs, asked)
 
-    @torch.no_grad()
-    def _set_batch_kl(self, model: Any, inputs: dict, real: torch.Tensor, image_key: torch.Tensor | None) -> None:
-        """Estimate KL(π_θ‖π_ref) from the prompts of this micro-batch, each with the completion of another row.
-
-        The estimate is the same on all processes.
-        """
-        names = ("input_ids", "attention_mask", "completion_mask")
-        text, counts = mismatched({name: inputs[name] for name in names}, real, image_key)
-        batch = {**inputs, **text}  # the images stay with their prompts
-        log_ratio = self._scorer(model, batch).logps - self._reference.logps(model, batch)
-        if self.args.length_normalize:
-            log_ratio = log_ratio / batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
-        sums = torch.stack([torch.where(counts, log_ratio, 0.0).sum(), counts.sum().to(log_ratio)])
-        total, count = self.accelerator.reduce(sums, "sum")
-        self.log_partition.set_kl(total, count)
-
     # Evaluation, and figures
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -629,20 +561,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Like `Trainer.evaluation_loop`, but every metric is a ratio of sums over the whole dataset."""
-        training, self._sums = self._sums, RatioSums(self.accelerator.device)
-        self._evaluated = []
-        try:
+        with self._figures.of_evaluation() as found:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
             )
-            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
-        finally:
-            self._sums = training
-        found.pop("num_tokens", None)
-        everything = torch.cat(gather_object([torch.cat(self._evaluated)]))
-        self.evaluated = everything.numpy()
-        rewards, label, continuous = everything.unbind(1)
-        found.update(ranking_figures(rewards, label, continuous.bool()))
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
@@ -664,31 +586,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         # Decide by the names of the logs: at the last log, an evaluation may have changed the model's mode
         # Trainer's last log has total_flos; an evaluation with the prefix "train" has train_loss, too
         if "loss" in logs or "total_flos" in logs:
-            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+            found = self._figures.take()
             found.pop("loss", None)  # Trainer logs the same value
             self._total_train_tokens += int(found.pop("num_tokens", 0))
-            self._tell_of_dominant_sft(found)
             logs.update(found)
             logs["num_tokens"] = self._total_train_tokens
-            self._sums.reset()
         super().log(logs, start_time)
-
-    def _tell_of_dominant_sft(self, found: dict[str, float]) -> None:
-        """Warn once if the SFT term of a demonstration is more than ten times a compared row's preference term."""
-        sft, preference = found.get("loss/sft"), found.get("loss/preference")
-        if self._told_of_sft or sft is None or not preference:
-            return
-        weight = getattr(self.args, "sft_weight", 1.0)
-        ratio = weight * sft / preference
-        if ratio > 10:
-            self._told_of_sft = True
-            lower = min(self.args.beta, 10 * weight / ratio)
-            logger.warning(
-                f"The SFT term dominates: so far a demonstration's loss is {sft:.3g} nats, and the preference loss of "
-                f"a compared row is {preference:.3g}. With sft_weight={weight:g} they are {ratio:.0f} to 1. "
-                f"Lower sft_weight, for example to {lower:.2g}, if the feedback is to count as much. If nothing is to "
-                "be imitated, use PointwiseDPOTrainer."
-            )
 
     def score(self, dataset: Dataset) -> Dataset:
         """Score each row with the policy's implicit reward, see `trl_ulma.judge.Judge.score`.
@@ -738,7 +641,17 @@ class PointwiseDPOTrainer(DPOTrainer):
         """
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
-        self._resumed_identity = None if resume is None else self._identity_in(resume)
+        self._resumed_identity = self._stream_position = None
+        if resume is not None:
+            if self.args.sync_ref_model:
+                raise ValueError(
+                    "sync_ref_model=True changes the reference during training, and checkpoints do not contain the "
+                    "reference, so a resumed run would use a different one. Train without interruption, or set "
+                    "sync_ref_model=False."
+                )
+            self._resumed_identity = identity_in(resume)
+            if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
+                self._stream_position = stream_position(resume, self.args.gradient_accumulation_steps)
         with self.interruption:
             result = super().train(resume, *args, **kwargs)
             if self.interruption.agree() and not self.args.load_best_model_at_end:
@@ -750,17 +663,10 @@ class PointwiseDPOTrainer(DPOTrainer):
             raise KeyboardInterrupt
         return result
 
-    def _identity_in(self, checkpoint: str) -> ReferenceIdentity | None:
-        """The identity of a checkpoint's reference. None if it has no reference, or if the checkpoint lacks it."""
-        if self.args.sync_ref_model:
-            raise ValueError(
-                "sync_ref_model=True changes the reference during training, and checkpoints do not contain the "
-                "reference, so a resumed run would use a different one. Train without interruption, or set "
-                "sync_ref_model=False."
-            )
-        file = Path(checkpoint) / SETTINGS_FILE
-        before = SavedSettings.read(file).reference if file.exists() else None
-        return before if before is not None and before.logps else None
+    def _init_training_state(self, *args, **kwargs):
+        # Trainer does not know the length of a stream, and would look for the position within its first pass
+        position = super()._init_training_state(*args, **kwargs)
+        return self._stream_position or position
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -773,9 +679,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         folder = Path(checkpoint_folder)
         if self.args.should_save:
             mark_whole(folder)
-            for name in (SETTINGS_FILE, LOG_Z_FILE):
-                if (folder / name).exists():
-                    shutil.copy(folder / name, str(self.args.output_dir))
+            copy_files(folder, str(self.args.output_dir), (SETTINGS_FILE, LOG_Z_FILE))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -793,25 +697,14 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def saved_settings(self) -> SavedSettings:
         """What scores depend on besides the weights. It is saved with the model."""
-        args, rules = self.args, self._plan.rules
-        return SavedSettings(
-            beta=args.beta,
-            label_type=args.label_type,
-            length_normalize=args.length_normalize,
-            log_z=args.log_z,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            assistant_only_loss=args.assistant_only_loss,
-            chat="true" if model_card.trained_on_chat(self._plan) else "false",
-            system_message=args.system_message,
-            label_transform=rules.transform,
-            sft_threshold=rules.sft_threshold,
-            dtype=str(bare_model(self.model).dtype).removeprefix("torch."),
+        return SavedSettings.of_training(
+            self.args,
+            self._plan.rules,
+            self.model,
+            is_chat=model_card.trained_on_chat(self._plan),
             mixed_precision=self.accelerator.mixed_precision,
-            quantization=quantization_of(self.model),
             policy_logps=self._policy_logps,
             reference=self._checks.identity or ReferenceIdentity("none"),
-            trl_ulma=version("trl-ulma"),
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -871,45 +764,3 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
-
-
-def _check_adapter_name(model: Any) -> None:
-    """Raise ValueError if the adapter that a PEFT model trains is not the one that the reference is copied from."""
-    if isinstance(model, str) or not is_peft_model(model):
-        return
-    if model.active_peft_config.peft_type == PeftType.ADALORA:
-        raise ValueError(
-            "PEFT supports only one AdaLoRA adapter per model, so the reference cannot be a copy of it. Pass as "
-            "ref_model the model with the adapter as it is before training."
-        )
-    active = model.active_adapters
-    if active != ["default"]:
-        raise ValueError(
-            f"The model trains the adapter {', '.join(active)}, but the reference would be a copy of the adapter named "
-            "default. Load the adapter under that name (leave out adapter_name), or pass a ref_model."
-        )
-
-
-def _reference_kind(model: Any, ref_model: Any, args: PointwiseDPOConfig, peft_config: Any, is_needed: bool) -> str:
-    """The kind of the reference, see `ReferenceIdentity`."""
-    if not is_needed:
-        return "none"
-    if ref_model is not None:
-        return "given"
-    if peft_config is not None:
-        return "adapter_off"
-    if not _is_peft(model):
-        return "copy"
-    # PEFT does not support a second adapter with biases, so log π_ref of such adapters is precomputed
-    has_bias = getattr(model.active_peft_config, "bias", "none") != "none"
-    return "copy" if has_bias and args.precompute_ref_log_probs else "adapter"
-
-
-def _is_peft(model: Any) -> bool:
-    return not isinstance(model, str) and bool(is_peft_model(model))
-
-
-def _is_in_memory(model: Any, args: PointwiseDPOConfig) -> bool:
-    """Whether to copy the reference from a model in memory. DPOTrainer would load it again from its original source.
-    Under ZeRO-3 each process holds only a part of the model, so it cannot be copied."""
-    return not (isinstance(model, str) or args.precompute_ref_log_probs or is_deepspeed_zero3_enabled())

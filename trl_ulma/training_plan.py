@@ -6,7 +6,7 @@
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -14,19 +14,20 @@ import numpy as np
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import AutoConfig, DataCollator, ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from trl_ulma.checkpoints import refuse_pickle
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
+from trl_ulma.config_checks import check_best_metric, check_with_data
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.layouts import positions_of
+from trl_ulma.likelihood.table import collator_for
 from trl_ulma.log_z import check_column, check_labels
 from trl_ulma.metrics import EVALUATED
-from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 from trl_ulma.rows.dataset_labels import evaluated_figures, label_center, labels_before, terms_of, with_transform
-from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, check_settings, has_images
+from trl_ulma.rows.images import check_settings, has_images
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 from trl_ulma.versions import global_then_local_main_first, is_kto_config
@@ -52,7 +53,6 @@ class TrainingPlan:
         train_dataset: prepared rows.
         eval_dataset: prepared rows, a dict of such datasets, or None.
         needs_reference: whether any row is compared with the reference.
-        rules: how labels are read.
         positions: how many tokens the model can read at most; None if that has no end.
         vocab_size: how many tokens the model has embeddings for.
         peft_config: of the adapter that is trained, or None.
@@ -143,19 +143,6 @@ class TrainingPlan:
             return bool(np.any(dataset["sft_mask"][:]))
         return self.stream_has_mask or self.rules.sft_threshold is not None
 
-    def _own_collator(self) -> DataCollator:
-        collator_class: Any = DataCollatorForPointwisePreference
-        if isinstance(self.processing_class, ProcessorMixin):
-            collator_class = partial(DataCollatorForVisionPointwisePreference, processor=self.processing_class)
-        return collator_class(
-            pad_token_id=tokenizer_of(self.processing_class).pad_token_id,
-            max_length=self.args.max_length,
-            truncation_mode=self.args.truncation_mode,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,
-            label_type=self.args.label_type,
-            sft_threshold=self.rules.sft_threshold,
-        )
-
 
 def make_plan(
     model: Any,
@@ -214,17 +201,20 @@ def make_plan(
         plan.eval_dataset = plan.prepare(eval_dataset, "eval")
     plan.needs_reference = any(map(plan._may_compare, plan.datasets))
     has_mask = any(map(plan._may_have_mask, plan.datasets))
-    args.check_with_data(needs_reference=plan.needs_reference, has_mask=has_mask)
+    check_with_data(args, needs_reference=plan.needs_reference, has_mask=has_mask)
     check_labels(args, plan.train_dataset, plan.compared)
     if args.metric_for_best_model is not None and not has_own_metrics:
         evaluated = plan.eval_dataset if isinstance(plan.eval_dataset, dict) else {"": plan.eval_dataset}
-        args.check_best_metric({name: plan.figures_of(rows) for name, rows in evaluated.items()})
+        logged = {name: plan.figures_of(rows) for name, rows in evaluated.items()}
+        check_best_metric(args.metric_for_best_model, logged)
     plan.data_collator = data_collator
     _check_padding(tokenizer_of(processing_class), vocab_size)
     if data_collator is not None:
         _check_collator(data_collator, plan.train_dataset)
     else:
-        plan.data_collator = plan._own_collator()
+        names = ("max_length", "truncation_mode", "pad_to_multiple_of", "label_type")
+        settings = {name: getattr(args, name) for name in names}
+        plan.data_collator = collator_for(processing_class, sft_threshold=threshold, **settings)
         for rows in filter(has_images, plan.datasets):
             plan.data_collator(list(islice(rows, 2)))  # raises the processor's errors before a model is loaded
     return plan

@@ -53,11 +53,6 @@ def for_dpo_trainer(args: Any, model: Any, quantization_config: Any) -> tuple[An
     `padding_free` is switched off in the copy, because `DPOTrainer` warns that it switches its own off. The rest can go
     when TRL 1.7 is the oldest.
 
-    Args:
-        args: the config.
-        model: as it was given to the trainer.
-        quantization_config: as it was given to the trainer, or None.
-
     Raises:
         ValueError: if `quantization_config` comes with a model in memory, which is already loaded.
     """
@@ -86,9 +81,6 @@ def set_auxiliary_loss(trainer: Any) -> None:
     TRL before 1.7 has no such loss, and before 1.15 its default is 0.001 for all models. It can go when TRL 1.15 is the
     oldest.
 
-    Args:
-        trainer: whose constructor has run.
-
     Raises:
         ValueError: if the config names a coefficient, and the model returns no router logits.
     """
@@ -110,20 +102,13 @@ def loads_needless_reference(args: Any) -> bool:
 
     Under FSDP the policy cannot be asked before training, and the loaded model is needed. It can go when TRL 1.3 is the
     oldest.
-
-    Args:
-        args: the config.
     """
     is_fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
     return _LOADS_PRECOMPUTED and args.precompute_ref_log_probs and not is_fsdp
 
 
 def instance_forward(model: Any) -> Any:
-    """The forward that something has set on a model itself, or None if its class's forward runs.
-
-    Args:
-        model: any model, also one that is wrapped, or the name of one.
-    """
+    """The forward that something has set on a model itself, or None if its class's forward runs."""
     return None if isinstance(model, str) else vars(_without_adapter(model)).get("forward")
 
 
@@ -147,9 +132,6 @@ def mend_copied_forward(model: Any) -> None:
     """Undo TRL's patch on a deep copy of a patched model, because its forward would run the original's weights.
 
     The patch calls the forward that it found, and `copy.deepcopy` does not copy what a function refers to.
-
-    Args:
-        model: any model, also one that is wrapped, or the name of one.
     """
     fused = _fused(instance_forward(model))
     if fused is None:
@@ -178,11 +160,7 @@ def _forget_forward(model: Any) -> None:
 
 
 def refuse_data_parallel(trainer: Any) -> None:
-    """Raise ValueError if the model would be replicated by `nn.DataParallel`. TRL 1.16 raises by itself.
-
-    Args:
-        trainer: whose constructor has run.
-    """
+    """Raise ValueError if the model would be replicated by `nn.DataParallel`. TRL 1.16 raises by itself."""
     if trainer.args.n_gpu > 1 and not trainer.is_model_parallel:
         raise ValueError(
             f"One process sees {trainer.args.n_gpu} GPUs, and nn.DataParallel is not supported. Start one process per "
@@ -200,9 +178,6 @@ def leave_loss_undivided(trainer: Any) -> None:
 
     transformers before 5.19 does not read `Trainer.loss_is_scaled_for_ga`. It leaves a loss as it is if the trainer has
     a `compute_loss_func`, which our `compute_loss` does not call. It can go when transformers 5.19 is the oldest.
-
-    Args:
-        trainer: whose constructor has run.
     """
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         trainer.compute_loss_func = _not_called

@@ -16,7 +16,7 @@ import pytest
 from servers import make_parrot, transformers_serve
 
 from trl_ulma import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config import _INSTEAD
+from trl_ulma.config_checks import PAIRWISE
 from trl_ulma.labels import TRANSFORMS, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.metrics import EVALUATED
@@ -185,7 +185,7 @@ def test_the_settings_page_has_our_fields_their_defaults_and_no_other():
         name: config.__dataclass_fields__[name].default
         for config in (PointwiseDPOConfig, ULMAConfig)
         for name in inspect.get_annotations(config)
-        if name not in _INSTEAD
+        if name not in PAIRWISE
     }
     found = re.findall(r"^### `(\w+)`\n\nDefault: `(.+)`$", page("settings"), re.M)
     assert dict(found) == {name: repr(default) for name, default in own.items()}
@@ -200,7 +200,7 @@ def test_the_settings_page_has_every_choice_of_log_z():
 def test_the_refused_settings_are_those_of_the_migration_page():
     table = page("migrating").split("Refused away from their default")[1].split("\n\n`loss_type=[")[0]
     named = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(named) == sorted(_INSTEAD)
+    assert sorted(named) == sorted(PAIRWISE)
 
 
 def test_the_transforms_of_the_page_are_those_that_there_are():

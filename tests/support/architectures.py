@@ -137,7 +137,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 # Causal language models by name, whose tokens see those that come later
 NOT_CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-encoder": ("bert", {"is_decoder": False}),
-    "roberta-encoder": ("roberta", {"is_decoder": False}),
     "xlm": ("xlm", {}),
 }
 

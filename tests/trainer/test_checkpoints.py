@@ -5,10 +5,10 @@ import signal
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from world import make_rows, make_trainer, weights
 
-from trl_ulma.checkpoints import checkpoints, last_whole
+from trl_ulma.checkpoints import checkpoints, last_whole, stream_position
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
 
@@ -107,3 +107,41 @@ def test_ctrl_c_ends_with_a_saved_state_that_goes_on(tiny_gpt2, tmp_path):
     assert trainer.state.global_step in (3, 4)
     assert last_whole(tmp_path) == tmp_path / f"checkpoint-{trainer.state.global_step}"
     assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), run(tiny_gpt2, tmp_path / "other"))
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def streamed(request, tiny_gpt2, tmp_path_factory):
+    """(resume, weights of the unbroken run, folder) of trainings on a shuffled stream, in three passes and more."""
+    folder = tmp_path_factory.mktemp("streamed")
+
+    def train(out, resume=None):
+        stream = make_rows(5).to_iterable_dataset().shuffle(seed=0, buffer_size=5)
+        settings = EVERY_STEP | {"max_steps": 8, "gradient_accumulation_steps": request.param}
+        trainer = make_trainer(tiny_gpt2, stream, out, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(trainer.model)
+
+    return train, train(folder), folder
+
+
+@pytest.mark.skipif(not hasattr(Trainer, "_init_training_state"), reason="older transformers resume in the first pass")
+@pytest.mark.parametrize("step", [2, 3, 4, 6, 7])
+def test_a_stream_resumes_in_any_pass(streamed, tmp_path, step):
+    train, unbroken, folder = streamed
+    assert torch.equal(train(tmp_path, str(folder / f"checkpoint-{step}")), unbroken)
+
+
+@pytest.mark.parametrize(("epoch", "position"), [(0.5, (0, 8)), (1.0, (0, 16)), (1.25, (1, 4)), (2.875, (2, 14))])
+def test_the_position_in_a_stream_of_unknown_length(tmp_path, epoch, position):
+    state = TrainerState(epoch=epoch, max_steps=8)
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    assert stream_position(tmp_path, 2) == position
+
+
+def test_an_older_transformers_refuses_to_resume_in_a_later_pass(streamed, tmp_path, monkeypatch):
+    train, _, folder = streamed
+    positions = [stream_position(folder / f"checkpoint-{step}", 1) for step in range(1, 9)]
+    later = next(step for step, (passes, _) in enumerate(positions, start=1) if passes)
+    monkeypatch.delattr(Trainer, "_init_training_state")
+    with pytest.raises(ValueError, match=r"in pass 2 over a stream.* Update transformers"):
+        train(tmp_path, str(folder / f"checkpoint-{later}"))

@@ -20,7 +20,6 @@ class TrainingChecks:
 
     Args:
         proof: the proof for the training's scorer and reference.
-        collate: collates prepared rows to a batch on the device.
         context: returns the context that forward passes run in, for example mixed precision.
         tokens: `(N, W)` tokens that identify the reference, see `probe_tokens`.
         is_on: whether to run the proof (`startup_checks`).
@@ -63,8 +62,6 @@ class TrainingChecks:
         """Run the proof. All processes run the same forward passes.
 
         Args:
-            policy: the policy's model, wrapped for training.
-            rows: prepared training rows.
             at_start: whether the policy is still as it was before training.
             is_training: whether a training starts. False for an evaluation.
             is_moving: whether the reference changes during training, or is only used before training.
@@ -116,9 +113,6 @@ class TrainingChecks:
     def policy_logps(self, policy: Any) -> list[float]:
         """log π_θ of the sequences that the reference is known by, which later tells whether the policy is the same
         model as it is now; [] if there is no reference.
-
-        Args:
-            policy: the policy's model as it is trained.
         """
         if self.identity is None or not self.identity.input_ids:
             return []
@@ -160,9 +154,7 @@ def probe_tokens(tokenizer: PreTrainedTokenizerBase, embeddings: int, positions:
     The tokens only depend on the vocabulary of the tokenizer.
 
     Args:
-        tokenizer: the policy's tokenizer.
         embeddings: the number of tokens that the policy has embeddings for.
-        positions: the maximum number of tokens that the policy can read, or None.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     size = min(len(tokenizer), embeddings)

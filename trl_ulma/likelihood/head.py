@@ -124,9 +124,6 @@ class CompactHead:
     log-probabilities of the tokens. A hook returns these as the model's output. Hooks of wrappers on the output
     embeddings and on the model see the tensor that gradients flow through. After a call the model is unchanged.
 
-    Args:
-        model: the causal language model without wrappers.
-
     Raises:
         ValueError: if the model has no output embeddings.
     """

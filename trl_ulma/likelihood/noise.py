@@ -1,12 +1,13 @@
 """Dropout and other noise in a model's forward pass: switch it off temporarily or permanently."""
 
-from collections.abc import Iterator
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
-
-# Attributes for the rates of functional dropout and of skipped layers have this in their names
-_RATE = "drop"
+from transformers import PretrainedConfig
 
 
 @contextmanager
@@ -37,8 +38,9 @@ def switch_off_noise(model: nn.Module) -> None:
     """Set every dropout rate of a model to 0, including those of functional dropout and skipped layers.
 
     `nn.Dropout` modules have a rate `p`. Other modules pass a rate to `nn.functional.dropout` or to attention, and
-    store it in an attribute whose name contains "drop". The jitter of routers is not changed, because it can also be a
-    threshold in evaluation mode.
+    read it from an attribute of their own or of their config, whose name contains "drop". The config that is saved with
+    the model keeps its rates. The jitter of routers is not changed, because it can also be a threshold in evaluation
+    mode.
 
     Example:
         >>> from transformers import OPTConfig, OPTForCausalLM
@@ -51,10 +53,31 @@ def switch_off_noise(model: nn.Module) -> None:
         >>> layer.dropout
         0.0
     """
+    quiet: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(module).items():
-            is_rate = isinstance(value, float) and 0 < value <= 1 and _RATE in name.lower()
-            if is_rate and not name.startswith("_"):
-                setattr(module, name, 0.0)
+        for name in _rates(module):
+            setattr(module, name, 0.0)
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and _reads(module, rates := _rates(config)):
+            # A copy, because the config is saved with the model
+            if id(config) not in quiet:
+                quiet[id(config)] = copy.copy(config)
+                vars(quiet[id(config)]).update(dict.fromkeys(rates, 0.0))
+            module.config = quiet[id(config)]  # type: ignore[assignment]
+
+
+def _reads(module: nn.Module, rates: Sequence[str]) -> bool:
+    """Whether the forward pass of a module reads any of these rates from its config, as Falcon's does."""
+    names = getattr(getattr(inspect.unwrap(type(module).forward), "__code__", None), "co_names", ())
+    return "config" in names and not set(names).isdisjoint(rates)
+
+
+def _rates(owner: Any) -> list[str]:
+    """The names of the attributes with a rate above 0 of functional dropout or of skipped layers."""
+    return [
+        name
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and 0 < value <= 1 and "drop" in name.lower() and not name.startswith("_")
+    ]

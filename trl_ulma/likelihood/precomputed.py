@@ -37,7 +37,6 @@ def with_ref_logps(rows: Dataset, asked: np.ndarray, **asking: Any) -> Dataset:
     """The rows with a column `ref_logps`, which is NaN for rows that are not selected.
 
     Args:
-        rows: prepared rows.
         asked: `(N,)` bool, the rows to compute log π_ref for.
         **asking: the arguments of `precomputed_logps`.
     """
@@ -60,10 +59,8 @@ def cache_key(reference: Reference, policy: Any, probe: torch.Tensor, accelerato
     change the log-probabilities of `probe`, which the hash also covers.
 
     Args:
-        reference: the reference.
         policy: the policy's model, for references that are an adapter on it.
         probe: `(N, W)` tokens.
-        accelerator: the trainer's accelerator.
     """
     model = bare_model(policy if reference.model is None else reference.model)
     adapters = {name: str(config) for name, config in getattr(model, "peft_config", {}).items()}
@@ -109,15 +106,9 @@ def precomputed_logps(
     Rows that were created in memory have no cache.
 
     Args:
-        reference: the reference.
         policy: the policy's model, for references that are an adapter on it.
-        rows: prepared rows.
-        collate: collates rows to a batch.
         accelerator: the trainer's accelerator. Each process computes its part of the rows.
-        key: see `cache_key`.
         batch_size: the number of rows per forward pass and process.
-        num_workers: the number of workers of the data loader.
-        what: the description on the progress bar.
     """
     file = None
     if rows.cache_files:

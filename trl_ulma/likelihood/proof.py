@@ -35,7 +35,6 @@ def check_trainable(model: Any, reference: str) -> None:
     """Raise ValueError if no parameter is trainable, or if training would also change the reference.
 
     Args:
-        model: the policy.
         reference: the kind of the reference if it runs during training, see `ReferenceIdentity`. Otherwise "none".
     """
     if not any(p.requires_grad for p in model.parameters()):
@@ -68,8 +67,6 @@ class StartupProof:
     4. The chosen layout gives the same values as padding.
 
     Args:
-        scorer: the training's scorer.
-        reference: the training's reference.
         exact: whether forward passes compute in fp32 or better.
         is_quiet: whether the policy is trained without dropout and other noise.
     """
@@ -88,8 +85,6 @@ class StartupProof:
         """Run all checks.
 
         Args:
-            policy: the policy's model, wrapped for training.
-            batch: a few short rows, padded.
             layout_batch: a few rows for the layout check, see `probe_rows`. None if the layout is "padded".
             at_start: whether the policy is still as it was before training.
             is_training: whether a training starts. False for an evaluation.
@@ -133,7 +128,6 @@ class StartupProof:
         """Raise ValueError unless the reference equals the policy before training.
 
         Args:
-            model: the policy's model.
             policy: `(B,)` log π_θ in evaluation mode.
             reference: `(B,)` log π_ref of the same rows.
             tokens: `(B,)` number of completion tokens of the rows.

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,10 +46,6 @@ class ReferenceIdentity:
     logps: Sequence[float] = ()
     dtype: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "ReferenceIdentity":
         """From plain values.
@@ -78,9 +74,6 @@ class Reference:
     Args:
         kind: see `ReferenceIdentity`. "given" and "copy" need a `model`.
         scorer: a scorer with the policy's layout.
-        model: the reference's own model.
-        name: see `ReferenceIdentity`.
-        revision: see `ReferenceIdentity`.
         autocast: returns a context for mixed precision.
 
     Raises:
@@ -132,8 +125,6 @@ class Reference:
         """Like `logps`, but only for some rows. The other rows get NaN.
 
         Args:
-            policy: see `logps`.
-            batch: see `logps`.
             asked: the indices of the rows and the width of the longest of them, or None for all rows.
         """
         # Only the processor knows which images of a batch belong to a row. Rotary positions that depend on the longest
@@ -153,7 +144,6 @@ class Reference:
         """log π_ref of whole sequences without their first token, in nats.
 
         Args:
-            policy: see `logps`.
             input_ids: `(N, W)`.
         """
         return self.logps(policy, plain_batch(input_ids)).double().tolist()
@@ -162,17 +152,12 @@ class Reference:
         """The identity of the reference. It includes the fingerprint if the reference can run.
 
         Args:
-            policy: see `logps`.
             input_ids: `(N, W)` tokens for the fingerprint.
         """
         logps = self.fingerprint(policy, input_ids) if self.is_live else []
         dtype = "" if self.model is None else str(bare_model(self.model).dtype).removeprefix("torch.")
         ids = input_ids.tolist() if logps else []
         return ReferenceIdentity(self.kind, self.name, self.revision, ids, logps, dtype)
-
-    def release(self) -> None:
-        """Release the reference's own model."""
-        self.model = None
 
     @contextlib.contextmanager
     def _adapter(self, policy: Any):
@@ -252,23 +237,18 @@ class NoReferenceModel(FSDPModule, nn.Module):
         """Do nothing."""
 
 
-def copy_adapter(model: Any, source: str = "default", target: str = ADAPTER) -> None:
-    """Copy all parameters and buffers of adapter `source` to adapter `target`, for any type of adapter.
+def copy_adapter(model: Any) -> None:
+    """Copy all parameters and buffers of the adapter "default" to the adapter `ADAPTER`, for any type of adapter.
 
     PEFT stores an adapter's name as one part of its parameters' names, in the middle ("lora_A.default.weight") or at
     the end ("lora_embedding_A.default").
-
-    Args:
-        model: a `PeftModel` with both adapters.
-        source: the adapter to copy from.
-        target: the adapter to copy to.
     """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with torch.no_grad():
         for name, value in tensors.items():
             parts = name.split(".")
-            if source in parts:
-                other = ".".join(target if part == source else part for part in parts)
+            if "default" in parts:
+                other = ".".join(ADAPTER if part == "default" else part for part in parts)
                 if other in tensors:
                     tensors[other].copy_(value)
 

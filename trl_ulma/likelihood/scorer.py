@@ -50,7 +50,7 @@ class Likelihood(NamedTuple):
     @property
     def logps(self) -> torch.Tensor:
         """`(B,)` log π(y|x) in nats, summed over completion tokens in at least float32."""
-        return summed(self.log_probs)
+        return self.log_probs.sum(1, dtype=torch.promote_types(self.log_probs.dtype, torch.float32))
 
 
 class Scorer:
@@ -89,7 +89,6 @@ class Scorer:
         """Score the completion tokens.
 
         Args:
-            model: the model, with or without wrappers.
             batch: `input_ids`, `attention_mask`, `completion_mask` `(B, T)`, and any other inputs of the forward.
             statistics: whether to compute entropy, mean logits and top-1 agreement.
             prompt_states: whether to return the prompt states.
@@ -156,14 +155,10 @@ def bare_model(model: Any) -> Any:
     return model
 
 
-def summed(per_token_logps: torch.Tensor) -> torch.Tensor:
-    """`(B,)` sums of `(B, T)` in at least float32. Positions that are not scored must be 0.
-
-    Example:
-        >>> summed(torch.tensor([[-1.0, -2.0]]))
-        tensor([-3.])
-    """
-    return per_token_logps.sum(1, dtype=torch.promote_types(per_token_logps.dtype, torch.float32))
+def is_exact(model: Any, mixed_precision: str | None) -> bool:
+    """Whether forward passes of a model compute in float32 or better. Products of quantized weights are rounded."""
+    is_quantized = getattr(model.config, "quantization_config", None) is not None
+    return mixed_precision in (None, "no") and model.dtype in (torch.float32, torch.float64) and not is_quantized
 
 
 def mask_dtype(model: Any) -> torch.dtype | None:

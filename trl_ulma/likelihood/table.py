@@ -30,10 +30,7 @@ def batches(
     """Yield (row numbers, batch) of prepared rows, the longest rows first, with a progress bar.
 
     Args:
-        rows: prepared rows.
         collate: collates rows to a batch. Default: padding on the right.
-        batch_size: the number of rows per batch.
-        device: the device of the batch.
         what: the description on the progress bar. None for no bar.
     """
     # The token at padding positions makes no difference
@@ -50,22 +47,18 @@ def batches(
             bar.update(len(numbers))
 
 
-def collator_for(
-    processing_class: Any, *, max_length: int | None = None, truncation_mode: str = "keep_start"
-) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+def collator_for(processing_class: Any, **settings: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """What makes batches of prepared rows, and processes their images if the model takes any.
 
     Args:
-        processing_class: the model's tokenizer, or its processor.
-        max_length: longest sequence in tokens, or None.
-        truncation_mode: "keep_start" or "keep_end".
+        processing_class: the model's tokenizer or processor.
+        **settings: of `DataCollatorForPointwisePreference`.
     """
     processor = processor_of(processing_class)
     pad: Any = tokenizer_of(processing_class).pad_token_id
-    how: dict[str, Any] = {"max_length": max_length, "truncation_mode": truncation_mode}
     if processor is None:
-        return DataCollatorForPointwisePreference(pad_token_id=pad, **how)
-    return DataCollatorForVisionPointwisePreference(pad_token_id=pad, processor=processor, **how)
+        return DataCollatorForPointwisePreference(pad_token_id=pad, **settings)
+    return DataCollatorForVisionPointwisePreference(pad_token_id=pad, processor=processor, **settings)
 
 
 def forward_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -93,11 +86,6 @@ def completion_logps(
     The first token of a sequence has no prediction, so it is not scored if the prompt is empty.
 
     Args:
-        model: a causal language model, or an adapter on one.
-        rows: prepared rows.
-        collate: see `batches`.
-        batch_size: rows per forward.
-        what: on the progress bar; None for no bar.
         reference: asked in place of the model, which may be what it is an adapter on.
 
     Raises:
@@ -133,11 +121,7 @@ def batching_difference(
     by one, and rows that were computed one by one are computed together.
 
     Args:
-        model: a causal language model, or an adapter on one.
-        rows: prepared rows.
         logps: `(N,)` of `completion_logps`.
-        collate: see `batches`.
-        batch_size: that of `logps`.
         most: rows that are computed again.
     """
     first = rows.select(range(min(most, len(rows))))
@@ -156,10 +140,7 @@ def prompt_states(
     """`(N, H)`, what the output embeddings read before each completion; a learned log Z reads it, too.
 
     Args:
-        model: a causal language model, or an adapter on one.
         rows: prepared rows; if a prompt is empty, it is the state of the completion's first token.
-        collate: see `batches`.
-        batch_size: rows per forward.
 
     Example:
         >>> prompt_states(model, rows)  # doctest: +SKIP

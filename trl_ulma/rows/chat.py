@@ -39,9 +39,7 @@ def becomes_chat(
         raw: rows whose prompts are text.
         prompt: the prompt of the first row, or None for pairs without prompts.
         chat: one of `CHAT`.
-        system_message: the first message of each conversation, or None.
         has_template: whether the tokenizer or processor has a chat template.
-        name: the name of the dataset.
 
     Raises:
         ValueError: if `chat` is "true" and there is no chat template or there are no prompts, or if there is a system

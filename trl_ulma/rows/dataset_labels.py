@@ -159,10 +159,6 @@ def label_center(rows: Dataset | IterableDataset, label_type: str) -> float:
     """The mean of the continuous labels of prepared training rows, by which figures tell chosen rows from rejected
     ones; 0 if there are none. For a stream, it is the mean over the first 64 rows.
 
-    Args:
-        rows: prepared.
-        label_type: of rows that have none of their own.
-
     Example:
         >>> label_center(Dataset.from_dict({"label": [1.0, 4.0]}), "continuous")
         2.5
@@ -176,13 +172,7 @@ def label_center(rows: Dataset | IterableDataset, label_type: str) -> float:
 
 
 def terms_of(rows: Dataset, label_type: str, cell: tuple[str, str]) -> Terms:
-    """The terms that the loss of each prepared row has, see `trl_ulma.losses.route`.
-
-    Args:
-        rows: prepared rows.
-        label_type: the label type of rows without their own `label_type`.
-        cell: (positive_loss, negative_loss).
-    """
+    """The terms that the loss of each prepared row has, see `trl_ulma.losses.route`."""
     label = torch.tensor(rows["label"][:], dtype=torch.float32)
     sft_mask = torch.tensor(rows["sft_mask"][:], dtype=torch.bool)
     continuous = torch.from_numpy(is_continuous(rows, label_type))
@@ -196,10 +186,7 @@ def evaluated_figures(rows: Dataset, args: Any, center: float, *, has_rewards: b
     `aux_loss` is among them, because whether a model is a mixture of experts is not known before it is loaded.
 
     Args:
-        rows: prepared.
-        args: the trainer's config.
         center: of the continuous labels of the training set.
-        has_rewards: whether there is a reference.
     """
     label = torch.tensor(rows["label"][:], dtype=torch.float32)
     continuous = torch.from_numpy(is_continuous(rows, args.label_type))
@@ -237,8 +224,6 @@ def labels_before(rows: Dataset, args: Any, raw: Any) -> np.ndarray | None:
     transform, or the rows are a stream.
 
     Args:
-        rows: prepared.
-        args: the trainer's config.
         raw: the rows that they were prepared from.
     """
     if args.label_transform is None or isinstance(raw, IterableDataset):
@@ -257,8 +242,6 @@ def report_labels(rows: Dataset, args: Any, raw: np.ndarray | None = None, trans
     left out for which reason, if any were.
 
     Args:
-        rows: prepared rows.
-        args: the trainer's config.
         raw: `(N,)` labels before the label transform, see `labels_before`.
         transform: the fitted transform, or None.
     """

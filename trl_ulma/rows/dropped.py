@@ -91,8 +91,6 @@ def kept_rows(
 
     Args:
         encoded: prepared rows with the columns `PASSING`.
-        name: the name of the dataset.
-        label_type: the label type of rows without their own `label_type`, or None.
         invalid_rows: "error" or "drop".
         unreadable: errors of rows that could not be read and are not in `encoded`.
 

@@ -22,6 +22,26 @@ def is_real(batch: dict[str, Any]) -> torch.Tensor:
     return batch["row"].cpu() >= 0 if "row" in batch else torch.ones(len(batch["label"]), dtype=torch.bool)
 
 
+def mark_real(batches: list[dict[str, Any]], size: int) -> int:
+    """Add the key `real` to the micro-batches of an optimizer step, and return the number of its rows.
+
+    Trainer only steps after `size` micro-batches. Without fillers, the last rows of a stream would be added to the
+    first step of the next epoch.
+
+    Args:
+        batches: the micro-batches. If there are fewer than `size`, micro-batches of filler rows are appended.
+        size: the number of micro-batches in a step.
+    """
+    rows = 0
+    for batch in batches:
+        real = is_real(batch)
+        rows += int(real.sum())
+        batch["real"] = real.to(batch["label"].device)
+    nothing = {**batches[-1], "real": torch.zeros_like(batches[-1]["real"])}
+    batches += [nothing] * (size - len(batches))
+    return rows
+
+
 class FilledStream(IterableDataset):
     """The prepared rows of a stream, filled up to a multiple of `size`.
 
@@ -29,7 +49,6 @@ class FilledStream(IterableDataset):
     time. If accelerate gave each process its own shards of a `datasets.IterableDataset`, some would end earlier.
 
     Args:
-        rows: the stream.
         size: the number of rows in a micro-batch over all processes.
     """
 
@@ -50,11 +69,7 @@ class FilledStream(IterableDataset):
 
 
 class FilledRows(Dataset):
-    """The prepared rows of a table. Indices from `len` on return the first rows again, as fillers.
-
-    Args:
-        rows: the table.
-    """
+    """The prepared rows of a table. Indices from `len` on return the first rows again, as fillers."""
 
     def __init__(self, rows: datasets.Dataset):
         self.rows = rows

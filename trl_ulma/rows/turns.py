@@ -24,7 +24,6 @@ def marked_spans(render: Callable[..., tuple[str, list[Span]]], start: int, whol
     """The spans that the template marks as generated, from character `start` on. None if it marks nothing.
 
     Args:
-        render: returns the rendering and the marked spans.
         start: the index of the first character of the completion.
         whole: the rendering without markers.
     """

@@ -1,0 +1,253 @@
+"""Checks of the settings: alone, on this machine, and against the data of a training."""
+
+import difflib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers.utils import is_liger_kernel_available
+from trl import DPOConfig
+
+from trl_ulma.labels import LABEL_TYPES, parse_transform
+from trl_ulma.log_partition import LOG_Z_CHOICES
+from trl_ulma.losses import check_binary_loss, check_cell
+from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_of_rewards
+from trl_ulma.presets import apply_preset
+from trl_ulma.rows.chat import check_chat
+from trl_ulma.rows.dropped import INVALID_ROWS
+
+# Settings of TRL that only apply to pairs, and what to use instead
+PAIRWISE = {
+    "loss_type": "positive_loss and negative_loss of ULMAConfig choose the method",
+    "loss_weights": "use sft_weight for demonstrations, and desirable_weight and undesirable_weight for the classes",
+    "ld_alpha": "use length_normalize=True to divide by the completion's length",
+    "f_divergence_type": "only the reverse KL divergence defines an implicit reward for single rows",
+    "f_alpha_divergence_coef": "only the reverse KL divergence defines an implicit reward for single rows",
+    "label_smoothing": "soften the labels in the data: use 0.9 and 0.1 instead of 1 and 0",
+    "use_weighting": "add a weight column to the rows",
+    "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
+}
+# Whole numbers, and their least values
+_WHOLE = {
+    "max_length": 2,
+    "pad_to_multiple_of": 1,
+    "dataset_num_proc": 0,
+    "precompute_ref_batch_size": 1,
+    "ref_model_sync_steps": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+}
+_SWITCHES = (
+    "label_report",
+    "length_normalize",
+    "share_prompts",
+    "padding_free",
+    "assistant_only_loss",
+    "startup_checks",
+)
+# Real numbers, and their bounds
+_NUMBERS: dict[str, dict[str, float]] = {
+    "log_z": {},
+    "log_z_learning_rate": {"above": 0},
+    "desirable_weight": {"least": 0},
+    "undesirable_weight": {"least": 0},
+    "sft_weight": {"least": 0},
+    "sft_threshold": {},
+}
+# What Trainer adds to the figures of an evaluation
+_TIMES = ("runtime", "samples_per_second", "steps_per_second")
+_PARALLELISM = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
+
+
+def check_settings(args: Any) -> None:
+    """Set what `preset` stands for, and raise ValueError if the trainers do not support a value."""
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() in ("1", "true"):
+        sizes = {size: int(os.environ.get(f"PARALLELISM_CONFIG_{size.upper()}", 1)) for size in _PARALLELISM}
+        check_parallelism(SimpleNamespace(**sizes))
+    _check_pairwise(args)
+    _check_choice("label_type", args.label_type, LABEL_TYPES)
+    _check_number("beta", args.beta, above=0)
+    apply_preset(args, {f.name: f.default for f in fields(args)})
+    check_binary_loss(args.binary_loss)
+    check_cell(*args.cell)
+    if args.label_transform is not None:
+        parse_transform(args.label_transform, args.label_type)
+    if isinstance(args.log_z, str) and args.log_z not in LOG_Z_CHOICES:
+        raise ValueError(f"log_z must be a number or one of {LOG_Z_CHOICES}; got {args.log_z!r}.")
+    for name, bounds in _NUMBERS.items():
+        value = getattr(args, name, 0.0)  # only ULMA has the last two
+        if not ((name == "log_z" and isinstance(value, str)) or (name == "sft_threshold" and value is None)):
+            _check_number(name, value, **bounds)
+    for name, least in _WHOLE.items():
+        value = getattr(args, name)
+        if value is None or (name == "pad_to_multiple_of" and isinstance(value, str)):  # text, which TRL reads
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or above; got {value!r}.")
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}.")
+    check_chat(args.chat, args.system_message)
+    _check_choice("invalid_rows", args.invalid_rows, INVALID_ROWS)
+    for name in _SWITCHES:
+        if not isinstance(getattr(args, name), bool):
+            raise ValueError(f"{name} must be True or False; got {getattr(args, name)!r}.")
+    for is_wrong, message in _combinations(args):
+        if is_wrong:
+            raise ValueError(message)
+
+
+def _combinations(args: Any) -> list[tuple[bool, str]]:
+    """(whether they are set, what is wrong) of values that are valid alone and not together."""
+    return [
+        (
+            args.desirable_weight == args.undesirable_weight == 0,
+            "desirable_weight and undesirable_weight are both 0, so the loss of every row would be 0. Raise one of "
+            "them.",
+        ),
+        (
+            getattr(args, "sft_weight", 1) == 0 and args.cell == ("sft", "none"),
+            "sft_weight is 0 and negative_loss is 'none', so the loss of every row would be 0. Change one of them.",
+        ),
+        (
+            args.label_type == "continuous" and args.cell[1] == "unlearning",
+            "negative_loss='unlearning' needs binary labels: a continuous label rates an answer, but does not say "
+            "that the model should unlearn it. Use negative_loss='pointwise_dpo' or label_type='binary'.",
+        ),
+        (
+            args.sync_ref_model and args.precompute_ref_log_probs,
+            "sync_ref_model=True changes the reference during training, but precompute_ref_log_probs=True runs it "
+            "only once, before training. Set only one of them.",
+        ),
+        (
+            args.log_z == "batch_kl" and args.precompute_ref_log_probs,
+            "log_z='batch_kl' runs the reference on new rows in each step, but precompute_ref_log_probs=True runs "
+            "it only once, before training. Set precompute_ref_log_probs=False or another log_z.",
+        ),
+        (
+            args.log_z == "batch_kl" and args.per_device_train_batch_size < 2,
+            "log_z='batch_kl' pairs the prompt of one row with the completion of another, so it needs at least two "
+            "rows per micro-batch. Set per_device_train_batch_size to 2 or more, or set another log_z.",
+        ),
+        (
+            args.padding_free and args.share_prompts,
+            "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
+        ),
+    ]
+
+
+def _check_pairwise(args: Any) -> None:
+    name_of_class = type(args).__name__
+    for name, instead in PAIRWISE.items():
+        original = DPOConfig.__dataclass_fields__[name]
+        default = original.default if original.default is not MISSING else original.default_factory()
+        value = getattr(args, name)
+        if name == "loss_type" and "kto" in (value if isinstance(value, list) else [value]):
+            raise ValueError(
+                f"loss_type={value!r} is a setting of DPOConfig, which {name_of_class} does not have. Set "
+                "preset='kto' for KTO's loss and reference point, and leave loss_type out."
+            )
+        if value != default and [value] != default:
+            raise ValueError(
+                f"{name}={value!r} is a setting of pairwise losses that {name_of_class} does not support. Leave it at "
+                f"{default!r}; {instead}."
+            )
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
+
+
+def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or (above is not None and value <= above) or (least is not None and value < least):
+        needed = f"above {above}" if above is not None else "a number" if least is None else f"{least} or above"
+        raise ValueError(f"{name} must be {needed}; got {value!r}.")
+
+
+def check_machine(args: Any) -> None:
+    """Raise ValueError or ImportError if this machine does not support a setting."""
+    check_parallelism(getattr(args, "parallelism_config", None))
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError(
+            "activation_offloading=True moves activations from an accelerator's memory to CPU memory, and this "
+            "machine has no accelerator. Set it to False. gradient_checkpointing=True saves memory on any machine."
+        )
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError(
+            "use_liger_kernel=True requires liger-kernel, which is not installed. Run `pip install liger-kernel`, "
+            "or set it to False. TRL will remove this setting; model_init_kwargs={'use_kernels': True} replaces it."
+        )
+
+
+def check_parallelism(parallelism: Any) -> None:
+    """Raise ValueError if a kind of parallelism is on for which the log-probabilities are not known to be right."""
+    for name, kind in _PARALLELISM.items():
+        size = getattr(parallelism, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{kind} parallelism ({name}={size}) is not supported: it would split the output embeddings or the "
+                "tokens of a row across processes, and log-probabilities would be incomplete. Use DDP, FSDP2 or ZeRO."
+            )
+
+
+def check_with_data(args: Any, *, needs_reference: bool, has_mask: bool) -> None:
+    """Raise ValueError if a setting contradicts the data.
+
+    Args:
+        needs_reference: whether the loss of any row uses the reference.
+        has_mask: whether any row is marked as a demonstration.
+    """
+    weighted = args.desirable_weight != 1 or args.undesirable_weight != 1
+    if weighted and args.label_type == "continuous" and not has_mask:
+        raise ValueError(
+            "For continuous labels, desirable_weight applies to demonstrations and undesirable_weight to all other "
+            "rows, but no row is marked as a demonstration. Add a boolean column sft_mask, or set the weight of "
+            "each row in a column weight."
+        )
+    if needs_reference:
+        return
+    if isinstance(args.log_z, str):
+        raise ValueError(
+            f"log_z={args.log_z!r} only affects rows that are compared with the reference; with {args.method} no "
+            "row is. Leave log_z at 0."
+        )
+    if is_of_rewards((args.metric_for_best_model or "").removeprefix("eval_")):
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} needs a reference model; with {args.method} no "
+            "row is compared with one, so none is loaded. Use eval_loss or eval_loss/sft."
+        )
+    if args.sync_ref_model:
+        raise ValueError(
+            f"sync_ref_model=True has no effect: with {args.method} no row is compared with a reference. Set it to "
+            "False."
+        )
+
+
+def check_best_metric(metric: str | None, logged: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError if no evaluation will log `metric_for_best_model`, before the first evaluation shows it.
+
+    Args:
+        logged: the name of each evaluated dataset, or "" if there is one, → the figures that it will log.
+    """
+    prefixes = {name: f"{name}_" if name else "" for name in logged}
+    known = [prefixes[name] + figure for name, figures in logged.items() for figure in figures]
+    best = (metric or "loss").removeprefix("eval_")
+    if best in known or best in [prefix + each for prefix in prefixes.values() for each in _TIMES]:
+        return
+    setting = f"metric_for_best_model={metric!r}"
+    for name, prefix in prefixes.items():
+        if best.removeprefix(prefix) in NEEDED_ROWS and best.startswith(prefix):
+            raise ValueError(
+                f"{setting} will not be logged: it needs {NEEDED_ROWS[best.removeprefix(prefix)]}, which the "
+                f"{name or 'eval'} dataset does not have. It logs {', '.join(prefix + f for f in logged[name])}."
+            )
+    everything = [prefix + figure for prefix in prefixes.values() for figure in EVALUATED]
+    near = difflib.get_close_matches(best, [*known, *everything], n=1, cutoff=0.75)
+    hint = f"Did you mean eval_{near[0]}?" if near else f"Choices: {', '.join(known)}."
+    raise ValueError(f"{setting} is not an eval metric. {hint} (Metrics of your own come from compute_metrics.)")

@@ -1,0 +1,91 @@
+"""The metrics that a training logs: of the steps since the last log, and of an evaluation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from transformers.trainer_utils import IntervalStrategy
+
+from trl_ulma.metrics import RatioSums, figures, ranking_figures
+from trl_ulma.objective import BatchLoss
+
+logger = get_logger(__name__)
+
+
+class LoggedFigures:
+    """Adds up the metrics of batches over micro-batches and processes.
+
+    Attributes:
+        evaluated: `(N, 3)` implicit reward, label and whether it is continuous, of the rows of the last evaluation.
+    """
+
+    def __init__(self, accelerator: Any, beta: float, sft_weight: float):
+        self.evaluated: np.ndarray = np.empty((0, 3))
+        self._accelerator = accelerator
+        self._beta, self._sft_weight = beta, sft_weight
+        self._sums = RatioSums(accelerator.device)
+        self._rows: list[torch.Tensor] = []
+        self._told_of_sft = False
+
+    def add(self, found: BatchLoss, label: torch.Tensor, real: torch.Tensor, *, is_evaluated: bool) -> None:
+        """Add a batch. Rows for which `real` is False are repetitions and are not counted."""
+        self._sums.add(found.ratios, real)
+        if is_evaluated:
+            rows = torch.stack([found.rewards.double(), label.double(), found.continuous.double()], 1)
+            self._rows.append(rows[real].cpu())
+
+    def reset(self) -> None:
+        """Discard the sums since the last log, for example of an attempt that ran out of memory."""
+        self._sums.reset()
+
+    def take(self) -> dict[str, float]:
+        """The metrics since the last log. Logs a warning, once, if the SFT term dominates."""
+        found = figures(self._accelerator.reduce(self._sums.totals(), "sum"))
+        self._sums.reset()
+        self._tell_of_dominant_sft(found)
+        return found
+
+    @contextmanager
+    def of_evaluation(self) -> Iterator[dict[str, float]]:
+        """A context for an evaluation. Its metrics are in the dict at the end."""
+        training, self._sums = self._sums, RatioSums(self._accelerator.device)
+        self._rows, found = [], {}
+        try:
+            yield found
+            found |= figures(self._accelerator.reduce(self._sums.totals(), "sum"))
+        finally:
+            self._sums = training
+        found.pop("num_tokens", None)
+        everything = torch.cat(gather_object([torch.cat(self._rows)]))
+        self.evaluated = everything.numpy()
+        rewards, label, continuous = everything.unbind(1)
+        found |= ranking_figures(rewards, label, continuous.bool())
+
+    def _tell_of_dominant_sft(self, found: dict[str, float]) -> None:
+        """Warn once if the SFT term of a demonstration is more than ten times a compared row's preference term."""
+        sft, preference = found.get("loss/sft"), found.get("loss/preference")
+        if self._told_of_sft or sft is None or not preference:
+            return
+        ratio = self._sft_weight * sft / preference
+        if ratio > 10:
+            self._told_of_sft = True
+            lower = min(self._beta, 10 * self._sft_weight / ratio)
+            logger.warning(
+                f"The SFT term dominates: so far a demonstration's loss is {sft:.3g} nats, and the preference loss of "
+                f"a compared row is {preference:.3g}. With sft_weight={self._sft_weight:g} they are {ratio:.0f} to 1. "
+                f"Lower sft_weight, for example to {lower:.2g}, if the feedback is to count as much. If nothing is to "
+                "be imitated, use PointwiseDPOTrainer."
+            )
+
+
+def is_logged(args: Any, state: Any, *, ends_epoch: bool) -> bool:
+    """Whether the next optimizer step will be logged. The result is the same on all processes."""
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        return ends_epoch
+    step = state.global_step + 1
+    first = args.logging_first_step and step == 1
+    return first or (args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0)

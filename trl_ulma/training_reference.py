@@ -1,0 +1,102 @@
+"""The reference of a training: which kind it is, which model `DPOTrainer` gets for it, and how it is made."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from peft import PeftType
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.utils import get_config_model_id
+
+from trl_ulma.likelihood.reference import ADAPTER, NoReferenceModel, Reference, copy_adapter
+from trl_ulma.likelihood.scorer import Scorer, bare_model
+from trl_ulma.versions import loads_needless_reference, mend_copied_forward
+
+
+def check_models(model: Any, ref_model: Any) -> None:
+    """Raise ValueError if a trainer's models cannot be policy and reference."""
+    if ref_model is not None:
+        if ref_model is model:
+            raise ValueError(
+                "model and ref_model are the same object, so training would also change the reference. Leave out "
+                "ref_model: the reference is then the model as it is before training."
+            )
+        return
+    if not _is_peft(model):
+        return
+    if model.active_peft_config.peft_type == PeftType.ADALORA:
+        raise ValueError(
+            "PEFT supports only one AdaLoRA adapter per model, so the reference cannot be a copy of it. Pass as "
+            "ref_model the model with the adapter as it is before training."
+        )
+    active = model.active_adapters
+    if active != ["default"]:
+        raise ValueError(
+            f"The model trains the adapter {', '.join(active)}, but the reference would be a copy of the adapter named "
+            "default. Load the adapter under that name (leave out adapter_name), or pass a ref_model."
+        )
+
+
+def reference_kind(model: Any, ref_model: Any, args: Any, peft_config: Any, *, is_needed: bool) -> str:
+    """The kind of the reference, see `ReferenceIdentity`; arguments as those of the trainer."""
+    if not is_needed:
+        return "none"
+    if ref_model is not None:
+        return "given"
+    if peft_config is not None:
+        return "adapter_off"
+    if not _is_peft(model):
+        return "copy"
+    # PEFT does not support a second adapter with biases, so log π_ref of such adapters is precomputed
+    has_bias = getattr(model.active_peft_config, "bias", "none") != "none"
+    return "copy" if has_bias and args.precompute_ref_log_probs else "adapter"
+
+
+def model_for_dpo_trainer(kind: str, model: Any, ref_model: Any, args: Any) -> Any:
+    """The `ref_model` to pass to `DPOTrainer`. With None, it makes the reference itself."""
+    if kind == "none" or (kind == "copy" and _is_peft(model)):
+        return NoReferenceModel()
+    if kind != "copy":
+        return ref_model
+    # DPOTrainer would load a model in memory again, from where it came. Under ZeRO-3 each process holds a part of it.
+    if not (isinstance(model, str) or args.precompute_ref_log_probs or is_deepspeed_zero3_enabled()):
+        copied = copy.deepcopy(model)
+        mend_copied_forward(copied)
+        return copied
+    return NoReferenceModel() if loads_needless_reference(args) else None
+
+
+def make_reference(
+    kind: str, policy: Any, ref_model: Any, scorer: Scorer, *, args: Any, autocast: Any, before: Callable[[], Any]
+) -> Reference:
+    """The reference of a trainer that `DPOTrainer` has set up.
+
+    Args:
+        kind: see `reference_kind`.
+        autocast: returns a context for mixed precision.
+        before: returns the policy as it is before training, which is the reference if there is no copy of it.
+    """
+    name, revision = "", None
+    if kind not in ("none", "given"):
+        revision = (args.model_init_kwargs or {}).get("revision")
+    if kind == "adapter":
+        if ADAPTER in policy.peft_config:
+            copy_adapter(policy)
+            policy.has_trl_ulma_reference = True
+        else:  # TRL has logged why it did not make one
+            kind = "adapter_off"
+    model = None
+    if kind in ("given", "copy"):
+        has_own = ref_model is not None and not isinstance(ref_model, NoReferenceModel)
+        model = ref_model if has_own or kind == "given" else before()
+    bare = bare_model(policy if model is None else model)
+    if kind == "copy" and is_peft_model(bare):
+        revision = None  # a model and an adapter; no copy of them is kept
+    elif kind != "none":
+        name = get_config_model_id(bare.config)
+    return Reference(kind, scorer, model, name=name, revision=revision, autocast=autocast)
+
+
+def _is_peft(model: Any) -> bool:
+    return not isinstance(model, str) and bool(is_peft_model(model))
