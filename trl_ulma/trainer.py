@@ -4,6 +4,7 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
 import copy
+import dataclasses
 import functools
 import shutil
 import textwrap
@@ -785,9 +786,14 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._check_start(policy)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         self._policy_logps = self._checks.policy_logps(policy)
+        settings = self.saved_settings()
+        if self.args.sync_ref_model and self._reference.is_live:
+            # No saved model is the reference as it is now, least of all the one that training started from
+            moved = self._checks.current_identity(policy)
+            settings = dataclasses.replace(settings, reference=dataclasses.replace(moved, name="", revision=None))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            self.saved_settings().write(folder)
+            settings.write(folder)
             save_log_partition(self.log_partition, folder)
         super().save_model(output_dir, _internal_call)
 
@@ -805,6 +811,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             chat="true" if model_card.trained_on_chat(self._plan) else "false",
             system_message=args.system_message,
             label_transform=rules.transform,
+            label_center=self._plan.label_center,
             sft_threshold=rules.sft_threshold,
             dtype=str(bare_model(self.model).dtype).removeprefix("torch."),
             mixed_precision=self.accelerator.mixed_precision,
