@@ -143,6 +143,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
     ):
+        if isinstance(ref_model, str):
+            raise TypeError(
+                f"ref_model must be a model; got the name {ref_model!r}. Load it first, with "
+                "AutoModelForCausalLM.from_pretrained and the dtype of the model that is trained."
+            )
         if ref_model is not None and ref_model is model:
             raise ValueError(
                 "model and ref_model are the same object, so training would also change the reference. Leave out "

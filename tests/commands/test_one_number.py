@@ -254,6 +254,11 @@ def test_rewards_are_the_same_whatever_was_trained(tiny_llama, tied, tmp_path, w
     assert not [text for text in warned if "is not computed as when it was saved" in text]
 
 
+def test_a_reference_that_is_a_name_is_refused(tiny_llama, tied, tmp_path):
+    with pytest.raises(TypeError, match="ref_model must be a model; got the name .* Load it first"):
+        make_trainer(tiny_llama, ROWS, tmp_path, ref_model=tied)
+
+
 def test_a_reference_that_moved_during_training_is_not_taken_for_the_first(tiny_llama, tmp_path, warned):
     trainer, folder = trained(tiny_llama, tmp_path, sync_ref_model=True, ref_model_sync_steps=1)
     with pytest.raises(ValueError, match=r"was trained against a reference that had no name \(copy\)\. Pass it as"):
