@@ -22,7 +22,7 @@ from trl_ulma.likelihood.table import batches, batching_difference, collator_for
 from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import saved_log_partition
-from trl_ulma.rows.dataset_labels import is_continuous
+from trl_ulma.rows.dataset_labels import is_continuous, own_labels
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import (
     SETTINGS_FILE,
@@ -143,9 +143,6 @@ class Judge:
             )
         options: Any = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         policy = load_model(folder, **options)
-        note = differs_from_training(policy, folder, settings)
-        if note is not None:
-            logger.warning(note)
         reference = load_reference(policy, folder, settings, ref_model, **options)
         log_partition = saved_log_partition(settings, saved_file(folder, LOG_Z_FILE), policy.device)
         processing_class = load_processing_class(folder, trust_remote_code=trust_remote_code)
@@ -191,7 +188,10 @@ class Judge:
         names = dataset.column_names
         self._check_columns(names)
         missing = without_label(dataset)
-        is_labelled = "chosen" in names or not missing.all()
+        is_paired = "chosen" in names
+        is_labelled = is_paired or not missing.all()
+        # A pair's labels are 1 and 0 by themselves, whatever labels the training had
+        rules = LabelRules(is_settled=True) if is_paired else replace(self._rules, is_settled=True)
         rows = dataset.remove_columns([name for name in ("sft_mask", "weight") if name in names])
         saved = self.settings
         if not is_labelled:
@@ -200,7 +200,7 @@ class Judge:
             rows = _with_neutral_labels(rows, missing, saved.label_type)
         prepare = Preparation(
             self.processing_class,
-            replace(self._rules, transform=self._rules.transform if is_labelled else None),
+            replace(rules, transform=rules.transform if is_labelled else None),
             saved.max_length,
             saved.truncation_mode,
             self._positions,
@@ -211,6 +211,8 @@ class Judge:
             system_message=saved.system_message,
         )
         prepared: Any = prepare(rows, "scored", self._num_proc)
+        if is_paired and saved.label_type != rules.label_type:
+            prepared = _replaced(prepared, "label_type", [rules.label_type] * len(prepared))
         is_missing = missing[prepared["row"][:]]
         if is_labelled and missing.any():
             types = _types_of(dataset, saved.label_type)
@@ -221,8 +223,14 @@ class Judge:
             raise FloatingPointError(f"The rewards of these scored rows are not finite: {wrong}. Score in float32.")
 
         label = np.asarray(prepared["label"][:])
-        continuous = is_continuous(prepared, self._rules.label_type)
-        found: Mapping[str, Any] = judged(reward, label, continuous, self._rules)
+        continuous = is_continuous(prepared, rules.label_type)
+        found: Mapping[str, Any] = judged(reward, label, continuous, rules)
+        if is_labelled and not is_paired:
+            own = (continuous == (rules.label_type == "continuous")) & ~is_missing
+            as_carried = own_labels(rows, "scored", rules, np.zeros(len(rows)))[prepared["row"][:]]
+            note = beyond_training(as_carried[own], rules)
+            if note is not None:
+                logger.warning(note)
         scored = dataset.with_format(None).select(prepared["row"][:])
         if is_labelled and "label" not in names:
             scored = scored.add_column("label", label.tolist())
@@ -254,6 +262,34 @@ class Judge:
             raise ValueError(
                 f"The scored rows have a column log_z, and the model its own ({choice}). Remove the column."
             )
+
+
+def beyond_training(label: np.ndarray, rules: LabelRules) -> str | None:
+    """What is to be said of labels beyond those of the training set, which the transform reads as its ends; None if
+    there are none.
+
+    Args:
+        label: `(N,)` labels as rows carry them.
+        rules: how labels are read.
+
+    Example:
+        >>> from trl_ulma.labels import parse_transform
+        >>> fitted = parse_transform("quantile", "continuous").fit(np.array([1.0, 2.0, 4.0]))
+        >>> beyond_training(np.array([0.0, 3.0, 5.0]), LabelRules("continuous", transform=fitted))
+        '2 of 3 labels are outside the range of the training labels, 1 to 4. The transform quantile reads them as the
+        ends of this range.'
+    """
+    ends = None if rules.transform is None else rules.transform.ends
+    if ends is None:
+        return None
+    outside = int(((label < ends[0] - 1e-9) | (label > ends[1] + 1e-9)).sum())
+    are = "is" if outside == 1 else "are"
+    return (
+        f"{outside:,} of {len(label):,} labels {are} outside the range of the training labels, {ends[0]:g} to "
+        f"{ends[1]:g}. The transform {rules.transform} reads them as the ends of this range."
+        if outside
+        else None
+    )
 
 
 def without_label(dataset: Dataset) -> np.ndarray:
@@ -311,7 +347,7 @@ def _model_rewards(
 ) -> np.ndarray:
     """`(N,)` implicit rewards of prepared rows by a loaded policy and its reference."""
     scorer = Scorer()
-    reward, logps = np.empty(len(rows)), np.empty(len(rows))
+    reward, logps, longest = np.empty(len(rows)), np.empty(len(rows)), 0
     continuous = torch.from_numpy(is_continuous(rows, settings.label_type))
     with evaluation_mode(policy), training_autocast(settings, policy):
         for numbers, batch in batches(rows, collate, batch_size=batch_size, device=policy.device):
@@ -319,14 +355,20 @@ def _model_rewards(
             found = scorer(policy, inputs, prompt_states=log_partition.needs_prompt_states)
             log_ratio = found.logps.double() - reference.logps(policy, inputs).to(found.logps).double()
             logps[list(numbers)] = found.logps.double().cpu().numpy()
+            tokens = inputs["completion_mask"][:, 1:].sum(1).clamp(min=1)
+            longest = max(longest, int(tokens.max()))
             if settings.length_normalize:
-                log_ratio = log_ratio / inputs["completion_mask"][:, 1:].sum(1).clamp(min=1)
+                log_ratio = log_ratio / tokens
             log_z = batch.get("log_z")
             if log_z is None:
                 log_z = log_partition(continuous[list(numbers)].to(log_ratio.device), found.prompt_states)
             reward[list(numbers)] = (settings.beta * (log_ratio + log_z.to(log_ratio))).cpu().numpy()
         off = batching_difference(policy, rows, logps, collate, batch_size=batch_size)
-    note = batching_note(source, settings, policy, settings.beta, off)
-    if note is not None:
-        logger.warning(note)
+    notes = (
+        differs_from_training(policy, reference, source, settings, longest),
+        batching_note(source, settings, policy, settings.beta, off),
+    )
+    for note in notes:
+        if note is not None:
+            logger.warning(note)
     return reward

@@ -3,12 +3,13 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import transformers
 from accelerate.utils import is_peft_model
@@ -36,9 +37,9 @@ from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 logger = logging.get_logger(__name__)
 
-# Nats a token by which a model may differ from itself at the end of its training without a warning
-POLICY_TOLERANCE = 1e-4
-# By how much rewards may depend on the batch without a warning
+# Nats a token by which log-ratios in float32 may differ on another device
+LOG_RATIO_TOLERANCE = 1e-5
+# By how much rewards may differ without a warning
 REWARD_TOLERANCE = 1e-4
 
 # Beside the model's weights
@@ -61,6 +62,8 @@ class SavedSettings:
         chat: whether rows of text become messages, see `trl_ulma.rows.chat`.
         system_message: of conversations that have none, or None.
         label_transform: fitted, or None.
+        label_center: the mean of the continuous labels of the training set, after the transform, by which figures tell
+            chosen rows from rejected ones; or None, if it is not known.
         sft_threshold: continuous labels of this and above, after the transform, are demonstrations; or None.
         dtype: of the weights while training, as "float32"; or None, if it is not known.
         mixed_precision: "no", "bf16" or "fp16"; or None, if it is not known.
@@ -80,6 +83,7 @@ class SavedSettings:
     chat: str = "auto"
     system_message: str | None = None
     label_transform: LabelTransform | None = None
+    label_center: float | None = None
     sft_threshold: float | None = None
     dtype: str | None = None
     mixed_precision: str | None = None
@@ -95,6 +99,7 @@ class SavedSettings:
         rules: LabelRules,
         model: Any,
         *,
+        label_center: float | None,
         is_chat: bool,
         mixed_precision: str,
         policy_logps: Sequence[float],
@@ -104,6 +109,7 @@ class SavedSettings:
 
         Args:
             rules: how labels are read, with the fitted transform.
+            label_center: where evaluation splits continuous labels.
             is_chat: whether it was trained on conversations.
         """
         names = ("beta", "label_type", "length_normalize", "log_z", "max_length", "truncation_mode")
@@ -111,6 +117,7 @@ class SavedSettings:
             **{name: getattr(args, name) for name in (*names, "assistant_only_loss", "system_message")},
             chat=str(is_chat).lower(),
             label_transform=rules.transform,
+            label_center=label_center,
             sft_threshold=rules.sft_threshold,
             dtype=str(bare_model(model).dtype).removeprefix("torch."),
             mixed_precision=mixed_precision,
@@ -367,25 +374,69 @@ def load_reference(
 
 
 @torch.no_grad()
-def differs_from_training(policy: Any, source: str, settings: SavedSettings | None) -> str | None:
-    """What is to be said if a model is not computed as when it was saved, with the measured effect; None if it is."""
+def differs_from_training(
+    policy: Any,
+    reference: Reference | None,
+    source: str,
+    settings: SavedSettings | None,
+    tokens: int,
+    beta: float | None = None,
+) -> str | None:
+    """What is to be said if rewards are not those of the training, with the effect; None if they are.
+
+    The log-probabilities of a few sequences under the model and its reference were saved with the model. How much their
+    log-ratios differ now is measured. From that follows by how much rewards differ at most, see `reward_difference`.
+
+    Args:
+        policy: the saved model, loaded.
+        reference: what it is compared with; None if that is known to be the same as in training.
+        source: the model's folder or name.
+        settings: what training wrote beside the model, or None.
+        tokens: of the longest completion that is scored.
+        beta: of the rewards; by default that of training.
+    """
     identity = None if settings is None else settings.reference
     if settings is None or identity is None or not settings.policy_logps or not identity.input_ids:
         return None
+    ids = torch.tensor(identity.input_ids, device=policy.device)
     with evaluation_mode(policy), training_autocast(settings, policy):
-        batch = plain_batch(torch.tensor(identity.input_ids, device=policy.device))
-        logps = Scorer()(policy, batch).logps.double().tolist()
-    off = replace(identity, logps=settings.policy_logps).difference(logps)
-    if off <= POLICY_TOLERANCE:
+        off = Scorer()(policy, plain_batch(ids)).logps.double().cpu().numpy() - np.asarray(settings.policy_logps)
+    if reference is not None and identity.logps:
+        model = policy if reference.model is None else reference.model
+        off = off - (np.array(reference.fingerprint(policy, ids.to(model.device))) - np.asarray(identity.logps))
+    each = len(identity.input_ids[0]) - 1
+    # Means over tokens differ most in the shortest completions
+    difference = reward_difference(off, each, 1 if settings.length_normalize else tokens)
+    effect = (settings.beta if beta is None else beta) * difference
+    largest = float(np.abs(off).max())  # NaN if one is
+    if largest / each <= LOG_RATIO_TOLERANCE or effect <= REWARD_TOLERANCE:
         return None
-    tokens = 1 if settings.length_normalize else len(identity.input_ids[0]) - 1
-    effect = f"the reward of {tokens} token{'s' * (tokens > 1)} by {settings.beta * off * tokens:.2g}"
     return (
-        f"{source} does not give the log-probabilities that it gave when it was saved. They differ by {off:.2g} nats "
-        f"per token, which changes {effect}. "
-        "Rewards here are not exactly those of the training. Possible causes: another number format or quantization, "
-        "an adapter that was merged into rounded weights, or another kind of device."
+        f"{source} is not computed as when it was saved: its log-ratios of {len(off)} sequences of {each} tokens "
+        f"differ by up to {largest:.2g} nats from those in training. Rewards of the rows here, whose completions have "
+        f"up to {tokens} tokens, differ from those of the training by up to about {effect:.2g}. Possible causes: "
+        "another number format or quantization, an adapter that was merged into rounded weights, another reference, or "
+        "another kind of device."
     )
+
+
+def reward_difference(off: np.ndarray, each: int, tokens: int) -> float:
+    """By how many nats the log-probability of a completion differs at most, judging by sequences that were measured.
+
+    A difference has a part that all tokens share, which grows with their number n, and a random one, which grows with
+    √n. The largest measured difference is taken for the first part, and six standard deviations for the second.
+
+    Args:
+        off: `(N,)` measured differences, nats per sequence.
+        each: tokens of a sequence.
+        tokens: of the completion.
+
+    Example:
+        >>> round(reward_difference(np.array([0.1, -0.1]), 7, 28), 9)
+        1.6
+    """
+    times = tokens / each
+    return float(np.abs(off).max() * times + 6 * np.sqrt((off**2).mean() * times))
 
 
 def batching_note(source: str, settings: SavedSettings | None, model: Any, beta: float, off: float) -> str | None:
@@ -398,7 +449,8 @@ def batching_note(source: str, settings: SavedSettings | None, model: Any, beta:
         return None
     mixed = isinstance(training_autocast(settings, model), torch.autocast)
     how = settings.mixed_precision if mixed and settings is not None else str(model.dtype).removeprefix("torch.")
-    remedy = " With --dtype float32 they hardly do."
+    # In float32 it is the model, such as one whose rotary positions depend on the longest row
+    remedy = " With --dtype float32 they hardly do." if mixed or model.dtype != torch.float32 else ""
     if quantization_of(model) is not None:
         how, remedy = f"{how} with quantized weights", ""
     return (

@@ -4,6 +4,7 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -689,9 +690,14 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._check_start(policy)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         self._policy_logps = self._checks.policy_logps(policy)
+        settings = self.saved_settings()
+        if self.args.sync_ref_model and self._reference.is_live:
+            # No saved model is the reference as it is now, least of all the one that training started from
+            moved = self._checks.current_identity(policy)
+            settings = dataclasses.replace(settings, reference=dataclasses.replace(moved, name="", revision=None))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            self.saved_settings().write(folder)
+            settings.write(folder)
             save_log_partition(self.log_partition, folder)
         super().save_model(output_dir, _internal_call)
 
@@ -701,6 +707,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.args,
             self._plan.rules,
             self.model,
+            label_center=self._plan.label_center,
             is_chat=model_card.trained_on_chat(self._plan),
             mixed_precision=self.accelerator.mixed_precision,
             policy_logps=self._policy_logps,

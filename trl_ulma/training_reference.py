@@ -15,7 +15,17 @@ from trl_ulma.versions import loads_needless_reference, mend_copied_forward
 
 
 def check_models(model: Any, ref_model: Any) -> None:
-    """Raise ValueError if a trainer's models cannot be policy and reference."""
+    """Raise an error if a trainer's models cannot be policy and reference.
+
+    Raises:
+        TypeError: if the reference is a name.
+        ValueError: if the models cannot be policy and reference.
+    """
+    if isinstance(ref_model, str):
+        raise TypeError(
+            f"ref_model must be a model; got the name {ref_model!r}. Load it first, with "
+            "AutoModelForCausalLM.from_pretrained and the dtype of the model that is trained."
+        )
     if ref_model is not None:
         if ref_model is model:
             raise ValueError(

@@ -626,6 +626,66 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     assert "has no numbers, which a training fits on its own rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("transform", ["quantile", "lower_is_better,standardize", None])
+def test_ratings_are_split_as_in_the_trainings_evaluation_and_shown_as_they_are(tiny_llama, tmp_path, transform):
+    trainer = make_trainer(
+        tiny_llama,
+        make_rows(12, label=[float(1 + i % 4) for i in range(12)]),
+        tmp_path / "model",
+        pointwise=True,
+        label_type="continuous",
+        label_transform=transform,
+        beta=0.5,
+        learning_rate=1e-2,
+        max_steps=3,
+        label_report=False,
+    )
+    trainer.train()
+    trainer.save_model()
+    stars = [0.0, 1, 2, 3, 4, 7, 1, 3, 2]  # 0 and 7 are beyond those of the training
+    rows = make_rows(9, label=stars)
+    logged = trainer.evaluate(rows)
+    rows.to_json(tmp_path / "rows.jsonl")
+    argv = ["evaluate", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "rows.jsonl")]
+    assert main([*argv, "--split", "train", "--output", str(tmp_path / "report")]) == 0
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    tuned, base = facts["models"]
+    assert base["is_base"]
+    for name in ("chosen", "rejected", "margins", "accuracies"):
+        assert tuned["split"][name]["value"] == pytest.approx(logged[f"eval_rewards/{name}"], abs=1e-4), name
+        if name != "accuracies":
+            assert base["split"][name]["value"] == 0
+    # Its reward is at the center of standardized stars, and below that of others, as are 5 of 9 rows
+    at_center = transform is not None and transform.startswith("lower")
+    assert base["split"]["accuracies"]["value"] == pytest.approx(0.5 if at_center else 5 / 9)
+    assert facts["data"]["label_center"] == pytest.approx(2.5)
+    text = (tmp_path / "report" / "report.md").read_text()
+    higher = "below" if transform and transform.startswith("lower") else "above"
+    assert f"Rows with a continuous label of 2.5 and {higher} are chosen." in text
+    # Stars are stars
+    assert facts["data"]["labels"] == {"0": 1, "1": 2, "2": 2, "3": 2, "4": 1, "7": 1}
+    assert [(each["label"], each["rows"]) for each in tuned["own_scale"]["by_label"]] == [
+        *[(0, 1), (1, 2), (2, 2), (3, 2), (4, 1), (7, 1)]
+    ]
+    assert {each["row"]: each["label"] for each in tuned["surprises"]} == dict(enumerate(stars))
+    rewards = (tmp_path / "report" / "rewards" / "model.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in rewards] == stars
+    said = "2 of 9 labels are outside the range of the training labels, 1 to 4. The transform quantile reads them"
+    assert any(note.startswith(said) for note in facts["notes"]) == (transform == "quantile")
+
+
+def test_without_a_training_rows_are_split_at_their_own_mean(tiny_llama, adapters, tmp_path):
+    make_rows(6, label=[0.0, 1.0, 2.0, 3.0, 4.0, 8.0]).to_json(tmp_path / "rows.jsonl")
+    argv = ["evaluate", "--model", adapters[0], "--dataset", str(tmp_path / "rows.jsonl"), "--split", "train"]
+    assert main([*argv, "--label_type", "continuous", "--output", str(tmp_path)]) == 0
+    facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["data"]["label_center"] == 3
+    assert any(note.startswith("The mean of the training labels is not known, so rows") for note in facts["notes"])
+    rewards = [json.loads(line) for file in (tmp_path / "rewards").iterdir() for line in file.read_text().splitlines()]
+    chosen = [each["reward"] for each in rewards if each["label"] >= 3]
+    assert facts["models"][0]["split"]["chosen"]["value"] == pytest.approx(np.mean(chosen))
+
+
 def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
     def saved(name, **settings):
         (tmp_path / name).mkdir()
@@ -652,7 +712,12 @@ def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
     assert found.rules.transform.apply(np.array([5.0]), None, None) > 0.9
     assert (found.max_length, found.truncation_mode) == (32, "keep_start")
     # Two fits of one setting are two transforms, though they are called the same
-    assert [note.split(" was trained")[0] for note in found.notes[1:]] == [thumbs, by_rank[1]]
+    assert [note.split(" was trained")[0] for note in found.notes[1:]] == [thumbs, by_rank[1], thumbs]
+    # What is not given as an option is the first fitting model's, and another one's is told
+    assert "rows that were read otherwise (truncation_mode keep_end, here keep_start)." in found.notes[3]
+    assert as_trained([by_rank[0]], is_paired=True).max_length is None
+    chats = saved("chats", label_type="continuous", max_length=9, chat="true")
+    assert as_trained([chats], is_paired=True).chat == "true"  # pairs are binary, and read as any rows of this model
     found = as_trained([base, *by_rank], sft_threshold=0.9, is_paired=True)
     assert found.rules == LabelRules("binary", 0.9)
     assert found.notes == []

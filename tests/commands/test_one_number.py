@@ -1,17 +1,19 @@
 """One number: the rewards of the same 15 rows by every way to them, for models of every kind and storage format.
 
-`pytest tests/commands/test_one_number.py -s` prints the table.
+`pytest tests/commands/test_one_number.py -s -k every_way` prints the rewards, and the table of docs/evaluation.md.
 """
 
 import json
 import logging
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from vlm import image_rows
 from world import make_rows, make_trainer
 
@@ -122,6 +124,17 @@ def show(title, found):
         print(f"  {way:18} {cells} …  largest difference {np.abs(rewards - first).max():.1e}")
 
 
+@pytest.fixture(scope="module")
+def table():
+    """Takes rows of a table, which is printed at the end."""
+    rows = []
+    yield rows
+    print("\n\n| model | stored in | trained in | first three rewards | largest difference |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
 @pytest.fixture
 def warned(monkeypatch):
     """What is warned of."""
@@ -141,7 +154,7 @@ def warned(monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "dtype", "number_format"), CASES)
-def test_rewards_are_the_same_by_every_way(stored, tmp_path, warned, kind, dtype, number_format):
+def test_rewards_are_the_same_by_every_way(stored, tmp_path, warned, table, kind, dtype, number_format):
     trainer, folder = trained(stored[dtype], tmp_path, **of_kind(kind), **FORMATS[number_format])
     found = rewards_in_training(trainer)
     if kind == "merged":
@@ -156,19 +169,131 @@ def test_rewards_are_the_same_by_every_way(stored, tmp_path, warned, kind, dtype
     for way, rewards in found.items():
         assert rewards == pytest.approx(first if way in IN_TRAINING else loaded, abs=SAME), way
     # Loaded models in the formats that round: equal, or the effect is measured and told
-    told = [text for text in warned if "does not give the log-probabilities that it gave when it was saved" in text]
+    told = [text for text in warned if "is not computed as when it was saved" in text]
     depends = [text for text in warned if "in which rewards depend on the rows that are computed together" in text]
+    largest = max(np.abs(rewards - first).max() for rewards in found.values())
+    rewards = " ".join(f"{reward:.4f}" for reward in first[:3])
+    table.append((kind, dtype, number_format, rewards, f"{largest:.0e}{', warns' if told or depends else ''}"))
     if number_format == "by default":
         assert loaded == pytest.approx(first, abs=SAME)
         assert not told
         assert not depends or kind == "quantized"
     elif kind == "merged":  # into weights that are rounded
-        assert np.abs(loaded - first).max() > SAME
-        assert told
+        off = np.abs(loaded - first).max()
+        assert off > SAME
+        figure = float(re.search(r"by up to about ([\d.e-]+)\. Possible", told[0])[1])
+        assert off < figure < 100 * off
     else:
         assert depends
         assert not told
         assert loaded == pytest.approx(first, abs=BATCHING)
+
+
+@pytest.fixture(scope="module")
+def tied(tiny_llama, tmp_path_factory):
+    """A folder with a model whose output embeddings are its input embeddings."""
+    folder = str(tmp_path_factory.mktemp("tied"))
+    config = AutoConfig.from_pretrained(tiny_llama, tie_word_embeddings=True)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
+
+
+def on(*modules, **settings):
+    return {"peft_config": LoraConfig(r=4, target_modules=list(modules), task_type="CAUSAL_LM", **settings)}
+
+
+# What else a training can have: whether the embeddings are tied, settings, and where in the run's folder the model is
+OTHERS = {
+    "tied": (True, lambda folder: {}, None),
+    "tied, output embeddings saved": (True, lambda folder: on("q_proj", modules_to_save=["lm_head"]), None),
+    "both embeddings saved": (False, lambda folder: on("q_proj", modules_to_save=["lm_head", "embed_tokens"]), None),
+    "an adapter on the input embeddings": (True, lambda folder: on("q_proj", "embed_tokens"), None),
+    "single tokens": (False, lambda folder: on("q_proj", trainable_token_indices=[5, 6]), None),
+    "DoRA": (False, lambda folder: on("q_proj", "v_proj", use_dora=True, lora_dropout=0.1), None),
+    "prompt tuning": (
+        False,
+        lambda folder: {"peft_config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)},
+        None,
+    ),
+    "another attention": (False, lambda folder: {"model_init_kwargs": {"attn_implementation": "eager"}}, None),
+    "a precomputed reference": (False, lambda folder: {"precompute_ref_log_probs": True, **on("q_proj")}, None),
+    "another reference": (
+        False,
+        lambda folder: {"ref_model": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)},
+        None,
+    ),
+    "another reference of an adapter": (
+        False,
+        lambda folder: {"ref_model": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), **on("q_proj")},
+        None,
+    ),
+    "a checkpoint": (False, lambda folder: {"save_strategy": "steps", "save_steps": 3}, "checkpoint-3"),
+    "an adapter's checkpoint": (
+        False,
+        lambda folder: {"save_strategy": "steps", "save_steps": 3, **on("q_proj")},
+        "checkpoint-3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rewards_are_the_same_whatever_was_trained(tiny_llama, tied, tmp_path, warned, name):
+    is_tied, settings, inside = OTHERS[name]
+    base, other = (tied, tiny_llama) if is_tied else (tiny_llama, tied)
+    trainer, folder = trained(base, tmp_path, **settings(other))
+    first = np.array(trainer.score(ROWS)["reward"][:])
+    assert np.abs(first).max() > 0.05
+    if inside is not None:
+        folder = tmp_path / "run" / inside
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder, elsewhere)
+    warned.clear()
+    assert Judge.from_pretrained(str(elsewhere)).score(ROWS)["reward"][:] == pytest.approx(first, abs=SAME)
+    assert not [text for text in warned if "is not computed as when it was saved" in text]
+
+
+def test_a_reference_that_is_a_name_is_refused(tiny_llama, tied, tmp_path):
+    with pytest.raises(TypeError, match=r"ref_model must be a model; got the name .* Load it first"):
+        make_trainer(tiny_llama, ROWS, tmp_path, ref_model=tied)
+
+
+def test_a_reference_that_moved_during_training_is_not_taken_for_the_first(tiny_llama, tmp_path, warned):
+    trainer, folder = trained(tiny_llama, tmp_path, sync_ref_model=True, ref_model_sync_steps=1)
+    with pytest.raises(ValueError, match=r"was trained against a reference that had no name \(copy\)\. Pass it as"):
+        Judge.from_pretrained(str(folder))
+    first = trainer.score(ROWS)["reward"][:]
+    trainer.ref_model.save_pretrained(tmp_path / "moved")
+    found = Judge.from_pretrained(str(folder), str(tmp_path / "moved")).score(ROWS)["reward"][:]
+    assert found == pytest.approx(first, abs=SAME)
+    assert not [text for text in warned if "against another reference" in text]
+    wrong = Judge.from_pretrained(str(folder), tiny_llama).score(ROWS)["reward"][:]
+    assert wrong != pytest.approx(first, abs=0.05)
+    assert [text for text in warned if "against another reference" in text]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("part", ["policy", "reference"])
+def test_what_was_stored_in_another_format_since_is_told_with_an_upper_limit(stored, tmp_path, warned, part, dtype):
+    (tmp_path / "base").mkdir()
+    for file in Path(stored["float32"]).iterdir():
+        shutil.copy(file, tmp_path / "base")
+    trainer, folder = trained(str(tmp_path / "base"), tmp_path)
+    first = np.array(trainer.score(ROWS)["reward"][:])
+    changed = {"policy": folder, "reference": tmp_path / "base"}[part]
+    AutoModelForCausalLM.from_pretrained(changed, dtype=dtype).save_pretrained(changed)
+    warned.clear()
+    if (part, dtype) == ("reference", "bfloat16"):  # so different that it cannot be the reference
+        with pytest.raises(ValueError, match="was trained against another reference"):
+            Judge.from_pretrained(str(folder))
+        return
+    found = np.array(Judge.from_pretrained(str(folder)).score(ROWS)["reward"][:])
+    off = np.abs(found - first).max()
+    assert off > SAME
+    told = [text for text in warned if "is not computed as when it was saved" in text]
+    figure = float(re.search(r"by up to about ([\d.e-]+)\. Possible", told[0])[1])
+    assert off < figure < 100 * off
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])

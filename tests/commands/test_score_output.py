@@ -2,12 +2,19 @@
 
 import csv
 import json
+import logging
 from pathlib import Path
 
+import numpy as np
+import pytest
 from datasets import Dataset
-from world import make_trainer
+from tiny import make_tokenizer
+from world import make_rows, make_trainer
 
 from trl_ulma.data.files import load_rows
+from trl_ulma.judge import Judge
+from trl_ulma.labels import parse_transform
+from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.score import most_surprising, summary, write
 
@@ -73,6 +80,45 @@ def test_the_five_most_surprising_rows_are_shown():
     assert second.endswith("…")
     assert len(second) < 130
     assert most_surprising(pairs.remove_columns("surprise")) == []
+
+
+def judge(label_type="binary", transform=None, labels=(1.0, 2.0, 4.0)):
+    """A judge whose reward of each row is 0.5, after a training on `labels`."""
+    fitted = None if transform is None else parse_transform(transform, label_type).fit(np.array(labels))
+    settings = SavedSettings(beta=0.1, label_type=label_type, label_transform=fitted)
+    return Judge(settings, make_tokenizer(), lambda rows: np.full(len(rows), 0.5))
+
+
+def test_errors_do_not_advise_options_that_score_does_not_have():
+    with pytest.raises(ValueError, match=r"Row 1 of the scored dataset: label is 4.0, outside \[0, 1\]") as caught:
+        judge().score(make_rows(2, label=[1.0, 4.0]))
+    assert "set label_type" not in str(caught.value)
+    assert 'leave it empty, or add a column label_type with "continuous"' in str(caught.value)
+    assert judge().score(make_rows(2, label=[1.0, None]))["reward"][:] == [0.5, 0.5]
+    types = {"label": [1.0, 4.0], "label_type": ["binary", "continuous"]}
+    assert judge().score(make_rows(2, **types))["predicted_label"][:] == pytest.approx([0.6224593, 0.5])
+
+
+@pytest.mark.parametrize("transform", ["standardize", "quantile", None])
+def test_pairs_are_scored_by_a_model_of_ratings(transform):
+    pairs = Dataset.from_dict({"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]})
+    scored = judge("continuous", transform).score(pairs)
+    assert scored["label"][:] == [1.0, 0.0]
+    assert scored["probability"][:] == scored["predicted_label"][:] == pytest.approx([0.6224593] * 2)
+    assert scored["surprise"][:] == pytest.approx([0.474077, 0.974077])
+
+
+def test_labels_beyond_those_of_the_training_are_counted(caplog, monkeypatch):
+    for name in ("transformers", "trl_ulma"):  # whichever the package's loggers are below
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    rows = make_rows(5, label=[0.0, 1.0, 3.0, 9.0, None])
+    judge("continuous", "quantile").score(rows)
+    said = "2 of 4 labels are outside the range of the training labels, 1 to 4. The transform quantile reads them"
+    assert [record for record in caplog.messages if record.startswith(said)]
+    caplog.clear()
+    judge("continuous", "standardize").score(rows)
+    judge("continuous", "quantile").score(make_rows(2, label=[1.0, 4.0]))
+    assert not [record for record in caplog.messages if "outside the range" in record]
 
 
 def test_rows_have_the_rewards_of_the_format_trained_on_whatever_file_they_come_from(tiny_llama, tmp_path):

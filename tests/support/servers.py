@@ -173,10 +173,12 @@ class LoopbackServer:
         requests: the JSON of all requests for answers.
         headers: theirs.
         paths: theirs.
+        wait: the header that says when to try again.
     """
 
     def __init__(self, answer: Answer, refuse: Refuse = lambda path, request: None):
         self.answer, self.refuse, self.requests, self.headers, self.paths = answer, refuse, [], [], []
+        self.wait = {"Retry-After-Ms": "5"}  # tests should not wait as long as people
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -198,7 +200,8 @@ class LoopbackServer:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content)))
-                self.send_header("Retry-After-Ms", "5")  # tests should not wait as long as people
+                for name, value in outer.wait.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
 

@@ -200,6 +200,13 @@ def test_a_comparison_that_is_refused_is_counted_and_the_rest_goes_on(judge, ser
     assert LLMJudge(judge.server, path)(comparisons(4), "helpful") == [WIN] * 4
 
 
+def test_a_judge_that_declines_to_judge_is_counted_as_refusing(judge, server):
+    server.answer = lambda messages: said(None, refusal="I can't compare these.")
+    assert judge(comparisons(1), "harmless") == [REFUSED]
+    assert judge.facts()["not_judged"] == {"refused": 2}
+    assert judge.words(comparisons(1), "harmless") == "I can't compare these."
+
+
 def test_a_refusal_that_lasts_is_asked_once_more_in_a_run(judge, server, tmp_path):
     server.answer = lambda messages: REFUSALS["azure"][1] if "Question 1" in messages[0]["content"] else fair(messages)
     judge(comparisons(2), "helpful")
@@ -332,9 +339,10 @@ def test_a_passing_fault_is_tried_again(judge, server, status):
         ),
         (500, "<html>oops</html>", r'answered 500: "<html>oops</html>". It failed in 3 tries; its own log says why'),
         (404, {"error": {"message": "no"}}, r"It has no model 'm', or its URL is another: most end in /v1"),
-        (200, {"choices": []}, r"answered without choices. Is it an OpenAI-compatible server\?"),
-        (200, "<html>hello</html>", r"answered with what is not in OpenAI's protocol"),
-        (200, {"hello": 1}, r"answered without choices"),
+        (200, "<html>hello</html>", r'but "an HTML page: <html>hello</html>". Is it an OpenAI-compatible server\?'),
+        (200, "", r'gave no answer, but "nothing". Is it an OpenAI-compatible server\?'),
+        (200, {"hello": 1}, r'gave no answer, but "no choices". Is it an OpenAI-compatible server\?'),
+        (200, {"error": {"message": "no such key", "code": 401}}, r'answered 401: "no such key". It was asked without'),
         (
             401,
             {"error": {"message": "who?"}},

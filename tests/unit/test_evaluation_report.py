@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from world import make_rows
 
 from trl_ulma.evaluation import figures, report
 from trl_ulma.evaluation.document import Quote, Table, Text, to_html, to_markdown
-from trl_ulma.evaluation.findings import on_own_scale, own_labels, surprises
-from trl_ulma.evaluation.implicit_reward import CalibrationBin, continuous_figures
+from trl_ulma.evaluation.findings import on_own_scale, surprises
+from trl_ulma.evaluation.held_out import HeldOut
+from trl_ulma.evaluation.implicit_reward import CalibrationBin, continuous_figures, split_figures
 from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.pictures import pictures, training_log
 from trl_ulma.evaluation.rates import counts, rates
+from trl_ulma.judge import beyond_training
 from trl_ulma.labels import LabelRules, parse_transform
 
 SHARES = rates([Verdict.WIN] * 50 + [Verdict.TIE] * 30 + [Verdict.LOSE] * 20)
@@ -236,7 +239,8 @@ def models_of(rows, strength):
             "is_base": name != "tuned",
             "perplexity": {"demonstrations": Estimate(3.14159, 3.0, 3.3, rows)},
             "implicit_reward": continuous_figures(reward, label, prompt),
-            "own_scale": on_own_scale(reward, label, continuous, prompt, rules),
+            "split": split_figures(reward, label, continuous, prompt, 0.0),
+            "own_scale": on_own_scale(reward, stars, continuous, prompt, rules),
             "judged": {
                 "j": {
                     "helpful": {
@@ -250,7 +254,7 @@ def models_of(rows, strength):
             },
         }
         models.append(model)
-    models[0]["surprises"] = surprises(strength * label, label, continuous, rules, texts, prompt)
+    models[0]["surprises"] = surprises(strength * label, label, stars, continuous, rules, texts, prompt)
     example = {"prompt": "Hi", "before": "<script>alert(1)</script>", "after": "# Hello!", "chosen": "Hi!"}
     models[0]["changed"] = {"base": "m (base)", "answers": 9, "others": 5, "examples": [example]}
     return models
@@ -264,7 +268,10 @@ def facts_of(rows=200, strength=0.5, judge_points=0.2):
         "settings": {"model": "nowhere"},
         "versions": {"trl": "1"},
         "commit": None,
-        "data": {"dataset": "d", "split": "test", "rows": rows, "prompts": rows, "demonstrations": 0},
+        "data": {
+            **{"dataset": "d", "split": "test", "rows": rows, "prompts": rows, "demonstrations": 0},
+            **{"label_center": 3.0, "is_reversed": False},
+        },
         "models": models,
         "judges": [
             {
@@ -289,11 +296,13 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
     drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
     report.write(tmp_path, facts, drawings)
     record = json.loads((tmp_path / "report.json").read_text())
-    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text().replace("\xa0", " ")  # which keeps intervals on one line
     for model in record["models"]:
         for figure, form in (
             (model["perplexity"]["demonstrations"], ".2f"),
             *((each, ".3f") for each in model["implicit_reward"].values()),
+            *((each, ".3f") for each in model["split"].values()),
             *((each["predicted"], ".2f") for each in model["own_scale"]["by_label"]),
             (model["own_scale"]["error"], ".2f"),
             (model["own_scale"]["error_of_mean"], ".2f"),
@@ -306,11 +315,13 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
         assert row in text
     assert len(record["models"][0]["surprises"]) == 10
     # Both models in each table and picture where both are known
-    for heading in ("Perplexity", "Implicit reward", "Rewards on the scale", "Helpful"):
+    for heading in ("Perplexity", "Implicit reward", "Rewards of chosen", "Rewards on the scale", "Helpful"):
         section = text.split(f"## {heading}")[1].split("\n## ")[0]
         assert "tuned" in section
         assert "m (base)" in section
     assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
+    assert "Rows with a continuous label of 3 and above are chosen." in text
+    assert "| model | chosen | rejected | margin | on the side of their label |" in text
     assert "3 refused, 1 cut" in text
     assert "| tuned | the model's answer first | 2 | filtered |" in text
     assert "60.0% of them name the one shown first" in text
@@ -393,19 +404,31 @@ def test_stars_are_shown_as_stars():
     rules = LabelRules("continuous", transform=parse_transform("lower_is_better:0,standardise:-3,2", "continuous"))
     stars, prompt, continuous = np.array([1.0, 2.0, 5.0]), np.arange(3), np.ones(3, dtype=bool)
     label = rules.transform.apply(stars)
-    assert own_labels(label, continuous, rules).tolist() == [1, 2, 5]
-    found = on_own_scale(label, label, continuous, prompt, rules)
+    found = on_own_scale(label, stars, continuous, prompt, rules)
     assert found["error"].value == pytest.approx(0)
     assert [(each["label"], each["predicted"].value) for each in found["by_label"]] == [
         (star, pytest.approx(star)) for star in (1, 2, 5)
     ]
-    half = on_own_scale(np.zeros(3), label, continuous, prompt, rules)  # a reward that says nothing is the mean
+    half = on_own_scale(np.zeros(3), stars, continuous, prompt, rules)  # a reward that says nothing is the mean
     assert [each["predicted"].value for each in half["by_label"]] == [3, 3, 3]
     assert half["error_of_mean"].value == pytest.approx(np.abs(stars - stars.mean()).mean())
-    # Labels of another type than the transform's are as they are, and votes have no way back
-    votes = LabelRules("binary", transform=parse_transform("votes:1,1", "binary"))
-    assert own_labels(np.array([0.25]), np.array([False]), votes).tolist() == [0.25]
-    assert own_labels(np.array([0.25]), np.array([False]), rules).tolist() == [0.25]
+    # Stars that no training row had are stars, too, though the transform takes them for the last that it knows
+    ranks = LabelRules("continuous", transform=parse_transform("quantile", "continuous").fit(np.arange(1.0, 5.0)))
+    rows = make_rows(4, label=[0, 1, 2, 9], label_type=["continuous"] * 3 + ["binary"])
+    with pytest.raises(ValueError, match="outside"):
+        HeldOut.of(rows, "test", ranks)
+    rows = make_rows(4, label=[0, 1, 7, 1], label_type=["continuous"] * 3 + ["binary"])
+    held_out = HeldOut.of(rows, "test", ranks)
+    assert held_out.own_label.tolist() == [0, 1, 7, 1]
+    assert held_out.label.tolist() == [0.125, 0.125, 0.875, 1]
+    said = beyond_training(held_out.own_label[:3], ranks)
+    assert said.startswith("2 of 3 labels are outside the range of the training labels, 1 to 4.")
+    assert beyond_training(np.array([1.0, 4.0]), ranks) is None
+    # Votes have no way back
+    votes = LabelRules("binary", transform=parse_transform("votes:1,1,lower_is_better", "binary"))
+    held_out = HeldOut.of(make_rows(2, label=[1, 2]).add_column("trials", [2, 2]), "test", votes)
+    assert held_out.own_label.tolist() == [0.5, 0.75]
+    assert held_out.label.tolist() == [0.5, 0.25]
 
 
 def test_many_labels_are_shown_in_tenths():
@@ -420,12 +443,12 @@ def test_the_most_surprising_rows_come_first():
     texts = [{"prompt": [{"role": "user", "content": f"Q{i}"}], "completion": "x" * 1000} for i in range(30)]
     reward = np.linspace(-3, 3, 20)
     numbers = np.arange(10, 30)  # the first ten were left out
-    found = surprises(reward, np.ones(20), np.zeros(20, bool), LabelRules(), texts, numbers)
+    found = surprises(reward, np.ones(20), np.ones(20), np.zeros(20, bool), LabelRules(), texts, numbers)
     assert [each["row"] for each in found] == list(range(10, 20))
     assert found[0]["prompt"] == "User: Q10"
     assert len(found[0]["answer"]) < 310
     assert found[0]["surprise"] == pytest.approx(np.log(1 + np.exp(3)))
-    mixed = surprises(reward, np.ones(20), np.arange(20) < 15, LabelRules(), texts, numbers)
+    mixed = surprises(reward, np.ones(20), np.ones(20), np.arange(20) < 15, LabelRules(), texts, numbers)
     assert {each["row"] for each in mixed} <= set(range(10, 25))
 
 
@@ -455,5 +478,5 @@ def test_cells_and_quotes_cannot_break_out():
     assert "| &lt;!\\[y\\](z)\\| |" in shown
     assert "`<ok>` &amp; &lt;no>" in text
     page = to_html(parts, None)
-    assert "<td>x|y\n&lt;i&gt;<code>z</code></td>" in page
+    assert '<td data-label="a">x|y\n&lt;i&gt;<code>z</code></td>' in page
     assert "<code>&lt;ok&gt;</code> &amp; &lt;no&gt;" in page

@@ -1,6 +1,9 @@
 """Servers as they are: what each refuses is done without, and what it sends beside its answer is kept apart."""
 
 import json
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 import servers
@@ -82,6 +85,57 @@ def test_the_limit_is_never_left_out(strict, message):
     assert len(server.requests) == (1 if "too large" in message else 2)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This endpoint does not let you set {}",
+        "{} is disabled",
+        "{}=0.9 is out of range, only 1 is possible",
+        "Bad request. Look at: {}",
+    ],
+)
+@pytest.mark.parametrize("names", [("temperature",), ("seed", "top_p"), ("max_tokens", "seed")])
+def test_a_parameter_that_is_named_in_whatever_words_is_left_out_if_that_helps(strict, message, names):
+    server, client, notes = strict
+
+    def refuse(path, request):
+        name = next((name for name in names if name in request), None)
+        return None if name is None else (400, {"message": message.format(name)})
+
+    server.refuse = refuse
+    assert client.ask(CHAT, **DRAWN).text == "Hello!"
+    assert not set(names) & set(server.requests[-1])
+    assert ("max_completion_tokens" in server.requests[-1]) == ("max_tokens" in names)
+    before = len(server.requests)
+    assert before == 1 + len(names)
+    client.ask(CHAT, **DRAWN)
+    assert len(server.requests) == before + 1  # it is remembered
+    assert len(notes) == len(names)
+    assert all(any(f'"{message.format(name)}", so ' in note for note in notes) for name in names)
+
+
+def test_a_word_that_is_not_the_reason_costs_one_request_and_nothing_else(strict):
+    server, client, notes = strict
+    body = {"message": "Your text on how to plant a seed at a low temperature could not be read."}
+    server.answer = lambda messages: (400, body) if messages[0]["content"] == "bad" else said("Hello!")
+    with pytest.raises(Refusal, match="Your text on how to plant") as caught:
+        client.ask([{"role": "user", "content": "bad"}], **DRAWN)
+    assert caught.value.why == "refused"
+    assert len(server.requests) == 3
+    assert client.ask(CHAT, **DRAWN).changes == ()
+    assert set(DRAWN) < set(server.requests[-1])
+    assert notes == []
+
+
+def test_a_parameter_that_is_refused_with_status_200_is_left_out(strict):
+    server, client, notes = strict
+    server.refuse = lambda path, request: (
+        (200, {"error": {"message": "Unsupported parameter: 'seed'", "code": 400}}) if "seed" in request else None
+    )
+    assert client.ask(CHAT, **DRAWN).changes == ("seed is left out",)
+    assert len(notes) == 1
+
+
 def test_texts_have_one_name_of_the_limit(strict):
     server, client, _ = strict
     server.refuse = lambda path, request: openai_error(400, "'max_tokens' is not supported", "max_tokens", None)
@@ -127,6 +181,70 @@ def test_a_refusal_is_of_its_request_and_says_why(strict, name):
     assert client.ask(CHAT, **DRAWN).text == "Hello!"
     assert notes == []
     assert all(set(DRAWN) < set(request) for request in server.requests)
+
+
+@pytest.mark.parametrize(
+    ("answer", "about"),
+    [
+        ((200, {"choices": []}), "failed"),
+        ((200, {"choices": None, "error": "model overloaded"}), "failed"),
+        ((200, {"error": {"message": "Provider returned error", "code": 502}}), "failed"),
+        ((200, {"error": {"message": "bad words", "code": 400}}), "refused"),
+        ((200, {"choices": [], "prompt_filter_results": [{"hate": {"filtered": True}}]}), "filtered"),
+        ((200, {"choices": [], "promptFeedback": {"blockReason": "SAFETY"}}), "filtered"),
+        ((200, {"choices": [{"index": 0, "message": None, "finish_reason": "stop"}]}), "failed"),
+        (said("I thi", "SAFETY"), "filtered"),
+        (said(None, "content_filter"), "filtered"),
+        (said("", "error"), "failed"),
+    ],
+)
+def test_an_answer_that_is_none_is_counted_even_if_it_is_the_first(strict, answer, about):
+    server, client, _ = strict
+    server.answer = lambda messages: answer if messages[0]["content"] == "bad" else said("Hello!")
+    with pytest.raises(Refusal) as caught:
+        client.ask([{"role": "user", "content": "bad"}], **DRAWN)
+    assert caught.value.why == about
+    assert client.ask(CHAT, **DRAWN).text == "Hello!"
+
+
+@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "model_length"])
+def test_an_answer_that_reached_the_limit_is_not_finished_whatever_the_limit_is_called(strict, reason):
+    server, client, _ = strict
+    server.answer = lambda messages: said("<think>Hm, hm", reason)
+    reply = client.ask(CHAT, **DRAWN)
+    assert (reply.text, reply.reasoning, reply.finished) == ("", "Hm, hm", False)
+
+
+def test_an_answer_that_is_streamed_unasked_is_read(strict):
+    server, client, _ = strict
+    call = {"index": 0, "id": "x", "function": {"name": "now", "arguments": '{"zone"'}}
+    deltas = [{"role": "assistant", "reasoning_content": "Hm."}, {"content": "Hel"}, {"content": "lo!"}]
+    deltas += [{"tool_calls": [call]}, {"tool_calls": [{"index": 0, "function": {"arguments": ': "CET"}'}}]}]
+    events = [{"id": "1", "choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    events += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}]
+    events += [{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 7}}]
+    lines = [f"data: {json.dumps(event)}" for event in events]
+    server.answer = lambda messages: (200, "\n\n".join([": keep-alive", *lines, "data: [DONE]\n"]))
+    reply = client.ask(CHAT, **DRAWN)
+    assert reply == Reply('Hello!\n\n[tool call] now({"zone": "CET"})', False, "Hm.", tokens=(5, 7))
+    text = json.dumps({"choices": [{"text": "Hello!", "finish_reason": "stop"}]})
+    server.answer = lambda messages: (200, f"data: {text}\n\ndata: [DONE]")
+    assert client.ask("Hi", **DRAWN) == Reply("Hello!", True)
+    server.answer = lambda messages: (200, 'data: {"error": {"message": "overloaded"}}\n\n')
+    with pytest.raises(Refusal, match='gave no answer, but "overloaded"'):
+        client.ask(CHAT, **DRAWN)
+
+
+def test_a_servers_date_to_try_again_is_waited_for(strict):
+    server, _, _ = strict
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    server.wait = {"Retry-After": later}
+    client = Server("m", server.url, retries=1)
+    answers = iter([(429, {"error": {"message": "slow down"}})])
+    server.answer = lambda messages: next(answers, None) or said("Hello!")
+    start = time.monotonic()
+    assert client.ask(CHAT, **DRAWN).text == "Hello!"
+    assert time.monotonic() - start > 0.9  # a date has whole seconds
 
 
 def test_failures_one_after_the_other_end_the_run_and_single_ones_do_not(strict):
@@ -340,6 +458,9 @@ CALL = {"id": "a", "type": "function", "function": {"name": "weather", "argument
             "",
         ),
         (said(None, refusal="I can't."), "I can't.", ""),
+        (said("<think>Hm.</think>\n<think>Well.</think>\n\nHello!"), "Hello!", "Hm.\n\nWell."),
+        (said({"type": "text", "text": "Yes"}), "Yes", ""),
+        (said(None, "function_call", function_call=CALL["function"]), '[tool call] weather({"city": "Oslo"})', ""),
         (said("Use the </think> tag."), "Use the </think> tag.", ""),
         (said(None), "", ""),
     ],
@@ -362,7 +483,7 @@ def test_tokens_are_counted_where_the_server_does(strict):
 def test_a_gateway_that_answers_without_choices_is_quoted(strict):
     server, client, _ = strict
     server.answer = lambda messages: (200, {"error": {"message": "Upstream is down", "code": 502}, "choices": None})
-    with pytest.raises(ServerError, match='answered: "Upstream is down"'):
+    with pytest.raises(Refusal, match='gave no answer, but "Upstream is down"'):
         client.ask(CHAT, max_tokens=7)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from trl_ulma.log_z import saved_log_partition
 from trl_ulma.saved import SavedSettings, saved_file, saved_settings
 
 BETA = 0.1
+# Settings of a training that say how rows become tokens
+_READING = ("max_length", "truncation_mode", "assistant_only_loss", "chat", "system_message")
 
 
 class RewardScale(NamedTuple):
@@ -36,6 +38,7 @@ class AsTrained:
 
     Attributes:
         rules: of labels.
+        label_center: see `trl_ulma.saved.SavedSettings`; None if labels are not read as in a training.
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
         assistant_only_loss: whether only the assistant's turns of a completion are scored.
@@ -45,6 +48,7 @@ class AsTrained:
     """
 
     rules: LabelRules
+    label_center: float | None
     max_length: int | None
     truncation_mode: str
     assistant_only_loss: bool
@@ -112,14 +116,23 @@ def as_trained(
         for source, saved in known.items()
         if not is_paired and (saved.label_type, saved.label_transform) != (chosen, transform)
     ]
+    reader = first if fitting else next(iter(known.values()), first)
+    given = {"max_length": max_length, "truncation_mode": truncation_mode}
+    cut: dict[str, Any] = {name: getattr(reader, name) for name in _READING}
+    for source, saved in known.items():
+        differing = [name for name in _READING if given.get(name) is None and getattr(saved, name) != cut[name]]
+        others = [f"{name} {getattr(saved, name)}, here {cut[name]}" for name in differing]
+        if others:
+            notes.append(
+                f"{source} was trained on rows that were read otherwise ({'; '.join(others)}). Where this makes a "
+                "difference, its rewards are not those of its training. Evaluate it by itself."
+            )
+    cut |= {name: value for name, value in given.items() if value is not None}
     return AsTrained(
         LabelRules(chosen, first.sft_threshold if sft_threshold is None else sft_threshold, transform=transform),
-        first.max_length if max_length is None else max_length,
-        truncation_mode or first.truncation_mode,
-        first.assistant_only_loss,
-        first.chat,
-        first.system_message,
-        notes,
+        first.label_center if (first.label_type, first.label_transform) == (chosen, transform) else None,
+        **cut,
+        notes=notes,
     )
 
 

@@ -15,10 +15,22 @@ body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sa
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0;
   font-variant-numeric: tabular-nums }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; vertical-align: top }
-th:first-child, td:first-child, .text { text-align: left } th { background: var(--soft) }
-img { max-width: 100%; height: auto } pre { white-space: pre-wrap; background: var(--soft); padding: .8rem }
-blockquote { border-left: 3px solid var(--line); margin: 1rem 0; padding: .1rem 1rem; white-space: pre-wrap }
-strong.verdict { display: block; background: var(--soft); padding: .8rem 1rem; border-left: 4px solid #0072b2 }"""
+th:first-child, td:first-child, .text th, .text td { text-align: left } th { background: var(--soft) }
+.text td { overflow-wrap: anywhere } p, li, code { overflow-wrap: anywhere }
+picture { display: block; margin: 1rem 0 } img { max-width: 100%; height: auto }
+p.title { font-weight: 600; margin-bottom: .2rem }
+blockquote { border-left: 3px solid var(--line); margin: .2rem 0 1rem; padding: .1rem 1rem; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+strong.verdict { display: block; background: var(--soft); padding: .8rem 1rem; border-left: 4px solid #0072b2 }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto } h1 { font-size: 1.6rem } h2 { font-size: 1.25rem }
+  .wide tr:first-child { display: none } .wide, .wide tbody, .wide tr, .wide td { display: block; border: 0 }
+  .wide tr { border: 1px solid var(--line); margin-bottom: .8rem; padding: .3rem 0 }
+  .wide td { padding: .1rem .6rem; text-align: left }
+  .wide td::before { content: attr(data-label) ": "; font-weight: 600 }
+}"""
+# Columns that a narrow page has no room for beside each other
+_MANY_COLUMNS = 4
 
 
 @dataclass(frozen=True)
@@ -172,17 +184,25 @@ def _html(part: Part, folder: Path) -> str:
     if isinstance(part, Bullets):
         return "<ul>\n" + "\n".join(f"<li>{_inline(item)}</li>" for item in part.items) + "\n</ul>"
     if isinstance(part, Table):
-        kind = ' class="text"' if part.is_text else ""
-        head = "".join(f"<th{kind}>{_inline(cell)}</th>" for cell in part.header)
-        rows = ("".join(f"<td{kind}>{_inline(cell)}</td>" for cell in row) for row in part.rows)
-        return f"<table>\n<tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>"
+        head = "".join(f"<th>{_inline(cell)}</th>" for cell in part.header)
+        rows = ("".join(_cell(*each, part.is_text) for each in zip(part.header, row, strict=True)) for row in part.rows)
+        kinds = ["text"] * part.is_text + ["wide"] * (part.is_text or len(part.header) >= _MANY_COLUMNS)
+        kind = f' class="{" ".join(kinds)}"' if kinds else ""
+        return f"<table{kind}>\n<tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>"
     if isinstance(part, Quote):
-        return f"<p>{_inline(part.title)}:</p>\n<blockquote>{html.escape(part.text)}</blockquote>"
+        return f'<p class="title">{_inline(part.title)}:</p>\n<blockquote>{html.escape(part.text)}</blockquote>'
     light, dark = (_embedded(folder / f"{part.name}{suffix}.svg") for suffix in ("", "-dark"))
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img alt="{html.escape(part.name)}" src="{light}"></picture>'
     )
+
+
+def _cell(header: str, cell: str, is_text: bool) -> str:
+    """A cell that says, on a narrow page, which column it is of. An interval is not broken into two lines."""
+    if not is_text:
+        cell = re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\xa0"), cell)
+    return f'<td data-label="{html.escape(header)}">{html.escape(cell, quote=False) if is_text else _inline(cell)}</td>'
 
 
 def _inline(text: str) -> str:

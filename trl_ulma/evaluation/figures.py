@@ -35,7 +35,8 @@ VERDICT_STYLES = {
     "tie": {"color": "#E6E6E6", "hatch": "..", "text": "black"},
     "lose": {"color": "#E69F00", "hatch": "//", "text": "black"},
 }
-WIDTH = 7.0
+# Inches: on the page of a phone, letters are still read
+WIDTH = 5.6
 
 
 def _drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -111,7 +112,7 @@ def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figur
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     of = f"{numbers.pop()} comparisons" if len(numbers) == 1 else "comparisons"
-    axes.set_xlabel(f"share of {of};  |—|: 95 % interval of the wins", size=9)
+    axes.set_xlabel(f"share of {of}\n|—|: 95 % interval of the wins", size=9)
     figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
     axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.2, handlelength=1.6)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -198,10 +199,7 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
         raise ValueError("A figure of training curves needs a metric at least.")
     figure.suptitle("Training", x=0.01, ha="left", size=11, weight="bold")
     if len(history) > 1:
-        handles = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-        figure.legend(
-            handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, handlelength=3
-        )
+        _legend(figure, {line.get_label(): line for axes in panels for line in axes.get_lines()})
     return figure
 
 
@@ -353,4 +351,13 @@ def _finish(figure: Figure, axes: Any, x_label: str, y_label: str, title: str, *
     figure.suptitle(title, x=0.01, ha="left", size=11, weight="bold")
     _quiet(axes)
     if legend:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9, handlelength=3)
+        handles, names = axes.get_legend_handles_labels()
+        _legend(figure, dict(zip(names, handles, strict=True)))
+
+
+def _legend(figure: Figure, handles: Mapping[Any, Any]) -> None:
+    """A legend below, in as many columns as its names leave room for."""
+    ncols = max(1, min(3, 66 // (max(map(len, handles), default=0) + 8)))
+    figure.legend(
+        handles.values(), handles, loc="outside lower left", ncols=ncols, frameon=False, fontsize=9, handlelength=3
+    )

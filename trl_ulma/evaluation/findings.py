@@ -16,29 +16,6 @@ CHANGES = 3
 _LONGEST = 300
 
 
-def own_labels(label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> np.ndarray:
-    """`(N,)` labels on the scale that rows carry them on, of labels after the transform.
-
-    As far as there is a way back: not past a threshold, votes or ranks among a prompt's answers.
-
-    Args:
-        label: `(N,)` z after the transform.
-        continuous: `(N,)` bool.
-        rules: how labels were read, with their transform.
-
-    Example:
-        >>> from trl_ulma.labels import parse_transform
-        >>> rules = LabelRules("continuous", transform=parse_transform("standardise:3,2", "continuous"))
-        >>> own_labels(np.array([-1.0, 1.0]), np.array([True, True]), rules)
-        array([1., 5.])
-    """
-    if rules.transform is None:
-        return label
-    own = continuous == (rules.label_type == "continuous")
-    # 2.0000000000000004 stars are two
-    return np.where(own, rules.transform.invert(label).round(9), label)
-
-
 def on_own_scale(
     reward: np.ndarray,
     label: np.ndarray,
@@ -52,7 +29,7 @@ def on_own_scale(
 
     Args:
         reward: `(N,)` r.
-        label: `(N,)` z after the transform.
+        label: `(N,)` labels as the rows carry them, see `HeldOut.own_label`.
         continuous: `(N,)` bool.
         prompt: `(N,)` the prompt's number.
         rules: how labels were read, with their transform.
@@ -69,34 +46,34 @@ def on_own_scale(
         >>> found["error"].value, found["error_of_mean"].value, [each["predicted"].value for each in found["by_label"]]
         (0.5, 0.5, [0.0, 2.0])
     """
-    given = own_labels(label, continuous, rules)
     predicted = judged(reward, label, continuous, rules)["predicted_label"]
-    wrong, of_mean = np.abs(predicted - given), np.abs(given.mean() - given)
-    values = np.unique(given)
+    wrong, of_mean = np.abs(predicted - label), np.abs(label.mean() - label)
+    values = np.unique(label)
     if len(values) <= BINS:
-        groups = [given == value for value in values]
+        groups = [label == value for value in values]
     else:
-        edges = np.quantile(given, np.linspace(0, 1, BINS + 1))
-        place = np.searchsorted(edges[1:-1], given)
+        edges = np.quantile(label, np.linspace(0, 1, BINS + 1))
+        place = np.searchsorted(edges[1:-1], label)
         groups = [place == each for each in range(BINS) if (place == each).any()]
     return {
         "error": bootstrap(lambda rows: wrong[rows].mean(), prompt, seed),
         "error_of_mean": bootstrap(lambda rows: of_mean[rows].mean(), prompt, seed),
         "by_label": [
             {
-                "label": float(given[rows].mean()),
+                "label": float(label[rows].mean()),
                 "rows": int(rows.sum()),
                 "predicted": _mean(predicted[rows], prompt[rows], seed),
             }
             for rows in groups
         ],
-        "calibration": calibration_curve(predicted, given),
+        "calibration": calibration_curve(predicted, label),
     }
 
 
 def surprises(
     reward: np.ndarray,
     label: np.ndarray,
+    given: np.ndarray,
     continuous: np.ndarray,
     rules: LabelRules,
     rows: Any,
@@ -107,6 +84,7 @@ def surprises(
     Args:
         reward: `(N,)` r.
         label: `(N,)` z after the transform.
+        given: `(N,)` labels on the rows' own scale.
         continuous: `(N,)` bool; those of the kind that has more rows are taken, since the two are not comparable.
         rules: how labels were read, with their transform.
         rows: those with `prompt` and `completion`, by number: a list or a `Dataset`.
@@ -115,12 +93,11 @@ def surprises(
     Example:
         >>> rows = [{"prompt": "Hi", "completion": " Hello!"}, {"prompt": "Hi", "completion": " Go away!"}]
         >>> reward, label = np.array([-3.0, -3.0]), np.array([1.0, 0.0])
-        >>> found = surprises(reward, label, np.zeros(2, bool), LabelRules(), rows, [0, 1])
+        >>> found = surprises(reward, label, label, np.zeros(2, bool), LabelRules(), rows, [0, 1])
         >>> [(each["row"], each["answer"], round(each["predicted"], 3)) for each in found]
         [(0, 'Hello!', 0.047), (1, 'Go away!', 0.047)]
     """
     told = judged(reward, label, continuous, rules)
-    given = own_labels(label, continuous, rules)
     kind = continuous == (continuous.mean() > 0.5)
     order = np.flatnonzero(kind)[np.argsort(-told["surprise"][kind], kind="stable")][:SURPRISES]
     return [

@@ -24,7 +24,7 @@ from trl_ulma.labels import (
     read_labels,
     refuse_invalid,
 )
-from trl_ulma.rows.dataset_labels import check_pairs, prompt_keys, transformed_labels
+from trl_ulma.rows.dataset_labels import check_pairs, own_labels, prompt_keys, transformed_labels
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 
 logger = logging.get_logger(__name__)
@@ -54,6 +54,7 @@ class HeldOut:
     Attributes:
         rows: as they came, N of them, but for their labels.
         label: float, after the transform.
+        own_label: float, on the scale that rows carry, as far as the transform has a way back to it.
         sft_mask: bool, whether the row is a demonstration.
         continuous: bool, of the label.
         prompt: the prompt's number.
@@ -61,6 +62,7 @@ class HeldOut:
 
     rows: Dataset
     label: np.ndarray
+    own_label: np.ndarray
     sft_mask: np.ndarray
     continuous: np.ndarray
     prompt: np.ndarray
@@ -95,6 +97,7 @@ class HeldOut:
         if transformed is not None:
             columns["label"] = transformed
         read = read_labels(columns, range(len(rows)), name, rules, invalid)
+        own = own_labels(rows, name, rules, np.asarray(read["label"]))
         seen = repeat(None, len(rows)) if images is None else undecoded_column(rows, images)
         keys = columns["image_key"] = [0] * len(rows)
         for row, (prompt, completion, shown) in enumerate(
@@ -114,6 +117,7 @@ class HeldOut:
             logger.warning(f"Left out {len(errors)} of {len(rows)} rows, which are invalid.\n{listed}")
             kept = [row for row in range(len(rows)) if row not in invalid]
             rows = rows.select(kept)
+            own = own[kept]
             columns, read = ({c: [v[row] for row in kept] for c, v in each.items()} for each in (columns, read))
         rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
         prompts = prompt_keys(columns, range(len(rows)))
@@ -121,6 +125,7 @@ class HeldOut:
         return cls(
             rows,
             np.asarray(read["label"]),
+            own,
             np.asarray(read["sft_mask"]),
             np.asarray(types) == "continuous",
             np.unique(prompts, return_inverse=True)[1],

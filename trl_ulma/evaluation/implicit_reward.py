@@ -11,7 +11,7 @@ import torch
 from scipy.special import expit
 
 from trl_ulma.evaluation.intervals import Estimate, bootstrap
-from trl_ulma.metrics import auc, pearson, spearman
+from trl_ulma.metrics import auc, is_chosen, pearson, spearman
 
 BINS = 10
 
@@ -147,6 +147,52 @@ def continuous_figures(
             for name, of in (("spearman", spearman), ("pearson", pearson))
         }
     return {**found, "mse": bootstrap(lambda rows: squares[rows].mean(), prompt, seed)}
+
+
+def split_figures(
+    rewards: np.ndarray,
+    label: np.ndarray,
+    continuous: np.ndarray,
+    prompt: np.ndarray,
+    center: float,
+    *,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """`chosen`, `rejected`, `margins` and `accuracies`, as trainers log them, each with its interval by prompt.
+    `trl_ulma.metrics` defines them.
+
+    A reward at the value that decides its side is counted half in `accuracies`, unlike in logs.
+
+    Args:
+        rewards: `(N,)` r.
+        label: `(N,)` z after the transform.
+        continuous: `(N,)` bool.
+        prompt: `(N,)` the prompt's number.
+        center: of the continuous labels of the training set.
+        seed: of the resampling.
+
+    Example:
+        >>> found = split_figures(np.array([3.5, 3.2]), np.array([5.0, 1.0]), np.ones(2, bool), np.arange(2), 3.0)
+        >>> [round(found[name].value, 2) for name in ("chosen", "rejected", "margins", "accuracies")]
+        [3.5, 3.2, 0.3, 0.5]
+    """
+    _check(rewards, label, prompt)
+    # In the precision of a trainer's batches, so that a label at the center is on the same side
+    chosen = is_chosen(torch.tensor(label, dtype=torch.float32), torch.from_numpy(continuous), center).numpy()
+    side = np.where(continuous, center, 0.0)
+    right = np.where(rewards == side, 0.5, (rewards > side) == chosen)
+
+    def mean(of: np.ndarray, rows: np.ndarray) -> float:
+        return float(rewards[rows][of[rows]].mean()) if of[rows].any() else float("nan")
+
+    found = {}
+    if chosen.any():
+        found["chosen"] = bootstrap(lambda rows: mean(chosen, rows), prompt, seed)
+    if not chosen.all():
+        found["rejected"] = bootstrap(lambda rows: mean(~chosen, rows), prompt, seed)
+    if len(found) == 2:
+        found["margins"] = bootstrap(lambda rows: mean(chosen, rows) - mean(~chosen, rows), prompt, seed)
+    return {**found, "accuracies": bootstrap(lambda rows: right[rows].mean(), prompt, seed)}
 
 
 def _number(value: float | None) -> float:

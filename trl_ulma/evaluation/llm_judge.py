@@ -170,6 +170,8 @@ class LLMJudge:
                         self.cache.add(key, {"model": self.name, "refused": refusal.why, "said": str(refusal)})
                 else:
                     record = {"model": self.name, "reply": reply.text, "finished": reply.finished}
+                    if reply.is_refusal:
+                        record = {"model": self.name, "refused": Why.REFUSED, "said": reply.text}
                     more = {"reasoning": reply.reasoning, "changes": list(reply.changes)}
                     more["tokens"] = list(reply.tokens) if any(reply.tokens) else []
                     self.cache.add(key, record | {name: value for name, value in more.items() if value})

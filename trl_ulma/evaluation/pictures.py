@@ -71,7 +71,7 @@ def pictures(
         shares = {name: each for name, each in shares.items() if each}
         if shares:
             # Of a checkpoint's folder the end tells more
-            name = judge if len(judge) <= 60 else f"…{judge[-59:]}"
+            name = judge if len(judge) <= 45 else f"…{judge[-44:]}"
             title = f"{criterion.capitalize()}: answers against the chosen ones\njudge: {name}"
             points = max(each["win"].n for each in shares.values())
             drawn = partial(figures.win_rates, shares, title)

@@ -25,10 +25,15 @@ class Why(StrEnum):
 
 PASSING = (Why.FAILED, Why.NOT_ASKED)
 
+# How answers end other than by themselves. Lower case: OpenAI; Mistral; Google and Zhipu behind gateways
+_AT_LIMIT = ("length", "max_tokens", "max_output_tokens", "model_length")
+_AT_FILTER = ("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "sensitive")
+_AT_FAILURE = ("error", "network_error", "malformed_function_call")
+
 # Azure and OpenAI; OpenRouter; Alibaba; Google
 _FILTERED = re.compile(
     r"content[ _-]?(?:filter|management|policy|moderation)|responsible ?ai|moderation|was flagged|violat\w+ .*polic|"
-    r"data_?inspection_?failed|inappropriate content|prohibited_content|blocked (?:by|for|due)",
+    r"data_?inspection_?failed|inappropriate content|prohibited_content|blocked (?:by|for|due)|\bblock_?reason\b",
     re.IGNORECASE,
 )
 # OpenAI and vLLM; llama.cpp and llama-cpp-python; Mistral; text-generation-inference
@@ -131,8 +136,38 @@ def refused_parameter(status: int, body: Any, sent: Iterable[str]) -> str | None
     if places:  # it says where, and that is none of these
         return None
     text = said(body)
-    named = [name for name in sent if re.search(rf"(?<!\w){name}(?!\w)", text)]
-    return named[0] if named and _UNSUPPORTED.search(text) else None
+    return next(iter(_named(text, sent)), None) if _UNSUPPORTED.search(text) else None
+
+
+def named_parameters(status: int, body: Any, sent: Iterable[str]) -> list[str]:
+    """The parameters of a request that a refusal names, whatever it says of them.
+
+    Args:
+        status: of HTTP.
+        body: as in `why`.
+        sent: as in `refused_parameter`.
+
+    Example:
+        >>> named_parameters(400, "This endpoint does not let you set temperature", ["seed", "temperature"])
+        ['temperature']
+        >>> named_parameters(400, "The sampling_temperature is odd", ["temperature"])
+        []
+    """
+    if status not in (400, 422) or why(status, body) is not None:
+        return []
+    return _named(said(body), sent)
+
+
+def ended(finish_reason: Any) -> tuple[bool, Why | None]:
+    """Whether an answer ended by itself, and not at the limit of tokens; and why it does not count, or None.
+
+    Example:
+        >>> ended("stop"), ended("MAX_TOKENS"), ended("content_filter")
+        ((True, None), (False, None), (True, <Why.FILTERED: 'filtered'>))
+    """
+    reason = str(finish_reason).lower()
+    about = Why.FILTERED if reason in _AT_FILTER else Why.FAILED if reason in _AT_FAILURE else None
+    return reason not in _AT_LIMIT, about
 
 
 def is_other_endpoint(status: int, body: Any) -> bool:
@@ -155,6 +190,10 @@ def is_unknown_model(status: int, body: Any) -> bool:
         (True, False)
     """
     return status in (400, 404, 422) and bool(_NO_MODEL.search(f"{said(body)} {_codes(body)}"))
+
+
+def _named(text: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if re.search(rf"(?<!\w){name}(?!\w)", text)]
 
 
 def _parts(body: Any) -> Iterator[tuple[list[Any] | None, str]]:

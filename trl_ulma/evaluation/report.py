@@ -100,7 +100,8 @@ def document(facts: Mapping[str, Any]) -> list[Part]:
         facts: what `report.json` holds, with its `Estimate`s.
     """
     data, models = facts["data"], facts["models"]
-    parts: list[Part] = [Heading("Evaluation", 1)]
+    names = [model["name"] for model in models if not model.get("is_base")]
+    parts: list[Part] = [Heading(f"Evaluation of {', '.join(names)}", 1)]
     parts += [Text(sentence, strong=True) for sentence in conclusions(facts)]
     parts.append(
         Text(
@@ -112,7 +113,8 @@ def document(facts: Mapping[str, Any]) -> list[Part]:
     if facts["notes"]:
         parts.append(Bullets(facts["notes"]))
     parts += _figures("Perplexity of the given answers (lower is better)", models, "perplexity", ".2f")
-    parts += _figures("Implicit reward", models, "implicit_reward", ".3f")
+    parts += _figures("Implicit reward", models, "implicit_reward", ".3f", _meanings(models))
+    parts += _split(models, data)
     parts += _own_scale(models)
     parts += _calibration(models)
     for model in models:
@@ -183,12 +185,61 @@ def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = 
     return f"{what} worse{than} ({of})."
 
 
-def _figures(title: str, models: Sequence[Mapping[str, Any]], section: str, form: str) -> list[Part]:
+def _figures(
+    title: str, models: Sequence[Mapping[str, Any]], section: str, form: str, meanings: str = ""
+) -> list[Part]:
     columns = list(dict.fromkeys(name for model in models for name in model[section]))
     if not columns:
         return []
     rows = [[model["name"], *(shown(model[section].get(name), form) for name in columns)] for model in models]
-    return [Heading(title), Table(["model", *columns], rows)]
+    return [Heading(title), *([Text(meanings)] if meanings else []), Table(["model", *columns], rows)]
+
+
+# Figure of rewards → what it is, and what it is of rewards that say nothing
+_MEANINGS = {
+    "auc": "auc: how often a good answer has a higher reward than a bad one (0.5 by chance)",
+    "accuracy": "accuracy: how often a reward has the sign of its label",
+    "brier": "brier: mean squared error of the predicted probability (0 is best, 0.25 without a prediction)",
+    "spearman": "spearman, pearson: correlation of rewards and labels, of ranks and of values (0 by chance)",
+    "mse": "mse: mean squared error of the reward as a prediction of the label that was learned (0 is best)",
+}
+
+
+def _meanings(models: Sequence[Mapping[str, Any]]) -> str:
+    """What the figures of rewards mean, and why a model before training has few."""
+    there = {name for model in models for name in model["implicit_reward"]}
+    said = [meaning for name, meaning in _MEANINGS.items() if name in there]
+    base = " A model before training has the reward 0 for every answer, which ranks nothing."
+    return f"{'; '.join(said)}.{base if any(model.get('is_base') for model in models) else ''}"
+
+
+# Figure → its column, in the order of columns
+_SPLIT = {
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "margins": "margin",
+    "accuracies": "on the side of their label",
+}
+
+
+def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Part]:
+    found = [model for model in models if model.get("split")]
+    columns = [name for name in _SPLIT if any(name in model["split"] for model in found)]
+    if not found:
+        return []
+    rows = [[model["name"], *(shown(model["split"].get(name)) for name in columns)] for model in found]
+    center = data.get("label_center")
+    higher = "below" if data.get("is_reversed") else "above"
+    which = (
+        "Rows with a label of ½ and above are chosen."
+        if center is None
+        else f"Rows with a continuous label of {center:g} and {higher} are chosen."
+    )
+    return [
+        Heading("Rewards of chosen and rejected rows"),
+        Text(f"{which} Training logs these figures as rewards/chosen, rejected, margins and accuracies."),
+        Table(["model", *(_SPLIT[name] for name in columns)], rows),
+    ]
 
 
 def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
@@ -253,11 +304,12 @@ def _changed(model: Mapping[str, Any]) -> list[Part]:
         return []
     told = f"{found['others']} of {found['answers']} answers are not those of {found['base']}."
     parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(told)]
-    for each in found["examples"]:
+    for number, each in enumerate(found["examples"], start=1):
         parts += [
+            Heading(f"Example {number}", 3),
             Quote("Prompt", each["prompt"]),
-            Quote(f"Before ({found['base']})", each["before"] or "(no answer)"),
-            Quote(f"After ({model['name']})", each["after"] or "(no answer)"),
+            Quote(f"Before, by {found['base']}", each["before"] or "(no answer)"),
+            Quote(f"After, by {model['name']}", each["after"] or "(no answer)"),
             Quote("The data's answer", each["chosen"]),
         ]
     return parts

@@ -19,10 +19,16 @@ from scipy.special import expit
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.as_trained import BETA, as_trained, reward_scale
-from trl_ulma.evaluation.findings import changed, on_own_scale, own_labels, surprises
+from trl_ulma.evaluation.findings import changed, on_own_scale, surprises
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import HeldOut, Question
-from trl_ulma.evaluation.implicit_reward import binary_figures, calibration_curve, continuous_figures, implicit_reward
+from trl_ulma.evaluation.implicit_reward import (
+    binary_figures,
+    calibration_curve,
+    continuous_figures,
+    implicit_reward,
+    split_figures,
+)
 from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
 from trl_ulma.evaluation.judging import Judging
 from trl_ulma.evaluation.llm_judge import LLMJudge
@@ -30,7 +36,7 @@ from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.pictures import pictures
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.server import Budget, Reply, Server
-from trl_ulma.judge import saved_file
+from trl_ulma.judge import beyond_training, saved_file
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.table import batching_difference, collator_for, completion_logps, prompt_states
 from trl_ulma.rows.images import has_images
@@ -103,6 +109,7 @@ class _Run:
             server.check()
         answers = bool(judges or args.generate or self.servers)
         self.held_out, self.split = self._rows(answers)
+        self.center, self.own_center, self.is_reversed = self._centers()
         self.questions = self._questions() if answers else []
         self._ref_logps: dict[str, np.ndarray] = {}
         # By its name, folder or `_before`: the models that trainings began with, and the answers of all
@@ -118,10 +125,9 @@ class _Run:
         models = [self._model(run, source) for run, (_, source) in zip(self.names, args.model, strict=True)]
         for model in models:
             self._compare_answers(model)
-        raw_label = own_labels(held_out.label, held_out.continuous, self.how.rules)
-        drawings, not_drawn = pictures([*models, *self.bases.values()], raw_label, held_out.sft_mask)
+        drawings, not_drawn = pictures([*models, *self.bases.values()], held_out.own_label, held_out.sft_mask)
         settings = {name: value for name, value in vars(args).items() if value is not None and value != []}
-        labels = Counter(held_out.label.tolist())
+        labels = Counter(held_out.own_label.tolist())
         facts = {
             "settings": settings,
             "versions": report.versions(),
@@ -136,6 +142,8 @@ class _Run:
                 "prompts": len(np.unique(held_out.prompt)),
                 "demonstrations": int(held_out.sft_mask.sum()),
                 "labels": {f"{label:g}": n for label, n in sorted(labels.most_common(_MOST_LABELS))},
+                "label_center": self.own_center if held_out.continuous.any() else None,
+                "is_reversed": self.is_reversed,
                 "questions": len(self.questions),
             },
             "models": [*models, *self.bases.values()],
@@ -194,7 +202,28 @@ class _Run:
         return self._held_out(held_out, "test"), part
 
     def _held_out(self, rows: Dataset, name: str) -> HeldOut:
-        return HeldOut.of(rows, name, self._as_trained(rows), self.args.invalid_rows, takes_images=True)
+        held_out = HeldOut.of(rows, name, self._as_trained(rows), self.args.invalid_rows, takes_images=True)
+        own = held_out.continuous == (self.how.rules.label_type == "continuous")
+        self._note_any(beyond_training(held_out.own_label[own], self.how.rules))
+        return held_out
+
+    def _centers(self) -> tuple[float, float, bool]:
+        """The center of continuous labels as they are learned, and on the rows' own scale; and whether lower labels on
+        this scale are better."""
+        held_out, rules = self.held_out, self.how.rules
+        if not held_out.continuous.any():
+            return 0.0, 0.0, False
+        center = self.how.label_center
+        if center is None:
+            center = round(float(held_out.label[held_out.continuous].mean()), 9)
+            self._note(
+                "The mean of the training labels is not known, so rows are split into chosen and rejected ones at the "
+                "mean label of the rows here."
+            )
+        if rules.transform is None or rules.label_type != "continuous":
+            return center, center, False
+        own, above = rules.transform.invert(np.array([center, center + 0.01])).tolist()
+        return center, own, above < own
 
     def _check_images(self, answers: bool) -> None:
         """Raise ValueError if rows with images cannot be evaluated as asked."""
@@ -297,6 +326,10 @@ class _Run:
     def _note(self, text: str) -> None:
         self.notes.append(text)
         print(text, file=sys.stderr)
+
+    def _note_any(self, text: str | None) -> None:
+        if text is not None:
+            self._note(text)
 
     # The models
 
@@ -452,8 +485,6 @@ class _Run:
                 log_z=0.0 if has_log_z else args.log_z,
                 prompt_states=partial(prompt_states, model, rows, collate, batch_size=args.batch_size),
             )
-        if scale is not None:
-            self._note_training(run, source, model, saved)
         with training_autocast(saved, model):
             scoring = {"batch_size": args.batch_size, "what": f"Scoring, {run}"}
             logps, tokens = completion_logps(model, rows, collate, **scoring)
@@ -468,17 +499,20 @@ class _Run:
         }
         if scale is None:
             return facts
-        note = batching_note(source, saved, model, scale.beta, off)
-        if note is not None:
-            self._note(note)
-        ref_logps = self._reference(run, source, model, tokenizer_of(processing_class), rows, collate)
+        self._note_training(run, saved, has_log_z)
+        self._note_any(batching_note(source, saved, model, scale.beta, off))
+        ref_logps = self._reference(
+            run, source, model, tokenizer_of(processing_class), rows, collate, scale.beta, int(tokens.max(initial=1))
+        )
         log_z = np.asarray(rows["log_z"][:]) if has_log_z else scale.log_z
         per = tokens.clip(min=1) if scale.length_normalize else 1
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
-        facts |= self._of_rewards(rewards, label, continuous, prompt)
-        self._write_rewards(run, raw, own_labels(label, continuous, self.how.rules), rewards)
-        facts["surprises"] = surprises(rewards, label, continuous, self.how.rules, held_out.rows, raw)
+        facts |= self._of_rewards(rewards, raw)
+        self._write_rewards(run, raw, held_out.own_label[raw], rewards)
+        facts["surprises"] = surprises(
+            rewards, label, held_out.own_label[raw], continuous, self.how.rules, held_out.rows, raw
+        )
         base = self._before(source)
         if args.base and base is not None and base not in self.bases and base not in dict(self.args.model).values():
             # It gives every answer the reward 0, which is what the others are to be compared with
@@ -488,23 +522,25 @@ class _Run:
                 "is_base": True,
                 "rows": len(rows),
                 "perplexity": self._perplexity(ref_logps, tokens, prompt, mask),
-                **self._of_rewards(np.zeros(len(rows)), label, continuous, prompt),
+                **self._of_rewards(np.zeros(len(rows)), raw),
                 "judged": {},
             }
         return facts
 
-    def _note_training(self, run: str, source: str, model: Any, saved: SavedSettings | None) -> None:
-        """Tell what keeps a model's rewards from being those of its training."""
+    def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
+        """Tell if the scale of a model's rewards is not known, or not that of its training."""
         args = self.args
+        if has_log_z and saved is not None and isinstance(saved.log_z, str) and saved.log_z != "column":
+            self._note(
+                f"{run} has a log Z of its own ({saved.log_z}), and the rows have a column log_z, which is taken. "
+                "Remove the column to have the rewards of the training."
+            )
         unknown = [f"--{name}" for name in ("beta", "log_z") if getattr(args, name) is None]
         if saved is None and unknown:
             self._note(
                 f"{run} has no {SETTINGS_FILE}, so the scale of its rewards is not known: they are computed with β = "
                 f"{args.beta or BETA:g} and log Z = {args.log_z or 0:g}. Set {' and '.join(unknown)} as in training."
             )
-        note = differs_from_training(model, source, saved)
-        if note is not None:
-            self._note(note)
 
     def _write_rewards(self, run: str, rows: np.ndarray, label: np.ndarray, rewards: np.ndarray) -> None:
         """Write the reward of each row."""
@@ -530,11 +566,15 @@ class _Run:
             if which.any()
         }
 
-    def _of_rewards(
-        self, rewards: np.ndarray, label: np.ndarray, continuous: np.ndarray, prompt: np.ndarray
-    ) -> dict[str, Any]:
-        """Figures of rewards, and what they say on the scale of the rows' labels where that is not 0 and 1."""
-        seed, rules = self.args.seed, self.how.rules
+    def _of_rewards(self, rewards: np.ndarray, raw: np.ndarray) -> dict[str, Any]:
+        """Figures of the rewards of rows, and what they say on the scale of their labels if that is not 0 and 1.
+
+        Args:
+            rewards: `(N,)`.
+            raw: `(N,)` numbers of the rows.
+        """
+        seed, rules, held_out = self.args.seed, self.how.rules, self.held_out
+        label, continuous, prompt = held_out.label[raw], held_out.continuous[raw], held_out.prompt[raw]
         found: dict[str, Any] = {
             "implicit_reward": {
                 name: estimate
@@ -543,16 +583,27 @@ class _Run:
                 for name, estimate in of(rewards[which], label[which], prompt[which], seed=seed).items()
             }
         }
+        found["split"] = split_figures(rewards, label, continuous, prompt, self.center, seed=seed)
         if not continuous.all():
             found["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])
         own = continuous == (rules.label_type == "continuous")
         if own.any() and (rules.label_type == "continuous" or rules.transform is not None):
-            which = (rewards[own], label[own], continuous[own], prompt[own])
+            which = (rewards[own], held_out.own_label[raw][own], continuous[own], prompt[own])
             found["own_scale"] = on_own_scale(*which, rules, seed=seed)
         return found
 
-    def _reference(self, run: str, source: str, model: Any, tokenizer: Any, rows: Dataset, collate: Any) -> np.ndarray:
-        """`(N,)` log π_ref(y|x)."""
+    def _reference(
+        self,
+        run: str,
+        source: str,
+        model: Any,
+        tokenizer: Any,
+        rows: Dataset,
+        collate: Any,
+        beta: float,
+        longest: int,
+    ) -> np.ndarray:
+        """`(N,)` log π_ref(y|x); tells if the model or the reference is not computed as in training."""
         args, saved = self.args, saved_settings(source)
         scoring = {"batch_size": args.batch_size, "what": f"Scoring, reference of {run}"}
         options = {"dtype": args.dtype, **self.loading}
@@ -560,10 +611,12 @@ class _Run:
         seen = rows["image_key"][:] if "image_key" in rows.column_names else None
         key = digest(rows["prompt_ids"][:], rows["completion_ids"][:], seen, str(how))
         if args.ref_model is not None and key in self._ref_logps:
+            self._note_any(differs_from_training(model, None, source, saved, longest, beta))
             return self._ref_logps[key]
         if args.ref_model is not None:
             check_same_tokens(tokenizer, load_tokenizer(args.ref_model, **self.loading), rows, run, args.ref_model)
         reference = load_reference(model, source, saved, args.ref_model, **options)
+        self._note_any(differs_from_training(model, reference, source, saved, longest, beta))
         with training_autocast(saved, model):
             logps = completion_logps(reference.model or model, rows, collate, reference=reference, **scoring)[0]
         if args.ref_model is not None:

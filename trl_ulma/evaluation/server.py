@@ -1,10 +1,11 @@
 """A model behind an OpenAI-compatible server: vLLM, `transformers serve`, llama.cpp, a hosted API."""
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -12,13 +13,23 @@ import openai
 from transformers.utils import logging
 
 from trl_ulma.data.conversations import is_transcript, parse_transcript
-from trl_ulma.evaluation.refusals import Why, is_other_endpoint, is_unknown_model, refused_parameter, said, why
+from trl_ulma.evaluation.refusals import (
+    Why,
+    ended,
+    is_other_endpoint,
+    is_unknown_model,
+    named_parameters,
+    refused_parameter,
+    said,
+    why,
+)
 from trl_ulma.evaluation.turns import (
     REASONING_KEYS,
     as_text,
     calls_text,
     content_text,
     for_server,
+    joined_stream,
     show_calls,
     split_reasoning,
 )
@@ -50,12 +61,14 @@ class ServerError(OSError):
     """Why a server gives no answers, and what to do. It never contains the key."""
 
 
-class _NoChoice(Exception):
-    """An answer with nothing in it."""
+class _Within(openai.APIStatusError):
+    """An error with status 200, as gateways tell of a failure behind them.
 
-    def __init__(self, text: str, about: Why):
-        super().__init__(text)
-        self.about = about
+    Attributes:
+        is_api: whether what came is of OpenAI's protocol, so that other requests may be answered.
+    """
+
+    is_api = True
 
 
 class Refusal(ServerError):
@@ -81,6 +94,7 @@ class Reply:
         refused: why there is no answer, or None.
         changes: what of the request the server did not take, in words.
         tokens: of the request and of the answer, as the server counts them; zeros where it does not.
+        is_refusal: whether the text is what the server marks as the model's refusal to answer.
     """
 
     text: str
@@ -89,6 +103,7 @@ class Reply:
     refused: Why | None = None
     changes: tuple[str, ...] = ()
     tokens: tuple[int, int] = (0, 0)
+    is_refusal: bool = False
 
 
 class Budget:
@@ -201,15 +216,18 @@ class Server:
         wanted = {name: value for name, value in sampling.items() if value is not None}
         is_chat = not isinstance(prompt, str)
         first: openai.APIStatusError | None = None
+        # What a refusal names without saying that it is the reason: an answer without it proves that it was
+        suspected: dict[str, openai.APIStatusError] = {}
         while True:  # each turn leaves something out, or takes the other form, once
             asks_chat = self._asks_chats[is_chat]
-            sent = {name: value for name, value in wanted.items() if name not in self._dropped}
-            limit = self._limit if asks_chat else _LIMITS[0]
+            left_out = self._dropped | (set(suspected) - set(_LIMITS))
+            sent = {name: value for name, value in wanted.items() if name not in left_out}
+            limit = _LIMITS[1] if asks_chat and _LIMITS[0] in suspected else self._limit
             if _LIMITS[0] in sent:
-                sent[limit] = sent.pop(_LIMITS[0])
+                sent[limit if asks_chat else _LIMITS[0]] = sent.pop(_LIMITS[0])
             if not self._budget.take():
                 raise Refusal(f"The limit of {self._budget.most} requests is reached.", Why.NOT_ASKED)
-            reply, problem, about, error = None, "", None, None
+            reply, problem, about, error, is_up = None, "", None, None, False
             try:
                 reply = self._chat(prompt, sent) if asks_chat else self._complete(prompt, sent)
             except openai.APIStatusError as refusal:
@@ -217,18 +235,23 @@ class Server:
             except openai.OpenAIError as failure:
                 problem = self._explain(failure, tries=self.retries + 1)
                 about = Why.FAILED if isinstance(failure, openai.APITimeoutError) else None
-            except _NoChoice as failure:
-                problem, about = self.without_key(str(failure)), failure.about
             except (AttributeError, KeyError, TypeError, ValueError) as failure:  # an answer of another form
                 name = type(failure).__name__
                 problem = f"{self.base_url} answered with what is not in OpenAI's protocol ({name})."
-                about = Why.FAILED
+                about, is_up = Why.FAILED, True
             # Outside the handlers: a chained exception's text is the server's, and can hold the key
             if reply is not None:
                 break
             if error is None:
-                raise self._given_up(problem, about)
-            if self._does_without(error, sent, asks_chat):
+                raise self._given_up(problem, about, is_up=is_up)
+            name = refused_parameter(error.status_code, self._body(error), self._names(sent))
+            if name is not None and self._is_dispensable(name, error, asks_chat):
+                self._leave_out(name, error)
+                continue
+            named = named_parameters(error.status_code, self._body(error), self._names(sent))
+            name = next((each for each in named if self._is_dispensable(each, error, asks_chat)), None)
+            if name is not None:
+                suspected[name] = error
                 continue
             if is_other_endpoint(error.status_code, self._body(error)):
                 # An unknown model answers so, too: whether it takes the other form is told by an answer only
@@ -236,16 +259,18 @@ class Server:
                     first, self._asks_chats[is_chat] = error, not asks_chat
                     continue
                 error, self._asks_chats[is_chat] = first, is_chat
-            raise self._refused(error)
+            raise self._refused(next(iter(suspected.values()), error))
+        for name, error in suspected.items():
+            self._leave_out(name, error)
         with self._lock:
             self._answered, self._failed = self._answered + 1, 0
         if reply.refused is not None:
-            raise Refusal(f"{self.base_url} filtered its answer.", reply.refused)
+            raise Refusal(f"{self.base_url} did not finish its answer ({reply.refused.value}).", reply.refused)
         changes = tuple(f"{name} is left out" for name in wanted if name in _SAMPLING and name not in sent)
         if asks_chat != is_chat:
             changes += (_FORMS[is_chat],)
             self._tell(f"{_FORMS[is_chat]}.")
-        return Reply(reply.text, reply.finished, reply.reasoning, None, changes, reply.tokens)
+        return replace(reply, changes=changes)
 
     def check(self) -> None:
         """Raise ServerError where the server cannot be reached or refuses the key: asks it for its models.
@@ -291,61 +316,86 @@ class Server:
 
     def _chat(self, prompt: Any, sent: dict[str, Any]) -> Reply:
         messages: Any = as_messages(prompt) if isinstance(prompt, str) else for_server(prompt)
-        answer = self._client.chat.completions.create(model=self.model, messages=messages, **sent)
-        choice = self._choice(answer)
-        message = choice.message
-        thought, text = content_text(message.content)
-        told = (getattr(message, key, None) for key in REASONING_KEYS)
+        create = self._client.chat.completions.with_raw_response.create
+        choice, answer = self._choice(create(model=self.model, messages=messages, **sent).http_response)
+        message = choice["message"]
+        thought, text = content_text(message.get("content"))
+        told = (message.get(key) for key in REASONING_KEYS)
         thought = next((each for each in told if isinstance(each, str) and each), thought)
-        text = text or getattr(message, "refusal", None) or ""
-        calls = [call.model_dump() for call in getattr(message, "tool_calls", None) or ()]
-        return self._reply(text, thought, calls_text(calls), choice.finish_reason, answer)
+        is_refusal = not text and bool(message.get("refusal"))
+        calls = message.get("tool_calls") or [message.get("function_call")]
+        reply = self._reply(text or message.get("refusal") or "", thought, choice, answer, filter(None, calls))
+        return replace(reply, is_refusal=is_refusal)
 
     def _complete(self, prompt: Any, sent: dict[str, Any]) -> Reply:
         text = prompt if isinstance(prompt, str) else f"{as_text(prompt)}\n\nAssistant:"
-        answer = self._client.completions.create(model=self.model, prompt=text, **sent)
-        choice = self._choice(answer)
-        return self._reply(choice.text or "", "", "", choice.finish_reason, answer)
+        create = self._client.completions.with_raw_response.create
+        choice, answer = self._choice(create(model=self.model, prompt=text, **sent).http_response)
+        return self._reply(choice.get("text") or "", "", choice, answer)
 
-    def _choice(self, answer: Any) -> Any:
-        if answer.choices:
-            return answer.choices[0]
-        told = getattr(answer, "error", None)  # as gateways tell of a failure behind them, with status 200
+    def _choice(self, response: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The first choice of an answer, and the answer.
+
+        Raises:
+            _Within: for what is no answer.
+        """
+        text = response.text.strip()
+        try:
+            answer = joined_stream(text) or json.loads(text)
+        except ValueError:
+            what = "an HTML page" if text[:1] == "<" else "what is no JSON" if text else "nothing"
+            raise self._within(response, 500, f"{what}: {text[:100]}" if text else what, is_api=False) from None
+        if isinstance(answer, dict) and answer.get("choices"):
+            return answer["choices"][0], answer
+        told = answer.get("error") or answer.get("detail") if isinstance(answer, dict) else None
         if told:
-            raise _NoChoice(f'{self.base_url} answered: "{said(told)[:200]}".', why(400, told) or Why.FAILED)
-        raise _NoChoice(f"{self.base_url} answered without choices. Is it an OpenAI-compatible server?", Why.FAILED)
+            code = str(told.get("code") or told.get("status")) if isinstance(told, dict) else ""
+            raise self._within(response, int(code) if code.isdigit() and 400 <= int(code) < 600 else 500, told)
+        if '"filtered": true' in json.dumps(answer) or "blockReason" in text:
+            raise self._within(response, 400, "no choices, because of a content filter")
+        is_api = isinstance(answer, dict) and "choices" in answer
+        raise self._within(response, 500, "no choices", is_api=is_api)
 
-    def _reply(self, text: str, thought: str, calls: str, finish_reason: str | None, answer: Any) -> Reply:
+    def _within(self, response: Any, status: int, told: Any, *, is_api: bool = True) -> _Within:
+        response = type(response)(status, request=response.request)  # of the library that `openai` asks with
+        error = _Within(said(told), response=response, body=told)
+        error.is_api = is_api
+        return error
+
+    def _reply(self, text: str, thought: str, choice: Any, answer: Any, calls: Iterable[Any] = ()) -> Reply:
         within, text = split_reasoning(text)
-        usage = getattr(answer, "usage", None)
-        counted = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        usage = answer.get("usage")
+        counted = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
+        finished, about = ended(choice.get("finish_reason"))
         return Reply(
-            self.without_key("\n\n".join(filter(None, (show_calls(text), calls)))),
-            finish_reason != "length",
+            self.without_key("\n\n".join(filter(None, (show_calls(text), calls_text([*calls]))))),
+            finished,
             self.without_key("\n\n".join(filter(None, (thought, within)))),
-            Why.FILTERED if finish_reason == "content_filter" else None,
+            about,
             tokens=(int(counted[0] or 0), int(counted[1] or 0)),
         )
 
     # Refusals
 
-    def _does_without(self, error: openai.APIStatusError, sent: dict[str, Any], asks_chat: bool) -> bool:
-        """Whether the request is worth another try, since a parameter that the server refused is no longer in it."""
-        order = [name for name in (*_SAMPLING, *_LIMITS) if name in sent]
-        name = refused_parameter(error.status_code, self._body(error), order)
-        if name is None:
-            return False
-        quoted = self._said(error)
+    @staticmethod
+    def _names(sent: dict[str, Any]) -> list[str]:
+        return [name for name in (*_SAMPLING, *_LIMITS) if name in sent]
+
+    def _is_dispensable(self, name: str, error: openai.APIStatusError, asks_chat: bool) -> bool:
+        """Whether a request can do without a parameter, or with its other name."""
+        if name not in _LIMITS:
+            return True
+        return name == _LIMITS[0] and asks_chat and not any(word in self._said(error) for word in _OF_VALUES)
+
+    def _leave_out(self, name: str, error: openai.APIStatusError) -> None:
+        """Do without a parameter in all requests, with a notice."""
         if name in _LIMITS:
-            if name == _LIMITS[1] or not asks_chat or any(word in quoted for word in _OF_VALUES):
-                return False
             self._limit = _LIMITS[1]
             change = f"{_LIMITS[1]} is sent in place of {name}"
         else:
             self._dropped.add(name)
             change = f"{name} is left out of all requests, and is what the server makes it"
-        self._tell(f'"{quoted}", so {change}.')
-        return True
+        self._tell(f'"{self._said(error)}", so {change}.')
 
     def _tell(self, text: str) -> None:
         """Note what the server does not take, once."""
@@ -362,15 +412,16 @@ class Server:
         is_for_all = status in (401, 403, 404, 405) or is_unknown_model(status, body)
         if about is None and (is_for_all or "insufficient_quota" in str(body)):
             return ServerError(problem)
-        return self._given_up(problem, about or (Why.FAILED if status == 429 or status >= 500 else Why.REFUSED))
+        about = about or (Why.FAILED if status == 429 or status >= 500 else Why.REFUSED)
+        return self._given_up(problem, about, is_up=about is Why.REFUSED or getattr(error, "is_api", False))
 
-    def _given_up(self, problem: str, about: Why | None) -> ServerError:
-        """The error of one request or, where none gets an answer, of all."""
+    def _given_up(self, problem: str, about: Why | None, *, is_up: bool = False) -> ServerError:
+        """The error of one request or, where none gets an answer, of all: at once, if the server may be down."""
         if about is not None and about not in (Why.FAILED, Why.REFUSED):
             return Refusal(problem, about)
         with self._lock:
             self._failed += 1
-            alone = self._failed < _GIVE_UP and (self._answered > 0 or about is Why.REFUSED)
+            alone = self._failed < _GIVE_UP and (self._answered > 0 or is_up)
         return Refusal(problem, about) if about is not None and alone else ServerError(problem)
 
     def _explain(self, error: openai.OpenAIError, *, tries: int) -> str:
@@ -389,6 +440,9 @@ class Server:
             )
         if not isinstance(error, openai.APIStatusError):
             return f"{self.base_url}: {self.without_key(str(error))[:200]}"
+        if isinstance(error, _Within) and error.status_code not in (401, 403, 429):
+            is_it = "" if error.is_api else " Is it an OpenAI-compatible server?"
+            return f'{self.base_url} gave no answer, but "{self._said(error)}".{is_it}'
         told = f'{self.base_url} answered {error.status_code}: "{self._said(error)}".'
         if error.status_code in (401, 403):
             if self.key_variable is None:

@@ -37,7 +37,8 @@ def split_reasoning(text: str, *, is_open: bool = False) -> tuple[str, str]:
         if start.startswith(begin) or is_open:
             reasoning, found, answer = start.removeprefix(begin).partition(end)
             if found or start.startswith(begin):
-                return reasoning.strip(), answer.lstrip()
+                more, answer = split_reasoning(answer.lstrip()) if found else ("", "")  # some think in several blocks
+                return "\n\n".join(filter(None, (reasoning.strip(), more))), answer
         # A tag within a line is what the answer speaks of
         elif (reasoning := text.partition(f"\n{end}"))[1] and begin not in reasoning[0]:
             return reasoning[0].strip(), reasoning[2].lstrip()
@@ -116,6 +117,44 @@ def show_calls(text: str) -> str:
     return _CALL.sub(shown, text)
 
 
+def joined_stream(text: str) -> dict[str, Any] | None:
+    r"""The answer that a stream of server-sent events holds, as some gateways send it unasked; None of any other text.
+
+    Raises:
+        ValueError: for an event that is no JSON.
+
+    Example:
+        >>> part = '{"choices": [{"delta": {"content": "Hel"}}]}', '{"choices": [{"delta": {"content": "lo!"}}]}'
+        >>> joined_stream(f"data: {part[0]}\n\ndata: {part[1]}\n\ndata: [DONE]")["choices"][0]["message"]
+        {'content': 'Hello!', 'tool_calls': []}
+    """
+    if not re.match(r"(?:data|event|id|retry)?:", text):
+        return None
+    lines = [line.removeprefix("data:").strip() for line in text.splitlines() if line.startswith("data:")]
+    events = [json.loads(line) for line in lines if line and line != "[DONE]"]
+    answer: dict[str, Any] = {}
+    message: dict[str, Any] = {}
+    calls: dict[int, dict[str, str]] = {}
+    written, reason = "", None
+    for event in events:
+        answer |= event
+        for choice in (event.get("choices") or ())[:1]:
+            written += choice.get("text") or ""
+            reason = choice.get("finish_reason") or reason
+            delta = choice.get("delta") or {}
+            for key in ("content", "refusal", *REASONING_KEYS):
+                if isinstance(delta.get(key), str):
+                    message[key] = message.get(key, "") + delta[key]
+            for call in delta.get("tool_calls") or ():
+                function = calls.setdefault(call.get("index", 0), {"name": "", "arguments": ""})
+                for key in function:
+                    function[key] += (call.get("function") or {}).get(key) or ""
+    if reason is None and not message and not written and not calls:
+        return answer or None  # an error, and no part of an answer
+    message["tool_calls"] = [{"function": function} for function in calls.values()]
+    return {**answer, "choices": [{"message": message, "text": written, "finish_reason": reason}]}
+
+
 def for_server(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as servers take them: without null keys, arguments of calls as JSON, and with an id for every call.
 
@@ -180,7 +219,7 @@ def content_text(content: Any) -> tuple[str, str]:
     if content is None or isinstance(content, str):
         return "", content or ""
     reasoning, text = "", ""
-    for part in content:
+    for part in [content] if isinstance(content, Mapping) else content:
         if isinstance(part, str):
             text += part
         elif part.get("type") in ("thinking", "reasoning"):

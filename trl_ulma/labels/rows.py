@@ -110,6 +110,7 @@ class LabelRules:
         need_mask: whether it must be known which rows with continuous labels are demonstrations.
         binary_only: whether continuous labels are refused, as unlearning does.
         transform: what is done first to the labels of rows whose type is `label_type`; others are taken as they are.
+        is_settled: whether the rules are those of a saved model, so that errors do not advise to change them.
     """
 
     label_type: str = "binary"
@@ -117,6 +118,7 @@ class LabelRules:
     need_mask: bool = False
     binary_only: bool = False
     transform: LabelTransform | None = None
+    is_settled: bool = False
 
     def is_demonstration(self, label: float, label_type: str | None = None) -> bool:
         """Whether a row without an `sft_mask` is a demonstration.
@@ -309,10 +311,13 @@ def _read_label(columns: Mapping[str, Sequence[Any]], i: int, at: str, rules: La
         )
     label = _number(columns["label"][i], at, "label")
     if label_type == "binary" and not 0 <= label <= 1:
-        raise InvalidRow(
-            f'{at}: label is {label}{after}, outside [0, 1]. Rescale it, or set label_type="continuous".',
-            "label outside [0, 1]",
+        remedy = (
+            'Rescale it, leave it empty, or add a column label_type with "continuous": the model was trained on binary '
+            "labels."
+            if rules.is_settled
+            else 'Rescale it, or set label_type="continuous".'
         )
+        raise InvalidRow(f"{at}: label is {label}{after}, outside [0, 1]. {remedy}", "label outside [0, 1]")
     if "sft_mask" in columns:
         sft_mask = columns["sft_mask"][i]
         if not isinstance(sft_mask, bool | np.bool_):

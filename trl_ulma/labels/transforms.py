@@ -147,6 +147,44 @@ class LabelTransform:
         """Whether a label depends on the other rows of its prompt, so that all rows must be at hand."""
         return any(step.name == "prompt_quantile" for step in self.steps)
 
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The least and the greatest label that are told from those beyond, on the scale of `own_scale`. None if there
+        is no such limit; "quantile" has one, because it reads labels beyond those of the training set as its ends.
+
+        Example:
+            >>> import numpy as np
+            >>> fitted = parse_transform("lower_is_better,quantile", "continuous").fit(np.array([1.0, 2.0, 4.0]))
+            >>> fitted.ends, fitted.apply(np.array([4.0, 9.0]))
+            ((1.0, 4.0), array([0.16666667, 0.16666667]))
+        """
+        back = self.steps[self._way_back() :]
+        for number, step in enumerate(back):
+            if step.name == "quantile":
+                ends = np.array(step.numbers)[[0, len(step.numbers or ()) // 2 - 1]]
+                for before in reversed(back[:number]):
+                    ends = before.invert(ends)
+                return float(ends.min()), float(ends.max())
+        return None
+
+    def own_scale(
+        self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
+    ) -> np.ndarray:
+        """`(N,)` labels on the scale that `invert` returns, of labels as rows carry them; arguments as in `fit`.
+
+        These are the labels themselves, if there is a way back to them.
+
+        Example:
+            >>> import numpy as np
+            >>> parse_transform("standardize:3,1", "continuous").own_scale(np.array([5.0]))
+            array([5.])
+        """
+        return LabelTransform(self.steps[: self._way_back()]).apply(labels, trials, prompts)
+
+    def _way_back(self) -> int:
+        """The number of the first step that `invert` can go back through."""
+        return max((number for number, step in enumerate(self.steps, 1) if step.name in _ONE_WAY), default=0)
+
     def fit(
         self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
     ) -> "LabelTransform":
@@ -196,9 +234,7 @@ class LabelTransform:
             array([0.75])
         """
         labels = np.asarray(labels, dtype=np.float64)
-        for step in reversed(self.steps):
-            if step.name in _ONE_WAY:
-                break
+        for step in reversed(self.steps[self._way_back() :]):
             labels = step.invert(labels)
         return labels
 

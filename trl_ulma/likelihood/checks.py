@@ -119,6 +119,14 @@ class TrainingChecks:
         with self._context():
             return self._proof.policy_logps(policy, plain_batch(self._tokens)).double().tolist()
 
+    def current_identity(self, policy: Any) -> ReferenceIdentity:
+        """The identity of a reference that has changed since the start.
+
+        Args:
+            policy: the policy's model as it is trained.
+        """
+        return self._reference.identity(policy, self._tokens)
+
     def end(self, policy: Any) -> None:
         """Raise ValueError if the reference has changed since the start."""
         if self.identity is None or not self._reference.is_live or self._is_moving:

@@ -109,6 +109,33 @@ def transformed_labels(
     return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid)
 
 
+def own_labels(dataset: Dataset, name: str, rules: LabelRules, label: np.ndarray) -> np.ndarray:
+    """`(N,)` labels on the scale that raw rows carry them on, as far as the transform has a way back to it.
+
+    Args:
+        dataset: raw rows.
+        name: of the dataset, for errors.
+        rules: how labels are read, with the fitted transform.
+        label: `(N,)` labels after the transform, which are those of rows of the other type.
+
+    Example:
+        >>> from trl_ulma.labels import parse_transform
+        >>> rules = LabelRules("continuous", transform=parse_transform("standardize:3,2", "continuous"))
+        >>> rows = Dataset.from_dict({"prompt": ["Hi"], "completion": ["Hello!"], "label": [5]})
+        >>> own_labels(rows, "test", rules, np.array([1.0]))
+        array([5.])
+    """
+    found = np.array(label, dtype=np.float64)
+    if rules.transform is not None:
+        columns = _read(dataset, rules, name)
+        # Rows that cannot be read are told of elsewhere
+        rows, labels, trials = raw_labels(columns, range(len(dataset)), name, rules, {})
+        keys = prompt_keys(columns, rows.tolist()) if rules.transform.needs_prompts else None
+        if len(rows):
+            found[rows] = rules.transform.own_scale(labels, trials, keys)
+    return found
+
+
 def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
     """The columns that a transform reads, as plain values. Images are replaced by their key, one row at a time."""
     wanted = {"label", "label_type", "trials"}
@@ -168,7 +195,8 @@ def label_center(rows: Dataset | IterableDataset, label_type: str) -> float:
             return 0.0
         rows = Dataset.from_list([{name: row[name] for name in _LABELS if name in row} for row in rows.take(64)])
     labels = np.asarray(rows["label"][:], dtype=np.float64)[is_continuous(rows, label_type)]
-    return float(labels.mean()) if len(labels) else 0.0
+    # Standardized labels have a mean of 1e-17, above or below a label of 0 by chance
+    return round(float(labels.mean()), 9) if len(labels) else 0.0
 
 
 def terms_of(rows: Dataset, label_type: str, cell: tuple[str, str]) -> Terms:
