@@ -97,7 +97,7 @@ class PointwiseDPOConfig(DPOConfig):
             per row.
         label_transform: what is done to labels first, fitted on the training set, saved with the model and applied to
             what is evaluated or scored: names divided by commas, a name's numbers after a colon, as in
-            "lower_is_better,standardise", "threshold:0.5" or "votes:1,1"; `trl_ulma.labels.TRANSFORMS` says what there
+            "lower_is_better,standardize", "threshold:0.5" or "votes:1,1"; `trl_ulma.labels.TRANSFORMS` says what there
             is. `label_type`, `sft_threshold` and the check of `sft_mask` speak of labels after it. It is for rows of
             `label_type`; rows that a column `label_type` gives the other type are taken as they are.
         label_report: print what the training labels look like before training, and write it into
@@ -168,7 +168,7 @@ class PointwiseDPOConfig(DPOConfig):
     label_transform: str | None = field(
         default=None,
         metadata={
-            "help": "Transforms to apply to the labels before training, such as 'lower_is_better,standardise' or "
+            "help": "Transforms to apply to the labels before training, such as 'lower_is_better,standardize' or "
             "'threshold:0.5'. Separate names by commas, and put a name's numbers after a colon. "
             f"Choices: {', '.join(TRANSFORMS)}."
         },

@@ -181,16 +181,16 @@ class Judge:
         names = dataset.column_names
         self._check_columns(names)
         missing = without_label(dataset)
-        is_labelled = "chosen" in names or not missing.all()
+        is_labeled = "chosen" in names or not missing.all()
         rows = dataset.remove_columns([name for name in ("sft_mask", "weight") if name in names])
         saved = self.settings
-        if not is_labelled:
+        if not is_labeled:
             rows = _replaced(rows, "label", [_NEUTRAL] * len(rows))
         elif missing.any():
             rows = _with_neutral_labels(rows, missing, saved.label_type)
         prepare = Preparation(
             self.processing_class,
-            replace(self._rules, transform=self._rules.transform if is_labelled else None),
+            replace(self._rules, transform=self._rules.transform if is_labeled else None),
             saved.max_length,
             saved.truncation_mode,
             self._positions,
@@ -202,7 +202,7 @@ class Judge:
         )
         prepared: Any = prepare(rows, "scored", self._num_proc)
         is_missing = missing[prepared["row"][:]]
-        if is_labelled and missing.any():
+        if is_labeled and missing.any():
             types = _types_of(dataset, saved.label_type)
             prepared = _replaced(prepared, "label_type", [types[row] for row in prepared["row"][:]])
         reward = self._rewards(prepared)
@@ -214,7 +214,7 @@ class Judge:
         continuous = is_continuous(prepared, self._rules.label_type)
         found: Mapping[str, Any] = judged(reward, label, continuous, self._rules)
         scored = dataset.with_format(None).select(prepared["row"][:])
-        if is_labelled and "label" not in names:
+        if is_labeled and "label" not in names:
             scored = scored.add_column("label", label.tolist())
         columns = {
             "row": prepared["row"][:],
@@ -222,7 +222,7 @@ class Judge:
             "probability": [None if np.isnan(p) else p for p in found["probability"].tolist()],
             "predicted_label": found["predicted_label"].tolist(),
         }
-        if is_labelled:
+        if is_labeled:
             columns["surprise"] = [
                 None if is_none else surprise
                 for surprise, is_none in zip(found["surprise"].tolist(), is_missing, strict=True)

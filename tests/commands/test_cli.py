@@ -229,7 +229,7 @@ def test_a_model_and_data_are_needed(capsys, launched):
         ({"label_type": "odd"}, "label_type is 'odd'; it must be one of binary, continuous."),
         ({"eval_strategy": "never"}, "eval_strategy is 'never'; it must be one of no, steps, epoch."),
         ({"multi_gpu": 2}, "multi_gpu is 2; it must be true or false."),
-        ({"datasets": ["a"]}, "datasets is ['a']; it must be a list of data sets, each with a `path`."),
+        ({"datasets": ["a"]}, "datasets is ['a']; it must be a list of datasets, each with a `path`."),
         (
             {"datasets": [{"pth": "a"}]},
             "datasets, entry 1, has no `path`: a file, a folder, a builder (json) or a hub name.",

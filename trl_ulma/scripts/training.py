@@ -64,7 +64,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     Where evaluation is wanted and there is no test split, one is split off by prompt.
 
     Raises:
-        FileNotFoundError: where the data set does not exist.
+        FileNotFoundError: where the dataset does not exist.
         ValueError: where it cannot be read, or has not the splits that are asked for.
     """
     from trl_ulma.config import PointwiseDPOConfig
