@@ -42,6 +42,9 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
     # The training gets Ctrl-C as well, and is waited for while it writes its checkpoint
     pressed: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    # `python -m` looks in the working directory first, where a clone in a folder trl_ulma would hide the package
+    safe_path = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         launch_command(args)
     except SystemExit as stop:
@@ -55,6 +58,10 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
         return code
     finally:
         signal.signal(signal.SIGINT, previous)
+        if safe_path is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = safe_path
     return 0
 
 
