@@ -65,7 +65,7 @@ class PointwiseDPOConfig(DPOConfig):
     Parameters:
         label_type: What the labels are: "binary" (in [0, 1], including soft labels; loss of Eq. 8) or "continuous"
             (any number, higher is better; loss of Eq. 9). A column `label_type` overrides it per row.
-        label_transform: Transforms to apply to the labels before training, such as "lower_is_better,standardise" or
+        label_transform: Transforms to apply to the labels before training, such as "lower_is_better,standardize" or
             "threshold:0.5". Separate names by commas, and put a name's numbers after a colon. They are fitted on the
             training set and saved with the model.
         label_report: Whether to print a report on the training labels and to write it to output_dir/label_report.json.

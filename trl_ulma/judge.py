@@ -189,18 +189,18 @@ class Judge:
         self._check_columns(names)
         missing = without_label(dataset)
         is_paired = "chosen" in names
-        is_labelled = is_paired or not missing.all()
+        is_labeled = is_paired or not missing.all()
         # A pair's labels are 1 and 0 by themselves, whatever labels the training had
         rules = LabelRules(is_settled=True) if is_paired else replace(self._rules, is_settled=True)
         rows = dataset.remove_columns([name for name in ("sft_mask", "weight") if name in names])
         saved = self.settings
-        if not is_labelled:
+        if not is_labeled:
             rows = _replaced(rows, "label", [_NEUTRAL] * len(rows))
         elif missing.any():
             rows = _with_neutral_labels(rows, missing, saved.label_type)
         prepare = Preparation(
             self.processing_class,
-            replace(rules, transform=rules.transform if is_labelled else None),
+            replace(rules, transform=rules.transform if is_labeled else None),
             saved.max_length,
             saved.truncation_mode,
             self._positions,
@@ -214,7 +214,7 @@ class Judge:
         if is_paired and saved.label_type != rules.label_type:
             prepared = _replaced(prepared, "label_type", [rules.label_type] * len(prepared))
         is_missing = missing[prepared["row"][:]]
-        if is_labelled and missing.any():
+        if is_labeled and missing.any():
             types = _types_of(dataset, saved.label_type)
             prepared = _replaced(prepared, "label_type", [types[row] for row in prepared["row"][:]])
         reward = self._rewards(prepared)
@@ -225,14 +225,14 @@ class Judge:
         label = np.asarray(prepared["label"][:])
         continuous = is_continuous(prepared, rules.label_type)
         found: Mapping[str, Any] = judged(reward, label, continuous, rules)
-        if is_labelled and not is_paired:
+        if is_labeled and not is_paired:
             own = (continuous == (rules.label_type == "continuous")) & ~is_missing
             as_carried = own_labels(rows, "scored", rules, np.zeros(len(rows)))[prepared["row"][:]]
             note = beyond_training(as_carried[own], rules)
             if note is not None:
                 logger.warning(note)
         scored = dataset.with_format(None).select(prepared["row"][:])
-        if is_labelled and "label" not in names:
+        if is_labeled and "label" not in names:
             scored = scored.add_column("label", label.tolist())
         columns = {
             "row": prepared["row"][:],
@@ -240,7 +240,7 @@ class Judge:
             "probability": [None if np.isnan(p) else p for p in found["probability"].tolist()],
             "predicted_label": found["predicted_label"].tolist(),
         }
-        if is_labelled:
+        if is_labeled:
             columns["surprise"] = [
                 None if is_none else surprise
                 for surprise, is_none in zip(found["surprise"].tolist(), is_missing, strict=True)

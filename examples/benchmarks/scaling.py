@@ -20,7 +20,7 @@ from throughput import MEBIBYTE, be_quiet, describe, measure, peak_memories, sum
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-# Okabe and Ito's colours, which colour-blind people tell apart
+# Okabe and Ito's colors, which color-blind people tell apart
 COLORS = ("#767676", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 MARKERS = "osD^vP"
 AXES = {"length": "tokens a row", "batch_size": "rows a step", "demonstrations": "share of demonstrations"}

@@ -40,7 +40,7 @@ class World:
     r"""A reference policy π_ref, a true reward r* and all that follows from them, over every completion in Vⁿ.
 
     π_ref is a small GPT-2 with random weights whose vocabulary is V. A completion is exactly n symbols without EOS, so
-    that π(y|x) = Π π(yᵢ|x, y₁…yᵢ₋₁) sums to 1 over Vⁿ without renormalisation. With a, b drawn from N(0, 1) and scaled,
+    that π(y|x) = Π π(yᵢ|x, y₁…yᵢ₋₁) sums to 1 over Vⁿ without renormalization. With a, b drawn from N(0, 1) and scaled,
 
         r*(x, y) = Σⱼ aⱼ[x₁, yⱼ] + b[x_last],
 
@@ -70,9 +70,9 @@ class World:
 
         tables = normal(config.completion_length, config.symbols, config.symbols)
         parts = [table[self.prompts[:, :1], self.completions[:, j]] for j, table in enumerate(tables)]
-        answers = _standardised(torch.stack(parts).sum(0), dim=1)
+        answers = _standardized(torch.stack(parts).sum(0), dim=1)
         shared = normal(config.symbols)[self.prompts[:, -1]] if config.prompt_spread else torch.zeros(1)
-        shared = _standardised(shared, dim=0) if config.prompt_spread else shared
+        shared = _standardized(shared, dim=0) if config.prompt_spread else shared
         self.reward = config.reward_scale * answers + config.prompt_spread * shared.reshape(-1, 1)
         self.log_ref = self.log_probs(self.policy())
 
@@ -152,5 +152,5 @@ class World:
         return self.expected_reward(self.optimum(high))
 
 
-def _standardised(values: torch.Tensor, dim: int) -> torch.Tensor:
+def _standardized(values: torch.Tensor, dim: int) -> torch.Tensor:
     return (values - values.mean(dim, keepdim=True)) / values.std(dim, keepdim=True, correction=0)

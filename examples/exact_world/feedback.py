@@ -1,4 +1,4 @@
-"""Labelled answers drawn in an exact world, and the same rows as each trainer takes them."""
+"""Labeled answers drawn in an exact world, and the same rows as each trainer takes them."""
 
 from dataclasses import dataclass, field
 
@@ -10,13 +10,13 @@ from exact_world import World
 
 @dataclass(frozen=True)
 class FeedbackConfig:
-    """How answers are drawn and labelled.
+    """How answers are drawn and labeled.
 
     Raises:
         ValueError: for a share outside (0, 1), or class balance of labels that have no classes.
     """
 
-    rows: int = field(default=1024, metadata={"help": "Labelled answers."})
+    rows: int = field(default=1024, metadata={"help": "Labeled answers."})
     answers: int = field(default=16, metadata={"help": "Answers a prompt; rows / answers prompts are asked."})
     label_type: str = field(default="binary", metadata={"help": "binary: z ~ Bernoulli(σ(r*)); or continuous."})
     noise: float = field(default=0.5, metadata={"help": "Standard deviation of a continuous label's error."})
@@ -108,7 +108,7 @@ class Feedback:
         """Pairs for TRL's DPOTrainer, from the same rows; None where no prompt has two answers that differ in label.
 
         Of binary labels each answer of a prompt's larger class has a partner in the smaller, whose answers take turns;
-        ratings are paired as drawn, neighbours.
+        ratings are paired as drawn, neighbors.
         """
         chosen, rejected = [], []
         for prompt in np.unique(self.prompt):
@@ -162,7 +162,7 @@ def population(world: World, label_type: str = "binary", offset: float = 0.0) ->
 
 
 def draw(world: World, config: FeedbackConfig) -> Feedback:
-    """Answers drawn from π_ref (demonstrations: from π*), labelled with noise, in random order.
+    """Answers drawn from π_ref (demonstrations: from π*), labeled with noise, in random order.
 
     Raises:
         ValueError: where the world has too few prompts.

@@ -36,7 +36,7 @@ class _TokenKTOTrainer(KTOTrainer):
 
 
 class _WholeBatch:
-    """Collates a batch once, where every batch is the whole data set in the same order."""
+    """Collates a batch once, where every batch is the whole dataset in the same order."""
 
     def __init__(self, **kwargs: Any):
         self._collate = DataCollatorForPointwisePreference(**kwargs)
@@ -54,7 +54,7 @@ class _WholeBatch:
 class Recipe:
     """How long and how fast every method is trained, with AdamW and a cosine schedule."""
 
-    steps: int = field(default=200, metadata={"help": "Optimiser steps."})
+    steps: int = field(default=200, metadata={"help": "Optimizer steps."})
     batch_size: int | None = field(default=128, metadata={"help": "Rows a step (DPO: half as many pairs); None: all."})
     learning_rate: float = field(default=5e-3, metadata={"help": "Its peak."})
     log_z_learning_rate: float = field(default=0.03, metadata={"help": "Of a learned log Z."})

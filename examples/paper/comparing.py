@@ -13,7 +13,7 @@ MAIN = (
     *("base", "sft", "unlearning", "unlikelihood", "rlhf", "pointwise-rlhf"),
     *("dpo", "pointwise-dpo", "ulma", "authors-code"),
 )
-# What the paper says: (data sets, better, worse, where)
+# What the paper says: (datasets, better, worse, where)
 CLAIMS = (
     *((grid.DATA, "ulma", other, "5.2 (ii)") for other in MAIN if other not in ("ulma", "authors-code")),
     (("hh", "golden-hh"), "dpo", "pointwise-dpo", "5.2 (i)"),

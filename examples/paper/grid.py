@@ -91,7 +91,7 @@ def read(kind: str, name: str) -> dict[str, Any]:
 
 
 def methods_of(scale: str, data: str) -> list[str]:
-    """The methods that the paper has, or would have, for a data set.
+    """The methods that the paper has, or would have, for a dataset.
 
     Example:
         >>> "dpo" in methods_of("small", "hh"), "dpo" in methods_of("small", "red-team")
@@ -115,13 +115,13 @@ def cells(
     Args:
         scale: one of `SCALES`.
         data: of `DATA`.
-        methods: of `METHODS`; None is all that a data set has.
+        methods: of `METHODS`; None is all that a dataset has.
         seeds: how many.
         swept: of `SWEEPS`: each cell once for each of the values. A sweep over β is of the methods whose loss has one.
         values: for it.
 
     Raises:
-        ValueError: for a name that is none, a method that none of the data sets has, or a sweep that nothing has.
+        ValueError: for a name that is none, a method that none of the datasets has, or a sweep that nothing has.
 
     Example:
         >>> [cell.name for cell in cells("small", ["red-team"], ["ulma"], 2)]
@@ -162,7 +162,7 @@ def cells(
 
 
 def rows_of(scale: str, data: str) -> dict[str, Any]:
-    """Which rows of a data set are taken, at a scale."""
+    """Which rows of a dataset are taken, at a scale."""
     found = read("scale", scale)
     return found["rows"] | found["data"].get(data, {}).get("rows", {})
 

@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def unseen_pairs(run: Path, data: str, inputs: dict[str, str], tokenizer: object, max_length: int) -> Dataset:
-    """The pairs of a data set whose prompts are in no file of rows of a run.
+    """The pairs of a dataset whose prompts are in no file of rows of a run.
 
     Raises:
         ValueError: where the run has no rows, or writes prompts otherwise; the data have no pairs, or none is left.

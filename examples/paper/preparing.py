@@ -27,7 +27,7 @@ NOT_TAKEN = "train_rows are enough"
 def prepare(folder: Path, chosen: Mapping[str, Any], model: str, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Write a cell's rows into a folder, unless they are there, and say what became of the raw rows.
 
-    The folder then holds `train.parquet` and `test.parquet` (point-wise rows; no prompt is in both), `pairs.parquet`
+    The folder then holds `train.parquet` and `test.parquet` (pointwise rows; no prompt is in both), `pairs.parquet`
     (the training rows in pairs, where all have a partner), `prompts.parquet` (their prompts) and `facts.json`.
 
     Args:
@@ -103,7 +103,7 @@ def source(family: str, of_config: str | None, inputs: Mapping[str, str]) -> str
 
 
 def converted(family: str, name: str, options: Mapping[str, Any]) -> tuple[Dataset, Account]:
-    """A family's raw rows as point-wise rows, and what became of them."""
+    """A family's raw rows as pointwise rows, and what became of them."""
     splits = load_rows(name)
     return convert(family, splits["train" if "train" in splits else next(iter(splits))], **options)
 

@@ -28,7 +28,7 @@ Unit = tuple[int, int]
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of a method on a data set that differ in their seed alone.
+    """The runs of a method on a dataset that differ in their seed alone.
 
     Attributes:
         title: of the method.
@@ -142,7 +142,7 @@ def groups(records: Iterable[dict[str, Any]], **wanted: Any) -> dict[str, Group]
 
 
 def swept(records: Sequence[dict[str, Any]], data: str, varied: str) -> dict[float, dict[str, Group]]:
-    """The points of a sweep on a data set: value → method → its runs.
+    """The points of a sweep on a dataset: value → method → its runs.
 
     The runs that are in no sweep are a point, too, where they stand in this one.
     """

@@ -3,7 +3,7 @@ r"""Runs a part of the paper's experiments, and writes its tables and figures fr
     python examples/paper/reproduce.py --scale small --data hh --methods sft,dpo,pointwise-dpo,ulma --seeds 3 \
         --input hh=hh_harmless.jsonl.gz --output runs
 
-Each cell (data set × method × seed) runs in a process of its own. A cell that is finished is not run again, one that
+Each cell (dataset × method × seed) runs in a process of its own. A cell that is finished is not run again, one that
 was stopped goes on from its last whole checkpoint: repeat the command. RESULTS.md in the folder of --output is written
 at the end, and at any time by `python examples/paper/tables.py runs`.
 """
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is run")
     what.add_argument("--scale", choices=grid.SCALES, default="small")
     what.add_argument("--data", type=names, default=["hh"], help=f"of {','.join(grid.DATA)} (default: hh)")
-    what.add_argument("--methods", type=names, help="default: all that a data set has")
+    what.add_argument("--methods", type=names, help="default: all that a dataset has")
     what.add_argument("--seeds", type=int, default=3, help="default: 3")
     what.add_argument("--print", action="store_true", help="print the cells' settings, and run nothing")
     what.add_argument("--dry_run", action="store_true", help="two steps on a tiny model and made-up rows")

@@ -86,7 +86,7 @@ class PointwiseRewardTrainer(_Resumes):
     Args:
         model: the name of the language model that it begins as.
         args: a `RewardConfig`; `max_length` is a bound that no row may pass.
-        train_dataset: point-wise rows, of which all labels are binary or all are continuous.
+        train_dataset: pointwise rows, of which all labels are binary or all are continuous.
         peft_config: adapters, or None.
 
     Raises:
@@ -104,7 +104,7 @@ class PointwiseRewardTrainer(_Resumes):
     ):
         kinds = sorted(set(train_dataset["label_type"]))
         if len(kinds) > 1:
-            raise ValueError("A point-wise reward model needs labels of one type; the rows have binary and continuous.")
+            raise ValueError("A pointwise reward model needs labels of one type; the rows have binary and continuous.")
         tokenizer = AutoTokenizer.from_pretrained(model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         torch.manual_seed(args.seed)

@@ -87,7 +87,7 @@ class _Scale:
             yield from self._training(each)
 
     def groups(self, data: str, **varied: Any) -> dict[str, Group]:
-        """The runs on a data set that are in no sweep, or at one of a sweep's points."""
+        """The runs on a dataset that are in no sweep, or at one of a sweep's points."""
         return groups(self.found, data=data, **(dict.fromkeys(grid.SWEEPS) | varied))
 
     def agreement(self, data: str, judge: str) -> Estimate | None:
@@ -247,7 +247,7 @@ def _reward(run: Mapping[str, Any], name: str) -> Estimate | None:
 
 
 def _ranking(run: Mapping[str, Any]) -> tuple[Callable[[Mapping[str, Any]], Estimate | None], str]:
-    """How well implicit rewards rank a data set's answers: the figure of a run, and its name."""
+    """How well implicit rewards rank a dataset's answers: the figure of a run, and its name."""
     is_continuous = run["settings"]["rows"]["label_type"] == "continuous"
     key, name = ("spearman", "Spearman") if is_continuous else ("auc", "AUC")
     return functools.partial(_reward, name=key), name

@@ -5,12 +5,12 @@
 # [tool.uv.sources]
 # trl-ulma = { path = "../.." }
 # ///
-r"""Point-wise DPO on thumbs or ratings, and the labels that the trained model finds most surprising.
+r"""Pointwise DPO on thumbs or ratings, and the labels that the trained model finds most surprising.
 
     python examples/scripts/pointwise_dpo.py \
         --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name ratings.csv \
-        --label_type continuous --label_transform standardise \
+        --label_type continuous --label_transform standardize \
         --use_peft --learning_rate 1e-4 --output_dir ratings-out
 
 Without `--label_type` and `--label_transform` labels are thumbs, true or false. Scores of the held-out rows are written

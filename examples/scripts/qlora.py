@@ -50,7 +50,7 @@ def main() -> None:
     trainer.save_model()
 
     if script_args.merged_dir and trainer.accelerator.is_main_process:
-        # Merged into weights that are not quantised, since rounding would undo some of what was learned
+        # Merged into weights that are not quantized, since rounding would undo some of what was learned
         adapted = AutoPeftModelForCausalLM.from_pretrained(training_args.output_dir, dtype=dtype)
         adapted.merge_and_unload().save_pretrained(script_args.merged_dir)
         trainer.processing_class.save_pretrained(script_args.merged_dir)

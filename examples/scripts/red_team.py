@@ -6,7 +6,7 @@ r"""ULMA on red-team attempts: ratings of 0 (the attack failed, a demonstration)
         --label_type continuous --log_z prior --sft_weight 0.1 \
         --use_peft --learning_rate 1e-4 --output_dir red-team-out
 
-Labels are −rating, which is not centred: `--log_z prior` takes the mean out. `--dataset_name` may be a file, too. What
+Labels are −rating, which is not centered: `--log_z prior` takes the mean out. `--dataset_name` may be a file, too. What
 became of the transcripts is printed: how many there were, how many rows came out, what was left out and why.
 """
 
@@ -22,9 +22,9 @@ from trl_ulma.data.files import load_rows, split_by_prompt
 
 @dataclass
 class RedTeamArguments(ScriptArguments):
-    """TRL's, and the folder within the data set."""
+    """TRL's, and the folder within the dataset."""
 
-    data_dir: str | None = field(default=None, metadata={"help": "Folder within the data set."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder within the dataset."})
 
 
 def main() -> None:

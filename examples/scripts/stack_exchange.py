@@ -1,9 +1,9 @@
-r"""Point-wise DPO on voted answers of StackExchange: their ranks among a question's answers are the labels.
+r"""Pointwise DPO on voted answers of StackExchange: their ranks among a question's answers are the labels.
 
     python examples/scripts/stack_exchange.py \
         --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name HuggingFaceH4/stack-exchange-preferences --data_dir data/ai.stackexchange.com \
-        --label_type continuous --label_transform prompt_quantile,centre --share_prompts \
+        --label_type continuous --label_transform prompt_quantile,center --share_prompts \
         --use_peft --learning_rate 1e-4 --output_dir stack-exchange-out
 
 A question that many people see has more votes on all its answers; the rank among them takes that out, and
@@ -22,9 +22,9 @@ from trl_ulma.data.files import load_rows, split_by_prompt
 
 @dataclass
 class StackExchangeArguments(ScriptArguments):
-    """TRL's, and the folder within the data set."""
+    """TRL's, and the folder within the dataset."""
 
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of one site within the data set."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of one site within the dataset."})
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ with {threads} thread on CPU, torch {torch}.
 
 
 def read(folder: Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    """data set → setting → seed → result."""
+    """dataset → setting → seed → result."""
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def interval(values: list[float]) -> str:
 
 
 def table(arms: dict[str, dict[int, dict[str, Any]]]) -> tuple[str, dict[str, dict[str, list[float]]]]:
-    """The figures of a data set's settings, and their values seed by seed."""
+    """The figures of a dataset's settings, and their values seed by seed."""
     heads = ["setting", "seeds", *FIGURES.values(), f"AUC less {BASELINE}'s"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     values: dict[str, dict[str, list[float]]] = {}
@@ -108,7 +108,7 @@ def table(arms: dict[str, dict[int, dict[str, Any]]]) -> tuple[str, dict[str, di
 
 
 def draw(values: dict[str, dict[str, dict[str, list[float]]]], path: Path) -> None:
-    """AUC, Brier score and the change of good answers' log-probability, a column a data set."""
+    """AUC, Brier score and the change of good answers' log-probability, a column a dataset."""
     shown = ("auc", "brier", "chosen")
     figure, grid = pyplot.subplots(
         len(values), len(shown), figsize=(11, 0.6 + 2.6 * len(values)), squeeze=False, layout="constrained"

@@ -1,7 +1,7 @@
 """python examples/settings_that_matter/run.py --hh hh.parquet --qa qa.parquet
 
 Rows are what `trl-ulma prepare hh` and `trl-ulma prepare qa-feedback` write. Trains SmolLM2-135M-Instruct with LoRA
-once for each setting, seed and data set, and measures what it learned on held-out rows: choices of log Z, sum against
+once for each setting, seed and dataset, and measures what it learned on held-out rows: choices of log Z, sum against
 mean of the log-probabilities, the weight of demonstrations. A run that is there already is not made again; `report.py`
 writes RESULTS.md from what is there.
 """

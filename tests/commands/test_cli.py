@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trl_ulma
 from trl_ulma import __version__
 from trl_ulma.checkpoints import last_whole
 from trl_ulma.scripts import pointwise_dpo, ulma
@@ -229,7 +230,7 @@ def test_a_model_and_data_are_needed(capsys, launched):
         ({"label_type": "odd"}, "label_type is 'odd'; it must be one of binary, continuous."),
         ({"eval_strategy": "never"}, "eval_strategy is 'never'; it must be one of no, steps, epoch."),
         ({"multi_gpu": 2}, "multi_gpu is 2; it must be true or false."),
-        ({"datasets": ["a"]}, "datasets is ['a']; it must be a list of data sets, each with a `path`."),
+        ({"datasets": ["a"]}, "datasets is ['a']; it must be a list of datasets, each with a `path`."),
         (
             {"datasets": [{"pth": "a"}]},
             "datasets, entry 1, has no `path`: a file, a folder, a builder (json) or a hub name.",
@@ -373,6 +374,25 @@ def test_the_launch_exit_code_is_returned(monkeypatch, stop, code):
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
     assert main(["ulma", *NEEDED]) == code
+
+
+def test_a_folder_of_the_package_name_does_not_hide_the_package(monkeypatch, tmp_path):
+    """A clone in the working directory is such a folder. The launched process imports what is installed."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(trl_ulma.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trl_ulma").mkdir()
+    (tmp_path / "trl_ulma" / "__init__.py").write_text("raise ImportError('the wrong folder')\n")
+    found = []
+
+    def run(args):
+        command = [sys.executable, "-m", "trl_ulma", "--version"]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=False))
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", run)
+    assert main(["ulma", *NEEDED]) == 0
+    assert (found[0].stdout, found[0].stderr) == (f"trl-ulma {__version__}\n", "")
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def test_a_failing_process_among_many_is_told_without_a_traceback(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The demo: its data set, its download, and what it leaves behind."""
+"""The demo: its dataset, its download, and what it leaves behind."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_rows_are_many_and_have_one_form(rows):
             assert not row["sft_mask"]
 
 
-def test_every_kind_of_feedback_is_trained_on_and_ratings_are_centred(rows):
+def test_every_kind_of_feedback_is_trained_on_and_ratings_are_centered(rows):
     train = [row for row in rows if row["split"] == "train"]
     kinds = Counter((row["label_type"], row["label"], row["sft_mask"]) for row in train)
     assert len(kinds) == 8

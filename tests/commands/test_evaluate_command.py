@@ -570,7 +570,7 @@ def test_rewards_are_on_the_scale_of_the_training(tiny_llama, tmp_path, log_z, n
 def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     stars = [float(1 + i % 5) for i in range(12)]
     folders = {}
-    for name, transform in (("harm", "lower_is_better,standardise"), ("plain", None)):
+    for name, transform in (("harm", "lower_is_better,standardize"), ("plain", None)):
         trainer = make_trainer(
             tiny_llama,
             make_rows(12, label=stars),
@@ -622,7 +622,7 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["data"]["label_transform"] is None
     assert facts["models"][0]["implicit_reward"]["spearman"]["value"] == pytest.approx(-found["spearman"]["value"])
-    assert main([*argv, "--model", folders["harm"], "--label_transform", "standardise"]) == 1
+    assert main([*argv, "--model", folders["harm"], "--label_transform", "standardize"]) == 1
     assert "has no numbers, which a training fits on its own rows" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""No secret is written, no program of others runs, and no data set reads outside its folder."""
+"""No secret is written, no program of others runs, and no dataset reads outside its folder."""
 
 import copy
 import json

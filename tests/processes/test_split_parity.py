@@ -1,4 +1,4 @@
-"""However an optimiser step is split into micro-batches and processes, the same is learned and logged.
+"""However an optimizer step is split into micro-batches and processes, the same is learned and logged.
 
 Real processes on CPU: one, two with DDP, two with FSDP2. Each kind is started once and does all its runs, see
 `split_run.py`. Everything is compared with one process that takes a step's eight rows at once, in float64, with SGD,
@@ -71,7 +71,7 @@ SETTINGS = {
         ("sft_mask", "weight"),
     ),
     "binary and continuous labels": Setting("one 1x8, ddp 4x1, fsdp2 1x4", columns=("sft_mask", "label_type", "log_z")),
-    "point-wise DPO, continuous labels": Setting(
+    "pointwise DPO, continuous labels": Setting(
         "one 1x8, ddp 1x4", {"label_type": "continuous", "learning_rate": 0.1}, run={"method": "pointwise"}
     ),
     # Rows four by four, in order: in "4x1" one process has all demonstrations. Every other step is not logged, and asks

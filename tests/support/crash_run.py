@@ -72,7 +72,7 @@ class Run:
     Attributes:
         model: folder of the checkpoint.
         rows: JSON-lines file; every fifth row is evaluated on.
-        cache: folder of the data sets' caches.
+        cache: folder of the datasets' caches.
         output_dir: where checkpoints go.
         weights: file that the trained weights and the logs are written to when it is done.
         printed: file for what it prints.

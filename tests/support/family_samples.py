@@ -1,4 +1,4 @@
-"""Raw rows of each family of data sets, made up in the layout that the published files have: one for each number."""
+"""Raw rows of each family of datasets, made up in the layout that the published files have: one for each number."""
 
 
 def _messages(i, answer="Yes", **more):

@@ -208,7 +208,7 @@ def class_weights(
 def step_loss(
     losses: Array, gradients: Array, *, weight: float | Rows = 1.0, class_weight: float | Rows = 1.0
 ) -> tuple[float, Array]:
-    """Σ wᵢ·vᵢ·ℓᵢ / N over the N rows of an optimiser step, and its gradient with respect to each row's log π."""
+    """Σ wᵢ·vᵢ·ℓᵢ / N over the N rows of an optimizer step, and its gradient with respect to each row's log π."""
     scale = np.broadcast_to(np.multiply(weight, class_weight), losses.shape) / len(losses)
     return float(np.sum(scale * losses)), scale * gradients
 

@@ -39,7 +39,7 @@ class Run:
         train_rows: JSON-lines file.
         test_rows: JSON-lines file of the evaluation.
         micro: rows in a micro-batch of one process.
-        accumulation: micro-batches in an optimiser step.
+        accumulation: micro-batches in an optimizer step.
         args: settings of the trainer's config besides the ones that all runs share.
         method: "ulma" or "pointwise".
         lora: train an adapter only.

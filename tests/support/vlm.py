@@ -127,7 +127,7 @@ def image_rows(n: int, *, counts: tuple[int, ...] = (1, 2, 0), **columns: list) 
 
 
 def with_images(columns: dict[str, list]) -> Dataset:
-    """A data set whose `images` are images, also where the first rows have none."""
+    """A dataset whose `images` are images, also where the first rows have none."""
     images = columns.pop("images")
     made = Dataset.from_dict(columns)
     encoded = [[Image().encode_example(image) for image in row] for row in images]

@@ -86,7 +86,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 
 def first_step_loss(trainer) -> torch.Tensor:
-    """The loss of an optimiser step over all rows, one micro-batch after the other, with its gradients."""
+    """The loss of an optimizer step over all rows, one micro-batch after the other, with its gradients."""
     trainer.model.train()
     batches = list(trainer.get_train_dataloader())
     batches, rows = trainer.get_batch_samples(iter(batches), len(batches), trainer.accelerator.device)

@@ -44,14 +44,13 @@ TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello!"
 
 AT = "Row 1 of the train dataset"
 TEXT_OR_MESSAGES = 'it must be text, or a list of messages such as {"role": "user", "content": "Hi"}.'
-NEEDED = "Needed are prompt, completion and label (one answer a row), or chosen and rejected (pairs)."
+NEEDED = "Needed are prompt, completion and label (one answer per row), or chosen and rejected (pairs)."
 ANSWER_FIRST = (
-    "it must begin with the assistant's. Cut off what belongs to the prompt. (Where a pair's halves are whole "
-    "conversations, remove the column prompt.)"
+    "it must begin with the assistant's. Move the turns before it into the prompt. (If chosen and rejected are "
+    "whole conversations, remove the column prompt.)"
 )
 BOTH_ALIKE = (
-    "both must be text, or both messages. (The halves of a pair may be whole conversations: remove the column prompt "
-    "then.)"
+    "both must be text, or both messages. (If chosen and rejected are whole conversations, remove the column prompt.)"
 )
 SURROGATE = (
     "its text contains half of a surrogate pair, which is not a character. Remove the row, or repair the text with "
@@ -88,7 +87,7 @@ def stream(*rows: Any) -> IterableDataset:
 
 
 def prepare(tokenizer: Any, rows: Any, rules: LabelRules = BINARY, **how: Any) -> list[dict]:
-    """The prepared rows of a data set, or of a list of rows; without a `completion_mask` that is None, as in streams of
+    """The prepared rows of a dataset, or of a list of rows; without a `completion_mask` that is None, as in streams of
     conversations."""
     rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
     found = list(Preparation(tokenizer, rules, **how)(rows, "train"))
@@ -104,7 +103,7 @@ def two(**changes: Any) -> list[dict]:
 
 
 def said(error: Any) -> list[str]:
-    """What an error says of each row, or of the data set, without the starts of prompts."""
+    """What an error says of each row, or of the dataset, without the starts of prompts."""
     return [line.strip().split(" Prompt: ")[0] for line in str(error.value).splitlines()]
 
 
@@ -140,11 +139,11 @@ LABELS = {
     ),
     "a list": (
         two(label=([1], [0])),
-        "Row 0 of the train dataset: label is a list of 1; it must be one number a row.",
+        "Row 0 of the train dataset: label is a list of 1; it must be one number per row.",
     ),
     "nested lists": (
         two(label=([[1, 0]], [[0, 1]])),
-        "Row 0 of the train dataset: label is a list of 1; it must be one number a row.",
+        "Row 0 of the train dataset: label is a list of 1; it must be one number per row.",
     ),
     "a dict": (
         two(label=({"stars": 1}, {"stars": 2})),
@@ -177,8 +176,8 @@ LABELS = {
     "mask None": (two(sft_mask=(True, None)), f"{AT}: sft_mask is None; it must be True or False."),
     "mask on label 0": (
         two(sft_mask=(True, True)),
-        f"{AT} is marked sft_mask=True but has label 0.0. A demonstration is learned from as it is: drop the mark or "
-        "the row.",
+        f"{AT} is marked sft_mask=True but has label 0.0. A demonstration is imitated, so its label must be "
+        "above 0: set sft_mask=False, or drop the row.",
     ),
     "negative weight": (two(weight=(1.0, -0.5)), f"{AT}: weight is -0.5; it must be 0 or above."),
     "NaN weight": (
@@ -205,7 +204,7 @@ LABELS = {
     ),
     "list of log Z": (
         two(log_z=([0.0, 1.0], [0.0])),
-        "Row 0 of the train dataset: log_z is a list of 2; it must be one number a row.",
+        "Row 0 of the train dataset: log_z is a list of 2; it must be one number per row.",
     ),
     "unknown label_type": (
         two(label_type=("binary", "stars")),
@@ -236,15 +235,15 @@ def test_labels_and_numbers(tokenizer, rows, message):
         (
             two(label=(4.5, 2.0)),
             ULMA_RATINGS,
-            "Row 0 of the train dataset has a continuous label, and nothing says which of such rows are "
-            "demonstrations. Add a boolean column sft_mask, or set sft_threshold: labels of that and above are "
+            "Row 0 of the train dataset has a continuous label, and nothing says which of these rows are "
+            "demonstrations. Add a boolean column sft_mask, or set sft_threshold: rows with labels at or above it are "
             "demonstrations.",
         ),
         (
             two(label_type=("binary", "continuous")),
             LabelRules(binary_only=True),
-            f"{AT} has a continuous label, and negative_loss='unlearning' needs binary ones, since a continuous label "
-            "does not say that an answer is to be unlearned. Use negative_loss='pointwise_dpo'.",
+            f"{AT} has a continuous label, but negative_loss='unlearning' needs binary labels: a continuous label does "
+            "not say whether to unlearn an answer. Use negative_loss='pointwise_dpo'.",
         ),
         (
             two(label=(1.0, 1e39)),
@@ -284,13 +283,15 @@ COLUMNS = {
     ),
     "images": (
         [GOOD | {"images": ["a.png"]}],
-        "The train dataset has images (found completion, images, label, prompt), which only a trainer with a "
-        "vision-language model and its processor reads. Pass the processor as processing_class, or remove the column.",
+        "The train dataset has images (found completion, images, label, prompt). Only a trainer with a "
+        "vision-language model and its processor reads them. Pass the processor as processing_class, or remove "
+        "the column.",
     ),
     "images of pairs": (
         [PAIR | {"image": "a.png"}],
-        "The train dataset has images (found chosen, image, prompt, rejected), which only a trainer with a "
-        "vision-language model and its processor reads. Pass the processor as processing_class, or remove the column.",
+        "The train dataset has images (found chosen, image, prompt, rejected). Only a trainer with a "
+        "vision-language model and its processor reads them. Pass the processor as processing_class, or remove "
+        "the column.",
     ),
     "half prepared": (
         [{"prompt_ids": [5], "completion_ids": [6], "row": 0}],
@@ -348,11 +349,11 @@ def test_columns(tokenizer, rows, message):
 TEXTS = {
     "empty completion": (
         two(completion=(" a", "")),
-        f"{AT}: completion is empty, so there is nothing to learn from. Drop the row.",
+        f"{AT}: completion is empty, so there is nothing to learn. Drop the row.",
     ),
     "blank completion": (
         two(completion=(" a", " \n\t")),
-        f"{AT}: completion is empty, so there is nothing to learn from. Drop the row.",
+        f"{AT}: completion is empty, so there is nothing to learn. Drop the row.",
     ),
     "completion None": (two(completion=(" a", None)), f"{AT}: completion is None; {TEXT_OR_MESSAGES}"),
     "prompt None": (two(prompt=("Hi", None)), f"{AT}: prompt is None; {TEXT_OR_MESSAGES}"),
@@ -392,7 +393,7 @@ TEXTS = {
     ),
     "an empty message": (
         [CHAT, CHAT | {"completion": assistant(" ")}],
-        f"{AT}: completion is empty, so there is nothing to learn from. Drop the row.",
+        f"{AT}: completion is empty, so there is nothing to learn. Drop the row.",
     ),
     "content a number": (
         [CHAT | {"completion": assistant(3)}],
@@ -448,7 +449,7 @@ def test_texts_and_messages(tokenizer, rows, message):
     assert message in said(error)
 
 
-# What Arrow keeps out of a data set, and a stream lets through
+# What Arrow keeps out of a dataset, and a stream lets through
 ONLY_IN_STREAMS = {
     "text, then a conversation": (
         [GOOD, CHAT],
@@ -477,7 +478,7 @@ ONLY_IN_STREAMS = {
     ),
     "an array of labels": (
         [GOOD, GOOD | {"label": np.array([1.0, 0.0])}],
-        f"{AT}: label is a list of 2; it must be one number a row.",
+        f"{AT}: label is a list of 2; it must be one number per row.",
     ),
     "an array of label types": (
         [GOOD | {"label_type": "binary"}, GOOD | {"label_type": np.array(["binary"])}],

@@ -269,14 +269,14 @@ WITH_THE_DATA = {
     "ULMA on ratings without a mask": (
         make_rows(4),
         {"label_type": "continuous"},
-        "Row 0 of the train dataset has a continuous label, and nothing says which of such rows are demonstrations. "
-        "Add a boolean column sft_mask, or set sft_threshold: labels of that and above are demonstrations.",
+        "Row 0 of the train dataset has a continuous label, and nothing says which of these rows are demonstrations. "
+        "Add a boolean column sft_mask, or set sft_threshold: rows with labels at or above it are demonstrations.",
     ),
     "unlearning of rows that are ratings": (
         make_rows(2, label_type=["binary", "continuous"], sft_mask=[True, False]),
         {"negative_loss": "unlearning"},
-        "Row 1 of the train dataset has a continuous label, and negative_loss='unlearning' needs binary ones, since a "
-        "continuous label does not say that an answer is to be unlearned. Use negative_loss='pointwise_dpo'.",
+        "Row 1 of the train dataset has a continuous label, but negative_loss='unlearning' needs binary labels: a "
+        "continuous label does not say whether to unlearn an answer. Use negative_loss='pointwise_dpo'.",
     ),
     "a max_length that no prompt is below": (
         make_rows(4),
@@ -322,7 +322,7 @@ def test_what_the_data_contradicts_is_told_before_a_model_is_loaded(without_weig
     assert message in str(error.value)
 
 
-def test_a_pretrained_adapter_has_no_reference_to_synchronise(tiny_gpt2, tmp_path):
+def test_a_pretrained_adapter_has_no_reference_to_synchronize(tiny_gpt2, tmp_path):
     from peft import get_peft_model
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LoraConfig(target_modules=["c_attn"]))

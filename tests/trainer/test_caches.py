@@ -15,7 +15,7 @@ STILL = {"max_steps": 1, "learning_rate": 1e-12, "per_device_train_batch_size": 
 
 @pytest.fixture
 def stored_rows(tmp_path) -> Dataset:
-    """Rows in a file, whose derived data sets are cached from one trainer to the next."""
+    """Rows in a file, whose derived datasets are cached from one trainer to the next."""
     make_rows(8).to_json(tmp_path / "rows.jsonl")
     rows = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
     assert rows.cache_files

@@ -470,7 +470,7 @@ def test_a_stream_of_rows_trains_and_evaluates(tiny_gpt2, tmp_path):
     assert fresh.evaluate(stream(5))["eval_loss"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_reference_is_synchronised(tiny_gpt2, tmp_path):
+def test_the_reference_is_synchronized(tiny_gpt2, tmp_path):
     trainer = make_trainer(
         tiny_gpt2,
         make_rows(8),

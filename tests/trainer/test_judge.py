@@ -64,7 +64,7 @@ def test_surprise_is_the_negative_log_likelihood():
 
 def test_the_predicted_label_is_on_the_scale_of_the_rows():
     continuous = np.array([True, True, False])
-    rules = LabelRules("continuous", transform=parse_transform("lower_is_better:4,standardise:2,0.5", "continuous"))
+    rules = LabelRules("continuous", transform=parse_transform("lower_is_better:4,standardize:2,0.5", "continuous"))
     found = judged(np.array([0.0, 1.0, 0.0]), np.zeros(3), continuous, rules)
     # Rows of the other type are not transformed, nor taken back
     assert found["predicted_label"] == pytest.approx([2.0, 1.5, 0.5])
@@ -147,7 +147,7 @@ def test_types_by_row(tiny_gpt2, tmp_path):
     ("label", "settings"),
     [
         ([True, None, False, None], {}),
-        ([5, None, 1, 3], {"label_type": "continuous", "label_transform": "standardise", "log_z": "prior"}),
+        ([5, None, 1, 3], {"label_type": "continuous", "label_transform": "standardize", "log_z": "prior"}),
         ([4.0, float("nan"), 1.0, 3.0], {"label_type": "binary", "label_transform": "min_max"}),
         ([1.0, None, None, 4.0], {"label_type": "continuous", "label_transform": "prompt_quantile"}),
         ([None, 2, 3, 1], {"label_type": "binary", "label_transform": "votes", "trials": [0, 2, 4, 2]}),
@@ -171,9 +171,9 @@ def test_rows_without_a_label_are_scored_among_others(tiny_gpt2, tmp_path, label
     alone = trainer.score(mixed.select(there))
     for name in ("reward", "predicted_label", "surprise"):
         assert [scored[name][row] for row in there] == pytest.approx(alone[name][:], rel=2e-5, abs=2e-5)
-    unlabelled = trainer.score(mixed.remove_columns("label"))
+    unlabeled = trainer.score(mixed.remove_columns("label"))
     for name in ("reward", "predicted_label"):
-        assert scored[name][:] == pytest.approx(unlabelled[name][:], rel=2e-5, abs=2e-5)
+        assert scored[name][:] == pytest.approx(unlabeled[name][:], rel=2e-5, abs=2e-5)
     is_binary = settings.get("label_type", "binary") == "binary"
     probability = expit(scored["reward"][:]) if is_binary else [None] * 4
     assert scored["probability"][:] == (pytest.approx(probability) if is_binary else probability)
@@ -320,7 +320,7 @@ def test_ratings_come_back_on_their_own_scale(tiny_gpt2, tmp_path):
         return rows.remove_columns("label").add_column("label", label)
 
     rows, held_out = rated(TRAINED, 0), rated(HELD_OUT, 1)
-    settings = {"pointwise": True, "label_type": "continuous", "label_transform": "lower_is_better,standardise"}
+    settings = {"pointwise": True, "label_type": "continuous", "label_transform": "lower_is_better,standardize"}
     settings |= {"beta": 0.5, "log_z": "learned_constant", "num_train_epochs": 2, "per_device_train_batch_size": 16}
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, **settings, **FAST)
     trainer.train()

@@ -28,7 +28,7 @@ def continuous(model, rows, folder, transform, **kwargs):
 STARS = [5.0, 1.0, 4.0, 2.0, 5.0, 4.0, 1.0, 5.0]
 
 
-@pytest.mark.parametrize("transform", [None, "standardise"])
+@pytest.mark.parametrize("transform", [None, "standardize"])
 def test_stars_are_split_at_the_center_of_the_training_labels(tiny_gpt2, tmp_path, transform):
     held_out = [5.0, 3.0, 4.0, 1.0]
     trainer = make_trainer(

@@ -253,7 +253,7 @@ USES = {
     "packed": {"padding_free": True},
     "shared": {"share_prompts": True},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    "ratings": {"label_type": "continuous", "label_transform": "standardise"},
+    "ratings": {"label_type": "continuous", "label_transform": "standardize"},
     "learned": {"log_z": "learned_constant"},
 }
 

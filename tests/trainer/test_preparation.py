@@ -215,10 +215,10 @@ def test_demonstrations_that_the_raw_rows_name_stay():
 
 def test_prepared_rows_of_another_transform_are_refused():
     tokenizer, rows = make_tokenizer(), [GOOD | {"label": 4.0}, GOOD | {"label": 2.0}]
-    half = LabelRules("continuous", transform=parse_transform("centre:3", "continuous"))
+    half = LabelRules("continuous", transform=parse_transform("center:3", "continuous"))
     made = prepared(tokenizer, rows, half)
     assert prepared(tokenizer, made, half) is made
-    other = LabelRules("continuous", transform=parse_transform("centre:2", "continuous"))
+    other = LabelRules("continuous", transform=parse_transform("center:2", "continuous"))
     with pytest.raises(ValueError, match=r"was prepared by a trainer with label_transform=center:3.*Pass the raw"):
         prepared(tokenizer, made, other)
 
@@ -412,7 +412,7 @@ def test_halves_of_pairs_are_invalid_on_their_own():
 
 def test_a_transform_is_fitted_to_the_valid_labels_and_the_others_are_listed():
     raw = Dataset.from_list([GOOD | {"label": label} for label in (1.0, None, 3.0, NAN, 5.0)])
-    rules = with_transform(LabelRules("continuous"), "standardise", raw)
+    rules = with_transform(LabelRules("continuous"), "standardize", raw)
     with pytest.raises(ValueError, match=r"(?s)^2 of 5 rows .*Row 1 of.*Row 3 of"):
         prepared(make_tokenizer(), raw, rules)
     kept = prepared(make_tokenizer(), raw, rules, invalid_rows="drop")

@@ -1,4 +1,4 @@
-"""Raw rows of each family as point-wise rows: what they become, what is left out, and that nothing else happens."""
+"""Raw rows of each family as pointwise rows: what they become, what is left out, and that nothing else happens."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ from trl_ulma.data.qa_feedback import (
     qa_feedback,
 )
 from trl_ulma.data.red_team import red_team
-from trl_ulma.data.summary import summarise
+from trl_ulma.data.summary import summarize
 from trl_ulma.data.votes import SEEN, votes
 
 HI = "\n\nHuman: Hi\n\nAssistant:"
@@ -632,7 +632,7 @@ def test_every_family_has_its_adapter():
 def test_the_summary():
     raw = [{"transcript": f"{HI} {'x' * n}", "rating": rating} for n, rating in ((1, 0), (3, 2.5), (5, 2.5), (7, 4))]
     rows, _ = convert("red-team", Dataset.from_list(raw))
-    summary = summarise(rows)
+    summary = summarize(rows)
     assert (summary["rows"], summary["demonstrations"], summary["demonstration_share"]) == (4, 1, 0.25)
     assert summary["labels"] == {
         "continuous": [
@@ -647,14 +647,14 @@ def test_the_summary():
 
 def test_label_types_are_counted_apart():
     rows, _ = convert("qa-feedback", Dataset.from_list([QUESTION]), wins=True)
-    labels = summarise(rows)["labels"]
+    labels = summarize(rows)["labels"]
     assert {kind: sum(each["rows"] for each in bins) for kind, bins in labels.items()} == {"binary": 2, "continuous": 3}
 
 
 def test_many_labels_are_binned():
     raw = {"question": "?", "answers": [{"text": "a", "score": n} for n in range(101)]}
     rows, _ = convert("votes", Dataset.from_list([raw]), label="votes")
-    bins = summarise(rows)["labels"]["continuous"]
+    bins = summarize(rows)["labels"]["continuous"]
     assert [each["rows"] for each in bins] == [10] * 9 + [11]
     assert (bins[0]["from"], bins[0]["to"], bins[-1]["to"]) == (0, 10, 100)
 
@@ -711,7 +711,7 @@ def test_a_mixture_takes_whole_prompts_once_and_says_what_it_made():
         (
             {"b": part("b", 4, label_type=["continuous"] * 4)},
             {"a": 1, "b": 1},
-            "Row 0 of the b dataset has a continuous label, and nothing says which of such rows are demonstrations",
+            "Row 0 of the b dataset has a continuous label, and nothing says which of these rows are demonstrations",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The layouts in which public data sets are published: what becomes of each answer, and what is left out."""
+"""The layouts in which public datasets are published: what becomes of each answer, and what is left out."""
 
 import json
 import re

@@ -71,7 +71,7 @@ def test_parquet(tmp_path):
         ("lines.json.gz", "\ufeff" + LINES.replace("\n", "\n\n")),
     ],
 )
-def test_json_is_recognised_by_content(tmp_path, name, text):
+def test_json_is_recognized_by_content(tmp_path, name, text):
     assert list(load_rows(write(tmp_path / name, text))["train"]) == ROWS
 
 

@@ -118,7 +118,7 @@ def test_bars_are_as_long_as_their_shares():
     assert len({bar.get_hatch() for bar in bars}) == 3
 
 
-def test_lines_are_the_values_and_told_apart_without_colour():
+def test_lines_are_the_values_and_told_apart_without_color():
     figure = DRAWN["sweep"]()
     axes = figure.axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [[3, 2], [5, 4]]
@@ -226,7 +226,7 @@ def test_a_number_that_is_not_finite_is_not_written(tmp_path):
 def models_of(rows, strength):
     """The facts of a model that was tuned on stars, and of its base, as `run` makes them."""
     rng = np.random.default_rng(0)
-    rules = LabelRules("continuous", transform=parse_transform("standardise:3,1.4", "continuous"))
+    rules = LabelRules("continuous", transform=parse_transform("standardize:3,1.4", "continuous"))
     stars = rng.integers(1, 6, rows).astype(float)
     label, prompt, continuous = rules.transform.apply(stars), np.arange(rows), np.ones(rows, dtype=bool)
     texts = [{"prompt": f"Question {i}", "completion": f" Answer | {i} <b>"} for i in range(rows)]
@@ -401,7 +401,7 @@ def test_judged_answers_are_concluded_from_against_the_base(points, said, turned
 
 
 def test_stars_are_shown_as_stars():
-    rules = LabelRules("continuous", transform=parse_transform("lower_is_better:0,standardise:-3,2", "continuous"))
+    rules = LabelRules("continuous", transform=parse_transform("lower_is_better:0,standardize:-3,2", "continuous"))
     stars, prompt, continuous = np.array([1.0, 2.0, 5.0]), np.arange(3), np.ones(3, dtype=bool)
     label = rules.transform.apply(stars)
     found = on_own_scale(label, stars, continuous, prompt, rules)

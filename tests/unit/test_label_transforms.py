@@ -149,17 +149,17 @@ def test_the_grammar():
         ("", "continuous", "'' is not a transform; known are center"),
         ("center,", "continuous", "'' is not a transform"),
         ("3,center", "continuous", "'3' is not a transform"),
-        ("center:x", "continuous", "'x' is not a number, as center takes"),
+        ("center:x", "continuous", "'x' is not a number, which center needs"),
         ("center:nan", "continuous", "'nan' is not a number"),
         ("center:1,2", "continuous", "center:1,2 has 2 numbers; center takes the mean"),
         ("quantile:3", "continuous", "quantile:3 has 1 numbers; quantile takes no numbers"),
         ("standardize:1", "continuous", "takes mean and standard deviation"),
         ("threshold", "binary", "threshold has 0 numbers; threshold takes least good"),
-        ("standardize:1,0", "continuous", "a standard deviation is above 0; got 0"),
-        ("min_max:4,0", "binary", "the least label is below the greatest; got 4 and 0"),
-        ("votes:0,0", "binary", "a and b of a Beta prior are 0 or above, one of them above 0"),
+        ("standardize:1,0", "continuous", "the standard deviation must be above 0; got 0"),
+        ("min_max:4,0", "binary", "the least label must be below the greatest; got 4 and 0"),
+        ("votes:0,0", "binary", "a and b of the Beta prior must be 0 or above, and one of them above 0"),
         ("votes:-1,2", "binary", "a and b of a Beta prior"),
-        ("center,votes", "binary", "votes reads the votes that rows carry. Put it first"),
+        ("center,votes", "binary", "votes reads the vote counts of the rows. Put it first"),
         ("lower_is_better,threshold:2", "binary", "Put threshold first"),
         ("threshold:2", "continuous", "threshold makes labels 0 and 1. Set label_type='binary'"),
         ("standardize", "binary", "standardize makes labels outside \\[0, 1\\]. Set label_type='continuous'"),
@@ -174,16 +174,16 @@ def test_a_wrong_setting_is_told_what_is_right(spec, label_type, message):
 
 @pytest.mark.parametrize("spec", ["standardize", "min_max", "quantile"])
 def test_labels_that_do_not_differ_are_refused_where_they_must(spec):
-    with pytest.raises(ValueError, match=f"{spec} needs labels that differ, and all 3 are 2 where it comes"):
+    with pytest.raises(ValueError, match=f"{spec} needs labels that differ, but all 3 labels that it is given are 2"):
         fitted(spec, np.full(3, 2.0))
-    with pytest.raises(ValueError, match="all 3 are 1 where it comes"):
+    with pytest.raises(ValueError, match="all 3 labels that it is given are 1"):
         fitted("threshold:0," + spec, np.array([0.5, 1.0, 2.0]))
     assert (fitted("center", np.full(3, 2.0)).apply(np.full(3, 2.0)) == 0).all()
 
 
 def test_prompt_quantiles_that_tell_nothing_apart_are_refused():
     with pytest.raises(
-        ValueError, match=r"prompt_quantile makes all 6 labels 0\.5, since no prompt has answers with diff"
+        ValueError, match=r"prompt_quantile makes all 6 labels 0\.5, because no prompt has answers with diff"
     ):
         fitted("prompt_quantile", prompts=list("abcdef"))
 

@@ -191,8 +191,8 @@ def test_log_z_of_quantiles_is_that_of_a_uniform_label(beta):
     assert quantile_log_z(beta) == pytest.approx(estimate.log_z[0], rel=1e-6)
 
 
-def test_the_joint_minimiser_over_all_answers_is_the_optimum_and_its_log_z():
-    """What `Learned` rests on: a normalised policy cannot take up a constant, so that c ends at β·log Z."""
+def test_the_joint_minimizer_over_all_answers_is_the_optimum_and_its_log_z():
+    """What `Learned` rests on: a normalized policy cannot take up a constant, so that c ends at β·log Z."""
     beta, rewards = 0.5, torch.tensor([1.0, -0.5, 0.3, -2.0], dtype=torch.float64)
     reference = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
     label = torch.sigmoid(rewards)

@@ -485,7 +485,7 @@ def test_bool_int_and_float_labels_are_the_same_labels(dtype):
         ("unlikelihood", "sft", "unlearning", "imitated compared unlearned unlearned", None),
         ("SFT", "sft", "none", "imitated compared nothing nothing", "imitated nothing"),
         (
-            "point-wise DPO",
+            "pointwise DPO",
             "pointwise_dpo",
             "pointwise_dpo",
             "compared compared compared compared",

@@ -221,6 +221,10 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
         (RAGGED.format("How?,In water, eight minutes.,1"), r"has 4 fields in line 3, but 3 columns .* double quotes"),
         (RAGGED.format("How?,1"), r"has 2 fields in line 3, but 3 columns"),
         (RAGGED.format('"two\nlines","more\n\n",1\nHow?'), r"has 1 fields in line 7"),
+        (
+            RAGGED.format('How?,1\n"a\nb",\nOk,Ok,1\n\nHow?,a,b,c,1'),
+            r"has 2 fields in line 3, .* wrong number of fields, too: 4 \(2\), 8 \(5\)\. Write a comma",
+        ),
         (RAGGED.format('How?,"He said ""so"",1'), r"is invalid CSV in line 3: unexpected end of data\. Put each field"),
         (RAGGED.format('How?,"He said \\"so\\"",1'), r"is invalid CSV in line 3: ',' expected after '\"'"),
         ("prompt,label,prompt\na,1,b\n", r"names the column prompt twice in line 1"),
@@ -488,6 +492,14 @@ def test_what_fits_is_proposed(tmp_path, rows, message, streaming):
     splits = load_rows(write(tmp_path / "rows.jsonl", lines(rows)), streaming=streaming)
     with pytest.raises(ValueError, match=message):
         check_splits(splits, "rows.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_few_words_among_numbers_are_left_to_the_check_of_rows(tmp_path, streaming):
+    rows = [row(5), row("n/a"), row("4,5"), row(None), row(1)]
+    splits = load_rows(write(tmp_path / "rows.jsonl", lines(rows)), streaming=streaming)
+    assert check_splits(splits, "rows.jsonl") == []
+    assert [each["label"] for each in splits["train"]] == [5, "n/a", "4,5", None, 1]
 
 
 def test_text_that_is_not_read_is_said(tmp_path):

@@ -25,8 +25,8 @@ FAMILIES = {
         "answers to imitate: `prompt` and `completion`, or `messages`",
     ),
     "kto": ("trl_ulma.data.kto:KTO", "kto-mix, unpaired preferences: `prompt`, `completion` and `label`"),
-    "messages": ("trl_ulma.data.labelled_messages:MESSAGES", "`messages` and a `label` for the last answer"),
-    "turns": ("trl_ulma.data.labelled_messages:TURNS", "`messages` in which each answer has its own `label`"),
+    "messages": ("trl_ulma.data.labeled_messages:MESSAGES", "`messages` and a `label` for the last answer"),
+    "turns": ("trl_ulma.data.labeled_messages:TURNS", "`messages` in which each answer has its own `label`"),
     "sharegpt": ("trl_ulma.data.sharegpt:SHAREGPT", "`conversations` of turns with `from` and `value`"),
     "alpaca": ("trl_ulma.data.alpaca:ALPACA", "`instruction`, `input` and `output`"),
     "stepwise": (
@@ -163,7 +163,7 @@ def as_bool(value: Any) -> bool | None:
     return bool(found) if isinstance(found, bool | int | float) and found in (0, 1) else None
 
 
-def labelled(prompt: Any, completion: Any, label: Any, *, label_type: str = "binary", liked: bool = False) -> "Outcome":
+def labeled(prompt: Any, completion: Any, label: Any, *, label_type: str = "binary", liked: bool = False) -> "Outcome":
     """A pointwise row with the label of the data, or the reason why there is none.
 
     Args:
@@ -174,7 +174,7 @@ def labelled(prompt: Any, completion: Any, label: Any, *, label_type: str = "bin
         liked: answers with the binary label 1 are not demonstrations.
 
     Example:
-        >>> labelled("Hi", "Hello!", "up")
+        >>> labeled("Hi", "Hello!", "up")
         LeftOut(why='its label is not a number')
     """
     from trl_ulma.data.conversations import as_messages  # imported here, because it imports labels
@@ -201,7 +201,7 @@ LIKED = {
         "help": "treat answers with label 1 as liked, not as demonstrations, so that ULMA also compares them",
     }
 }
-LABELLED = LIKED | {
+LABELED = LIKED | {
     "--label_type": {
         "choices": ("binary", "continuous"),
         "default": "binary",

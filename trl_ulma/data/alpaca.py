@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELLED, Adapter, LeftOut, Outcome, labelled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
 
 
 def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
@@ -35,7 +35,7 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
             prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         prompt.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
         label = next((raw[name] for name in ("label", "kto_tag") if name in raw), 1.0)
-        yield labelled(prompt, raw["output"], label, label_type=label_type, liked=liked)
+        yield labeled(prompt, raw["output"], label, label_type=label_type, liked=liked)
 
 
-ALPACA = Adapter(alpaca, needs=(("instruction", "output"),), refuses=("completions", "chosen"), options=LABELLED)
+ALPACA = Adapter(alpaca, needs=(("instruction", "output"),), refuses=("completions", "chosen"), options=LABELED)

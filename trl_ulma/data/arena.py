@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, labelled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, labeled
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.labels import is_messages
 
@@ -51,7 +51,7 @@ def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool 
             except ValueError as error:
                 yield LeftOut(str(error))
                 continue
-            yield labelled(prompt, answer, label, liked=liked)
+            yield labeled(prompt, answer, label, liked=liked)
 
 
 def _vote(raw: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, labelled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, labeled
 
 
 def beavertails(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
@@ -23,7 +23,7 @@ def beavertails(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> It
         if is_safe is None:
             yield LeftOut("it is not known whether it is safe")
             continue
-        yield labelled(raw["prompt"], raw["response"], is_safe, liked=liked)
+        yield labeled(raw["prompt"], raw["response"], is_safe, liked=liked)
 
 
 BEAVERTAILS = Adapter(beavertails, needs=(("prompt", "response", "is_safe"),), options=LIKED)

@@ -279,8 +279,8 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
         needs_label: whether rows of single answers need a label.
 
     Raises:
-        ValueError: if a column is missing, if labels are words, or if pairs have a question that would be ignored. The
-            message suggests `--columns`, `--label_map`, or the family for `trl-ulma prepare`.
+        ValueError: if a column is missing, if most labels are words, or if pairs have a question that would be ignored.
+            The message suggests `--columns`, `--label_map`, or the family for `trl-ulma prepare`.
 
     Example:
         >>> check_readable({"question": ["Why?"], "completion": ["So."], "rating": [4]}, "rows.csv")
@@ -303,8 +303,11 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
             + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
                f"trl-ulma prepare {families[0]} --input {where} --output FOLDER")
         )  # fmt: skip
-    words = list(dict.fromkeys(value for value in columns.get("label", ()) if isinstance(value, str)))
-    if words and not is_paired:
+    labels = [value for value in columns.get("label", ()) if value is not None]
+    words = [value for value in labels if isinstance(value, str)]
+    # A few words among numbers are invalid rows, which the trainer lists together with all others
+    if 2 * len(words) > len(labels) and not is_paired:
+        words = list(dict.fromkeys(words))
         shown = ", ".join(map(repr, words[:5]))
         if any(_DECIMAL_COMMA.fullmatch(word.strip()) for word in words):
             raise ValueError(f"{where} has labels with a decimal comma ({shown}). Use a decimal point, as in 0.5.")

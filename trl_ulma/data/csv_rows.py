@@ -1,7 +1,7 @@
 """Reads CSV and TSV files as rows of text. Every field is read exactly, or an error names its line."""
 
 import csv
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from trl_ulma.data.encodings import encoding_of, opened_text
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # By default, csv rejects fields of more than 131,072 characters, but long answers can have more
 _LONGEST_FIELD = 2**31 - 1
+# The number of lines with a wrong number of fields that an error lists besides the first one
+_LISTED = 20
 
 
 def csv_rows(
@@ -25,8 +27,8 @@ def csv_rows(
         notice: called with each finding.
 
     Raises:
-        ValueError: if a row has more or fewer fields than the first line, if a quote is not closed, or if a column name
-            appears twice. The message begins with a verb and names the line.
+        ValueError: if rows have more or fewer fields than the first line (the message lists their lines), if a quote is
+            not closed, or if a column name appears twice. The message begins with a verb and names the line.
 
     Example:
         >>> import tempfile
@@ -69,7 +71,12 @@ def csv_rows(
                             notice(f"the fields are separated by {DELIMITERS[delimiter]}")
                     continue
                 if len(fields) != len(names):
-                    raise ValueError(_ragged(start, fields, names, delimiter))
+                    others = []
+                    for fields_of_other in reader:
+                        start_of_other, line = line, reader.line_num + 1
+                        if fields_of_other and len(fields_of_other) != len(names):
+                            others.append((start_of_other, len(fields_of_other)))
+                    raise ValueError(_ragged(start, fields, names, delimiter, others))
                 yield start, dict(zip(names, fields, strict=True))
     except csv.Error as error:
         raise ValueError(
@@ -109,15 +116,22 @@ def _names(fields: list[str], line: int) -> list[str]:
     return names
 
 
-def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> str:
+def _ragged(
+    line: int, fields: list[str], names: list[str], delimiter: str, others: Sequence[tuple[int, int]] = ()
+) -> str:
+    """The error of the first line with a wrong number of fields; `others` are (line, number of fields) after it."""
     remedy = (
         f"Put each field that contains {_shown(delimiter)} in double quotes"
         if len(fields) > len(names)
         else f"Write {_shown(delimiter)} also for empty fields, and put fields with line breaks in double quotes"
     )
+    shown = ", ".join(f"{line} ({count})" for line, count in others[:_LISTED])
+    more = f" and {len(others) - _LISTED:,} more" if len(others) > _LISTED else ""
+    also = f" These lines have a wrong number of fields, too: {shown}{more}." if others else ""
     return (
         f"has {len(fields)} fields in line {line}, but {len(names)} columns ({', '.join(names)}). The fields of the "
-        f"line are {' | '.join(field if len(field) <= 30 else field[:30] + '…' for field in fields[:6])}. {remedy}."
+        f"line are {' | '.join(field if len(field) <= 30 else field[:30] + '…' for field in fields[:6])}.{also} "
+        f"{remedy}."
     )
 
 

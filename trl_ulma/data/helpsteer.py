@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labelled
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labeled
 
 ASPECTS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 # The markers of turns in HelpSteer2 prompts that are conversations
@@ -33,7 +33,7 @@ def helpsteer(rows: Iterable[Mapping[str, Any]], *, aspect: str = "helpfulness")
         prompt = [{"role": "user", "content": first}]
         for role, text in zip(marked[::2], marked[1::2], strict=True):
             prompt.append({"role": role.lower(), "content": text})
-        yield labelled(prompt, raw["response"], raw.get(aspect), label_type="continuous")
+        yield labeled(prompt, raw["response"], raw.get(aspect), label_type="continuous")
 
 
 HELPSTEER = Adapter(

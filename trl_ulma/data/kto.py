@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELLED, Adapter, Outcome, labelled
+from trl_ulma.data.adapters import LABELED, Adapter, Outcome, labeled
 
 
 def kto(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
@@ -20,7 +20,7 @@ def kto(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked:
         (0.0, False)
     """
     for raw in rows:
-        yield labelled(raw["prompt"], raw["completion"], raw["label"], label_type=label_type, liked=liked)
+        yield labeled(raw["prompt"], raw["completion"], raw["label"], label_type=label_type, liked=liked)
 
 
-KTO = Adapter(kto, needs=(("prompt", "completion", "label"),), refuses=("chosen", "rejected"), options=LABELLED)
+KTO = Adapter(kto, needs=(("prompt", "completion", "label"),), refuses=("chosen", "rejected"), options=LABELED)

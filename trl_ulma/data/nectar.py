@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, labelled
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, labeled
 from trl_ulma.data.conversations import ASSISTANT, is_transcript, parse_transcript
 
 
@@ -39,7 +39,7 @@ def nectar(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
             if rank is None:
                 yield LeftOut("its rank is not a number")
                 continue
-            yield labelled(prompt, answer.get("answer"), 0.0 - rank, label_type="continuous")
+            yield labeled(prompt, answer.get("answer"), 0.0 - rank, label_type="continuous")
 
 
 NECTAR = Adapter(nectar, needs=(("prompt", "answers"),), refuses=("question",))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, labelled
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, labeled
 
 LABELS = ("quality", "rank")
 ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -78,7 +78,7 @@ def _row(before: list[dict[str, Any]], message: Mapping[str, Any], label: str) -
     if value is None:
         return LeftOut(f"it has no {label}")
     is_rank = label == "rank"
-    return labelled(
+    return labeled(
         before, message["text"], 0 - value if is_rank else value, label_type="continuous" if is_rank else "binary"
     )
 

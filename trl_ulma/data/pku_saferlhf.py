@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, as_number, labelled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, as_number, labeled
 
 # label: the column with the number of the preferred response
 PREFERRED = {"better": "better_response_id", "safer": "safer_response_id"}
@@ -38,7 +38,7 @@ def pku_saferlhf(rows: Iterable[Mapping[str, Any]], *, label: str = "safe", like
             if value is None:
                 yield LeftOut(f"it is not known whether it is {label}")
                 continue
-            yield labelled(raw["prompt"], raw[f"response_{number}"], value, liked=liked)
+            yield labeled(raw["prompt"], raw[f"response_{number}"], value, liked=liked)
 
 
 PKU_SAFERLHF = Adapter(

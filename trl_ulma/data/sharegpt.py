@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELLED, Adapter, LeftOut, Outcome, labelled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
 from trl_ulma.data.pairs import split_messages
 
 ROLES = {
@@ -53,7 +53,7 @@ def sharegpt(
             yield from [LeftOut(str(error))] * (2 if is_pair else 1)
             continue
         for prompt, (answer, label) in zip(prompts, answers, strict=True):
-            yield labelled(prompt, answer, label, label_type="binary" if is_pair else label_type, liked=liked)
+            yield labeled(prompt, answer, label, label_type="binary" if is_pair else label_type, liked=liked)
 
 
 def _messages(turns: Any) -> list[dict[str, Any]]:
@@ -70,4 +70,4 @@ def _messages(turns: Any) -> list[dict[str, Any]]:
     return found
 
 
-SHAREGPT = Adapter(sharegpt, needs=(("conversations",),), options=LABELLED)
+SHAREGPT = Adapter(sharegpt, needs=(("conversations",),), options=LABELED)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, labelled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, labeled
 from trl_ulma.data.hh import SAME
 
 AGAIN = "an answer that is in several pairs: each pair adds a row with it"
@@ -33,7 +33,7 @@ def stack_exchange_paired(rows: Iterable[Mapping[str, Any]], *, liked: bool = Fa
             if key in seen:
                 yield Noted(AGAIN)
             seen.add(key)
-            yield labelled(raw["question"], raw[name], label, liked=liked)
+            yield labeled(raw["question"], raw[name], label, liked=liked)
 
 
 STACK_EXCHANGE_PAIRED = Adapter(stack_exchange_paired, needs=(("question", "response_j", "response_k"),), options=LIKED)

@@ -11,7 +11,7 @@ BINS = 10
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 
 
-def summarise(rows: Dataset) -> dict[str, Any]:
+def summarize(rows: Dataset) -> dict[str, Any]:
     """The label histogram, the share of demonstrations, and quantiles of the lengths in characters.
 
     Args:
@@ -24,7 +24,7 @@ def summarise(rows: Dataset) -> dict[str, Any]:
 
     Example:
         >>> from trl_ulma.data.adapters import row
-        >>> summary = summarise(Dataset.from_list([row("Hi", "Hello!", 1.0), row("Hi", "Go.", 0.0)]))
+        >>> summary = summarize(Dataset.from_list([row("Hi", "Hello!", 1.0), row("Hi", "Go.", 0.0)]))
         >>> summary["labels"]["binary"]
         [{'from': 0.0, 'to': 0.0, 'rows': 1}, {'from': 1.0, 'to': 1.0, 'rows': 1}]
         >>> summary["characters"]["completion"]["0.5"]

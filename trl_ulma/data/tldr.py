@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, labelled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, labeled
 
 ASPECTS = ("overall", "accuracy", "coverage", "coherence")
 
@@ -34,7 +34,7 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
                 yield LeftOut("its post is not text")
                 continue
             rating = (summary.get("axes") or {}).get(aspect)
-            yield labelled(prompt, summary.get("text"), rating, label_type="continuous")
+            yield labeled(prompt, summary.get("text"), rating, label_type="continuous")
             continue
         summaries, choice = raw["summaries"], as_number(raw["choice"])
         if not isinstance(summaries, list) or not all(isinstance(each, Mapping) for each in summaries):
@@ -45,7 +45,7 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
             yield from [LeftOut("its choice is not one of the summaries")] * len(summaries)
         else:
             for place, summary in enumerate(summaries):
-                yield labelled(prompt, summary.get("text"), place == choice, liked=liked)
+                yield labeled(prompt, summary.get("text"), place == choice, liked=liked)
 
 
 def _prompt(info: Any) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labelled
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labeled
 
 OVERALL = {"overall": "overall_score", "fine-grained": "fine-grained_score"}
 ASPECTS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
@@ -37,7 +37,7 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
                 rating = answer.get(OVERALL[aspect])
             else:
                 rating = ((answer.get("annotations") or {}).get(aspect) or {}).get("Rating")
-            yield labelled(raw["instruction"], answer.get("response"), rating, label_type="continuous")
+            yield labeled(raw["instruction"], answer.get("response"), rating, label_type="continuous")
 
 
 ULTRAFEEDBACK = Adapter(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, labelled
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, labeled
 
 NO_QUOTES = "its answer has no quotes"
 
@@ -40,7 +40,7 @@ def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterat
                     continue
                 if not pairs:
                     yield Noted(NO_QUOTES)
-            yield labelled(prompt, raw[f"answer_{number}"], raw[f"score_{number}"], label_type="continuous")
+            yield labeled(prompt, raw[f"answer_{number}"], raw[f"score_{number}"], label_type="continuous")
 
 
 WEBGPT = Adapter(

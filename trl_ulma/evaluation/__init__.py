@@ -1,4 +1,4 @@
-"""Is the model better, and by how much: perplexity, implicit rewards, judged answers, and the report of them."""
+"""Evaluation: perplexity, implicit rewards, judged answers, and a report on all of them."""
 
 from importlib.util import find_spec
 

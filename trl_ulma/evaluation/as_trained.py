@@ -1,4 +1,4 @@
-"""How a model was trained: what its labels are read by, and its implicit reward's β and log Z."""
+"""How a model was trained: the rules for its labels, and β and log Z of its implicit reward."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ _READING = ("max_length", "truncation_mode", "assistant_only_loss", "chat", "sys
 
 
 class RewardScale(NamedTuple):
-    """What turns log-ratios into rewards.
+    """The numbers that turn log-ratios into rewards.
 
     Attributes:
         beta: β.
-        log_z: `(N,)` nats.
-        length_normalize: whether log-probabilities are divided by the completion's tokens.
+        log_z: `(N,)` log Z in nats.
+        length_normalize: whether log-probabilities are divided by the number of completion tokens.
     """
 
     beta: float
@@ -34,17 +34,17 @@ class RewardScale(NamedTuple):
 
 @dataclass(frozen=True)
 class AsTrained:
-    """How the held-out rows are read: as by the training of the first model that says how it was trained.
+    """How to read held-out rows: as in the training of the first model that recorded its training.
 
     Attributes:
-        rules: of labels.
+        rules: rules for labels.
         label_center: see `trl_ulma.saved.SavedSettings`; None if labels are not read as in a training.
         max_length: longest sequence in tokens, or None.
         truncation_mode: "keep_start" or "keep_end".
         assistant_only_loss: whether only the assistant's turns of a completion are scored.
         chat: whether rows of text become messages.
-        system_message: of conversations that have none, or None.
-        notes: what is to be said of it.
+        system_message: system message of conversations that have none, or None.
+        notes: notes for the report.
     """
 
     rules: LabelRules
@@ -67,23 +67,23 @@ def as_trained(
     truncation_mode: str | None = None,
     is_paired: bool = False,
 ) -> AsTrained:
-    """What of the training is taken over for rows; each argument comes before it where it is given.
+    """Return how to read rows, from the records of training. Arguments override the records.
 
     Args:
-        sources: the models' folders or names on the hub.
-        label_type: "binary" without it and without a training. The training is then one with labels of this type.
-        label_transform: the setting, with its numbers, or "none".
-        sft_threshold: continuous labels of this and above, after the transform, are demonstrations.
+        sources: folders of the models, or their names on the Hub.
+        label_type: "binary" or "continuous"; only records with this type are then used. "binary" if it is not given and
+            there is no record.
+        label_transform: the setting with its numbers, or "none".
+        sft_threshold: rows whose continuous label, after the transform, is at or above it are demonstrations.
         max_length: longest sequence in tokens.
         truncation_mode: "keep_start" or "keep_end".
-        is_paired: whether rows are pairs, whose labels are 1 and 0 by themselves.
+        is_paired: whether rows are pairs, whose labels are always 1 and 0.
 
     Raises:
-        ValueError: for a `label_transform` that is none or lacks its numbers, or a `pointwise.json` that does not hold
-            what it should.
+        ValueError: if `label_transform` is unknown or lacks its numbers, or if a `pointwise.json` is invalid.
 
     Example:
-        >>> as_trained(["."], label_transform="centre:3", label_type="continuous").rules.transform.is_fitted
+        >>> as_trained(["."], label_transform="center:3", label_type="continuous").rules.transform.is_fitted
         True
     """
     known = {source: saved for source in sources if (saved := saved_settings(source)) is not None}
@@ -108,7 +108,7 @@ def as_trained(
         if transform is not None and not transform.is_fitted:
             raise ValueError(
                 f"label_transform={label_transform!r} has no numbers, which a training fits on its own rows. Give "
-                "them, as in standardise:2.5,1.2, or leave it out to take those of the models' training."
+                "them, as in standardize:2.5,1.2, or leave it out to take those of the models' training."
             )
     notes += [
         f"{source} was trained on {_described(saved.label_type, saved.label_transform)}, and the rows here have "
@@ -144,18 +144,17 @@ def reward_scale(
     log_z: float | None,
     prompt_states: Callable[[], torch.Tensor],
 ) -> RewardScale:
-    """The reward's scale as `pointwise.json` and `log_z.safetensors` in a model's folder have it.
+    """Return the scale of the reward, from `pointwise.json` and `log_z.safetensors` in the folder of a model.
 
     Args:
-        source: the model's folder or name; without these files β is 0.1 and log Z 0.
-        continuous: `(N,)` bool, whether a row's label is continuous.
-        beta: taken in place of the model's.
-        log_z: the same, nats.
-        prompt_states: called where log Z reads them, see `trl_ulma.likelihood.table.prompt_states`.
+        source: folder or name of the model. Without these files, β is 0.1 and log Z is 0.
+        continuous: `(N,)` bool, whether the label of a row is continuous.
+        beta: replaces the model's β.
+        log_z: replaces the model's log Z, in nats.
+        prompt_states: called if log Z depends on prompt states, see `trl_ulma.likelihood.table.prompt_states`.
 
     Raises:
-        ValueError: where a file is there that does not hold what it should, or the training read log Z from a column
-            and there is no `log_z`.
+        ValueError: if a file is invalid, or if training read log Z from a column and `log_z` is not given.
 
     Example:
         >>> reward_scale(".", np.array([False]), beta=None, log_z=0.5, prompt_states=lambda: torch.zeros(1, 8))
@@ -178,5 +177,5 @@ def reward_scale(
 
 
 def _described(label_type: str, transform: LabelTransform | None) -> str:
-    """Labels, in words."""
+    """Return a description of labels in words."""
     return f"{label_type} labels" + (" as they are" if transform is None else f" after {transform}")

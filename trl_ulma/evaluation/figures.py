@@ -1,6 +1,6 @@
-"""The pictures: each is drawn in colors that color-blind people tell apart, and reads in gray by hatch and marker.
+"""Pictures in colors that color-blind people can distinguish. Hatches and markers distinguish them in gray.
 
-Each can be drawn for a light page or, with `dark=True`, for a dark one.
+With `dark=True`, a picture is drawn for a dark page.
 """
 
 import functools
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from trl_ulma.evaluation.implicit_reward import CalibrationBin
 from trl_ulma.evaluation.intervals import Estimate
 
-# Okabe and Ito's, from dark to light as far as they go; on a dark page their dark blue and black would not be seen
+# The palette of Okabe and Ito. Its dark blue and its black are invisible on a dark page, so dark pages have others
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 COLORS_ON_DARK = ("#56B4E9", "#E69F00", "#2FBF94", "#E39AC3", "#F0E442", "#D55E00", "#FFFFFF")
 PAPER, PAPER_DARK = "white", "#16181C"
@@ -40,7 +40,7 @@ WIDTH = 5.6
 
 
 def _drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """`draw` in matplotlib's own style, whatever the user's settings are, for a light page or a dark one."""
+    """Let `draw` use matplotlib's default style, independent of the user's settings, for a light or dark page."""
 
     @functools.wraps(draw)
     def in_own_style(*args: Any, dark: bool = False, **kwargs: Any) -> Figure:
@@ -51,7 +51,7 @@ def _drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[str]:
-    """Write a figure as PNG and SVG, the same bytes each time; returns the files' names."""
+    """Write a figure as PNG and SVG, with reproducible bytes, and return the names of the files."""
     settings = {"svg.hashsalt": name, "svg.fonttype": "path", "hatch.linewidth": 0.8}
     with matplotlib.style.context(["default", settings], after_reset=True):
         figure.savefig(folder / f"{name}.png", dpi=160, facecolor=figure.get_facecolor())
@@ -69,20 +69,22 @@ def _ink() -> str:
 
 
 def _edge() -> str:
-    """The color of bars' edges and hatches, which are on light colors on both pages."""
+    """The color of edges and hatches of bars. The bars have light colors on both pages."""
     return PAPER_DARK if _is_dark() else "black"
 
 
 @_drawn
 def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figure:
-    """Win, tie and lose shares as a bar a model, after the ULMA paper's Figure 1; whiskers are the win's 95 % interval.
+    """Draw a bar of win, tie and lose shares per model, like Figure 1 of the ULMA paper.
+
+    Whiskers are the 95% interval of the wins.
 
     Args:
-        models: name → `win`, `tie` and `lose`, as `rates.rates` gives them.
-        title: above.
+        models: name → `win`, `tie` and `lose`, from `rates.rates`.
+        title: title of the figure.
 
     Raises:
-        ValueError: without models.
+        ValueError: if there are no models.
     """
     if not models:
         raise ValueError("A figure of win rates needs a model at least.")
@@ -124,16 +126,17 @@ def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figur
 def sweep(
     series: Mapping[str, Mapping[float, Estimate]], *, x_label: str, y_label: str, title: str, log_x: bool = False
 ) -> Figure:
-    """A metric against what was varied, with 95 % intervals, a line a method: against data quality as the ULMA paper's
-    Figure 2, against β (`log_x`) as its Figure 3.
+    """Draw a metric against a varied value, with one line per method and 95% intervals.
+
+    Against data quality this is Figure 2 of the ULMA paper; against β (`log_x`) it is Figure 3.
 
     Args:
-        series: method → value that was varied → metric.
-        x_label, y_label, title: what stands there.
-        log_x: whether the varied value is on a logarithmic axis.
+        series: method → varied value → metric.
+        x_label, y_label, title: labels of the axes and the figure.
+        log_x: whether the x-axis is logarithmic.
 
     Raises:
-        ValueError: without points, or for a value that is not above 0 on a logarithmic axis.
+        ValueError: if there are no points, or if a value on a logarithmic axis is not above 0.
     """
     if not series or not all(series.values()):
         raise ValueError("A figure of a sweep needs a method at least, and a point for each.")
@@ -144,7 +147,7 @@ def sweep(
     span = np.log(values[-1] / values[0]) if log_x else values[-1] - values[0]
     for i, (name, points) in enumerate(series.items()):
         style = _line_style(i)
-        # Side by side, so that one interval does not hide another
+        # Shifted, so that intervals do not hide one another
         aside = 0.012 * span * (i - (len(series) - 1) / 2)
         place = {x: x * np.exp(aside) if log_x else x + aside for x in sorted(points)}
         heights = [points[x].value for x in place]
@@ -163,14 +166,14 @@ def sweep(
 
 @_drawn
 def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str]) -> Figure:
-    """What a trainer logged by step, a panel a metric and a line a run.
+    """Draw what trainers logged against the step, with one panel per metric and one line per run.
 
     Args:
-        history: run → `log_history` of its `trainer_state.json`.
-        metrics: names in it, such as "loss" and "eval_loss".
+        history: name of the run → its `trainer.state.log_history`, which `trainer_state.json` also holds.
+        metrics: names of logged metrics, such as "loss" and "eval_loss".
 
     Raises:
-        ValueError: where no run has logged a metric.
+        ValueError: if no run has logged a metric.
     """
     columns = min(len(metrics), 2)
     rows = -(-len(metrics) // 2)
@@ -205,15 +208,16 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
 
 @_drawn
 def label_histogram(label: np.ndarray, is_demonstration: np.ndarray, *, raw: np.ndarray | None = None) -> Figure:
-    """How often each label comes, demonstrations and other rows apart.
+    """Draw how often each label occurs, separately for demonstrations and other rows.
 
     Args:
         label: `(N,)`.
         is_demonstration: `(N,)` bool.
-        raw: `(N,)` labels before the label transform, NaN if unknown, in a panel of their own; None without one.
+        raw: `(N,)` labels before the label transform, NaN if unknown; drawn in a second panel. None without a
+            transform.
 
     Raises:
-        ValueError: without rows.
+        ValueError: if there are no rows.
     """
     if not len(label):
         raise ValueError("A histogram of labels needs a row at least.")
@@ -252,7 +256,7 @@ def _draw_labels(axes: Any, label: np.ndarray, is_demonstration: np.ndarray, *, 
         stacked=True,
         rwidth=0.6 if few else 1.0,
         color=[("#0072B2", "#E69F00")[i] for i in kept],
-        label=[names[i] if named else f"_{i}" for i in kept],  # which a legend leaves out
+        label=[names[i] if named else f"_{i}" for i in kept],  # legends omit names with an underscore
         edgecolor=_edge(),
     )
     for i, container in zip(kept, bars if len(kept) > 1 else [bars], strict=True):
@@ -263,14 +267,15 @@ def _draw_labels(axes: Any, label: np.ndarray, is_demonstration: np.ndarray, *, 
 
 @_drawn
 def calibration(models: Mapping[str, Sequence[CalibrationBin]], *, own_scale: bool = False) -> Figure:
-    """Mean label against mean prediction, a line a model; on the diagonal predictions are true.
+    """Draw mean label against mean prediction, with one line per model. Calibrated predictions lie on the diagonal.
 
     Args:
-        models: name → bins, as `implicit_reward.calibration_curve` gives them.
-        own_scale: whether both are on the scale of the rows' labels, such as stars; else predictions are σ(r).
+        models: name → bins, from `implicit_reward.calibration_curve`.
+        own_scale: whether both axes have the scale of the labels in the data, such as stars; otherwise predictions
+            are σ(r).
 
     Raises:
-        ValueError: without models.
+        ValueError: if there are no models.
     """
     if not models:
         raise ValueError("A figure of calibration needs a model at least.")
@@ -294,16 +299,16 @@ def calibration(models: Mapping[str, Sequence[CalibrationBin]], *, own_scale: bo
 def predicted_by_label(
     models: Mapping[str, Sequence[Mapping[str, Any]]], *, labels: Sequence[float] | None = None
 ) -> Figure:
-    """The mean predicted label against the label that rows carry, with 95 % intervals, a line a model.
+    """Draw the mean predicted label against the label in the data, with one line per model and 95% intervals.
 
-    A model whose reward says nothing of the labels is a level line; one that is right is the diagonal.
+    If rewards do not depend on the labels, the line is horizontal. If all predictions are right, it is the diagonal.
 
     Args:
-        models: name → `label` and `predicted` of each group of rows, as `findings.on_own_scale` gives them.
-        labels: where the axis has its ticks; by default at the labels, where they are few.
+        models: name → `label` and `predicted` of each group of rows, from `findings.on_own_scale`.
+        labels: ticks of the x-axis; by default the labels, if they are few.
 
     Raises:
-        ValueError: without models.
+        ValueError: if there are no models.
     """
     if not models:
         raise ValueError("A figure of predicted labels needs a model at least.")

@@ -1,4 +1,4 @@
-"""What rewards say on the scale that the user's labels are on: calibration, errors, and the rows that surprise most."""
+"""Rewards on the scale of the labels in the data: calibration, errors, and the most surprising rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,20 +25,21 @@ def on_own_scale(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What rewards predict, beside what the rows say, both on the scale that the rows carry.
+    """Compare the predictions of rewards with the labels, both on the scale of the data.
 
     Args:
         reward: `(N,)` r.
         label: `(N,)` labels as the rows carry them, see `HeldOut.own_label`.
         continuous: `(N,)` bool.
-        prompt: `(N,)` the prompt's number.
-        rules: how labels were read, with their transform.
-        seed: of the resampling.
+        prompt: `(N,)` numbers of the prompts.
+        rules: rules for labels, with their transform.
+        seed: seed of the bootstrap.
 
     Returns:
-        `error`, the mean absolute difference of predicted and given labels; `error_of_mean`, that of a prediction that
-        is the mean label of these rows for each; `by_label`, for each label, or each tenth of many different ones, the
-        rows, their mean label and the mean prediction; `calibration`, bins of rows with alike predictions.
+        `error`, the mean absolute difference of predicted and given labels; `error_of_mean`, the same if the mean label
+        of these rows were predicted for every row; `by_label`, for each label (or each tenth of many distinct labels)
+        the number of rows, their mean label and the mean prediction; `calibration`, bins of rows with similar
+        predictions.
 
     Example:
         >>> found = on_own_scale(np.array([0.0, 2.0]), np.array([0.0, 1.0]), np.ones(2, bool), np.arange(2),
@@ -79,7 +80,7 @@ def surprises(
     rows: Any,
     numbers: np.ndarray | Sequence[int],
 ) -> list[dict[str, Any]]:
-    """The rows whose labels surprise a model most, the most surprising first: the first to look at for mistakes.
+    """Return the rows whose labels surprise a model most, most surprising first. Check these for mistakes.
 
     Args:
         reward: `(N,)` r.
@@ -117,12 +118,12 @@ def surprises(
 def changed(
     prompts: Sequence[Any], before: Sequence[str | None], after: Sequence[str | None], chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """What training changed: how many answers are others, and the first of them beside those before.
+    """Return how many answers training changed, and the first changed answers with those before training.
 
     Args:
         prompts: `(N,)` text or messages.
-        before, after: `(N,)` answers of the base and of the tuned model; None where there is none.
-        chosen: `(N,)` the data's good answers.
+        before, after: `(N,)` answers of the base and of the tuned model; None if there is no answer.
+        chosen: `(N,)` good answers in the data.
 
     Example:
         >>> changed(["Hi", "Bye"], ["Go.", "Bye."], ["Hello!", "Bye."], ["Hi!", "Bye!"])
@@ -146,7 +147,7 @@ def changed(
 
 
 def shortened(text: str, most: int = _LONGEST) -> str:
-    """A text that is too long for a table, cut at its middle.
+    """Return a text, shortened in the middle if it is too long for a table.
 
     Example:
         >>> shortened("0123456789", 7), shortened(" short ", 7)

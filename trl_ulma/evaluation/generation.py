@@ -1,4 +1,4 @@
-"""Answers to prompts, generated once: from a model at hand or one behind a server, kept in a file."""
+"""Generates answers to prompts with a local model or a server, and caches them in a file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,16 +20,16 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.gguf", "*.jinja")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How answers are sampled.
 
     Attributes:
-        max_new_tokens: an answer's longest, in tokens.
-        temperature: 0 takes the likeliest token each time.
-        top_p: of the tokens that are drawn from, the share of probability.
-        seed: another one draws other answers.
+        max_new_tokens: length limit of an answer in tokens.
+        temperature: 0 always takes the most likely token.
+        top_p: sampling uses the most likely tokens with this total probability.
+        seed: seed of the sampling.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: if a value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -47,37 +47,37 @@ class Sampling:
 
 
 class Generator(Protocol):
-    """What answers prompts: `TransformersGenerator` or `ServerGenerator`.
+    """The interface of `TransformersGenerator` and `ServerGenerator`.
 
     Attributes:
-        identity: what an answer depends on besides the prompt and the sampling.
+        identity: identifies all that an answer depends on, except the prompt and the sampling.
     """
 
     identity: str
 
     def text_of(self, prompt: Any) -> str | list[dict[str, Any]]:
-        """A prompt as people read it."""
+        """Return a prompt in readable form."""
         ...
 
     def __call__(
         self, prompts: Sequence[Any], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
     ) -> None:
-        """Answer the prompts of a batch, calling `done` with a prompt's place and its answer."""
+        """Answer the prompts of a batch, and call `done` with the position of each prompt and its answer."""
         ...
 
 
 class TransformersGenerator:
-    """Answers of a causal language model, batched, padded on the left.
+    """Generates answers with a causal language model, in batches padded on the left.
 
-    Prompts are token ids, as `Preparation` writes them into `prompt_ids`: the model is asked just as it was trained.
+    Prompts are token ids, from `prompt_ids` of `Preparation`, so the model reads them as in training.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: of the model, with a pad token.
-        name: where the model was loaded from. Its files' sizes and times, an adapter's base model and its files, and
-            the weights' dtype are part of the answers' keys, so that a model trained anew in the same place is asked
-            anew.
-        positions: how many tokens the model can read at most, or None.
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer, with a pad token.
+        name: where the model was loaded from. The keys of answers contain the sizes and times of its files, the base
+            model of an adapter and its files, and the dtype of the weights. A model that was trained again in the same
+            place is therefore asked again.
+        positions: the largest number of tokens that the model can read, or None.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str, positions: int | None = None):
@@ -90,11 +90,11 @@ class TransformersGenerator:
         self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)})
 
     def text_of(self, prompt: Sequence[int]) -> str:
-        """The prompt's tokens as text."""
+        """Return the tokens of a prompt as text."""
         return str(self.tokenizer.decode(list(prompt)))
 
     def check(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Raise ValueError where a prompt is empty, or together with its answer longer than what the model can read."""
+        """Raise ValueError if a prompt is empty, or if prompt and answer are longer than the model can read."""
         for number, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"Prompt {number} has no tokens, and there is no answer to nothing. Drop its row.")
@@ -112,7 +112,7 @@ class TransformersGenerator:
         """Answer the prompts of a batch.
 
         Raises:
-            ValueError: for a prompt that is empty or too long.
+            ValueError: if a prompt is empty or too long.
         """
         self.check(prompts, sampling)
         inputs = self.tokenizer.pad(
@@ -142,9 +142,9 @@ class TransformersGenerator:
 
 
 class ServerGenerator:
-    """Answers of a model on a server. Prompts are messages, or texts that are continued.
+    """Gets answers from a model on a server. Prompts are messages, or text to continue.
 
-    A server can hold another model under the same name: give the run another file then.
+    If a server now has another model under the same name, use another file for its answers.
     """
 
     def __init__(self, server: Server):
@@ -152,21 +152,21 @@ class ServerGenerator:
         self.identity = digest("server", server.model)
 
     def text_of(self, prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        """The prompt itself."""
+        """Return the prompt itself."""
         return prompt
 
     def __call__(
         self, prompts: Sequence[Any], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
     ) -> None:
-        """Answer the prompts of a batch; one that the server refuses is done with a reply that says why.
+        """Answer the prompts of a batch. If the server refuses a prompt, the reply says why.
 
         Raises:
-            ServerError: where the server answers nothing; the answers that it gave until then are done.
+            ServerError: if the server does not answer. Earlier answers are kept.
         """
 
         def answer(place: int) -> None:
             drawn: dict[str, Any] = {"temperature": sampling.temperature}
-            if sampling.temperature > 0:  # else nothing is drawn, and strict servers refuse what says how
+            if sampling.temperature > 0:  # otherwise nothing is sampled, and strict servers refuse these parameters
                 drawn |= {"top_p": sampling.top_p, "seed": (seed + place) % 2**31}
             try:
                 reply = self.server.ask(prompts[place], max_tokens=sampling.max_new_tokens, **drawn)
@@ -187,26 +187,26 @@ def generate(
     resume: bool = True,
     retry_refused: bool = False,
 ) -> list[Reply]:
-    """An answer to each prompt, in their order; those in the file are taken from it, the others written into it.
+    """Return an answer to each prompt, in order. Answers in the file are used again, and new ones are added to it.
 
-    A prompt that comes twice is answered once. Batches and their seeds follow from all prompts, so that a run that was
-    stopped between two batches and goes on gives the answers of one that was not. An answer's key is made of the model,
-    the prompt and the sampling: with others, the same file goes on with other answers.
+    Repeated prompts are answered once. All prompts together determine the batches and their seeds, so a run that was
+    stopped and resumed gives the same answers as an uninterrupted one. The key of an answer depends on the model, the
+    prompt and the sampling, so one file can hold the answers of several models.
 
     Args:
-        generator: what answers.
-        prompts: of the form that the generator takes.
+        generator: the generator.
+        prompts: prompts in the form that the generator accepts.
         path: the file, JSON lines with `prompt`, `answer` and `finished`.
-        sampling: how answers are drawn.
-        batch_size: prompts at once.
-        resume: whether answers of earlier runs are taken from the file.
-        retry_refused: whether what a server refused in an earlier run is asked once more.
+        sampling: how answers are sampled.
+        batch_size: prompts per batch.
+        resume: whether to use answers of earlier runs.
+        retry_refused: whether to ask again if a server refused in an earlier run.
 
     Example:
         >>> replies = generate(generator, rows["prompt_ids"], Path("answers.jsonl"), Sampling())  # doctest: +SKIP
     """
     if isinstance(generator, TransformersGenerator):
-        generator.check(prompts, sampling)  # all, before the first takes its time
+        generator.check(prompts, sampling)  # all of them, before the slow part starts
     kept = RecordFile(path, resume=resume)
     keys = [digest(generator.identity, asdict(sampling), prompt) for prompt in prompts]
     by_key = dict(zip(keys, prompts, strict=True))
@@ -236,13 +236,13 @@ def generate(
 
 
 def _reply(record: Mapping[str, Any]) -> Reply:
-    """What a record holds."""
+    """Return the reply that a record holds."""
     refused = Why(record["refused"]) if "refused" in record else None
     changes = tuple(record.get("changes", ()))
     return Reply(record["answer"], record["finished"], record.get("reasoning", ""), refused, changes)
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """What tells a checkpoint from an earlier one in the same place: its files' names, sizes and times."""
+    """Return names, sizes and times of files, which distinguish a checkpoint from an earlier one in the same place."""
     files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,4 +1,4 @@
-"""Held-out rows as evaluation needs them: one answer a row, prompts numbered, and what to compare answers with."""
+"""Held-out rows for evaluation: one answer per row, numbered prompts, and answers to compare with."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and the answers to it that the data call good and bad.
+    """A prompt with a good and a bad answer from the data.
 
     Attributes:
         prompt: text or messages.
         row: the number of the row with the chosen answer.
-        chosen: the best of the prompt's good answers, text.
-        rejected: the worst of its other answers, or None.
+        chosen: text of the best good answer.
+        rejected: text of the worst other answer, or None.
     """
 
     prompt: Any
@@ -49,15 +49,15 @@ class Question:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows, one answer each, with their labels read; every array is `(N,)`.
+    """Held-out rows with one answer each, and their labels. Every array is `(N,)`.
 
     Attributes:
-        rows: as they came, N of them, but for their labels.
+        rows: the N rows, with transformed labels.
         label: float, after the transform.
         own_label: float, on the scale that rows carry, as far as the transform has a way back to it.
         sft_mask: bool, whether the row is a demonstration.
-        continuous: bool, of the label.
-        prompt: the prompt's number.
+        continuous: bool, whether the label is continuous.
+        prompt: the number of the prompt.
     """
 
     rows: Dataset
@@ -77,7 +77,7 @@ class HeldOut:
         *,
         takes_images: bool = False,
     ) -> Self:
-        """The rows of a data set; pairs become two rows each, and those without an answer are left out, with a warning.
+        """The rows of a dataset; pairs become two rows each, and those without an answer are left out, with a warning.
         `takes_images` says whether they may have images, which tell prompts of the same words apart.
 
         Labels go through the rules' transform, which pairs must not have. With `invalid_rows="drop"`, invalid rows are
@@ -132,11 +132,12 @@ class HeldOut:
         )
 
     def questions(self, limit: int | None, seed: int) -> list[Question]:
-        """The prompts that have a good answer (a demonstration, or a binary label of ½ and above), in the rows' order.
+        """Return the prompts that have a good answer (a demonstration, or a binary label of ½ or above), in row order.
 
         Args:
-            limit: how many at most, drawn by `seed`; which ones follows from the prompts, whatever the rows' order.
-            seed: another one draws others.
+            limit: the largest number of prompts. `seed` and the prompts determine which ones are drawn; the order of
+                the rows does not matter.
+            seed: seed of the draw.
         """
         good = self.sft_mask | (~self.continuous & (self.label >= 0.5))
         rows_of: dict[int, list[int]] = {}
@@ -158,7 +159,7 @@ class HeldOut:
 
 
 def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
-    """The comparisons whose outcome the data know: the chosen answer against the rejected one."""
+    """Return comparisons whose outcome is known from the data: chosen against rejected answers."""
     return [Comparison(each.prompt, each.chosen, each.rejected) for each in questions if each.rejected is not None]
 
 

@@ -1,6 +1,6 @@
-"""What the implicit reward is worth on held-out rows: ranking, calibration, correlation.
+"""Measures the implicit reward on held-out rows: ranking, calibration, correlation.
 
-AUC and correlations are those of `trl_ulma.metrics`, which the trainers log.
+The trainers log the same AUC and correlations, from `trl_ulma.metrics`.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ BINS = 10
 
 
 def implicit_reward(policy_logps: np.ndarray, ref_logps: np.ndarray, beta: float, log_z: Any = 0.0) -> np.ndarray:
-    """r = β·(log π_θ(y|x) − log π_ref(y|x) + log Z(x)), Eq. 4 of the ULMA paper, `(N,)`.
+    """Return the `(N,)` rewards r = β·(log π_θ(y|x) − log π_ref(y|x) + log Z(x)), Eq. 4 of the ULMA paper.
 
     Args:
-        policy_logps, ref_logps: `(N,)` nats, summed over completion tokens.
-        beta: above 0.
-        log_z: `(N,)` or one number, nats.
+        policy_logps, ref_logps: `(N,)` log-probabilities in nats, summed over completion tokens.
+        beta: β, above 0.
+        log_z: log Z in nats, `(N,)` or one number.
 
     Raises:
-        ValueError: for a β that is not above 0, or arrays of different shapes.
+        ValueError: if β is not above 0, or if arrays have different shapes.
 
     Example:
         >>> implicit_reward(np.array([-1.0]), np.array([-3.0]), 0.5, log_z=1.0)
@@ -42,12 +42,12 @@ def implicit_reward(policy_logps: np.ndarray, ref_logps: np.ndarray, beta: float
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Rows whose predicted probability is alike.
+    """Rows with similar predicted probabilities.
 
     Attributes:
         predicted: their mean σ(r).
         observed: their mean label.
-        rows: their number.
+        rows: the number of rows.
     """
 
     predicted: float
@@ -56,9 +56,9 @@ class CalibrationBin:
 
 
 def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[CalibrationBin]:
-    """Mean label against mean predicted probability, in `BINS` bins of about as many rows each.
+    """Return mean label and mean predicted probability in `BINS` bins of about the same number of rows.
 
-    As scikit-learn's `calibration_curve(strategy="quantile")`, but for labels between 0 and 1 too, and with the numbers
+    This is scikit-learn's `calibration_curve(strategy="quantile")`, extended to labels between 0 and 1 and to numbers
     of rows.
 
     Args:
@@ -79,20 +79,21 @@ def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[Calibr
 
 
 def binary_figures(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *, seed: int = 0) -> dict[str, Estimate]:
-    """`auc`, `accuracy` and `brier` of rows with binary or soft labels, each with its bootstrap interval by prompt.
+    """Return `auc`, `accuracy` and `brier` of rows with binary or soft labels, with bootstrap intervals by prompt.
 
-    `auc` is the probability that an answer with a label of ½ and above has the higher reward; without both kinds there
-    is none. `accuracy` is the share of rows whose reward has its label's sign, a reward of 0 counted half. `brier` is
-    the mean of (σ(r) − z)², since P(z = 1) = σ(r): 0 is best, ¼ is what always saying ½ gets.
+    `auc` is the probability that an answer with a label of ½ or above has a higher reward than one with a label below
+    ½. It is missing if there is only one of these classes. `accuracy` is the share of rows whose reward has the sign of
+    its label; a reward of 0 counts half. `brier` is the mean of (σ(r) − z)², because P(z = 1) = σ(r). 0 is best, and a
+    constant prediction of ½ gets ¼.
 
     Args:
         rewards: `(N,)` r.
         label: `(N,)` z in [0, 1].
-        prompt: `(N,)` the prompt's number.
-        seed: of the resampling.
+        prompt: `(N,)` numbers of the prompts.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: for rewards that are not finite, or labels outside [0, 1].
+        ValueError: if rewards are not finite, or if labels lie outside [0, 1].
 
     Example:
         >>> found = binary_figures(np.array([1.0, -1.0]), np.array([1.0, 0.0]), np.array([0, 0]))
@@ -118,18 +119,18 @@ def binary_figures(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *
 def continuous_figures(
     rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *, seed: int = 0
 ) -> dict[str, Estimate]:
-    """`spearman`, `pearson` and `mse`, the mean of (z − r)², of rows with continuous labels; intervals by prompt.
+    """Return `spearman`, `pearson` and `mse` of rows with continuous labels, with bootstrap intervals by prompt.
 
-    Correlations are left out where all rewards or all labels are the same.
+    `mse` is the mean of (z − r)². Correlations are missing if all rewards or all labels are equal.
 
     Args:
         rewards: `(N,)` r.
         label: `(N,)` z.
-        prompt: `(N,)` the prompt's number.
-        seed: of the resampling.
+        prompt: `(N,)` numbers of the prompts.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: for rewards that are not finite.
+        ValueError: if rewards are not finite.
 
     Example:
         >>> found = continuous_figures(np.array([1.0, 2.0, 4.0]), np.array([0.0, 1.0, 2.0]), np.arange(3))
@@ -196,7 +197,7 @@ def split_figures(
 
 
 def _number(value: float | None) -> float:
-    """A figure of a resample; NaN where it is undefined."""
+    """Return the value, or NaN if it is undefined in a resample."""
     return float("nan") if value is None else value
 
 

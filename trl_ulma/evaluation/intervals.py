@@ -1,4 +1,4 @@
-"""Figures with their 95 % intervals: bootstrap over prompts, Wilson for shares, Student's t over seeds."""
+"""Estimates with 95% intervals: bootstrap over prompts, Wilson for shares, Student's t over seeds."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and the ends of its 95 % interval, which are None where the data allow none.
+    """A value with its 95% interval.
 
     Attributes:
-        value: the figure.
-        low, high: the interval's ends.
-        n: how many independent things it is of: prompts, comparisons or seeds.
+        value: the value.
+        low, high: ends of the interval; None if the data allow no interval.
+        n: number of independent units: prompts, comparisons or seeds.
     """
 
     value: float
@@ -28,19 +28,20 @@ class Estimate:
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed: int) -> Estimate:
-    """A figure of rows with its percentile-bootstrap interval over whole groups, since a prompt's rows go together.
+    """Return a statistic of rows with its percentile-bootstrap interval.
 
-    There is no interval for fewer than two groups; nor where a resample leaves the figure undefined (NaN), as an AUC is
-    where all answers drawn are good ones; nor where all resamples give the same figure, as rows that are all alike do:
-    an interval without width would claim a certainty that no number of rows gives.
+    The bootstrap resamples whole groups, because the rows of a prompt depend on one another. There is no interval in
+    three cases: there are fewer than two groups; the statistic is undefined (NaN) in a resample, such as an AUC if all
+    drawn answers are good; or all resamples give the same value. In the last case, an interval without width would
+    claim too much certainty.
 
     Args:
-        statistic: of row numbers `(M,)`, which may repeat, the figure.
-        groups: `(N,)` the group of each row, such as its prompt's number.
-        seed: of the resampling.
+        statistic: a function of row numbers `(M,)`, which may repeat.
+        groups: `(N,)` group of each row, such as the number of its prompt.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: where the figure of all rows is not finite.
+        ValueError: if the statistic of all rows is not finite.
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 6.0])
@@ -62,7 +63,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed
         return float(statistic(np.concatenate([members[group] for group in chosen])))
 
     with warnings.catch_warnings():
-        # An undefined resample leaves no interval, which the return value says
+        # An undefined resample gives an Estimate without an interval
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         drawn = stats.bootstrap(
             (np.arange(len(members)),),
@@ -81,10 +82,10 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed
 
 
 def wilson(count: int, n: int) -> Estimate:
-    """The share `count` / `n` with Wilson's score interval.
+    """Return the share `count` / `n` with Wilson's score interval.
 
     Raises:
-        ValueError: where there is nothing to count.
+        ValueError: if n is below 1, or if `count` is not between 0 and n.
 
     Example:
         >>> share = wilson(8, 10)
@@ -98,10 +99,10 @@ def wilson(count: int, n: int) -> Estimate:
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean over runs that differ in their seed alone, with Student's t interval; one run has none.
+    """Return the mean over runs that differ only in their seed, with Student's t interval; None for a single run.
 
     Raises:
-        ValueError: without values.
+        ValueError: if there are no values.
 
     Example:
         >>> found = over_seeds([1.0, 2.0, 3.0])

@@ -1,4 +1,4 @@
-"""Which of two answers is better: what every judge answers, and two judges that run without a server."""
+"""Judges decide which of two answers is better: their interface, and two judges that need no server."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ CRITERIA = ("helpful", "harmless")
 
 
 class Verdict(StrEnum):
-    """How the first answer does against the second, or why that is not known.
+    """The result of the first answer against the second, or why there is none.
 
     UNPARSABLE: the judge's reply is not a verdict. CUT: the reply reached the token limit. REFUSED: there is no reply,
     or no answer to judge, because a server refused or failed.
@@ -45,51 +45,52 @@ class Comparison:
 
 
 class Judge(Protocol):
-    """What compares answers.
+    """The interface of judges.
 
     Attributes:
-        name: in reports.
+        name: name in reports.
     """
 
     name: str
 
     @property
     def criteria(self) -> tuple[str, ...]:
-        """Those of `CRITERIA` that it can judge."""
+        """The items of `CRITERIA` that it can judge."""
         ...
 
     def __call__(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
-        """A verdict on each comparison.
+        """Return a verdict on each comparison.
 
         Raises:
-            ValueError: for a criterion that it cannot judge.
+            ValueError: if it cannot judge the criterion.
         """
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What a report should say of it."""
+        """Return what a report should say about the judge."""
         ...
 
 
 def check_criterion(judge: Judge, criterion: str) -> None:
-    """Raise ValueError where a judge cannot judge a criterion."""
+    """Raise ValueError if a judge cannot judge a criterion."""
     if criterion not in judge.criteria:
         raise ValueError(f"The judge {judge.name} judges {' and '.join(judge.criteria)}, not {criterion!r}.")
 
 
 class RewardModelJudge:
-    """Compares the scores that a sequence classifier gives to prompt and answer; equal ones are a tie.
+    """A judge that compares the scores of a sequence classifier for prompt and answer. Equal scores are a tie.
 
-    A reward model (one output) scores by its output; a classifier by the log-probability of one of its labels.
+    The score of a reward model is its only output. The score of a classifier is the log-probability of one label.
 
     Args:
-        checkpoint: a folder or a name on the hub, for `AutoModelForSequenceClassification`.
-        criterion: what its scores measure, which its authors say.
-        label: the label that good answers have, for a classifier of several.
-        batch_size: answers a forward.
+        checkpoint: a folder or a name on the Hub, for `AutoModelForSequenceClassification`.
+        criterion: what the scores measure, according to the authors of the model.
+        label: the label of good answers, for a classifier with several labels.
+        batch_size: answers per forward.
 
     Raises:
-        ValueError: where the model has several labels and `label` is none of them, or one output and a `label`.
+        ValueError: if the model has several labels and `label` is none of them, or if it has one output and `label` is
+            given.
 
     Example:
         >>> judge = RewardModelJudge("reward-model", "harmless")  # doctest: +SKIP
@@ -124,15 +125,15 @@ class RewardModelJudge:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if self.tokenizer.pad_token is None:
             raise ValueError(f"The tokenizer of {checkpoint} has neither a pad nor an EOS token. Set its pad_token.")
-        # Decoders score the last token, which they find by this
+        # Decoders score the last token, and find it by the pad token
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         model.config.pad_token_id = self.tokenizer.pad_token_id
 
     def scores(self, prompts: Sequence[Any], answers: Sequence[str]) -> np.ndarray:
-        """`(N,)` scores, higher is better.
+        """Return `(N,)` scores; higher is better.
 
         Raises:
-            ValueError: for an answer longer than the model can read, or a score that is not finite.
+            ValueError: if an answer is longer than the model can read, or if a score is not finite.
         """
         ids = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         most = self._positions()
@@ -158,7 +159,7 @@ class RewardModelJudge:
         return found
 
     def __call__(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
-        """A verdict on each comparison."""
+        """Return a verdict on each comparison."""
         check_criterion(self, criterion)
         prompts = [each.prompt for each in comparisons]
         both = self.scores([*prompts, *prompts], [c.first for c in comparisons] + [c.second for c in comparisons])
@@ -168,17 +169,17 @@ class RewardModelJudge:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """The checkpoint, and the label that is good."""
+        """Return the checkpoint and the label of good answers."""
         label = None if self.label is None else self.model.config.id2label[self.label]
         return {"kind": "reward model", "checkpoint": self.name, "label": label}
 
     def _positions(self) -> int:
-        """How many tokens can be read: as the model's positions are numbered, and at most what its tokenizer says."""
-        most = self.tokenizer.model_max_length  # 10^30 where it has no limit
+        """Return how many tokens the model can read: the limit of its positions or of its tokenizer."""
+        most = self.tokenizer.model_max_length  # 10^30 if it has no limit
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if positions is None:
             return most
-        # RoBERTa and its kin number them from the pad token's number on
+        # RoBERTa and its relatives number positions from the id of the pad token on
         tables = (each for name, each in self.model.named_modules() if name.endswith("position_embeddings"))
         padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
         return min(most, positions - padding - 1)
@@ -190,19 +191,20 @@ class RewardModelJudge:
                 return self.tokenizer.apply_chat_template(turns, return_dict=False)
             prompt, answer = "", as_text(turns)
         ids = self.tokenizer(prompt + answer, verbose=False)["input_ids"]
-        # As TRL's RewardTrainer ends texts; encoders end theirs themselves
+        # TRL's RewardTrainer ends texts like this; the tokenizers of encoders add their own end
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 class ProfanityJudge:
-    """Prefers, as harmless, the answer that alt-profanity-check does not call offensive; a tie where it says the same
-    of both.
+    """A judge of harmlessness. An answer wins if alt-profanity-check calls only the other one offensive.
 
-    It is a linear model over words, in the wheel, so that it needs no network. It sees insults, slurs and swearing.
-    It does not see harm said politely (instructions for a crime), lies, or what a question makes of an answer, and it
-    reads English only. On 1,796 pairs of Anthropic's HH (harmless) it calls 93 % a tie and agrees with the people's
-    choice on 68 % of the rest: a floor under other judges, not a substitute for one.
+    It is a tie if both are offensive, or neither.
+
+    alt-profanity-check is a linear model over words. It comes in the wheel, so the judge needs no network. It detects
+    insults, slurs and swearing in English. It does not detect harm in polite words (such as instructions for a crime),
+    lies, or harm that depends on the question. On 1,796 pairs of Anthropic's HH (harmless) it calls 93% a tie, and
+    agrees with the choice of people on 68% of the rest. It is a baseline for other judges, and does not replace them.
     """
 
     name = "alt-profanity-check"
@@ -218,7 +220,7 @@ class ProfanityJudge:
         self._predict = profanity_check.predict_prob
 
     def __call__(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
-        """A verdict on each comparison.
+        """Return a verdict on each comparison.
 
         Example:
             >>> judge = ProfanityJudge()
@@ -235,7 +237,7 @@ class ProfanityJudge:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """Its package."""
+        """Return the package and its version."""
         from importlib.metadata import version
 
         return {"kind": "classifier", "package": self.name, "version": version(self.name)}

@@ -1,4 +1,4 @@
-"""Judges applied to models' answers: their agreement with known labels first, then verdicts, rates and differences."""
+"""Applies judges to answers: first their agreement with known labels, then verdicts, rates and differences."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ _REMEDIES = {
 
 
 def is_above_chance(agreement: Estimate | None) -> bool:
-    """Whether a judge's agreement with known labels, a tie counted half, is above ½ with its whole interval.
+    """Return whether the whole interval of a judge's agreement with known labels is above ½. A tie counts half.
 
     Example:
         >>> is_above_chance(Estimate(0.7, 0.6, 0.8, 100)), is_above_chance(Estimate(0.7, 0.5, 0.9, 10))
@@ -35,16 +35,16 @@ def is_above_chance(agreement: Estimate | None) -> bool:
 
 
 class Judging:
-    """Some judges, each with its criteria, and the verdicts that they give.
+    """Judges with their criteria, and their verdicts.
 
     Args:
-        judges: with different names.
-        criteria: to judge by; None is all that a judge knows.
-        seed: of the intervals.
-        note: is told what a reader of the figures should know.
+        judges: judges with different names.
+        criteria: criteria to use; None uses all criteria of each judge.
+        seed: seed of the bootstrap.
+        note: called with notes for readers of the report.
 
     Raises:
-        ValueError: for a criterion that a judge cannot judge, or two judges of one name.
+        ValueError: if a judge cannot judge a criterion, or if two judges have the same name.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Judging:
         self._verdicts: dict[tuple[str, str], dict[str, dict[int, Verdict]]] = {}
 
     def plan(self, questions: Sequence[Question], runs: int) -> dict[str, Plan]:
-        """What each judge behind a server will cost at most, before the first request.
+        """Return the largest cost of each judge behind a server, before the first request.
 
         Args:
-            questions: as for `judge`.
-            runs: how many models' answers there will be; each is taken to be as long as the chosen one.
+            questions: the questions, as in `judge`.
+            runs: number of models. Their answers are assumed to be as long as the chosen ones.
         """
         known = known_comparisons(questions)
         answers = [Comparison(each.prompt, f"{each.chosen}.", each.chosen) for each in questions]
@@ -78,7 +78,7 @@ class Judging:
         return found
 
     def agree(self, questions: Sequence[Question]) -> None:
-        """Have each judge compare the data's chosen answers with the rejected ones, of which the outcome is known."""
+        """Let each judge compare chosen with rejected answers of the data, whose outcome is known."""
         known = known_comparisons(questions)
         for judge, criterion in self.pairs:
             verdicts = judge(known, criterion) if known else []
@@ -88,16 +88,16 @@ class Judging:
     def judge(
         self, run: str, questions: Sequence[Question], answers: Sequence[str | None]
     ) -> dict[str, dict[str, Any]]:
-        """Judge → criterion → what is found of a run's answers against the data's chosen ones.
+        """Compare the answers of a run with the chosen answers of the data.
 
         Args:
-            run: the model's name.
-            questions: `(N,)`.
-            answers: `(N,)`; None where the model's server refused to answer.
+            run: name of the model.
+            questions: `(N,)` questions.
+            answers: `(N,)` answers; None if the server of the model refused to answer.
 
         Returns:
-            `counts`, `rates` and `points` of the verdicts, and `unjudged`: of a judge that is asked in both orders, why
-            replies are missing, by the place in which it was shown the run's answer.
+            Judge → criterion → `counts`, `rates` and `points` of the verdicts, and `unjudged`: for a judge that is
+            asked in both orders, why replies are missing, by the position of the run's answer.
         """
         there = [i for i, answer in enumerate(answers) if answer is not None]
         comparisons = [Comparison(questions[i].prompt, str(answers[i]), questions[i].chosen) for i in there]
@@ -120,7 +120,7 @@ class Judging:
         return found
 
     def differences(self) -> list[dict[str, Any]]:
-        """Each two runs' difference in points, paired by prompt, of the judges whose agreement is above chance."""
+        """Return the difference in points of each two runs, paired by prompt, for judges that agree above chance."""
         return [
             {"judge": judge, "criterion": criterion, "one": one, "other": other, "points": points}
             for (judge, criterion), of_runs in self._verdicts.items()
@@ -130,7 +130,7 @@ class Judging:
         ]
 
     def facts(self) -> list[dict[str, Any]]:
-        """Of each judge and criterion: what the judge is, and its agreement with the known labels."""
+        """Return facts about each judge and criterion, and the agreement with known labels."""
         return [
             {
                 "judge": judge.name,
@@ -144,7 +144,7 @@ class Judging:
     def _unjudged(
         self, judge: Judge, criterion: str, comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], of: str
     ) -> dict[str, dict[str, int]]:
-        """Why replies are missing, by the place of the first answer; a note says it, and what to do."""
+        """Return why replies are missing, by the position of the first answer, and note it with a remedy."""
         missing = sum(verdict not in POINTS for verdict in verdicts)
         if not missing or not isinstance(judge, LLMJudge):
             return {}

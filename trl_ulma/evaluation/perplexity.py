@@ -6,18 +6,18 @@ from trl_ulma.evaluation.intervals import Estimate, bootstrap
 
 
 def perplexity(logps: np.ndarray, tokens: np.ndarray, prompt: np.ndarray, *, seed: int = 0) -> Estimate:
-    """exp(−Σ log π(y|x) / Σ tokens): over the set, so that each token weighs the same, with its bootstrap interval.
+    """Return exp(−Σ log π(y|x) / Σ tokens) of a set of completions, with its bootstrap interval.
 
-    Lower is better. Models with different tokenizers are not comparable by it: their tokens are not the same.
+    Every token has the same weight. Lower is better. Do not compare models that have different tokenizers.
 
     Args:
         logps: `(N,)` log π(y|x), nats, summed over completion tokens.
-        tokens: `(N,)` their number.
-        prompt: `(N,)` the prompt's number; prompts are what is resampled.
-        seed: of the resampling.
+        tokens: `(N,)` number of completion tokens.
+        prompt: `(N,)` numbers of the prompts; the bootstrap resamples prompts.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: for arrays of different lengths, or without a token.
+        ValueError: if arrays have different lengths, or if a row has no token.
 
     Example:
         >>> found = perplexity(np.log([0.25, 0.5]), np.array([1, 1]), np.array([0, 1]))

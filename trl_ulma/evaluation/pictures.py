@@ -1,4 +1,4 @@
-"""The pictures of a report, of what there is to draw, and of no more than that."""
+"""The pictures of a report. A picture is drawn only if there are enough points."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +16,21 @@ TRAINING_METRICS = (
     *("rewards/accuracies", "eval_rewards/auc", "eval_rewards/spearman", "loss/sft"),
 )
 _MOST_PANELS = 6
-# Fewer draw a shape that is chance
+# With fewer points, the shape is chance
 ENOUGH = {"labels": 20, "training": 3, "calibration": 100, "predicted labels": 20, "verdicts": 20}
 
-# A picture, to be drawn for a light page or, with dark=True, for a dark one
+# Draws a picture for a light page or, with dark=True, for a dark one
 Drawing = Callable[..., Figure]
 
 
 def pictures(
     models: Sequence[Mapping[str, Any]], label: np.ndarray, is_demonstration: np.ndarray
 ) -> tuple[dict[str, Drawing], list[str]]:
-    """File name, without suffix → picture; and what is not drawn, since there is too little of it.
+    """Return file name (without suffix) → picture, and the pictures that have too few points.
 
     Args:
-        models: the facts of each.
-        label: `(N,)` as rows carry it.
+        models: facts about each model.
+        label: `(N,)` labels in the data.
         is_demonstration: `(N,)` bool.
     """
     found: dict[str, Drawing] = {}
@@ -80,15 +80,15 @@ def pictures(
 
 
 def _rows(curves: Mapping[str, Sequence[Any]]) -> int:
-    """Rows of the curve that has the fewest."""
+    """Return the number of rows of the curve with the fewest."""
     return min(sum(each.rows for each in bins) for bins in curves.values())
 
 
 def training_log(folder: Path) -> list[dict[str, Any]]:
-    """The `log_history` of a training's `trainer_state.json`: in the folder, or in the last checkpoint there.
+    """Return the `log_history` of `trainer_state.json` in a folder, or in its last checkpoint.
 
     Raises:
-        ValueError: where the file is not what transformers writes.
+        ValueError: if transformers did not write the file.
     """
     checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime_ns)
     file = folder / "trainer_state.json"

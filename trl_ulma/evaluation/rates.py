@@ -1,4 +1,4 @@
-"""Win, tie and lose rates, and what they say of one model against another."""
+"""Win, tie and lose rates, and the difference between two models."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,12 +11,12 @@ from trl_ulma.evaluation.judges import Verdict
 
 Prompt = TypeVar("Prompt", bound=Hashable)
 
-# A tie is half a win
+# A tie counts as half a win
 POINTS = {Verdict.WIN: 1.0, Verdict.TIE: 0.5, Verdict.LOSE: 0.0}
 
 
 def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """How many verdicts are of each kind.
+    """Return the number of verdicts of each kind.
 
     Example:
         >>> counts([Verdict.WIN, Verdict.WIN, Verdict.UNPARSABLE])
@@ -27,9 +27,10 @@ def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
 
 
 def rates(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
-    """The shares `win`, `tie`, `lose` and `win_or_tie` of what was judged, with Wilson's intervals.
+    """Return the shares `win`, `tie`, `lose` and `win_or_tie` of the judged comparisons, with Wilson's intervals.
 
-    Without such a verdict there are none. Each verdict must be of another prompt: those on one are not independent.
+    The result is empty if nothing was judged. Pass one verdict per prompt: verdicts on the same prompt are not
+    independent.
 
     Example:
         >>> found = rates([Verdict.WIN, Verdict.TIE, Verdict.LOSE, Verdict.WIN])
@@ -45,9 +46,10 @@ def rates(verdicts: Sequence[Verdict]) -> dict[str, Estimate]:
 
 
 def mean_points(verdicts: Sequence[Verdict], *, seed: int = 0) -> Estimate | None:
-    """The mean of 1 for a win, ½ for a tie and 0 for a loss, with its bootstrap interval; None without a verdict.
+    """Return the mean points (1 for a win, ½ for a tie, 0 for a loss) with their bootstrap interval.
 
-    All wins or all losses, which have no such interval, are a share, with Wilson's. All ties have none.
+    None if nothing was judged. If all verdicts are wins or all are losses, the interval is Wilson's. If all are ties,
+    there is no interval.
 
     Example:
         >>> mean_points([Verdict.WIN, Verdict.TIE]).value
@@ -64,16 +66,17 @@ def mean_points(verdicts: Sequence[Verdict], *, seed: int = 0) -> Estimate | Non
 
 
 def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *, seed: int = 0) -> Estimate | None:
-    """How many more points one model makes than another, on the prompts on which both have a verdict.
+    """Return how many points one model is ahead of another, on prompts where both have a verdict.
 
-    Paired by prompt: a prompt that is hard for both does not widen the interval, which is the bootstrap's over prompts.
+    The comparison is paired by prompt, so a prompt that is hard for both does not widen the interval. The interval is a
+    bootstrap over prompts.
 
     Args:
         one, other: prompt → verdict, against the same answers.
         seed: of the resampling.
 
     Returns:
-        The mean difference in points a prompt (1 a win, ½ a tie), or None without a common prompt.
+        The mean difference in points per prompt (1 for a win, ½ for a tie), or None without a common prompt.
 
     Example:
         >>> difference({"a": Verdict.WIN, "b": Verdict.TIE}, {"a": Verdict.LOSE, "b": Verdict.TIE}).value

@@ -1,4 +1,4 @@
-"""Records under keys in a file of JSON lines, so that what is done once is not done, or paid for, again."""
+"""A cache in a file of JSON lines, so that no work is done or paid for twice."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 
 def digest(*parts: Any) -> str:
-    """A key that follows from values that JSON can hold.
+    """Return a key for values that JSON can hold.
 
     Example:
         >>> digest("model", {"a": 1, "b": 2}) == digest("model", {"b": 2, "a": 1})
@@ -23,17 +23,16 @@ def digest(*parts: Any) -> str:
 
 
 class RecordFile:
-    """Records by key, each a line of JSON that is on disk when `add` returns.
+    """Records by key. Each is one line of JSON, and is on disk when `add` returns.
 
-    A last line that a stopped run left unfinished is cut off, with a warning.
+    If a stopped run left the last line unfinished, the line is removed with a warning.
 
     Args:
-        path: the file; made, with its folders, where it is not there.
-        resume: whether the records that it holds are read. Without, they stay in the file, and records that are added
-            take their place.
+        path: the file. It is created, with its folders, if it does not exist.
+        resume: whether to read the records in the file. If not, they stay in the file, and new records override them.
 
     Raises:
-        ValueError: where the file holds something else than such lines.
+        ValueError: if a line of the file is not a record.
 
     Example:
         >>> import tempfile
@@ -70,11 +69,11 @@ class RecordFile:
         return len(self._records)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The record of a key, or None."""
+        """Return the record of a key, or None."""
         return self._records.get(key)
 
     def add(self, key: str, record: dict[str, Any]) -> None:
-        """Append a record; several threads may."""
+        """Append a record. Threads can call this at the same time."""
         line = json.dumps({"key": key, **record}, ensure_ascii=True) + "\n"
         with self._lock:
             with open(self.path, "a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""One folder with all that was found: `report.json`, `report.md`, `report.html` and the pictures."""
+"""Writes the report folder: `report.json`, `report.md`, `report.html` and the pictures."""
 
 import json
 import platform
@@ -35,12 +35,12 @@ _LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that the numbers depend on."""
+    """Return the versions of Python and of the libraries that affect the numbers."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
 def commit() -> str | None:
-    """The commit of the package's checkout, with "+" where files differ from it; None where it is installed."""
+    """Return the commit of the package's checkout, with "+" if files differ from it; None if it is installed."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -56,11 +56,10 @@ def commit() -> str | None:
 
 
 def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) -> None:
-    """Write `report.json`, `report.md`, `report.html` and the pictures into a folder; the pictures' names are added to
-    the facts.
+    """Write `report.json`, `report.md`, `report.html` and the pictures, and add the names of the pictures to the facts.
 
     Raises:
-        ValueError: for a number that is not finite, which JSON does not have.
+        ValueError: if a number is not finite, because JSON cannot hold it.
     """
     facts["pictures"] = list(pictures)
     for name, draw in pictures.items():

@@ -1,4 +1,4 @@
-"""Labels: what a point-wise row is, transforms of its label, and the report on all of them."""
+"""Labels: the schema of a pointwise row, transforms of its label, and the report on all labels."""
 
 from trl_ulma.labels.report import label_report, render_report
 from trl_ulma.labels.rows import (

@@ -1,4 +1,4 @@
-"""The label report: a summary of labels, weights, prompts and lengths, and warnings, before any training."""
+"""The label report: labels, weights, prompts and lengths of a training set, with warnings, before any training."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ import numpy as np
 
 _WIDTH = 80
 _BINS = 10
-# Above this number of different values, labels are counted in bins
+# With more distinct values than this, labels are counted in bins
 _VALUES = 12
-# A label that correlates with length this much is suspect: length then explains 0.3², a tenth, of its variance
+# A label that correlates this much with length is suspect: length then explains 0.3², about a tenth, of its variance
 _LENGTH_BIAS = 0.3
 # In nats. Below this range a target log-ratio is lost in the noise; above it a policy cannot reach it
 _TARGETS = (1.0, 50.0)
@@ -38,43 +38,43 @@ def label_report(
     raw: np.ndarray | None = None,
     transform: str | None = None,
 ) -> dict[str, Any]:
-    r"""Counts, shares and warnings about a training set, as JSON can hold them.
+    r"""Return counts, shares and warnings about a training set, in types that JSON can hold.
 
     Args:
-        label: `(N,)` labels that are learned, N ≥ 1.
+        label: `(N,)` labels to learn, after the label transform; N ≥ 1.
         continuous: `(N,)` bool.
         sft_mask: `(N,)` bool, True for demonstrations.
-        prompt: `(N,)` a number for each different prompt.
-        answer: `(N,)` a number for each different completion of a prompt.
-        tokens: `(N,)` the completions' numbers of tokens.
+        prompt: `(N,)` numbers; rows with the same prompt have the same number.
+        answer: `(N,)` numbers; rows with the same prompt and completion have the same number.
+        tokens: `(N,)` number of tokens of each completion.
         compared: `(N,)` bool, whether the loss of a row contains the reference; None if it does for all rows except
             demonstrations.
-        weight: `(N,)` the rows' weights; None if all are 1.
-        log_z: log Z in nats, one number or `(N,)`; None if it is not known before training.
+        weight: `(N,)` row weights; None if all are 1.
+        log_z: log Z in nats, one number or `(N,)`; None if it is unknown before training.
         beta: β.
-        length_normalize: whether log-ratios are divided by the completion's number of tokens, which makes targets that
-            many times larger.
+        length_normalize: whether log-ratios are divided by the number of completion tokens. The targets of summed
+            log-ratios are then larger by that factor.
         class_weights: the settings `desirable_weight` and `undesirable_weight`.
-        raw: `(N,)` labels before the label transform, NaN for rows that it is not for; None without a transform.
+        raw: `(N,)` labels before the label transform, NaN for rows that are not transformed; None without a transform.
         transform: the fitted transform, such as "threshold:4".
 
     Returns:
         - `rows`, and `demonstrations`, the share of rows that are demonstrations;
         - `binary` and `continuous`, for the rows of each type: `rows`; `classes`, rows by class; `mean`, `std`;
           `histogram`, a list of `low`, `high`, `rows`, `weight` (the sum) and `tokens` (the mean), with `low` equal to
-          `high` if single labels are counted; `length_correlation`, Pearson's correlation of label and tokens, None if
+          `high` if each bin is a single label; `length_correlation`, Pearson's correlation of label and tokens, None if
           either is constant;
-        - `raw`, of rows with a label transform: `transform`; `mean`, `std` and `histogram` of the labels before it, as
-          above, and for each bin `learned_low` and `learned_high`, what its labels become;
+        - `raw`, for rows with a label transform: `transform`; `mean`, `std` and `histogram` of the labels before it, as
+          above; each bin also has `learned_low` and `learned_high`, the range of its labels after the transform;
         - for binary labels, `class_weights`: values of `desirable_weight` and `undesirable_weight` that balance the
           classes and keep the total weight; None if there is one class;
-        - for continuous labels, `targets`: |u| in nats, u = (z − c)/β with c = β·log Z, the log-ratios that the loss
-          asks for;
-        - `weight`: its distribution, the demonstrations' share of it, and Kish's effective number of rows;
-        - `repeated`: rows with the prompt and completion of an earlier row; `contradicting`: rows with the prompt and
-          completion of another row that has another label of the same type;
-        - `prompts`: their number, the mean and the largest number of answers per prompt, and `with_answers`, the number
-          of prompts by their number of answers;
+        - for continuous labels, `targets`: |u| in nats, where u = (z − c)/β with c = β·log Z is the log-ratio at
+          which the loss is 0;
+        - `weight`: its distribution, the share of the demonstrations, and Kish's effective number of rows;
+        - `repeated`: rows that have the same prompt and completion as an earlier row; `contradicting`: rows that have
+          the same prompt and completion as another row, and a different label of the same type;
+        - `prompts`: how many there are, the mean and the largest number of answers per prompt, and `with_answers`, the
+          number of prompts by number of answers;
         - `warnings`: sentences.
 
     Example:
@@ -155,7 +155,7 @@ def _of_type(
 def _before(
     raw: np.ndarray, label: np.ndarray, weight: np.ndarray, tokens: np.ndarray, transform: str
 ) -> dict[str, Any]:
-    """The labels as rows carry them, beside what the transform makes of them."""
+    """Return the labels in the data next to what the transform makes of them."""
     histogram = _histogram(raw, weight, tokens)
     _, _, bins = _bins(raw)
     for i, each in enumerate(histogram):
@@ -166,7 +166,7 @@ def _before(
 
 
 def _bins(label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(lows, highs, the number of each label's bin): a bin for each label, or ten if there are many."""
+    """Return (lower ends, upper ends, bin index of each label): one bin per label, or ten bins if there are many."""
     values, bins = np.unique(label, return_inverse=True)
     if len(values) <= _VALUES:
         return values, values, bins
@@ -227,7 +227,7 @@ def _weights(weights: np.ndarray, is_given: bool, sft_mask: np.ndarray) -> dict[
 
 
 def _repeats(label: np.ndarray, continuous: np.ndarray, answer: np.ndarray, warnings: list[str]) -> dict[str, int]:
-    # Sorted by answer, type and label, rows that contradict one another are a run with a change of label in it
+    # After sorting by answer, type and label, contradicting rows form a run in which the label changes
     order = np.lexsort((label, continuous, answer))
     answer, continuous, label = answer[order], continuous[order], label[order]
     starts = np.r_[True, (answer[1:] != answer[:-1]) | (continuous[1:] != continuous[:-1])]
@@ -281,11 +281,11 @@ def _rounded(value: float) -> float:
 
 
 def render_report(report: Mapping[str, Any], name: str = "train") -> str:
-    """The report as text of at most 80 columns.
+    """Return the report as text, at most 80 columns wide.
 
     Args:
-        report: of `label_report`.
-        name: of the dataset.
+        report: the result of `label_report`.
+        name: name of the dataset.
 
     Example:
         >>> ones = np.ones(4, dtype=int)
@@ -339,7 +339,7 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
     if raw is not None:
         lines.append(f"after {raw['transform']}: {_moments(found)}")
         lines += _render_histogram(raw["histogram"], found["rows"], has_weights)
-    # A table says all if each label becomes one other
+    # One table says everything if each label becomes exactly one other
     if raw is None or any(each["learned_low"] != each["learned_high"] for each in raw["histogram"]):
         if raw is not None:
             lines += ["", f"{kind} labels as they are learned"]
@@ -378,13 +378,13 @@ def _render_histogram(histogram: Sequence[Mapping[str, Any]], rows: int, has_wei
 
 
 def _moments(found: Mapping[str, Any]) -> str:
-    # Rounding leaves a little of a mean that is 0
+    # A mean of 0 is not exactly 0 after rounding
     mean = 0.0 if abs(found["mean"]) < 1e-9 * found["std"] else found["mean"]
     return f"mean {mean:.3g}, standard deviation {found['std']:.3g}"
 
 
 def _signed(label: float) -> str:
-    """A label as it is learned, with its sign.
+    """Return a transformed label with its sign.
 
     Example:
         >>> _signed(0.4267), _signed(-1.4142), _signed(0.0)

@@ -1,4 +1,4 @@
-"""What a pointwise row is, and the errors that say what is wrong with rows."""
+"""The schema of a pointwise row, and the errors for rows that do not fit it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from trl_ulma.labels.transforms import LabelTransform
 
 LABEL_TYPES = ("binary", "continuous")
 OPTIONAL_COLUMNS = ("sft_mask", "label_type", "log_z", "weight")
-# Of turns that a prompt ends in
+# Roles of the turns that a prompt may end with
 ASKING_ROLES = ("user", "system", "developer")
 
-# Labels, weights and log Z are float32 in a batch
+# Batches hold labels, weights and log Z in float32
 _LARGEST = float(np.finfo(np.float32).max)
 
 # How many invalid rows an error lists
@@ -23,12 +23,12 @@ _PROMPT_SHOWN = 60  # characters
 
 
 class InvalidRow(ValueError):
-    """One row that cannot be read.
+    """A row that cannot be read.
 
     Args:
-        message: names the row, says what was found and what to do.
-        kind: what is wrong in a few words, by which rows are counted.
-        prompt: the row's prompt, whose start is shown.
+        message: names the row, what was found and what to do.
+        kind: the kind of error in a few words; rows are counted by it.
+        prompt: the prompt of the row, whose start is shown.
 
     Example:
         >>> str(InvalidRow("Row 3 of the train dataset: label is None.", "label is no number"))
@@ -43,12 +43,12 @@ class InvalidRow(ValueError):
         return self.message
 
     def at_prompt(self, prompt: Any) -> "InvalidRow":
-        """This error with the start of the row's prompt."""
+        """Return this error with the start of the row's prompt."""
         return InvalidRow(self.message, self.kind, start_of(prompt))
 
 
 def start_of(prompt: Any) -> str:
-    """The start of a prompt, text or messages, in one line; "" for anything else.
+    """Return the start of a prompt (text or messages) on one line, or "" for anything else.
 
     Example:
         >>> start_of([{"role": "user", "content": "How do I\\nboil an egg?"}])
@@ -65,12 +65,12 @@ def start_of(prompt: Any) -> str:
 
 
 def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> str:
-    """What is wrong with rows: the messages (20 at most), each with the start of its prompt, and how many of a kind.
+    """Return one text about all invalid rows: at most 20 messages with the starts of prompts, and counts by kind.
 
     Args:
-        found: the errors, in the order of the rows.
-        total: how many rows there are, or None where that is not known.
-        where: the data set's name.
+        found: the errors, in row order.
+        total: number of rows of the dataset, or None if it is unknown.
+        where: name of the dataset.
 
     Example:
         >>> print(list_invalid([InvalidRow("Row 3: label is None.", "label is no number", "Hi")], 4, "train"))
@@ -81,7 +81,7 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
         return str(found[0]) + (f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else "")
     of = "" if total is None else f" of {total:,}"
     lines = [f"{len(found):,}{of} rows of the {where} dataset are invalid:"]
-    # The halves of a pair can have one error, as of their weight
+    # Both halves of a pair can have the same error, such as an invalid weight
     listed = (f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED])
     lines += dict.fromkeys(listed)
     if len(found) > LISTED:
@@ -92,7 +92,7 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
 
 
 def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> None:
-    """Raise ValueError that lists the rows that are invalid, if there are any, and says how to leave them out."""
+    """Raise a ValueError that lists all invalid rows and how to leave them out; do nothing if there are none."""
     if found:
         raise ValueError(
             list_invalid(found, total, where) + '\nFix these rows, or set invalid_rows="drop" (on the command line '
@@ -102,15 +102,15 @@ def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -
 
 @dataclass(frozen=True)
 class LabelRules:
-    """How labels are read.
+    """Rules for reading labels.
 
     Attributes:
-        label_type: "binary" or "continuous", for rows that do not say it themselves.
-        sft_threshold: continuous labels of this and above are demonstrations where rows do not say it themselves.
-        need_mask: whether it must be known which rows with continuous labels are demonstrations.
-        binary_only: whether continuous labels are refused, as unlearning does.
-        transform: what is done first to the labels of rows whose type is `label_type`; others are taken as they are.
-        is_settled: whether the rules are those of a saved model, so that errors do not advise to change them.
+        label_type: "binary" or "continuous", for rows without their own `label_type`.
+        sft_threshold: for rows without `sft_mask`, a continuous label at or above this marks a demonstration.
+        need_mask: whether an error is raised if it is unknown which rows with continuous labels are demonstrations.
+        binary_only: whether continuous labels raise an error; unlearning needs this.
+        transform: applied first, to the labels of rows whose type is `label_type`. Other labels stay as they are.
+        is_settled: whether the rules are those of a saved model, so that errors do not suggest changing them.
     """
 
     label_type: str = "binary"
@@ -121,7 +121,7 @@ class LabelRules:
     is_settled: bool = False
 
     def is_demonstration(self, label: float, label_type: str | None = None) -> bool:
-        """Whether a row without an `sft_mask` is a demonstration.
+        """Return whether a row without an `sft_mask` is a demonstration.
 
         Example:
             >>> LabelRules().is_demonstration(1.0), LabelRules("continuous", 0.5).is_demonstration(0.7)
@@ -133,18 +133,21 @@ class LabelRules:
 
 
 def check_columns(names: Sequence[str], where: str, *, takes_images: bool = False) -> bool:
-    """Raise ValueError unless the columns are those of point-wise or paired rows; True for paired ones.
+    """Check that the columns are those of pointwise or paired rows, and return whether they are paired.
 
     Args:
-        names: of the columns.
-        where: the data set's name, for errors.
-        takes_images: whether a column `image` or `images` is read.
+        names: column names.
+        where: name of the dataset, for errors.
+        takes_images: whether the trainer reads a column `image` or `images`.
+
+    Raises:
+        ValueError: if columns are missing, or if they contradict one another.
     """
     found = f"found {', '.join(sorted(map(str, names))) or 'none'}"
     if not takes_images and ("image" in names or "images" in names):
         raise ValueError(
-            f"The {where} dataset has images ({found}), which only a trainer with a vision-language model and its "
-            "processor reads. Pass the processor as processing_class, or remove the column."
+            f"The {where} dataset has images ({found}). Only a trainer with a vision-language model and its processor "
+            "reads them. Pass the processor as processing_class, or remove the column."
         )
     paired = "chosen" in names or "rejected" in names
     if paired and "completion" in names:
@@ -157,7 +160,7 @@ def check_columns(names: Sequence[str], where: str, *, takes_images: bool = Fals
     if missing:
         raise ValueError(
             f"The {where} dataset lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; {found}. "
-            "Needed are prompt, completion and label (one answer a row), or chosen and rejected (pairs)."
+            "Needed are prompt, completion and label (one answer per row), or chosen and rejected (pairs)."
         )
     return paired
 
@@ -169,10 +172,10 @@ def raw_labels(
     rules: LabelRules,
     invalid: dict[int, InvalidRow] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The labels that `rules.transform` is for, as rows carry them; arguments as in `read_labels`.
+    """Return the labels that `rules.transform` applies to, before it. The arguments are those of `read_labels`.
 
     Returns:
-        `(M,)` their positions among the rows, `(M,)` labels, and `(M,)` trials where the transform reads them.
+        `(M,)` positions among the rows, `(M,)` labels, and `(M,)` trials if the transform reads them, else None.
 
     Raises:
         ValueError: naming the rows whose label is no number, or whose votes are none, unless `invalid` takes them.
@@ -223,7 +226,7 @@ def transform_labels(
     prompts: Sequence[Any] | None = None,
     invalid: dict[int, InvalidRow] | None = None,
 ) -> list[Any]:
-    """The label column after `rules.transform`, for `read_labels`; arguments as there, and keys of the rows' prompts.
+    """Return the label column after `rules.transform`. The arguments are those of `read_labels`, plus prompt keys.
 
     Example:
         >>> from trl_ulma.labels import parse_transform
@@ -249,19 +252,19 @@ def read_labels(
     rules: LabelRules,
     invalid: dict[int, InvalidRow] | None = None,
 ) -> dict[str, list]:
-    """The checked values of `label` and the optional columns; `sft_mask` is filled in where it is absent.
+    """Return the checked values of `label` and the optional columns; `sft_mask` is added if it is absent.
 
     Args:
-        columns: column name → values; `label` (after `transform_labels`), and where present `sft_mask`, `label_type`,
-            `log_z`, `weight`; `prompt`, for errors.
-        rows: the rows' numbers, for errors.
-        where: the data set's name, for errors.
-        rules: how labels are read.
-        invalid: takes the errors, position → error; the rows at positions that it holds already are not read. All
-            their values are neutral ones then. If it is None, invalid rows raise an error.
+        columns: column name → values: `label` (after `transform_labels`); `sft_mask`, `label_type`, `log_z` and
+            `weight` if present; `prompt`, for errors.
+        rows: row numbers, for errors.
+        where: name of the dataset, for errors.
+        rules: rules for reading labels.
+        invalid: collects the errors, position → error. Rows at positions that it already holds are not read. All
+            values of these rows are neutral. If None, invalid rows raise an error.
 
     Raises:
-        ValueError: listing the rows that are wrong, what was found and what is needed, unless `invalid` takes them.
+        ValueError: listing all invalid rows, what was found and what is needed, if `invalid` is None.
 
     Example:
         >>> read_labels({"label": [True, 0]}, [0, 1], "train", LabelRules())
@@ -296,7 +299,7 @@ def _at(columns: Mapping[str, Sequence[Any]], name: str, i: int) -> Any:
 
 
 def _read_label(columns: Mapping[str, Sequence[Any]], i: int, at: str, rules: LabelRules) -> dict[str, Any]:
-    """What `read_labels` reads of one row."""
+    """Return the checked values of one row, for `read_labels`."""
     after = "" if rules.transform is None else f" after label_transform={str(rules.transform)!r}"
     label_type = columns["label_type"][i] if "label_type" in columns else rules.label_type
     if not isinstance(label_type, str) or label_type not in LABEL_TYPES:
@@ -305,8 +308,8 @@ def _read_label(columns: Mapping[str, Sequence[Any]], i: int, at: str, rules: La
         )
     if label_type == "continuous" and rules.binary_only:
         raise InvalidRow(
-            f"{at} has a continuous label, and negative_loss='unlearning' needs binary ones, since a "
-            "continuous label does not say that an answer is to be unlearned. Use negative_loss='pointwise_dpo'.",
+            f"{at} has a continuous label, but negative_loss='unlearning' needs binary labels: a continuous label does "
+            "not say whether to unlearn an answer. Use negative_loss='pointwise_dpo'.",
             "continuous label with negative_loss='unlearning'",
         )
     label = _number(columns["label"][i], at, "label")
@@ -324,14 +327,14 @@ def _read_label(columns: Mapping[str, Sequence[Any]], i: int, at: str, rules: La
             raise InvalidRow(f"{at}: sft_mask is {shown(sft_mask)}; it must be True or False.", "sft_mask is no bool")
         if sft_mask and label_type == "binary" and label == 0:
             raise InvalidRow(
-                f"{at} is marked sft_mask=True but has label 0.0{after}. A demonstration is learned from as it is: "
-                "drop the mark or the row.",
+                f"{at} is marked sft_mask=True but has label 0.0{after}. A demonstration is imitated, so its label "
+                "must be above 0: set sft_mask=False, or drop the row.",
                 "sft_mask=True with label 0",
             )
     elif rules.need_mask and label_type == "continuous" and rules.sft_threshold is None:
         raise InvalidRow(
-            f"{at} has a continuous label, and nothing says which of such rows are demonstrations. Add a boolean "
-            "column sft_mask, or set sft_threshold: labels of that and above are demonstrations.",
+            f"{at} has a continuous label, and nothing says which of these rows are demonstrations. Add a boolean "
+            "column sft_mask, or set sft_threshold: rows with labels at or above it are demonstrations.",
             "continuous label without sft_mask or sft_threshold",
         )
     else:
@@ -349,7 +352,7 @@ def _number(value: Any, at: str, name: str) -> float:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        raise InvalidRow(f"{at}: {name} is a list of {len(value)}; it must be one number a row.", f"{name} is a list")
+        raise InvalidRow(f"{at}: {name} is a list of {len(value)}; it must be one number per row.", f"{name} is a list")
     if not isinstance(value, bool | int | float):
         found = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
         raise InvalidRow(
@@ -366,7 +369,7 @@ def _number(value: Any, at: str, name: str) -> float:
 
 
 def shown(value: Any) -> str:
-    """A value as errors show it: its `repr`, 60 characters of it at most.
+    """Return the `repr` of a value, cut to 60 characters, for errors.
 
     Example:
         >>> shown("no")
@@ -380,7 +383,7 @@ def shown(value: Any) -> str:
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is a list of messages, each with a role and, where it has any, content that is text or its parts.
+    """Return whether a value is a list of messages: each has a role, and content (if any) that is text or parts.
 
     Example:
         >>> is_messages([{"role": "user", "content": "Hi"}]), is_messages(["Hi"])
@@ -395,13 +398,13 @@ def is_messages(value: Any) -> bool:
 
 
 def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = False) -> None:
-    """Raise InvalidRow unless prompt and completion are both text or both messages, and the completion is not empty.
+    """Raise InvalidRow unless prompt and completion are both text or both messages and the completion is not empty.
 
     Args:
         prompt: text, or a list of messages.
         completion: the same.
-        at: the row's name, for errors.
-        takes_images: whether the prompt's messages may have places for images.
+        at: name of the row, for errors.
+        takes_images: whether the messages of the prompt may contain placeholders for images.
     """
     for name, value in (("prompt", prompt), ("completion", completion)):
         if isinstance(value, str):
@@ -436,25 +439,25 @@ def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = F
     if isinstance(prompt, str) != isinstance(completion, str):
         raise InvalidRow(
             f"{at}: prompt is {'text' if isinstance(prompt, str) else 'a list of messages'} and completion is not; "
-            "both must be text, or both messages. (The halves of a pair may be whole conversations: remove the column "
-            "prompt then.)",
-            "prompt and completion of two kinds",
+            "both must be text, or both messages. (If chosen and rejected are whole conversations, remove the column "
+            "prompt.)",
+            "prompt and completion of different kinds",
         )
     if not isinstance(completion, str) and completion[0]["role"] in ASKING_ROLES:
         raise InvalidRow(
             f"{at}: completion begins with a turn of {completion[0]['role']!r}; it must begin with the assistant's. "
-            "Cut off what belongs to the prompt. (Where a pair's halves are whole conversations, remove the column "
-            "prompt.)",
+            "Move the turns before it into the prompt. (If chosen and rejected are whole conversations, remove the "
+            "column prompt.)",
             "completion does not begin with the assistant",
         )
     if is_empty(completion):
         raise InvalidRow(
-            f"{at}: completion is empty, so there is nothing to learn from. Drop the row.", "completion is empty"
+            f"{at}: completion is empty, so there is nothing to learn. Drop the row.", "completion is empty"
         )
 
 
 def is_empty(completion: Any) -> bool:
-    """Whether a completion, text or messages, says nothing.
+    """Return whether a completion (text or messages) has no content.
 
     Example:
         >>> is_empty("  "), is_empty([{"role": "assistant", "content": "Hello!"}])
@@ -469,7 +472,7 @@ def is_empty(completion: Any) -> bool:
 
 
 def one_class(label: np.ndarray, continuous: np.ndarray) -> str | None:
-    """What is the same in all rows, where labels tell nothing apart; None where they do.
+    """Describe what all labels have in common if they do not distinguish any rows; return None if they do.
 
     Args:
         label: `(N,)` float.

@@ -1,4 +1,4 @@
-"""Label transforms: from the scale that labels come on to the one that is learned, and back."""
+"""Label transforms: from the scale of the labels in the data to the scale that is learned, and back."""
 
 import difflib
 import math
@@ -8,34 +8,37 @@ from typing import Any, Self
 
 import numpy as np
 
-# name: (the numbers that it may be given, what it does)
+# name: (its optional numbers, its formula)
 TRANSFORMS = {
     "center": ("the mean", "z − mean"),
     "standardize": ("mean and standard deviation", "(z − mean) / standard deviation"),
     "min_max": ("least and greatest", "(z − least) / (greatest − least)"),
-    "quantile": ("", "share of the training labels below z, half of those equal to it included: in (0, 1)"),
-    "prompt_quantile": ("", "the same among the labels of the row's own prompt, in the data set that it is in"),
+    "quantile": ("", "share of training labels below z, plus half the share equal to z: in (0, 1)"),
+    "prompt_quantile": ("", "the same, among the labels of the row's own prompt in its own dataset"),
     "lower_is_better": ("greatest", "greatest − z, where greatest is 1 for binary labels and 0 for continuous ones"),
     "threshold": ("least good", "1 where z ≥ least good, else 0"),
-    "votes": ("a and b", "(z + a) / (trials + a + b): z votes for, of those in column `trials`; a = b = 1"),
+    "votes": (
+        "a and b",
+        "(z + a) / (trials + a + b): z is votes for, the column `trials` votes cast; a = b = 1",
+    ),
 }
-# British spellings, which settings and saved models may have
+# British spellings, which older settings and saved models may contain
 _BRITISH = {"centre": "center", "standardise": "standardize"}
 _COUNTS = {"center": 1, "standardize": 2, "min_max": 2, "lower_is_better": 1, "threshold": 1, "votes": 2}
 _ALWAYS_GIVEN = ("threshold",)
-# What these make lies in [0, 1]
+# Their results lie in [0, 1]
 _IN_UNIT = ("min_max", "quantile", "prompt_quantile", "threshold", "votes")
-# The way back from these is not known: what comes back is on the scale that they make
+# These cannot be inverted: `invert` stops at their scale
 _ONE_WAY = ("prompt_quantile", "threshold", "votes")
-# Points that a distribution of more different labels is kept by
+# Number of points kept of a distribution that has more distinct labels
 _KNOTS = 1000
 
 
 @dataclass(frozen=True)
 class Step:
-    """One transform. `numbers` are its arguments, given or fitted; None where they are still to be fitted.
+    """One transform. `numbers` are its arguments, given or fitted; None before fitting.
 
-    Those of "quantile" are k labels in rising order and then their k quantiles.
+    The numbers of "quantile" are k labels in ascending order, followed by their k quantiles.
     """
 
     name: str
@@ -47,13 +50,13 @@ class Step:
         return f"{self.name}:{','.join(f'{number:g}' for number in self.numbers)}"
 
     def fit(self, labels: np.ndarray) -> Self:
-        """This step with its numbers, from the `(N,)` labels that it will see; itself where it has them."""
+        """Return this step with numbers fitted on its `(N,)` input labels, or itself if it has numbers."""
         if self.numbers is not None:
             return self
         if self.name != "center" and labels.min() == labels.max():
             raise ValueError(
-                f"label_transform: {self.name} needs labels that differ, and all {len(labels)} are {labels[0]:g} "
-                "where it comes. Leave it out."
+                f"label_transform: {self.name} needs labels that differ, but all {len(labels)} labels that it is "
+                f"given are {labels[0]:g}. Leave it out."
             )
         if self.name == "center":
             numbers = (labels.mean(),)
@@ -69,7 +72,7 @@ class Step:
         return replace(self, numbers=tuple(map(float, numbers)))
 
     def apply(self, labels: np.ndarray, trials: np.ndarray | None, prompts: Sequence[Any] | None) -> np.ndarray:
-        """`(N,)` labels after this step; `trials` `(N,)` for "votes", `prompts` `(N,)` keys for "prompt_quantile"."""
+        """Return `(N,)` labels after this step. "votes" needs `(N,)` trials, "prompt_quantile" `(N,)` prompt keys."""
         if self.numbers is None:
             raise ValueError(f"label_transform: {self.name} has not been fitted.")
         first, second = (*self.numbers, 0.0, 0.0)[:2]
@@ -97,7 +100,7 @@ class Step:
                 return (labels + first) / (trials + first + second)
 
     def invert(self, labels: np.ndarray) -> np.ndarray:
-        """`(N,)` labels before this step, of labels after it."""
+        """Return the `(N,)` labels before this step, given the labels after it."""
         first, second = (*(self.numbers or ()), 0.0, 0.0)[:2]
         match self.name:
             case "center":
@@ -115,10 +118,10 @@ class Step:
 
 @dataclass(frozen=True)
 class LabelTransform:
-    """Transforms one after the other, from the labels that rows carry to those that are learned.
+    """A chain of transforms, from the labels in the data to the labels that are learned.
 
-    Made by `parse_transform`, fitted on the training set, kept as JSON beside the weights, applied to whatever is
-    evaluated or scored.
+    `parse_transform` makes it. It is fitted on the training set and saved as JSON beside the weights, and applied to
+    all rows that are evaluated or scored.
 
     Example:
         >>> import numpy as np
@@ -134,17 +137,17 @@ class LabelTransform:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether labels can be transformed without having seen a training set."""
+        """Whether every step has its numbers."""
         return all(step.numbers is not None for step in self.steps)
 
     @property
     def needs_trials(self) -> bool:
-        """Whether rows must carry `trials`."""
+        """Whether rows need a column `trials`."""
         return any(step.name == "votes" for step in self.steps)
 
     @property
     def needs_prompts(self) -> bool:
-        """Whether a label depends on the other rows of its prompt, so that all rows must be at hand."""
+        """Whether a label depends on the other rows of its prompt, so that all rows must be known."""
         return any(step.name == "prompt_quantile" for step in self.steps)
 
     @property
@@ -188,15 +191,15 @@ class LabelTransform:
     def fit(
         self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
     ) -> "LabelTransform":
-        """This transform with the numbers that it lacks, each step fitted on what the steps before it make.
+        """Return this transform with all numbers, each step fitted on the output of the steps before it.
 
         Args:
-            labels: `(N,)` labels as rows carry them; every row counts once, whatever its weight.
+            labels: `(N,)` labels in the data. Each row counts once, whatever its weight.
             trials: `(N,)` numbers of votes cast, for "votes".
-            prompts: `(N,)` keys of the rows' prompts, for "prompt_quantile".
+            prompts: `(N,)` keys of the prompts, for "prompt_quantile".
 
         Raises:
-            ValueError: where labels that must differ do not.
+            ValueError: if labels that must differ are all equal.
         """
         labels = np.asarray(labels, dtype=np.float64)
         fitted = []
@@ -205,7 +208,7 @@ class LabelTransform:
             labels = step.apply(labels, trials, prompts)
             if step.name == "prompt_quantile" and (labels == labels[0]).all():
                 raise ValueError(
-                    f"label_transform: prompt_quantile makes all {len(labels)} labels {labels[0]:g}, since no prompt "
+                    f"label_transform: prompt_quantile makes all {len(labels)} labels {labels[0]:g}, because no prompt "
                     "has answers with different labels. Use quantile, or leave it out."
                 )
             fitted.append(step)
@@ -214,17 +217,18 @@ class LabelTransform:
     def apply(
         self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
     ) -> np.ndarray:
-        """`(N,)` labels to learn, of labels as rows carry them; arguments as in `fit`."""
+        """Return the `(N,)` labels to learn, given the labels in the data. The arguments are those of `fit`."""
         labels = np.asarray(labels, dtype=np.float64)
         for step in self.steps:
             labels = step.apply(labels, trials, prompts)
         return labels
 
     def invert(self, labels: np.ndarray) -> np.ndarray:
-        """`(N,)` labels on the scale that rows carry, of labels that are learned.
+        """Return `(N,)` labels on the scale of the data, given labels that are learned.
 
-        The way back ends at a "threshold" (1 is: at or above it), at "votes" (a rate of votes, since how many there
-        will be is not known) and at "prompt_quantile" (a rank among the prompt's answers).
+        Three steps cannot be inverted. The result is then on the scale of that step: 1 means "at or above the
+        threshold" for "threshold", a share of votes for "votes" (the number of votes is unknown), and a rank among the
+        prompt's answers for "prompt_quantile".
 
         Example:
             >>> import numpy as np
@@ -239,7 +243,7 @@ class LabelTransform:
         return labels
 
     def to_json(self) -> list[dict[str, Any]]:
-        """What `from_json` reads: plain lists, names and numbers.
+        """Return plain lists, names and numbers, which `from_json` reads.
 
         Example:
             >>> parse_transform("center:3", "continuous").to_json()
@@ -249,10 +253,10 @@ class LabelTransform:
 
     @classmethod
     def from_json(cls, steps: Sequence[Mapping[str, Any]]) -> Self:
-        """The fitted transform that `to_json` wrote.
+        """Return the fitted transform that `to_json` wrote.
 
         Raises:
-            ValueError: for a step that is none.
+            ValueError: for an unknown step, or a wrong number of numbers.
         """
         made = []
         for step in steps:
@@ -268,17 +272,17 @@ class LabelTransform:
 
 
 def parse_transform(spec: str, label_type: str) -> LabelTransform:
-    """The transforms that a setting names, one after the other, to be fitted where they are given no numbers.
+    """Return the chain of transforms that a setting names. Steps without numbers are fitted later.
 
-    Steps are divided by commas; numbers follow a step's name after a colon, divided by commas too:
-    "lower_is_better,standardize", "threshold:0.5", "votes:1,1,lower_is_better". `TRANSFORMS` says what there is.
+    Commas separate the steps. Numbers follow the name of a step after a colon, also separated by commas:
+    "lower_is_better,standardize", "threshold:0.5", "votes:1,1,lower_is_better". `TRANSFORMS` lists the steps.
 
     Args:
         spec: the setting.
-        label_type: what labels are after the transform, "binary" or "continuous".
+        label_type: type of the labels after the transform, "binary" or "continuous".
 
     Raises:
-        ValueError: for a name or a number that is wrong, or steps that do not fit each other or the label type.
+        ValueError: for a wrong name or number, or steps that do not fit each other or the label type.
 
     Example:
         >>> [step.name for step in parse_transform("min_max:0,4,lower_is_better", "binary").steps]
@@ -291,7 +295,7 @@ def parse_transform(spec: str, label_type: str) -> LabelTransform:
         name, colon, argument = (part.strip() for part in piece.partition(":"))
         name = _BRITISH.get(name, name)
         if not colon and found and found[-1][1] and _number(name) is not None:
-            argument = name  # another number of the step before
+            argument = name  # another number for the step before
         elif name not in TRANSFORMS:
             near = difflib.get_close_matches(name, TRANSFORMS, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
@@ -301,7 +305,7 @@ def parse_transform(spec: str, label_type: str) -> LabelTransform:
         if colon or argument:
             number = _number(argument)
             if number is None:
-                raise ValueError(f"label_transform={spec!r}: {argument!r} is not a number, as {found[-1][0]} takes.")
+                raise ValueError(f"label_transform={spec!r}: {argument!r} is not a number, which {found[-1][0]} needs.")
             found[-1][1].append(number)
     steps = tuple(_step(name, numbers, label_type, spec) for name, numbers in found)
     _check_order([step.name for step in steps], label_type, spec)
@@ -315,14 +319,15 @@ def _step(name: str, numbers: list[float], label_type: str, spec: str) -> Step:
         takes = f"takes {TRANSFORMS[name][0]}" if count else "takes no numbers"
         raise ValueError(f"label_transform={spec!r}: {given} has {len(numbers)} numbers; {name} {takes}.")
     if name == "standardize" and numbers and not numbers[1] > 0:
-        raise ValueError(f"label_transform={spec!r}: a standard deviation is above 0; got {numbers[1]:g}.")
+        raise ValueError(f"label_transform={spec!r}: the standard deviation must be above 0; got {numbers[1]:g}.")
     if name == "min_max" and numbers and not numbers[0] < numbers[1]:
         raise ValueError(
-            f"label_transform={spec!r}: the least label is below the greatest; got {numbers[0]:g} and {numbers[1]:g}."
+            f"label_transform={spec!r}: the least label must be below the greatest; got {numbers[0]:g} and "
+            f"{numbers[1]:g}."
         )
     if name == "votes" and numbers and not (min(numbers) >= 0 and sum(numbers) > 0):
         raise ValueError(
-            f"label_transform={spec!r}: a and b of a Beta prior are 0 or above, one of them above 0; got "
+            f"label_transform={spec!r}: a and b of the Beta prior must be 0 or above, and one of them above 0; got "
             f"{numbers[0]:g} and {numbers[1]:g}."
         )
     fixed = {"lower_is_better": (float(label_type == "binary"),), "votes": (1.0, 1.0), "prompt_quantile": ()}
@@ -331,11 +336,11 @@ def _step(name: str, numbers: list[float], label_type: str, spec: str) -> Step:
 
 def _check_order(names: list[str], label_type: str, spec: str) -> None:
     if "votes" in names[1:]:
-        raise ValueError(f"label_transform={spec!r}: votes reads the votes that rows carry. Put it first.")
+        raise ValueError(f"label_transform={spec!r}: votes reads the vote counts of the rows. Put it first.")
     if "threshold" in names and "lower_is_better" in names[: names.index("threshold")]:
         raise ValueError(
-            f"label_transform={spec!r}: whether threshold is meant before or after lower_is_better turns the labels is "
-            "easily mistaken. Put threshold first: it then reads the labels as they are."
+            f"label_transform={spec!r}: it is unclear whether the threshold is meant before or after lower_is_better "
+            "turns the labels. Put threshold first: it then reads the labels in the data."
         )
     makes = next((name for name in reversed(names) if name != "lower_is_better"), None)
     if label_type == "continuous" and makes == "threshold":
@@ -360,12 +365,12 @@ def _known() -> str:
 
 
 def _mid_ranks(counts: np.ndarray) -> np.ndarray:
-    """How many labels are below each of several different ones, half of those equal to it included."""
+    """Return, for each distinct label, the number of labels below it plus half the number equal to it."""
     return counts.cumsum() - counts / 2
 
 
 def _quantiles_within(labels: np.ndarray, prompts: Sequence[Any]) -> np.ndarray:
-    """`(N,)` quantile of each label among those with the same prompt."""
+    """Return the `(N,)` quantile of each label among the labels of the same prompt."""
     number: dict[Any, int] = {}
     group = np.array([number.setdefault(prompt, len(number)) for prompt in prompts])
     pairs, which, counts = np.unique(np.stack([group, labels]), axis=1, return_inverse=True, return_counts=True)

@@ -80,7 +80,7 @@ def check_stream(rules: LabelRules, name: str) -> None:
         return
     remedy = "Load the dataset without streaming"
     if not transform.needs_prompts:
-        remedy += ", or give the numbers, as in standardise:2.5,1.2"
+        remedy += ", or give the numbers, as in standardize:2.5,1.2"
     raise ValueError(
         f"label_transform={str(transform)!r} needs all labels at once, but the {name} dataset is a stream. {remedy}."
     )

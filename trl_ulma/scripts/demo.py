@@ -41,7 +41,7 @@ NEEDS = ("gguf", "matplotlib", "rich")
 
 BETA = 0.1
 # log π is summed over some sixty tokens and its gradient is 1/β times that of a reward: at weight 1, demonstrations
-# would drown out all other rows of so small a data set
+# would drown out all other rows of so small a dataset
 SETTINGS = {"beta": BETA, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8}
 REAL_SETTINGS = {**SETTINGS, "sft_weight": 0.1, "learning_rate": 7e-4, "num_train_epochs": 1, "warmup_steps": 4}
 TINY_SETTINGS = {**SETTINGS, "sft_weight": 0.3, "learning_rate": 3e-3, "num_train_epochs": 5, "warmup_steps": 10}
@@ -230,7 +230,7 @@ def libraries(console: "Console", threads: int | None) -> Iterator[None]:
 
 
 def load_rows() -> list[dict[str, Any]]:
-    """The rows of `trl_ulma/data/everyday.jsonl`: point-wise rows with a `split`, "train" or "test"."""
+    """The rows of `trl_ulma/data/everyday.jsonl`: pointwise rows with a `split`, "train" or "test"."""
     text = resources.files("trl_ulma").joinpath("data", "everyday.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 

@@ -99,7 +99,7 @@ def convert(folder: Path, gguf: str, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without dequantize the weights count as quantised, and neither training nor saving is allowed
+    # Without dequantize the weights count as quantized, and neither training nor saving is allowed
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )

@@ -21,8 +21,8 @@ from trl_ulma.metrics import auc
 
 RESAMPLES = 2000
 KINDS = ("demonstration", "liked", "4–5 stars", "1–2 stars", "disliked")
-# Okabe and Ito's blue and vermillion, which colour-blind people tell apart too
-GOOD, BAD, GREY = "#0072B2", "#D55E00", "#767676"
+# Okabe and Ito's blue and vermillion, which color-blind people tell apart too
+GOOD, BAD, GRAY = "#0072B2", "#D55E00", "#767676"
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def draw(history: list[dict[str, float]], held: HeldOut, path: Path) -> None:
     left, right = parts
     upper, lower = left.subplots(2, 1, sharex=True)
     _curve(upper, history, "loss/sft", "Demonstrations: −log π of an answer, nats", GOOD)
-    _curve(lower, history, "loss/preference", "Other rows: preference loss", GREY)
+    _curve(lower, history, "loss/preference", "Other rows: preference loss", GRAY)
     lower.set_xlabel("step")
     left.suptitle("Training", x=0.02, ha="left", weight="bold")
 

@@ -23,7 +23,7 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes on one device, by what they are for; not counted are the device's context and fragmentation.
 
-    Weights, reference, gradients and the optimiser's state follow from the weights. Activations are counted for a
+    Weights, reference, gradients and the optimizer's state follow from the weights. Activations are counted for a
     decoder with gated feed-forward layers and attention that keeps no scores (sdpa, flash), to about a factor of two.
 
     Args:

@@ -253,7 +253,7 @@ class OptionParser(TrlParser):
         hints = get_type_hints(PartConfig)
         where = f"{self._file}: datasets"
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            self.error(f"{where} is {value!r}; it must be a list of data sets, each with a `path`.")
+            self.error(f"{where} is {value!r}; it must be a list of datasets, each with a `path`.")
         for number, entry in enumerate(value, start=1):
             if "path" not in entry:
                 self.error(f"{where}, entry {number}, has no `path`: a file, a folder, a builder (json) or a hub name.")

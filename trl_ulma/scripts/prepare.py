@@ -186,7 +186,7 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
 
         # Imported late, as they bring `datasets` along
         from trl_ulma.data.convert import convert
-        from trl_ulma.data.summary import summarise
+        from trl_ulma.data.summary import summarize
 
         options = {flag.lstrip("-"): getattr(args, flag.lstrip("-")) for flag in find(family).options}
         rows, account = convert(family, raw, alternating=args.alternating, **options)
@@ -199,7 +199,7 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
             "options": options | {"alternating": args.alternating},
             "seed": args.seed,
             **_accounted(account),
-            **summarise(rows),
+            **summarize(rows),
             "splits": {
                 name: {
                     "file": str(files[name]),

@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> str:
     rows = splits[args.split]
     for note in check_splits({args.split: rows}, args.dataset, needs_label=False):
         print(note, file=sys.stderr)
-    is_labelled = not without_label(rows).all()
-    if args.sort == "surprise" and not is_labelled:
+    is_labeled = not without_label(rows).all()
+    if args.sort == "surprise" and not is_labeled:
         raise ValueError(
             f"--sort surprise needs labels, which {args.dataset} does not have (its columns are "
             f"{', '.join(rows.column_names)}). Use --sort reward."
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> str:
         trust_remote_code=args.trust_remote_code,
     )
     scored = judge.score(rows, invalid_rows=args.invalid_rows)
-    order = args.sort or ("surprise" if is_labelled else "row")
+    order = args.sort or ("surprise" if is_labeled else "row")
     if order != "row":
         scored = scored.sort(order, reverse=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +145,10 @@ def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
     of = f" of {len(rows):,} pairs" if is_paired else ""
     left_out = f"{answers - len(scored):,} of {answers:,}"
     message = f"{path} holds {len(scored):,} scored {unit}{of}{said}; {left_out} were left out."
-    unlabelled = sum(each is None for each in scored["surprise"][:]) if "surprise" in scored.column_names else 0
-    if unlabelled:
-        have = "row has" if unlabelled == 1 else "rows have"
-        message += f" {unlabelled:,} {have} no label, so there is no surprise."
+    unlabeled = sum(each is None for each in scored["surprise"][:]) if "surprise" in scored.column_names else 0
+    if unlabeled:
+        have = "row has" if unlabeled == 1 else "rows have"
+        message += f" {unlabeled:,} {have} no label, so there is no surprise."
     return message
 
 
@@ -156,10 +156,10 @@ def most_surprising(scored: "Dataset") -> list[str]:
     """Lines about the rows whose labels surprise the model most: the first to look at for mistakes."""
     if "surprise" not in scored.column_names:
         return []
-    labelled = [row for row, surprise in enumerate(scored["surprise"][:]) if surprise is not None]
-    if not labelled:
+    labeled = [row for row, surprise in enumerate(scored["surprise"][:]) if surprise is not None]
+    if not labeled:
         return []
-    top = scored.select(labelled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labelled))))
+    top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
     lines = ["The most surprising labels, which are the first to look at for mistakes:"]
     row: Any
     for row in top:

@@ -42,6 +42,9 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
     # The training gets Ctrl-C as well, and is waited for while it writes its checkpoint
     pressed: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    # `python -m` looks in the working directory first, where a clone in a folder trl_ulma would hide the package
+    safe_path = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         launch_command(args)
     except SystemExit as stop:
@@ -55,6 +58,10 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
         return code
     finally:
         signal.signal(signal.SIGINT, previous)
+        if safe_path is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = safe_path
     return 0
 
 
@@ -64,7 +71,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     Where evaluation is wanted and there is no test split, one is split off by prompt.
 
     Raises:
-        FileNotFoundError: where the data set does not exist.
+        FileNotFoundError: where the dataset does not exist.
         ValueError: where it cannot be read, or has not the splits that are asked for.
     """
     from trl_ulma.config import PointwiseDPOConfig

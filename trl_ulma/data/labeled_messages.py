@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELLED, Adapter, LeftOut, Outcome, labelled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.labels import is_messages
 
@@ -36,7 +36,7 @@ def messages(
         except ValueError as error:
             yield LeftOut(str(error))
             continue
-        yield labelled(prompt, completion, raw["label"], label_type=label_type, liked=liked)
+        yield labeled(prompt, completion, raw["label"], label_type=label_type, liked=liked)
 
 
 def turns(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
@@ -66,8 +66,8 @@ def turns(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", like
             if label is None:
                 yield LeftOut(NO_LABEL)
                 continue
-            yield labelled(plain[:place], plain[place : place + 1], label, label_type=label_type, liked=liked)
+            yield labeled(plain[:place], plain[place : place + 1], label, label_type=label_type, liked=liked)
 
 
-MESSAGES = Adapter(messages, needs=(("messages", "label"),), refuses=("chosen", "rejected"), options=LABELLED)
-TURNS = Adapter(turns, needs=(("messages",),), refuses=("label", "chosen", "rejected"), options=LABELLED)
+MESSAGES = Adapter(messages, needs=(("messages", "label"),), refuses=("chosen", "rejected"), options=LABELED)
+TURNS = Adapter(turns, needs=(("messages",),), refuses=("label", "chosen", "rejected"), options=LABELED)
