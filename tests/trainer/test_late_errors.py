@@ -8,6 +8,7 @@ from accelerate.utils import ParallelismConfig
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import (
+from tiny import CHAT_TEMPLATE, make_tokenizer
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -286,6 +287,55 @@ def test_ktos_loss_is_given_the_line_that_replaces_it(config, value):
 
 
 # Parallelism
+
+
+def chats(answers: int = 1) -> Dataset:
+    """The rows as conversations; with two answers, there is a user's turn in between."""
+    more = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " No."}]
+    columns = {
+        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in make_rows(6)],
+        "completion": [
+            [{"role": "assistant", "content": row["completion"]}, *more[: 2 * answers - 2]] for row in make_rows(6)
+        ],
+    }
+    return make_rows(6, **columns)
+
+
+def other_tokenizer(change: str):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    if change == "vocabulary":
+        tokenizer.add_tokens(["<|new|>"])
+    elif change == "EOS token":
+        tokenizer.eos_token = "<|system|>"
+    else:
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "!<|end|>")
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "changed"),
+    [
+        (make_rows(6), lambda: {"processing_class": other_tokenizer("vocabulary")}, "vocabulary"),
+        (make_rows(6), lambda: {"processing_class": other_tokenizer("EOS token")}, "EOS token"),
+        (chats(), lambda: {"processing_class": other_tokenizer("chat template")}, "chat template"),
+        (chats(), lambda: {"system_message": "Be kind."}, "system_message"),
+        (chats(answers=2), lambda: {"assistant_only_loss": False}, "assistant_only_loss"),
+    ],
+    ids=["vocabulary", "eos", "template", "system", "turns"],
+)
+def test_rows_prepared_with_other_tokens(tiny_llama, tmp_path, rows, settings, changed):
+    prepared = make_trainer(tiny_llama, rows, tmp_path, **STEPS).train_dataset
+    prepared.save_to_disk(tmp_path / "prepared")
+    for again in (prepared, Dataset.load_from_disk(tmp_path / "prepared")):
+        with pytest.raises(ValueError, match=rf"prepared with another {changed}.*Pass the raw rows"):
+            make_trainer(tiny_llama, again, tmp_path, **STEPS, **settings())
+        assert len(make_trainer(tiny_llama, again, tmp_path, **STEPS).train_dataset) == len(prepared)
+
+
+def test_what_the_tokens_of_prepared_text_do_not_depend_on(tiny_llama, tmp_path):
+    prepared = make_trainer(tiny_llama, make_rows(6), tmp_path, **STEPS).train_dataset
+    other = {"processing_class": other_tokenizer("chat template"), "assistant_only_loss": False}
+    assert len(make_trainer(tiny_llama, prepared, tmp_path, **STEPS, **other).train_dataset) == len(prepared)
 
 
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
