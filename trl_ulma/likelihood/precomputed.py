@@ -121,7 +121,9 @@ def precomputed_logps(
     """
     file = None
     if rows.cache_files:
-        file = Path(rows._get_cache_file_path(Hasher.hash((rows._fingerprint, key)))).with_suffix(".npy")
+        # Collators can truncate rows or change their tokens
+        everything = Hasher.hash((rows._fingerprint, key, collate))
+        file = Path(rows._get_cache_file_path(everything)).with_suffix(".npy")
         # One process reads for all, because processes may have different file systems
         has = accelerator.is_main_process and file.exists()
         cached = broadcast_object_list([np.load(file) if has else None])[0]
