@@ -1,5 +1,7 @@
 """Checkpoints: which ones are complete, and which one training resumes from."""
 
+import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 logger = get_logger(__name__)
@@ -96,6 +99,42 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
         )
     refuse_pickle(resume_from_checkpoint, loading)
     return resume_from_checkpoint
+
+
+def place_in_stream(checkpoint: str | Path, accumulation: int) -> tuple[int, int]:
+    """(the number of completed passes over a stream, the number of micro-batches in the next pass) at a checkpoint.
+
+    `Trainer` takes all steps of a stream for one pass, so it would skip more micro-batches than a pass has.
+
+    Args:
+        checkpoint: the folder of the checkpoint.
+        accumulation: the number of micro-batches in a step.
+    """
+    state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
+    passes, part = divmod(state["epoch"], 1)
+    return int(passes), round(part * state["max_steps"] * accumulation)
+
+
+def warn_of_other_place(state: Any, micro_batches: int, accumulation: int) -> None:
+    """Log a warning if a resumed training goes on in another place of an epoch than the one where it stopped.
+
+    The place is computed from the number of steps, and an epoch has another number of steps if the rows, the batch
+    size, the accumulation, or the number of processes is another one.
+
+    Args:
+        state: the state of the trainer, as it was loaded from the checkpoint.
+        micro_batches: the number of micro-batches in an epoch.
+        accumulation: the number of micro-batches in a step.
+    """
+    epochs, steps = divmod(state.global_step, max(math.ceil(micro_batches / accumulation), 1))
+    place = epochs + min(steps * accumulation / max(micro_batches, 1), 1)
+    if abs(place - state.epoch) * micro_batches >= 1:
+        logger.warning(
+            f"The checkpoint was written at epoch {state.epoch:.2f}, but training resumes at epoch {place:.2f}, so "
+            f"some rows are skipped or repeated. Step {state.global_step} is elsewhere in the epoch now, because the "
+            "number of rows, the batch size, gradient_accumulation_steps, or the number of processes has changed. "
+            "Resume with the settings and rows of the checkpoint to continue exactly."
+        )
 
 
 @contextmanager

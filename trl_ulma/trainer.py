@@ -28,14 +28,21 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalPrediction, IntervalStrategy
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy, has_length
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from trl_ulma import model_card
 from trl_ulma.callbacks import Calls, Interruption
-from trl_ulma.checkpoints import WHOLE, checkpoint_to_resume, mark_whole, written_whole
+from trl_ulma.checkpoints import (
+    WHOLE,
+    checkpoint_to_resume,
+    mark_whole,
+    place_in_stream,
+    warn_of_other_place,
+    written_whole,
+)
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig, check_parallelism
 from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
@@ -359,6 +366,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._sums.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
         self._check_start(self.model_wrapped, is_training=True)
+        if not self._is_sharded:  # sharding can change the names of parameters
+            self._check_trainable()  # other code may have changed what is trained
+        loader = self.callback_handler.train_dataloader
+        if self.state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
+            warn_of_other_place(self.state, len(loader), self.args.gradient_accumulation_steps)
 
     def _on_train_end(self) -> None:
         self._checks.end(self.model_wrapped)
@@ -753,6 +765,17 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _identity_in(self, checkpoint: str) -> ReferenceIdentity | None:
         """The identity of a checkpoint's reference. None if it has no reference, or if the checkpoint lacks it."""
         if self.args.sync_ref_model:
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        if not is_stream or self.args.ignore_data_skip or self.state.global_step == 0:
+            return place
+        return place_in_stream(resume_from_checkpoint, self.args.gradient_accumulation_steps)
+
             raise ValueError(
                 "sync_ref_model=True changes the reference during training, and checkpoints do not contain the "
                 "reference, so a resumed run would use a different one. Train without interruption, or set "

@@ -107,3 +107,66 @@ def test_ctrl_c_ends_with_a_saved_state_that_goes_on(tiny_gpt2, tmp_path):
     assert trainer.state.global_step in (3, 4)
     assert last_whole(tmp_path) == tmp_path / f"checkpoint-{trainer.state.global_step}"
     assert torch.equal(run(tiny_gpt2, tmp_path, resume=True), run(tiny_gpt2, tmp_path / "other"))
+
+
+# The place in the rows
+
+
+class StopAt(TrainerCallback):
+    """Saves a checkpoint at a step and stops there."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("step", [3, 4, 6, 7])
+def test_a_stream_is_resumed_in_any_pass(tiny_gpt2, tmp_path, step, accumulation):
+    """The stream has 13 rows, so a pass has 7 micro-batches, in another order in each pass."""
+
+    def train(folder, resume=None, **kwargs):
+        rows = make_rows(13).to_iterable_dataset(num_shards=2).shuffle(seed=1, buffer_size=5)
+        settings = {"max_steps": 9, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+        settings |= {"gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(tiny_gpt2, rows, folder, **settings, **kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "parts", callbacks=[StopAt(step)])
+    resumed = train(tmp_path / "parts", resume=True)
+    assert resumed.state.global_step == whole.state.global_step == 9
+    assert torch.equal(weights(whole.model), weights(resumed.model))
+
+
+def resumed_with(folder: str, out, caplog, rows: int = 12, **changes) -> list[str]:
+    """The warnings of a training that is resumed at step 3 of 6 in its epoch, with other settings."""
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "disable_tqdm": True}
+    make_trainer(folder, make_rows(12), out, callbacks=[StopAt(3)], **settings).train()
+    caplog.clear()
+    make_trainer(folder, make_rows(rows), out, **settings | changes).train(resume_from_checkpoint=True)
+    return [record.getMessage() for record in caplog.records if "training resumes at epoch" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}, {"rows": 6}],
+    ids=["batch", "accumulation", "rows"],
+)
+def test_a_resume_in_another_place_of_the_epoch_is_told(tiny_gpt2, tmp_path, caplog, changes):
+    (warning,) = resumed_with(tiny_gpt2, tmp_path, caplog, **changes)
+    assert "written at epoch 0.50" in warning
+    assert "resumes at epoch 1.00" in warning
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"learning_rate": 1e-3}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}],
+    ids=["nothing", "rate", "split"],
+)
+def test_a_resume_in_the_same_place_is_not_told(tiny_gpt2, tmp_path, caplog, changes):
+    assert not resumed_with(tiny_gpt2, tmp_path, caplog, **changes)
