@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,6 +188,12 @@ def make_plan(
         loading: Any = args.model_init_kwargs or {}
         refuse_pickle(model, loading)
         if "gguf_file" not in loading:
+        if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
+            raise ValueError(
+                f"{model} is the folder of an adapter, not of a model. To train the adapter further, load its base "
+                "model, pass both to PeftModel.from_pretrained(base, folder, is_trainable=True), and pass the result "
+                "as model."
+            )
             args.model_init_kwargs = {"use_safetensors": True, **loading}
     has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if args.sync_ref_model and has_peft:
