@@ -48,7 +48,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
 from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_logps
-from trl_ulma.likelihood.proof import StartupProof, check_trainable
+from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_ref_model, check_trainable
 from trl_ulma.likelihood.reference import (
     ADAPTER,
     NoReferenceModel,
@@ -149,13 +149,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
     ):
-        if ref_model is not None and ref_model is model:
-            raise ValueError(
-                "model and ref_model are the same object, so training would also change the reference. Leave out "
-                "ref_model: the reference is then the model as it is before training."
-            )
         if ref_model is None:
             _check_adapter_name(model)
+        else:
+            check_ref_model(model, ref_model)
         for given in (model, ref_model):
             if given is not None:
                 mend_copied_forward(given)
@@ -171,6 +168,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             peft_config,
             data_collator,
             needs_mask=self._needs_mask,
+            ref_model=ref_model,
             has_own_metrics=compute_metrics is not None,
         )
         self._last_prepared: Any = None
@@ -225,8 +223,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._reference.release()  # DPOTrainer drops its reference once it has precomputed all rows
         if args.disable_dropout:
             switch_off_noise(self.model)
-        asked_later = self._reference.kind if not args.precompute_ref_log_probs else "none"
-        check_trainable(self.model, asked_later)
+        self._check_trainable()
+        if optimizers[0] is not None:
+            check_optimizer(self.model, optimizers[0])
         # Stop DPOTrainer from precomputing the datasets that it evaluates, because `evaluate` does that here
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
@@ -349,6 +348,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _probe_tokens(self) -> torch.Tensor:
         embeddings = self.model.get_input_embeddings()
         size = getattr(embeddings, "num_embeddings", len(tokenizer_of(self.processing_class)))
+        size = min(size, self._plan.vocab_size or size)  # a ref_model can have fewer embeddings
         tokens = probe_tokens(tokenizer_of(self.processing_class), size, self._plan.positions)
         return tokens.to(self.accelerator.device)
 
@@ -362,15 +362,18 @@ class PointwiseDPOTrainer(DPOTrainer):
             resumed=self._resumed_identity,
         )
 
+    def _check_trainable(self) -> None:
+        check_trainable(self.model, "none" if self.args.precompute_ref_log_probs else self._reference.kind)
+
     def _on_train_begin(self) -> None:
-        self._sums.reset()  # discard sums of an attempt that ran out of memory
-        self.log_partition.take_sums()
-        self._check_start(self.model_wrapped, is_training=True)
         if not self._is_sharded:  # sharding can change the names of parameters
             self._check_trainable()  # other code may have changed what is trained
         loader = self.callback_handler.train_dataloader
         if self.state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(self.state, len(loader), self.args.gradient_accumulation_steps)
+        self._sums.reset()  # discard sums of an attempt that ran out of memory
+        self.log_partition.take_sums()
+        self._check_start(self.model_wrapped, is_training=True)
 
     def _on_train_end(self) -> None:
         self._checks.end(self.model_wrapped)
@@ -762,9 +765,6 @@ class PointwiseDPOTrainer(DPOTrainer):
             raise KeyboardInterrupt
         return result
 
-    def _identity_in(self, checkpoint: str) -> ReferenceIdentity | None:
-        """The identity of a checkpoint's reference. None if it has no reference, or if the checkpoint lacks it."""
-        if self.args.sync_ref_model:
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
@@ -776,6 +776,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             return place
         return place_in_stream(resume_from_checkpoint, self.args.gradient_accumulation_steps)
 
+    def _identity_in(self, checkpoint: str) -> ReferenceIdentity | None:
+        """The identity of a checkpoint's reference. None if it has no reference, or if the checkpoint lacks it."""
+        if self.args.sync_ref_model:
             raise ValueError(
                 "sync_ref_model=True changes the reference during training, and checkpoints do not contain the "
                 "reference, so a resumed run would use a different one. Train without interruption, or set "
