@@ -128,6 +128,28 @@ def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int
     return passes, round((epoch - passes) * state.max_steps) * accumulation
 
 
+def warn_of_other_place(state: Any, micro_batches: int, accumulation: int) -> None:
+    """Log a warning if a resumed training goes on in another place of an epoch than the one where it stopped.
+
+    The place is computed from the number of steps, and an epoch has another number of steps if the rows, the batch
+    size, the accumulation, or the number of processes is another one.
+
+    Args:
+        state: the state of the trainer, as it was loaded from the checkpoint.
+        micro_batches: the number of micro-batches in an epoch.
+        accumulation: the number of micro-batches in a step.
+    """
+    epochs, steps = divmod(state.global_step, max(math.ceil(micro_batches / accumulation), 1))
+    place = epochs + min(steps * accumulation / max(micro_batches, 1), 1)
+    if abs(place - state.epoch) * micro_batches >= 1:
+        logger.warning(
+            f"The checkpoint was written at epoch {state.epoch:.2f}, but training resumes at epoch {place:.2f}, so "
+            f"some rows are skipped or repeated. Step {state.global_step} is elsewhere in the epoch now, because the "
+            "number of rows, the batch size, gradient_accumulation_steps, or the number of processes has changed. "
+            "Resume with the settings and rows of the checkpoint to continue exactly."
+        )
+
+
 @contextmanager
 def written_whole(args: Any, folder: Path, best: Callable[[], str | None]) -> Iterator[None]:
     """A context for writing a checkpoint. It marks the checkpoint at the end, and deletes older ones only afterwards.

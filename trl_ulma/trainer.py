@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, has_length
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
 
@@ -35,6 +35,7 @@ from trl_ulma.checkpoints import (
     copy_files,
     mark_whole,
     stream_position,
+    warn_of_other_place,
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
@@ -43,7 +44,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
 from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_logps
-from trl_ulma.likelihood.proof import StartupProof, check_trainable
+from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
 from trl_ulma.likelihood.reference import (
     ADAPTER,
     NoReferenceModel,
@@ -147,6 +148,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             peft_config,
             data_collator,
             needs_mask=self._needs_mask,
+            ref_model=ref_model,
             has_own_metrics=compute_metrics is not None,
         )
         self._last_prepared: Any = None
@@ -196,8 +198,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._reference.model = None  # DPOTrainer drops its reference once it has precomputed all rows
         if args.disable_dropout:
             switch_off_noise(self.model)
-        asked_later = self._reference.kind if not args.precompute_ref_log_probs else "none"
-        check_trainable(self.model, asked_later)
+        self._check_trainable()
+        if optimizers[0] is not None:
+            check_optimizer(self.model, optimizers[0])
         # Stop DPOTrainer from precomputing the datasets that it evaluates, because `evaluate` does that here
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
@@ -312,6 +315,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _probe_tokens(self) -> torch.Tensor:
         embeddings = self.model.get_input_embeddings()
         size = getattr(embeddings, "num_embeddings", len(tokenizer_of(self.processing_class)))
+        size = min(size, self._plan.vocab_size or size)  # a ref_model can have fewer embeddings
         tokens = probe_tokens(tokenizer_of(self.processing_class), size, self._plan.positions)
         return tokens.to(self.accelerator.device)
 
@@ -325,7 +329,15 @@ class PointwiseDPOTrainer(DPOTrainer):
             resumed=self._resumed_identity,
         )
 
+    def _check_trainable(self) -> None:
+        check_trainable(self.model, "none" if self.args.precompute_ref_log_probs else self._reference.kind)
+
     def _on_train_begin(self, state: Any) -> None:
+        if not self._is_sharded:  # sharding can change the names of parameters
+            self._check_trainable()  # other code may have changed what is trained
+        loader = self.callback_handler.train_dataloader
+        if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
+            warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
         self._check_start(self.model_wrapped, is_training=True)

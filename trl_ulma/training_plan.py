@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,7 @@ def make_plan(
     data_collator: Any = None,
     *,
     needs_mask: bool,
+    ref_model: Any = None,
     has_own_metrics: bool = False,
 ) -> TrainingPlan:
     """Check the settings and rows, and prepare the rows, before a model is loaded.
@@ -161,6 +163,7 @@ def make_plan(
     Args:
         model, train_dataset, eval_dataset, processing_class, peft_config, data_collator: the trainer's arguments.
         args: the trainer's own config, see `own_config`.
+        ref_model: the reference's own model, which reads the same rows, or None.
         needs_mask: whether labels determine the demonstrations if rows have no `sft_mask`.
         has_own_metrics: whether evaluation computes metrics that the user defined.
 
@@ -172,6 +175,12 @@ def make_plan(
         raise TypeError(f"peft_config must be one of PEFT's, such as a LoraConfig; got {type(peft_config).__name__}.")
     if isinstance(model, str):
         loading: Any = args.model_init_kwargs or {}
+        if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
+            raise ValueError(
+                f"{model} is the folder of an adapter, not of a model. To train the adapter further, load its base "
+                "model, pass both to PeftModel.from_pretrained(base, folder, is_trainable=True), and pass the result "
+                "as model."
+            )
         refuse_pickle(model, loading)
         if "gguf_file" not in loading:
             args.model_init_kwargs = {"use_safetensors": True, **loading}
@@ -192,6 +201,10 @@ def make_plan(
     if not isinstance(model, str) and is_peft_model(model):
         peft_config = model.active_peft_config
     positions, vocab_size = _sizes(model, args, peft_config)
+    if ref_model is not None:
+        other = _sizes(ref_model, args, getattr(ref_model, "active_peft_config", None))
+        sizes = zip((positions, vocab_size), other, strict=True)
+        positions, vocab_size = (min((s for s in both if s is not None), default=None) for both in sizes)
     plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config)
     plan.train_dataset = plan.prepare(train_dataset, "train")
     plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)

@@ -9,6 +9,7 @@ from peft import PeftType
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import get_config_model_id
 
+from trl_ulma.likelihood.proof import check_ref_model
 from trl_ulma.likelihood.reference import ADAPTER, NoReferenceModel, Reference, copy_adapter
 from trl_ulma.likelihood.scorer import Scorer, bare_model
 from trl_ulma.versions import loads_needless_reference, mend_copied_forward
@@ -18,20 +19,11 @@ def check_models(model: Any, ref_model: Any) -> None:
     """Raise an error if a trainer's models cannot be policy and reference.
 
     Raises:
-        TypeError: if the reference is a name.
+        TypeError: if the reference is not a model.
         ValueError: if the models cannot be policy and reference.
     """
-    if isinstance(ref_model, str):
-        raise TypeError(
-            f"ref_model must be a model; got the name {ref_model!r}. Load it first, with "
-            "AutoModelForCausalLM.from_pretrained and the dtype of the model that is trained."
-        )
     if ref_model is not None:
-        if ref_model is model:
-            raise ValueError(
-                "model and ref_model are the same object, so training would also change the reference. Leave out "
-                "ref_model: the reference is then the model as it is before training."
-            )
+        check_ref_model(model, ref_model)
         return
     if not _is_peft(model):
         return

@@ -48,7 +48,7 @@ def binary_rows(n: int = 12) -> Dataset:
 def make_trainer(model: Any, rows: Any, folder: Any, *, pointwise: bool = False, **kwargs: Any) -> PointwiseDPOTrainer:
     """A quiet trainer in fp32; keywords that the trainer takes go there, all others into its config."""
     own = {"eval_dataset", "ref_model", "peft_config", "processing_class", "callbacks", "compute_metrics"}
-    own |= {"quantization_config", "data_collator"}
+    own |= {"quantization_config", "data_collator", "optimizers"}
     to_trainer = {name: kwargs.pop(name) for name in own & set(kwargs)}
     settings = {
         "bf16": False,

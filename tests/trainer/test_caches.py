@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemma2Config
 from world import make_rows, make_trainer
 
+from trl_ulma import DataCollatorForPointwisePreference
+
 STILL = {"max_steps": 1, "learning_rate": 1e-12, "per_device_train_batch_size": 8, "beta": 1.0, "pointwise": True}
 
 
@@ -113,6 +115,16 @@ def test_another_given_reference_with_the_same_weights(tiny_llama, tmp_path, sto
             **STILL,
         )
         found.append(trainer.train_dataset["ref_logps"][:])
+    assert found[0] != pytest.approx(found[1], abs=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["settings", "function"])
+def test_another_collator(tiny_llama, tmp_path, stored_rows, kind):
+    """A collator can shorten rows: the reference is that of the rows as they are trained on."""
+    short = DataCollatorForPointwisePreference(pad_token_id=0, max_length=12)
+    found = [ref_logps(tiny_llama, stored_rows, tmp_path)]
+    collator = short if kind == "settings" else lambda examples: short(examples)
+    found.append(ref_logps(tiny_llama, stored_rows, tmp_path, data_collator=collator))
     assert found[0] != pytest.approx(found[1], abs=1e-2)
 
 

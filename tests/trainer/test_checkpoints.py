@@ -145,3 +145,46 @@ def test_an_older_transformers_refuses_to_resume_in_a_later_pass(streamed, tmp_p
     monkeypatch.delattr(Trainer, "_init_training_state")
     with pytest.raises(ValueError, match=r"in pass 2 over a stream.* Update transformers"):
         train(tmp_path, str(folder / f"checkpoint-{later}"))
+
+
+# The place in the rows
+
+
+class StopAt(TrainerCallback):
+    """Saves a checkpoint at a step and stops there."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def resumed_with(folder: str, out, caplog, rows: int = 12, **changes) -> list[str]:
+    """The warnings of a training that is resumed at step 3 of 6 in its epoch, with other settings."""
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "disable_tqdm": True}
+    make_trainer(folder, make_rows(12), out, callbacks=[StopAt(3)], **settings).train()
+    caplog.clear()
+    make_trainer(folder, make_rows(rows), out, **settings | changes).train(resume_from_checkpoint=True)
+    return [record.getMessage() for record in caplog.records if "training resumes at epoch" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}, {"rows": 6}],
+    ids=["batch", "accumulation", "rows"],
+)
+def test_a_resume_in_another_place_of_the_epoch_is_told(tiny_gpt2, tmp_path, caplog, changes):
+    (warning,) = resumed_with(tiny_gpt2, tmp_path, caplog, **changes)
+    assert "written at epoch 0.50" in warning
+    assert "resumes at epoch 1.00" in warning
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"learning_rate": 1e-3}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}],
+    ids=["nothing", "rate", "split"],
+)
+def test_a_resume_in_the_same_place_is_not_told(tiny_gpt2, tmp_path, caplog, changes):
+    assert not resumed_with(tiny_gpt2, tmp_path, caplog, **changes)

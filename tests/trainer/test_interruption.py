@@ -7,7 +7,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, TrainerCallback
 from world import make_rows, make_trainer, mixed_rows, weights
 
 SETTINGS = {
@@ -273,12 +274,8 @@ def test_an_error_in_a_sharded_stream_names_the_row(tiny_gpt2, tmp_path):
         make_trainer(tiny_gpt2, stream, tmp_path, **settings).train()
 
 
-def test_rotary_positions_that_change_with_the_longest_row(tmp_path):
-    """Of rows beyond the original length, longrope turns positions otherwise: policy and reference see the same."""
-    from tiny import make_tokenizer
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    tokenizer = make_tokenizer()
+def longrope(tokenizer):
+    """A model whose rotary positions change if the longest row of a batch has more than 16 tokens."""
     torch.manual_seed(0)
     rope = {
         "rope_type": "longrope",
@@ -302,13 +299,19 @@ def test_rotary_positions_that_change_with_the_longest_row(tmp_path):
         bos_token_id=1,
         eos_token_id=1,
     )
+    return Phi3ForCausalLM(config)
+
+
+def test_rotary_positions_that_change_with_the_longest_row(tmp_path):
+    """Of rows beyond the original length, longrope turns positions otherwise: policy and reference see the same."""
+    tokenizer = make_tokenizer()
     # The long rows are demonstrations: the reference is asked for the short ones alone
     texts = [" on and on" * 12 if i % 2 else " yes" for i in range(8)]
     rows = make_rows(
         8, completion=texts, sft_mask=[bool(i % 2) for i in range(8)], label=[float(i % 2) for i in range(8)]
     )
     trainer = make_trainer(
-        Phi3ForCausalLM(config),
+        longrope(tokenizer),
         rows,
         tmp_path,
         processing_class=tokenizer,
@@ -321,3 +324,14 @@ def test_rotary_positions_that_change_with_the_longest_row(tmp_path):
     trainer.train()
     found = [log["loss/preference"] for log in trainer.state.log_history if "loss/preference" in log]
     assert found == pytest.approx([0.693147] * len(found), abs=1e-4)
+
+
+def test_a_reference_that_depends_on_the_batch_is_not_precomputed(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = make_rows(4, prompt=["a"] * 4, completion=[" on and on" * 12, " yes", " no", " it"])
+    settings = {"processing_class": tokenizer, "precompute_ref_log_probs": True, "max_steps": 1}
+    with pytest.raises(ValueError, match=r"(?s)more than 16 tokens .*max_length=16"):
+        make_trainer(longrope(tokenizer), rows, tmp_path, **settings)
+    trainer = make_trainer(longrope(tokenizer), rows, tmp_path, max_length=16, learning_rate=1e-12, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/preference"] == pytest.approx(0.693147, abs=1e-4)

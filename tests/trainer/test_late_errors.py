@@ -4,9 +4,11 @@ import copy
 import re
 
 import pytest
+import torch
 from accelerate.utils import ParallelismConfig
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -72,6 +74,46 @@ def test_one_trainable_parameter_is_enough(tiny_llama, tmp_path):
     assert len(before) == model.config.hidden_size
     trainer.train()
     assert (weights(trainer.model) - before).abs().max() > 0
+
+
+def test_weights_that_are_frozen_after_the_trainer_was_made(tiny_llama, tmp_path):
+    trainer = make_trainer(load(tiny_llama), make_rows(6), tmp_path, gradient_checkpointing=True, **STEPS)
+    trainer.model.enable_input_require_grads()
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        trainer.train()
+
+
+def test_weights_that_are_unfrozen_after_the_trainer_was_made(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, make_rows(6), tmp_path, peft_config=copy.deepcopy(LORA), **STEPS)
+    trainer.model.requires_grad_(True)
+    with pytest.raises(ValueError, match="outside the adapter"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["another-models", "below-a-new-adapter"])
+def test_an_optimizer_of_other_parameters(tiny_llama, tmp_path, peft):
+    model = load(tiny_llama)
+    optimizer = torch.optim.SGD((model if peft else load(tiny_llama)).parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"(?s)optimizer .* none of the model's trainable parameters"):
+        make_trainer(
+            model,
+            make_rows(6),
+            tmp_path,
+            optimizers=(optimizer, None),
+            peft_config=copy.deepcopy(LORA) if peft else None,
+            **STEPS,
+        )
+
+
+def test_an_optimizer_of_a_part_of_the_parameters(tiny_llama, tmp_path):
+    model = load(tiny_llama)
+    optimizer = torch.optim.SGD(model.model.norm.parameters(), 0.1)
+    trainer = make_trainer(model, make_rows(6), tmp_path, optimizers=(optimizer, None), **STEPS)
+    before = weights(model.model.norm)
+    trainer.train()
+    assert (weights(model.model.norm) - before).abs().max() > 0
 
 
 # Tokens without an embedding
@@ -161,6 +203,50 @@ def test_in_a_stream(tiny_gpt2, tmp_path):
         make_trainer(tiny_gpt2, rows, tmp_path, processing_class=with_new_token(tiny_gpt2), **STEPS).train()
 
 
+# Models that are none, or that cannot read the rows
+
+
+def smaller(folder: str, **sizes):
+    config = load(folder).config
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [({"vocab_size": 300}, r"embeddings? for ids below 300"), ({"n_positions": 8}, "8 positions")],
+    ids=["vocabulary", "positions"],
+)
+def test_a_reference_that_cannot_read_the_rows(tiny_gpt2, tmp_path, sizes, message):
+    reference = smaller(tiny_gpt2, **sizes)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tiny_gpt2, make_rows(6), tmp_path, ref_model=reference, **STEPS)
+
+
+def test_a_reference_with_fewer_embeddings_that_reads_the_rows(tiny_gpt2, tmp_path):
+    tokenizer = with_new_token(tiny_gpt2)
+    model = load(tiny_gpt2)
+    model.resize_token_embeddings(len(tokenizer))
+    settings = {"ref_model": load(tiny_gpt2), "processing_class": tokenizer}
+    trainer = make_trainer(model, make_rows(6), tmp_path, **settings, **STEPS)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_the_name_of_a_reference(tiny_gpt2, tmp_path):
+    with pytest.raises(TypeError, match=r"(?s)ref_model must be a model; got str.*from_pretrained"):
+        make_trainer(tiny_gpt2, make_rows(6), tmp_path, ref_model=tiny_gpt2, **STEPS)
+
+
+def test_the_folder_of_an_adapter(tiny_llama, tmp_path):
+    adapter = str(tmp_path / "adapter")
+    get_peft_model(load(tiny_llama), copy.deepcopy(LORA)).save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(adapter)
+    with pytest.raises(ValueError, match=r"(?s)folder of an adapter.*is_trainable=True"):
+        make_trainer(adapter, make_rows(6), tmp_path / "out", **STEPS)
+
+
 # Rows that another trainer has prepared
 
 
@@ -201,6 +287,55 @@ def test_rows_prepared_with_unlearning_in_mind(tiny_gpt2, tmp_path):
     prepared = make_trainer(tiny_gpt2, raw, tmp_path, **STEPS).train_dataset
     with pytest.raises(ValueError):
         make_trainer(tiny_gpt2, prepared, tmp_path, positive_loss="none", negative_loss="unlearning", **STEPS).train()
+
+
+def chats(answers: int = 1) -> Dataset:
+    """The rows as conversations; with two answers, there is a user's turn in between."""
+    more = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " No."}]
+    columns = {
+        "prompt": [[{"role": "user", "content": row["prompt"]}] for row in make_rows(6)],
+        "completion": [
+            [{"role": "assistant", "content": row["completion"]}, *more[: 2 * answers - 2]] for row in make_rows(6)
+        ],
+    }
+    return make_rows(6, **columns)
+
+
+def other_tokenizer(change: str):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    if change == "vocabulary":
+        tokenizer.add_tokens(["<|new|>"])
+    elif change == "EOS token":
+        tokenizer.eos_token = "<|system|>"
+    else:
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("<|end|>", "!<|end|>")
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "changed"),
+    [
+        (make_rows(6), lambda: {"processing_class": other_tokenizer("vocabulary")}, "vocabulary"),
+        (make_rows(6), lambda: {"processing_class": other_tokenizer("EOS token")}, "EOS token"),
+        (chats(), lambda: {"processing_class": other_tokenizer("chat template")}, "chat template"),
+        (chats(), lambda: {"system_message": "Be kind."}, "system_message"),
+        (chats(answers=2), lambda: {"assistant_only_loss": False}, "assistant_only_loss"),
+    ],
+    ids=["vocabulary", "eos", "template", "system", "turns"],
+)
+def test_rows_prepared_with_other_tokens(tiny_llama, tmp_path, rows, settings, changed):
+    prepared = make_trainer(tiny_llama, rows, tmp_path, **STEPS).train_dataset
+    prepared.save_to_disk(tmp_path / "prepared")
+    for again in (prepared, Dataset.load_from_disk(tmp_path / "prepared")):
+        with pytest.raises(ValueError, match=rf"prepared with another {changed}.*Pass the raw rows"):
+            make_trainer(tiny_llama, again, tmp_path, **STEPS, **settings())
+        assert len(make_trainer(tiny_llama, again, tmp_path, **STEPS).train_dataset) == len(prepared)
+
+
+def test_what_the_tokens_of_prepared_text_do_not_depend_on(tiny_llama, tmp_path):
+    prepared = make_trainer(tiny_llama, make_rows(6), tmp_path, **STEPS).train_dataset
+    other = {"processing_class": other_tokenizer("chat template"), "assistant_only_loss": False}
+    assert len(make_trainer(tiny_llama, prepared, tmp_path, **STEPS, **other).train_dataset) == len(prepared)
 
 
 # Arguments

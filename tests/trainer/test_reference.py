@@ -360,6 +360,38 @@ def test_parameters_outside_the_adapter_are_trained_against_a_reference_that_sta
 # A reference that is given
 
 
+def sharing(kind: str, folder: str):
+    """(model, ref_model) that share parameters which are trained."""
+    if kind == "two-adapters":
+        base = load(folder)
+        return tuple(get_peft_model(base, lora(init_lora_weights=False)) for _ in range(2))
+    if kind == "below-the-adapter":
+        model = get_peft_model(load(folder), lora(init_lora_weights=False))
+        return model, model.get_base_model()
+    model, other = load(folder), load(folder)
+    if kind == "modules":
+        other.model = model.model
+    elif kind == "storage":
+        other.load_state_dict(model.state_dict(), assign=True)
+    else:
+        other = copy.copy(model)
+    return model, other
+
+
+@pytest.mark.parametrize("kind", ["two-adapters", "below-the-adapter", "modules", "storage", "shallow-copy"])
+def test_a_reference_that_would_be_trained_is_refused(tiny_llama, tmp_path, kind):
+    model, ref_model = sharing(kind, tiny_llama)
+    with pytest.raises(ValueError, match=r"(?s)share parameters that are trained .*copy\.deepcopy"):
+        make_trainer(model, make_rows(6), tmp_path, ref_model=ref_model, **MOVING)
+
+
+def test_a_reference_may_share_weights_that_are_frozen(tiny_llama, tmp_path):
+    model, ref_model = load(tiny_llama), load(tiny_llama)
+    model.model.embed_tokens.requires_grad_(False)
+    ref_model.model.embed_tokens = model.model.embed_tokens
+    hold(make_trainer(model, make_rows(6), tmp_path, ref_model=ref_model, **MOVING), make_rows(6), tiny_llama)
+
+
 def moved(model: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(4)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from trl_ulma.likelihood.layouts import length_that_changes_positions
 from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import bare_model
 from trl_ulma.likelihood.table import forward_inputs
@@ -42,6 +43,7 @@ def with_ref_logps(rows: Dataset, asked: np.ndarray, **asking: Any) -> Dataset:
     """
     if "ref_logps" in rows.column_names:  # known only for the compared rows of the training set
         rows = rows.remove_columns("ref_logps")
+    check_positions(bare_model(asking["policy"]).config, rows["length"][:])
     ref_logps = np.full(len(rows), np.nan)
     if asked.any():
         part = rows if asked.all() else rows.select(np.flatnonzero(asked))
@@ -50,6 +52,30 @@ def with_ref_logps(rows: Dataset, asked: np.ndarray, **asking: Any) -> Dataset:
         with torch.random.fork_rng(devices=[]):
             ref_logps[asked] = precomputed_logps(rows=part, **asking)
     return rows.add_column("ref_logps", ref_logps.tolist())
+
+
+def check_positions(config: Any, lengths: Sequence[int]) -> None:
+    """Raise ValueError if the reference of a row depends on the rows that share its batch.
+
+    With rotary positions of the types "longrope" and "dynamic", a row that is longer than the original context turns
+    the positions of all rows in its batch. The batches of the precomputation are not those of the training.
+
+    Args:
+        config: the configuration of the model.
+        lengths: `(N,)` numbers of tokens of the rows.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> check_positions(LlamaConfig(), [100_000])
+    """
+    limit = length_that_changes_positions(config)
+    longest = max(lengths, default=0)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"precompute_ref_log_probs=True is not exact for these rows: the longest has {longest:,} tokens, and rows "
+            f"with more than {limit:,} tokens change the rotary positions of all rows in their batch. Set max_length="
+            f"{limit}, or set precompute_ref_log_probs=False."
+        )
 
 
 def cache_key(reference: Reference, policy: Any, probe: torch.Tensor, accelerator: Accelerator) -> str:
@@ -112,7 +138,9 @@ def precomputed_logps(
     """
     file = None
     if rows.cache_files:
-        file = Path(rows._get_cache_file_path(Hasher.hash((rows._fingerprint, key)))).with_suffix(".npy")
+        # Collators can truncate rows or change their tokens
+        everything = Hasher.hash((rows._fingerprint, key, collate))
+        file = Path(rows._get_cache_file_path(everything)).with_suffix(".npy")
         # One process reads for all, because processes may have different file systems
         has = accelerator.is_main_process and file.exists()
         cached = broadcast_object_list([np.load(file) if has else None])[0]

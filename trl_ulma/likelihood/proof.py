@@ -55,6 +55,60 @@ def check_trainable(model: Any, reference: str) -> None:
         )
 
 
+def check_ref_model(model: Any, ref_model: Any) -> None:
+    """Raise an error if `ref_model` is not a model, or if training would change it.
+
+    Parameters that are not trained can be shared, for example the frozen weights below two adapters.
+
+    Args:
+        model: the policy, or its name.
+        ref_model: the reference's own model.
+
+    Raises:
+        TypeError: if `ref_model` is not a model.
+        ValueError: if a parameter that is trained is also a parameter of `ref_model`.
+    """
+    if not isinstance(ref_model, torch.nn.Module):
+        raise TypeError(
+            f"ref_model must be a model; got {type(ref_model).__name__}. Load it with "
+            "AutoModelForCausalLM.from_pretrained, or leave out ref_model: the reference is then the model as it is "
+            "before training."
+        )
+    if ref_model is model:
+        raise ValueError(
+            "model and ref_model are the same object, so training would also change the reference. Leave out "
+            "ref_model: the reference is then the model as it is before training."
+        )
+    if not isinstance(model, torch.nn.Module):
+        return
+    # Parameters without values of their own, as under ZeRO-3 or on the device "meta", are at address 0
+    trained = {(p.device, p.data_ptr()): name for name, p in model.named_parameters() if p.requires_grad}
+    places = [(p.device, p.data_ptr()) for p in ref_model.parameters()]
+    shared = [trained[place] for place in places if place[1] and place in trained]
+    if shared:
+        raise ValueError(
+            f"model and ref_model share parameters that are trained ({shared[0]}, {len(shared)} in total), so training "
+            "would also change the reference. Pass a copy (copy.deepcopy(model)), or leave out ref_model: the "
+            "reference is then the model as it is before training."
+        )
+
+
+def check_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if an optimizer has none of the model's trainable parameters.
+
+    Args:
+        model: the policy.
+        optimizer: the optimizer that was passed to the trainer.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "The optimizer that was passed in optimizers has none of the model's trainable parameters, so training "
+            "would not change the model. Create it from the parameters of the model that is trained. With a "
+            "peft_config, wrap the model with get_peft_model first, or set the config's optim instead."
+        )
+
+
 class StartupProof:
     """Checks on a few rows that the log-probabilities and the reference are right.
 

@@ -4,6 +4,8 @@
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
 import datetime
+import hashlib
+import json
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -230,6 +232,7 @@ class Preparation:
             "names_demonstrations": "sft_mask" in names,
             "is_for_training": self.is_for_training,
             "is_chat": not is_text,
+            "tokens": self._token_rules(is_text),
         }
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)
@@ -264,7 +267,11 @@ class Preparation:
 
     def _again(self, rows: Dataset | IterableDataset, names: list[str], name: str) -> Dataset | IterableDataset:
         """Apply these rules and this length to rows that are already prepared, and remove the log-probabilities of
-        another trainer's reference."""
+        another trainer's reference.
+
+        Raises:
+            ValueError: if the rows were prepared with other rules that prepared rows cannot be changed to.
+        """
         rules = noted(rows).get("rules", {})
         # Rows that were prepared for scoring only may have no labels
         is_for_training = rules.get("is_for_training", True)
@@ -273,6 +280,13 @@ class Preparation:
             raise ValueError(
                 f"The {name} dataset was prepared by a trainer with label_transform={rules['transform']}, but this "
                 f"trainer has label_transform={transform!r}. Pass the raw rows."
+            )
+        made, own = rules.get("tokens", {}), self._token_rules(not rules.get("is_chat", False))
+        different = [what for what, value in own.items() if made.get(what, value) != value]
+        if different:
+            raise ValueError(
+                f"The {name} dataset was prepared with another {' and another '.join(different)} than this trainer "
+                "has, so its token ids do not fit. Pass the raw rows."
             )
         if "ref_logps" in names:
             rows = rows.remove_columns("ref_logps")
@@ -346,6 +360,20 @@ class Preparation:
                 f"The rows are conversations, but the {kind} has no chat template. Set {kind}.chat_template (or use "
                 f"the {kind} of an instruction-tuned model), and pass it as processing_class."
             )
+
+    def _token_rules(self, is_text: bool) -> dict[str, Any]:
+        """What the token ids of prepared rows depend on, except for their length."""
+        tokenizer = tokenizer_of(self.processing_class)
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        found = {"vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()}
+        if is_text:
+            return found | {"EOS token": str(tokenizer.eos_token)}
+        template = json.dumps(self.processing_class.chat_template)
+        return found | {
+            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+            "system_message": self.system_message,
+            "assistant_only_loss": self.assistant_only_loss,
+        }
 
     def _key(self) -> str:
         """A hash of everything that a cached result depends on besides the rows."""
