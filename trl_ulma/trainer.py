@@ -90,10 +90,11 @@ class PointwiseDPOTrainer(DPOTrainer):
     Args:
         args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are copied. The trainer works on a copy.
         train_dataset: rows with `prompt`, `completion` (both text, or both messages) and `label`. Optional columns are
-            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `tools`
-            and `chat_template_kwargs`. Pairs (`chosen`, `rejected`, with or without `prompt`) are also accepted, and
-            become two rows each. Rows for a vision-language model can have `image` or `images` (PIL images, paths, or
-            bytes), which are decoded and processed batch by batch.
+            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `eos`
+            (bool, whether text ends with the EOS token), `tools` and `chat_template_kwargs`. Pairs (`chosen`,
+            `rejected`, with or without `prompt`) are also accepted, and become two rows each. Rows for a
+            vision-language model can have `image` or `images` (PIL images, paths, or bytes), which are decoded and
+            processed batch by batch.
         eval_dataset: rows in the same format, or a dict of such datasets.
         processing_class: the model's tokenizer or processor. Rows with images need a processor.
         compute_metrics: receives the implicit rewards of the rows as predictions and their labels as label_ids.

@@ -107,7 +107,76 @@ def test_fractions_splits_and_columns(tmp_path):
     assert len(mixture(tmp_path, parts)) == 24
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_keep_their_mark(tmp_path, streaming):
+    table = write(tmp_path / "a.csv", "prompt,completion,label\n Hi , Yes ,1\nWho?,Me,0\n")
+    more = write(tmp_path / "b.tsv", "prompt\tcompletion\tlabel\nHo\tNo\t0.5\n")
+    text = write(tmp_path / "c.jsonl", rows("c", [1, 0]))
+    chat = write(tmp_path / "d.jsonl", [{"prompt": MESSAGES, "completion": ANSWER, "label": 0.5, "weight": 2}])
+    how = {"streaming": streaming, "max_steps": 1}
+
+    def mixed(*paths, **settings):
+        return mixture(tmp_path, [{"path": path} for path in paths], **how, **settings)
+
+    assert mixed(table, more).info.builder_name == "csv"
+    assert mixed(table, text).info.builder_name == "csv and others"
+    assert mixed(text, text).info.builder_name is None
+    # Beside conversations, the text of tables becomes messages
+    found = list(mixed(table, chat))
+    assert found[0]["prompt"] == [{"role": "user", "content": "Hi"}]
+    assert found[0]["completion"] == [{"role": "assistant", "content": "Yes"}]
+    assert [row["weight"] for row in found] == [1, 1, 2]
+    pairs = write(tmp_path / "e.csv", "prompt,chosen,rejected\nHi,Yes,No\n")
+    assert [row["completion"][0]["content"] for row in mixed(pairs, chat)] == ["Yes", "No", "Hello!"]
+    chats = [{"prompt": MESSAGES, "chosen": ANSWER, "rejected": MESSAGES}]
+    [first, _] = mixed(pairs, write(tmp_path / "f.jsonl", chats))
+    assert (first["prompt"], first["rejected"]) == (MESSAGES, [{"role": "assistant", "content": "No"}])
+    for paths, settings in (((table, text, chat), {}), ((table, chat), {"chat": False})):
+        with pytest.raises(ValueError, match=r"are text, but those of the other parts are messages\. Set chat=True"):
+            mixed(*paths, **settings)
+    assert len({type(row["prompt"]) for row in mixed(table, text, chat, chat=True)}) == 1
+
+
+def test_text_that_becomes_messages_is_said(tmp_path, tiny_llama, capsys):
+    table = write(tmp_path / "a.csv", "prompt,completion,label\n" + "".join(f"q{i},a{i},{i % 2}\n" for i in range(4)))
+    chat = write(tmp_path / "d.jsonl", [{"prompt": MESSAGES, "completion": ANSWER, "label": 1}] * 2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"datasets": [{"path": table}, {"path": chat}]}))
+    argv = ["--config", str(tmp_path / "run.yaml"), "--model", tiny_llama, "--bf16", "false", "--eval_strategy", "no"]
+    assert check.main(argv) == 0
+    said = capsys.readouterr().out
+    assert f"The text of part 1 of the mixture ({table}) becomes messages" in said
+    assert "<|user|>q0<|end|><|assistant|>⟦a0<|end|>⟧" in "".join(said.split("\n"))
+
+
+def test_invalid_rows_are_listed_with_their_file_and_line(tmp_path, tiny_gpt2, capsys):
+    table = write(tmp_path / "a.csv", 'prompt,completion,label\n"two\nlines",a,1\nb,,0\n')
+    stars = write(tmp_path / "b.jsonl", rows("b", [0, 1.5], weight=2))
+    Dataset.from_list(rows("c", [1, 7])).save_to_disk(tmp_path / "saved")
+    pairs = write(tmp_path / "d.jsonl", "\n" + json.dumps({"prompt": None, "chosen": "a", "rejected": "b"}) + "\n")
+    Dataset.from_list(rows("e", [1, 9])).to_parquet(str(tmp_path / "e.parquet"))
+    parts = [table, stars, str(tmp_path / "saved"), pairs, str(tmp_path / "e.parquet")]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"datasets": [{"path": path} for path in parts]}))
+    argv = ["--config", str(tmp_path / "run.yaml"), "--model", tiny_gpt2, "--bf16", "false", "--eval_strategy", "no"]
+    assert check.main(argv) == 1
+    said = capsys.readouterr().err
+    places = [f"{table}, line 4", f"{stars}, line 2", f"part 3 of the mixture ({tmp_path / 'saved'}), row 1"]
+    places += [f"{pairs}, line 2", f"{tmp_path / 'e.parquet'}, row 1"]
+    for place in places:
+        assert f"({place})\n" in said, place
+    assert check.main(["--dataset", parts[2], *argv[2:]]) == 1
+    assert f"{tmp_path / 'saved' / 'data-00000-of-00001.arrow'}, row 1\n" in capsys.readouterr().err
+    assert check.main(["--dataset", table, *argv[2:], "--invalid_rows", "drop"]) == 0
+    capsys.readouterr()
+    parts = [{"path": table}, {"path": stars}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"datasets": parts, "streaming": True, "max_steps": 1}))
+    assert check.main(argv) == 1
+    said = capsys.readouterr().err
+    assert f"({table}, line 4)\n" in said
+    assert f"({stars}, line 2)\n" in said
+
+
 MESSAGES = [{"role": "user", "content": "Hi"}]
+ANSWER = [{"role": "assistant", "content": "Hello!"}]
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,25 @@ def test_columns(tokenizer, rows, message):
 
 
 TEXTS = {
+    "a part that is text alone": (
+        [CHAT, CHAT | {"completion": assistant(["Hello!"])}],
+        f'{AT}: completion has a message with the part \'Hello!\'; it must be such as {{"type": "text", "text": '
+        '"Hi"}.',
+    ),
+    "a refusal": (
+        [CHAT, CHAT | {"completion": assistant([{"type": "refusal", "refusal": "No."}])}],
+        f"{AT}: completion has a message with the part {{'type': 'refusal', 'refusal': 'No.'}}; it must be such as "
+        '{"type": "text", "text": "Hi"}.',
+    ),
+    "content that is a dict": (
+        [CHAT, CHAT | {"prompt": user({"text": "Hi"})}],
+        f"{AT}: prompt has a message of role 'user' whose content is a dict; it must be text, or a list of parts such "
+        'as {"type": "text", "text": "Hi"}.',
+    ),
+    "an answer of another role": (
+        [CHAT, CHAT | {"completion": [{"role": "gpt", "content": "Hello!"}]}],
+        f"{AT}: completion has no turn of the role 'assistant'; its roles are 'gpt'. Rename the role of the answer.",
+    ),
     "empty completion": (
         two(completion=(" a", "")),
         f"{AT}: completion is empty, so there is nothing to learn. Drop the row.",
@@ -1050,7 +1069,7 @@ def check_any_rows(tokenizer: Any, rows: list[dict], max_length: int | None, tru
 def quiet():
     """Without progress bars and warnings."""
     disable_progress_bars()
-    loggers = [logging.getLogger(f"trl_ulma.{module}") for module in ("preparation", "encoding")]
+    loggers = [logging.getLogger(f"trl_ulma.rows.{module}") for module in ("preparation", "rendering", "dropped")]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     yield
@@ -1071,7 +1090,7 @@ def test_any_rows(tokenizer, rows, max_length, truncation_mode):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
-@settings(max_examples=10_000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=2_500, deadline=None, derandomize=True, database=None)
 @given(rows=any_rows(), **FUZZ)
 def test_any_rows_at_length(tokenizer, rows, max_length, truncation_mode):
     check_any_rows(tokenizer, rows, max_length, truncation_mode)

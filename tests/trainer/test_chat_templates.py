@@ -3,16 +3,20 @@
 import json
 import re
 from importlib.resources import files
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from tiny import make_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from world import make_trainer
 
+from trl_ulma.data.convert import convert
 from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.scorer import Scorer
+from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 from trl_ulma.rows.preparation import Preparation
 
 SHIPPED = {
@@ -336,7 +340,9 @@ def test_assistant_turns_in_text_are_as_they_are(tiny_llama):
 # The trainer
 
 
-@pytest.mark.parametrize("settings", [{}, {"assistant_only_loss": False}, {"padding_free": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"assistant_only_loss": False}, {"padding_free": True}, {"share_prompts": True}]
+)
 def test_log_probabilities_are_those_of_the_assistants_tokens(tiny_llama, tmp_path, settings):
     rows = Dataset.from_list([{**SEVERAL, "label": 1.0}, {"prompt": [USER], "completion": [SECOND], "label": 1.0}])
     trainer = make_trainer(tiny_llama, rows, tmp_path, eval_dataset=rows, per_device_eval_batch_size=2, **settings)
@@ -350,3 +356,71 @@ def test_log_probabilities_are_those_of_the_assistants_tokens(tiny_llama, tmp_pa
             logps = trainer.model.eval()(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         wanted.append((logps[-len(mask) :] * torch.tensor(mask)).sum().item())
     assert found == pytest.approx(sum(wanted) / 2, rel=1e-4)
+
+
+TOOL = {"role": "tool", "content": "The water boils at 100 degrees."}
+OF_TURNS = (
+    {"prompt": [USER], "completion": [ANSWER, AGAIN, SECOND]},
+    {"prompt": [USER], "completion": [SECOND, TOOL, ANSWER, AGAIN, TOOL, SECOND]},
+    {"prompt": [USER], "completion": [SECOND, TOOL]},  # ends with tokens that are not scored
+    {"prompt": [USER], "completion": [ANSWER]},
+    {"prompt": [SUM, ANSWER, AGAIN], "completion": [SECOND, AGAIN, SECOND]},
+    {"prompt": [SUM], "completion": [ANSWER, AGAIN, SECOND]},
+)
+
+
+@pytest.mark.parametrize("how", [{}, {"max_length": 90}, {"max_length": 90, "truncation_mode": "keep_end"}])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
+def test_turns_that_are_not_scored_are_read_in_every_layout(tiny_llama, layout, how):
+    """Each scored token has the log-probability that it has in its row alone, after all that comes before it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64).eval()
+    rows = prepared(AutoTokenizer.from_pretrained(tiny_llama), *OF_TURNS, **how)
+    batch = DataCollatorForPointwisePreference(pad_token_id=0)(rows)
+    with torch.no_grad():
+        found = Scorer(layout)(model, batch)
+    gaps = 0
+    for row, log_probs in zip(rows, found.log_probs, strict=True):
+        ids = row["prompt_ids"] + row["completion_ids"]
+        mask = [0] * len(row["prompt_ids"]) + (row.get("completion_mask") or [1] * len(row["completion_ids"]))
+        gaps += 0 in mask[len(row["prompt_ids"]) :]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        wanted = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] * torch.tensor(mask[1:])
+        assert torch.allclose(log_probs[: len(wanted)], wanted, atol=1e-9)
+        assert not log_probs[len(wanted) :].any()
+    assert gaps >= 3
+
+
+# Steps of an answer
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_only_the_last_step_of_an_answer_ends(name, request):
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
+    raw = {"prompt": "2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 9.", "So 9."], "labels": [True, True, False]}
+    rows, _ = convert("stepwise", Dataset.from_list([raw]))
+    made = list(Preparation(tokenizer, LabelRules(), chat="false")(rows, "train"))
+    assert [tokenizer.decode(row["completion_ids"]) for row in made] == [
+        "2 + 3 = 5.\n",
+        "5 + 4 = 9.\n",
+        f"So 9.{tokenizer.eos_token}",
+    ]
+    for row, after in pairwise(made):
+        assert after["prompt_ids"] == row["prompt_ids"] + row["completion_ids"]
+    answer = {"prompt": "2 + 3 + 4?\n", "completion": "2 + 3 = 5.\n5 + 4 = 9.\nSo 9."}
+    [whole] = prepared(tokenizer, answer, chat="false")
+    assert [token for row in made for token in row["completion_ids"]] == whole["completion_ids"]
+
+
+def test_an_eos_that_is_not_valid_is_refused():
+    text = {"prompt": "Hi", "completion": " Hello", "eos": False}
+    plain = tokenizer_for(PLAIN)
+    assert plain.decode(prepared(plain, text)[0]["completion_ids"]) == " Hello"
+    assert plain.decode(prepared(plain, text | {"eos": None})[0]["completion_ids"]) == " Hello<|end|>"
+    assert "eos is 'no'; it must be True or False" in refusal(plain, text | {"eos": "no"})
+    assert "eos is False; the chat template ends conversations" in refusal(plain, text, chat="true")
+    assert "eos is False; the chat template ends" in refusal(
+        plain, {"prompt": [USER], "completion": [ANSWER], "eos": False}
+    )
+    pair = {"prompt": "Hi", "chosen": " Hello", "rejected": " Go", "eos": False}
+    assert [plain.decode(row["completion_ids"]) for row in prepared(plain, pair)] == [" Hello", " Go"]

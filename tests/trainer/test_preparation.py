@@ -548,3 +548,45 @@ def test_files_that_cannot_hold_messages_become_chats(tmp_path, name, is_chat, s
     rows = load_rows(str(path), streaming=streaming)["train"]
     prepared = list(Preparation(tokenizer, LabelRules())(rows, "train"))
     assert tokenizer.decode(prepared[0]["prompt_ids"]).startswith("<|user|>") == is_chat
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_which_some_are_tables_need_a_decision(tmp_path, streaming):
+    from trl_ulma.data.files import load_rows
+
+    (tmp_path / "rows").mkdir()
+    make_rows(4).to_csv(tmp_path / "rows" / "train-0.csv", index=False)
+    make_rows(4).to_json(tmp_path / "rows" / "train-1.jsonl")
+    rows = load_rows(tmp_path / "rows", streaming=streaming)["train"]
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    with pytest.raises(ValueError, match=r"^A part of the train dataset comes from CSV or TSV, .* --chat false"):
+        prepared(tokenizer, rows)
+    for chat in ("true", "false"):
+        found = texts(tokenizer, prepared(tokenizer, rows, chat=chat))
+        assert {prompt.startswith("<|user|>") for prompt, _ in found} == {chat == "true"}
+    assert not texts(make_tokenizer(), prepared(make_tokenizer(), rows))[0][0].startswith("<|user|>")
+
+
+@pytest.mark.parametrize("first", ["", "  "])
+def test_an_empty_first_prompt_does_not_decide_on_chat(tmp_path, first):
+    from trl_ulma.data.files import load_rows
+
+    (tmp_path / "rows.csv").write_text(f'prompt,completion,label\n"{first}",Hello!,1\nHi,Hello!,0\n')
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    found = texts(tokenizer, prepared(tokenizer, load_rows(tmp_path / "rows.csv")["train"]))
+    assert found == [
+        ("<|user|><|end|><|assistant|>", "Hello!<|end|>"),
+        ("<|user|>Hi<|end|><|assistant|>", "Hello!<|end|>"),
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_prompts_are_counted(streaming, caplog):
+    rows = [GOOD, GOOD | {"prompt": " "}, GOOD | {"prompt": "", "label": 0.0}]
+    made = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
+    list(prepared(make_tokenizer(), made))
+    count = "Row 1 of the train dataset has" if streaming else "2 of 3 rows of the train dataset have"
+    assert sum(f"{count} an empty prompt." in message for message in caplog.messages) >= 1
+    caplog.clear()
+    prepared(make_tokenizer(), [{"chosen": "Yes", "rejected": "No"}])
+    assert not any("empty prompt" in message for message in caplog.messages)

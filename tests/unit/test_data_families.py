@@ -150,11 +150,16 @@ def test_alpaca():
 def test_steps():
     raw = {"prompt": "2 + 3 + 4?", "completions": ["5", "9", "10"], "labels": [True, True, False]}
     assert outcomes("stepwise", raw) == [
-        ("2 + 3 + 4?\n", "5", 1.0, True),
-        ("2 + 3 + 4?\n5\n", "9", 1.0, True),
+        ("2 + 3 + 4?\n", "5\n", 1.0, True),
+        ("2 + 3 + 4?\n5\n", "9\n", 1.0, True),
         ("2 + 3 + 4?\n5\n9\n", "10", 0.0, False),
     ]
-    assert outcomes("stepwise", raw, separator="\\n\\n", liked=True)[1] == ("2 + 3 + 4?\n\n5\n\n", "9", 1.0, False)
+    assert outcomes("stepwise", raw, separator="\\n\\n", liked=True)[1] == (
+        "2 + 3 + 4?\n\n5\n\n",
+        "9\n\n",
+        1.0,
+        False,
+    )
     assert (
         labels("stepwise", raw | {"labels": [True]}) == ["its question has different numbers of steps and labels"] * 3
     )
@@ -164,6 +169,7 @@ def test_steps():
     ]
     rows, _ = convert("stepwise", Dataset.from_list([raw]))
     assert rows[1]["prompt"] == "2 + 3 + 4?\n5\n"
+    assert rows["eos"][:] == [False, False, True]
 
 
 # Ratings

@@ -4,17 +4,23 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_dataset_builder
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
+from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.mixture import load_mixture
+from trl_ulma.data.origins import origin
 
 ROWS = [{"prompt": f"question {i}", "completion": f" answer {i}", "label": i % 2 == 0} for i in range(5)]
 LINES = "\n".join(json.dumps(row) for row in ROWS) + "\n"
@@ -27,6 +33,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def write(path, text):
+    path.parent.mkdir(exist_ok=True, parents=True)
     content = text.encode() if isinstance(text, str) else text
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
@@ -188,23 +195,157 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'thumbs' on the Hub")
 
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset", unreachable)
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", unreachable)
     with pytest.raises(
         FileNotFoundError, match=r"no file or folder thumbs .*thumbs\.jsonl.*from the Hub either: Couldn't"
     ):
         load_rows("thumbs")
 
 
-def test_a_hub_name_goes_to_the_hub(monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that stands for the repository org/name, the folder that it is downloaded to, and what is downloaded."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    remote, local, patterns = tmp_path / "remote", tmp_path / "local", []
+    remote.mkdir()
+    load_builder = load_dataset_builder
+
+    def builder(name, **kwargs):
+        if name != "org/name":
+            return load_builder(name, **kwargs)
+        found = load_builder(str(remote), **kwargs)
+        for files in (found.config.data_files or {}).values():
+            files[:] = [f"hf://datasets/org/name@0a1b{file.removeprefix(str(remote))}" for file in files]
+        return found
+
+    def download(name, *, repo_type, revision, allow_patterns):
+        assert (name, repo_type, revision) == ("org/name", "dataset", "0a1b")
+        patterns.append(allow_patterns)
+        local.mkdir(exist_ok=True)
+        for file in remote.rglob("*"):
+            path = file.relative_to(remote)
+            if file.is_file() and any(fnmatch(str(path), pattern) for pattern in allow_patterns):
+                (local / path).parent.mkdir(exist_ok=True, parents=True)
+                shutil.copy(file, local / path)
+        return str(local)
+
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", builder)
+    monkeypatch.setattr("trl_ulma.data.files.snapshot_download", download)
+    return SimpleNamespace(remote=remote, local=local, patterns=patterns)
+
+
+CARD = """---
+configs:
+- config_name: thumbs
+  data_files:
+  - {split: train, path: "thumbs/[t]rain*.csv"}
+  - {split: test, path: thumbs/test.jsonl}
+- config_name: stars
+  data_files: stars.json
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_on_the_hub_is_read_like_a_folder(hub, streaming, caplog):
+    write(hub.remote / "thumbs" / "train-0.csv", "prompt,completion,label\nNA,4,1\n")
+    write(hub.remote / "thumbs" / "train-1.csv", 'prompt,completion,label\nnull,"4,5",0.5\n')
+    write(hub.remote / "thumbs" / "test.jsonl", '{"prompt": "a", "completion": "b", "label": "0.25"}\n')
+    write(hub.remote / "stars.json", '[{"prompt": "a", "completion": "b", "label": 4.5}]')
+    write(hub.remote / "README.md", CARD)
+    rows = {
+        "train": [
+            {"prompt": "NA", "completion": "4", "label": 1},
+            {"prompt": "null", "completion": "4,5", "label": 0.5},
+        ],
+        "test": [{"prompt": "a", "completion": "b", "label": 0.25}],
+    }
+    with pytest.raises(ValueError, match=r"^The dataset org/name cannot be read: Config name is missing"):
+        load_rows("org/name")
+    found = load_rows("org/name", config="thumbs", streaming=streaming)
+    assert {split: list(each) for split, each in found.items()} == rows
+    folder = load_rows(hub.remote, config="thumbs", streaming=streaming)
+    assert {split: list(each) for split, each in folder.items()} == rows
+    assert not (hub.local / "stars.json").exists()
+    assert ("downloaded, and then streamed" in caplog.text) is streaming
+    if not streaming:
+        assert origin(found["train"], 1) == f"{hub.local / 'thumbs' / 'train-1.csv'}, line 2"
+        assert origin(found["test"], 0) == f"{hub.local / 'thumbs' / 'test.jsonl'}, line 1"
+    # A mixture can name files of the repository
+    part = DatasetConfig(path="org/name", data_files="stars.json")
+    part.label_map = None
+    assert list(load_mixture([part], streaming=streaming)[0]["train"]) == [
+        {"prompt": "a", "completion": "b", "label": 4.5}
+    ]
+
+
+def test_a_dataset_on_the_hub_without_a_readme_is_whole(hub):
+    write(hub.remote / "data" / "train.csv", "prompt,completion,label\na,b,1\n")
+    write(hub.remote / "data" / "train-more.csv", "prompt,completion,label\nb,c,0.5\n")
+    write(hub.remote / "script.py", "raise ValueError")
+    assert load_rows("org/name")["train"]["label"][:] == load_rows(hub.remote)["train"]["label"][:]
+    assert len(load_rows("org/name")["train"]) == 2
+    assert not (hub.local / "script.py").exists()
+
+
+def test_what_datasets_reads_from_the_hub_is_said(hub, monkeypatch, caplog):
+    write(hub.remote / "a.csv", "prompt~label\na~1\n")
+    write(hub.remote / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  sep: '~'\n---\n")
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset", lambda name, **kwargs: load_dataset(str(hub.remote)))
+    assert load_rows("org/name")["train"][0] == {"prompt": "a", "label": 1}
+    assert "org/name: the files are read by the library datasets" in caplog.text
+    caplog.clear()
+    assert load_rows(hub.remote)["train"][0] == {"prompt": "a", "label": 1}
+    assert f"{hub.remote}: the files are read by the library datasets" in caplog.text
+
+
+def test_parquet_on_the_hub_is_read_by_datasets(hub, monkeypatch, caplog):
+    (hub.remote / "rows").mkdir()
+    Dataset.from_list(ROWS).to_parquet(str(hub.remote / "rows" / "train.parquet"))
     seen = {}
 
     def load(path, **kwargs):
         seen.update(kwargs, path=path)
-        return IterableDatasetDict()
+        return load_dataset(str(hub.remote), **kwargs)
 
     monkeypatch.setattr("trl_ulma.data.files.load_dataset", load)
-    load_rows("trl-lib/kto-mix-14k", config="main", streaming=True)
-    assert seen == {"path": "trl-lib/kto-mix-14k", "name": "main", "streaming": True}
+    assert list(load_rows("org/name", streaming=True)["train"]) == ROWS
+    assert seen == {"path": "org/name", "name": None, "streaming": True}
+    assert not caplog.records
+    assert not hub.patterns
+
+
+def test_a_loading_script_is_refused_in_a_line(monkeypatch):
+    def refused(name, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found name.py")
+
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", refused)
+    with pytest.raises(ValueError, match=r"^The dataset org/name cannot be read: Dataset scripts are no longer"):
+        load_rows("org/name")
+
+
+def test_a_dataset_in_the_cache_of_the_hub_is_read_offline(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load_builder = load_dataset_builder
+
+    def builder(name, **kwargs):
+        if name == "org/name":
+            raise ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
+        return load_builder(name, **kwargs)
+
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", builder)
+    with pytest.raises(FileNotFoundError, match=r"from the Hub either: Couldn't reach 'org/name'"):
+        load_rows("org/name")
+    repository = tmp_path / "hub" / "datasets--org--name"
+    write(repository / "refs" / "main", "0a1b")
+    write(repository / "blobs" / "b0", "prompt,completion,label\nNA,4,1\n")
+    snapshot = repository / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.csv").symlink_to(repository / "blobs" / "b0")
+    assert list(load_rows("org/name")["train"]) == [{"prompt": "NA", "completion": "4", "label": 1}]
+    assert f"org/name: the Hub cannot be reached, so the files in {snapshot} are read" in caplog.text
 
 
 def test_a_configuration_is_for_data_sets_that_have_some(tmp_path):

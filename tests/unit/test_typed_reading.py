@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+import pickle
 import random
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from trl_ulma.data.columns import Names, number
-from trl_ulma.data.files import check_splits, load_rows, origin
+from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
+from trl_ulma.data.origins import StreamOrigins, joined_origins, origin, places_of
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +230,10 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
         (RAGGED.format('How?,"He said ""so"",1'), r"is invalid CSV in line 3: unexpected end of data\. Put each field"),
         (RAGGED.format('How?,"He said \\"so\\"",1'), r"is invalid CSV in line 3: ',' expected after '\"'"),
         ("prompt,label,prompt\na,1,b\n", r"names the column prompt twice in line 1"),
+        ('{"prompt": "a", "label": 1}\n', r"looks like JSON and not like CSV in line 1\. Name the file \.jsonl"),
+        ('prompt, label\n"a", "b, c"\n', r"has 3 fields in line 2, .* in double quotes, without a space before them"),
+        ("sep=;\nprompt;label\na;b;1\n", r"has 3 fields in line 3"),
+        ("prompt,label\na,1,\n", r"has 3 fields in line 2"),
         ("prompt,label\n\ra,1\n", r"has a carriage return outside of double quotes in line 2"),
         ("prompt;label\na;1;b\n", r"has 3 fields in line 2, .* contains a semicolon in double quotes"),
         (("prompt,label\né,1\n").encode() + b"\xe9,1\n", r"is not UTF-8 text: byte 0xe9 in line 3"),
@@ -247,6 +253,21 @@ def test_lines_that_end_as_they_did_on_old_computers(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("sep=;\r\nprompt;label\r\na, b;1\r\n", {"prompt": "a, b", "label": 1}),  # as Excel declares the delimiter
+        ("sep=|\nprompt|label\na|1\n", {"prompt": "a", "label": 1}),
+        ("\u200bprompt\u00a0,\ufefflabel\na,1\n", {"prompt": "a", "label": 1}),  # what browsers and mails add
+        ("prompt,label\n\ufeffa,1\n", {"prompt": "\ufeffa", "label": 1}),  # what a field has is its own
+        ("prompt,label,\na,1,\n", {"prompt": "a", "label": 1, "unnamed 2": ""}),
+        ("prompt,label\na\x00b,1\n", {"prompt": "a\x00b", "label": 1}),
+    ],
+)
+def test_csv_as_programs_write_it(tmp_path, text, found):
+    assert list(csv_file(tmp_path / "rows.csv", text)) == [found]
+
+
 def test_a_long_field_and_blank_lines(tmp_path):
     found = csv_file(tmp_path / "rows.csv", f'prompt,completion\n\n"{"x, " * 100_000}",y\n\n')
     assert len(found) == 1
@@ -259,6 +280,13 @@ def test_a_long_field_and_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (lines([row(1)]) + '{"prompt": "a"\n' + lines([row(0)]), r"is invalid JSON in line 2"),
+        (lines([row(1)]) + "{'prompt': 'a'}\n", r"is invalid JSON in line 2, column 2"),
+        ("// rows\n" + lines([row(1)]), r"is invalid JSON in line 1"),
+        (json.dumps(row(1)) + ",\n" + lines([row(1)]), r"is invalid JSON in line 1"),
+        (lines([row(1)]) + '["a", 1]\n', r"has '\[\"a\", 1\]' in line 2; each row must be an object"),
+        (lines([row(1)]) + '{"label": 1' + "0" * 5000 + "}\n", r"is invalid JSON in line 2: Exceeds the limit"),
+        ('[{"label": 1' + "0" * 5000 + "}]", r"is invalid JSON in line 1 or below: Exceeds the limit"),
         ('{"prompt": 1, "prompt": 2}\n', r"has an object with the key 'prompt' twice in line 1"),
         ('[{"prompt": "a"},\n {"prompt": 1, "prompt": 2}]', r"has an object with the key 'prompt' twice in line 2"),
         ('[{"prompt": "a"}\n{"prompt": "b"}]', r"is invalid JSON in line 2, column 1: Expecting ',' delimiter"),
@@ -273,6 +301,26 @@ def test_a_long_field_and_blank_lines(tmp_path):
 def test_json_that_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=rf"rows\.json ?{message}"):
         read(write(tmp_path / "rows.json", text))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_messages_that_are_stored_as_text(tmp_path, kind, caplog):
+    messages = [[{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Yo"}]]
+    rows = [dict(zip(("prompt", "completion", "label"), [*map(json.dumps, messages), 1], strict=True))] * 2
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        Dataset.from_list(rows).to_csv(path, index=False)
+    elif kind == "jsonl":
+        write(path, lines(rows))
+    else:
+        Dataset.from_list(rows).to_parquet(str(path))
+        with pytest.raises(ValueError, match=r"lists of messages that are stored as text in the column prompt\. Conv"):
+            check_splits(load_rows(path), "rows.parquet")
+        return
+    assert read(path)["prompt"][:] == [messages[0]] * 2
+    assert "prompt: lists that are stored as text are converted to lists (2 values)" in caplog.text
+    for text in ("[{}]", '[{"a": 1}]', "[{", '[{"role": 1}]', '[{"role": "user"}]x'):
+        assert read(write(tmp_path / "text.jsonl", lines([row(1) | {"prompt": text}])))["prompt"][:] == [text]
 
 
 def test_objects_one_after_the_other(tmp_path):
@@ -311,6 +359,75 @@ def test_the_line_of_a_row(tmp_path):
         f"{tmp_path / 'many' / 'b.csv'}, line 2",
     ]
     assert origin(Dataset.from_dict({"prompt": ["a"]}), 0) is None
+
+
+def test_the_line_of_a_row_that_was_selected_split_off_or_concatenated(tmp_path):
+    one = read(write(tmp_path / "one.jsonl", lines([row(i, id=i) for i in range(12)])))
+    other = read(
+        write(tmp_path / "other.csv", "prompt,completion,label,id\n" + "".join(f"p,c,0,{i}\n" for i in range(5)))
+    )
+    saved = Dataset.from_dict({"prompt": ["p"] * 3, "completion": ["c"] * 3, "label": [0] * 3, "id": [0, 1, 2]})
+    saved.save_to_disk(tmp_path / "saved")
+    saved = Dataset.load_from_disk(tmp_path / "saved")
+    made = [
+        one.select(range(3, 9)),
+        one.select([4, 5, 6]).select([2, 0]),
+        one.filter(lambda row: row["id"] % 3 == 1),
+        one.shuffle(seed=3).add_column("more", [0] * 12),
+        other.select_columns(["label", "id"]).rename_column("label", "rating").select(range(2, 5)),
+    ]
+    for rows in made:
+        first, name = (2, "other.csv") if "rating" in rows.column_names else (1, "one.jsonl")
+        assert [origin(rows, i) for i in range(len(rows))] == [
+            f"{tmp_path / name}, line {number + first}" for number in rows["id"][:]
+        ]
+    both = concatenate_datasets([one.select(range(10, 12)), saved.select(range(1, 3)), other.shuffle(seed=1)])
+    names = [("one.jsonl", "line", 1)] * 2 + [("saved/data-00000-of-00001.arrow", "row", 0)] * 2
+    names += [("other.csv", "line", 2)] * 5
+    expected = [
+        f"{tmp_path / name}, {unit} {i + add}" for (name, unit, add), i in zip(names, both["id"][:], strict=True)
+    ]
+    assert [origin(both, i) for i in range(len(both))] == expected
+    found = joined_origins([("a", one.select([7, 2])), ("the saved rows", saved), ("b", other)])
+    assert [found[i] for i in range(10)] == [
+        *(f"{tmp_path / 'one.jsonl'}, line {n}" for n in (8, 3)),
+        *(f"the saved rows, row {n}" for n in range(3)),
+        *(f"{tmp_path / 'other.csv'}, line {n}" for n in range(2, 7)),
+    ]
+    # Rows that are computed have no line
+    assert origin(one.map(lambda row: {"id": row["id"] + 1}), 0) is None
+    prompts = read(write(tmp_path / "prompts.jsonl", lines([row(0, id=i) | {"prompt": str(i)} for i in range(20)])))
+    for half in split_by_prompt(prompts, test_size=0.3, seed=1).values():
+        assert [origin(half, i) for i in range(len(half))] == [
+            f"{tmp_path / 'prompts.jsonl'}, line {i + 1}" for i in half["id"][:]
+        ]
+
+
+def test_the_line_of_a_row_of_a_stream(tmp_path):
+    write(tmp_path / "a.jsonl", "\n" + lines([row(i) for i in range(3)]))
+    write(tmp_path / "b.csv", 'prompt,label\n"a\nb",1\nc,0\n')
+    stream = load_rows(tmp_path, streaming=True)["train"]
+    place = StreamOrigins(places_of(stream))
+    expected = [
+        *(f"{tmp_path / 'a.jsonl'}, line {n}" for n in (2, 3, 4)),
+        *(f"{tmp_path / 'b.csv'}, line {n}" for n in (2, 4)),
+    ]
+    assert [place(number) for number in (0, 1, 1, 2, 4, 3, 5)] == [expected[i] for i in (0, 1, 1, 2, 4, 3)] + [None]
+    assert pickle.loads(pickle.dumps(place))(4) == expected[4]
+    assert place("5 of shard 2") is None
+    for changed in (stream.shuffle(seed=1), stream.skip(1), stream.map(lambda row: row)):
+        assert places_of(changed) is None
+    assert places_of(stream.with_format(None)) is not None
+
+
+def test_the_row_of_a_parquet_file(tmp_path):
+    for name, numbers in (("a", range(3)), ("b", range(4))):
+        pq.write_table(pa.table({"prompt": ["p"] * len(numbers), "id": list(numbers)}), tmp_path / f"{name}.parquet")
+    rows = read(tmp_path)
+    assert [origin(rows, i) for i in range(7)] == [
+        *(f"{tmp_path / 'a.parquet'}, row {i}" for i in range(3)),
+        *(f"{tmp_path / 'b.parquet'}, row {i}" for i in range(4)),
+    ]
 
 
 def test_a_second_start_reads_what_the_first_wrote(tmp_path):
@@ -479,7 +596,8 @@ def test_names_are_made_once():
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
         ([row("down"), row("up")], "--label_map down=0,up=1"),
-        ([row("0,5")], r"labels with a decimal comma \('0,5'\)\. Use a decimal point"),
+        ([row("0,5")], r"labels with a comma \('0,5'\)\. Write them with a decimal point and without separators"),
+        ([row("1,234.5"), row("2")], r"labels with a comma \('1,234\.5', '2'\)|labels with a comma \('1,234\.5'\)"),
         ([{"foo": "a"}], "Rows need prompt, completion and label"),
         ([{"transcript": "a", "rating": 1}], "It looks like red-team data: trl-ulma prepare red-team --input rows"),
         (

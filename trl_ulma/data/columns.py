@@ -14,13 +14,14 @@ from trl_ulma.labels import is_messages
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
 NUMBERS = ("label", "weight", "log_z", "trials")
-OTHERS = ("sft_mask", "label_type", "tools", "chat_template_kwargs", "image", "images")
+BOOLS = ("sft_mask", "eos")
+OTHERS = (*BOOLS, "label_type", "tools", "chat_template_kwargs", "image", "images")
 READ = (*TEXTS, *NUMBERS, *OTHERS)
 # Columns that can be JSON text in a CSV file
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+_COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _WORDS = {"true": True, "false": False}
 
@@ -53,7 +54,7 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
         name: the name of the column.
         value: the value in the file.
         notice: called with a message if the value was converted.
-        is_cell: whether the value is a CSV field. CSV files store numbers and lists as text.
+        is_cell: whether the value is a CSV field. CSV files store all values as text.
 
     Example:
         >>> read_value("label", "4", print)
@@ -62,15 +63,14 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
         >>> read_value("sft_mask", 1, print), read_value("completion", "4", print), read_value("label", "up", print)
         (True, '4', 'up')
     """
-    if is_cell:
-        if value == "" and name in (*NUMBERS, *OTHERS):
-            return None
-        if name in CONVERSATIONS and value.startswith("[{") and value.endswith("}]"):
-            found = _messages(value)
-            if found is not None:
-                notice(f"{name}: lists that are stored as text are converted to lists")
-                return found
-    if name in NUMBERS or name == "sft_mask":
+    if is_cell and value == "" and name in (*NUMBERS, *OTHERS):
+        return None
+    if name in CONVERSATIONS and isinstance(value, str) and value.startswith("[{") and value.endswith("}]"):
+        found = _messages(value)
+        if found is not None and (is_cell or is_messages(found)):
+            notice(f"{name}: lists that are stored as text are converted to lists")
+            return found
+    if name in NUMBERS or name in BOOLS:
         if isinstance(value, str):
             found = number(value)
             if found is not None:
@@ -79,7 +79,7 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
                 value = found
         elif isinstance(value, Decimal):
             value = int(value) if value == value.to_integral_value() else float(value)
-    if name == "sft_mask" and isinstance(value, int | float) and value in (0, 1):
+    if name in BOOLS and isinstance(value, int | float) and value in (0, 1):
         return bool(value)
     return value
 
@@ -303,14 +303,23 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
             + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
                f"trl-ulma prepare {families[0]} --input {where} --output FOLDER")
         )  # fmt: skip
+    for name in TEXTS:
+        if any(isinstance(v, str) and v.startswith("[{") and is_messages(_messages(v)) for v in columns.get(name, ())):
+            raise ValueError(
+                f"{where} has lists of messages that are stored as text in the column {name}. Convert them with "
+                "json.loads, or write the rows to a JSON lines file, in which they are read as lists."
+            )
     labels = [value for value in columns.get("label", ()) if value is not None]
     words = [value for value in labels if isinstance(value, str)]
     # A few words among numbers are invalid rows, which the trainer lists together with all others
     if 2 * len(words) > len(labels) and not is_paired:
         words = list(dict.fromkeys(words))
         shown = ", ".join(map(repr, words[:5]))
-        if any(_DECIMAL_COMMA.fullmatch(word.strip()) for word in words):
-            raise ValueError(f"{where} has labels with a decimal comma ({shown}). Use a decimal point, as in 0.5.")
+        if any(_COMMA.fullmatch(word.strip()) for word in words):
+            raise ValueError(
+                f"{where} has labels with a comma ({shown}). Write them with a decimal point and without separators, "
+                "as in 0.5 and 1234."
+            )
         raise ValueError(
             f"{where} has labels that are words ({shown}). Map them to numbers: --label_map {_meanings(words)}"
         )

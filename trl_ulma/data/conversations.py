@@ -169,3 +169,19 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
 def _present(value: Any) -> list[str]:
     """The keys that have a value. (Arrow gives every message the keys of all messages.)"""
     return [key for key, each in value.items() if each is not None] if isinstance(value, Mapping) else []
+
+
+def as_chat(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list, list]:
+    """Each prompt as a user message and each completion as an assistant message. Other values than text stay as is.
+
+    Example:
+        >>> as_chat(["Hi"], [" Hello!"])
+        ([[{'role': 'user', 'content': 'Hi'}]], [[{'role': 'assistant', 'content': 'Hello!'}]])
+    """
+    made = [
+        ([{"role": "user", "content": prompt.strip()}], [{"role": "assistant", "content": completion.strip()}])
+        if isinstance(prompt, str) and isinstance(completion, str)
+        else (prompt, completion)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return [prompt for prompt, _ in made], [completion for _, completion in made]

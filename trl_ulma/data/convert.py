@@ -23,6 +23,7 @@ FEATURES = {
     "label_type": Value("string"),
     "log_z": Value("float64"),
     "weight": Value("float64"),
+    "eos": Value("bool"),
 }
 SAME_SPEAKER = "two consecutive turns of the same speaker, which some chat templates do not support"
 _CHUNK = 10_000
@@ -72,8 +73,8 @@ def convert(
 ) -> tuple[Dataset, Account]:
     r"""The pointwise rows of a raw dataset, in memory, and an account of the conversion.
 
-    The columns are `prompt` and `completion` (messages), `label`, `sft_mask`, `label_type`, and, for pairs that have
-    them, `log_z` and `weight`. Both trainers accept these rows.
+    The columns are `prompt` and `completion` (messages), `label`, `sft_mask`, `label_type`, for pairs that have them
+    `log_z` and `weight`, and for steps (text) `eos`. Both trainers accept these rows.
 
     Args:
         family: a name in `FAMILIES`.

@@ -1,6 +1,8 @@
 """Reads CSV and TSV files as rows of text. Every field is read exactly, or an error names its line."""
 
 import csv
+import re
+import string
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,7 +40,7 @@ def csv_rows(
         [(2, {'prompt': 'Hi', 'completion': 'Hello;\nyou'})]
     """
     encoding = encoding_of(path, takes_cp1252=True)
-    delimiter = _delimiter(path, encoding, known)
+    delimiter, is_declared = _delimiter(path, encoding, known)
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
     line = 1
     try:
@@ -60,7 +62,7 @@ def csv_rows(
                         f"has a carriage return outside of double quotes in line {start}. Put the field that contains "
                         "it in double quotes."
                     )
-                if not fields:  # a blank line
+                if not fields or (is_declared and start == 1):  # a blank line, or Excel's `sep=;`
                     continue
                 if not names:
                     names, ends[0] = _names(fields, start), ends[1]
@@ -89,31 +91,45 @@ def csv_rows(
         ) from error
 
 
-def _delimiter(path: Path, encoding: str, known: Collection[str]) -> str:
-    """The delimiter that splits the first line into the most known names, or else into the most names."""
+def _delimiter(path: Path, encoding: str, known: Collection[str]) -> tuple[str, bool]:
+    """The delimiter, and whether the first line declares it, as in `sep=;`.
+
+    If not, it is the one that splits the first line into the most known names, or else into the most names.
+    """
     with opened_text(path, encoding, newline="") as text:
         try:
             first = "".join(islice((line for line in text if line.strip()), 1))
         except UnicodeError as error:
             raise ValueError(f"is not {encoding.upper()} text: {error}. Save the file as UTF-8.") from error
 
+    declared = re.fullmatch(r'"?sep=([,;|\t])"?\s*', first)
+    if declared is not None:
+        return declared[1], True
+
     def names(delimiter: str) -> tuple[int, int]:
         try:
-            fields = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+            fields = [_name(name) for name in next(csv.reader([first], delimiter=delimiter), [])]
         except csv.Error:
             return 0, 0
         return len(set(fields).intersection(known)) if len(fields) > 1 else 0, len(fields)
 
     own_first = sorted(DELIMITERS, key=lambda delimiter: delimiter == "\t", reverse=".tsv" in path.name.lower())
-    return max(own_first, key=names)  # the first one if several are equally good
+    return max(own_first, key=names), False  # the first one if several are equally good
 
 
 def _names(fields: list[str], line: int) -> list[str]:
-    names = [name.strip() or f"unnamed {place}" for place, name in enumerate(fields)]
+    if fields[0].lstrip().startswith(("{", "[")):
+        raise ValueError(f"looks like JSON and not like CSV in line {line}. Name the file .jsonl or .json.")
+    names = [_name(name) or f"unnamed {place}" for place, name in enumerate(fields)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"names the column {', '.join(twice)} twice in line {line}. Give each column its own name.")
     return names
+
+
+def _name(field: str) -> str:
+    """The name of a column without spaces and invisible characters around it."""
+    return field.strip(f"{string.whitespace}\N{NO-BREAK SPACE}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}")
 
 
 def _ragged(
@@ -121,7 +137,7 @@ def _ragged(
 ) -> str:
     """The error of the first line with a wrong number of fields; `others` are (line, number of fields) after it."""
     remedy = (
-        f"Put each field that contains {_shown(delimiter)} in double quotes"
+        f"Put each field that contains {_shown(delimiter)} in double quotes, without a space before them"
         if len(fields) > len(names)
         else f"Write {_shown(delimiter)} also for empty fields, and put fields with line breaks in double quotes"
     )

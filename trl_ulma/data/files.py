@@ -1,20 +1,24 @@
 """Loads datasets by name, from a file, a folder or the Hub, and splits them by prompt."""
 
 import difflib
+import glob
 import hashlib
 import json
 import logging
 import os
+import re
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from gzip import BadGzipFile
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -36,10 +40,12 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import snapshot_download
 
-from trl_ulma.data.columns import CONVERSATIONS, NUMBERS, READ, Names, check_readable, read_value, unknown_labels
+from trl_ulma.data.columns import BOOLS, CONVERSATIONS, NUMBERS, READ, Names, check_readable, read_value, unknown_labels
 from trl_ulma.data.csv_rows import DELIMITERS, csv_rows
 from trl_ulma.data.json_rows import json_rows
+from trl_ulma.data.origins import Origins, note_places
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.tables import as_dataset, joined, kind_of
 
@@ -49,6 +55,8 @@ _KINDS[".parquet"] = "parquet"
 ACCEPTED = ".jsonl[.gz], .json[.gz], .csv[.gz], .tsv[.gz] or .parquet"
 # Files in a folder that can declare its data files
 _NAME_FILES = ("README.md", ".huggingface.yaml")
+# The `info.builder_name` of rows of CSV and TSV files (as in `datasets`), and of rows of which some are
+TABLES, SOME_TABLES = "csv", "csv and others"
 # The number of rows of a stream that are read immediately to find errors
 _FIRST_ROWS = 1000
 
@@ -74,8 +82,8 @@ def load_rows(
 
     Args:
         name: a `.jsonl[.gz]`, `.json[.gz]`, `.csv[.gz]`, `.tsv[.gz]` or `.parquet` file; a folder of such files, or one
-            written by `save_to_disk`; or a name on the Hub. JSON can be an array or lines. The delimiter of CSV (comma,
-            semicolon or tab) and its encoding (UTF-8, UTF-16 or cp1252) are detected.
+            written by `save_to_disk`; or a name on the Hub, see `load_hub`. JSON can be an array or lines. The
+            delimiter of CSV (comma, semicolon or tab) and its encoding (UTF-8, UTF-16 or cp1252) are detected.
         config: the configuration of a dataset with several configurations.
         streaming: whether to read rows only when they are needed. The first 1,000 rows are read immediately.
         columns: the names of the columns in the file, as a mapping or as `prompt=question,label=rating`.
@@ -106,11 +114,7 @@ def load_rows(
         return _as_splits({"train": rows}, streaming)
     if _looks_local(str(name)):
         raise FileNotFoundError(missing(path))
-    try:
-        splits = load_dataset(str(name), name=config, streaming=streaming)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{missing(path)} It could not be loaded from the Hub either: {error}") from error
-    return _renamed_splits(splits, names, str(name))
+    return load_hub(str(name), config=config, streaming=streaming, columns=columns, label_map=label_map)
 
 
 def load_files(
@@ -127,6 +131,112 @@ def load_files(
         if _suffix(file) not in _KINDS:
             raise ValueError(f"{file} ends in {_suffix(file) or 'nothing'!r}; a data file must be {ACCEPTED}.")
     return _load_files(files, streaming, Names.of(columns, label_map))
+
+
+def load_hub(
+    name: str,
+    *,
+    config: str | None = None,
+    streaming: bool = False,
+    columns: str | Mapping[str, str] | None = None,
+    label_map: str | Mapping[Any, float] | None = None,
+    data_dir: str | None = None,
+    data_files: Any = None,
+) -> DatasetDict | IterableDatasetDict:
+    """Load the splits of a dataset on the Hub.
+
+    CSV, TSV and JSON files are downloaded to the cache of the Hub, also for a stream, and are read like a local folder
+    with the same files. Offline, the files in this cache are read. All other datasets are read by
+    `datasets.load_dataset`. If it can choose other types than `load_rows`, a warning is logged.
+
+    Args:
+        name: the name on the Hub, or the name of a builder of `datasets`.
+        config: see `load_rows`. So are `streaming`, `columns` and `label_map`.
+        data_dir: a folder of the repository, as in `datasets.load_dataset`.
+        data_files: files of the repository, as in `datasets.load_dataset`.
+
+    Raises:
+        FileNotFoundError: if there is no such dataset.
+        ValueError: if it cannot be read.
+    """
+    names = Names.of(columns, label_map)
+    given = {"data_dir": data_dir, "data_files": data_files}
+    which: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    try:
+        builder: Any = load_dataset_builder(name, name=config, **which)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        folder = None if which else _in_hub_cache(name)
+        if folder is None:
+            raise FileNotFoundError(
+                f"{missing(Path(name))} It could not be loaded from the Hub either: {error}"
+            ) from error
+        _say({f"the Hub cannot be reached, so the files in {folder} are read": 1}, name)
+        return _load_folder(folder, config, streaming, names)
+    except (*_UNREADABLE, RuntimeError) as error:  # a RuntimeError if the repository has a loading script
+        raise ValueError(f"The dataset {name} cannot be read: {_line(error)}") from error
+    is_ours = isinstance(builder, Json | Csv)
+    places = {
+        str(split): [_in_repository(str(file)) for file in files]
+        for split, files in (builder.config.data_files or {}).items()
+    }
+    found = [place for each in places.values() for place in each if place is not None]
+    if is_ours and _is_plain(builder.config) and found and len(found) == sum(map(len, places.values())):
+        if streaming:
+            _say({"the files are downloaded, and then streamed": 1}, name)
+        folder = _downloaded(found, is_whole=not which)
+        if not which:
+            return _load_folder(folder, config, streaming, names)
+        files = {split: [folder / place[2] for place in each if place is not None] for split, each in places.items()}
+        return _as_splits({split: _load_files(each, streaming, names) for split, each in files.items()}, streaming)
+    try:
+        splits: Any = load_dataset(name, name=config, streaming=streaming, **which)
+    except _UNREADABLE as error:
+        raise ValueError(f"The dataset {name} cannot be read: {_line(error)}") from error
+    if is_ours:
+        _say({_READ_BY_DATASETS: 1}, name)
+    return _renamed_splits(splits, names, name)
+
+
+_READ_BY_DATASETS = (
+    "the files are read by the library datasets, because they are on another server or the README sets how to read "
+    "them, so the type of a column depends on its first rows"
+)
+
+
+def _in_repository(url: str) -> tuple[str, str, str] | None:
+    """(repository, revision, path) of a file on the Hub, or None.
+
+    Example:
+        >>> _in_repository("hf://datasets/org/name@0a1b/data/train.csv")
+        ('org/name', '0a1b', 'data/train.csv')
+    """
+    found = re.fullmatch(r"hf://datasets/(.+?)@([^/]+)/(.+)", url)
+    return None if found is None else (found[1], unquote(found[2]), found[3])
+
+
+def _downloaded(places: Sequence[tuple[str, str, str]], *, is_whole: bool) -> Path:
+    """A folder with these files of a Hub repository, and with the files that declare its data files.
+
+    Args:
+        places: see `_in_repository`.
+        is_whole: whether the repository is read as it is. If no file declares its data files, it is read like a folder,
+            so all of them are downloaded.
+    """
+    repository, revision, _ = places[0]
+    download = partial(snapshot_download, repository, repo_type="dataset", revision=revision)
+    folder = Path(download(allow_patterns=list(_NAME_FILES)))
+    if is_whole and not any((folder / about).exists() for about in _NAME_FILES):
+        return Path(download(allow_patterns=[f"*{suffix}" for suffix in _KINDS]))
+    return Path(download(allow_patterns=[*_NAME_FILES, *(glob.escape(path) for _, _, path in places)]))
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The folder of a repository in the cache of the Hub, or None."""
+    try:
+        folder = Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    return folder if data_files(folder) else None
 
 
 def data_files(folder: Path) -> list[Path]:
@@ -160,34 +270,6 @@ def check_splits(splits: Mapping[str, Any], name: str, *, needs_label: bool = Tr
             }
         said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label))
     return list(said)
-
-
-def origin(rows: Dataset, row: int) -> str | None:
-    """The file and line that a row was read from. None if unknown.
-
-    Args:
-        rows: the result of `load_rows`, or rows that were selected from it.
-        row: the number of the row.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
-        ...     _ = file.write('prompt,completion\\n"Two\\nlines",4\\nHi,Hello\\n'), file.flush()
-        ...     rows = load_rows(file.name)["train"]
-        >>> origin(rows, 1)
-        '/.../tmp....csv, line 4'
-    """
-    if len(rows.cache_files) != 1:
-        return None
-    about = Path(rows.cache_files[0]["filename"]).with_suffix(".npz")
-    if not about.exists():
-        return None
-    row = range(len(rows))[row]
-    if rows._indices is not None:
-        row = rows._indices.column(0)[row].as_py()
-    with np.load(about) as found:
-        file = int(np.searchsorted(found["firsts"], row, side="right")) - 1
-        return f"{found['files'][file]}, {found['units'][file]} {found['lines'][row]}"
 
 
 def _looks_local(name: str) -> bool:
@@ -317,31 +399,41 @@ def _load_files(files: list[Path], streaming: bool, names: Names) -> Dataset | I
         for _ in zip(range(_FIRST_ROWS), reader(), strict=False):
             pass
         _say(reader.found, reader.where)
-        return _marked(IterableDataset.from_generator(_stream, gen_kwargs={"files": files, "names": names}), files)
+        stream = IterableDataset.from_generator(_stream, gen_kwargs={"files": files, "names": names})
+        note_places(stream, partial(_places, files, names))
+        return _marked(stream, files)
     about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = [version("trl-ulma"), about, [*names.columns.items()], [*names.label_map.items()]]
     other: Counter[str] = Counter()
     rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
     _say(reader.found | other, reader.where)
-    np.savez(
-        Path(rows.cache_files[0]["filename"]).with_suffix(".npz"),
-        files=[str(file) for file in files],
-        firsts=reader.firsts,
-        lines=np.frombuffer(reader.lines, dtype=np.int64),
-        units=[_unit(file) for file in files],
-    )
+    lines = np.frombuffer(reader.lines, dtype=np.int64)
+    source = np.searchsorted(reader.firsts, np.arange(len(lines)), side="right") - 1
+    Origins([str(file) for file in files], [_unit(file) for file in files], source, lines).save(rows)
     return _marked(rows, files)
 
 
 def _marked(rows: Any, files: list[Path]) -> Any:
-    """Mark rows of CSV and TSV files, because these files cannot contain messages, see `trl_ulma.rows.chat`."""
-    if all(_suffix(file).removesuffix(".gz") in (".csv", ".tsv") for file in files):
-        rows.info.builder_name = "csv"
+    return marked(rows, [_suffix(file).removesuffix(".gz") in (".csv", ".tsv") for file in files])
+
+
+def marked(rows: Any, are_tables: Sequence[bool]) -> Any:
+    """Rows with a mark if all or some of their parts are CSV or TSV, which cannot contain messages.
+
+    See `trl_ulma.rows.chat`.
+    """
+    rows.info.builder_name = TABLES if all(are_tables) else SOME_TABLES if any(are_tables) else None
     return rows
 
 
 def _stream(files: list[Path], names: Names) -> Iterator[dict[str, Any]]:
     yield from _FileRows(files, names)()
+
+
+def _places(files: list[Path], names: Names) -> Iterator[str]:
+    reader = _FileRows(files, names)
+    for number, _ in enumerate(reader()):
+        yield reader.place(number)
 
 
 def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDataset | None:
@@ -362,6 +454,11 @@ def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
         splits: Any = load_dataset("parquet", data_files=[str(file) for file in files], streaming=streaming)
         if streaming and next(iter(splits["train"]), None) is None:
             raise ValueError("it contains no rows, but must contain at least one")
+        if not streaming:
+            sizes = [pq.read_metadata(file).num_rows for file in files]
+            source = np.repeat(np.arange(len(files)), sizes)
+            numbers = np.concatenate([np.arange(size) for size in sizes])
+            Origins([str(file) for file in files], ["row"] * len(files), source, numbers).save(splits["train"])
     except _UNREADABLE as error:
         if isinstance(error, ValueError) and str(error).startswith(str(files[0].parent)):
             raise
@@ -400,9 +497,12 @@ def _load_folder(path: Path, config: str | None, streaming: bool, names: Names) 
             _check_inside(path, file, about[0] if about else ".")
         if not isinstance(builder, Json | Csv | Parquet) or (about and not _is_plain(builder.config)):
             try:
-                return _renamed_splits(load_dataset(str(path), name=config, streaming=streaming), names, str(path))
+                splits = load_dataset(str(path), name=config, streaming=streaming)
             except _UNREADABLE as error:
                 raise ValueError(f"The folder {path} cannot be read: {_line(error)}") from error
+            if isinstance(builder, Json | Csv):
+                _say({_READ_BY_DATASETS: 1}, str(path))
+            return _renamed_splits(splits, names, str(path))
     if builder is None or not about:
         found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
         named = {str(split): list(map(str, files)) for split, files in found.items()}
@@ -481,7 +581,7 @@ def _renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Datas
         _check_names(names, list(first), where)
         read = _Read(names, where)
         known = rows.features or {}
-        odd = [name for name in (*NUMBERS, "sft_mask") if name in first and not _is_as_read(name, known.get(name))]
+        odd = [name for name in (*NUMBERS, *BOOLS) if name in first and not _is_as_read(name, known.get(name))]
         if not (names.columns or names.label_map or odd):
             return rows
         return rows.map(read, remove_columns=[name for name in names.columns.values() if name in first])
@@ -496,7 +596,7 @@ def _renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Datas
         rows = rows.select_columns([*names.columns.values(), *kept])
         rows = rows.rename_columns({theirs: ours for ours, theirs in names.columns.items() if ours != theirs})
     unknown: Counter[str] = Counter()
-    for name in [name for name in (*NUMBERS, "sft_mask") if name in rows.column_names]:
+    for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:
         feature = rows.features[name]
         is_mapped = name == "label" and bool(names.label_map)
         if _is_as_read(name, feature) and not is_mapped:
@@ -535,7 +635,7 @@ def _is_as_read(name: str, feature: Any) -> bool:
     if isinstance(feature, ClassLabel):
         return True
     dtype = getattr(feature, "dtype", "")
-    return dtype.startswith("bool") or (name != "sft_mask" and dtype.startswith(("int", "uint", "float")))
+    return dtype.startswith("bool") or (name not in BOOLS and dtype.startswith(("int", "uint", "float")))
 
 
 def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> DatasetDict:

@@ -56,6 +56,8 @@ def _lines(text: TextIO, line: str, number: int) -> Iterator[tuple[int, dict[str
                 raise ValueError(_broken(number, error.colno, error.msg)) from error
             except _Fault as error:
                 raise ValueError(f"{error} in line {number}.") from error
+            except ValueError as error:  # a number with thousands of digits
+                raise ValueError(f"is invalid JSON in line {number}: {error}. Correct or remove this row.") from error
             yield number, _checked(row, line, number)
         number, line = number + 1, text.readline()
 
@@ -116,6 +118,8 @@ class _Text:
                 continue
             except _Fault as error:
                 raise ValueError(f"{error} in line {self.place(self.at)[0]} or below.") from error
+            except ValueError as error:  # a number with thousands of digits
+                raise ValueError(f"is invalid JSON in line {self.place(self.at)[0]} or below: {error}.") from error
             self.at = end
             return row
 

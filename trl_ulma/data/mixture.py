@@ -1,10 +1,11 @@
 """Loads a mixture of datasets, the list `datasets` of a YAML file, as one dataset. Parts can be of different kinds."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
@@ -12,31 +13,38 @@ from datasets import (
     IterableDatasetDict,
     ReadInstruction,
     concatenate_datasets,
-    load_dataset,
 )
 
 from trl_ulma.data.columns import READ, TEXTS
-from trl_ulma.data.files import check_splits, load_files, load_rows, origin
+from trl_ulma.data.conversations import as_chat, is_transcript
+from trl_ulma.data.files import SOME_TABLES, TABLES, check_splits, load_files, load_hub, load_rows, marked
+from trl_ulma.data.origins import Origins, joined_origins, note_places, origin, places_of
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.tables import as_dataset
 from trl_ulma.labels import LabelRules
 
 # Builders of `datasets`. TRL's mixtures use their names to declare the kind of files.
 _BUILDERS = ("json", "csv", "parquet")
-_OF_PAIRS = ("prompt", "chosen", "rejected", "sft_mask", "log_z", "weight", "tools", "chat_template_kwargs")
+_OF_PAIRS = ("prompt", "chosen", "rejected", "sft_mask", "log_z", "weight", "eos", "tools", "chat_template_kwargs")
 
 # `concatenate_datasets` and `DatasetDict` accept datasets and streams, but their annotations only allow one of them
 Rows = Any
 
 
 def load_mixture(
-    parts: Sequence[Any], *, streaming: bool = False, rules: LabelRules | None = None, log_z: Any = None
+    parts: Sequence[Any],
+    *,
+    streaming: bool = False,
+    rules: LabelRules | None = None,
+    log_z: Any = None,
+    chat: str = "auto",
 ) -> tuple[DatasetDict | IterableDatasetDict, list[str]]:
-    """Load the parts, one after the other, as the split "train". Also returns warnings about ignored columns.
+    """Load the parts, one after the other, as the split "train". Also returns warnings.
 
-    If some parts lack a column, it is filled in: `weight` with 1, and `label_type`, `sft_mask` and `log_z` according to
-    the settings. If there are pairs and rows of single answers, each pair becomes two rows. Columns that the trainers
-    do not read are dropped.
+    If some parts lack a column, it is filled in: `weight` with 1, `eos` with True, and `label_type`, `sft_mask` and
+    `log_z` according to the settings. If there are pairs and rows of single answers, each pair becomes two rows.
+    Columns that the trainers do not read are dropped. If some parts are text and others are messages, the text of CSV
+    and TSV files becomes messages.
 
     Args:
         parts: the parts, each with `path`, the fields of TRL's `DatasetConfig` (`name`, `data_dir`, `data_files`,
@@ -45,6 +53,7 @@ def load_mixture(
         streaming: whether to read rows only when they are needed.
         rules: how to read labels of rows without their own settings.
         log_z: log Z of rows without their own `log_z`.
+        chat: "auto", "true" or "false", see `trl_ulma.rows.chat`.
 
     Raises:
         FileNotFoundError: if a part does not exist.
@@ -72,7 +81,10 @@ def load_mixture(
             raise type(error if isinstance(error, FileNotFoundError) else ValueError())(f"{name}: {error}") from error
         loaded.append((name, rows))
     loaded = _taken(parts, loaded, streaming)
-    mixed = _mixed(loaded, rules or LabelRules(), log_z)
+    mixed = marked(
+        _mixed(loaded, rules or LabelRules(), log_z, chat, said.append),
+        [rows.info.builder_name in (TABLES, SOME_TABLES) for _, rows in loaded],
+    )
     return (IterableDatasetDict if streaming else DatasetDict)({"train": mixed}), said
 
 
@@ -93,10 +105,8 @@ def _load(part: Any, streaming: bool) -> Rows:
         if all(found is not None for found in files.values()):
             splits = {split: load_files(found or [], streaming=streaming, **names) for split, found in files.items()}
             return _split(splits, part.split)
-    splits: Any = load_dataset(
-        part.path, part.name, data_dir=part.data_dir, data_files=part.data_files, streaming=streaming
-    )
-    return _split(splits, part.split)
+    which = {"data_dir": part.data_dir, "data_files": part.data_files}
+    return _split(load_hub(part.path, config=part.name, streaming=streaming, **names, **which), part.split)
 
 
 def _files(base: Path, given: str | list[str]) -> list[Path] | None:
@@ -148,16 +158,25 @@ def _taken(parts: Sequence[Any], loaded: list[tuple[str, Rows]], streaming: bool
     ]
 
 
-def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Rows:
+def _mixed(
+    loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any, chat: str, warn: Callable[[str], None]
+) -> Rows:
     first = {name: next(iter(rows), {}) for name, rows in loaded}
     if all({"prompt_ids", "completion_ids"} <= set(row) for row in first.values()) or len(loaded) == 1:
         return concatenate_datasets([rows for _, rows in loaded])
-    kinds = {name: isinstance(row.get("prompt", row.get("chosen")), str) for name, row in first.items()}
-    if len(set(kinds.values())) > 1:
-        texts = ", ".join(name for name, is_text in kinds.items() if is_text)
-        raise ValueError(
-            f"The rows of {texts} are text, but those of the other parts are messages. Convert all parts to the same "
-            "form."
+    texts = [name for name, row in first.items() if isinstance(row.get("prompt", row.get("chosen")), str)]
+    made_chat: set[str] = set()
+    if 0 < len(texts) < len(loaded):
+        made_chat = {name for name, rows in loaded if name in texts and _becomes_chat(rows, first[name], chat)}
+        stay = [name for name in texts if name not in made_chat]
+        if stay:
+            raise ValueError(
+                f"The rows of {', '.join(stay)} are text, but those of the other parts are messages. Set chat=True "
+                "(--chat true) to convert prompts and completions to messages, or convert all parts to the same form."
+            )
+        warn(
+            f"The text of {', '.join(texts)} becomes messages, because the other parts are messages: each prompt a "
+            "user message, and each completion an assistant message, without surrounding whitespace."
         )
     paired = {name: "chosen" in row for name, row in first.items()}
     if len(set(paired.values())) > 1:
@@ -166,7 +185,7 @@ def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Row
                 "label_transform needs labels, but a part of the mixture has pairs. Remove label_transform or the "
                 "pairs."
             )
-        loaded = [(name, _single(rows) if paired[name] else rows) for name, rows in loaded]
+        loaded = [(name, _single(name, rows) if paired[name] else rows) for name, rows in loaded]
         first = {name: next(iter(rows), {}) for name, rows in loaded}
     elif all(paired.values()) and len({"prompt" in row for row in first.values()}) > 1:
         without = ", ".join(name for name, row in first.items() if "prompt" not in row)
@@ -176,12 +195,14 @@ def _mixed(loaded: list[tuple[str, Rows]], rules: LabelRules, log_z: Any) -> Row
         )
     read = _OF_PAIRS if all(paired.values()) else [name for name in READ if name not in ("chosen", "rejected")]
     columns = [name for name in read if any(name in row for row in first.values())]
-    rows_of = [(_Part(name, set(first[name]), columns, rules, log_z), rows) for name, rows in loaded]
+    rows_of = [(_Part(name, set(first[name]), columns, rules, log_z, name in made_chat), rows) for name, rows in loaded]
     if isinstance(loaded[0][1], IterableDataset):
         # `concatenate_datasets` would assume that all rows have the types of the first rows
-        return IterableDataset.from_generator(_chained, gen_kwargs={"rows_of": tuple(rows_of)})
+        stream = IterableDataset.from_generator(_chained, gen_kwargs={"rows_of": tuple(rows_of)})
+        note_places(stream, partial(_chained_places, [rows for _, rows in loaded]))
+        return stream
     alike = {str(sorted(rows.features.items())) for _, rows in loaded}
-    if len(alike) == 1 or any(name in columns for name in ("image", "images")):
+    if not made_chat and (len(alike) == 1 or any(name in columns for name in ("image", "images"))):
         try:
             return concatenate_datasets(
                 [rows.select_columns([c for c in columns if c in first[n]]) for n, rows in loaded]
@@ -198,13 +219,21 @@ def _together(rows_of: Sequence[tuple[Any, Dataset]], key: Any) -> Dataset:
     """Rows of datasets with different types. Each row is converted by the function of its dataset."""
     named = [(getattr(part, "name", "the mixture"), rows) for part, rows in rows_of]
     key = ["mixture", [rows._fingerprint for _, rows in rows_of], key]
-    return as_dataset(partial(_chained, rows_of), partial(_place, named), key, lambda what: None)
+    made = as_dataset(partial(_chained, rows_of), partial(_place, named), key, lambda what: None)
+    joined_origins(named).save(made)
+    return made
 
 
 def _chained(rows_of: Sequence[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
     for part, rows in rows_of:
         for row in rows.with_format(None):
             yield part(row)
+
+
+def _chained_places(parts: Sequence[Rows]) -> Iterator[str | None]:
+    for rows in parts:
+        places = places_of(rows)
+        yield from (None for _ in rows) if places is None else places()
 
 
 def _place(loaded: list[tuple[str, Any]], row: int) -> str:
@@ -215,31 +244,52 @@ def _place(loaded: list[tuple[str, Any]], row: int) -> str:
     raise IndexError(row)
 
 
-def _single(rows: Any) -> Any:
+def _becomes_chat(rows: Rows, first: Mapping[str, Any], chat: str) -> bool:
+    """Whether the text of a part becomes messages, because other parts are messages."""
+    is_made = chat == "true" or (chat == "auto" and rows.info.builder_name == TABLES)
+    return is_made and isinstance(first.get("prompt"), str) and not is_transcript(first["prompt"])
+
+
+def _single(name: str, rows: Any) -> Any:
     """Pairs as rows of single answers, without halves that have no answer."""
     names = rows.column_names or list(next(iter(rows), {}))
 
-    def halves(batch: dict[str, list]) -> dict[str, list]:
+    def halves(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         made = pairs_to_rows(batch)
         made["label_type"] = ["binary"] * len(made["label"])
+        made["pair"] = [numbers[pair] for pair in made["pair"]]
         kept = [i for i, why in enumerate(made["left_out"]) if why is None]
-        return {name: [values[i] for i in kept] for name, values in made.items() if name not in ("pair", "left_out")}
+        return {name: [values[i] for i in kept] for name, values in made.items() if name != "left_out"}
 
-    return rows.map(halves, batched=True, remove_columns=names)
+    made = rows.map(halves, batched=True, with_indices=True, remove_columns=names)
+    if isinstance(made, Dataset):
+        whole, pair = joined_origins([(name, rows)]), np.asarray(made["pair"][:], dtype=int)
+        Origins(whole.names, whole.units, whole.source[pair], whole.line[pair]).save(made)
+    return made.remove_columns("pair")
 
 
 class _Part:
     """Converts a row of a part to the columns of the mixture."""
 
-    def __init__(self, name: str, own: set[str], columns: Sequence[str], rules: LabelRules, log_z: Any):
+    def __init__(
+        self, name: str, own: set[str], columns: Sequence[str], rules: LabelRules, log_z: Any, is_made_chat: bool
+    ):
         self.name, self.own, self.columns, self.rules, self.log_z = name, own, columns, rules, log_z
+        self.is_made_chat = is_made_chat
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {column: row.get(column) if column in self.own else self._filled(column, row) for column in self.columns}
+        made = {column: row.get(column) if column in self.own else self._filled(column, row) for column in self.columns}
+        for answer in ("completion", "chosen", "rejected") if self.is_made_chat else ():
+            if answer in self.own:
+                [prompt], [made[answer]] = as_chat([row.get("prompt")], [row.get(answer)])
+                made["prompt"] = prompt
+        return made
 
     def _filled(self, column: str, row: Mapping[str, Any]) -> Any:
         if column == "weight":
             return 1.0
+        if column == "eos":
+            return True
         label_type = row.get("label_type") or self.rules.label_type
         if column == "label_type":
             return label_type

@@ -64,7 +64,7 @@ def split_answer(answer: Any, other: Any) -> tuple[Any, Any]:
 def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
     r"""The pointwise rows of a batch of pairs: chosen (label 1), rejected (label 0), chosen, …
 
-    Both halves keep the columns `sft_mask` (which applies to the chosen half), `log_z`, `weight`, `tools` and
+    Both halves keep the columns `sft_mask` (which applies to the chosen half), `log_z`, `weight`, `eos`, `tools` and
     `chat_template_kwargs`. All other columns are dropped. `pair` is the index of the pair in the batch. `left_out` is
     the reason why a half is not valid for training, or None.
 
@@ -73,7 +73,7 @@ def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
         >>> rows["completion"], rows["label"], rows["left_out"]
         ([' Hello!', ''], [1.0, 0.0], [None, 'its answer is empty'])
     """
-    along = [name for name in ("sft_mask", "log_z", "weight", "tools", "chat_template_kwargs") if name in batch]
+    along = [name for name in ("sft_mask", "log_z", "weight", "eos", "tools", "chat_template_kwargs") if name in batch]
     names = ("prompt", "completion", "label", "pair", "left_out", *along)
     rows: dict[str, list] = {name: [] for name in names}
     for pair, (chosen, rejected) in enumerate(zip(batch["chosen"], batch["rejected"], strict=True)):

@@ -9,15 +9,18 @@ from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number
 def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked: bool = False) -> Iterator[Outcome]:
     r"""One row of text per step. Its prompt is the question and the previous steps, each followed by the separator.
 
+    As in TRL's `PRMTrainer`, a step includes the separator after it. Only the last step ends the answer, so the others
+    do not get the EOS token: `eos` is False. The log-probabilities of the steps add up to that of the answer.
+
     Args:
         rows: `prompt`, `completions` (the steps) and `labels` from 0 to 1, one per step.
-        separator: the text after the question and between steps.
+        separator: the text after the question and after each step but the last.
         liked: steps with label 1 are not demonstrations.
 
     Example:
         >>> raw = {"prompt": "2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 8."], "labels": [True, False]}
         >>> [(row["prompt"], row["completion"], row["label"]) for row in stepwise([raw])]
-        [('2 + 3 + 4?\n', '2 + 3 = 5.', 1.0), ('2 + 3 + 4?\n2 + 3 = 5.\n', '5 + 4 = 8.', 0.0)]
+        [('2 + 3 + 4?\n', '2 + 3 = 5.\n', 1.0), ('2 + 3 + 4?\n2 + 3 = 5.\n', '5 + 4 = 8.', 0.0)]
     """
     separator = separator.replace("\\n", "\n")
     for raw in rows:
@@ -30,7 +33,10 @@ def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked:
             yield LeftOut("its question has no steps")
         prompt = raw["prompt"]
         is_text = isinstance(prompt, str) and all(isinstance(step, str) for step in steps)
-        for step, label in zip(steps, labels, strict=True):
+        if is_text:
+            prompt += separator
+            steps = [step + separator for step in steps[:-1]] + steps[-1:]
+        for place, (step, label) in enumerate(zip(steps, labels, strict=True), start=1):
             value = float(label) if isinstance(label, bool) else as_number(label)
             if not is_text:
                 yield LeftOut("its question or one of its steps is not text")
@@ -38,19 +44,25 @@ def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked:
                 yield LeftOut("its label is not a number from 0 to 1")
             else:
                 yield {
-                    "prompt": f"{prompt}{separator}",
+                    "prompt": prompt,
                     "completion": step,
                     "label": float(value),
                     "sft_mask": value == 1 and not liked,
                     "label_type": "binary",
+                    "eos": place == len(steps),
                 }
             if is_text:
-                prompt = f"{prompt}{separator}{step}"
+                prompt += step
 
 
 STEPWISE = Adapter(
     stepwise,
     needs=(("prompt", "completions", "labels"),),
     options=LIKED
-    | {"--separator": {"default": "\\n", "help": r"the text before each step (default: \n, a line break)"}},
+    | {
+        "--separator": {
+            "default": "\\n",
+            "help": r"the text before and after each step but the last (default: \n, a line break)",
+        }
+    },
 )

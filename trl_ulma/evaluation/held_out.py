@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, Value
 from transformers.utils import logging
 
+from trl_ulma.data.origins import origin
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.evaluation.judges import Comparison
 from trl_ulma.evaluation.records import digest
@@ -86,7 +87,7 @@ class HeldOut:
         Raises:
             ValueError: listing the invalid rows, or naming the column that is wrong; also where no row is left.
         """
-        rows = _one_answer_a_row(dataset, name, takes_images)
+        rows, raw_row = _one_answer_a_row(dataset, name, takes_images)
         images = image_column(rows.column_names, name)
         columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
         columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
@@ -110,7 +111,7 @@ class HeldOut:
             except InvalidRow as error:
                 invalid.setdefault(row, error.at_prompt(prompt))
         if invalid:
-            errors = [invalid[row] for row in sorted(invalid)]
+            errors = [invalid[row].at_origin(origin(dataset, raw_row[row])) for row in sorted(invalid)]
             if invalid_rows == "error" or len(errors) == len(rows):
                 refuse_invalid(errors, len(rows), name)
             listed = list_invalid(errors, len(rows), name)
@@ -163,11 +164,12 @@ def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
     return [Comparison(each.prompt, each.chosen, each.rejected) for each in questions if each.rejected is not None]
 
 
-def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> Dataset:
+def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[Dataset, Sequence[int]]:
+    """(rows with one answer each, the number of the raw row of each)."""
     if not len(dataset):
         raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
     if not check_columns(dataset.column_names, name, takes_images=takes_images):
-        return dataset.with_format(None)
+        return dataset.with_format(None), range(len(dataset))
     images = image_column(dataset.column_names, name)
     texts = dataset.remove_columns(images) if images is not None else dataset
     columns = pairs_to_rows(texts.with_format(None)[:])
@@ -180,7 +182,8 @@ def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> Datase
     if left_out:
         logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset: {reasons}.")
     rows = Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})
+    raw_row = [pair[i] for i in kept]
     if images is None:
-        return rows
+        return rows, raw_row
     values = list(undecoded_column(dataset, images))
-    return rows.add_column(images, [values[pair[i]] for i in kept], feature=dataset.features[images])
+    return rows.add_column(images, [values[row] for row in raw_row], feature=dataset.features[images]), raw_row

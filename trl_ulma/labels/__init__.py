@@ -4,6 +4,7 @@ from trl_ulma.labels.report import label_report, render_report
 from trl_ulma.labels.rows import (
     ASKING_ROLES,
     LABEL_TYPES,
+    LISTED,
     OPTIONAL_COLUMNS,
     InvalidRow,
     LabelRules,
@@ -25,6 +26,7 @@ from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transfo
 __all__ = [
     "ASKING_ROLES",
     "LABEL_TYPES",
+    "LISTED",
     "OPTIONAL_COLUMNS",
     "TRANSFORMS",
     "InvalidRow",

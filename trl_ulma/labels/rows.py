@@ -29,22 +29,27 @@ class InvalidRow(ValueError):
         message: names the row, what was found and what to do.
         kind: the kind of error in a few words; rows are counted by it.
         prompt: the prompt of the row, whose start is shown.
+        origin: the file and line of the row, or "" if unknown.
 
     Example:
         >>> str(InvalidRow("Row 3 of the train dataset: label is None.", "label is no number"))
         'Row 3 of the train dataset: label is None.'
     """
 
-    def __init__(self, message: str, kind: str, prompt: str = ""):
-        super().__init__(message, kind, prompt)
-        self.message, self.kind, self.prompt = message, kind, prompt
+    def __init__(self, message: str, kind: str, prompt: str = "", origin: str = ""):
+        super().__init__(message, kind, prompt, origin)
+        self.message, self.kind, self.prompt, self.origin = message, kind, prompt, origin
 
     def __str__(self) -> str:
         return self.message
 
     def at_prompt(self, prompt: Any) -> "InvalidRow":
         """Return this error with the start of the row's prompt."""
-        return InvalidRow(self.message, self.kind, start_of(prompt))
+        return InvalidRow(self.message, self.kind, start_of(prompt), self.origin)
+
+    def at_origin(self, origin: str | None) -> "InvalidRow":
+        """Return this error with the file and line of the row."""
+        return InvalidRow(self.message, self.kind, self.prompt, origin or "")
 
 
 def start_of(prompt: Any) -> str:
@@ -65,7 +70,8 @@ def start_of(prompt: Any) -> str:
 
 
 def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> str:
-    """Return one text about all invalid rows: at most 20 messages with the starts of prompts, and counts by kind.
+    """Return one text about all invalid rows: at most 20 messages with the starts of prompts, files and lines, and
+    counts by kind.
 
     Args:
         found: the errors, in row order.
@@ -78,11 +84,15 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
         Its prompt begins: 'Hi'
     """
     if len(found) == 1:
-        return str(found[0]) + (f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else "")
+        prompt = f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else ""
+        return str(found[0]) + prompt + (f"\nIt is in {found[0].origin}" if found[0].origin else "")
     of = "" if total is None else f" of {total:,}"
     lines = [f"{len(found):,}{of} rows of the {where} dataset are invalid:"]
     # Both halves of a pair can have the same error, such as an invalid weight
-    listed = (f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED])
+    listed = []
+    for each in found[:LISTED]:
+        prompt = f" Prompt: {each.prompt!r}" if each.prompt else ""
+        listed.append(f"  {each}{prompt}" + (f" ({each.origin})" if each.origin else ""))
     lines += dict.fromkeys(listed)
     if len(found) > LISTED:
         lines.append(f"  … and {len(found) - LISTED:,} more.")
@@ -420,8 +430,16 @@ def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = F
                 f"{at}: {name} is an empty list; it must hold at least one message.", f"{name} has no message"
             )
         for turn in value:
+            is_result = turn["role"] in ("tool", "function", "ipython")  # which can be any value
+            if isinstance(turn.get("content"), dict) and not is_result:
+                raise InvalidRow(
+                    f"{at}: {name} has a message of role {turn['role']!r} whose content is a dict; it must be text, or "
+                    'a list of parts such as {"type": "text", "text": "Hi"}.',
+                    f"a dict as content in a {name}'s message",
+                )
             for part in turn["content"] if isinstance(turn.get("content"), list) else ():
                 kind = part.get("type") if isinstance(part, dict) else None
+                is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
                 if kind == "image" and takes_images and name == "prompt":
                     continue
                 if kind == "image":
@@ -436,6 +454,12 @@ def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = F
                         f"{at}: {name} has a message with {kind!r} in it, which is not supported.",
                         f"{kind} in a message",
                     )
+                if not is_result and (not is_text or kind not in ("text", None)):
+                    raise InvalidRow(
+                        f"{at}: {name} has a message with the part {shown(part)}; it must be such as "
+                        '{"type": "text", "text": "Hi"}.',
+                        f"a part that is not text in a {name}'s message",
+                    )
     if isinstance(prompt, str) != isinstance(completion, str):
         raise InvalidRow(
             f"{at}: prompt is {'text' if isinstance(prompt, str) else 'a list of messages'} and completion is not; "
@@ -449,6 +473,13 @@ def check_texts(prompt: Any, completion: Any, at: str, *, takes_images: bool = F
             "Move the turns before it into the prompt. (If chosen and rejected are whole conversations, remove the "
             "column prompt.)",
             "completion does not begin with the assistant",
+        )
+    if not isinstance(completion, str) and not any(turn["role"] == "assistant" for turn in completion):
+        roles = ", ".join(repr(role) for role in dict.fromkeys(turn["role"] for turn in completion))
+        raise InvalidRow(
+            f"{at}: completion has no turn of the role 'assistant'; its roles are {roles}. Rename the role of the "
+            "answer.",
+            "completion without an assistant turn",
         )
     if is_empty(completion):
         raise InvalidRow(

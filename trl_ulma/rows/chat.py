@@ -1,18 +1,16 @@
 """Rows of plain text as conversations with a user message and an assistant message."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from trl_ulma.data.conversations import is_transcript
+from trl_ulma.data.files import SOME_TABLES, TABLES
 
 logger = logging.get_logger(__name__)
 
 CHAT = ("auto", "true", "false")
-# The builders of `datasets` whose files cannot contain messages
-_TABLES = ("csv", "tsv")
 
 
 def check_chat(chat: str, system_message: str | None) -> None:
@@ -37,13 +35,13 @@ def becomes_chat(
 
     Args:
         raw: rows whose prompts are text.
-        prompt: the prompt of the first row, or None for pairs without prompts.
+        prompt: the first prompt, or None for pairs without prompts.
         chat: one of `CHAT`.
         has_template: whether the tokenizer or processor has a chat template.
 
     Raises:
         ValueError: if `chat` is "true" and there is no chat template or there are no prompts, or if there is a system
-            message but rows stay plain text.
+            message but rows stay plain text; or, with "auto", if only some of the files are CSV or TSV.
     """
     if chat == "true" and not has_template:
         raise ValueError(
@@ -55,8 +53,14 @@ def becomes_chat(
             f"chat=True converts each prompt to a user message, but the {name} dataset has no prompts. Add a column "
             "prompt, or set chat=False."
         )
-    is_table = raw.info.builder_name in _TABLES
-    if chat == "true" or (chat == "auto" and has_template and is_table and prompt and not is_transcript(prompt)):
+    kind = raw.info.builder_name if prompt and not is_transcript(prompt) else None
+    if chat == "auto" and has_template and kind == SOME_TABLES:
+        raise ValueError(
+            f"A part of the {name} dataset comes from CSV or TSV, and its text would become messages. The text of its "
+            "other parts would stay as it is. Set chat=True (--chat true) to convert all text to messages, or "
+            "chat=False (--chat false) to train on the plain text of all parts."
+        )
+    if chat == "true" or (chat == "auto" and has_template and kind == TABLES):
         if chat == "auto":
             logger.warning(
                 f"The {name} dataset comes from CSV or TSV, and the tokenizer has a chat template: each prompt becomes "
@@ -75,22 +79,6 @@ def becomes_chat(
             "true) to convert the text to messages, or chat=False to train on the plain text without this warning."
         )
     return False
-
-
-def as_chat(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list, list]:
-    """Each prompt as a user message and each completion as an assistant message. Other values than text stay as is.
-
-    Example:
-        >>> as_chat(["Hi"], [" Hello!"])
-        ([[{'role': 'user', 'content': 'Hi'}]], [[{'role': 'assistant', 'content': 'Hello!'}]])
-    """
-    made = [
-        ([{"role": "user", "content": prompt.strip()}], [{"role": "assistant", "content": completion.strip()}])
-        if isinstance(prompt, str) and isinstance(completion, str)
-        else (prompt, completion)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    return [prompt for prompt, _ in made], [completion for _, completion in made]
 
 
 def with_system_message(prompt: Any, system_message: str) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
+from trl_ulma.data.origins import located
 from trl_ulma.labels import (
     InvalidRow,
     LabelRules,
@@ -64,7 +65,7 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
     # Preparation raises an error for rows with invalid labels, or leaves them out
     own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid := {})
     if not len(own):
-        refuse_invalid(list(invalid.values()), len(train_dataset), "train")
+        refuse_invalid(located(invalid, train_dataset), len(train_dataset), "train")
         raise ValueError(
             f"label_transform={label_transform!r} applies to rows with label_type={rules.label_type!r}, but no row of "
             "the train dataset has this type. Remove label_transform, or set label_type to the other type."

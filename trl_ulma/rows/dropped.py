@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from trl_ulma.labels import InvalidRow, list_invalid, one_class, refuse_invalid
+from trl_ulma.data.origins import origin
+from trl_ulma.labels import LISTED, InvalidRow, list_invalid, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.rows.notes import note
 from trl_ulma.rows.rendering import PROMPT_FILLS
@@ -17,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 INVALID_ROWS = ("error", "drop")
 # Columns that exist only while rows are prepared
-PASSING = ("left_out", "cut", "invalid", "unended")
+PASSING = ("left_out", "cut", "invalid", "unended", "unasked")
 
 
 def packed(error: InvalidRow | None) -> str | None:
@@ -35,17 +36,34 @@ def unpacked(text: str) -> InvalidRow:
     return InvalidRow(*json.loads(text))
 
 
-def kept_of(encoded: Mapping[str, list], name: str, invalid_rows: str, numbers: Sequence[int | str]) -> dict[str, list]:
+def kept_of(
+    encoded: Mapping[str, list],
+    name: str,
+    invalid_rows: str,
+    numbers: Sequence[int | str],
+    place: Callable[[int | str], str | None] = lambda row: None,
+) -> dict[str, list]:
     """A batch of a stream without the rows to leave out. These rows are logged with their numbers.
+
+    Args:
+        encoded: the columns of prepared rows, with the columns `PASSING`.
+        name: the name of the dataset.
+        invalid_rows: "error" or "drop".
+        numbers: the number of each row.
+        place: returns the file and line of a row by its number.
 
     Raises:
         ValueError: if the batch has invalid rows and `invalid_rows` is "error". The message lists the rows.
     """
-    invalid = [None if text is None else unpacked(text) for text in encoded["invalid"]]
+    invalid = [
+        None if text is None else unpacked(text).at_origin(place(row))
+        for row, text in zip(numbers, encoded["invalid"], strict=True)
+    ]
     if invalid_rows == "error":
         refuse_invalid([error for error in invalid if error is not None], None, name)
     is_kept = []
-    for row, reason, error, unended in zip(numbers, encoded["left_out"], invalid, encoded["unended"], strict=True):
+    marks = zip(numbers, encoded["left_out"], invalid, encoded["unended"], encoded["unasked"], strict=True)
+    for row, reason, error, unended, unasked in marks:
         is_kept.append(reason is None and error is None)
         if error is not None:
             logger.warning(
@@ -57,6 +75,11 @@ def kept_of(encoded: Mapping[str, list], name: str, invalid_rows: str, numbers: 
             logger.warning_once(
                 f"{UNENDED.format('answers')} (This warning is shown once; it may apply to other rows of the {name} "
                 "dataset.)"
+            )
+        if is_kept[-1] and unasked:
+            logger.warning_once(
+                f"Row {row} of the {name} dataset has an empty prompt. (This warning is shown once; it may apply to "
+                "other rows.)"
             )
     return {
         column: [value for value, kept in zip(values, is_kept, strict=True) if kept]
@@ -83,6 +106,7 @@ def kept_rows(
     label_type: str | None,
     invalid_rows: str = "error",
     unreadable: Sequence[InvalidRow] = (),
+    raw: Dataset | None = None,
 ) -> Dataset:
     """The rows that are valid for training.
 
@@ -93,13 +117,18 @@ def kept_rows(
         encoded: prepared rows with the columns `PASSING`.
         invalid_rows: "error" or "drop".
         unreadable: errors of rows that could not be read and are not in `encoded`.
+        raw: the raw rows, whose files and lines are shown for invalid rows.
 
     Raises:
         ValueError: if rows are invalid and `invalid_rows` is "error" (the message lists them), if no row is left, or
             if all weights are 0.
     """
     reasons, invalid = encoded["left_out"][:], encoded["invalid"][:]
-    errors = [*unreadable, *(unpacked(text) for text in invalid if text is not None)]
+    bad = [i for i, text in enumerate(invalid) if text is not None]
+    errors = [unpacked(invalid[i]) for i in bad]
+    for place, row in enumerate(encoded[bad[:LISTED]]["row"] if bad else ()):
+        errors[place] = errors[place].at_origin(origin(raw, row))
+    errors = [*unreadable, *errors]
     total = len(reasons) + len(unreadable)
     if invalid_rows == "error":
         refuse_invalid(errors, total, name)
@@ -125,6 +154,11 @@ def kept_rows(
     unended = sum(encoded["unended"][:])
     if unended:
         logger.warning(UNENDED.format(f"{unended} of {len(encoded)} answers of the {name} dataset"))
+    unasked = sum(encoded["unasked"][:])
+    if unasked:
+        logger.warning(
+            f"{unasked} of {len(encoded)} rows of the {name} dataset have an empty prompt. Check the column prompt."
+        )
     rows = encoded.remove_columns(list(PASSING))
     if "completion_mask" in rows.column_names and rows.data["completion_mask"].null_count == len(rows.data):
         rows = rows.remove_columns("completion_mask")

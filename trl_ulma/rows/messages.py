@@ -4,13 +4,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 # Keys of messages for the reasoning before the answer
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _SYSTEM = ("system", "developer")
 
 
 def without_nones(value: Any) -> Any:
-    """Messages, tools or settings without keys whose value is None.
+    """Messages, tools or settings without keys whose value is None, and with lists instead of NumPy arrays.
 
     Arrow adds such keys if other rows have them, for example for the arguments of another tool.
 
@@ -18,6 +20,8 @@ def without_nones(value: Any) -> Any:
         >>> without_nones([{"role": "user", "content": "Hi", "name": None}])
         [{'role': 'user', 'content': 'Hi'}]
     """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, dict):
         return {key: without_nones(each) for key, each in value.items() if each is not None}
     return [without_nones(each) for each in value] if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
+from trl_ulma.data.conversations import as_chat
+from trl_ulma.data.origins import StreamOrigins, located, places_of
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
@@ -28,13 +30,14 @@ from trl_ulma.labels import (
     LabelRules,
     check_columns,
     check_texts,
+    is_empty,
     is_messages,
     read_labels,
     refuse_invalid,
     shown,
     transform_labels,
 )
-from trl_ulma.rows.chat import as_chat, becomes_chat, check_chat, with_system_message
+from trl_ulma.rows.chat import becomes_chat, check_chat, with_system_message
 from trl_ulma.rows.dataset_labels import check_pairs, check_stream, transformed_labels
 from trl_ulma.rows.dropped import INVALID_ROWS, check_stream_has_rows, kept_of, kept_rows, packed
 from trl_ulma.rows.images import (
@@ -72,9 +75,15 @@ _TYPES = {
 # Names differ from those of the raw columns, because DPOTrainer would take rows with a raw column for unprepared ones
 _OF_IMAGES = ("prompt_text", "prompt_images", "image_key")
 # Columns that `datasets.map` adds to a row for `kept_rows`
-_PASSING = {"left_out": Value("string"), "cut": Value("bool"), "invalid": Value("string"), "unended": Value("bool")}
+_PASSING = {
+    "left_out": Value("string"),
+    "cut": Value("bool"),
+    "invalid": Value("string"),
+    "unended": Value("bool"),
+    "unasked": Value("bool"),
+}
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
-_READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "image", "images", *OPTIONAL_COLUMNS}
+_READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "eos", "image", "images", *OPTIONAL_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ class Preparation:
                 raise
             if not readable:
                 refuse_invalid(errors, len(dataset), name)
-            prepared = self._prepare(dataset.select(readable), name, num_proc, np.array(readable), errors)
+            prepared = self._prepare(dataset.select(readable), name, num_proc, np.array(readable), errors, dataset)
         if self.vocab_size is not None and isinstance(prepared, Dataset):
             check_token_ids(prepared, self.vocab_size, name, tokenizer_of(self.processing_class))
         return prepared
@@ -173,8 +182,9 @@ class Preparation:
         num_proc: int | None,
         numbers: np.ndarray | None = None,
         unreadable: Sequence[InvalidRow] = (),
+        whole: Dataset | None = None,
     ) -> Dataset | IterableDataset:
-        """Like `__call__`, for the rows with these numbers. The other rows could not be read."""
+        """Like `__call__`, for the rows of `whole` with these numbers. The other rows could not be read."""
         # Rows are read as plain values. Only the caller's own transform is kept, because it creates the rows.
         is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
         raw = dataset if is_transformed else dataset.with_format(None)
@@ -200,10 +210,11 @@ class Preparation:
                 logger.warning(f"The {name} dataset is paired, so its column `{column}` is ignored.")
         if paired:
             check_pairs(self.rules, name)
-        is_text = _are_texts(raw, first)
+        prompt = _first_prompt(raw, first)
+        is_text = isinstance(prompt, str)
         is_made_chat = is_text and becomes_chat(
             raw,
-            first.get("prompt"),
+            prompt if "prompt" in first else None,
             self.chat,
             self.system_message,
             self.processing_class.chat_template is not None,
@@ -236,7 +247,7 @@ class Preparation:
         }
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)
-            encode = replace(encode, shards=raw.num_shards)
+            encode = replace(encode, shards=raw.num_shards, place=StreamOrigins(places_of(dataset)))
             stream = raw.map(
                 encode.stream, with_indices=True, batched=True, batch_size=64, remove_columns=names, features=features
             )
@@ -245,11 +256,11 @@ class Preparation:
             return stream
 
         labels = transformed_labels(raw, name, self.rules, invalid := {})
-        prompt = self._type_of_prompts(raw, is_text, is_made_chat) if images is None else None
-        if prompt is not None:
-            features["prompt"] = prompt
+        kept_prompts = self._type_of_prompts(raw, is_text, is_made_chat) if images is None else None
+        if kept_prompts is not None:
+            features["prompt"] = kept_prompts
         encoded = raw.map(
-            replace(encode, labels=labels, invalid=invalid, keeps_prompts=prompt is not None),
+            replace(encode, labels=labels, invalid=invalid, keeps_prompts=kept_prompts is not None),
             with_indices=True,
             batched=True,
             # All images of a batch are in memory
@@ -263,7 +274,7 @@ class Preparation:
         )
         note(encoded, rules=rules)
         label_type = self.rules.label_type if self.is_for_training else None
-        return kept_rows(encoded.with_format(None), name, label_type, self.invalid_rows, unreadable)
+        return kept_rows(encoded.with_format(None), name, label_type, self.invalid_rows, unreadable, whole or raw)
 
     def _again(self, rows: Dataset | IterableDataset, names: list[str], name: str) -> Dataset | IterableDataset:
         """Apply these rules and this length to rows that are already prepared, and remove the log-probabilities of
@@ -426,8 +437,9 @@ class _Encode:
     keeps_prompts: bool = False
     # The numbers of the rows, if some rows of the dataset could not be read
     numbers: np.ndarray | None = None
-    # The number of shards of a stream
+    # The number of shards of a stream, and the origins of its rows
     shards: int = 1
+    place: StreamOrigins = StreamOrigins(None)
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         rows: list[int] = list(indices) if self.numbers is None else self.numbers[list(indices)].tolist()
@@ -497,6 +509,9 @@ class _Encode:
             "cut": cut,
             "invalid": [packed(invalid.get(i)) for i in range(len(rows))],
             "unended": [i in texts and not texts[i].is_ended for i in range(len(rows))],
+            "unasked": [
+                "prompt" in self.names and i in texts and is_empty(columns["prompt"][i]) for i in range(len(rows))
+            ],
             **(
                 {"completion_mask": [tokens.mask for tokens in made]}
                 if not self.encoder.is_text and self.how.assistant_only_loss
@@ -554,7 +569,7 @@ class _Encode:
         """Like `__call__`, for a stream: rows to leave out are dropped and logged here."""
         made = self(batch, indices)
         numbers = [self._number(row) for row in made["row"]]
-        kept = kept_of(made, self.name, self.how.invalid_rows, numbers)
+        kept = kept_of(made, self.name, self.how.invalid_rows, numbers, self.place)
         self.how.check_batch(kept, [self._number(row) for row in kept["row"]], self.name)
         # Columns that the first row lacks are not removed by `map`, so they must have the same length
         late = set(batch).difference(self.names)
@@ -593,7 +608,7 @@ class _Again:
         if "completion_mask" not in batch:
             del found["completion_mask"]
         errors = [packed(invalid.get(i)) for i in range(count)]
-        return {**found, **labels, "invalid": errors, "unended": [False] * count}
+        return {**found, **labels, "invalid": errors, "unended": [False] * count, "unasked": [False] * count}
 
     def stream(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Like `__call__`, for a stream."""
@@ -653,32 +668,28 @@ def _no_embedding(at: str, token: int, vocab_size: int, tokenizer: PreTrainedTok
     )
 
 
-def _are_texts(raw: Dataset | IterableDataset, first: Mapping[str, Any]) -> bool:
-    """Whether prompts are text and not messages. The first row that has a prompt decides."""
+def _first_prompt(raw: Dataset | IterableDataset, first: Mapping[str, Any]) -> Any:
+    """The first prompt that is text or messages and not empty. It decides whether all prompts are text or messages."""
     column = "prompt" if "prompt" in first else "chosen"
-    for row in [first, *islice(raw, 0 if isinstance(first[column], str) or is_messages(first[column]) else 64)]:
-        if isinstance(row, Mapping) and row.get(column):
-            if isinstance(row[column], str):
-                return True
-            if is_messages(row[column]):
-                return False
-    return isinstance(first[column], str)
+    for row in chain([first], islice(raw, 64)):
+        value = row.get(column) if isinstance(row, Mapping) else None
+        if (isinstance(value, str) and value.strip()) or (is_messages(value) and value):
+            return value
+    return first[column]
 
 
 def _readable(dataset: Dataset, name: str) -> tuple[list[int], list[InvalidRow]]:
     """The rows whose text is valid UTF-8, and the errors of the others. Arrow does not check this."""
-    readable, errors = [], []
+    readable, errors = [], {}
     for row in range(len(dataset)):
         try:
             dataset[row]
         except UnicodeDecodeError as error:
-            errors.append(
-                InvalidRow(
-                    f"Row {row} of the {name} dataset contains text that is not UTF-8 ({error}). Read the file in its "
-                    "actual encoding, and write it again as UTF-8.",
-                    "text that is not UTF-8",
-                )
+            errors[row] = InvalidRow(
+                f"Row {row} of the {name} dataset contains text that is not UTF-8 ({error}). Read the file in its "
+                "actual encoding, and write it again as UTF-8.",
+                "text that is not UTF-8",
             )
         else:
             readable.append(row)
-    return readable, errors
+    return readable, located(errors, dataset)

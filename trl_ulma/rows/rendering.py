@@ -149,13 +149,17 @@ class Encoder:
                 f"{at}: prompt is {kind}. Use the same kind for all rows, or write messages as text.",
                 "a mix of text and conversations",
             )
+        ends = columns["eos"][i] if "eos" in columns else None
+        if not isinstance(ends, bool | None) or (ends is False and not self.is_text):
+            remedy = "it must be True or False" if self.is_text else "the chat template ends conversations"
+            raise InvalidRow(f"{at}: eos is {shown(ends)}; {remedy}. Remove the column eos.", "eos that is not valid")
         if not self.is_text:
             return self._render_messages(columns, i, images, at)
         if processor is not None and images:
             check_text_places(processor, prompt, images, at)
         end = str(tokenizer.eos_token)
         whole = prompt + completion
-        if not whole.endswith(end):
+        if ends is not False and not whole.endswith(end):
             whole += end
         if not (_is_unicode(prompt) and _is_unicode(whole)):
             raise _no_unicode(at)

@@ -83,7 +83,13 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
             said = f"The mixture `datasets` is trained on; dataset_name={script_args.dataset_name} is not read.\n"
         name, train_split, test_split = "the mixture", "train", "test"
         rules, log_z = _rules(training_args)
-        splits, notes = load_mixture(dataset_args.datasets, streaming=dataset_args.streaming, rules=rules, log_z=log_z)
+        splits, notes = load_mixture(
+            dataset_args.datasets,
+            streaming=dataset_args.streaming,
+            rules=rules,
+            log_z=log_z,
+            chat=getattr(training_args, "chat", "auto"),
+        )
     else:
         if dataset_args.streaming:
             raise ValueError(

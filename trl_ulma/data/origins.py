@@ -1,0 +1,210 @@
+"""The file and line that each row was read from. They are stored in a file beside the Arrow file of the rows."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from datasets import Dataset, config
+from datasets.table import ConcatenationTable, MemoryMappedTable
+
+from trl_ulma.labels import LISTED, InvalidRow
+
+
+@dataclass(frozen=True)
+class Origins:
+    """The origin of each row of an Arrow file. Arrays are `(N,)`.
+
+    Attributes:
+        names: the files, or what else rows came from.
+        units: what is counted in each of them: "line" or "row".
+        source: int, the number of the row's file in `names`.
+        line: int, the number of the line or row in that file.
+    """
+
+    names: Sequence[str]
+    units: Sequence[str]
+    source: np.ndarray
+    line: np.ndarray
+
+    def __getitem__(self, row: int) -> str:
+        source = self.source[row]
+        return f"{self.names[source]}, {self.units[source]} {self.line[row]}"
+
+    def save(self, rows: Dataset) -> None:
+        """Store the origins of `rows` beside their Arrow files. Each row of these files must be in `rows`, in order."""
+        start = 0
+        for size, file, _ in _stretches(rows):
+            own = slice(start, start + size)
+            start += size
+            if file is None:
+                continue
+            about = file.with_suffix(".npz")
+            part = about.with_suffix(f".{os.getpid()}.part")  # other processes may be reading the file
+            with part.open("wb") as to:
+                np.savez(
+                    to,
+                    names=np.array(self.names, dtype=str),
+                    units=np.array(self.units, dtype=str),
+                    source=np.asarray(self.source[own], dtype=np.int32),
+                    line=np.asarray(self.line[own], dtype=np.int64),
+                )
+            part.replace(about)
+
+
+Places = Callable[[], Iterator[str | None]]
+# A function that yields the origins of the rows of a stream, by the object that yields the rows. A stream that is
+# shuffled or changed in another way has another such object.
+_places: WeakKeyDictionary[Any, Places] = WeakKeyDictionary()
+
+
+def note_places(stream: Any, places: Places) -> None:
+    """Note a function that yields the origins of the rows of a stream. It is only called if rows are invalid."""
+    _places[stream._ex_iterable] = places
+
+
+def places_of(stream: Any) -> Places | None:
+    """The function that was noted for a stream, or None."""
+    return _places.get(getattr(stream, "_ex_iterable", None))
+
+
+class StreamOrigins:
+    """The origin of a row of a stream by its number, or None. Rows are counted from the start, so ask in their order.
+
+    Args:
+        places: yields the origins of all rows, or None if they are unknown.
+    """
+
+    def __init__(self, places: Places | None):
+        self.places = places
+        self._rest: Iterator[str | None] = iter(())
+        self._row, self._place = -1, None
+
+    def __call__(self, row: int | str) -> str | None:
+        """The origin of the row with this number. None for a row that is only counted in its shard."""
+        if self.places is None or isinstance(row, str):
+            return None
+        if row == self._row:  # the other half of a pair
+            return self._place
+        if self._row < 0 or row < self._row:
+            self._rest, self._row = self.places(), -1
+        self._place = next(islice(self._rest, row - self._row - 1, None), None)
+        self._row = row
+        return self._place
+
+    def __reduce__(self) -> Any:
+        return StreamOrigins, (self.places,)
+
+
+def origin(rows: Any, row: int) -> str | None:
+    """The file and line that a row was read from. None if unknown.
+
+    Args:
+        rows: the result of `load_rows`, or rows that were selected, split off or concatenated from it.
+        row: the number of the row.
+
+    Example:
+        >>> import tempfile
+        >>> from trl_ulma.data.files import load_rows
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     _ = file.write('prompt,completion\\n"Two\\nlines",4\\nHi,Hello\\n'), file.flush()
+        ...     rows = load_rows(file.name)["train"]
+        >>> origin(rows, 1)
+        '/.../tmp....csv, line 4'
+    """
+    if not isinstance(rows, Dataset) or not -len(rows) <= row < len(rows):
+        return None
+    row = range(len(rows))[row]
+    if rows._indices is not None:
+        row = rows._indices.column(0)[row].as_py()
+    for size, file, first in _stretches(rows):
+        if row < size:
+            return None if file is None else _origin_in(file, first + row)
+        row -= size
+    return None
+
+
+def located(invalid: Mapping[int, InvalidRow], rows: Any) -> list[InvalidRow]:
+    """The errors of rows, in the order of the rows. Those that a message lists have the file and line of their row.
+
+    Args:
+        invalid: number of the row → its error.
+        rows: the rows.
+    """
+    found = [invalid[row] for row in sorted(invalid)]
+    for place, row in enumerate(sorted(invalid)[:LISTED]):
+        found[place] = found[place].at_origin(origin(rows, row))
+    return found
+
+
+def joined_origins(parts: Sequence[tuple[str, Dataset]]) -> Origins:
+    """The origins of the rows of several datasets, one after the other.
+
+    Args:
+        parts: (name, rows). Rows of unknown origin are counted within their part.
+    """
+    names: dict[tuple[str, str], int] = {}
+    sources, lines = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    for name, rows in parts:
+        source, line = np.full(_size(rows), -1, np.int32), np.arange(_size(rows))
+        start = 0
+        for size, file, first in _stretches(rows):
+            known = None if file is None else _known(file)
+            if known is not None:
+                keys = zip(known.names, known.units, strict=True)
+                numbers = np.array([names.setdefault(key, len(names)) for key in keys], np.int32)
+                source[start : start + size] = numbers[known.source[first : first + size]]
+                line[start : start + size] = known.line[first : first + size]
+            start += size
+        if rows._indices is not None:
+            taken = rows._indices.column(0).to_numpy()
+            source, line = source[taken], np.where(source[taken] < 0, np.arange(len(rows)), line[taken])
+        source[source < 0] = names.setdefault((name, "row"), len(names))
+        sources.append(source)
+        lines.append(line)
+    return Origins(
+        [name for name, _ in names], [unit for _, unit in names], np.concatenate(sources), np.concatenate(lines)
+    )
+
+
+def _size(rows: Dataset) -> int:
+    return rows.data.num_rows
+
+
+def _origin_in(file: Path, row: int) -> str | None:
+    known = _known(file)
+    if known is not None:
+        return known[row]
+    is_cache = file.name.startswith("cache-") or any(
+        file.is_relative_to(folder) for folder in (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE)
+    )
+    return None if is_cache else f"{file}, row {row}"  # written by `save_to_disk`
+
+
+def _known(file: Path) -> Origins | None:
+    about = file.with_suffix(".npz")
+    return _load(about, about.stat().st_mtime_ns) if about.exists() else None
+
+
+@lru_cache(maxsize=8)
+def _load(about: Path, changed: int) -> Origins:
+    with np.load(about) as found:
+        return Origins(found["names"].tolist(), found["units"].tolist(), found["source"], found["line"])
+
+
+def _stretches(rows: Dataset) -> Iterator[tuple[int, Path | None, int]]:
+    """(number of rows, Arrow file or None, number of the first row in it) of each part of the table of `rows`."""
+    table: Any = rows.data
+    for tables in table.blocks if isinstance(table, ConcatenationTable) else [[table]]:
+        file, first = None, 0
+        for each in tables:
+            if isinstance(each, MemoryMappedTable) and all(step[0] != "filter" for step in each.replays):
+                file = Path(each.path)
+                first = sum(arguments[0] for step, arguments, _ in each.replays if step == "slice")
+                break
+        yield len(tables[0]), file, first
