@@ -106,7 +106,8 @@ class PointwiseDPOConfig(DPOConfig):
             is 0; where the data has a column `log_z`, that decides), or the name of a choice of
             `trl_ulma.log_partition`: "column" (every row must carry it), "prior" (the start is calibrated to the
             training labels' mean), "running_mean" (the moving average of the log-ratio), "batch_kl" (KTO's reference
-            point), "learned_constant" (trained by the loss), "learned" (a read-out of the prompt, trained by the loss).
+            point), "learned_constant" (trained by the loss), "learned" (a read-out of the prompt, trained by the loss),
+            "group" (log Z cancels, because the rows of a prompt in a micro-batch are only compared with each other).
         log_z_learning_rate: of the learned ones, in units of the reward a step; follows the schedule.
         length_normalize: divide every log-probability by its completion's number of tokens, as the authors' code does.
             The log-ratio is then about as many times smaller as a completion has tokens: raise β by that factor.
@@ -386,8 +387,30 @@ class PointwiseDPOConfig(DPOConfig):
                 "log_z='batch_kl' pairs the prompt of one row with the completion of another, so it needs at least two "
                 "rows per micro-batch. Set per_device_train_batch_size to 2 or more, or set another log_z."
             )
+        if self.log_z == "group":
+            self._check_group()
         if self.padding_free and self.share_prompts:
             raise ValueError("padding_free and share_prompts exclude each other: both lay out a batch. Set only one.")
+
+    def _check_group(self) -> None:
+        """Raise ValueError, which names all of them, if settings contradict log_z='group'."""
+        wrong = []
+        if self.per_device_train_batch_size < 2:
+            wrong.append("it compares the rows of a micro-batch: set per_device_train_batch_size to 2 or more")
+        if self.train_sampling_strategy != "random":
+            wrong.append(
+                "it has its own order of rows, which keeps prompts together: leave "
+                f"train_sampling_strategy={self.train_sampling_strategy!r} at 'random'"
+            )
+        if self.label_type == "binary" and self.binary_loss != "cross_entropy":
+            wrong.append(f"it is a likelihood: leave binary_loss={self.binary_loss!r} at 'cross_entropy'")
+        if self.label_type == "binary" and self.desirable_weight != self.undesirable_weight:
+            wrong.append(
+                "a group's likes and dislikes have one loss, so classes have no weights of their own: leave "
+                f"desirable_weight={self.desirable_weight:g} and undesirable_weight={self.undesirable_weight:g} at 1"
+            )
+        if wrong:
+            raise ValueError(f"log_z='group' contradicts other settings: {'; '.join(wrong)}. Or set another log_z.")
 
     def check_machine(self) -> None:
         """Raise ValueError or ImportError if this machine does not support a setting."""

@@ -57,9 +57,9 @@ from trl_ulma.log_z import load_log_partition, make_log_partition, mismatched, s
 from trl_ulma.metrics import RatioSums, figures, ranking_figures
 from trl_ulma.objective import Objective
 from trl_ulma.rows.dataset_labels import show_report
-from trl_ulma.rows.filler import filled, is_real
+from trl_ulma.rows.filler import FilledRows, filled, is_real
 from trl_ulma.rows.rendering import tokenizer_of
-from trl_ulma.rows.sampler import LengthSampler, PromptSampler
+from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, quantization_of
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
 from trl_ulma.versions import (
@@ -208,6 +208,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         restore_forward(self.model, forward)
         if self.ref_model is not None:
             restore_forward(self.ref_model, ref_forward)
+        if args.fp16:
+            _widen_adapters(self.model)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         self.args.model_init_kwargs = args.model_init_kwargs
@@ -384,7 +386,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._signature_columns is None:
             self._signature_columns = [
                 *("prompt_ids", "completion_ids", "completion_mask", "label", "sft_mask", "label_type"),
-                *("log_z", "weight", "ref_logps", "row", "length"),
+                *("log_z", "weight", "ref_logps", "row", "group", "length"),
                 *("prompt_text", "prompt_images", "image_key"),
             ]
 
@@ -407,6 +409,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
         is_stream = isinstance(dataset, IterableDataset)
+        if is_training and self.args.log_z == "group":
+            self._train_sampler = self._group_sampler(dataset, batch_size)
+            rows = FilledRows(self._remove_unused_columns(dataset, description=description))
+            return super()._get_dataloader(
+                rows, description, batch_size, self._made_train_sampler, is_training, dataloader_key
+            )
         rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
         if self.accelerator.num_processes > 1 and (is_stream or not (self.args.dataloader_drop_last or rebalances)):
             size = batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
@@ -417,6 +425,20 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._train_sampler = sampler_fn(dataset)
             sampler_fn = self._made_train_sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _group_sampler(self, rows: Dataset, batch_size: int) -> GroupSampler:
+        """The order for log_z="group". A micro-batch is that of one process, and its rows follow each other."""
+        processes = self.accelerator.num_processes
+        group = np.where(self._plan.compared(rows), np.asarray(rows["group"][:]), -1).tolist()
+        size = batch_size // processes if self.accelerator.split_batches else batch_size
+        sampler = GroupSampler(group, rows["label"][:], size=size, multiple=processes, seed=self._order_seed)
+        if sampler.fillers > 0.1 * len(sampler):
+            logger.warning(
+                f"log_z='group' keeps the rows of a prompt in one micro-batch of {size} rows, and {sampler.fillers} of "
+                f"the {len(sampler)} places remain empty, which costs time. Choose a per_device_train_batch_size that "
+                "is a multiple of the number of rows per prompt."
+            )
+        return sampler
 
     def _made_train_sampler(self, train_dataset: Any) -> Any:
         return self._train_sampler
@@ -565,13 +587,23 @@ class PointwiseDPOTrainer(DPOTrainer):
         policy = self._scorer(model, inputs, statistics=True, prompt_states=states, **router)
         ref_logps = self._ref_logps(model, inputs, rows, asked)
         # If the reference only ran on some rows, their mean reward would be logged as that of all rows
-        found = self._objective(policy, ref_logps, rows, inputs, self.log_partition, all_rewarded=asked is None)
+        found = self._objective(
+            policy,
+            ref_logps,
+            rows,
+            inputs,
+            self.log_partition,
+            all_rewarded=asked is None,
+            is_training=self.model.training,
+        )
         self._row_losses = (rows.get("row", torch.full_like(rows["label"], -1)), found.weighted.detach())
         self._sums.add(found.ratios, real)
         if self.model.training:
             self.log_partition.observe(found.observed, found.continuous, policy.prompt_states)
         else:
-            evaluated = torch.stack([found.rewards.double(), rows["label"].double(), found.continuous.double()], 1)
+            evaluated = found.table
+            if evaluated is None:
+                evaluated = torch.stack([found.rewards.double(), rows["label"].double(), found.continuous.double()], 1)
             self._evaluated.append(evaluated[real].cpu())
         if self._rows_in_step is None:
             loss = found.total / real.sum().clamp(min=1)
@@ -635,11 +667,17 @@ class PointwiseDPOTrainer(DPOTrainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
             )
-            found = figures(self.accelerator.reduce(self._sums.totals(), "sum"))
+            totals = self.accelerator.reduce(self._sums.totals(), "sum")
         finally:
             self._sums = training
-        found.pop("num_tokens", None)
         everything = torch.cat(gather_object([torch.cat(self._evaluated)]))
+        if self.args.log_z == "group":
+            ratios, everything = self._objective.of_table(everything)
+            sums = RatioSums(torch.device("cpu"))
+            sums.add(ratios, torch.ones(len(everything), dtype=torch.bool))
+            totals = totals.cpu() + sums.totals()
+        found = figures(totals)
+        found.pop("num_tokens", None)
         self.evaluated = everything.numpy()
         rewards, label, continuous = everything.unbind(1)
         found.update(ranking_figures(rewards, label, continuous.bool()))
@@ -871,6 +909,17 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
+
+
+def _widen_adapters(model: Any) -> None:
+    """Store the adapters of a quantized model in float32.
+
+    TRL stores them in bfloat16. The gradient scaler of fp16 training cannot unscale such gradients, and GPUs that need
+    fp16, such as a T4, do not compute in bfloat16. Adapters of other models are in float32 already.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dtype == torch.bfloat16 and (weight.requires_grad or f".{ADAPTER}." in name):
+            weight.data = weight.data.float()
 
 
 def _check_adapter_name(model: Any) -> None:

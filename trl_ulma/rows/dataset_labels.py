@@ -305,6 +305,18 @@ def show_report(
     return report
 
 
+def prompt_numbers(rows: Dataset) -> np.ndarray:
+    """`(N,)` numbers that are the same for prepared rows of one prompt, counted in the order of the rows.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt_ids": [[5, 6], [7], [5, 6]], "completion_ids": [[1], [2], [3]]})
+        >>> prompt_numbers(rows.cast_column("prompt_ids", List(Value("int32"))))
+        array([0, 1, 0])
+    """
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in _identities(rows)[0].tolist()], dtype=np.int64)
+
+
 def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(hash of the prompt, hash of prompt and completion, number of scored tokens) of each row, `(N,)` each."""
     prompts, answers, tokens = [], [], []
