@@ -217,7 +217,7 @@ def with_groups(
         )
     label, continuous = np.asarray(dataset["label"][:]), is_continuous(dataset, args.label_type)
     soft = np.flatnonzero(compared(dataset) & ~continuous & ~np.isin(label, (0, 1)))
-    if len(soft):
+    if len(soft) and name != "score":  # a score has no loss
         first = np.asarray(dataset["row"][:])[soft[0]]
         raise ValueError(
             f"log_z='group' counts a prompt's likes, so binary labels must be 0 or 1, but {len(soft)} rows of the "

@@ -68,7 +68,7 @@ class GroupSampler(Sampler[int]):
     Example:
         >>> sampler = GroupSampler([0, 1, 0, 1, 1, -1], [1, 0, 0, 1, 1, 1], size=4, multiple=1, seed=0)
         >>> list(sampler)
-        [3, 4, 1, 5, 2, 0, 8, 6]
+        [2, 0, 8, 6, 1, 4, 3, 5]
     """
 
     def __init__(self, groups: Sequence[int], label: Sequence[float], *, size: int, multiple: int, seed: int):
