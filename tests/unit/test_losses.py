@@ -780,7 +780,7 @@ def test_centered_ratings_equal_the_oracle_and_a_constant_makes_no_difference_to
     )
     (gradient,) = torch.autograd.grad(losses.sum(), policy)
     np.testing.assert_allclose(
-        gradient.numpy()[rows], (-2 * beta * batch["weight"] * error)[rows], rtol=1e-9, atol=1e-12 * size
+        gradient.numpy()[rows], (-2 * beta * np.array(batch["weight"]) * error)[rows], rtol=1e-9, atol=1e-12 * size
     )
     (attached,) = torch.autograd.grad(weighted_loss(policy - ref).sum(), policy)
     np.testing.assert_allclose(attached.numpy()[rows], gradient.numpy()[rows], rtol=1e-9, atol=1e-12 * size)

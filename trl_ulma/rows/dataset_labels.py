@@ -309,8 +309,10 @@ def prompt_numbers(rows: Dataset) -> np.ndarray:
     """`(N,)` numbers that are the same for prepared rows of one prompt, counted in the order of the rows.
 
     Example:
-        >>> rows = Dataset.from_dict({"prompt_ids": [[5, 6], [7], [5, 6]], "completion_ids": [[1], [2], [3]]})
-        >>> prompt_numbers(rows.cast_column("prompt_ids", List(Value("int32"))))
+        >>> from datasets import Features, List, Value
+        >>> ids = Features({name: List(Value("int32")) for name in ("prompt_ids", "completion_ids")})
+        >>> columns = {"prompt_ids": [[5, 6], [7], [5, 6]], "completion_ids": [[1], [2], [3]]}
+        >>> prompt_numbers(Dataset.from_dict(columns, features=ids))
         array([0, 1, 0])
     """
     numbers: dict[int, int] = {}
