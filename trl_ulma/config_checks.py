@@ -99,6 +99,8 @@ def check_settings(args: Any) -> None:
     for is_wrong, message in _combinations(args):
         if is_wrong:
             raise ValueError(message)
+    if args.log_z == "group":
+        _check_group(args)
 
 
 def _combinations(args: Any) -> list[tuple[bool, str]]:
@@ -138,6 +140,27 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
         ),
     ]
+
+
+def _check_group(args: Any) -> None:
+    """Raise ValueError, which names all of them, if settings contradict log_z='group'."""
+    wrong = []
+    if args.per_device_train_batch_size < 2:
+        wrong.append("it compares the rows of a micro-batch: set per_device_train_batch_size to 2 or more")
+    if args.train_sampling_strategy != "random":
+        wrong.append(
+            "it has its own order of rows, which keeps prompts together: leave "
+            f"train_sampling_strategy={args.train_sampling_strategy!r} at 'random'"
+        )
+    if args.label_type == "binary" and args.binary_loss != "cross_entropy":
+        wrong.append(f"it is a likelihood: leave binary_loss={args.binary_loss!r} at 'cross_entropy'")
+    if args.label_type == "binary" and args.desirable_weight != args.undesirable_weight:
+        wrong.append(
+            "a group's likes and dislikes have one loss, so classes have no weights of their own: leave "
+            f"desirable_weight={args.desirable_weight:g} and undesirable_weight={args.undesirable_weight:g} at 1"
+        )
+    if wrong:
+        raise ValueError(f"log_z='group' contradicts other settings: {'; '.join(wrong)}. Or set another log_z.")
 
 
 def _check_pairwise(args: Any) -> None:

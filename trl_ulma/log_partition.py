@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-LOG_Z_CHOICES = ("column", "prior", "running_mean", "batch_kl", "learned", "learned_constant")
+LOG_Z_CHOICES = ("column", "prior", "running_mean", "batch_kl", "learned", "learned_constant", "group")
 # If all compared rows have the same class, these choices would fit them with log Z alone
 NEED_CLASSES = ("prior", "learned", "learned_constant")
 # The share of its value that the running mean keeps in each step

@@ -8,9 +8,13 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from trl_ulma.log_partition import NEED_CLASSES, BatchKL, Learned, LogPartition, Prior, RunningMean
-from trl_ulma.rows.dataset_labels import is_continuous
+from trl_ulma.losses import is_informative
+from trl_ulma.rows.dataset_labels import is_continuous, prompt_numbers
+
+logger = logging.get_logger(__name__)
 
 # The file beside the model's weights
 FILE = "log_z.safetensors"
@@ -36,7 +40,7 @@ def make_log_partition(args: Any, train_dataset: Any, compared: Any, hidden_size
     if choice in ("learned", "learned_constant"):
         size = hidden_size if choice == "learned" else 0
         return Learned(size, beta=beta, learning_rate=args.log_z_learning_rate, device=device)
-    return LogPartition(0.0 if choice == "column" else choice, device)
+    return LogPartition(0.0 if choice in ("column", "group") else choice, device)
 
 
 def save_log_partition(log_partition: LogPartition, folder: str | Path) -> None:
@@ -73,8 +77,10 @@ def saved_log_partition(settings: Any, state: str | Path | None, device: Any) ->
         >>> saved_log_partition(SimpleNamespace(beta=0.1, log_z=0.5), None, "cpu").log_z
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    if not isinstance(settings.log_z, str) or settings.log_z == "column":
-        return LogPartition(0.0 if settings.log_z == "column" else float(settings.log_z), device)
+    if settings.log_z in ("column", "group"):  # a group's log Z is that of the rows trained on
+        return LogPartition(0.0, device)
+    if not isinstance(settings.log_z, str):
+        return LogPartition(float(settings.log_z), device)
     if state is None:
         raise ValueError(
             f"The model was trained with log_z={settings.log_z!r}, but the file {FILE} with its state is missing from "
@@ -185,6 +191,76 @@ def check_labels(
         raise ValueError(
             "log_z='prior' needs the mean label of all rows, which is unknown for a stream. Set log_z to a number or "
             "to 'learned_constant', or load the dataset without streaming."
+        )
+
+
+def with_groups(
+    dataset: Dataset | IterableDataset, args: Any, compared: Callable[[Dataset], np.ndarray], name: str
+) -> Dataset | IterableDataset:
+    """Prepared rows with a column `group`: a number for each prompt and kind of label, for log_z="group".
+
+    Args:
+        dataset: prepared rows.
+        args: the trainer's config.
+        compared: returns which rows are compared with the reference, `(N,)` bool.
+        name: the name of the dataset, for messages.
+
+    Raises:
+        ValueError: if the dataset is a stream, or if binary labels are not 0 or 1.
+    """
+    if args.log_z != "group" or "group" in (dataset.column_names or ()):
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"log_z='group' brings the rows of a prompt together, but the {name} dataset is a stream, whose rows come "
+            "in their own order. Load the dataset without streaming, or set another log_z."
+        )
+    label, continuous = np.asarray(dataset["label"][:]), is_continuous(dataset, args.label_type)
+    soft = np.flatnonzero(compared(dataset) & ~continuous & ~np.isin(label, (0, 1)))
+    if len(soft) and name != "score":  # a score has no loss
+        first = np.asarray(dataset["row"][:])[soft[0]]
+        raise ValueError(
+            f"log_z='group' counts a prompt's likes, so binary labels must be 0 or 1, but {len(soft)} rows of the "
+            f"{name} dataset have others. The first is row {first} with {label[soft[0]]:g}. Set "
+            "label_type='continuous', or label_transform='threshold:0.5'."
+        )
+    return dataset.add_column("group", 2 * prompt_numbers(dataset) + continuous)
+
+
+def check_groups(args: Any, train_dataset: Dataset, compared: np.ndarray) -> None:
+    """Warn about rows that log_z="group" cannot compare with others.
+
+    Args:
+        args: the trainer's config.
+        train_dataset: prepared rows with a column `group`.
+        compared: `(N,)` bool, the rows that are compared with the reference.
+
+    Raises:
+        ValueError: if these are all rows.
+    """
+    label, continuous, weight = _labels_of(train_dataset, args, compared)
+    group = torch.from_numpy(np.where(weight > 0, np.asarray(train_dataset["group"][:])[compared], -1))
+    informative = is_informative(torch.from_numpy(label), group, torch.from_numpy(continuous))
+    alone = len(label) - int(informative.sum())
+    what = "a prompt of one compared row, or with binary labels of one class only"
+    if alone == len(label):
+        raise ValueError(
+            f"log_z='group' compares the rows of a prompt with each other, but each of the {alone} compared rows has "
+            f"{what}. (If labels are binary, ULMA only compares rows that are not demonstrations.) Set another log_z."
+        )
+    if not args.should_log:
+        return
+    if alone:
+        logger.warning(
+            f"log_z='group': {alone} of the {len(label)} compared rows have {what}. Their preference loss is 0."
+        )
+    size = args.per_device_train_batch_size
+    large = group[informative].unique(return_counts=True)[1]
+    large = large[large > size]
+    if len(large):
+        logger.warning(
+            f"log_z='group': {len(large)} prompts have up to {large.max()} rows, and a micro-batch has {size}. Their "
+            f"rows are split. To compare all of them, set per_device_train_batch_size={large.max()}."
         )
 
 

@@ -1,6 +1,6 @@
 """The metrics that a training logs: of the steps since the last log, and of an evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers.trainer_utils import IntervalStrategy
 
-from trl_ulma.metrics import RatioSums, figures, ranking_figures
+from trl_ulma.metrics import Ratios, RatioSums, figures, ranking_figures
 from trl_ulma.objective import BatchLoss
 
 logger = get_logger(__name__)
@@ -35,7 +35,9 @@ class LoggedFigures:
         """Add a batch. Rows for which `real` is False are repetitions and are not counted."""
         self._sums.add(found.ratios, real)
         if is_evaluated:
-            rows = torch.stack([found.rewards.double(), label.double(), found.continuous.double()], 1)
+            rows = found.table
+            if rows is None:
+                rows = torch.stack([found.rewards.double(), label.double(), found.continuous.double()], 1)
             self._rows.append(rows[real].cpu())
 
     def reset(self) -> None:
@@ -50,17 +52,30 @@ class LoggedFigures:
         return found
 
     @contextmanager
-    def of_evaluation(self) -> Iterator[dict[str, float]]:
-        """A context for an evaluation. Its metrics are in the dict at the end."""
+    def of_evaluation(
+        self, of_table: Callable[[torch.Tensor], tuple[Ratios, torch.Tensor]] | None = None
+    ) -> Iterator[dict[str, float]]:
+        """A context for an evaluation. Its metrics are in the dict at the end.
+
+        Args:
+            of_table: computes from the tables of all batches the metrics that they lack, and the columns of
+                `evaluated`; see `Objective.of_table`.
+        """
         training, self._sums = self._sums, RatioSums(self._accelerator.device)
         self._rows, found = [], {}
         try:
             yield found
-            found |= figures(self._accelerator.reduce(self._sums.totals(), "sum"))
+            totals = self._accelerator.reduce(self._sums.totals(), "sum")
         finally:
             self._sums = training
-        found.pop("num_tokens", None)
         everything = torch.cat(gather_object([torch.cat(self._rows)]))
+        if of_table is not None:
+            ratios, everything = of_table(everything)
+            sums = RatioSums(torch.device("cpu"))
+            sums.add(ratios, torch.ones(len(everything), dtype=torch.bool))
+            totals = totals.cpu() + sums.totals()
+        found |= figures(totals)
+        found.pop("num_tokens", None)
         self.evaluated = everything.numpy()
         rewards, label, continuous = everything.unbind(1)
         found |= ranking_figures(rewards, label, continuous.bool())

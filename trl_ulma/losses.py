@@ -202,6 +202,140 @@ def kto_loss(
     return z * torch.sigmoid(-reward) + (1 - z) * torch.sigmoid(reward)
 
 
+def group_means(values: torch.Tensor, group: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+    r"""The weighted mean of each row's group.
+
+    With the labels and the log-ratios centered by it, `pointwise_mse_loss` is (z − z̄ − β·(u − ū))², from which log Z(x)
+    cancels. That is the continuous loss with the constant c = z̄ − β·ū, the one that minimizes Σ wᵢ·(zᵢ − β·uᵢ − c)²
+    over the group. The gradient is therefore the same whether or not c is detached.
+
+    Source: REBEL, arXiv 2404.16767, and GVPO, arXiv 2504.19599. For two rows the sum of the losses is half of REBEL's.
+
+    Args:
+        values: `(B,)`.
+        group: `(B,)` int64, equal for rows of a group. Each row with a negative number is a group of its own.
+        weight: `(B,)` weights, above 0 in every group of several rows.
+
+    Returns:
+        `(B,)` means.
+
+    Example:
+        >>> import torch
+        >>> group_means(torch.tensor([1.0, 5.0, 3.0, 7.0]), torch.tensor([2, -1, 2, -1]))
+        tensor([2., 5., 2., 7.])
+    """
+    index = _group_index(group)
+    weight = torch.where(group < 0, 1.0, weight).to(values.dtype)
+    sums = torch.stack([weight * values, weight], 1)
+    totals = torch.zeros_like(sums).index_add(0, index, sums)
+    return (totals[:, 0] / totals[:, 1])[index]
+
+
+def is_informative(label: torch.Tensor, group: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
+    """`(B,)` bool: whether the row's group says anything about the policy.
+
+    That takes several rows, and among rows with binary labels both classes.
+
+    Args:
+        label: `(B,)`. Binary labels are 0 or 1.
+        group: `(B,)` int64, see `group_means`.
+        continuous: `(B,)` bool.
+
+    Example:
+        >>> import torch
+        >>> binary = torch.tensor([False] * 5)
+        >>> is_informative(torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1, 2]), binary)
+        tensor([ True,  True, False, False, False])
+    """
+    liked = (label >= 0.5).double()
+    share = group_means(liked, group)
+    size = _group_sizes(group)
+    return torch.where(continuous, size > 1, (share > 0) & (share < 1))
+
+
+def conditional_dpo_loss(
+    policy_logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    label: torch.Tensor,
+    group: torch.Tensor,
+    *,
+    beta: float = 0.1,
+) -> torch.Tensor:
+    r"""Row losses of pointwise DPO for binary labels, given the number of likes in each group of rows.
+
+    If the labels of a prompt's n rows are independent and each is 1 with probability σ(r), then given that k are 1, the
+    probability of the labels is
+
+        exp(Σ_{liked} r) / Σ_{S, |S| = k} exp(Σ_{S} r),
+
+    from which log Z(x) cancels. The loss of the group is minus its logarithm, and each of its rows has the n-th part.
+    For a like and a dislike, the two rows sum to DPO's loss of the pair, −log σ(r_w − r_l). The sum over subsets is the
+    k-th elementary symmetric polynomial of exp(r), computed by its recursion in log space in O(n·k). Its gradient is
+    ∂/∂r of the group's loss = P(row is among the k) − z.
+
+    Source: the conditional logistic likelihood of D. R. Cox (1958), applied to ULMA's Eq. 8.
+
+    Args:
+        policy_logps: `(B,)` log π_θ(y|x) in nats, summed over completion tokens.
+        ref_logps: `(B,)` log π_ref(y|x) in nats, summed over the same tokens.
+        label: `(B,)` z, 0 or 1.
+        group: `(B,)` int64, see `group_means`. Groups of one row or of one class have loss 0.
+        beta: β > 0.
+
+    Returns:
+        `(B,)` row losses, at least float32.
+
+    Raises:
+        ValueError: if shapes differ, or if β is not above 0.
+
+    Example:
+        >>> import torch
+        >>> logps = torch.full((4,), -10.0)
+        >>> conditional_dpo_loss(logps, logps, torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
+        tensor([0.3466, 0.3466, 0.0000, 0.0000])
+    """
+    _check_beta(beta)
+    policy, ref, z = _checked(policy_logps, ref_logps=ref_logps, label=label)
+    if group.shape != policy.shape:
+        raise ValueError(f"group must have shape {tuple(policy.shape)}, like policy_logps; got {tuple(group.shape)}.")
+    reward = beta * (policy - ref)
+    # What all rows of a group share cancels; without it, sums of large rewards keep their digits
+    reward = reward - group_means(reward.detach(), group)
+    liked = (z >= 0.5).to(reward.dtype)
+    index, sizes = _group_index(group), _group_sizes(group)
+    order = torch.argsort(index, stable=True)
+    number = torch.arange(len(order), device=order.device)
+    is_first = torch.ones_like(order, dtype=torch.bool)
+    is_first[1:] = index[order][1:] != index[order][:-1]
+    place = torch.empty_like(order)
+    place[order] = number - torch.where(is_first, number, torch.zeros_like(number)).cummax(0).values
+    table = reward.new_zeros(len(order), int(sizes.max())).index_put((index, place), reward)
+    rows_of = torch.zeros_like(sizes).index_put((index,), sizes)
+    likes = torch.zeros_like(reward).index_add(0, index, liked)
+    # log e_0, …, log e_k of the rows so far. Minus infinity would have no gradient.
+    logs = torch.full_like(table[:, :1], torch.finfo(table.dtype).min / 4).expand(-1, int(likes.max()))
+    ones = torch.zeros_like(table[:, :1])
+    for column in range(table.size(1)):
+        before = torch.cat([ones, logs], 1)[:, : logs.size(1)]
+        added = torch.logaddexp(logs, before + table[:, column : column + 1])
+        logs = torch.where((column < rows_of)[:, None], added, logs)
+    chosen = torch.cat([ones, logs], 1).gather(1, likes.long()[:, None])[:, 0]
+    loss = chosen - torch.zeros_like(reward).index_add(0, index, liked * reward)
+    return loss[index] / sizes
+
+
+def _group_index(group: torch.Tensor) -> torch.Tensor:
+    """`(B,)` the number of each row's group, counted from 0. A row with a negative number is a group of its own."""
+    own = -1 - torch.arange(len(group), device=group.device)
+    return torch.unique(torch.where(group < 0, own, group), return_inverse=True)[1]
+
+
+def _group_sizes(group: torch.Tensor) -> torch.Tensor:
+    """`(B,)` the number of rows in each row's group."""
+    index = _group_index(group)
+    return torch.bincount(index)[index]
+
+
 # Losses of compared rows with binary or soft labels, by the name that `binary_loss` has for them
 BINARY_LOSSES = {"cross_entropy": pointwise_dpo_loss, "squared_error": squared_error_loss, "kto": kto_loss}
 
@@ -417,6 +551,7 @@ def grid_loss(
     log_z: torch.Tensor | float = 0.0,
     sft_weight: float = 1.0,
     binary_loss: str = "cross_entropy",
+    group: torch.Tensor | None = None,
 ) -> RowLosses:
     r"""Row losses of any cell of the grid, with binary and continuous labels mixed.
 
@@ -434,6 +569,8 @@ def grid_loss(
         log_z: log Z(x) in nats, one number or `(B,)`.
         sft_weight: weight of the SFT term, ≥ 0.
         binary_loss: the loss of compared rows with binary labels, one of `BINARY_LOSSES`; by default Eq. 8.
+        group: `(B,)` int64. If given, compared rows with binary labels have the loss of `conditional_dpo_loss`, which
+            compares the rows of a group with each other. Negative for rows that are not compared.
 
     Returns:
         `RowLosses`, each `(B,)`, at least float32.
@@ -457,11 +594,11 @@ def grid_loss(
     # NaN is still NaN after `where` discards it.
     ref = torch.where(terms.compared, ref, policy.detach())
     zero = torch.zeros_like(policy)
-    compared = torch.where(
-        continuous.bool(),
-        pointwise_mse_loss(policy, ref, z, beta=beta, log_z=log_z),
-        BINARY_LOSSES[binary_loss](policy, ref, z, beta=beta, log_z=log_z),
-    )
+    if group is None:
+        binary = BINARY_LOSSES[binary_loss](policy, ref, z, beta=beta, log_z=log_z)
+    else:
+        binary = conditional_dpo_loss(policy, ref, z, torch.where(continuous.bool(), -1, group), beta=beta)
+    compared = torch.where(continuous.bool(), pointwise_mse_loss(policy, ref, z, beta=beta, log_z=log_z), binary)
     sft = torch.where(terms.imitated, -policy, zero)
     unlearning = torch.where(terms.unlearned, policy, zero)
     preference = torch.where(terms.compared, compared, zero)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
     BitsAndBytesConfig,
@@ -59,9 +60,9 @@ from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_part
 from trl_ulma.logged import LoggedFigures, is_logged
 from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
-from trl_ulma.rows.filler import filled, is_real, mark_real
+from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
 from trl_ulma.rows.rendering import tokenizer_of
-from trl_ulma.rows.sampler import LengthSampler, PromptSampler
+from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
 from trl_ulma.training_reference import check_models, make_reference, model_for_dpo_trainer, reference_kind
@@ -189,6 +190,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         restore_forward(self.model, forward)
         if self.ref_model is not None:
             restore_forward(self.ref_model, ref_forward)
+        if args.fp16 and is_peft_model(self.model):
+            _widen_adapters(self.model)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         self.args.model_init_kwargs = args.model_init_kwargs
@@ -364,7 +367,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._signature_columns is None:
             self._signature_columns = [
                 *("prompt_ids", "completion_ids", "completion_mask", "label", "sft_mask", "label_type"),
-                *("log_z", "weight", "ref_logps", "row", "length"),
+                *("log_z", "weight", "ref_logps", "row", "group", "length"),
                 *("prompt_text", "prompt_images", "image_key"),
             ]
 
@@ -387,6 +390,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
         is_stream = isinstance(dataset, IterableDataset)
+        if is_training and self.args.log_z == "group":
+            self._train_sampler = self._group_sampler(dataset, batch_size)
+            rows = FilledRows(self._remove_unused_columns(dataset, description=description))
+            return super()._get_dataloader(
+                rows, description, batch_size, self._made_train_sampler, is_training, dataloader_key
+            )
         rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
         if self.accelerator.num_processes > 1 and (is_stream or not (self.args.dataloader_drop_last or rebalances)):
             size = batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
@@ -397,6 +406,20 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._train_sampler = sampler_fn(dataset)
             sampler_fn = self._made_train_sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _group_sampler(self, rows: Dataset, batch_size: int) -> GroupSampler:
+        """The order for log_z="group". A micro-batch is that of one process, and its rows follow each other."""
+        processes = self.accelerator.num_processes
+        group = np.where(self._plan.compared(rows), np.asarray(rows["group"][:]), -1).tolist()
+        size = batch_size // processes if self.accelerator.split_batches else batch_size
+        sampler = GroupSampler(group, rows["label"][:], size=size, multiple=processes, seed=self._order_seed)
+        if sampler.fillers > 0.1 * len(sampler):
+            logger.warning(
+                f"log_z='group' keeps the rows of a prompt in one micro-batch of {size} rows, and {sampler.fillers} of "
+                f"the {len(sampler)} places remain empty, which costs time. Choose a per_device_train_batch_size that "
+                "is a multiple of the number of rows per prompt."
+            )
+        return sampler
 
     def _made_train_sampler(self, train_dataset: Any) -> Any:
         return self._train_sampler
@@ -530,7 +553,15 @@ class PointwiseDPOTrainer(DPOTrainer):
         policy = self._scorer(model, inputs, statistics=True, prompt_states=states, **router)
         ref_logps = self._ref_logps(model, inputs, rows, asked)
         # If the reference only ran on some rows, their mean reward would be logged as that of all rows
-        found = self._objective(policy, ref_logps, rows, inputs, self.log_partition, all_rewarded=asked is None)
+        found = self._objective(
+            policy,
+            ref_logps,
+            rows,
+            inputs,
+            self.log_partition,
+            all_rewarded=asked is None,
+            is_training=self.model.training,
+        )
         self._row_losses = (rows.get("row", torch.full_like(rows["label"], -1)), found.weighted.detach())
         self._figures.add(found, rows["label"], real, is_evaluated=not self.model.training)
         if self.model.training:
@@ -575,7 +606,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """Like `Trainer.evaluation_loop`, but every metric is a ratio of sums over the whole dataset."""
-        with self._figures.of_evaluation() as found:
+        of_table = self._objective.of_table if self.args.log_z == "group" else None
+        with self._figures.of_evaluation(of_table) as found:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
             )
@@ -784,3 +816,14 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
+
+
+def _widen_adapters(model: Any) -> None:
+    """Store the adapters of a quantized model in float32.
+
+    TRL stores them in bfloat16. The gradient scaler of fp16 training cannot unscale such gradients, and GPUs that need
+    fp16, such as a T4, do not compute in bfloat16. Adapters of other models are in float32 already.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dtype == torch.bfloat16 and (weight.requires_grad or f".{ADAPTER}." in name):
+            weight.data = weight.data.float()

@@ -25,7 +25,7 @@ from trl_ulma.config_checks import check_best_metric, check_with_data
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.table import collator_for
-from trl_ulma.log_z import check_column, check_labels
+from trl_ulma.log_z import check_column, check_groups, check_labels, with_groups
 from trl_ulma.metrics import EVALUATED
 from trl_ulma.rows.dataset_labels import evaluated_figures, label_center, labels_before, terms_of, with_transform
 from trl_ulma.rows.images import check_settings, has_images
@@ -130,7 +130,7 @@ class TrainingPlan:
         if not self.needs_reference and isinstance(prepared, Dataset) and self.compared(prepared).any():
             raise ValueError(NO_REFERENCE.format(name))
         check_column(self.args.log_z, prepared, name)
-        return prepared
+        return with_groups(prepared, self.args, self.compared, name)
 
     def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
         """Whether any row needs the reference. For a stream, whether any row might need it."""
@@ -216,6 +216,8 @@ def make_plan(
     has_mask = any(map(plan._may_have_mask, plan.datasets))
     check_with_data(args, needs_reference=plan.needs_reference, has_mask=has_mask)
     check_labels(args, plan.train_dataset, plan.compared)
+    if args.log_z == "group":
+        check_groups(args, plan.train_dataset, plan.compared(plan.train_dataset))
     if args.metric_for_best_model is not None and not has_own_metrics:
         evaluated = plan.eval_dataset if isinstance(plan.eval_dataset, dict) else {"": plan.eval_dataset}
         logged = {name: plan.figures_of(rows) for name, rows in evaluated.items()}

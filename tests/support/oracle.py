@@ -7,6 +7,7 @@ shape `(B,)`; a gradient is with respect to that row's `log π(y|x)`.
 A row that is not compared with the reference never reads `ref_logps` or `log_z`, which may be NaN there.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -147,6 +148,41 @@ def kto(
 ) -> tuple[Array, Array]:
     """KTO's loss on every row."""
     return every_row(kahneman_tversky_term, policy_logps, ref_logps, label, beta, log_z)
+
+
+def conditional(
+    policy_logps: Rows, ref_logps: Rows, label: Rows, group: Sequence[int] | Array, *, beta: float = 0.1
+) -> tuple[Array, Array]:
+    """−log P(labels | k of the group's n rows are liked), by listing all subsets of k rows; each row has the n-th part.
+    The gradient is that of the sum over all rows. Rows with a negative number are in no group, and have loss 0."""
+    policy, ref, z = as_rows(policy_logps), as_rows(ref_logps), as_rows(label)
+    losses, gradients = np.zeros(len(policy)), np.zeros(len(policy))
+    for number in {int(each) for each in group if each >= 0}:
+        rows = [i for i in range(len(policy)) if group[i] == number]
+        reward = {i: implicit_reward(float(policy[i]), float(ref[i]), beta, 0.0) for i in rows}
+        liked = {i for i in rows if z[i] == 1.0}
+        subsets = list(itertools.combinations(rows, len(liked)))
+        sums = [math.fsum(reward[i] for i in subset) for subset in subsets]
+        top = max(sums)
+        parts = [math.exp(each - top) for each in sums]
+        loss = top + math.log(math.fsum(parts)) - math.fsum(reward[i] for i in liked)
+        for i in rows:
+            among = math.fsum(part for part, subset in zip(parts, subsets, strict=True) if i in subset)
+            losses[i] = loss / len(rows)
+            gradients[i] = beta * (among / math.fsum(parts) - (i in liked))
+    return losses, gradients
+
+
+def centered(values: Rows, group: Sequence[int] | Array, weight: Rows) -> Array:
+    """Each value less the weighted mean of its group; 0 for rows with a negative number, which are in no group."""
+    found, made = as_rows(values), np.zeros(len(as_rows(values)))
+    for number in {int(each) for each in group if each >= 0}:
+        rows = [i for i in range(len(found)) if group[i] == number]
+        total = math.fsum(weight[i] for i in rows)
+        mean = math.fsum(weight[i] * found[i] for i in rows) / total
+        for i in rows:
+            made[i] = found[i] - mean
+    return made
 
 
 def every_row(

@@ -24,6 +24,7 @@ from trl import DPOConfig, DPOTrainer, LogCompletionsCallback
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
+from trl_ulma.trainer import _widen_adapters
 
 LORA = LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights="gaussian")
 
@@ -421,6 +422,23 @@ def test_four_bit_qlora_trains_on_the_cpu(layout, tiny_llama, tmp_path):
     assert np.isfinite(losses).all()
     rewards = trainer.predict(make_rows(8)).predictions
     assert np.abs(rewards).max() > 1e-3
+
+
+def test_adapters_of_a_quantized_model_are_in_float32_for_fp16(tiny_llama, tmp_path):
+    """TRL makes them bfloat16, whose gradients the scaler of fp16 cannot unscale. There is none on a CPU."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
+    )
+    adapter = LoraConfig(r=4, target_modules=["q_proj"])
+    trainer = make_trainer(
+        tiny_llama, make_rows(4), tmp_path, max_steps=1, quantization_config=quantization, peft_config=adapter
+    )
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    before = [weight.clone() for weight in trained]
+    assert {weight.dtype for weight in trained} == {torch.bfloat16}
+    _widen_adapters(trainer.model)
+    assert {weight.dtype for weight in trained} == {torch.float32}
+    assert all(torch.equal(weight, was.float()) for weight, was in zip(trained, before, strict=True))
 
 
 def test_four_bit_weights_have_gradients_after_an_evaluation(tiny_llama, tmp_path):

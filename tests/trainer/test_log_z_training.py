@@ -19,6 +19,9 @@ SETTINGS = {"beta": 0.5, "learning_rate": 1e-2, "per_device_train_batch_size": 4
 
 def rows_for(choice, n=12):
     rows = mixed_rows(n)
+    if choice == "group":  # three rows a prompt, and no soft labels
+        columns = {"prompt": [f"Prompt {i % (n // 3)}" for i in range(n)], "label_type": ["continuous"] * n}
+        return make_rows(n, label=rows["label"], sft_mask=rows["sft_mask"], weight=rows["weight"], **columns)
     return rows if choice == "column" else rows.remove_columns("log_z")
 
 

@@ -16,7 +16,10 @@ from torch.autograd import gradcheck
 from trl_ulma.losses import (
     BINARY_LOSSES,
     Terms,
+    conditional_dpo_loss,
     grid_loss,
+    group_means,
+    is_informative,
     kto_loss,
     pointwise_dpo_loss,
     pointwise_mse_loss,
@@ -683,3 +686,156 @@ def test_the_losses_of_kto_and_una_by_hand():
     assert squared_error_loss(*hand_rows(1.0, 0.0)).tolist() == pytest.approx([0.014209, 0.775803], abs=1e-6)
     assert kto_loss(*hand_rows(1.0), log_z=5.0).tolist() == pytest.approx([0.075858], abs=1e-6)
     assert squared_error_loss(*hand_rows(0.0), log_z=5.0).tolist() == pytest.approx([0.854038], abs=1e-6)
+
+
+# Rows that are compared within their group, so that log Z cancels.
+
+
+@st.composite
+def groups(draw, kinds=LABEL_TYPES):
+    """A batch with labels 0 and 1 where they are binary, a group per row (negative for none), and a weight."""
+    batch = draw(batches(kinds))
+    size = len(batch["policy"])
+    batch["label"] = [
+        float(round(z)) if k == "binary" else z for z, k in zip(batch["label"], batch["kind"], strict=True)
+    ]
+    batch["group"] = draw(st.lists(st.integers(-2, 2), min_size=size, max_size=size))
+    batch["weight"] = draw(st.lists(st.floats(0.1, 5.0), min_size=size, max_size=size))
+    return batch
+
+
+def test_the_conditional_loss_gives_the_hand_numbers():
+    # With equal rewards, each choice of k among n rows is as likely: log(4 over 2) / 4, log(3 over 1) / 3
+    logps = torch.full((8,), -10.0)
+    group = torch.tensor([0, 0, 0, 0, 7, 7, 7, -1])
+    label = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0])
+    expected = [math.log(6) / 4] * 4 + [math.log(3) / 3] * 3 + [0.0]
+    assert conditional_dpo_loss(logps, logps, label, group).tolist() == pytest.approx(expected, abs=1e-6)
+    # r = 2 and 0, 0 with the first liked: −2 + log(e² + 2)
+    policy = torch.tensor([-10.0, -30.0, -30.0])
+    losses = conditional_dpo_loss(policy, torch.full((3,), -30.0), torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3).long())
+    assert losses.sum().item() == pytest.approx(-2 + math.log(math.exp(2) + 2), abs=1e-6)
+
+
+@examples
+@given(st.floats(-300.0, 0.0), st.floats(-300.0, 0.0), st.floats(0.01, 1.0))
+def test_the_conditional_loss_of_a_like_and_a_dislike_is_the_loss_of_dpo(chosen, rejected, beta):
+    policy = torch.tensor([rejected, chosen], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-40.0, -50.0], dtype=torch.float64)
+    loss = conditional_dpo_loss(policy, ref, torch.tensor([0.0, 1.0]), torch.tensor([3, 3]), beta=beta).sum()
+    margin = (policy[1] - ref[1]) - (policy[0] - ref[0])
+    dpo = -F.logsigmoid(beta * margin)
+    assert loss.item() == pytest.approx(dpo.item(), rel=1e-12, abs=1e-12)
+    for ours, theirs in zip(torch.autograd.grad(loss, policy)[0], torch.autograd.grad(dpo, policy)[0], strict=True):
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-12)
+
+
+def test_two_centered_ratings_have_half_the_loss_of_rebel():
+    policy, ref, label, _ = gradient_rows([4.0, -2.0])
+    group, beta = torch.zeros(2, dtype=torch.long), 0.3
+    log_ratio = (policy - ref).detach()
+    losses = pointwise_mse_loss(
+        policy, ref, label - group_means(label, group), beta=beta, log_z=-group_means(log_ratio, group)
+    )
+    rebel = (beta * (log_ratio[0] - log_ratio[1]) - (label[0] - label[1])) ** 2
+    assert losses.sum().item() == pytest.approx(rebel.item() / 2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@examples
+@given(data=st.data())
+def test_conditional_losses_and_gradients_equal_the_oracle(dtype, data):
+    batch = data.draw(groups(("binary",)))
+    tensors, exact = rounded(batch | {"log_z": 0.0}, dtype)
+    arguments = (tensors["policy"], tensors["ref"], tensors["label"], torch.tensor(batch["group"]))
+    losses = conditional_dpo_loss(*arguments, beta=batch["beta"])
+    values = oracle.conditional(exact["policy"], exact["ref"], exact["label"], batch["group"], beta=batch["beta"])
+    # A group's loss has the rounding of the rewards of all its rows, and its softmax multiplies it
+    largest = np.max(np.abs(np.subtract(batch["policy"], batch["ref"])))
+    rounding = 16 * torch.finfo(dtype).eps * (1 + batch["beta"] * largest) * len(batch["label"])
+    (gradient,) = torch.autograd.grad(losses.sum(), tensors["policy"])
+    assert losses.dtype == gradient.dtype == dtype
+    assert np.all(np.abs(losses.detach().numpy() - values[0]) <= 4 * TOLERANCE[dtype] * (1 + values[0]) + rounding)
+    assert np.all(np.abs(gradient.numpy() - values[1]) <= 4 * TOLERANCE[dtype] + rounding)
+
+
+@examples
+@given(groups(("continuous",)))
+def test_centered_ratings_equal_the_oracle_and_a_constant_makes_no_difference_to_their_gradient(batch):
+    tensors, exact = rounded(batch | {"log_z": 0.0}, torch.float64)
+    group, weight = torch.tensor(batch["group"]), torch.tensor(batch["weight"], dtype=torch.float64)
+    policy, ref, beta = tensors["policy"], tensors["ref"], batch["beta"]
+
+    def weighted_loss(log_ratio):
+        label = tensors["label"] - group_means(tensors["label"], group, weight)
+        return weight * pointwise_mse_loss(policy, ref, label, beta=beta, log_z=-group_means(log_ratio, group, weight))
+
+    losses = weighted_loss((policy - ref).detach())
+    rows = np.array(batch["group"]) >= 0
+    of = {name: oracle.centered(exact[name], batch["group"], batch["weight"]) for name in ("policy", "ref", "label")}
+    error = of["label"] - beta * (of["policy"] - of["ref"])
+    size = 1 + np.max(np.abs(exact["policy"] - exact["ref"])) + np.max(np.abs(exact["label"]))
+    np.testing.assert_allclose(
+        losses.detach().numpy()[rows], (batch["weight"] * error**2)[rows], rtol=1e-9, atol=1e-12 * size**2
+    )
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    np.testing.assert_allclose(
+        gradient.numpy()[rows], (-2 * beta * np.array(batch["weight"]) * error)[rows], rtol=1e-9, atol=1e-12 * size
+    )
+    (attached,) = torch.autograd.grad(weighted_loss(policy - ref).sum(), policy)
+    np.testing.assert_allclose(attached.numpy()[rows], gradient.numpy()[rows], rtol=1e-9, atol=1e-12 * size)
+    assert np.all(attached.numpy()[~rows] == 0)
+
+
+@examples
+@given(groups(("binary",)), st.floats(-50.0, 50.0))
+def test_what_all_rows_of_a_group_share_cancels(batch, shift):
+    tensors, _ = rounded(batch | {"log_z": 0.0}, torch.float64)
+    group, beta = torch.tensor(batch["group"]), batch["beta"]
+    moved = tensors["ref"] + shift * group
+    kept = group >= 0
+    before, after = (
+        conditional_dpo_loss(tensors["policy"], ref, tensors["label"], group, beta=beta)[kept]
+        for ref in (tensors["ref"], moved)
+    )
+    torch.testing.assert_close(before, after, rtol=1e-6, atol=1e-6)
+
+
+def test_large_rewards_of_a_group_keep_their_digits_in_float32():
+    near = torch.tensor([0.0, 0.5, 1.0, 2.0])
+    label, group = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.zeros(4, dtype=torch.long)
+    far = conditional_dpo_loss(near + 1e6, torch.zeros(4), label, group, beta=1.0)
+    torch.testing.assert_close(far, conditional_dpo_loss(near, torch.zeros(4), label, group, beta=1.0))
+
+
+def test_gradcheck_agrees_with_the_conditional_loss():
+    policy, ref, label, _ = gradient_rows([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    group = torch.tensor([0, 0, 0, 0, 5, 5, -1])
+    assert gradcheck(lambda p: conditional_dpo_loss(p, ref, label, group, beta=0.5), (policy,))
+
+
+def test_a_group_is_informative_if_its_rows_can_differ():
+    label = torch.tensor([1.0, 1.0, 0.0, 3.0, 3.0, 5.0, 1.0, 0.0])
+    group = torch.tensor([0, 0, 1, 2, 2, 3, -1, -1])
+    continuous = torch.tensor([False, False, False, True, True, True, False, False])
+    assert is_informative(label, group, continuous).tolist() == [False] * 3 + [True] * 2 + [False] * 3
+
+
+def test_the_grid_compares_binary_rows_within_their_group_and_continuous_ones_as_before():
+    policy, ref, label, log_z = gradient_rows([1.0, 0.0, 2.0, 1.0, 1.0])
+    continuous = torch.tensor([False, False, True, False, False])
+    mask, group = torch.tensor([False, False, False, True, False]), torch.tensor([1, 1, 1, -1, -1])
+    terms = route(label, mask, continuous)
+    losses = grid_loss(policy, ref, label, terms, continuous, beta=0.5, log_z=log_z, group=group)
+    pair = conditional_dpo_loss(policy[:2], ref[:2], label[:2], group[:2], beta=0.5)
+    rating = pointwise_mse_loss(policy[2:3], ref[2:3], label[2:3], beta=0.5, log_z=log_z[2:3])
+    torch.testing.assert_close(losses.preference, torch.cat([pair, rating, torch.zeros(2, dtype=torch.float64)]))
+    assert losses.total[3] == -policy[3]
+
+
+def test_the_conditional_loss_checks_shapes_and_beta():
+    rows = torch.zeros(2), torch.zeros(2), torch.tensor([0.0, 1.0])
+    with pytest.raises(ValueError, match=re.escape("group must have shape (2,), like policy_logps; got (1,)")):
+        conditional_dpo_loss(*rows, torch.tensor([0]))
+    with pytest.raises(ValueError, match="beta must be above 0"):
+        conditional_dpo_loss(*rows, torch.tensor([0, 0]), beta=0)

@@ -16,7 +16,7 @@ from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference
 from trl_ulma.rows.rendering import processor_of, tokenizer_of
 
 # The keys of a batch that describe its rows and are not inputs of a model's forward
-ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "image_key")
+ROW_KEYS = ("label", "sft_mask", "continuous", "log_z", "weight", "ref_logps", "row", "real", "group", "image_key")
 
 
 def batches(

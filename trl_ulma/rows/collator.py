@@ -24,7 +24,7 @@ class DataCollatorForPointwisePreference(DataCollatorMixin):
     - `sft_mask`: `(B,)` bool. A row without `sft_mask` is a demonstration if its label is 1 ("binary"), or at least
       `sft_threshold` ("continuous");
     - if the rows have them: `log_z` (nats), `weight`, `ref_logps` (nats, summed over the completion) `(B,)` float32,
-      `continuous` `(B,)` bool (from `label_type`), `row` `(B,)` int64.
+      `continuous` `(B,)` bool (from `label_type`), `row` and `group` `(B,)` int64.
 
     Args:
         pad_token_id: the token to pad with.
@@ -94,8 +94,9 @@ class DataCollatorForPointwisePreference(DataCollatorMixin):
         for name in ("log_z", "weight", "ref_logps"):
             if name in first:
                 batch[name] = torch.tensor([example[name] for example in examples], dtype=torch.float32)
-        if "row" in first:
-            batch["row"] = torch.tensor([example["row"] for example in examples])
+        for name in ("row", "group"):
+            if name in first:
+                batch[name] = torch.tensor([example[name] for example in examples])
         return batch
 
     def _pad(self, tensors: list[torch.Tensor], value: int) -> torch.Tensor:

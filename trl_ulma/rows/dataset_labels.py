@@ -317,6 +317,20 @@ def show_report(
     return report
 
 
+def prompt_numbers(rows: Dataset) -> np.ndarray:
+    """`(N,)` numbers that are the same for prepared rows of one prompt, counted in the order of the rows.
+
+    Example:
+        >>> from datasets import Features, List, Value
+        >>> ids = Features({name: List(Value("int32")) for name in ("prompt_ids", "completion_ids")})
+        >>> columns = {"prompt_ids": [[5, 6], [7], [5, 6]], "completion_ids": [[1], [2], [3]]}
+        >>> prompt_numbers(Dataset.from_dict(columns, features=ids))
+        array([0, 1, 0])
+    """
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in _identities(rows)[0].tolist()], dtype=np.int64)
+
+
 def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(hash of the prompt, hash of prompt and completion, number of scored tokens) of each row, `(N,)` each."""
     prompts, answers, tokens = [], [], []

@@ -80,7 +80,7 @@ GROUPS: dict[str, list[Option]] = {
             "--log_z",
             "NATS|NAME",
             "log-partition function: a number, or how it is estimated: column, prior, "
-            "running_mean, batch_kl, learned_constant, learned",
+            "running_mean, batch_kl, learned_constant, learned, group",
             "0.0",
         ),
         Option("--log_z_learning_rate", "LR", "learning rate of a learned log Z", "0.01"),
