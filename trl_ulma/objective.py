@@ -118,9 +118,8 @@ class Objective:
         is_desirable = torch.where(continuous, rows["sft_mask"], label >= 0.5)
         weight = torch.where(is_desirable, self.args.desirable_weight, self.args.undesirable_weight)
         weight = weight * rows.get("weight", 1.0)
-        is_grouped = self.args.log_z == "group"
-        if is_grouped:
-            group = self._group(rows)
+        group = self._group(rows) if self.args.log_z == "group" else None
+        if group is not None:
             now = torch.where(real & is_training, group, -1)
             found = self._in_groups(policy_logps, ref_logps, rows, weight, now)
         else:
@@ -140,7 +139,7 @@ class Objective:
             ratios["num_tokens"] = (inputs["attention_mask"].sum(1).to(policy_logps), torch.ones_like(policy_logps))
             log_ratio = policy_logps - ref_logps
             rewards, table = found.rewards, None
-            if is_grouped and not is_training:
+            if group is not None and not is_training:
                 # Without groups, a prompt's log Z is unknown
                 rewards = self.args.beta * log_ratio
                 columns = (policy_logps, ref_logps, label, rows["sft_mask"], continuous, weight, group)
@@ -169,7 +168,7 @@ class Objective:
             The metrics, and `(N, 3)` reward, label and whether the label is continuous. Rewards and continuous labels
             are centered within the prompt. They are NaN for rows that are not compared with others.
         """
-        rows = dict(zip(_TABLE, table.unbind(1), strict=True))
+        rows: Rows = dict(zip(_TABLE, table.unbind(1), strict=True))
         rows |= {"sft_mask": rows["sft_mask"].bool(), "continuous": rows["continuous"].bool()}
         policy_logps, ref_logps, continuous = rows["policy_logps"], rows["ref_logps"], rows["continuous"]
         found = self._in_groups(policy_logps, ref_logps, rows, rows["weight"], rows["group"].long())
