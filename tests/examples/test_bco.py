@@ -24,9 +24,9 @@ def test_a_trl_without_bco_is_an_error(tiny_gpt2):
 
 @pytest.mark.slow
 @pytest.mark.skipif("TRL_1_13" not in os.environ, reason="TRL_1_13 does not name a folder with TRL 1.13")
-def test_the_first_step_is_that_of_trl_and_only_delta_differs_later(tiny_chat):
+def test_the_first_step_is_that_of_trl_and_only_delta_differs_later(tiny_llama):
     path = os.pathsep.join([os.environ["TRL_1_13"], os.environ.get("PYTHONPATH", "")])
-    ran = run(tiny_chat, "--steps", "4", "--seeds", "1", "--learning_rate", "1e-3", PYTHONPATH=path)
+    ran = run(tiny_llama, "--steps", "4", "--seeds", "1", "--learning_rate", "1e-3", PYTHONPATH=path)
     assert ran.returncode == 0, ran.stderr
     rows = [
         [float(cell) for cell in line.split("|")[1:-1]] for line in ran.stdout.splitlines() if re.match(r"\| \d", line)

@@ -280,11 +280,11 @@ def test_sampled_answers_wait_for_their_labels(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_answers_are_sampled_from_transformers_serve(monkeypatch, tmp_path):
-    parrot = make_parrot(tmp_path / "parrot", "Hello there")
+    parrot = make_parrot(tmp_path / "parrot", "VERDICT: 1")
     with transformers_serve(parrot) as url:
         rows = sampled(monkeypatch, url, ["Hi", "Well?"], answers="2", model=parrot)
     assert {row["prompt"] for row in rows} == {"Hi", "Well?"}
-    assert all("Hello there" in row["completion"] for row in rows)
+    assert all("VERDICT: 1" in row["completion"] for row in rows)
 
 
 def test_a_server_that_is_not_there_and_a_file_without_prompts_are_errors(monkeypatch):

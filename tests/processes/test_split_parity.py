@@ -93,7 +93,11 @@ SETTINGS = {
     "running mean of log Z": Setting("one 1x8, ddp 2x2", {"log_z": "running_mean", "beta": 0.5}, ("sft_mask",)),
     # Two prompts of four rows, so that a step compares the same rows however it is split
     "rows of a prompt compared": Setting(
-        "one 4x2, ddp 4x1, fsdp2 4x1", {"log_z": "group"}, ("two prompts",), rows=8, run={"method": "pointwise"}
+        "one 4x2, ddp 4x1, fsdp2 4x1",
+        {"log_z": "group", "learning_rate": 0.1},
+        ("two prompts",),
+        rows=8,
+        run={"method": "pointwise"},
     ),
     "prior log Z": Setting("ddp 2x2", {"log_z": "prior"}, ("sft_mask", "weight")),
     "float32": Setting("one 1x8, ddp 2x2", run={"dtype": "float32"}),
