@@ -271,6 +271,8 @@ def copy_adapter(model: Any, source: str = "default", target: str = ADAPTER) -> 
                 other = ".".join(target if part == source else part for part in parts)
                 if other in tensors:
                     tensors[other].copy_(value)
+                    # PEFT creates adapters in float32, and in another number format the reference would round otherwise
+                    tensors[other].data = tensors[other].data.to(value.dtype)
 
 
 def outside_adapter(model: nn.Module) -> list[str]:
