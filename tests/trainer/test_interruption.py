@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_tokenizer
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    TrainerCallback,
+)
 from world import make_rows, make_trainer, mixed_rows, weights
 
 SETTINGS = {
@@ -335,3 +342,15 @@ def test_a_reference_that_depends_on_the_batch_is_not_precomputed(tmp_path):
     trainer = make_trainer(longrope(tokenizer), rows, tmp_path, max_length=16, learning_rate=1e-12, **settings)
     trainer.train()
     assert trainer.state.log_history[0]["loss/preference"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_rotary_positions_that_depend_on_earlier_batches_are_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=16, rope_parameters=rope)
+    rows = make_rows(4, prompt=["a"] * 4, completion=[" on and on" * 12, " yes", " no", " it"])
+    settings = {"processing_class": tokenizer, "max_steps": 1}
+    with pytest.raises(ValueError, match=r"(?s)only has 16 positions.*max_length=16"):
+        make_trainer(LlamaForCausalLM(config), rows, tmp_path, **settings)
+    make_trainer(LlamaForCausalLM(config), rows, tmp_path, max_length=16, **settings).train()

@@ -196,6 +196,13 @@ def test_in_prepared_rows(tiny_gpt2, tmp_path):
         make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, **STEPS).train()
 
 
+def test_a_negative_id_in_prepared_rows(tiny_gpt2, tmp_path):
+    rows = make_trainer(tiny_gpt2, make_rows(4), tmp_path, **STEPS).train_dataset.to_list()
+    rows[2]["completion_ids"][0] = -100
+    with pytest.raises(ValueError, match="Row 2 of the train dataset has the token id -100, which is no token"):
+        make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, **STEPS)
+
+
 def test_in_a_stream(tiny_gpt2, tmp_path):
     """Its rows are seen one by one: the row is named when it comes, and no IndexError."""
     rows = rows_with("completion").to_iterable_dataset()

@@ -357,6 +357,13 @@ def test_parameters_outside_the_adapter_are_trained_against_a_reference_that_sta
     assert (found[0][1] - found[1][1]).abs().max() < 1e-4
 
 
+def test_the_copy_of_an_adapter_has_its_number_format(tiny_llama, tmp_path):
+    """Otherwise the reference of an adapter in bfloat16 would be rounded otherwise than the policy."""
+    model = get_peft_model(load(tiny_llama), lora(init_lora_weights=False)).to(torch.bfloat16)
+    trainer = make_trainer(model, make_rows(6), tmp_path, **MOVING)
+    assert not trainer.predict(make_rows(6)).predictions.any()
+
+
 # A reference that is given
 
 

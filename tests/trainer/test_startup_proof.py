@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from world import make_rows, make_trainer, plain_logps, weights
 
 from trl_ulma import ULMAConfig
@@ -76,7 +77,22 @@ class MovedBeforeTheHead(LlamaForCausalLM):
         self.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
 
 
-HEADS = [ScaledByPosition, LessOfWhatWasSaid, BiasAfterTheHead, ScaledAfterTheHead, MovedBeforeTheHead]
+class WithoutTheModule(LlamaForCausalLM):
+    """The output embeddings' weights without a call of their module."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutputWithPast(logits=nn.functional.linear(hidden, self.lm_head.weight))
+
+
+HEADS = [
+    WithoutTheModule,
+    ScaledByPosition,
+    LessOfWhatWasSaid,
+    BiasAfterTheHead,
+    ScaledAfterTheHead,
+    MovedBeforeTheHead,
+]
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])

@@ -266,14 +266,15 @@ class CompactHead:
         if self._wanted is None:  # a compiled model outside of a call
             return type(self.model).forward(self.model, *args, **kwargs)
         output = self._run_model(*args, **kwargs)
-        if isinstance(self._wanted, torch.Tensor):
-            return {"logits": output.logits}
         if self._log_probs is None:
             raise ValueError(
                 f"{type(self.model).__name__} does not call the output embeddings that `get_output_embeddings()` "
                 "returns, so its log-probabilities cannot be computed. Use a model whose forward projects its last "
                 "hidden state with them."
             )
+        if isinstance(self._wanted, torch.Tensor):
+            self._log_probs = None
+            return {"logits": output.logits}
         found = {"log_probs": self._log_probs}
         if getattr(output, "aux_loss", None) is not None:
             found["aux_loss"] = output.aux_loss

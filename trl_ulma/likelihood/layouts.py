@@ -122,8 +122,14 @@ def why_not_shared(config: Any) -> str | None:
 
 
 def positions_of(config: Any) -> int | None:
-    """The maximum number of tokens that a model of this configuration can read. None for rotary positions."""
+    """The maximum number of tokens that a model of this configuration can read. None for rotary positions.
+
+    Rotary positions of the type "dynamic" have a maximum, too: beyond it, they depend on all batches that the model has
+    read before, so the policy and the reference would have different ones.
+    """
     text = config.get_text_config()
+    if "dynamic" in {kind.get("rope_type", kind.get("type")) for kind in _rotary_kinds(text)}:
+        return text.max_position_embeddings
     return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)
 
 
@@ -138,11 +144,15 @@ def length_that_changes_positions(config: Any) -> int | None:
         True
     """
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    # Models with several kinds of layers have one set of parameters per kind
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    kinds = _rotary_kinds(text)
     if not any(kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic") for kind in kinds):
         return None
     lengths = [kind.get("original_max_position_embeddings") for kind in kinds]
     lengths += [getattr(text, "original_max_position_embeddings", None), text.max_position_embeddings]
     return next(length for length in lengths if length is not None)
+
+
+def _rotary_kinds(text: Any) -> list[dict[str, Any]]:
+    """The settings of rotary positions. Models with several kinds of layers have one set of settings per kind."""
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]

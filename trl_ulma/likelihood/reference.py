@@ -251,6 +251,8 @@ def copy_adapter(model: Any) -> None:
                 other = ".".join(ADAPTER if part == "default" else part for part in parts)
                 if other in tensors:
                     tensors[other].copy_(value)
+                    # PEFT creates adapters in float32, and in another number format the reference would round otherwise
+                    tensors[other].data = tensors[other].data.to(value.dtype)
 
 
 def outside_adapter(model: nn.Module) -> list[str]:

@@ -652,7 +652,7 @@ def check_token_ids(rows: Dataset, vocab_size: int, name: str, tokenizer: PreTra
         for column in ("prompt_ids", "completion_ids"):
             lists = batch[column].combine_chunks()
             ids = lists.values.to_numpy(zero_copy_only=False)
-            beyond = np.flatnonzero(ids >= vocab_size)
+            beyond = np.flatnonzero((ids >= vocab_size) | (ids < 0))
             if len(beyond):
                 place = int(np.searchsorted(lists.offsets.to_numpy(), beyond[0], side="right")) - 1
                 row = rows[start + place]["row"]
@@ -661,6 +661,8 @@ def check_token_ids(rows: Dataset, vocab_size: int, name: str, tokenizer: PreTra
 
 
 def _no_embedding(at: str, token: int, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    if token < 0:
+        return ValueError(f"{at} has the token id {token}, which is no token. Pass the raw rows, or correct the ids.")
     return ValueError(
         f"{at} has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, but the model only has "
         f"embeddings for ids below {vocab_size}. If you added the token on purpose, call "
