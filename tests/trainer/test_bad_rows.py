@@ -348,17 +348,17 @@ def test_columns(tokenizer, rows, message):
 
 TEXTS = {
     "a part that is text alone": (
-        [CHAT, CHAT | {"completion": assistant(["Hello!"])}],
+        stream(CHAT, CHAT | {"completion": assistant(["Hello!"])}),
         f'{AT}: completion has a message with the part \'Hello!\'; it must be such as {{"type": "text", "text": '
         '"Hi"}.',
     ),
     "a refusal": (
-        [CHAT, CHAT | {"completion": assistant([{"type": "refusal", "refusal": "No."}])}],
+        stream(CHAT, CHAT | {"completion": assistant([{"type": "refusal", "refusal": "No."}])}),
         f"{AT}: completion has a message with the part {{'type': 'refusal', 'refusal': 'No.'}}; it must be such as "
         '{"type": "text", "text": "Hi"}.',
     ),
     "content that is a dict": (
-        [CHAT, CHAT | {"prompt": user({"text": "Hi"})}],
+        stream(CHAT, CHAT | {"prompt": user({"text": "Hi"})}),
         f"{AT}: prompt has a message of role 'user' whose content is a dict; it must be text, or a list of parts such "
         'as {"type": "text", "text": "Hi"}.',
     ),

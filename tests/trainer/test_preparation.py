@@ -559,7 +559,7 @@ def test_files_of_which_some_are_tables_need_a_decision(tmp_path, streaming):
     make_rows(4).to_json(tmp_path / "rows" / "train-1.jsonl")
     rows = load_rows(tmp_path / "rows", streaming=streaming)["train"]
     tokenizer = make_tokenizer(CHAT_TEMPLATE)
-    with pytest.raises(ValueError, match=r"^A part of the train dataset comes from CSV or TSV, .* --chat false"):
+    with pytest.raises(ValueError, match=r"^A part of the train dataset comes from CSV or TSV, .* \(--chat false\)"):
         prepared(tokenizer, rows)
     for chat in ("true", "false"):
         found = texts(tokenizer, prepared(tokenizer, rows, chat=chat))

@@ -96,6 +96,8 @@ def test_labels_that_change_after_ten_megabytes(tmp_path):
         [{}, {"a": 1}],
         ["2020-01-01 00:00:00", "2020-13-01"],
         ["4", "true", '{"a": 1}', [1]],
+        [json.loads("[" * 700 + "]" * 700), [1]],
+        [json.loads('{"a":' * 300 + "1" + "}" * 300)],
     ],
 )
 def test_columns_that_nothing_reads_never_matter(tmp_path, values):
@@ -168,6 +170,13 @@ def test_parquet_types(tmp_path):
             assert (one["prompt"], one["completion"], other["about"]) == ("a", "x", {"a": 2})
             assert typed([one["label"], other["label"]])[0] == (float, 0.5)
             assert other["label"] == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_without_rows_is_refused(tmp_path, streaming):
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows\.parquet cannot be read as parquet: it contains no rows"):
+        load_rows(tmp_path / "rows.parquet", streaming=streaming)
 
 
 # CSV
@@ -596,6 +605,8 @@ def test_names_are_made_once():
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
         ([row("down"), row("up")], "--label_map down=0,up=1"),
+        ([row("ja"), row("nein")], "--label_map ja=1,nein=0"),
+        ([row(10**400)], r"labels that are words \('10{39}…'\)\. .* WORD=NUMBER"),
         ([row("0,5")], r"labels with a comma \('0,5'\)\. Write them with a decimal point and without separators"),
         ([row("1,234.5"), row("2")], r"labels with a comma \('1,234\.5', '2'\)|labels with a comma \('1,234\.5'\)"),
         ([{"foo": "a"}], "Rows need prompt, completion and label"),

@@ -314,14 +314,15 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
     # A few words among numbers are invalid rows, which the trainer lists together with all others
     if 2 * len(words) > len(labels) and not is_paired:
         words = list(dict.fromkeys(words))
-        shown = ", ".join(map(repr, words[:5]))
+        shown = ", ".join(repr(word if len(word) <= 40 else f"{word[:40]}…") for word in words[:5])
         if any(_COMMA.fullmatch(word.strip()) for word in words):
             raise ValueError(
                 f"{where} has labels with a comma ({shown}). Write them with a decimal point and without separators, "
                 "as in 0.5 and 1234."
             )
         raise ValueError(
-            f"{where} has labels that are words ({shown}). Map them to numbers: --label_map {_meanings(words)}"
+            f"{where} has labels that are words ({shown}). Map them to numbers: --label_map "
+            + _meanings([word for word in words if len(word) <= 40] or ["WORD"])
         )
     if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
         raise ValueError(
@@ -346,13 +347,15 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
 _GOOD = frozenset(
     (
         "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
-        "right", "chosen", "accepted", "win", "helpful", "safe", "y", "+", "👍",
+        "right", "chosen", "accepted", "win", "helpful", "safe", "y", "t", "+", "👍", "ja", "oui", "sí", "wahr", "vrai",
+        "verdadero",
     )
 )  # fmt: skip
 _BAD = frozenset(
     (
         "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
-        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "n", "-", "👎",
+        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "n", "f", "-", "👎", "nein", "non",
+        "falsch", "faux", "falso",
     )
 )  # fmt: skip
 

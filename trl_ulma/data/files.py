@@ -447,15 +447,15 @@ def _load_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
                 raise ValueError(f"{file} cannot be read as parquet: {error}") from error
         if not all(schema.equals(schemas[0]) for schema in schemas):
             return None
+        sizes = [pq.read_metadata(file).num_rows for file in files]
+        if not sum(sizes):
+            raise ValueError("it contains no rows, but must contain at least one")
         try:
             Features.from_arrow_schema(schemas[0])
         except (KeyError, TypeError, ValueError, NotImplementedError):
             return None
         splits: Any = load_dataset("parquet", data_files=[str(file) for file in files], streaming=streaming)
-        if streaming and next(iter(splits["train"]), None) is None:
-            raise ValueError("it contains no rows, but must contain at least one")
         if not streaming:
-            sizes = [pq.read_metadata(file).num_rows for file in files]
             source = np.repeat(np.arange(len(files)), sizes)
             numbers = np.concatenate([np.arange(size) for size in sizes])
             Origins([str(file) for file in files], ["row"] * len(files), source, numbers).save(splits["train"])

@@ -20,15 +20,16 @@ from trl_ulma.data.columns import NUMBERS
 Kind = Any
 _EXACT = 2**53
 _INT64 = 2**63
-# An object with more keys than this is stored as a dictionary instead of a table
+# An object with more keys than this is stored as a dictionary instead of a table, and so is what is nested deeper
 _MOST_KEYS = 100
+_DEEPEST = 50
 _BATCH = 1000
 
 Rows = Callable[[], Iterable[dict[str, Any]]]
 
 
-def kind_of(value: Any) -> Kind:
-    """The kind of one value.
+def kind_of(value: Any, depth: int = 0) -> Kind:
+    """The kind of one value, which is in this number of lists and objects.
 
     Raises:
         ValueError: if a text is not valid Unicode.
@@ -49,14 +50,16 @@ def kind_of(value: Any) -> Kind:
         return "int" if abs(value) <= _EXACT else "long" if -_INT64 <= value < _INT64 else "json"
     if isinstance(value, float):
         return "float"
+    if depth > _DEEPEST and isinstance(value, Mapping | list | tuple):
+        return "json"
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             return "json"
-        return ("object", {key: kind_of(each) for key, each in value.items()})
+        return ("object", {key: kind_of(each, depth + 1) for key, each in value.items()})
     if isinstance(value, list | tuple):
         kind = "null"
         for each in value:
-            kind = joined(kind, kind_of(each))
+            kind = joined(kind, kind_of(each, depth + 1))
         return ("list", kind)
     return pa.scalar(value).type
 
@@ -125,7 +128,7 @@ def _is_kept_by_json(value: Any) -> bool:
     try:
         written = json.dumps(value)
         return json.dumps(Json().decode_example(written)) == written
-    except (TypeError, ValueError):
+    except (RecursionError, TypeError, ValueError):
         return False
 
 
@@ -208,6 +211,8 @@ def as_dataset(rows: Rows, place: Callable[[int], str], key: Any, warn: Callable
                     for batch in _batches(rows(), kinds, schema):
                         writer.write_batch(batch)
                 part.replace(file)
+            except RecursionError as error:
+                raise ValueError(f"{place(0)} or below: a value is nested too deeply. Remove it.") from error
             finally:
                 part.unlink(missing_ok=True)
     return Dataset.from_file(str(file))
