@@ -210,9 +210,9 @@ def hub(tmp_path, monkeypatch):
     remote.mkdir()
     load_builder = load_dataset_builder
 
-    def builder(name, **kwargs):
-        if name != "org/name":
-            return load_builder(name, **kwargs)
+    def builder(path, /, **kwargs):
+        if path != "org/name":
+            return load_builder(path, **kwargs)
         found = load_builder(str(remote), **kwargs)
         for files in (found.config.data_files or {}).values():
             files[:] = [f"hf://datasets/org/name@0a1b{file.removeprefix(str(remote))}" for file in files]
@@ -316,7 +316,7 @@ def test_parquet_on_the_hub_is_read_by_datasets(hub, monkeypatch, caplog):
 
 
 def test_a_loading_script_is_refused_in_a_line(monkeypatch):
-    def refused(name, **kwargs):
+    def refused(path, /, **kwargs):
         raise RuntimeError("Dataset scripts are no longer supported, but found name.py")
 
     monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", refused)
@@ -330,10 +330,10 @@ def test_a_dataset_in_the_cache_of_the_hub_is_read_offline(tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load_builder = load_dataset_builder
 
-    def builder(name, **kwargs):
-        if name == "org/name":
+    def builder(path, /, **kwargs):
+        if path == "org/name":
             raise ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
-        return load_builder(name, **kwargs)
+        return load_builder(path, **kwargs)
 
     monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", builder)
     with pytest.raises(FileNotFoundError, match=r"from the Hub either: Couldn't reach 'org/name'"):

@@ -158,7 +158,7 @@ def test_the_grammar():
         ("standardize:1,0", "continuous", "the standard deviation must be above 0; got 0"),
         ("min_max:4,0", "binary", "the least label must be below the greatest; got 4 and 0"),
         ("votes:0,0", "binary", "a and b of the Beta prior must be 0 or above, and one of them above 0"),
-        ("votes:-1,2", "binary", "a and b of a Beta prior"),
+        ("votes:-1,2", "binary", "a and b of the Beta prior"),
         ("center,votes", "binary", "votes reads the vote counts of the rows. Put it first"),
         ("lower_is_better,threshold:2", "binary", "Put threshold first"),
         ("threshold:2", "continuous", "threshold makes labels 0 and 1. Set label_type='binary'"),
