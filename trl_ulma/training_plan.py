@@ -184,6 +184,8 @@ def make_plan(
         TypeError, ValueError: if the rows or settings are not valid for training.
     """
     _check_kinds(args, train_dataset, eval_dataset)
+    if not isinstance(model, str):
+        _check_model(model)
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be one of PEFT's, such as a LoraConfig; got {type(peft_config).__name__}.")
     if isinstance(model, str):
@@ -290,6 +292,16 @@ def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any
         raise ValueError(
             "precompute_ref_log_probs=True needs all rows at the start, but a dataset is a stream. Set it to False, or "
             "load the dataset without streaming."
+        )
+
+
+def _check_model(model: Any) -> None:
+    """Raise TypeError if a model in memory does not generate text token by token."""
+    config = getattr(model, "config", None)
+    if not hasattr(model, "generation_config") or getattr(config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which is not a causal language model. Load it with "
+            "AutoModelForCausalLM, and pass it without wrappers for several devices."
         )
 
 

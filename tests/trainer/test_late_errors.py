@@ -15,6 +15,9 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     default_data_collator,
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -211,6 +214,25 @@ def test_in_a_stream(tiny_gpt2, tmp_path):
 
 
 # Models that are none, or that cannot read the rows
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda model: model.model,
+        lambda model: LlamaForSequenceClassification(model.config),
+        lambda model: T5ForConditionalGeneration(
+            T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        ),
+        torch.nn.DataParallel,
+    ],
+    ids=["backbone", "classifier", "encoder-decoder", "wrapped"],
+)
+def test_what_is_no_causal_language_model(tiny_llama, tmp_path, other):
+    model = other(load(tiny_llama))
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(TypeError, match=rf"model is a {type(model).__name__}, which is not a causal language model"):
+        make_trainer(model, make_rows(6), tmp_path, processing_class=processing, **STEPS)
 
 
 def smaller(folder: str, **sizes):
