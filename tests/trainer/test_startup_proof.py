@@ -77,16 +77,7 @@ class MovedBeforeTheHead(LlamaForCausalLM):
         self.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * 1.5, *args[1:]))
 
 
-class WithoutTheModule(LlamaForCausalLM):
-    """The output embeddings' weights without a call of their module."""
-
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return CausalLMOutputWithPast(logits=nn.functional.linear(hidden, self.lm_head.weight))
-
-
 HEADS = [
-    WithoutTheModule,
     ScaledByPosition,
     LessOfWhatWasSaid,
     BiasAfterTheHead,
@@ -130,6 +121,22 @@ def test_without_the_checks_it_trains_all_the_same(tiny_llama, tmp_path, head):
             raise
         return
     assert trainer.state.global_step == 2
+
+
+class WithoutTheModule(LlamaForCausalLM):
+    """The output embeddings' weights without a call of their module."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutputWithPast(logits=nn.functional.linear(hidden, self.lm_head.weight))
+
+
+def test_output_embeddings_that_are_not_called_are_refused(tiny_llama, tmp_path):
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(ValueError, match="WithoutTheModule does not call the output embeddings"):
+        make_trainer(
+            load(tiny_llama, WithoutTheModule), make_rows(6), tmp_path, processing_class=processing, **QUICK
+        ).train()
 
 
 # Noise

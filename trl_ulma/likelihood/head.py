@@ -225,8 +225,8 @@ class CompactHead:
                 else:
                     module.forward = forward
 
-    def _score(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        wanted = self._wanted
+    def _score(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # named as by nn.Linear
+        hidden, wanted = input, self._wanted
         if wanted is None:  # a compiled model outside of a call
             return type(self.head).forward(self.head, hidden, *args, **kwargs)
         if isinstance(wanted, torch.Tensor):
