@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_dataset_builder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 from trl.scripts.utils import DatasetConfig
@@ -210,7 +210,7 @@ def hub(tmp_path, monkeypatch):
     remote.mkdir()
     load_builder = load_dataset_builder
 
-    def builder(path, /, **kwargs):
+    def builder(path, **kwargs):
         if path != "org/name":
             return load_builder(path, **kwargs)
         found = load_builder(str(remote), **kwargs)
@@ -291,7 +291,7 @@ def test_a_dataset_on_the_hub_without_a_readme_is_whole(hub):
 def test_what_datasets_reads_from_the_hub_is_said(hub, monkeypatch, caplog):
     write(hub.remote / "a.csv", "prompt~label\na~1\n")
     write(hub.remote / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  sep: '~'\n---\n")
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset", lambda name, **kwargs: load_dataset(str(hub.remote)))
+    monkeypatch.setattr("trl_ulma.data.files.load_dataset", lambda path, **kwargs: load_dataset(str(hub.remote)))
     assert load_rows("org/name")["train"][0] == {"prompt": "a", "label": 1}
     assert "org/name: the files are read by the library datasets" in caplog.text
     caplog.clear()
@@ -316,7 +316,7 @@ def test_parquet_on_the_hub_is_read_by_datasets(hub, monkeypatch, caplog):
 
 
 def test_a_loading_script_is_refused_in_a_line(monkeypatch):
-    def refused(path, /, **kwargs):
+    def refused(path, **kwargs):
         raise RuntimeError("Dataset scripts are no longer supported, but found name.py")
 
     monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", refused)
@@ -330,7 +330,7 @@ def test_a_dataset_in_the_cache_of_the_hub_is_read_offline(tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load_builder = load_dataset_builder
 
-    def builder(path, /, **kwargs):
+    def builder(path, **kwargs):
         if path == "org/name":
             raise ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
         return load_builder(path, **kwargs)
@@ -363,6 +363,7 @@ def by_prompt(splits):
     return {name: {json.dumps(prompt) for prompt in rows["prompt"]} for name, rows in splits.items()}
 
 
+@settings(deadline=None)  # the machine can be busy
 @given(
     prompts=st.lists(st.integers(0, 20), min_size=2, max_size=60).filter(lambda p: len(set(p)) > 1),
     seed=st.integers(0, 5),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,12 @@ def _mixed(
     first = {name: next(iter(rows), {}) for name, rows in loaded}
     if all({"prompt_ids", "completion_ids"} <= set(row) for row in first.values()) or len(loaded) == 1:
         return concatenate_datasets([rows for _, rows in loaded])
-    texts = [name for name, row in first.items() if isinstance(row.get("prompt", row.get("chosen")), str)]
+    prompts = {name: _first_prompt(rows) for name, rows in loaded}
+    texts = [name for name, prompt in prompts.items() if isinstance(prompt, str)]
     made_chat: set[str] = set()
-    if 0 < len(texts) < len(loaded):
-        made_chat = {name for name, rows in loaded if name in texts and _becomes_chat(rows, first[name], chat)}
+    if texts and any(isinstance(prompt, list) for prompt in prompts.values()):
+        has_prompt = [name for name in texts if "prompt" in first[name] and not is_transcript(prompts[name])]
+        made_chat = {name for name, rows in loaded if name in has_prompt and _becomes_chat(rows, chat)}
         stay = [name for name in texts if name not in made_chat]
         if stay:
             raise ValueError(
@@ -244,10 +247,15 @@ def _place(loaded: list[tuple[str, Any]], row: int) -> str:
     raise IndexError(row)
 
 
-def _becomes_chat(rows: Rows, first: Mapping[str, Any], chat: str) -> bool:
-    """Whether the text of a part becomes messages, because other parts are messages."""
-    is_made = chat == "true" or (chat == "auto" and rows.info.builder_name == TABLES)
-    return is_made and isinstance(first.get("prompt"), str) and not is_transcript(first["prompt"])
+def _first_prompt(rows: Rows) -> Any:
+    """The first prompt (for pairs without prompts, the first chosen half) that is not missing or empty, or None."""
+    values = (row.get("prompt", row.get("chosen")) for row in islice(rows, 64))
+    return next((value for value in values if isinstance(value, str | list) and value), None)
+
+
+def _becomes_chat(rows: Rows, chat: str) -> bool:
+    """Whether text with prompts becomes messages, because other parts are messages."""
+    return chat == "true" or (chat == "auto" and rows.info.builder_name == TABLES)
 
 
 def _single(name: str, rows: Any) -> Any:
