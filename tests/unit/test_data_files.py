@@ -239,9 +239,9 @@ configs:
 - config_name: thumbs
   data_files:
   - {split: train, path: "thumbs/[t]rain*.csv"}
-  - {split: test, path: thumbs/test.jsonl}
+  - {split: test, path: thumbs/test.csv}
 - config_name: stars
-  data_files: stars.json
+  data_files: stars.csv
 ---
 """
 
@@ -250,8 +250,8 @@ configs:
 def test_a_dataset_on_the_hub_is_read_like_a_folder(hub, streaming, caplog):
     write(hub.remote / "thumbs" / "train-0.csv", "prompt,completion,label\nNA,4,1\n")
     write(hub.remote / "thumbs" / "train-1.csv", 'prompt,completion,label\nnull,"4,5",0.5\n')
-    write(hub.remote / "thumbs" / "test.jsonl", '{"prompt": "a", "completion": "b", "label": "0.25"}\n')
-    write(hub.remote / "stars.json", '[{"prompt": "a", "completion": "b", "label": 4.5}]')
+    write(hub.remote / "thumbs" / "test.csv", "prompt,completion,label\na,b,0.25\n")
+    write(hub.remote / "stars.csv", "prompt,completion,label\na,b,4.5\n")
     write(hub.remote / "README.md", CARD)
     rows = {
         "train": [
@@ -266,13 +266,13 @@ def test_a_dataset_on_the_hub_is_read_like_a_folder(hub, streaming, caplog):
     assert {split: list(each) for split, each in found.items()} == rows
     folder = load_rows(hub.remote, config="thumbs", streaming=streaming)
     assert {split: list(each) for split, each in folder.items()} == rows
-    assert not (hub.local / "stars.json").exists()
+    assert not (hub.local / "stars.csv").exists()
     assert ("downloaded, and then streamed" in caplog.text) is streaming
     if not streaming:
         assert origin(found["train"], 1) == f"{hub.local / 'thumbs' / 'train-1.csv'}, line 2"
-        assert origin(found["test"], 0) == f"{hub.local / 'thumbs' / 'test.jsonl'}, line 1"
+        assert origin(found["test"], 0) == f"{hub.local / 'thumbs' / 'test.csv'}, line 2"
     # A mixture can name files of the repository
-    part = DatasetConfig(path="org/name", data_files="stars.json")
+    part = DatasetConfig(path="org/name", data_files="stars.csv")
     part.label_map = None
     assert list(load_mixture([part], streaming=streaming)[0]["train"]) == [
         {"prompt": "a", "completion": "b", "label": 4.5}
