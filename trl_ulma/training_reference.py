@@ -32,6 +32,11 @@ def check_models(model: Any, ref_model: Any) -> None:
             "PEFT supports only one AdaLoRA adapter per model, so the reference cannot be a copy of it. Pass as "
             "ref_model the model with the adapter as it is before training."
         )
+    if ADAPTER in model.peft_config and not getattr(model, "has_trl_ulma_reference", False):
+        raise ValueError(
+            f"The model has an adapter named {ADAPTER!r}, which a DPOTrainer leaves on a model. The reference of this "
+            f"training would have the same name. Delete it: model.delete_adapter({ADAPTER!r})."
+        )
     active = model.active_adapters
     if active != ["default"]:
         raise ValueError(
