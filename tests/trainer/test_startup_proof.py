@@ -108,6 +108,29 @@ def test_an_unknown_head_is_exact_or_refused(tiny_llama, tmp_path, head, peft):
     assert found["eval_logps/rejected"] == pytest.approx(wanted[~label].mean(), abs=1e-4 * counts.max())
 
 
+class ScaledMoreByStep(LlamaForCausalLM):
+    """A scale after the head that grows while the model is trained."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = 1.0
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            self.scale *= 1.01
+        output.logits = output.logits * self.scale
+        return output
+
+
+def test_a_scale_that_changes_in_training_is_told(tiny_llama, tmp_path):
+    model = load(tiny_llama, ScaledMoreByStep)
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    trainer = make_trainer(model, make_rows(6), tmp_path, processing_class=processing, **QUICK)
+    with pytest.raises(ValueError, match=r"ScaledMoreByStep computes its logits in another way .*scale=1\.\d+"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("head", [ScaledByPosition, LessOfWhatWasSaid])
 def test_without_the_checks_it_trains_all_the_same(tiny_llama, tmp_path, head):
     processing = AutoTokenizer.from_pretrained(tiny_llama)

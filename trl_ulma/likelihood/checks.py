@@ -128,7 +128,9 @@ class TrainingChecks:
         return self._reference.identity(policy, self._tokens)
 
     def end(self, policy: Any) -> None:
-        """Raise ValueError if the reference has changed since the start."""
+        """Raise ValueError if the reference, or the way from hidden states to logits, has changed since the start."""
+        with torch.no_grad(), self._context():
+            self._proof.scorer.check_map(policy, plain_batch(self._tokens))
         if self.identity is None or not self._reference.is_live or self._is_moving:
             return
         off = self.identity.difference(self._reference.fingerprint(policy, self._tokens))

@@ -195,6 +195,24 @@ class CompactHead:
         self._scores = self._states = self._log_probs = None
         return scores, states, output.get("aux_loss")
 
+    def check_map(self, wrapped: Any, inputs: dict[str, Any]) -> None:
+        """Raise ValueError if logits are no longer computed from the projections as they were at first.
+
+        Args:
+            wrapped: the model, with or without wrappers.
+            inputs: the inputs of its forward, including `input_ids` `(R, W)`.
+        """
+        if self.logit_map is None:
+            return
+        now = self._measure(wrapped, inputs)
+        pairs = [(a or 0.0, b or 0.0) for a, b in zip(now, self.logit_map, strict=True)]
+        if any(not math.isclose(a, b, rel_tol=_MAP_TOLERANCE) for a, b in pairs):
+            raise ValueError(
+                f"{type(self.model).__name__} computes its logits in another way than before training: {now}, before "
+                f"{self.logit_map}. A scale or cap after the output embeddings has changed, which the losses did not "
+                "take into account. Freeze it, or use another model class."
+            )
+
     def _run(self, wrapped: Any, inputs: dict[str, Any], wanted: "_Wanted | torch.Tensor") -> dict[str, Any]:
         with self._installed():
             self._wanted = wanted  # pyright: ignore[reportAttributeAccessIssue]

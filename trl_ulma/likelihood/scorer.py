@@ -127,6 +127,11 @@ class Scorer:
             self._heads[model] = CompactHead(bare.get_base_model() if isinstance(bare, PeftModel) else bare)
         return self._heads[model]
 
+    def check_map(self, model: Any, batch: Batch) -> None:
+        """Raise ValueError if a model's logits are computed in another way than when it was first scored."""
+        if model in self._heads:
+            self._heads[model].check_map(model, dict(padded(batch).inputs))
+
     def choose_layout(self, model: Any) -> None:
         """Fall back to padding and log a warning if a model does not support the chosen layout."""
         bare = bare_model(model)
