@@ -218,8 +218,9 @@ def hub(tmp_path, monkeypatch):
             files[:] = [f"hf://datasets/org/name@0a1b{file.removeprefix(str(remote))}" for file in files]
         return found
 
-    def download(name, *, repo_type, revision, allow_patterns):
-        assert (name, repo_type, revision) == ("org/name", "dataset", "0a1b")
+    def download(name, *, repo_type, allow_patterns, revision="0a1b"):
+        assert revision == "0a1b"
+        assert (name, repo_type) == ("org/name", "dataset")
         patterns.append(allow_patterns)
         local.mkdir(exist_ok=True)
         for file in remote.rglob("*"):
@@ -241,7 +242,7 @@ configs:
   - {split: train, path: "thumbs/[t]rain*.csv"}
   - {split: test, path: thumbs/test.csv}
 - config_name: stars
-  data_files: stars.csv
+  data_files: stars.json
 ---
 """
 
@@ -251,7 +252,7 @@ def test_a_dataset_on_the_hub_is_read_like_a_folder(hub, streaming, caplog):
     write(hub.remote / "thumbs" / "train-0.csv", "prompt,completion,label\nNA,4,1\n")
     write(hub.remote / "thumbs" / "train-1.csv", 'prompt,completion,label\nnull,"4,5",0.5\n')
     write(hub.remote / "thumbs" / "test.csv", "prompt,completion,label\na,b,0.25\n")
-    write(hub.remote / "stars.csv", "prompt,completion,label\na,b,4.5\n")
+    write(hub.remote / "stars.json", '[{"prompt": "a", "completion": "b", "label": 4.5}]')
     write(hub.remote / "README.md", CARD)
     rows = {
         "train": [
@@ -266,13 +267,13 @@ def test_a_dataset_on_the_hub_is_read_like_a_folder(hub, streaming, caplog):
     assert {split: list(each) for split, each in found.items()} == rows
     folder = load_rows(hub.remote, config="thumbs", streaming=streaming)
     assert {split: list(each) for split, each in folder.items()} == rows
-    assert not (hub.local / "stars.csv").exists()
+    assert not (hub.local / "stars.json").exists()
     assert ("downloaded, and then streamed" in caplog.text) is streaming
     if not streaming:
         assert origin(found["train"], 1) == f"{hub.local / 'thumbs' / 'train-1.csv'}, line 2"
         assert origin(found["test"], 0) == f"{hub.local / 'thumbs' / 'test.csv'}, line 2"
     # A mixture can name files of the repository
-    part = DatasetConfig(path="org/name", data_files="stars.csv")
+    part = DatasetConfig(path="org/name", data_files="stars.json")
     part.label_map = None
     assert list(load_mixture([part], streaming=streaming)[0]["train"]) == [
         {"prompt": "a", "completion": "b", "label": 4.5}
@@ -286,6 +287,9 @@ def test_a_dataset_on_the_hub_without_a_readme_is_whole(hub):
     assert load_rows("org/name")["train"]["label"][:] == load_rows(hub.remote)["train"]["label"][:]
     assert len(load_rows("org/name")["train"]) == 2
     assert not (hub.local / "script.py").exists()
+    write(hub.remote / "data" / "test.jsonl", LINES)
+    write(hub.remote / "data" / "train-more.csv", "prompt,completion,label\nb,c,0.5\n")
+    assert {split: len(rows) for split, rows in load_rows("org/name").items()} == {"train": 2, "test": 5}
 
 
 def test_what_datasets_reads_from_the_hub_is_said(hub, monkeypatch, caplog):

@@ -371,42 +371,44 @@ def test_the_line_of_a_row(tmp_path):
 
 
 def test_the_line_of_a_row_that_was_selected_split_off_or_concatenated(tmp_path):
-    one = read(write(tmp_path / "one.jsonl", lines([row(i, id=i) for i in range(12)])))
-    other = read(write(tmp_path / "other.jsonl", "\n" + lines([row(0, id=i) for i in range(5)])))
-    saved = Dataset.from_dict({"prompt": ["p"] * 3, "completion": ["c"] * 3, "label": [0] * 3, "id": [0, 1, 2]})
+    one = read(write(tmp_path / "one.jsonl", lines([row(i, weight=i) for i in range(12)])))
+    other = read(
+        write(tmp_path / "other.csv", "prompt,completion,label,weight\n" + "".join(f"p,c,0,{i}\n" for i in range(5)))
+    )
+    saved = Dataset.from_dict({"prompt": ["p"] * 3, "completion": ["c"] * 3, "label": [0] * 3, "weight": [0, 1, 2]})
     saved.save_to_disk(tmp_path / "saved")
     saved = Dataset.load_from_disk(tmp_path / "saved")
     made = [
         one.select(range(3, 9)),
         one.select([4, 5, 6]).select([2, 0]),
-        one.filter(lambda row: row["id"] % 3 == 1),
+        one.filter(lambda row: row["weight"] % 3 == 1),
         one.add_column("more", [0] * 12).shuffle(seed=3),
-        other.select_columns(["label", "id"]).rename_column("label", "rating").select(range(2, 5)),
+        other.select_columns(["label", "weight"]).rename_column("label", "rating").select(range(2, 5)),
     ]
     for rows in made:
-        first, name = (2, "other.jsonl") if "rating" in rows.column_names else (1, "one.jsonl")
+        first, name = (2, "other.csv") if "rating" in rows.column_names else (1, "one.jsonl")
         assert [origin(rows, i) for i in range(len(rows))] == [
-            f"{tmp_path / name}, line {int(number) + first}" for number in rows["id"][:]
+            f"{tmp_path / name}, line {number + first}" for number in rows["weight"][:]
         ]
     both = concatenate_datasets([one.select(range(10, 12)), saved.select(range(1, 3)), other.shuffle(seed=1)])
     names = [("one.jsonl", "line", 1)] * 2 + [("saved/data-00000-of-00001.arrow", "row", 0)] * 2
-    names += [("other.jsonl", "line", 2)] * 5
+    names += [("other.csv", "line", 2)] * 5
     expected = [
-        f"{tmp_path / name}, {unit} {int(i) + add}" for (name, unit, add), i in zip(names, both["id"][:], strict=True)
+        f"{tmp_path / name}, {unit} {i + add}" for (name, unit, add), i in zip(names, both["weight"][:], strict=True)
     ]
     assert [origin(both, i) for i in range(len(both))] == expected
     found = joined_origins([("a", one.select([7, 2])), ("the saved rows", saved), ("b", other)])
     assert [found[i] for i in range(10)] == [
         *(f"{tmp_path / 'one.jsonl'}, line {n}" for n in (8, 3)),
         *(f"the saved rows, row {n}" for n in range(3)),
-        *(f"{tmp_path / 'other.jsonl'}, line {n}" for n in range(2, 7)),
+        *(f"{tmp_path / 'other.csv'}, line {n}" for n in range(2, 7)),
     ]
     # Rows that are computed have no line
-    assert origin(one.map(lambda row: {"id": row["id"] + 1}), 0) is None
-    prompts = read(write(tmp_path / "prompts.jsonl", lines([row(0, id=i) | {"prompt": str(i)} for i in range(20)])))
+    assert origin(one.map(lambda row: {"weight": row["weight"] + 1}), 0) is None
+    prompts = read(write(tmp_path / "prompts.jsonl", lines([row(0, weight=i) | {"prompt": str(i)} for i in range(20)])))
     for half in split_by_prompt(prompts, test_size=0.3, seed=1).values():
         assert [origin(half, i) for i in range(len(half))] == [
-            f"{tmp_path / 'prompts.jsonl'}, line {i + 1}" for i in half["id"][:]
+            f"{tmp_path / 'prompts.jsonl'}, line {i + 1}" for i in half["weight"][:]
         ]
 
 

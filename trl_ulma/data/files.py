@@ -10,7 +10,7 @@ import re
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from gzip import BadGzipFile
@@ -173,6 +173,8 @@ def load_hub(
         _say({f"the Hub cannot be reached, so the files in {folder} are read": 1}, name)
         return _load_folder(folder, config, streaming, names)
     except (*_UNREADABLE, RuntimeError) as error:  # a RuntimeError if the repository has a loading script
+        if "infer the same data file format" in str(error) and not which:  # it has CSV and JSON files
+            return _load_folder(_whole(partial(snapshot_download, name, repo_type="dataset")), config, streaming, names)
         raise ValueError(f"The dataset {name} cannot be read: {_line(error)}") from error
     is_ours = isinstance(builder, Json | Csv)
     places = {
@@ -226,8 +228,13 @@ def _downloaded(places: Sequence[tuple[str, str, str]], *, is_whole: bool) -> Pa
     download = partial(snapshot_download, repository, repo_type="dataset", revision=revision)
     folder = Path(download(allow_patterns=list(_NAME_FILES)))
     if is_whole and not any((folder / about).exists() for about in _NAME_FILES):
-        return Path(download(allow_patterns=[f"*{suffix}" for suffix in _KINDS]))
+        return _whole(download)
     return Path(download(allow_patterns=[*_NAME_FILES, *(glob.escape(path) for _, _, path in places)]))
+
+
+def _whole(download: Callable[..., str]) -> Path:
+    """A folder with all files of a Hub repository that the readers support."""
+    return Path(download(allow_patterns=[*_NAME_FILES, *(f"*{suffix}" for suffix in _KINDS)]))
 
 
 def _in_hub_cache(name: str) -> Path | None:
