@@ -232,7 +232,7 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path):
     assert first == "trl-ulma ulma: error: 4 of 5 rows of the train dataset are invalid:"
     assert rows[0] == (
         "  Row 1 of the train dataset: label is 2.0, outside [0, 1]. Rescale it, or set --label_type continuous. "
-        "Prompt: 'What is 2?'"
+        f"Prompt: 'What is 2?' ({stars}, line 3)"
     )
     assert not (tmp_path / "out" / "model.safetensors").exists()
     checked = run("check", *words)
