@@ -123,7 +123,7 @@ def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int
         raise ValueError(
             f"The checkpoint {checkpoint} is in pass {passes + 1} over a stream, and transformers "
             f"{transformers_version} can only resume in the first one. "
-            "Update transformers, or load the dataset without streaming."
+            "Install a newer transformers, or load the dataset without streaming."
         )
     return passes, round((epoch - passes) * state.max_steps) * accumulation
 

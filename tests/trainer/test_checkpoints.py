@@ -143,7 +143,7 @@ def test_an_older_transformers_refuses_to_resume_in_a_later_pass(streamed, tmp_p
     positions = [stream_position(folder / f"checkpoint-{step}", 1) for step in range(1, 9)]
     later = next(step for step, (passes, _) in enumerate(positions, start=1) if passes)
     monkeypatch.delattr(Trainer, "_init_training_state")
-    with pytest.raises(ValueError, match=r"in pass 2 over a stream.* Update transformers"):
+    with pytest.raises(ValueError, match=r"in pass 2 over a stream.* Install a newer transformers"):
         train(tmp_path, str(folder / f"checkpoint-{later}"))
 
 
