@@ -267,7 +267,7 @@ ONE_CLASS = (
     r"log_z='{}' needs compared rows of both classes: all 6 rows that are compared with the reference have the label 0"
 )
 REFUSED = [
-    ({"log_z": "sometimes"}, None, r"log_z must be a number or one of .*'learned_constant'\); got 'sometimes'\."),
+    ({"log_z": "sometimes"}, None, r"log_z must be a number or one of .*'group'\); got 'sometimes'\."),
     ({"log_z": math.nan}, None, r"log_z must be a number; got nan\."),
     ({"log_z_learning_rate": 0}, None, r"log_z_learning_rate must be above 0; got 0\."),
     ({"log_z": "batch_kl", "precompute_ref_log_probs": True}, None, r"runs the reference on new rows in each step"),
