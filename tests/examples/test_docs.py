@@ -253,7 +253,7 @@ def test_there_are_answers_to_many_questions_each_with_an_anchor():
 def test_no_page_installs_the_package_from_pypi():
     texts = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     texts += [*(ROOT / "examples").rglob("*.py"), *(ROOT / "examples").rglob("*.ipynb")]
-    from_pypi = re.compile(r"pip install [^\n]*\btrl-ulma\b(?!\[[\w,]+\] @\s)[^\n]*")
+    from_pypi = re.compile(r"pip install [^\n]*(?<!/)\btrl-ulma\b(?!\[[\w,]+\] @\s)[^\n]*")
     for file in texts:
         found = from_pypi.findall(file.read_text(encoding="utf-8"))
         assert not found, f"{file}: {found}"

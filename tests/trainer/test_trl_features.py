@@ -189,7 +189,7 @@ def test_activations_are_offloaded_in_every_forward_of_the_policy(tiny_llama, tm
 
 
 def test_liger_kernels_that_are_not_there(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("trl_ulma.config.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("trl_ulma.config_checks.is_liger_kernel_available", lambda: False)
     with pytest.raises(ImportError) as error:
         make_trainer(tiny_llama, make_rows(4), tmp_path, use_liger_kernel=True)
     assert str(error.value) == (
@@ -198,7 +198,7 @@ def test_liger_kernels_that_are_not_there(tiny_llama, tmp_path, monkeypatch):
     )
     if Version(trl.__version__) < Version("1.15"):  # whose DPOTrainer asks for the kernels itself
         return
-    monkeypatch.setattr("trl_ulma.config.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("trl_ulma.config_checks.is_liger_kernel_available", lambda: True)
     with (
         pytest.warns(FutureWarning),
         pytest.raises(ValueError, match="which this trainer patches with a fused LM head"),
