@@ -181,7 +181,11 @@ def test_a_wrong_setting_is_refused_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "transform", "message"),
     [
-        ({"label": [1.0] * 6}, "standardize", "standardize needs labels that differ, but all 6 labels that it is given are 1"),
+        (
+            {"label": [1.0] * 6},
+            "standardize",
+            "standardize needs labels that differ, but all 6 labels that it is given are 1",
+        ),
         (
             {"label": [1.0] * 5 + [float("nan")]},
             "center",
