@@ -135,7 +135,7 @@ def warn_of_other_place(state: Any, micro_batches: int, accumulation: int) -> No
     size, the accumulation, or the number of processes is another one.
 
     Args:
-        state: the state of the trainer, as it was loaded from the checkpoint.
+        state: the trainer's state, loaded from the checkpoint.
         micro_batches: the number of micro-batches in an epoch.
         accumulation: the number of micro-batches in a step.
     """

@@ -259,7 +259,7 @@ def sampled(monkeypatch, url: str, prompts: list[str], **values: str) -> list[di
 
 
 def test_sampled_answers_wait_for_their_labels(monkeypatch, capsys):
-    """Of a server like vLLM: one answer is cut off, one is empty, and one comes twice."""
+    """The server imitates vLLM. One answer is cut off, one is empty, and one comes twice."""
     left = [said("Cut", "length"), said(" "), said("Yes."), said("Yes."), said('"No", he said.\nReally.'), said("Hm.")]
     server = LoopbackServer(lambda messages: left.pop(0))
     try:

@@ -310,7 +310,7 @@ def longrope(tokenizer):
 
 
 def test_rotary_positions_that_change_with_the_longest_row(tmp_path):
-    """Of rows beyond the original length, longrope turns positions otherwise: policy and reference see the same."""
+    """Longrope encodes positions beyond the original length differently, for the policy and the reference alike."""
     tokenizer = make_tokenizer()
     # The long rows are demonstrations: the reference is asked for the short ones alone
     texts = [" on and on" * 12 if i % 2 else " yes" for i in range(8)]
