@@ -41,8 +41,8 @@ step includes collation, metrics and logging. Ratios are taken round by round: t
 `compute_loss` and in fetching the batch, minus the models' forwards. Memory is measured with each method in a process
 of its own: how far the peak is above what is in use before the first step. `floor` is the policy's bare forward and
 backward on the step's real tokens: each row alone, without padding, the head on scored positions only, no reference,
-metric, optimizer or log. `floor-shared` is the same with each prompt run once for all its completions. The machine was
-not idle, so compare ratios, not times of different runs. `scaling` was measured before the package got its
+metric, optimizer or log. `floor-shared` is the same with each prompt run once for all its completions. Except for
+`preparation`, the machine was not idle, so compare ratios, not times of different runs. `scaling` was measured before the package got its
 own LM head.
 """
 PREPARATION = """\
