@@ -42,8 +42,8 @@ step includes collation, metrics and logging. Ratios are taken round by round: t
 of its own: how far the peak is above what is in use before the first step. `floor` is the policy's bare forward and
 backward on the step's real tokens: each row alone, without padding, the head on scored positions only, no reference,
 metric, optimizer or log. `floor-shared` is the same with each prompt run once for all its completions. Except for
-`preparation`, the machine was not idle, so compare ratios, not times of different runs. `scaling` was measured before the package got its
-own LM head.
+`preparation`, the machine was not idle, so compare ratios, not times of different runs. `scaling` was measured before
+the package got its own LM head.
 """
 PREPARATION = """\
 Why preparation misses its target: most of it is the tokenizer, which both trainers call. KTO's tokenizes two texts per
