@@ -1,15 +1,19 @@
 """Invalid rows and the rendering of rows, as the commands take and show them."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset
 from world import make_rows, make_trainer
 
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.labels import LabelRules
 from trl_ulma.scripts import check
+from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.evaluate import make_parser as evaluate_parser
 from trl_ulma.scripts.score import make_parser as score_parser
 
@@ -85,6 +89,89 @@ def test_evaluation_leaves_invalid_rows_out(caplog):
     assert caplog.messages[0].startswith("Left out 3 of 5 rows, which are invalid.\n3 of 5 rows of the test dataset")
     with pytest.raises(ValueError, match=r"^3 of 3 rows"):
         HeldOut.of(rows.select([1, 2, 4]), "test", LabelRules(), "drop")
+
+
+RAGGED = """prompt,completion,label
+How are you?,Fine.,1
+What is 2 + 2?,Well, numbers are hard.,0
+Who are you?,A bot.,maybe
+Why?
+Where?,Here.,0
+"""
+WRONG = ("has 4 fields in line 3", "label is 'maybe'", "has 1 field in line 5")
+
+
+@pytest.fixture
+def ragged(tmp_path):
+    path = tmp_path / "ragged.csv"
+    path.write_text(RAGGED)
+    return str(path)
+
+
+def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path, capsys, caplog):
+    out = tmp_path / "out"
+    model = ["--model", tiny_gpt2, "--dataset", ragged]
+    training = [*model, "--eval_strategy", "no", "--max_length", "64", "--bf16", "false", "--report_to", "none"]
+    training += ["--max_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
+    assert check.main(training) == 1
+    said = capsys.readouterr().err
+    assert "error: 3 of 5 rows of the train dataset are invalid:" in said
+    for what, line in zip(WRONG, (3, 4, 5), strict=True):
+        assert f"({ragged}, line {line})" in said
+        assert what in said
+    assert "By kind: 2 × a line that cannot be read; 1 × label is no number." in said
+
+    assert main(["pointwise-dpo", *training, "--output", str(out), "--invalid_rows", "drop"]) == 0
+    found = json.loads((out / "label_report.json").read_text())
+    assert found["left_out"] == {"invalid: a line that cannot be read": 2, "invalid: label is no number": 1}
+
+    scored, report = str(tmp_path / "scored.jsonl"), str(tmp_path / "report")
+    commands = (["score", "--output", scored], ["evaluate", "--split", "train", "--output", report])
+    for command, *words in commands:
+        words += ["--model", str(out), "--dataset", ragged]
+        assert main([command, *words]) == 1
+        said = capsys.readouterr().err
+        for what in WRONG:
+            assert what in said, command
+        assert main([command, *words, "--invalid_rows", "drop"]) == 0
+    assert sorted(json.loads(line)["row"] for line in Path(scored).read_text().splitlines()) == [0, 4]
+
+
+def test_prepare_counts_lines_that_cannot_be_read(tmp_path, capsys):
+    raw = tmp_path / "rows.jsonl"
+    good = {"prompt": "Hi", "completion": "Hello!", "label": True}
+    raw.write_text(
+        "".join(f"{line}\n" for line in ("{oops", json.dumps(good), "[1]", json.dumps(good | {"prompt": "Ho"})))
+    )
+    words = ["prepare", "kto", "--input", str(raw), "--output", str(tmp_path / "out.jsonl")]
+    assert main(words) == 1
+    assert "rows.jsonl is invalid JSON in line 1" in capsys.readouterr().err
+    assert main([*words, "--invalid_rows", "drop", "--report", str(tmp_path / "report.json")]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["left_out"] == {"its line cannot be read": {"count": 2, "first_row": 0}}
+    assert (found["rows_in"], found["rows_out"]) == (4, 2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_that_cannot_be_read_in_streams_pairs_and_mixtures(tiny_gpt2, tmp_path, ragged, streaming, capsys):
+    pairs, chats = tmp_path / "pairs.csv", tmp_path / "rows.jsonl"
+    pairs.write_text("prompt,chosen,rejected\nHi,Hello!,Go.\nHo,Hello!,\nHe,Hello!\n,,\nHm,No,Yes\n")
+    chats.write_text("{oops\n" + json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"label": 7}) + "\n")
+    words = ["--model", tiny_gpt2, "--eval_strategy", "no", "--max_length", "64", "--bf16", "false", "--max_steps", "1"]
+    config = tmp_path / "run.yaml"
+    parts = [{"path": str(path)} for path in (pairs, ragged, chats)]
+    config.write_text(yaml.safe_dump({"datasets": parts, "streaming": streaming}))
+    own = ["--dataset", str(pairs), *(["--dataset_streaming", "true"] if streaming else [])]
+    for command, wrong in (
+        (own, [(pairs, 4)]),
+        (["--config", str(config)], [(pairs, 4), (ragged, 3), (ragged, 4), (ragged, 5), (chats, 1), (chats, 3)]),
+    ):
+        assert check.main([*command, *words]) == 1
+        said = capsys.readouterr().err
+        for file, line in wrong:
+            assert re.search(rf"{re.escape(str(file))}, line {line}\b", said), (file, line, said)
+        assert check.main([*command, *words, "--invalid_rows", "drop"]) == 0
+        capsys.readouterr()
 
 
 @pytest.mark.parametrize("parser", [evaluate_parser, score_parser])

@@ -195,7 +195,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'thumbs' on the Hub")
 
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", unreachable)
+    monkeypatch.setattr("trl_ulma.data.hub.load_dataset_builder", unreachable)
     with pytest.raises(
         FileNotFoundError, match=r"no file or folder thumbs .*thumbs\.jsonl.*from the Hub either: Couldn't"
     ):
@@ -230,8 +230,8 @@ def hub(tmp_path, monkeypatch):
                 shutil.copy(file, local / path)
         return str(local)
 
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", builder)
-    monkeypatch.setattr("trl_ulma.data.files.snapshot_download", download)
+    monkeypatch.setattr("trl_ulma.data.hub.load_dataset_builder", builder)
+    monkeypatch.setattr("trl_ulma.data.hub.snapshot_download", download)
     return SimpleNamespace(remote=remote, local=local, patterns=patterns)
 
 
@@ -292,10 +292,67 @@ def test_a_dataset_on_the_hub_without_a_readme_is_whole(hub):
     assert {split: len(rows) for split, rows in load_rows("org/name").items()} == {"train": 2, "test": 5}
 
 
+MIXED_CARD = """---
+configs:
+- config_name: thumbs
+  data_files:
+  - {split: train, path: [train.csv, more.jsonl]}
+  - {split: test, path: test.jsonl}
+- config_name: stars
+  data_files: stars.tsv
+---
+"""
+
+
+@pytest.mark.parametrize("where", ["hub", "folder"])
+def test_a_readme_can_name_files_of_several_kinds(hub, where):
+    write(hub.remote / "train.csv", "prompt,completion,label\na,b,1\n")
+    write(hub.remote / "more.jsonl", '{"prompt": "b", "completion": "c", "label": 0.5}\n')
+    write(hub.remote / "test.jsonl", '{"prompt": "c", "completion": "d", "label": 0.25}\n')
+    write(hub.remote / "stars.tsv", "prompt\tcompletion\tlabel\na\tb\t4\n")
+    write(hub.remote / "README.md", MIXED_CARD)
+    name = "org/name" if where == "hub" else hub.remote
+    found = load_rows(name, config="thumbs")
+    assert {split: rows["label"][:] for split, rows in found.items()} == {"train": [1, 0.5], "test": [0.25]}
+    assert load_rows(name, config="stars")["train"]["label"][:] == [4]
+    for config in (None, "votes"):
+        with pytest.raises(ValueError, match=r"thumbs.*stars"):
+            load_rows(name, config=config)
+    # A README that declares no files changes nothing
+    write(hub.remote / "README.md", "# Ratings\n")
+    assert sorted(load_rows(name)) == ["test", "train"]
+    with pytest.raises(ValueError, match="has no configurations"):
+        load_rows(name, config="thumbs")
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("  sep: ';'", r"README\.md sets sep for files of several kinds"),
+        ("  data_dir: ../other", r"README\.md names .*other.*, which is not in"),
+        ("  default: [", r"README\.md cannot be read: while parsing"),
+    ],
+)
+def test_a_readme_of_files_of_several_kinds_that_is_refused(tmp_path, card, message):
+    folder = tmp_path / "rows"
+    for place in (folder, tmp_path / "other"):
+        place.mkdir()
+        write(place / "train.csv", "prompt,completion,label\na,b,1\n")
+        write(place / "test.jsonl", '{"prompt": "c", "completion": "d", "label": 0.25}\n')
+    files = (
+        ""
+        if "data_dir" in card
+        else "  data_files: [{split: train, path: train.csv}, {split: test, path: test.jsonl}]\n"
+    )
+    write(folder / "README.md", f"---\nconfigs:\n- config_name: default\n{files}{card}\n---\n")
+    with pytest.raises(ValueError, match=message):
+        load_rows(folder)
+
+
 def test_what_datasets_reads_from_the_hub_is_said(hub, monkeypatch, caplog):
     write(hub.remote / "a.csv", "prompt~label\na~1\n")
     write(hub.remote / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  sep: '~'\n---\n")
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset", lambda path, **kwargs: load_dataset(str(hub.remote)))
+    monkeypatch.setattr("trl_ulma.data.hub.load_dataset", lambda path, **kwargs: load_dataset(str(hub.remote)))
     assert load_rows("org/name")["train"][0] == {"prompt": "a", "label": 1}
     assert "org/name: the files are read by the library datasets" in caplog.text
     caplog.clear()
@@ -312,7 +369,7 @@ def test_parquet_on_the_hub_is_read_by_datasets(hub, monkeypatch, caplog):
         seen.update(kwargs, path=path)
         return load_dataset(str(hub.remote), **kwargs)
 
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset", load)
+    monkeypatch.setattr("trl_ulma.data.hub.load_dataset", load)
     assert list(load_rows("org/name", streaming=True)["train"]) == ROWS
     assert seen == {"path": "org/name", "name": None, "streaming": True}
     assert not caplog.records
@@ -323,7 +380,7 @@ def test_a_loading_script_is_refused_in_a_line(monkeypatch):
     def refused(path, **kwargs):
         raise RuntimeError("Dataset scripts are no longer supported, but found name.py")
 
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", refused)
+    monkeypatch.setattr("trl_ulma.data.hub.load_dataset_builder", refused)
     with pytest.raises(ValueError, match=r"^The dataset org/name cannot be read: Dataset scripts are no longer"):
         load_rows("org/name")
 
@@ -339,7 +396,7 @@ def test_a_dataset_in_the_cache_of_the_hub_is_read_offline(tmp_path, monkeypatch
             raise ConnectionError("Couldn't reach 'org/name' on the Hub (OfflineModeIsEnabled)")
         return load_builder(path, **kwargs)
 
-    monkeypatch.setattr("trl_ulma.data.files.load_dataset_builder", builder)
+    monkeypatch.setattr("trl_ulma.data.hub.load_dataset_builder", builder)
     with pytest.raises(FileNotFoundError, match=r"from the Hub either: Couldn't reach 'org/name'"):
         load_rows("org/name")
     repository = tmp_path / "hub" / "datasets--org--name"

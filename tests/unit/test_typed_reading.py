@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import random
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -17,7 +18,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from trl_ulma.data.columns import Names, number
-from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
+from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_prompt
 from trl_ulma.data.origins import StreamOrigins, joined_origins, origin, places_of
 
 
@@ -231,10 +232,10 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
     [
         (RAGGED.format("How?,In water, eight minutes.,1"), r"has 4 fields in line 3, but 3 columns .* double quotes"),
         (RAGGED.format("How?,1"), r"has 2 fields in line 3, but 3 columns"),
-        (RAGGED.format('"two\nlines","more\n\n",1\nHow?'), r"has 1 fields in line 7"),
+        (RAGGED.format('"two\nlines","more\n\n",1\nHow?'), r"has 1 field in line 7"),
         (
             RAGGED.format('How?,1\n"a\nb",\nOk,Ok,1\n\nHow?,a,b,c,1'),
-            r"has 2 fields in line 3, .* wrong number of fields, too: 4 \(2\), 8 \(5\)\. Write a comma",
+            r"has 2 fields in line 3, .* cannot be read either: 4 \(2 fields\), 8 \(5 fields\)\. .*--invalid_rows drop",
         ),
         (RAGGED.format('How?,"He said ""so"",1'), r"is invalid CSV in line 3: unexpected end of data\. Put each field"),
         (RAGGED.format('How?,"He said \\"so\\"",1'), r"is invalid CSV in line 3: ',' expected after '\"'"),
@@ -253,6 +254,57 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
 def test_csv_that_is_refused(tmp_path, text, message, streaming):
     with pytest.raises(ValueError, match=rf"rows\.csv {message}"):
         read(write(tmp_path / "rows.csv", text), streaming=streaming)
+
+
+BROKEN = {
+    "rows.csv": "prompt,completion,label\nToo,many,fields,1\nWhy?,Because.,1\nHow?,1\nWho?,Me.,0\n",
+    "rows.jsonl": "\n".join(
+        [
+            '{"prompt": "Too", "prompt": "many", "label": 1}',
+            '{"prompt": "Why?", "completion": "Because.", "label": 1}',
+            '["How?", 1]',
+            '{"prompt": "Who?", "completion": "Me.", "label": 0}',
+            '{"prompt": "Cut',
+        ]
+    ),
+}
+WHOLE = [{"prompt": "Why?", "completion": "Because.", "label": 1}, {"prompt": "Who?", "completion": "Me.", "label": 0}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_lines_that_cannot_be_read(tmp_path, name, streaming, caplog):
+    file, other = write(tmp_path / name, BROKEN[name]), write(tmp_path / f"more-{name}", BROKEN[name])
+    own = [line - (name == "rows.jsonl") for line in (2, 4)] + [5] * (name == "rows.jsonl")
+    with pytest.raises(ValueError, match=f"in line {own[0]}[ ,.].* cannot be read either: {own[1]}") as caught:
+        read(file, streaming=streaming)
+    assert str(caught.value).startswith(f"{file} ")
+    # All files are read
+    with pytest.raises(ValueError, match=rf"cannot be read either: {own[1]} .*, line {own[0]} of .*, line {own[1]} of"):
+        load_files([file, other], streaming=streaming)
+    dropped = read(file, streaming=streaming, invalid_rows="drop")
+    assert [{column: row[column] for column in WHOLE[0]} for row in dropped] == WHOLE
+    for line in own:
+        assert re.search(rf"\b{line}\b", caplog.text), line
+    marked = list(read(file, streaming=streaming, invalid_rows="mark"))
+    faults = [row.get("unread_line") for row in marked]
+    assert [fault is not None for fault in faults] == [True, False, True, False] + [True] * (name == "rows.jsonl")
+    assert f"in line {own[1]}" in faults[2]
+    assert [{column: row[column] for column in WHOLE[0]} for row in (marked[1], marked[3])] == WHOLE
+    assert all(marked[2][column] is None for column in WHOLE[0])
+    if not streaming:
+        assert origin(read(file, invalid_rows="mark"), 2) == f"{file}, line {own[1]}"
+        assert origin(dropped, 1) == f"{file}, line {own[1] + 1}"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_without_a_line_that_can_be_read(tmp_path, name):
+    bad = {"rows.csv": "prompt,label\na\nb\n", "rows.jsonl": "oops\n[1]\n"}[name]
+    for invalid_rows in ("error", "drop", "mark"):
+        with pytest.raises(ValueError, match=r"in line \d.* cannot be read either"):
+            read(write(tmp_path / name, bad), invalid_rows=invalid_rows)
+    with pytest.raises(ValueError, match="invalid_rows must be one of"):
+        read(write(tmp_path / name, BROKEN[name]), invalid_rows="skip")
 
 
 def test_lines_that_end_as_they_did_on_old_computers(tmp_path):

@@ -3,6 +3,8 @@
 import ast
 import difflib
 import json
+import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +12,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import is_messages
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
 NUMBERS = ("label", "weight", "log_z", "trials")
 BOOLS = ("sft_mask", "eos")
-OTHERS = (*BOOLS, "label_type", "tools", "chat_template_kwargs", "image", "images")
+OTHERS = (*BOOLS, "label_type", "tools", "chat_template_kwargs", "image", "images", UNREAD)
 READ = (*TEXTS, *NUMBERS, *OTHERS)
 # Columns that can be JSON text in a CSV file
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
@@ -26,6 +29,8 @@ _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _WORDS = {"true": True, "false": False}
 
 Notice = Callable[[str], None]
+
+logger = logging.getLogger(__name__)
 
 
 def number(text: str) -> bool | int | float | None:
@@ -208,6 +213,43 @@ def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -
         f"label_map does not contain the labels {found}{more} of {where}, only {', '.join(label_map)}. Add the missing "
         "labels."
     )
+
+
+def read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Notice, *, is_cell: bool) -> dict[str, Any]:
+    """A row of a file with the names, labels and values that trainers read.
+
+    Args:
+        row: the row.
+        names: the names of columns and labels in the file.
+        unknown: counts the labels that `names` lacks.
+        notice: called with a message for each value that was converted, and for columns that are ignored.
+        is_cell: whether values are CSV fields.
+
+    Example:
+        >>> read_row({"prompt": "Hi", "stars": "4"}, Names({"label": "stars"}), Counter(), print, is_cell=True)
+        {'label': 4, 'prompt': 'Hi'}
+    """
+    for ours, theirs in names.columns.items():
+        if ours in row and ours not in names.columns.values():
+            notice(f"{ours}: the column of this name is ignored, because {theirs} is read as {ours}")
+    row = names.row(row)
+    if "label" in row:
+        row["label"] = names.label(row["label"], unknown)
+    return {
+        name: read_value(name, value, notice, is_cell=is_cell) if name in _ODD else value for name, value in row.items()
+    }
+
+
+# The columns whose values can need a conversion
+_ODD = frozenset((*READ, *CONVERSATIONS))
+
+
+def say(found: Mapping[str, int], where: str) -> None:
+    """Log findings about the values of a dataset and their numbers, on the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for what, count in found.items():
+        logger.warning(f"{where}: {what}{f' ({count:,} values)' if count > 1 else ''}.")
 
 
 # Common other names of columns, the most likely first

@@ -11,6 +11,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from trl_ulma.data.adapters import FAMILIES, Adapter, LeftOut, Noted, find, is_number
 from trl_ulma.data.columns import proposed
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
+from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import is_empty
 
 _TURN = {"role": Value("string"), "content": Value("string")}
@@ -101,7 +102,10 @@ def convert(
     def counted() -> Iterator[Mapping[str, Any]]:
         for raw in chain([first], stream):
             account.rows_in += 1
-            yield raw
+            if raw.get(UNREAD) is not None:
+                account.add(account.left_out, "its line cannot be read")
+            else:
+                yield {name: value for name, value in raw.items() if name != UNREAD}
 
     parts: list[Dataset] = []
     chunk: list[dict[str, Any]] = []

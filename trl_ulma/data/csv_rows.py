@@ -3,23 +3,24 @@
 import csv
 import re
 import string
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 
 from trl_ulma.data.encodings import encoding_of, opened_text
+from trl_ulma.data.unread import Unread
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # By default, csv rejects fields of more than 131,072 characters, but long answers can have more
 _LONGEST_FIELD = 2**31 - 1
-# The number of lines with a wrong number of fields that an error lists besides the first one
-_LISTED = 20
 
 
 def csv_rows(
     path: Path, known: Collection[str] = (), notice: Callable[[str], None] | None = None
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Iterator[tuple[int, dict[str, str] | Unread]]:
     r"""Yield (line that the row begins in, column → text of the field), according to RFC 4180.
+
+    If a row has more or fewer fields than the first line, the error is yielded instead.
 
     The encoding and the delimiter are detected. If they are not UTF-8 and a comma, `notice` is called.
 
@@ -29,8 +30,8 @@ def csv_rows(
         notice: called with each finding.
 
     Raises:
-        ValueError: if rows have more or fewer fields than the first line (the message lists their lines), if a quote is
-            not closed, or if a column name appears twice. The message begins with a verb and names the line.
+        ValueError: if a quote is not closed, or if a column name appears twice. The message begins with a verb and
+            names the line.
 
     Example:
         >>> import tempfile
@@ -72,14 +73,10 @@ def csv_rows(
                         if delimiter != ("\t" if ".tsv" in path.name.lower() else ","):
                             notice(f"the fields are separated by {DELIMITERS[delimiter]}")
                     continue
-                if len(fields) != len(names):
-                    others = []
-                    for fields_of_other in reader:
-                        start_of_other, line = line, reader.line_num + 1
-                        if fields_of_other and len(fields_of_other) != len(names):
-                            others.append((start_of_other, len(fields_of_other)))
-                    raise ValueError(_ragged(start, fields, names, delimiter, others))
-                yield start, dict(zip(names, fields, strict=True))
+                if len(fields) == len(names):
+                    yield start, dict(zip(names, fields, strict=True))
+                else:
+                    yield start, _ragged(start, fields, names, delimiter)
     except csv.Error as error:
         raise ValueError(
             f"is invalid CSV in line {line}: {error}. Put each field that contains {_shown(delimiter)}, a quote or a "
@@ -132,22 +129,18 @@ def _name(field: str) -> str:
     return field.strip(f"{string.whitespace}\N{NO-BREAK SPACE}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}")
 
 
-def _ragged(
-    line: int, fields: list[str], names: list[str], delimiter: str, others: Sequence[tuple[int, int]] = ()
-) -> str:
-    """The error of the first line with a wrong number of fields; `others` are (line, number of fields) after it."""
+def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> Unread:
+    """The error of a line with a wrong number of fields."""
     remedy = (
         f"Put each field that contains {_shown(delimiter)} in double quotes, without a space before them"
         if len(fields) > len(names)
         else f"Write {_shown(delimiter)} also for empty fields, and put fields with line breaks in double quotes"
     )
-    shown = ", ".join(f"{line} ({count})" for line, count in others[:_LISTED])
-    more = f" and {len(others) - _LISTED:,} more" if len(others) > _LISTED else ""
-    also = f" These lines have a wrong number of fields, too: {shown}{more}." if others else ""
-    return (
-        f"has {len(fields)} fields in line {line}, but {len(names)} columns ({', '.join(names)}). The fields of the "
-        f"line are {' | '.join(field if len(field) <= 30 else field[:30] + '…' for field in fields[:6])}.{also} "
-        f"{remedy}."
+    count = f"{len(fields)} field{'s' * (len(fields) > 1)}"
+    return Unread(
+        f"has {count} in line {line}, but {len(names)} columns ({', '.join(names)}). The fields of the line are "
+        f"{' | '.join(field if len(field) <= 30 else field[:30] + '…' for field in fields[:6])}. {remedy}.",
+        count,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from trl_ulma.data.encodings import encoding_of, opened_text
+from trl_ulma.data.unread import Unread
 
 _CHUNK = 1 << 20
 _BLANK = " \t\r\n"
@@ -15,8 +16,10 @@ class _Fault(ValueError):
     """An error in a value, without its position."""
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
     r"""Yield (line that the row begins in, row). Only one row at a time is in memory.
+
+    If each row is a line, the error of a line that cannot be read is yielded instead of its row.
 
     Raises:
         ValueError: if the file is not JSON, if a row is not an object, or if an object has a key twice. The message
@@ -47,19 +50,23 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError("contains lists or objects that are nested too deeply. Check its rows.") from error
 
 
-def _lines(text: TextIO, line: str, number: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(text: TextIO, line: str, number: int) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
     while line:
         if line.strip():
-            try:
-                row = _DECODER.decode(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(_broken(number, error.colno, error.msg)) from error
-            except _Fault as error:
-                raise ValueError(f"{error} in line {number}.") from error
-            except ValueError as error:  # a number with thousands of digits
-                raise ValueError(f"is invalid JSON in line {number}: {error}. Correct or remove this row.") from error
-            yield number, _checked(row, line, number)
+            yield number, _row(line, number)
         number, line = number + 1, text.readline()
+
+
+def _row(line: str, number: int) -> dict[str, Any] | Unread:
+    try:
+        row = _DECODER.decode(line)
+    except json.JSONDecodeError as error:
+        return Unread(_broken(number, error.colno, error.msg), "invalid JSON")
+    except _Fault as error:
+        return Unread(f"{error} in line {number}.", "a key twice")
+    except ValueError as error:  # a number with thousands of digits
+        return Unread(f"is invalid JSON in line {number}: {error}. Correct or remove this row.", "invalid JSON")
+    return row if isinstance(row, dict) else Unread(_no_object(line.strip()[:40], number), "no object")
 
 
 class _Text:
@@ -158,12 +165,6 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise _Fault(f"has an object with the key {next(name for name in names if names.count(name) > 1)!r} twice")
     return found
-
-
-def _checked(row: Any, line: str, number: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(_no_object(line.strip()[:40], number))
-    return row
 
 
 def _no_object(shown: str, line: int) -> str:

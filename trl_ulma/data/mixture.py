@@ -18,15 +18,28 @@ from datasets import (
 
 from trl_ulma.data.columns import READ, TEXTS
 from trl_ulma.data.conversations import as_chat, is_transcript
-from trl_ulma.data.files import SOME_TABLES, TABLES, check_splits, load_files, load_hub, load_rows, marked
-from trl_ulma.data.origins import Origins, joined_origins, note_places, origin, places_of
+from trl_ulma.data.files import check_splits, load_files, load_hub, load_rows
+from trl_ulma.data.origins import Origins, Places, joined_origins, note_places, origin, places_of
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.data.read_files import SOME_TABLES, TABLES, marked
 from trl_ulma.data.tables import as_dataset
+from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import LabelRules
 
 # Builders of `datasets`. TRL's mixtures use their names to declare the kind of files.
 _BUILDERS = ("json", "csv", "parquet")
-_OF_PAIRS = ("prompt", "chosen", "rejected", "sft_mask", "log_z", "weight", "eos", "tools", "chat_template_kwargs")
+_OF_PAIRS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "sft_mask",
+    "log_z",
+    "weight",
+    "eos",
+    "tools",
+    "chat_template_kwargs",
+    UNREAD,
+)
 
 # `concatenate_datasets` and `DatasetDict` accept datasets and streams, but their annotations only allow one of them
 Rows = Any
@@ -92,6 +105,7 @@ def load_mixture(
 def _load(part: Any, streaming: bool) -> Rows:
     names: dict[str, Any] = {"label_map": getattr(part, "label_map", None)}
     names["columns"] = None if isinstance(part.columns, list) else part.columns
+    names["invalid_rows"] = "mark"
     folder = Path(part.path).expanduser()
     if part.data_files is None and part.data_dir is None:
         return _split(load_rows(part.path, config=part.name, streaming=streaming, **names), part.split)
@@ -273,7 +287,17 @@ def _single(name: str, rows: Any) -> Any:
     if isinstance(made, Dataset):
         whole, pair = joined_origins([(name, rows)]), np.asarray(made["pair"][:], dtype=int)
         Origins(whole.names, whole.units, whole.source[pair], whole.line[pair]).save(made)
-    return made.remove_columns("pair")
+    single = made.remove_columns("pair")
+    places = None if isinstance(rows, Dataset) else places_of(rows)
+    if places is not None:
+        note_places(single, partial(_places_of_halves, rows, places))
+    return single
+
+
+def _places_of_halves(pairs: Rows, places: Places) -> Iterator[str | None]:
+    for pair, place in zip(pairs, places(), strict=False):
+        halves = pairs_to_rows({name: [value] for name, value in pair.items()})
+        yield from (place for why in halves["left_out"] if why is None)
 
 
 class _Part:
@@ -286,6 +310,8 @@ class _Part:
         self.is_made_chat = is_made_chat
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if row.get(UNREAD) is not None:
+            return dict.fromkeys(self.columns) | {UNREAD: row[UNREAD]}
         made = {column: row.get(column) if column in self.own else self._filled(column, row) for column in self.columns}
         for answer in ("completion", "chosen", "rejected") if self.is_made_chat else ():
             if answer in self.own:

@@ -12,6 +12,7 @@ from trl_ulma.data.conversations import (
     split_transcript,
 )
 from trl_ulma.data.hh import SAME
+from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
 
@@ -64,16 +65,16 @@ def split_answer(answer: Any, other: Any) -> tuple[Any, Any]:
 def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
     r"""The pointwise rows of a batch of pairs: chosen (label 1), rejected (label 0), chosen, …
 
-    Both halves keep the columns `sft_mask` (which applies to the chosen half), `log_z`, `weight`, `eos`, `tools` and
-    `chat_template_kwargs`. All other columns are dropped. `pair` is the index of the pair in the batch. `left_out` is
-    the reason why a half is not valid for training, or None.
+    Both halves keep the columns `sft_mask` (which applies to the chosen half), `log_z`, `weight`, `eos`, `tools`,
+    `chat_template_kwargs` and `unread_line`. All other columns are dropped. `pair` is the index of the pair in the
+    batch. `left_out` is the reason why a half is not valid for training, or None.
 
     Example:
         >>> rows = pairs_to_rows({"prompt": ["Hi"], "chosen": [" Hello!"], "rejected": [""]})
         >>> rows["completion"], rows["label"], rows["left_out"]
         ([' Hello!', ''], [1.0, 0.0], [None, 'its answer is empty'])
     """
-    along = [name for name in ("sft_mask", "log_z", "weight", "eos", "tools", "chat_template_kwargs") if name in batch]
+    along = [name for name in _ALONG if name in batch]
     names = ("prompt", "completion", "label", "pair", "left_out", *along)
     rows: dict[str, list] = {name: [] for name in names}
     for pair, (chosen, rejected) in enumerate(zip(batch["chosen"], batch["rejected"], strict=True)):
@@ -98,6 +99,10 @@ def pairs_to_rows(batch: Mapping[str, Sequence[Any]]) -> dict[str, list]:
             for name, into in rows.items():
                 into.append(values[name])
     return rows
+
+
+# Columns that both halves of a pair keep
+_ALONG = ("sft_mask", "log_z", "weight", "eos", "tools", "chat_template_kwargs", UNREAD)
 
 
 def _is_answer(value: Any) -> bool:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from trl_ulma.data.origins import origin
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.data.unread import UNREAD
 from trl_ulma.evaluation.judges import Comparison
 from trl_ulma.evaluation.records import digest
 from trl_ulma.evaluation.turns import answer_text
@@ -24,6 +25,7 @@ from trl_ulma.labels import (
     list_invalid,
     read_labels,
     refuse_invalid,
+    unread,
 )
 from trl_ulma.rows.dataset_labels import check_pairs, own_labels, prompt_keys, transformed_labels
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
@@ -101,11 +103,15 @@ class HeldOut:
         own = own_labels(rows, name, rules, np.asarray(read["label"]))
         seen = repeat(None, len(rows)) if images is None else undecoded_column(rows, images)
         keys = columns["image_key"] = [0] * len(rows)
-        for row, (prompt, completion, shown) in enumerate(
-            zip(columns["prompt"], columns["completion"], seen, strict=True)
+        faults = rows[UNREAD][:] if UNREAD in rows.column_names else [None] * len(rows)
+        for row, (prompt, completion, shown, fault) in enumerate(
+            zip(columns["prompt"], columns["completion"], seen, faults, strict=True)
         ):
+            at = f"Row {row} of the {name} dataset"
+            if fault is not None:
+                invalid[row] = unread(fault, at)
+                continue
             try:
-                at = f"Row {row} of the {name} dataset"
                 check_texts(prompt, completion, at, takes_images=images is not None)
                 keys[row] = image_key(as_images(shown, at))
             except InvalidRow as error:

@@ -178,7 +178,11 @@ class _Run:
         """The held-out rows, and what they are a part of; `answers` says whether they are to be answered."""
         args = self.args
         splits: Any = load_rows(
-            args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map
+            args.dataset,
+            config=args.dataset_config,
+            columns=args.columns,
+            label_map=args.label_map,
+            invalid_rows="mark",
         )
         there = ", ".join(map(str, splits))
         split = args.split or "test"

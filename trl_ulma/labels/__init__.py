@@ -20,6 +20,7 @@ from trl_ulma.labels.rows import (
     shown,
     start_of,
     transform_labels,
+    unread,
 )
 from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transform
 
@@ -47,4 +48,5 @@ __all__ = [
     "shown",
     "start_of",
     "transform_labels",
+    "unread",
 ]

@@ -52,6 +52,20 @@ class InvalidRow(ValueError):
         return InvalidRow(self.message, self.kind, self.prompt, origin or "")
 
 
+def unread(fault: str, at: str) -> InvalidRow:
+    """Return the error of a row whose line could not be read.
+
+    Args:
+        fault: what is wrong with the line, beginning with a verb.
+        at: name of the row.
+
+    Example:
+        >>> str(unread("has 2 fields in line 5, but 3 columns.", "Row 3 of the train dataset"))
+        'Row 3 of the train dataset has 2 fields in line 5, but 3 columns.'
+    """
+    return InvalidRow(f"{at} {fault}", "a line that cannot be read")
+
+
 def start_of(prompt: Any) -> str:
     """Return the start of a prompt (text or messages) on one line, or "" for anything else.
 

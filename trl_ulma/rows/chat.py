@@ -6,7 +6,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from trl_ulma.data.conversations import is_transcript
-from trl_ulma.data.files import SOME_TABLES, TABLES
+from trl_ulma.data.read_files import SOME_TABLES, TABLES
 
 logger = logging.get_logger(__name__)
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from trl_ulma.data.conversations import as_chat
 from trl_ulma.data.origins import StreamOrigins, located, places_of
 from trl_ulma.data.pairs import pairs_to_rows
+from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     InvalidRow,
@@ -36,6 +37,7 @@ from trl_ulma.labels import (
     refuse_invalid,
     shown,
     transform_labels,
+    unread,
 )
 from trl_ulma.rows.chat import becomes_chat, check_chat, with_system_message
 from trl_ulma.rows.dataset_labels import check_pairs, check_stream, transformed_labels
@@ -464,6 +466,9 @@ class _Encode:
         invalid: dict[int, InvalidRow] = {}
 
         labels = self._labels(columns, indices, numbers, invalid)
+        for i, fault in enumerate(columns.get(UNREAD, ())):
+            if fault is not None:
+                left_out[i], invalid[i] = None, unread(fault, f"Row {numbers[i]} of the {self.name} dataset")
         values = None if self.images is None else undecoded(batch, self.images)
         images: list[list] = [[] for _ in rows]
         texts: dict[int, Rendered] = {}

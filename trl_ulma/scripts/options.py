@@ -12,7 +12,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
-from trl_ulma.data.files import missing
+from trl_ulma.data.file_rows import missing
 from trl_ulma.scripts.command_line import (
     SAME,
     OneNameFormatter,

@@ -100,6 +100,12 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="the split to read (default: train, or the only one)")
     parser.add_argument("--columns", help="your names of the columns: prompt=question,chosen=better")
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
+    parser.add_argument(
+        "--invalid_rows",
+        default="error",
+        choices=("error", "drop"),
+        help="list the lines that cannot be read and stop, or leave them out and count them (default: error)",
+    )
 
 
 def _test_size(text: str) -> float:
@@ -249,7 +255,7 @@ def _files(args: argparse.Namespace) -> dict[str, Path]:
     if args.report and args.report.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"--report {args.report} lies in the folder of --output, where it would be read as data.")
     if output.is_dir():
-        from trl_ulma.data.files import data_files
+        from trl_ulma.data.folders import data_files
 
         others = [str(file) for file in data_files(output) if file not in files.values()]
         if others:
@@ -283,7 +289,13 @@ def _read(args: argparse.Namespace) -> tuple[Any, str]:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        splits = load_rows(args.input, config=args.config, columns=args.columns, label_map=args.label_map)
+        splits = load_rows(
+            args.input,
+            config=args.config,
+            columns=args.columns,
+            label_map=args.label_map,
+            invalid_rows="mark" if args.invalid_rows == "drop" else "error",
+        )
     except DatasetGenerationError as problem:
         raise ValueError(f"{args.input} cannot be read: {problem.__cause__ or problem}") from problem
     there = [str(name) for name in splits]

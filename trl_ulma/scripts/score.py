@@ -85,7 +85,13 @@ def run(args: argparse.Namespace) -> str:
     from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.judge import Judge, without_label
 
-    splits: Any = load_rows(args.dataset, config=args.dataset_config, columns=args.columns, label_map=args.label_map)
+    splits: Any = load_rows(
+        args.dataset,
+        config=args.dataset_config,
+        columns=args.columns,
+        label_map=args.label_map,
+        invalid_rows="mark",
+    )
     if args.split not in splits:
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {args.split!r}, but {there}. Set --split to one of them.")

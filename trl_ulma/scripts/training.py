@@ -103,6 +103,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
             streaming=script_args.dataset_streaming,
             columns=script_args.columns,
             label_map=script_args.label_map,
+            invalid_rows="mark",
         )
         notes = []
         if isinstance(training_args, PointwiseDPOConfig):  # examples/paper trains on prompts, too

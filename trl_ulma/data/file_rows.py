@@ -1,0 +1,158 @@
+"""Reads the rows of CSV, JSON and Parquet files one by one, with the values that trainers read."""
+
+import difflib
+import os
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from gzip import BadGzipFile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_ulma.data.columns import READ, Names, read_row, unknown_labels
+from trl_ulma.data.csv_rows import csv_rows
+from trl_ulma.data.json_rows import json_rows
+from trl_ulma.data.unread import UNREAD, Unread, list_unread
+
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+KINDS |= {f"{suffix}.gz": kind for suffix, kind in KINDS.items()}
+KINDS[".parquet"] = "parquet"
+ACCEPTED = ".jsonl[.gz], .json[.gz], .csv[.gz], .tsv[.gz] or .parquet"
+# What is done with lines that cannot be read
+UNREAD_LINES = ("error", "drop", "mark")
+_BATCH = 1000
+
+
+def suffix_of(path: Path) -> str:
+    """The ending of a file's name, in lower case, with the ending before ".gz".
+
+    Example:
+        >>> suffix_of(Path("rows.JSONL.gz"))
+        '.jsonl.gz'
+    """
+    inner = Path(path.stem).suffix if path.suffix.lower() == ".gz" else ""
+    return (inner + path.suffix).lower()
+
+
+def unit_of(file: Path) -> str:
+    """What is counted in a file: "row" or "line"."""
+    return "row" if suffix_of(file) == ".parquet" else "line"
+
+
+def missing(path: Path) -> str:
+    """An error message for a `path` that does not exist, with the most similar names that exist."""
+    name, folder = path.name, path.parent
+    while not folder.is_dir():
+        name, folder = folder.name, folder.parent
+    there = sorted(entry.name for entry in folder.iterdir())
+    near = [entry for entry in there if entry.startswith(name)][:3] or difflib.get_close_matches(name, there)
+    hint = f" Did you mean {' or '.join(str(folder / entry) for entry in near)}?" if near else ""
+    return f"There is no file or folder {path} (looked in {folder.resolve()}).{hint}"
+
+
+class FileRows:
+    """Yields the rows of several files, as trainers read them. Each call reads the files again.
+
+    Args:
+        files: CSV, JSON or Parquet files.
+        names: the names of columns and labels in the files.
+        invalid_rows: "error" raises one error for all lines that cannot be read, after the last file. "drop" leaves
+            them out. "mark" yields them as rows that only have a value in the column `unread_line`: the error.
+
+    Attributes:
+        found: the conversions of values in the last call, and their numbers.
+        lines: the line of each row in the last call.
+        firsts: the number of the first row of each file in the last call.
+        unread: (file, line, fault) of the lines of the last call that cannot be read.
+
+    Raises:
+        ValueError: if a file or the label of a row cannot be read. The message names the file and the line.
+    """
+
+    def __init__(self, files: list[Path], names: Names, invalid_rows: str = "error"):
+        self.files, self.names, self.invalid_rows = files, names, invalid_rows
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        self.found: Counter[str] = Counter()
+        self.lines, self.firsts = array("q"), []
+        self.unread: list[tuple[str, int, Unread]] = []
+        unknown: Counter[str] = Counter()
+        for file in self.files:
+            self.firsts.append(len(self.lines))
+            is_cell = KINDS[suffix_of(file)] == "csv"
+            for line, row in self._rows(file):
+                self.lines.append(line)
+                yield read_row(row, self.names, unknown, self._notice, is_cell=is_cell)
+        self.check()
+        problem = unknown_labels(unknown, self.names.label_map, self.where)
+        if problem:
+            raise ValueError(problem)
+
+    def check(self) -> None:
+        """Raise ValueError if lines that were read so far cannot be read, unless they are left out or marked."""
+        if self.unread and self.invalid_rows == "error":
+            raise ValueError(
+                f'{list_unread(self.unread)} To leave such lines out, set invalid_rows="drop" (on the command line '
+                "--invalid_rows drop)."
+            )
+
+    @property
+    def where(self) -> str:
+        """The name of the files, for messages."""
+        return str(self.files[0]) if len(self.files) == 1 else str(Path(os.path.commonpath(self.files)))
+
+    def place(self, row: int) -> str:
+        """The file and line of a row that was already read."""
+        file = int(np.searchsorted(self.firsts, row, side="right")) - 1
+        return f"{self.files[file]}, {unit_of(self.files[file])} {self.lines[row]}"
+
+    def _rows(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(line, row). Marks have the columns of the first row, also those of lines before it."""
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty. It must contain at least one row.")
+        kind, columns, before = KINDS[suffix_of(file)], None, len(self.unread)
+        is_marking, early = self.invalid_rows == "mark", []
+        try:
+            if kind == "csv":
+                rows = csv_rows(file, (*READ, *self.names.columns.values()), self._notice)
+            else:
+                rows = json_rows(file) if kind == "json" else _parquet_rows(file)
+            for line, row in rows:
+                if isinstance(row, Unread):
+                    self.unread.append((str(file), line, row))
+                    if columns is None:
+                        early.append((line, row.message))
+                    elif is_marking:
+                        yield line, dict.fromkeys(columns) | {UNREAD: row.message}
+                    continue
+                if columns is None:
+                    columns = list(row)
+                    self.names.check(columns)
+                    for early_line, message in early if is_marking else ():
+                        yield early_line, dict.fromkeys(columns) | {UNREAD: message}
+                yield line, row
+        except (BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is a broken gzip file ({error}). Write or copy it again.") from error
+        except (ValueError, pa.ArrowException) as error:
+            raise ValueError(f"{file} {error}") from error
+        if columns is None and early:
+            raise ValueError(list_unread(self.unread[before:]))
+        if columns is None:
+            raise ValueError(f"{file} contains no rows. It must contain at least one row.")
+
+    def _notice(self, what: str) -> None:
+        self.found[what] += 1
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(_BATCH):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1

@@ -1,0 +1,95 @@
+"""Renames and converts the columns of datasets whose types are known: from the Hub, `save_to_disk` and Parquet."""
+
+from collections import Counter
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+
+from trl_ulma.data.columns import BOOLS, NUMBERS, Names, read_row, read_value, say, unknown_labels
+from trl_ulma.data.tables import joined, kind_of
+
+
+def renamed_splits(splits: Any, names: Names, where: str) -> DatasetDict | IterableDatasetDict:
+    """Splits with the columns that trainers read, see `renamed`."""
+    made: Any = {str(split): renamed(rows, names, where) for split, rows in splits.items()}
+    is_stream = any(isinstance(rows, IterableDataset) for rows in made.values())
+    return IterableDatasetDict(made) if is_stream else DatasetDict(made)
+
+
+class _Read:
+    """Converts a row of a stream to the form that trainers read."""
+
+    def __init__(self, names: Names, where: str):
+        self.names, self.where = names, where
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        unknown: Counter[str] = Counter()
+        row = read_row(row, self.names, unknown, lambda what: None, is_cell=False)
+        problem = unknown_labels(unknown, self.names.label_map, self.where)
+        if problem:
+            raise ValueError(problem)
+        return row
+
+
+def renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Dataset | IterableDataset:
+    """Rows with the column names that trainers read, and with numbers that are stored as text converted to numbers."""
+    if isinstance(rows, IterableDataset):
+        first = next(iter(rows.take(1)), {})
+        _check_names(names, list(first), where)
+        read = _Read(names, where)
+        known = rows.features or {}
+        odd = [name for name in (*NUMBERS, *BOOLS) if name in first and not _is_as_read(name, known.get(name))]
+        if not (names.columns or names.label_map or odd):
+            return rows
+        return rows.map(read, remove_columns=[name for name in names.columns.values() if name in first])
+    _check_names(names, rows.column_names, where)
+    found: Counter[str] = Counter()
+    if names.columns:
+        taken = {*names.columns, *names.columns.values()}
+        kept = [name for name in rows.column_names if name not in taken]
+        for ours, theirs in names.columns.items():
+            if ours in rows.column_names and ours not in names.columns.values():
+                found[f"{ours}: the column of this name is ignored, because {theirs} is read as {ours}"] = 1
+        rows = rows.select_columns([*names.columns.values(), *kept])
+        rows = rows.rename_columns({theirs: ours for ours, theirs in names.columns.items() if ours != theirs})
+    unknown: Counter[str] = Counter()
+    for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:
+        feature = rows.features[name]
+        is_mapped = name == "label" and bool(names.label_map)
+        if _is_as_read(name, feature) and not is_mapped:
+            continue
+        values = rows.with_format(None)[name][:]
+        if is_mapped:
+            if isinstance(feature, ClassLabel):
+                values = [None if value is None else feature.int2str(value) for value in values]
+            values = [names.label(value, unknown) for value in values]
+        noticed: Counter[str] = Counter()
+        values = [read_value(name, value, lambda what: noticed.update([what])) for value in values]  # noqa: B023
+        kind = "null"
+        for value in values:
+            kind = joined(kind, kind_of(value), is_number=True)
+        if kind not in ("bool", "int", "long", "float"):
+            continue  # trainers raise an error that names the row
+        found |= noticed
+        values = [None if value is None else {"bool": bool, "float": float}.get(kind, int)(value) for value in values]
+        dtype = {"bool": "bool", "float": "float64"}.get(kind, "int64")
+        rows = rows.remove_columns(name).add_column(name, values, feature=Value(dtype))
+    problem = unknown_labels(unknown, names.label_map, where)
+    if problem:
+        raise ValueError(problem)
+    say(found, where)
+    return rows
+
+
+def _check_names(names: Names, there: list[str], where: str) -> None:
+    try:
+        names.check(there)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+
+
+def _is_as_read(name: str, feature: Any) -> bool:
+    if isinstance(feature, ClassLabel):
+        return True
+    dtype = getattr(feature, "dtype", "")
+    return dtype.startswith("bool") or (name not in BOOLS and dtype.startswith(("int", "uint", "float")))

@@ -1,0 +1,131 @@
+"""Reads files as one split of a dataset, with types that fit all rows."""
+
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from trl_ulma.data.columns import Names, say
+from trl_ulma.data.file_rows import FileRows, suffix_of, unit_of
+from trl_ulma.data.known_types import renamed
+from trl_ulma.data.origins import Origins, note_places
+from trl_ulma.data.tables import as_dataset
+from trl_ulma.data.unread import list_unread
+
+# The `info.builder_name` of rows of CSV and TSV files (as in `datasets`), and of rows of which some are
+TABLES, SOME_TABLES = "csv", "csv and others"
+# The number of rows of a stream that are read immediately to find errors
+_FIRST_ROWS = 1000
+# The errors that `datasets` and pyarrow raise for files that they cannot read
+UNREADABLE = (DatasetGenerationError, EOFError, OSError, StopIteration, TypeError, ValueError, zlib.error)
+
+logger = logging.getLogger(__name__)
+
+
+def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: str) -> Dataset | IterableDataset:
+    """The rows of files, one after the other. For the arguments, see `trl_ulma.data.files.load_rows`."""
+    if all(suffix_of(file) == ".parquet" for file in files):
+        rows = _read_parquet(files, streaming)
+        if rows is not None:
+            return renamed(rows, names, str(files[0]))
+    reader = FileRows(files, names, invalid_rows)
+    if streaming:
+        for _ in zip(range(_FIRST_ROWS), reader(), strict=False):
+            pass
+        reader.check()
+        say(reader.found, reader.where)
+        given = {"files": files, "names": names, "invalid_rows": invalid_rows}
+        stream = IterableDataset.from_generator(_stream, gen_kwargs=given)
+        note_places(stream, partial(_places, **given))
+        return _marked(stream, files)
+    about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = [version("trl-ulma"), about, [*names.columns.items()], [*names.label_map.items()], invalid_rows]
+    other: Counter[str] = Counter()
+    rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
+    say(reader.found | other, reader.where)
+    if reader.unread and invalid_rows == "drop":
+        logger.warning(f"Left out {len(reader.unread):,} of {len(rows) + len(reader.unread):,} rows, which cannot be "
+                       f"read. {list_unread(reader.unread)}")  # fmt: skip
+    lines = np.frombuffer(reader.lines, dtype=np.int64)
+    source = np.searchsorted(reader.firsts, np.arange(len(lines)), side="right") - 1
+    Origins([str(file) for file in files], [unit_of(file) for file in files], source, lines).save(rows)
+    return _marked(rows, files)
+
+
+def as_splits(splits: Any, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    """Splits as the class of `datasets` that holds them."""
+    return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+def _marked(rows: Any, files: list[Path]) -> Any:
+    return marked(rows, [suffix_of(file).removesuffix(".gz") in (".csv", ".tsv") for file in files])
+
+
+def marked(rows: Any, are_tables: Sequence[bool]) -> Any:
+    """Rows with a mark if all or some of their parts are CSV or TSV, which cannot contain messages.
+
+    See `trl_ulma.rows.chat`.
+    """
+    rows.info.builder_name = TABLES if all(are_tables) else SOME_TABLES if any(are_tables) else None
+    return rows
+
+
+def _stream(files: list[Path], names: Names, invalid_rows: str) -> Iterator[dict[str, Any]]:
+    reader, said = FileRows(files, names, invalid_rows), 0
+    for row in chain(reader(), [None]):
+        reader.check()
+        if invalid_rows == "drop":
+            for line in reader.unread[said:]:
+                logger.warning(f"Left out a row that cannot be read. {list_unread([line])}")
+            said = len(reader.unread)
+        if row is not None:
+            yield row
+
+
+def _places(files: list[Path], names: Names, invalid_rows: str) -> Iterator[str]:
+    reader = FileRows(files, names, invalid_rows)
+    for number, _ in enumerate(reader()):
+        yield reader.place(number)
+
+
+def _read_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDataset | None:
+    """The rows of Parquet files as `datasets` reads them. None if their types differ or are not supported."""
+    try:
+        schemas = []
+        for file in files:
+            try:
+                schemas.append(pq.read_schema(file))
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        if not all(schema.equals(schemas[0]) for schema in schemas):
+            return None
+        sizes = [pq.read_metadata(file).num_rows for file in files]
+        if not sum(sizes):
+            raise ValueError("it contains no rows, but must contain at least one")
+        try:
+            Features.from_arrow_schema(schemas[0])
+        except (KeyError, TypeError, ValueError, NotImplementedError):
+            return None
+        splits: Any = load_dataset("parquet", data_files=[str(file) for file in files], streaming=streaming)
+        if not streaming:
+            source = np.repeat(np.arange(len(files)), sizes)
+            numbers = np.concatenate([np.arange(size) for size in sizes])
+            Origins([str(file) for file in files], ["row"] * len(files), source, numbers).save(splits["train"])
+    except UNREADABLE as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(files[0].parent)):
+            raise
+        while error.__cause__ is not None:
+            error = error.__cause__
+        raise ValueError(f"{files[0]} cannot be read as parquet: {error}") from error
+    return splits["train"]

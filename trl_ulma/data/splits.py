@@ -1,0 +1,98 @@
+"""Splits a dataset by prompt."""
+
+import hashlib
+import json
+from collections import defaultdict
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from trl_ulma.data.pairs import pairs_to_rows
+
+
+def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> DatasetDict:
+    """Split a dataset into "train" and "test" without a prompt in both. About `test_size` of the rows are test rows.
+
+    The held-out prompts only depend on `seed` and the prompts themselves, so they are the same on every process and for
+    any order of the rows. Pairs without a prompt are split by the prompts that are extracted from them.
+
+    Args:
+        dataset: rows with `prompt` (text or messages), or pairs of `chosen` and `rejected`.
+        test_size: a fraction between 0 and 1, or a whole number of rows.
+        seed: the seed of the choice. Another seed holds out other prompts.
+
+    Raises:
+        ValueError: if there is no prompt column, if there are fewer than two prompts, or if `test_size` leaves one
+            split empty.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["a", "b", "a", "c"], "completion": ["1", "2", "3", "4"]})
+        >>> splits = split_by_prompt(rows, test_size=0.25, seed=0)
+        >>> len(splits["train"]), len(splits["test"])
+        (3, 1)
+    """
+    whole = test_size >= 1
+    if not (0 < test_size < 1 or (whole and test_size == int(test_size) and test_size < len(dataset))):
+        raise ValueError(
+            f"test_split_size is {test_size}; it must be a fraction between 0 and 1, or a whole number of rows below "
+            f"{len(dataset)}, the number of rows."
+        )
+    groups = _groups_by_prompt(dataset)
+    if len(groups) < 2:
+        raise ValueError(
+            f"A split by prompt needs two different prompts; the {len(dataset)} rows have {len(groups)}. Provide a "
+            "test split, or switch off the evaluation."
+        )
+
+    def rank(prompt: str) -> bytes:
+        return hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+
+    target = max(1, round(test_size if whole else test_size * len(dataset)))
+    test: list[int] = []
+    for prompt in sorted(groups, key=rank):
+        if len(test) + len(groups[prompt]) <= target:
+            test += groups[prompt]
+    if not test:
+        test = groups[min(groups, key=lambda prompt: (len(groups[prompt]), rank(prompt)))]
+    held_out = set(test)
+    train = [row for row in range(len(dataset)) if row not in held_out]
+    return DatasetDict({"train": dataset.select(train), "test": dataset.select(sorted(test))})
+
+
+def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
+    """The row numbers of each set of rows that share a prompt, by the first prompt of the set."""
+    keys = [[_key(prompt) for prompt in prompts] for prompts in _prompts(dataset)]
+    parent = {key: key for row in keys for key in row}
+
+    def root(key: str) -> str:
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    # The halves of a pair can have different prompts. Both must be in the same split. The smaller one names the set.
+    for first, *others in keys:
+        for other in others:
+            low, high = sorted((root(first), root(other)))
+            parent[high] = low
+    groups = defaultdict(list)
+    for number, row in enumerate(keys):
+        groups[root(row[0])].append(number)
+    return dict(groups)
+
+
+def _prompts(dataset: Dataset) -> list[list[Any]]:
+    names = dataset.column_names
+    if "prompt" in names:
+        return [[prompt] for prompt in dataset["prompt"]]
+    if {"chosen", "rejected"} <= set(names):
+        pairs = dataset.select_columns(["chosen", "rejected"])
+        prompts = [prompt for batch in pairs.iter(1000) for prompt in pairs_to_rows(dict(batch))["prompt"]]
+        return [prompts[first : first + 2] for first in range(0, len(prompts), 2)]
+    raise ValueError(
+        f"A split by prompt needs a column `prompt`, or `chosen` and `rejected`; found {', '.join(names)}."
+    )
+
+
+def _key(prompt: Any) -> str:
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
