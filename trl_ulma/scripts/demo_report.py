@@ -1,4 +1,4 @@
-"""What the demo shows: the progress bar, the figures of the held-out part with their intervals, the table, the plot."""
+"""The output of the demo: progress bar, figures of held-out answers with intervals, table and plot."""
 
 import platform
 from collections.abc import Callable, Iterable
@@ -21,23 +21,23 @@ from trl_ulma.metrics import auc
 
 RESAMPLES = 2000
 KINDS = ("demonstration", "liked", "4–5 stars", "1–2 stars", "disliked")
-# Okabe and Ito's blue and vermillion, which color-blind people tell apart too
+# Okabe and Ito's blue and vermillion, which color-blind people can tell apart
 GOOD, BAD, GRAY = "#0072B2", "#D55E00", "#767676"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out rows and their log-probabilities; every array is `(N,)`.
+    """The held-out rows and their log-probabilities. All arrays are `(N,)`.
 
     Attributes:
-        prompt: the prompt's number.
-        kind: the row's number in `KINDS`.
-        good: whether the answer is a demonstration, liked, or rated above the middle. Rows rated in the middle are
-            neither good nor bad and not among these.
-        tokens: the completion's number of tokens.
-        before: log π(y|x) before training, in nats, summed. The model is the reference then.
-        after: the same after training.
-        beta: of the implicit reward.
+        prompt: the number of the prompt.
+        kind: the number of the kind in `KINDS`.
+        good: whether the answer is a demonstration, liked, or rated above the middle. Rows that are rated in the middle
+            are left out.
+        tokens: the number of tokens of the completion.
+        before: log π(y|x) before training, in nats. The model is the reference then.
+        after: log π(y|x) after training, in nats.
+        beta: β of the implicit reward.
     """
 
     prompt: np.ndarray
@@ -124,11 +124,11 @@ def _perplexity(held: HeldOut, logps: np.ndarray, rows: np.ndarray) -> float:
 
 
 def figures(held: HeldOut, seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """key → "before", "after" and "change" → "value" and the 95 % interval's "low" and "high".
+    """key → "before", "after" and "change" → "value", and "low" and "high" of the 95% interval.
 
-    The intervals are percentiles over `RESAMPLES` bootstrap samples of whole prompts, since answers to one prompt are
-    not independent; "before" and "after" are of the same sample. An interval without width, as of an AUC of 1, says
-    that all samples agree, not that the figure is certain.
+    The intervals are percentiles over `RESAMPLES` bootstrap samples of whole prompts, because answers to one prompt are
+    not independent. "before" and "after" come from the same sample. If an interval has no width, such as for an AUC of
+    1, all samples agree, but the figure is still not certain.
     """
     rng = np.random.default_rng(seed)
     groups = [np.flatnonzero(held.prompt == prompt) for prompt in np.unique(held.prompt)]
@@ -150,7 +150,7 @@ def figures(held: HeldOut, seed: int) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that the numbers depend on."""
+    """The versions of Python and of the libraries that the numbers depend on."""
     names = ("trl-ulma", "trl", "transformers", "torch", "peft", "datasets", "accelerate")
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
@@ -183,7 +183,7 @@ class ProgressBar(TrainerCallback):
 
 
 def show(console: Console, facts: dict[str, Any], output_dir: Path) -> None:
-    """Print the table, the answers, and where the files are."""
+    """Print the table, the answers and the paths of the files."""
     held_out, model = facts["held_out"], output_dir / "model"
     console.print(
         f"\n[bold]{held_out['rows']} answers to {held_out['prompts']} prompts that were not trained on[/bold]"
@@ -200,9 +200,9 @@ def show(console: Console, facts: dict[str, Any], output_dir: Path) -> None:
     console.print(table)
     console.print()
     console.print(
-        escape("[95 % bootstrap interval, by prompt]. ")
-        + "Before training the model is its own reference: every implicit reward is 0, which ranks nothing; ties count "
-        "half. log π per token needs no reference, and ranks answers before training, too. The log-ratio is in nats.",
+        escape("[95% bootstrap interval, by prompt]. ")
+        + "Before training, the model is its own reference, so all implicit rewards are 0. Ties count half. log π per "
+        "token needs no reference, so it also ranks answers before training. The log-ratio is in nats.",
         style="dim",
     )
     for each in facts["answers"]:
@@ -220,13 +220,13 @@ def show(console: Console, facts: dict[str, Any], output_dir: Path) -> None:
 def _cell(found: dict[str, float], form: str, when: str) -> str:
     sign = "+" if when == "change" else ""
     value, low, high = (format(found[end], sign + form) for end in ("value", "low", "high"))
-    if when == "before" and found["low"] == found["high"]:  # so by definition, not by luck
+    if when == "before" and found["low"] == found["high"]:  # by definition
         return f"{value}\n"
     return f"{value}\n[dim]{escape(f'[{low}, {high}]')}[/dim]"
 
 
 def draw(history: list[dict[str, float]], held: HeldOut, path: Path) -> None:
-    """Save a figure: the losses over training, and the implicit rewards of the held-out answers by kind."""
+    """Save a figure with the losses, and with the implicit rewards of held-out answers by kind."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), dpi=160, layout="constrained")
@@ -265,7 +265,7 @@ def draw(history: list[dict[str, float]], held: HeldOut, path: Path) -> None:
 
 
 def _curve(axes: Any, history: Iterable[dict[str, float]], name: str, title: str, color: str, width: int = 9) -> None:
-    """One loss by step: the steps as dots, and their running mean."""
+    """Plot a loss per step as dots, and its running mean as a line."""
     steps, losses = zip(*((log["step"], log[name]) for log in history if name in log), strict=True)
     half = width // 2
     smooth = [np.mean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]

@@ -1,9 +1,9 @@
-"""Show what is installed, what it would run on, and which versions are known not to work together.
+"""Shows installed versions, devices, and known incompatibilities.
 
     trl-ulma env
     trl-ulma env --json
 
-The exit code is 1 if something does not work together. Paste the output into an issue.
+The exit code is 1 if there is an incompatibility. Paste the output into bug reports.
 """
 
 import argparse
@@ -21,23 +21,23 @@ from trl_ulma.scripts.command_line import CommandParser, add_verbose
 NAME = "trl-ulma"
 NEEDED = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "tokenizers", "huggingface_hub", "numpy")
 OPTIONAL = ("bitsandbytes", "deepspeed", "flash-attn", "liger-kernel", "openai", "matplotlib", "tensorboard", "trackio")
-# What people train with, and what they should know of this package beside it
+# Frameworks and platforms, and how to use this package with them
 FRAMEWORKS = {
-    "axolotl": "trains through its plugin trl_ulma.integrations.axolotl.PointwisePlugin, see the page on axolotl",
-    "ms_swift": "has no hook for our trainers in its YAML: train with trl-ulma or in Python in this environment",
-    "unsloth": "import unsloth before trl_ulma; its patched trainers are not tested here",
-    "vllm": "samples answers: trl-ulma evaluate --model served:MODEL --server_url http://localhost:8000/v1",
+    "axolotl": "use the plugin trl_ulma.integrations.axolotl.PointwisePlugin, see docs/frameworks.md",
+    "ms_swift": "its YAML does not support these trainers: train with trl-ulma or in Python in this environment",
+    "unsloth": "import unsloth before trl_ulma; its patched trainers have not been tested",
+    "vllm": "sample answers with trl-ulma evaluate --model served:MODEL --server_url http://localhost:8000/v1",
     "google-colab": "a T4 has no bfloat16: train with --bf16 False --fp16 True",
 }
-# Of these, an installation that does not fit torch or the driver is found only on import
+# Compiled packages. Only an import shows whether they fit torch and the driver.
 COMPILED = {"bitsandbytes": "bitsandbytes", "deepspeed": "deepspeed", "flash-attn": "flash_attn"}
 
 
 def make_parser(prog: str = "trl-ulma env") -> argparse.ArgumentParser:
-    """The command's options."""
+    """The parser of the command."""
     parser = CommandParser(
         prog=prog,
-        description="Show what is installed, what it would run on, and which versions do not work together.",
+        description="Show installed versions, devices, and known incompatibilities.",
     )
     add_verbose(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -45,7 +45,7 @@ def make_parser(prog: str = "trl-ulma env") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the environment; 1 where something in it does not work together."""
+    """Print the environment. Returns the exit code: 1 if there is an incompatibility."""
     args = make_parser().parse_args(argv)
     facts = gather()
     found = problems(facts)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def gather() -> dict[str, Any]:
-    """What is installed and what there is to run on: JSON-ready."""
+    """The installed versions and the devices, as values for JSON."""
     import psutil
     import torch
 
@@ -100,7 +100,7 @@ def _devices() -> list[dict[str, Any]]:
             {
                 "name": properties.name,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
-                # TRL's trainers compute in bf16 unless they are told otherwise, which older GPUs emulate slowly
+                # TRL's trainers use bf16 by default. Older GPUs emulate it, which is slow.
                 "has_bf16": torch.version.hip is not None or properties.major >= 8,
             }
         )
@@ -108,10 +108,10 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def problems(facts: Mapping[str, Any]) -> list[str]:
-    """What does not work together, each with what to do.
+    """Messages about incompatibilities, with what to do about each.
 
     Args:
-        facts: of `gather`.
+        facts: the result of `gather`.
 
     Example:
         >>> facts = {"packages": {"trl": "0.9"}, "requirements": ["trl<2,>=1.16"], "broken": {}, "devices": [],
@@ -125,7 +125,7 @@ def problems(facts: Mapping[str, Any]) -> list[str]:
     for requirement in map(Requirement, facts["requirements"]):
         there = packages.get(requirement.name)
         if there is not None and not requirement.specifier.contains(there, prereleases=True):
-            # The greatest clause first, as one writes it
+            # The lower bound first
             bounds = ",".join(sorted(map(str, requirement.specifier), reverse=True))
             wanted = f"{requirement.name}{bounds}"
             found.append(f'{requirement.name} {there} is installed, and {wanted} is needed: pip install "{wanted}"')
@@ -135,8 +135,8 @@ def problems(facts: Mapping[str, Any]) -> list[str]:
     ]
     if facts["has_nvidia_driver"] and not facts["devices"]:
         found.append(
-            f"There is an NVIDIA driver, and torch, built for {facts['torch_is_built_for']}, sees no GPU: install a "
-            "build of torch for this driver's CUDA (https://pytorch.org/get-started/locally)"
+            f"There is an NVIDIA driver, but torch is built for {facts['torch_is_built_for']} and sees no GPU: install "
+            "a build of torch for this driver's CUDA (https://pytorch.org/get-started/locally)"
         )
     found += [
         f"{device['name']} has no bfloat16, TRL's default: train with --bf16 False --fp16 True"
@@ -147,7 +147,7 @@ def problems(facts: Mapping[str, Any]) -> list[str]:
 
 
 def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
-    """The facts as lines to read and to paste."""
+    """The facts as text."""
     packages = facts["packages"]
     devices = ", ".join(_named(device) for device in facts["devices"]) or "none: training runs on the CPU"
     lines = [

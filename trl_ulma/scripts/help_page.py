@@ -1,6 +1,6 @@
-"""What `--help` of a training command prints: the options that matter, in groups, without importing any library.
+"""The text of `--help` for training commands: the most important options, in groups. Imports no library.
 
-The whole parser (`--help-all`) needs TRL, whose import takes many seconds. A test holds this page to that parser.
+The complete parser (`--help-all`) imports TRL, which takes many seconds. A test compares this page with that parser.
 """
 
 import textwrap
@@ -14,14 +14,14 @@ _NAME_WIDTH = 32
 
 @dataclass(frozen=True)
 class Option:
-    """An option as the page shows it.
+    """An option on the page.
 
     Attributes:
-        name: with its dashes.
-        value: what stands for its value, or "" for a switch.
-        text: what it is and does.
-        default: as the parser has it, or None if there is none to show.
-        methods: the commands that have it.
+        name: the name, with dashes.
+        value: the placeholder of the value, or "" for a switch.
+        text: the description.
+        default: the default of the parser, or None to show none.
+        methods: the commands that have the option.
     """
 
     name: str
@@ -40,7 +40,9 @@ GROUPS: dict[str, list[Option]] = {
         Option("--dataset_train_split", "SPLIT", "split to train on", "train"),
         Option("--dataset_test_split", "SPLIT", "split to evaluate on, see --eval_strategy", "test"),
         Option("--dataset_streaming", "", "read the rows as they are needed; requires --max_steps"),
-        Option("--columns", "NAMES", "your names of the columns: prompt=question,completion=answer,label=stars"),
+        Option(
+            "--columns", "NAMES", "names of the columns in your data: prompt=question,completion=answer,label=stars"
+        ),
         Option(
             "--invalid_rows", "{error,drop}", "list invalid rows and stop, or leave them out and count them", "error"
         ),
@@ -52,8 +54,13 @@ GROUPS: dict[str, list[Option]] = {
             "auto",
         ),
         Option("--system_message", "TEXT", "system message for conversations that have none"),
-        Option("--assistant_only_loss", "BOOL", "in completions of several turns, score the assistant's only", "True"),
-        Option("--max_length", "TOKENS", "longest sequence; longer rows are cut", "1024"),
+        Option(
+            "--assistant_only_loss",
+            "BOOL",
+            "if a completion has several turns, score only those of the assistant",
+            "True",
+        ),
+        Option("--max_length", "TOKENS", "maximum length of a row; longer rows are truncated", "1024"),
     ],
     "labels": [
         Option(
@@ -63,11 +70,13 @@ GROUPS: dict[str, list[Option]] = {
             "binary",
         ),
         Option("--label_map", "NUMBERS", "numbers for labels that are words: up=1,down=0"),
-        Option("--label_transform", "STEPS", "what is done to labels first, in steps divided by commas: {transforms}"),
+        Option(
+            "--label_transform", "STEPS", "how labels are transformed first, in steps separated by commas: {transforms}"
+        ),
         Option(
             "--sft_threshold",
             "LABEL",
-            "continuous labels of this and above, after the transform, are demonstrations",
+            "rows with a continuous label of at least this value, after the transform, are demonstrations",
             methods=_ULMA,
         ),
         Option("--desirable_weight", "W", "weight of rows with a label of 0.5 and above", "1.0"),
@@ -75,11 +84,11 @@ GROUPS: dict[str, list[Option]] = {
         Option("--label_report", "BOOL", "print a report on the labels before training", "True"),
     ],
     "method": [
-        Option("--beta", "B", "strength of the pull towards the reference", "0.1"),
+        Option("--beta", "B", "β: a larger value keeps the model closer to the reference", "0.1"),
         Option(
             "--log_z",
             "NATS|NAME",
-            "log-partition function: a number, or how it is estimated: column, prior, "
+            "log-partition function: a number, or an estimate: column, prior, "
             "running_mean, batch_kl, learned_constant, learned, group",
             "0.0",
         ),
@@ -90,18 +99,20 @@ GROUPS: dict[str, list[Option]] = {
             "loss of compared rows with binary labels: pointwise DPO's, UNA's or KTO's",
             "cross_entropy",
         ),
-        Option("--preset", "{qrpo,sppo,bco,una,kto}", "a published method by its name, which sets its options"),
-        Option("--length_normalize", "", "divide log-probabilities by the completion's number of tokens"),
+        Option("--preset", "{qrpo,sppo,bco,una,kto}", "set the options of a published method"),
+        Option("--length_normalize", "", "divide log-probabilities by the number of tokens of the completion"),
         Option("--sft_weight", "W", "weight of the SFT loss of demonstrations", "1.0", _ULMA),
         Option("--positive_loss", "{sft,pointwise_dpo,none}", "loss of demonstrations", "sft", _ULMA),
         Option("--negative_loss", "{pointwise_dpo,unlearning,none}", "loss of the other rows", "pointwise_dpo", _ULMA),
-        Option("--startup_checks", "BOOL", "check log-probabilities and reference on a few rows first", "True"),
+        Option(
+            "--startup_checks", "BOOL", "check log-probabilities and reference on a few rows before training", "True"
+        ),
     ],
     "model": [
-        Option("--model", "MODEL", "model to start from: a checkpoint's folder, or a name on the hub"),
-        Option("--model_revision", "REVISION", "branch, tag or commit on the hub", "main"),
+        Option("--model", "MODEL", "model to train: the folder of a checkpoint, or a name on the Hub"),
+        Option("--model_revision", "REVISION", "branch, tag or commit on the Hub", "main"),
         Option("--dtype", "{auto,bfloat16,float16,float32}", "number format of the weights", "float32"),
-        Option("--attn_implementation", "NAME", "attention, such as sdpa, eager or flash_attention_2"),
+        Option("--attn_implementation", "NAME", "attention implementation, such as sdpa, eager or flash_attention_2"),
         Option("--trust_remote_code", "", "run code that comes with the model"),
         Option("--use_peft", "", "train a LoRA adapter instead of all weights"),
         Option("--lora_r", "R", "rank of the adapter", "16"),
@@ -110,27 +121,29 @@ GROUPS: dict[str, list[Option]] = {
         Option("--load_in_4bit", "", "quantize the base model; requires --use_peft"),
     ],
     "training": [
-        Option("--output", "FOLDER", "where the model and its checkpoints are written"),
+        Option("--output", "FOLDER", "folder for the model and its checkpoints"),
         Option("--learning_rate", "LR", "highest learning rate", "1e-06"),
         Option("--num_train_epochs", "N", "passes over the rows", "3.0"),
-        Option("--max_steps", "N", "stop after this many steps, whatever the epochs"),
-        Option("--per_device_train_batch_size", "ROWS", "rows at once on one device", "8"),
+        Option("--max_steps", "N", "stop after this many steps, regardless of the epochs"),
+        Option("--per_device_train_batch_size", "ROWS", "rows per micro-batch on each device", "8"),
         Option("--gradient_accumulation_steps", "N", "micro-batches per step", "1"),
-        Option("--lr_scheduler_type", "NAME", "how the learning rate falls", "linear"),
+        Option("--lr_scheduler_type", "NAME", "learning rate schedule", "linear"),
         Option("--warmup_steps", "N", "steps over which the learning rate rises", "0"),
         Option("--gradient_checkpointing", "BOOL", "save memory by computing activations twice", "True"),
         Option("--padding_free", "", "pack a micro-batch into one sequence without padding"),
-        Option("--share_prompts", "", "compute a prompt once for its rows in a micro-batch"),
-        Option("--precompute_ref_log_probs", "", "ask the reference once, before training"),
-        Option("--bf16", "BOOL", "compute in bfloat16 (default: yes, if the device can)"),
+        Option("--share_prompts", "", "compute each prompt of a micro-batch once for all of its rows"),
+        Option(
+            "--precompute_ref_log_probs", "", "compute the log-probabilities of the reference once, before training"
+        ),
+        Option("--bf16", "BOOL", "compute in bfloat16 (default: yes, if the device supports it)"),
         Option("--seed", "N", "random seed", "42"),
         Option("--logging_steps", "N", "steps between log lines", "10"),
         Option("--report_to", "NAME", "tracker: tensorboard, trackio, wandb", "none"),
         Option("--save_strategy", "{no,steps,epoch,best}", "when checkpoints are saved", "steps"),
         Option("--save_steps", "N", "steps between checkpoints", "500"),
-        Option("--resume_from_checkpoint", "True|FOLDER", "go on from the last checkpoint, or from this one"),
-        Option("--push_to_hub", "", "upload the model; see --hub_model_id"),
-        Option("--hub_model_id", "NAME", "its name on the hub"),
+        Option("--resume_from_checkpoint", "True|FOLDER", "continue from the last checkpoint, or from this one"),
+        Option("--push_to_hub", "", "upload the model to the Hub, see --hub_model_id"),
+        Option("--hub_model_id", "NAME", "name of the model on the Hub"),
     ],
     "evaluation": [
         Option(
@@ -141,23 +154,27 @@ GROUPS: dict[str, list[Option]] = {
         ),
         Option("--eval_steps", "N", "steps between evaluations (default: --logging_steps)"),
         Option("--test_split_size", "SIZE", "rows to hold out: a fraction, or a number of rows (default: 0.1)"),
-        Option("--per_device_eval_batch_size", "ROWS", "rows at once on one device", "8"),
+        Option("--per_device_eval_batch_size", "ROWS", "rows per batch on each device", "8"),
         Option("--load_best_model_at_end", "", "keep the checkpoint with the best --metric_for_best_model"),
         Option("--metric_for_best_model", "NAME", "such as eval_rewards/spearman (default: eval_loss)"),
     ],
     "launch": [
-        Option("--config", "FILE", "read options from a YAML file; those of the command line come first"),
-        Option("--num_processes", "N", "processes, one per GPU; other options of accelerate launch are accepted, too"),
+        Option("--config", "FILE", "read options from a YAML file; options on the command line take precedence"),
+        Option(
+            "--num_processes",
+            "N",
+            "number of processes, one per GPU; other options of accelerate launch are accepted, too",
+        ),
         Option("--accelerate_config", "NAME", "single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3, or a file"),
-        Option("--verbose", "", "show the warnings of other libraries, and tracebacks of all errors"),
-        Option("--help-all", "", "show all options, those of TRL and transformers included"),
+        Option("--verbose", "", "show the warnings of other libraries, and the tracebacks of errors"),
+        Option("--help-all", "", "show all options, including those of TRL and transformers"),
     ],
 }
 
 TITLES = {
     "ulma": "Train with ULMA: imitate demonstrations, and learn from the ratings of all other answers.",
     "pointwise-dpo": "Train with pointwise DPO: learn from thumbs, votes and ratings, one answer at a time.",
-    "check": "A dry run: check the rows and the settings, and show what would be trained. Nothing is written.",
+    "check": "Dry run: check the rows and the settings, and show what would be trained. Nothing is written.",
 }
 NAMES = (
     "--model, --dataset and --output are also accepted as TRL's --model_name_or_path, --dataset_name and --output_dir. "
@@ -166,7 +183,7 @@ NAMES = (
 
 
 def usage(command: str) -> str:
-    """The command's usage, after its name.
+    """The usage of the command, without its name.
 
     Example:
         >>> usage("check")
@@ -179,8 +196,8 @@ def help_page(command: str, method: str | None = None) -> str:
     """The page of `trl-ulma ulma`, `trl-ulma pointwise-dpo` or `trl-ulma check`, as wide as the terminal.
 
     Args:
-        command: its name.
-        method: of check, the training command whose options are shown.
+        command: the name of the command.
+        method: for check, the training command whose options are shown.
     """
     width = terminal_width()
     method = command if command in ("ulma", "pointwise-dpo") else method or "ulma"

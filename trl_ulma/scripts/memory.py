@@ -1,13 +1,13 @@
-"""How much memory a training needs on one device, before a model is loaded."""
+"""Estimates the memory of a training on one device, before a model is loaded."""
 
 from typing import Any
 
 import torch
 
-# Of tensors that a layer of a decoder keeps for the backward, in hidden and in intermediate sizes a token: norms,
-# queries and values, attention's output, residuals; gate, up, their product, and its activation
+# The size of the tensors that a decoder layer keeps for the backward pass, per token: in hidden sizes (norms, queries,
+# values, output of the attention, residuals) and in intermediate sizes (gate, up, their product, its activation)
 _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 9, 4
-# bitsandbytes: 4 bits a weight and a float32 scale for each 64 of them, or 8 bits and a scale a row
+# Bytes per weight in bitsandbytes: 4 bits and a float32 scale per 64 weights, or 8 bits
 _QUANTIZED = {4: 0.5 + 4 / 64, 8: 1.0}
 
 
@@ -21,19 +21,19 @@ def estimate_memory(
     autocast: bool = False,
     bits: int | None = None,
 ) -> dict[str, int]:
-    """Bytes on one device, by what they are for; not counted are the device's context and fragmentation.
+    """The bytes on one device, by use. The context of the device and fragmentation are not included.
 
-    Weights, reference, gradients and the optimizer's state follow from the weights. Activations are counted for a
-    decoder with gated feed-forward layers and attention that keeps no scores (sdpa, flash), to about a factor of two.
+    The estimate of activations is for a decoder with gated feed-forward layers, and for attention that does not store
+    scores (sdpa, flash). It is accurate to about a factor of two.
 
     Args:
-        model: the policy, with its adapter; its weights may be on the meta device.
-        tokens: of the largest micro-batch, with padding.
-        optimizer: its name in `TrainingArguments`.
-        has_reference: whether a model of its own is the reference (an adapter's is its base model).
-        gradient_checkpointing: keep the layers' inputs only.
-        autocast: compute in bfloat16, whatever the weights are in.
-        bits: 4 or 8 where bitsandbytes loads the linear layers so.
+        model: the policy, with its adapter. Its weights may be on the meta device.
+        tokens: the number of tokens of the largest micro-batch, with padding.
+        optimizer: the name of the optimizer in `TrainingArguments`.
+        has_reference: whether the reference is a separate model. (The reference of an adapter is its base model.)
+        gradient_checkpointing: whether only the inputs of layers are kept.
+        autocast: whether the training computes in bfloat16 or float16.
+        bits: 4 or 8 if bitsandbytes quantizes the linear layers, else None.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, LlamaConfig

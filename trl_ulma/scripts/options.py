@@ -1,4 +1,4 @@
-"""The options of the training commands: exact ones only, and errors of one line."""
+"""The parser of the training commands."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ _SETTINGS = {short[2:]: others[0][2:] for short, others in SAME.items()}
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's options of the dataset, and what its columns and labels are called."""
+    """TRL's options of the dataset, and the names of its columns and labels."""
 
     columns: str | None = field(
         default=None,
@@ -49,7 +49,7 @@ class DataArguments(ScriptArguments):
 
 @dataclass
 class PartConfig(DatasetConfig):
-    """TRL's entry of a mixture; `columns` may also say what columns are called, and `label_map` what labels mean."""
+    """TRL's entry of a mixture, in which `columns` can also be a mapping of names, and with `label_map`."""
 
     columns: list[str] | dict[str, str] | str | None = None  # type: ignore[assignment]
     label_map: dict | str | None = None
@@ -69,21 +69,21 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-# These say what is launched, which is ours to say
+# Options of `accelerate launch` that the command sets itself
 _NOT_FOR_USERS = {"help", "module", "no_python"}
 
 
 class OptionParser(TrlParser):
-    """A `TrlParser` that takes exact options only, and prints an error as one line with exit code 2.
+    """A `TrlParser` without abbreviations. An error is one line, with exit code 2.
 
-    What it does not know itself, on the command line or in the YAML file, must be an option of `accelerate launch`.
-    `--help` shows the options that matter, `--help-all` all of them.
+    Options that it does not know, on the command line or in the YAML file, must be options of `accelerate launch`.
+    `--help` shows the most important options, and `--help-all` shows all.
 
     Args:
-        config_class: the trainer's config.
-        prog: what the command is called, such as "trl-ulma ulma".
-        description: the command in a sentence.
-        method: the training command whose options it has.
+        config_class: the config class of the trainer.
+        prog: the name of the command, such as "trl-ulma ulma".
+        description: a sentence about the command.
+        method: the training command that has these options.
     """
 
     def __init__(self, config_class: type, prog: str, description: str, method: str = "ulma"):
@@ -100,7 +100,7 @@ class OptionParser(TrlParser):
         )
         self.command, self.method = command, method
         hints = {name: hint for each in types for name, hint in get_type_hints(each).items()}
-        # A boolean has two actions, --flag and --no_flag: the first is the one that takes a value
+        # A bool has two actions, --flag and --no_flag. The first one takes a value.
         actions = {action.dest: action for action in reversed(self._actions)}
         self._own = {name: (actions[name], hint) for name, hint in hints.items() if name in actions}
         self._file = ""
@@ -110,11 +110,11 @@ class OptionParser(TrlParser):
         self.add_argument("--help-all", "--help_all", action=_HelpAll, help="show all options")
 
     def print_help(self, file: Any = None) -> None:
-        """Print the options that matter."""
+        """Print the most important options."""
         self._print_message(help_page(self.command, self.method) + "\n", file)
 
     def format_help(self) -> str:
-        """All options, in the groups of `--help`; those that it leaves out come last."""
+        """All options, in the groups of `--help`. The options that `--help` does not show come last."""
         groups = {title: self.add_argument_group(title) for title in GROUPS}
         rest = self.add_argument_group("other options of TRL and transformers")
         title_of = {option.name: title for title, options in GROUPS.items() for option in options}
@@ -136,7 +136,7 @@ class OptionParser(TrlParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def parse_for_launch(self, argv: list[str]) -> tuple[list[str], list[str]]:
-        """(options of `accelerate launch`, options of the script); exits where one of them is wrong."""
+        """Returns (options of `accelerate launch`, options of the script). Exits if an option is invalid."""
         argv = self._check_config_file(argv)
         _, from_file, left = self._parse(argv)
         script_options, unclaimed = [], list(left)
@@ -149,7 +149,7 @@ class OptionParser(TrlParser):
         return [token for tokens in chosen.values() for token in tokens], script_options
 
     def parse_settings(self, argv: list[str] | None = None) -> tuple[Any, ...]:
-        """(script_args, training_args, model_args, dataset_args) of a launched script; exits where one is wrong."""
+        """Returns (script_args, training_args, model_args, dataset_args). Exits if an option is invalid."""
         settings, _, left = self._parse(self._check_config_file(sys.argv[1:] if argv is None else argv))
         for option in self._launch_options(left).values():
             self.error(f"{option[0]} is an option of accelerate launch: give it before the script's name.")
@@ -165,7 +165,7 @@ class OptionParser(TrlParser):
         return tuple(settings), from_file, left
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; exits where an option is unknown or missing, before settings are made of them."""
+        """Parse the options. Exits if an option is unknown or missing, before the configs are created."""
         words = list(sys.argv[1:] if args is None else args)
         namespace, left = super().parse_known_args(words, namespace)
         self._launch_options(left)
@@ -180,7 +180,7 @@ class OptionParser(TrlParser):
         return namespace, left
 
     def _check_config_file(self, argv: list[str]) -> list[str]:
-        """`argv` with `--config=FILE` as two words, which is how TRL looks for it."""
+        """`argv` with `--config=FILE` as two words, as TRL expects."""
         argv = [word for token in argv for word in (token.split("=", 1) if token.startswith("--config=") else [token])]
         if "--config" in argv:
             place = argv.index("--config")
@@ -194,10 +194,10 @@ class OptionParser(TrlParser):
         return argv
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """The YAML file's values as defaults, each checked as if it stood on the command line.
+        """Use the values of the YAML file as defaults. They are checked like options on the command line.
 
         Returns:
-            The options of `accelerate launch` among them.
+            The options of `accelerate launch` in the file.
         """
         for short, long in _SETTINGS.items():
             if config.get(long, config.get(short)) != config.get(short, config.get(long)):
@@ -278,7 +278,7 @@ class OptionParser(TrlParser):
         }
 
     def _launch_options(self, tokens: list[str]) -> dict[str, list[str]]:
-        """The words of each option of `accelerate launch`, the last where one is given twice."""
+        """The words of each option of `accelerate launch`. If an option is repeated, the last one counts."""
         chosen = {}
         words = list(tokens)
         while words:
@@ -304,7 +304,7 @@ class OptionParser(TrlParser):
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is of a field's type."""
+    """Whether a value in YAML has the type of a field."""
     origin = get_origin(hint)
     if hint is Any:
         return True

@@ -1,4 +1,4 @@
-r"""Train with pointwise DPO: answers are learned from by their thumbs, votes or ratings, one at a time.
+r"""Trains with pointwise DPO: learns from thumbs, votes and ratings, one answer at a time.
 
     trl-ulma pointwise-dpo \
         --model Qwen/Qwen3-0.6B \
@@ -6,7 +6,7 @@ r"""Train with pointwise DPO: answers are learned from by their thumbs, votes or
         --eval_strategy steps \
         --output out
 
-with LoRA, on a model in four bits, on all GPUs with ZeRO-3, or with all options in a file:
+With LoRA, with a 4-bit model, on all GPUs with ZeRO-3, or with all options in a file:
 
     trl-ulma pointwise-dpo … --use_peft --lora_r 32 --learning_rate 1e-5
     trl-ulma pointwise-dpo … --use_peft --load_in_4bit
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str = "trl-ulma pointwise-dpo") -> "OptionParser":
-    """The command's options: TRL's, and `PointwiseDPOConfig`'s."""
+    """The parser, with the options of TRL and of `PointwiseDPOConfig`."""
     from trl_ulma import PointwiseDPOConfig
     from trl_ulma.scripts.options import OptionParser
 

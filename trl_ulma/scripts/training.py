@@ -1,4 +1,4 @@
-"""What the training commands do: the launch, the data, and the run itself."""
+"""Runs the training commands: launches the processes, loads the data, trains, saves and evaluates."""
 
 import dataclasses
 import os
@@ -17,14 +17,14 @@ from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
 from trl_ulma.scripts.options import OptionParser
 
 TEST_SPLIT_SIZE = 0.1
-# The exit code of what Ctrl-C has stopped
+# The exit code after Ctrl-C
 STOPPED = 130
-# Of one of several processes that has printed why it cannot train; the command's own is 1
+# The exit code of one of several processes that printed why it cannot train. The command then exits with 1.
 REFUSED = 65
 
 
 def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
-    """Run a training script's module by `accelerate launch`, and return its exit code."""
+    """Run the module of a training script with `accelerate launch`. Returns its exit code."""
     launch_options, script_options = parser.parse_for_launch(argv)
 
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -37,12 +37,12 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
         parser.error(str(problem))
     launcher = launch_command_parser()
     launcher.error = parser.error
-    # --quiet: the script has printed its own traceback, and the launcher's says nothing more
+    # --quiet, because the script prints its own traceback
     args = launcher.parse_args([*launch_options, "--quiet", "--module", module, *script_options])
-    # The training gets Ctrl-C as well, and is waited for while it writes its checkpoint
+    # The training receives Ctrl-C, too. Wait until it has written its checkpoint.
     pressed: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    # `python -m` looks in the working directory first, where a clone in a folder trl_ulma would hide the package
+    # `python -m` imports from the working directory first, in which a folder named trl_ulma would hide the package
     safe_path = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -66,13 +66,13 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
 
 
 def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any, str]:
-    """(training rows, evaluation rows or None, what to say on screen of how they came about).
+    """Returns (training rows, evaluation rows or None, notes to print).
 
-    Where evaluation is wanted and there is no test split, one is split off by prompt.
+    If there is an evaluation but no test split, some prompts and their rows are held out.
 
     Raises:
-        FileNotFoundError: where the dataset does not exist.
-        ValueError: where it cannot be read, or has not the splits that are asked for.
+        FileNotFoundError: if the dataset does not exist.
+        ValueError: if it cannot be read, or lacks a split.
     """
     from trl_ulma.config import PointwiseDPOConfig
 
@@ -137,7 +137,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
 
 
 def _refuse_beside_mixture(script_args: Any) -> None:
-    """Raise ValueError for options of a single dataset that a mixture does not read; all of them at once."""
+    """Raise one ValueError for all options of a single dataset that a mixture does not read."""
     unread = {
         "columns": script_args.columns,
         "label_map": script_args.label_map,
@@ -155,7 +155,7 @@ def _refuse_beside_mixture(script_args: Any) -> None:
 
 
 def _rules(training_args: Any) -> tuple[LabelRules, Any]:
-    """(how labels are read, log Z) of rows that do not say it themselves, for parts of a mixture that lack a column."""
+    """Returns (label rules, log Z) for parts of a mixture that lack the columns of other parts."""
     label_type = getattr(training_args, "label_type", "binary")
     transform = getattr(training_args, "label_transform", None)
     rules = LabelRules(
@@ -167,13 +167,13 @@ def _rules(training_args: Any) -> tuple[LabelRules, Any]:
 
 
 def last_checkpoint_or(resume_from_checkpoint: str | bool | None) -> str | bool | None:
-    """What `Trainer.train` takes: True for the last checkpoint, None for none, or a checkpoint's folder."""
+    """The argument of `Trainer.train`: True for the last checkpoint, None for none, or the folder of a checkpoint."""
     words = {"true": True, "false": None, "none": None}
     return words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
 
 
 def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
-    """What the model is loaded with."""
+    """The arguments for loading the model."""
     return {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -184,11 +184,11 @@ def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
 
 
 def check_model(name: str, loading: dict[str, Any]) -> None:
-    """Raise OSError, naming the option, if there is no such model.
+    """Raise OSError if there is no such model.
 
     Args:
-        name: of the model.
-        loading: what it is loaded with.
+        name: the name of the model.
+        loading: the arguments for loading it.
     """
     from transformers import AutoConfig
 
@@ -210,16 +210,16 @@ def train(
     dataset_args: Any,
     prog: str = "trl-ulma",
 ) -> None:
-    """Load, train, save, evaluate: the whole of a training command, on every process.
+    """Load the data, train, save and evaluate. Every process calls it.
 
     Args:
         trainer_class: the trainer.
-        script_args, training_args, model_args, dataset_args: of the command's parser.
-        prog: the command's name, for errors.
+        script_args, training_args, model_args, dataset_args: the results of the parser.
+        prog: the name of the command, for errors.
 
     Raises:
-        SystemExit: with a message, if rows, settings or files cannot be used; with `STOPPED` after Ctrl-C, before
-            anything is saved but the checkpoint.
+        SystemExit: with a message if rows, settings or files are invalid; with `STOPPED` after Ctrl-C, when only the
+            checkpoint has been saved.
     """
     settings = (script_args, training_args, model_args, dataset_args)
     try:
@@ -231,14 +231,14 @@ def train(
 
 
 def _refuse(problem: Exception, prog: str, options: list[str]) -> NoReturn:
-    """Exit with a message in one line, which one process prints."""
+    """Exit with a message, which one process prints."""
     if is_verbose():
         traceback.print_exception(problem)
     message = f"{prog}: error: {as_options(str(problem), options)}"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise SystemExit(message) from problem
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # in which the first process ends this one, if it has the same to say
+        time.sleep(5)  # if the first process has the same error, it ends this one meanwhile
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(REFUSED) from problem
 
@@ -252,7 +252,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
 
-    if not sys.stderr.isatty():  # a bar in a log file is many lines a second
+    if not sys.stderr.isatty():  # in a log file, a bar would be many lines
         disable_progress_bars()
         logging.disable_progress_bar()
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
@@ -282,7 +282,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
 
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint_or(training_args.resume_from_checkpoint))
-    except KeyboardInterrupt:  # the trainer has said how to go on
+    except KeyboardInterrupt:  # the trainer has printed how to continue
         raise SystemExit(STOPPED) from None
 
     folder = training_args.output_dir
@@ -304,6 +304,6 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     )
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        say(f"It is on the hub, too: https://huggingface.co/{trainer.hub_model_id}")
-    # All that `trainer.end()` does, which transformers below 5.18 does not have
+        say(f"It is also on the Hub: https://huggingface.co/{trainer.hub_model_id}")
+    # The same as `trainer.end()`, which transformers below 5.18 lacks
     trainer.accelerator.end_training()

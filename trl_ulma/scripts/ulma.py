@@ -1,4 +1,4 @@
-r"""Train with ULMA: demonstrations are imitated, all other answers are learned from by their ratings.
+r"""Trains with ULMA: imitates demonstrations, and learns from the ratings of all other answers.
 
     trl-ulma ulma \
         --model Qwen/Qwen3-0.6B \
@@ -6,14 +6,14 @@ r"""Train with ULMA: demonstrations are imitated, all other answers are learned 
         --eval_strategy steps \
         --output out
 
-with LoRA, on a model in four bits, on all GPUs with ZeRO-3, or with all options in a file:
+With LoRA, with a 4-bit model, on all GPUs with ZeRO-3, or with all options in a file:
 
     trl-ulma ulma … --use_peft --lora_r 32 --learning_rate 1e-5
     trl-ulma ulma … --use_peft --load_in_4bit
     trl-ulma ulma … --accelerate_config zero3
     trl-ulma ulma --config run.yaml
 
-`--positive_loss` and `--negative_loss` choose the other methods of the paper: see `ULMAConfig`.
+`--positive_loss` and `--negative_loss` select the other methods of the paper, see `ULMAConfig`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def make_parser(prog: str = "trl-ulma ulma") -> "OptionParser":
-    """The command's options: TRL's, and `ULMAConfig`'s."""
+    """The parser, with the options of TRL and of `ULMAConfig`."""
     from trl_ulma import ULMAConfig
     from trl_ulma.scripts.options import OptionParser
 
