@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from trl_ulma.likelihood.head import forward_arguments, logits_of
 from trl_ulma.likelihood.layouts import Layout, packed, padded, shared
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import Reference, outside_adapter
-from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model, mask_dtype
+from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model, mask_dtype, without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class StartupProof:
         place = padded(batch)
         with evaluation_mode(policy):
             scored = self.scorer(policy, batch, layout=place).log_probs.double()
-            logits = policy(**inputs, use_cache=False).logits
+            logits = logits_of(policy(**forward_arguments(without_adapter(policy), inputs)))
             # Adapters can prepend virtual tokens to the row
             logits = logits[:, -inputs["input_ids"].size(1) :][:, :-1].double()
             own = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None].to(logits.device))[..., 0]
@@ -267,10 +268,7 @@ class StartupProof:
 
 def _class_of(policy: Any) -> str:
     """The class name of the causal language model, without wrappers."""
-    bare = bare_model(policy)
-    return type(
-        bare.get_base_model() if hasattr(bare, "peft_config") and hasattr(bare, "get_base_model") else bare
-    ).__name__
+    return type(without_adapter(policy)).__name__
 
 
 def _with_other_ends(batch: Batch) -> dict[str, torch.Tensor]:
