@@ -33,10 +33,13 @@ from trl_ulma.callbacks import Calls, Interruption
 from trl_ulma.checkpoints import (
     WHOLE,
     checkpoint_to_resume,
+    conditions_of,
     copy_files,
     mark_whole,
     stream_position,
+    warn_of_other_conditions,
     warn_of_other_place,
+    write_conditions,
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
@@ -696,6 +699,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                     "sync_ref_model=False."
                 )
             self._resumed_identity = identity_in(resume)
+            warn_of_other_conditions(resume, self._conditions, skips=not self.args.ignore_data_skip)
             if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
                 self._stream_position = stream_position(resume, self.args.gradient_accumulation_steps)
         with self.interruption:
@@ -709,6 +713,10 @@ class PointwiseDPOTrainer(DPOTrainer):
             raise KeyboardInterrupt
         return result
 
+    @functools.cached_property
+    def _conditions(self) -> dict[str, dict[str, Any]]:
+        return conditions_of(self.args, self.train_dataset, self.accelerator.num_processes)
+
     def _init_training_state(self, *args, **kwargs):
         # Trainer does not know the length of a stream, and would look for the position within its first pass
         position = super()._init_training_state(*args, **kwargs)
@@ -718,6 +726,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with written_whole(self.args, folder, lambda: self.state.best_model_checkpoint):
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_conditions(folder, self._conditions)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer only copies and uploads the files that it knows, and does so before the checkpoint is marked
