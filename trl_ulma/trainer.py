@@ -137,7 +137,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
     ):
-        check_models(model, ref_model)
+        check_models(model, ref_model, peft_config)
         for given in (model, ref_model):
             if given is not None:
                 mend_copied_forward(given)

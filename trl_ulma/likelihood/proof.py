@@ -54,6 +54,12 @@ def check_trainable(model: Any, reference: str) -> None:
             "pass a ref_model, or only train the adapter (LoraConfig(bias='none'), and no other parameter with "
             "requires_grad=True)."
         )
+    bias = getattr(getattr(model, "active_peft_config", None), "bias", "none")
+    if reference == "adapter" and bias != "none":
+        raise ValueError(
+            f"PEFT supports one adapter with bias={bias!r} per model, so the reference cannot be a copy of it. Set "
+            "precompute_ref_log_probs=True, pass a ref_model, or use bias='none'."
+        )
 
 
 def check_ref_model(model: Any, ref_model: Any) -> None:
@@ -200,9 +206,9 @@ class StartupProof:
             "copy": "Pass the model before training as ref_model.",
             "adapter": "Pass a ref_model: the base model with a copy of the adapter, merged.",
             "adapter_off": (
-                "The untrained adapter changes the model (as with init_lora_weights='pissa', 'olora' or 'loftq'). Wrap "
-                "the model with get_peft_model before you pass it, so that the reference is a copy of the adapter. Or "
-                "pass a ref_model."
+                "The untrained adapter changes the model (as with init_lora_weights='pissa', 'olora' or 'loftq', or "
+                "with FourierFT, C3A and VBLoRA). Wrap the model with get_peft_model before you pass it, so that the "
+                "reference is a copy of the adapter. Or pass a ref_model."
             ),
         }[self.reference.kind]
         raise ValueError(
