@@ -172,20 +172,27 @@ class PointwiseDPOTrainer(DPOTrainer):
             model.delete_adapter(ADAPTER)  # an earlier trainer's copy of what the adapter was
         self._precomputed_identity: ReferenceIdentity | None = None
         theirs, further = for_dpo_trainer(args, model, quantization_config)
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=theirs,
-            data_collator=plan.data_collator,
-            train_dataset=plan.train_dataset,
-            eval_dataset=plan.eval_dataset,
-            processing_class=plan.processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            **further,
-        )
+        try:
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=theirs,
+                data_collator=plan.data_collator,
+                train_dataset=plan.train_dataset,
+                eval_dataset=plan.eval_dataset,
+                processing_class=plan.processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                **further,
+            )
+        except BaseException:  # also Ctrl-C while log π_ref is precomputed
+            restore_forward(model, forward)
+            if kind == "adapter" and ADAPTER in model.peft_config:
+                model.delete_adapter(ADAPTER)
+                model.has_trl_ulma_reference = False
+            raise
         self.use_liger_kernel = False  # older versions would compute their own loss of pairs with it
         refuse_data_parallel(self)
         leave_loss_undivided(self)
