@@ -69,6 +69,11 @@ class Interruption(TrainerCallback):
         if self._is_training:
             self._stop(args, state, control)
 
+    def on_save(self, args, state, control, **kwargs):
+        """The end of the training, for a signal while the checkpoint of this step was written."""
+        self._stop(args, state, control)
+        control.should_save = False
+
     def _stop(self, args: Any, state: Any, control: Any) -> None:
         if self.agreed or not self.agree():
             return

@@ -1,5 +1,7 @@
 """Checkpoints: which ones are complete, and which one training resumes from."""
 
+import hashlib
+import json
 import math
 import re
 import shutil
@@ -10,6 +12,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 from transformers import __version__ as transformers_version
@@ -22,6 +25,20 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.
 
 # This file is written to a checkpoint's folder after all other files
 WHOLE = "whole"
+# This one holds the settings that a resumed training must have in common with the one that wrote the checkpoint
+CONDITIONS = "conditions.json"
+_LOSS = (
+    *("positive_loss", "negative_loss", "sft_weight", "beta", "log_z", "log_z_learning_rate", "length_normalize"),
+    *("desirable_weight", "undesirable_weight", "label_type", "label_transform", "sft_threshold", "max_length"),
+    *("truncation_mode", "assistant_only_loss", "disable_dropout", "precompute_ref_log_probs"),
+)
+# Settings that the states in a checkpoint replace
+_RESTORED = ("learning_rate", "weight_decay")
+_EFFECTS = {
+    "order": "The order of rows is another one now, so some rows of this epoch are skipped or repeated.",
+    "loss": "The steps to come minimize another loss than those before.",
+    "restored": "The checkpoint's optimizer keeps its own {names}.",
+}
 
 
 def mark_whole(folder: Path) -> None:
@@ -147,6 +164,66 @@ def warn_of_other_place(state: Any, micro_batches: int, accumulation: int) -> No
             f"some rows are skipped or repeated. Step {state.global_step} is elsewhere in the epoch now, because the "
             "number of rows, the batch size, gradient_accumulation_steps, or the number of processes has changed. "
             "Resume with the settings and rows of the checkpoint to continue exactly."
+        )
+
+
+def conditions_of(args: Any, rows: Any, processes: int) -> dict[str, dict[str, Any]]:
+    """What a resumed training must have in common with the unbroken one, by what it affects, see `_EFFECTS`.
+
+    Args:
+        args: the trainer's config.
+        rows: prepared rows.
+        processes: the number of processes.
+    """
+    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    # The order only depends on the seed, and steps take the rows in this order, however they are split
+    seed = args.seed if args.data_seed is None else args.data_seed
+    order = {"data_seed or seed": seed, "rows per step": size * accumulation * processes}
+    names = ("share_prompts", "train_sampling_strategy", "dataloader_drop_last")
+    order |= {name: getattr(args, name) for name in names}
+    if args.train_sampling_strategy == "group_by_length" or args.log_z == "group":
+        order |= {"per_device_train_batch_size": size, "number of processes": processes}
+    if isinstance(rows, Dataset):
+        columns = [str(rows[name][:]) for name in ("row", "length", "label")]
+        order["training rows"] = f"{len(rows)} ({hashlib.sha256(''.join(columns).encode()).hexdigest()[:8]})"
+    found = {"order": order}
+    for effect, names in (("loss", _LOSS), ("restored", _RESTORED)):
+        values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        found[effect] = {
+            name: value if isinstance(value, bool | int | float | None) else str(value)
+            for name, value in values.items()
+        }
+    return found
+
+
+def write_conditions(folder: Path, conditions: dict[str, dict[str, Any]]) -> None:
+    """Write what `conditions_of` returns into the folder of a checkpoint."""
+    (folder / CONDITIONS).write_text(json.dumps(conditions, indent=2) + "\n", encoding="utf-8")
+
+
+def warn_of_other_conditions(checkpoint: str, now: dict[str, dict[str, Any]], *, skips: bool) -> None:
+    """Log a warning that names the settings which differ from those that a checkpoint was written with.
+
+    Args:
+        now: what `conditions_of` returns for the training that resumes.
+        skips: whether it skips the rows that the checkpoint's training has seen.
+    """
+    file = Path(checkpoint) / CONDITIONS
+    if not file.exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changes, effects = [], []
+    for effect, values in now.items():
+        if effect == "order" and not skips:
+            continue
+        then = before.get(effect, {})
+        names = [name for name in dict.fromkeys((*then, *values)) if then.get(name) != values.get(name)]
+        changes += [f"{name} was {then.get(name)} and is {values.get(name)}" for name in names]
+        effects += [_EFFECTS[effect].format(names=" and ".join(names))] if names else []
+    if changes:
+        logger.warning(
+            f"The checkpoint {checkpoint} was written with other settings: {'; '.join(changes)}. "
+            f"{' '.join(effects)} To continue exactly, resume with the settings of the checkpoint."
         )
 
 

@@ -33,10 +33,13 @@ from trl_ulma.callbacks import Calls, Interruption
 from trl_ulma.checkpoints import (
     WHOLE,
     checkpoint_to_resume,
+    conditions_of,
     copy_files,
     mark_whole,
     stream_position,
+    warn_of_other_conditions,
     warn_of_other_place,
+    write_conditions,
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
@@ -134,7 +137,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
     ):
-        check_models(model, ref_model)
+        check_models(model, ref_model, peft_config)
         for given in (model, ref_model):
             if given is not None:
                 mend_copied_forward(given)
@@ -169,20 +172,27 @@ class PointwiseDPOTrainer(DPOTrainer):
             model.delete_adapter(ADAPTER)  # an earlier trainer's copy of what the adapter was
         self._precomputed_identity: ReferenceIdentity | None = None
         theirs, further = for_dpo_trainer(args, model, quantization_config)
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=theirs,
-            data_collator=plan.data_collator,
-            train_dataset=plan.train_dataset,
-            eval_dataset=plan.eval_dataset,
-            processing_class=plan.processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-            **further,
-        )
+        try:
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=theirs,
+                data_collator=plan.data_collator,
+                train_dataset=plan.train_dataset,
+                eval_dataset=plan.eval_dataset,
+                processing_class=plan.processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                **further,
+            )
+        except BaseException:  # also Ctrl-C while log π_ref is precomputed
+            restore_forward(model, forward)
+            if kind == "adapter" and ADAPTER in model.peft_config:
+                model.delete_adapter(ADAPTER)
+                model.has_trl_ulma_reference = False
+            raise
         self.use_liger_kernel = False  # older versions would compute their own loss of pairs with it
         refuse_data_parallel(self)
         leave_loss_undivided(self)
@@ -696,6 +706,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                     "sync_ref_model=False."
                 )
             self._resumed_identity = identity_in(resume)
+            warn_of_other_conditions(resume, self._conditions, skips=not self.args.ignore_data_skip)
             if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
                 self._stream_position = stream_position(resume, self.args.gradient_accumulation_steps)
         with self.interruption:
@@ -709,6 +720,10 @@ class PointwiseDPOTrainer(DPOTrainer):
             raise KeyboardInterrupt
         return result
 
+    @functools.cached_property
+    def _conditions(self) -> dict[str, dict[str, Any]]:
+        return conditions_of(self.args, self.train_dataset, self.accelerator.num_processes)
+
     def _init_training_state(self, *args, **kwargs):
         # Trainer does not know the length of a stream, and would look for the position within its first pass
         position = super()._init_training_state(*args, **kwargs)
@@ -718,6 +733,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with written_whole(self.args, folder, lambda: self.state.best_model_checkpoint):
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_conditions(folder, self._conditions)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer only copies and uploads the files that it knows, and does so before the checkpoint is marked

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from peft import PeftType
+from peft import PeftMixedModel, PeftType
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import get_config_model_id
 
@@ -14,14 +14,32 @@ from trl_ulma.likelihood.reference import ADAPTER, NoReferenceModel, Reference, 
 from trl_ulma.likelihood.scorer import Scorer, bare_model
 from trl_ulma.versions import loads_needless_reference, mend_copied_forward
 
+# Types of adapters that cannot be trained here, and why
+_REFUSED = {
+    "LILY": (
+        "route by the mean over all tokens of a batch, so a log-probability would depend on later tokens and on other "
+        "rows"
+    ),
+    "XLORA": "run the model twice in each forward and read its hidden states, which the compact head does not return",
+}
 
-def check_models(model: Any, ref_model: Any) -> None:
+
+def check_models(model: Any, ref_model: Any, peft_config: Any = None) -> None:
     """Raise an error if a trainer's models cannot be policy and reference.
 
     Raises:
         TypeError: if the reference is not a model.
         ValueError: if the models cannot be policy and reference.
     """
+    if isinstance(model, PeftMixedModel):
+        raise TypeError(
+            "model is a PeftMixedModel, whose adapters of several kinds cannot be switched off for the reference. Use "
+            "get_peft_model without mixed=True, and merge the other adapters into the model first."
+        )
+    trained = model.active_peft_config if _is_peft(model) else peft_config
+    kind = getattr(getattr(trained, "peft_type", None), "value", "")
+    if kind in _REFUSED:
+        raise ValueError(f"{kind} adapters {_REFUSED[kind]}. Train another adapter, such as LoRA.")
     if ref_model is not None:
         check_ref_model(model, ref_model)
         return

@@ -118,10 +118,10 @@ def restore_forward(model: Any, forward: Any) -> None:
     `DPOTrainer` adds a fused LM head from TRL 1.14 on. These trainers have their own head and do not use it.
 
     Args:
-        model: that the trainer has set up.
+        model: that the trainer has set up, or its name.
         forward: what `instance_forward` gave before.
     """
-    if _fused(instance_forward(model)) is None:
+    if isinstance(model, str) or _fused(instance_forward(model)) is None:
         return
     _forget_forward(model)
     if forward is not None:

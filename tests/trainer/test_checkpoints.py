@@ -188,3 +188,82 @@ def test_a_resume_in_another_place_of_the_epoch_is_told(tiny_gpt2, tmp_path, cap
 )
 def test_a_resume_in_the_same_place_is_not_told(tiny_gpt2, tmp_path, caplog, changes):
     assert not resumed_with(tiny_gpt2, tmp_path, caplog, **changes)
+
+
+# Settings that have changed
+
+
+def told_of_changes(folder: str, out, caplog, *, rows=None, first=None, **changes) -> str:
+    """What is logged about other settings when a training is resumed at step 3 of 6 in its epoch."""
+    settings = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "disable_tqdm": True, "beta": 0.5}
+    settings |= first or {}
+    make_trainer(folder, make_rows(12), out, callbacks=[StopAt(3)], **settings).train()
+    caplog.clear()
+    trainer = make_trainer(folder, make_rows(12) if rows is None else rows, out, **settings | changes)
+    trainer.train(resume_from_checkpoint=True)
+    found = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    assert len(found) <= 1
+    return "".join(found)
+
+
+ORDER = "some rows of this epoch are skipped or repeated"
+LOSS = "minimize another loss"
+CHANGES = {
+    "seed": ({"seed": 7}, "data_seed or seed was 42 and is 7", ORDER),
+    "data_seed": ({"data_seed": 3}, "data_seed or seed was 42 and is 3", ORDER),
+    "batch": ({"per_device_train_batch_size": 4}, "rows per step was 2 and is 4", ORDER),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "rows per step was 2 and is 4", ORDER),
+    "share_prompts": ({"share_prompts": True}, "share_prompts was False and is True", ORDER),
+    "strategy": (
+        {"train_sampling_strategy": "sequential"},
+        "train_sampling_strategy was random and is sequential",
+        ORDER,
+    ),
+    "rows": ({"rows": make_rows(12, label=[1.0] * 6 + [0.0] * 6)}, "training rows was 12 (", ORDER),
+    "beta": ({"beta": 0.1}, "beta was 0.5 and is 0.1", LOSS),
+    "method": ({"negative_loss": "unlearning"}, "negative_loss was pointwise_dpo and is unlearning", LOSS),
+    "rate": ({"learning_rate": 1e-3}, "learning_rate was 1e-06 and is 0.001", "keeps its own learning_rate"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resume_with_other_settings_is_told_what_changed(tiny_gpt2, tmp_path, caplog, change):
+    changes, what, effect = CHANGES[change]
+    told = told_of_changes(tiny_gpt2, tmp_path, caplog, **changes)
+    assert what in told
+    assert effect in told
+    assert told.count(" was ") == 2  # "was written", and the one change
+
+
+def test_a_resume_with_several_changes_is_told_all_of_them(tiny_gpt2, tmp_path, caplog):
+    told = told_of_changes(tiny_gpt2, tmp_path, caplog, seed=7, beta=0.1)
+    assert "data_seed or seed was 42 and is 7; beta was 0.5 and is 0.1" in told
+    assert ORDER in told
+    assert LOSS in told
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        {"data_seed": 42},
+        {"logging_steps": 5, "num_train_epochs": 3},
+        {"seed": 7, "ignore_data_skip": True},
+    ],
+    ids=["nothing", "split", "same-seed", "logging", "not-skipped"],
+)
+def test_a_resume_with_the_same_order_and_loss_is_not_told(tiny_gpt2, tmp_path, caplog, changes):
+    assert not told_of_changes(tiny_gpt2, tmp_path, caplog, **changes)
+
+
+def test_a_split_that_changes_groups_of_lengths_is_told(tiny_gpt2, tmp_path, caplog):
+    told = told_of_changes(
+        tiny_gpt2,
+        tmp_path,
+        caplog,
+        first={"train_sampling_strategy": "group_by_length"},
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
+    assert "per_device_train_batch_size was 2 and is 1" in told

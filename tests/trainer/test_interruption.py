@@ -7,9 +7,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -17,6 +19,8 @@ from transformers import (
     TrainerCallback,
 )
 from world import make_rows, make_trainer, mixed_rows, weights
+
+from trl_ulma.checkpoints import WHOLE, checkpoints, last_whole
 
 SETTINGS = {
     "max_steps": 4,
@@ -134,6 +138,225 @@ def test_ctrl_c_before_the_first_step(tiny_gpt2, tmp_path, capfd):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step <= 1
+
+
+def pressing(times: int, read, said: list[str]):
+    """A function that presses Ctrl-C, as often as given, the first time that it is called."""
+
+    def press(*args, **kwargs):
+        if not said:
+            read()
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            said.append(read())
+
+    return press
+
+
+def lines_of(said: str) -> int:
+    return len(re.findall(r"(?im)^.*interrupt.*$", said))
+
+
+def test_ctrl_c_in_the_startup_proof(tiny_gpt2, tmp_path, capfd):
+    """It is told at once, and the first step is finished and saved."""
+    settings = SETTINGS | {"eval_strategy": "no"}
+    trainer, said = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings), []
+    trainer.model.get_input_embeddings().register_forward_pre_hook(
+        pressing(1, lambda: "".join(capfd.readouterr()), said)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert lines_of(said[0]) == 1
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-1"
+    resumed = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    unbroken = make_trainer(tiny_gpt2, make_rows(8), tmp_path / "unbroken", **settings)
+    unbroken.train()
+    assert torch.equal(weights(unbroken.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["between", "last"])
+def test_ctrl_c_while_a_checkpoint_is_written(tiny_gpt2, tmp_path, monkeypatch, capfd, step):
+    """The checkpoint is finished, and no further step is run."""
+    settings = SETTINGS | {"eval_strategy": "no", "save_steps": step}
+    trainer, said = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings), []
+    save, press = trainer._save_optimizer_and_scheduler, pressing(1, lambda: "".join(capfd.readouterr()), said)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda folder: (press(), save(folder)))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert lines_of(said[0]) == 1
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint-{step}"]
+    assert last_whole(tmp_path) == tmp_path / f"checkpoint-{step}"
+    assert trainer.state.global_step == step
+    resumed = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    unbroken = make_trainer(tiny_gpt2, make_rows(8), tmp_path / "unbroken", **settings)
+    unbroken.train()
+    assert torch.equal(weights(unbroken.model), weights(resumed.model))
+
+
+def test_a_second_ctrl_c_while_a_checkpoint_is_written(tiny_gpt2, tmp_path, monkeypatch, capfd):
+    """What is half written is not taken for a checkpoint."""
+    settings = SETTINGS | {"eval_strategy": "no", "save_steps": 1}
+    trainer, said = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings), []
+    save, press = trainer._save_optimizer_and_scheduler, pressing(2, lambda: "".join(capfd.readouterr()), said)
+    monkeypatch.setattr(
+        trainer,
+        "_save_optimizer_and_scheduler",
+        lambda folder: (press() if trainer.state.global_step == 2 else None, save(folder)),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-1"
+
+
+# What is left on the model
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+
+
+def traces(model: torch.nn.Module) -> dict:
+    """What is set on a model besides its weights and modes: hooks, forwards, what is trained, the active adapter."""
+    found: dict = {
+        name: ([len(getattr(module, kind)) for kind in _HOOKS], vars(module).get("forward"))
+        for name, module in model.named_modules()
+    }
+    found |= {f"{name} is trained": p.requires_grad for name, p in model.named_parameters()}
+    return found | {"adapters": list(getattr(model, "active_adapters", [])) if hasattr(model, "peft_config") else []}
+
+
+def answers(model: torch.nn.Module) -> tuple[torch.Tensor, list[int]]:
+    """(logits, generated tokens) of a prompt."""
+    ids = torch.arange(5, 13)[None]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        said = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    model.train(training)
+    return logits, said[0].tolist()
+
+
+def assert_nothing_is_left(model: torch.nn.Module, before: dict, answered: tuple) -> None:
+    after = traces(model)
+    assert after.keys() == before.keys()
+    assert {name: after[name] for name in after if after[name] != before[name]} == {}
+    assert len({module.training for module in model.modules()}) == 1
+    logits, said = answers(model)
+    assert torch.allclose(logits, answered[0], atol=1e-4)
+    assert said == answered[1]
+
+
+STILL = SETTINGS | {"learning_rate": 1e-12, "save_steps": 2, "beta": 0.5}
+MODELS = {
+    "full": ({}, False),
+    "lora": ({"peft_config": LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM")}, False),
+    "adapter": ({}, True),
+    "shared": ({"share_prompts": True}, False),
+    "chunks": ({"log_z": "batch_kl"}, False),
+}
+
+
+def to_be_interrupted(folder: str, out, kind: str, **more):
+    """A trainer, the state of its model, and what its model answers."""
+    settings, has_adapter = MODELS[kind]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if has_adapter:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
+    answered = answers(model)
+    tokenizer = {"processing_class": AutoTokenizer.from_pretrained(folder)}
+    trainer = make_trainer(model, make_rows(8), out, eval_dataset=make_rows(3), **tokenizer, **STILL | settings | more)
+    return trainer, answered
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_keyboard_interrupt_in_any_forward_leaves_nothing_on_the_model(tiny_gpt2, tmp_path, kind):
+    """In the proof, in the forward of the policy and of the reference, in the evaluation."""
+    trainer, answered = to_be_interrupted(tiny_gpt2, tmp_path, kind)
+    calls, at = [0], [0]
+
+    def interrupt(*args):
+        calls[0] += 1
+        if calls[0] == at[0]:
+            raise KeyboardInterrupt
+
+    model = trainer.model.train()  # PEFT makes adapters in training mode, whatever mode the model is in
+    model.get_input_embeddings().register_forward_pre_hook(interrupt)
+    before, ended, interrupted = traces(model), False, 0
+    while not ended:
+        at[0] += 1 + at[0] // 4
+        calls[0] = 0
+        try:
+            trainer.train()
+            ended = True
+        except KeyboardInterrupt:
+            interrupted += 1
+        calls[0] = -(10**6)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert_nothing_is_left(model, before, answered)
+        assert all((path / WHOLE).exists() for path in checkpoints(tmp_path))
+    assert interrupted >= 8
+
+
+class Mine(Exception):
+    """The error of a user's own callback."""
+
+
+class Raises(TrainerCallback):
+    """Raises in an event, once a step is done."""
+
+    def __init__(self, event: str):
+        setattr(self, event, self._raise)
+
+    def _raise(self, args, state, control, **kwargs):
+        raise Mine
+
+
+EVENTS = ["on_train_begin", "on_epoch_begin", "on_step_begin", "on_substep_end", "on_pre_optimizer_step"]
+EVENTS += ["on_optimizer_step", "on_step_end", "on_prediction_step", "on_evaluate", "on_log", "on_save"]
+EVENTS += ["on_epoch_end", "on_train_end"]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_callback_that_raises_leaves_nothing_on_the_model(tiny_gpt2, tmp_path, event):
+    settings = {"gradient_accumulation_steps": 2, "callbacks": [Raises(event)]}
+    trainer, answered = to_be_interrupted(tiny_gpt2, tmp_path, "adapter", **settings)
+    model = trainer.model
+    before = traces(model)
+    with pytest.raises(Mine):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_nothing_is_left(model, before, answered)
+    assert all((path / WHOLE).exists() for path in checkpoints(tmp_path))
+    trainer.remove_callback(Raises)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert_nothing_is_left(model, before, answered)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_an_interrupted_precomputation_leaves_nothing_on_the_model(tiny_gpt2, tmp_path, kind):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    if kind == "adapter":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
+    answered, calls = answers(model.train()), []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(interrupt)
+    before = traces(model)
+    settings = {"processing_class": AutoTokenizer.from_pretrained(tiny_gpt2), "max_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, make_rows(6), tmp_path, precompute_ref_log_probs=True, **settings)
+    assert len(calls) == 3
+    assert_nothing_is_left(model, before, answered)
+    assert model.training
+    hook.remove()
+    make_trainer(model, make_rows(6), tmp_path, precompute_ref_log_probs=True, **settings).train()
 
 
 def test_a_second_ctrl_c_ends_at_once(tiny_gpt2, tmp_path, capfd):

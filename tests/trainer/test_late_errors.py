@@ -310,6 +310,96 @@ def test_prepared_rows_are_checked_as_raw_ones(tiny_gpt2, tmp_path, columns, set
         make_trainer(tiny_gpt2, changed, tmp_path, **STEPS | settings).train()
 
 
+# Prepared row 3 of 6 changed by hand; what is said of it
+BY_HAND = {
+    "empty": ({"completion_ids": []}, r"completion_ids is empty"),
+    "no-completion": ({"completion_ids": None}, r"completion_ids is None"),
+    "no-prompt": ({"prompt_ids": None}, r"prompt_ids is None"),
+    "too-large": ({"completion_ids": [5, 400, 401]}, r"id 400, but the model only has embeddings for ids below 384"),
+    "negative": ({"prompt_ids": [5, -100]}, r"has the token id -100, which is no token"),
+    "mask-too-short": ({"completion_mask": [1]}, r"completion_mask has 1 values, but completion_ids has \d+"),
+    "mask-too-long": ({"completion_mask": [1] * 99}, r"completion_mask has 99 values, but completion_ids has \d+"),
+    "mask-of-zeros": ({"completion_ids": [5, 6], "completion_mask": [0, 0]}, r"completion_mask has only zeros"),
+    "no-mask": ({"completion_ids": [5, 6], "completion_mask": [1, 2]}, r"completion_mask has values other than 0 and"),
+    "no-label": ({"label": None}, r"label is None"),
+    "label-nan": ({"label": float("nan")}, r"label is nan"),
+    "label-beyond": ({"label": 3.0}, r"label is 3"),
+}
+
+
+def prepared_rows(folder: str, out, n: int = 6) -> list[dict]:
+    rows = make_trainer(folder, make_rows(n), out, **STEPS).train_dataset.to_list()
+    return [{**row, "completion_mask": None} for row in rows]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])
+@pytest.mark.parametrize("fault", BY_HAND)
+def test_a_prepared_row_that_was_changed_by_hand(tiny_gpt2, tmp_path, fault, stream):
+    change, message = BY_HAND[fault]
+    rows = prepared_rows(tiny_gpt2, tmp_path)
+    rows[3] |= change
+    changed = Dataset.from_list(rows)
+    with pytest.raises(ValueError, match=rf"Row 3 of the train dataset.*{message}"):
+        make_trainer(tiny_gpt2, changed.to_iterable_dataset() if stream else changed, tmp_path, **STEPS)
+
+
+def test_all_prepared_rows_that_were_changed_are_listed_at_once_or_dropped(tiny_gpt2, tmp_path):
+    rows = prepared_rows(tiny_gpt2, tmp_path, 2 * len(BY_HAND))
+    for i, (change, _) in enumerate(BY_HAND.values()):
+        rows[2 * i] |= change
+    with pytest.raises(ValueError, match=f"{len(BY_HAND)} of {len(rows)} rows of the train dataset are inv") as error:
+        make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, **STEPS)
+    for i, (_, message) in enumerate(BY_HAND.values()):
+        assert re.search(rf"Row {2 * i} of the train dataset.*{message}", str(error.value))
+    trainer = make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, invalid_rows="drop", **STEPS)
+    assert trainer.train_dataset["row"][:] == list(range(1, len(rows), 2))
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["table", "stream"])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("completion_ids", ["5", "6"], r"column completion_ids .*lists of whole numbers; it holds list<.*string"),
+        ("completion_ids", [5.0, 6.0], r"column completion_ids .*it holds list<.*double"),
+        ("prompt_ids", "5 6", r"column prompt_ids .*it holds string"),
+        ("label", "good", r"label is 'good', a str"),
+        ("sft_mask", "yes", r"sft_mask"),
+    ],
+    ids=["text", "floats", "string", "label", "sft_mask"],
+)
+def test_a_prepared_column_of_another_kind(tiny_gpt2, tmp_path, column, value, message, stream):
+    rows = Dataset.from_list([{**row, column: value} for row in prepared_rows(tiny_gpt2, tmp_path)])
+    with pytest.raises(ValueError, match=message) as error:
+        make_trainer(tiny_gpt2, rows.to_iterable_dataset() if stream else rows, tmp_path, **STEPS)
+    if column in ("label", "sft_mask"):
+        assert all(f"Row {i} of the train dataset" in str(error.value) for i in range(6))
+
+
+def test_prepared_rows_that_lack_columns_or_have_others(tiny_gpt2, tmp_path):
+    rows = Dataset.from_list(prepared_rows(tiny_gpt2, tmp_path))
+    for changed, message in [
+        (rows.remove_columns("label"), r"are prepared .*lack the columns label\."),
+        (rows.remove_columns(["label", "length"]), r"lack the columns label, length"),
+        (rows.add_column("source", ["x"] * 6), r"have other columns, too: source"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tiny_gpt2, changed, tmp_path, **STEPS)
+
+
+def test_the_length_of_changed_prepared_rows_is_that_of_their_ids(tiny_gpt2, tmp_path):
+    """Rows are grouped and truncated by it."""
+    rows = prepared_rows(tiny_gpt2, tmp_path)
+    rows[3]["completion_ids"] = [5] * 40
+    trainer = make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, **STEPS)
+    lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) for row in trainer.train_dataset]
+    assert trainer.train_dataset["length"][:] == lengths
+    assert max(lengths) > 40
+    short = make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, max_length=16, **STEPS)
+    assert max(short.train_dataset["length"][:]) <= 16
+
+
 def test_rows_prepared_with_unlearning_in_mind(tiny_gpt2, tmp_path):
     """Prepared for one method, trained with another: as from raw rows, or refused."""
     raw = mixed_rows(6).remove_columns("log_z")

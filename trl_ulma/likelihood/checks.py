@@ -74,6 +74,9 @@ class TrainingChecks:
         at_start = at_start and not self._has_trained
         self._has_trained |= is_training
         self.is_done = True
+        if is_training:
+            with self._context():
+                self._proof.scorer.check_nothing_is_trained_after_head(policy, plain_batch(self._tokens))
         if self._is_on:
             examples = list(islice(rows, 4))
             has_images = "prompt_images" in examples[0]

@@ -1,8 +1,9 @@
 """The compact LM head: log-probabilities of selected tokens, in chunks, without the logits of all positions."""
 
+import inspect
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -116,6 +117,72 @@ def token_scores(
     return TokenScores(*found)
 
 
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a model's forward has a parameter of this name, or takes arguments of any name.
+
+    Example:
+        >>> takes(nn.Linear(1, 1), "input"), takes(nn.Linear(1, 1), "use_cache")
+        (True, False)
+    """
+    return argument in _parameters(model, (argument,))
+
+
+def _parameters(model: nn.Module, wanted: Iterable[str]) -> set[str]:
+    """Those of the wanted arguments that a model's forward takes."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return {name for name in wanted if takes_all or name in parameters}
+
+
+def forward_arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a causal language model is called with, so that it returns the logits of all tokens.
+
+    The forward of a model with its own code can lack parameters. Without `use_cache` there is no cache to switch off.
+    Without `attention_mask`, padding on the right changes nothing for the tokens before it.
+
+    Args:
+        model: the model without wrappers.
+        inputs: `input_ids` and others.
+
+    Raises:
+        ValueError: if the forward does not take an input that it needs. The message names it.
+    """
+    taken = _parameters(model, (*inputs, "use_cache", "return_dict"))
+    missing = [name for name in inputs if name not in taken]
+    mask = inputs.get("attention_mask")
+    if "attention_mask" in missing and mask is not None and mask.dim() == 2 and (mask.diff(dim=1) <= 0).all():
+        missing.remove("attention_mask")
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    if missing:
+        raise ValueError(
+            f"The forward of {type(model).__name__} takes no {' and no '.join(missing)}, which these rows or settings "
+            "need. Use another model class, or change its forward."
+        )
+    further: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
+    if not getattr(model.config, "return_dict", True) and "return_dict" in taken:
+        further["return_dict"] = True
+    return {**inputs, **further}
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in what a model's forward returns: an object with `logits`, a dict, or a tuple.
+
+    Raises:
+        TypeError: if there are none.
+
+    Example:
+        >>> logits_of((torch.zeros(()), torch.ones(1, 2, 3))).shape
+        torch.Size([1, 2, 3])
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if found is None:  # a tuple can begin with a loss
+        parts = output if isinstance(output, tuple | list) else [output]
+        found = next((part for part in parts if isinstance(part, torch.Tensor) and part.dim() == 3), None)
+    if found is None:
+        raise TypeError(f"it returns a {type(output).__name__} without logits")
+    return found
+
+
 class CompactHead:
     """Runs a causal language model so that its output embeddings score selected tokens instead of returning all logits.
 
@@ -213,11 +280,37 @@ class CompactHead:
                 "take into account. Freeze it, or use another model class."
             )
 
+    def check_nothing_is_trained_after(self, inputs: dict[str, Any]) -> None:
+        """Raise ValueError if a trainable parameter changes logits after the output embeddings have projected them.
+
+        Projections that depend on no parameter are run through the rest of the model's forward, with gradients. The
+        map from projections to logits is only measured now and then, so it cannot follow such a parameter.
+
+        Args:
+            inputs: the inputs of the forward, including `input_ids` `(R, W)`.
+        """
+        model = self.model
+        with torch.enable_grad(), evaluation_mode(model):
+            logits = self._logits(model, _sample(inputs), self._known_projections())
+        if not logits.requires_grad:
+            return
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+        # Sharding can put other tensors in the place of parameters
+        names = [name for name, g in zip(trained, found, strict=True) if g is not None] or ["one that is sharded"]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the output embeddings with trainable parameters: {shown}."
+            " The compact head cannot follow their changes, so its log-probabilities would become wrong in training. "
+            "Freeze them with requires_grad_(False), or move them into the module that get_output_embeddings() returns."
+        )
+
     def _run(self, wrapped: Any, inputs: dict[str, Any], wanted: "_Wanted | torch.Tensor") -> dict[str, Any]:
+        arguments = forward_arguments(self.model, inputs)
         with self._installed():
             self._wanted = wanted  # pyright: ignore[reportAttributeAccessIssue]
             try:
-                return wrapped(**inputs, use_cache=False)
+                return wrapped(**arguments)
             finally:
                 self._wanted = None
 
@@ -292,7 +385,7 @@ class CompactHead:
             )
         if isinstance(self._wanted, torch.Tensor):
             self._log_probs = None
-            return {"logits": output.logits}
+            return {"logits": logits_of(output)}
         found = {"log_probs": self._log_probs}
         if getattr(output, "aux_loss", None) is not None:
             found["aux_loss"] = output.aux_loss
@@ -304,21 +397,45 @@ class CompactHead:
         size = getattr(self.head, "out_features", None)
         return self.model.config.get_text_config().vocab_size if size is None else size
 
+    def _logits(self, wrapped: Any, inputs: dict[str, Any], projections: torch.Tensor) -> torch.Tensor:
+        """The logits that the model's forward makes of these projections `(V,)` at all positions.
+
+        Raises:
+            ValueError: if the forward cannot be called in this way.
+        """
+        try:
+            return self._run(wrapped, inputs, projections)["logits"]
+        except (AttributeError, KeyError, TypeError) as error:
+            model = self.model
+            remedy = (
+                "Use a causal language model whose forward takes input_ids and returns logits, and, with adapters, "
+                "attention_mask and inputs_embeds, too."
+            )
+            if not getattr(model.config, "return_dict", True):
+                remedy = "Set model.config.return_dict=True."
+            raise ValueError(
+                f"The forward of {type(model).__name__} fails with {', '.join(forward_arguments(model, inputs))} "
+                f"({type(error).__name__}: {error}). {remedy}"
+            ) from error
+
+    def _known_projections(self) -> torch.Tensor:
+        """`(V,)` projections of all signs and sizes, in place of those of a hidden state."""
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        size = self._vocabulary
+        return torch.tensor(_PROBES, dtype=dtype).repeat(math.ceil(size / len(_PROBES)))[:size]
+
     @torch.no_grad()
     def _measure(self, wrapped: Any, inputs: dict[str, Any]) -> LogitMap:
         """The map from projections to logits, measured by running the model's own forward with known projections.
 
         Raises:
-            ValueError: if the map is not a scale with an optional soft cap.
+            ValueError: if the map is not a scale with an optional soft cap, or if the forward fails.
         """
-        sample = {"input_ids": torch.zeros_like(inputs["input_ids"][:1, :2])}
-        dtype = torch.promote_types(self.model.dtype, torch.float32)
-        size = self._vocabulary
-        made = torch.tensor(_PROBES, dtype=dtype).repeat(math.ceil(size / len(_PROBES)))[:size]
+        sample, made = _sample(inputs), self._known_projections()
+        dtype, size = made.dtype, len(made)
 
         def logits(projections: torch.Tensor) -> torch.Tensor:
-            found = self._run(wrapped, sample, projections)["logits"]
-            return found[0, -1].to("cpu", torch.float64)
+            return self._logits(wrapped, sample, projections)[0, -1].to("cpu", torch.float64)
 
         with evaluation_mode(wrapped):
             highest = logits(torch.full((size,), 1e30, dtype=dtype))
@@ -347,6 +464,11 @@ class _Wanted(NamedTuple):
     first: torch.Tensor | None
     statistics: bool
     width: int
+
+
+def _sample(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Two tokens, for a forward in which hidden states do not matter."""
+    return {"input_ids": torch.zeros_like(inputs["input_ids"][:1, :2])}
 
 
 def _score_chunk(

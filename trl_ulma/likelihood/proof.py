@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from trl_ulma.likelihood.head import forward_arguments, logits_of
 from trl_ulma.likelihood.layouts import Layout, packed, padded, shared
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import Reference, outside_adapter
-from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model, mask_dtype
+from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model, mask_dtype, without_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,12 @@ def check_trainable(model: Any, reference: str) -> None:
             f"the adapter, so the reference would change with the policy: {names}. Set precompute_ref_log_probs=True, "
             "pass a ref_model, or only train the adapter (LoraConfig(bias='none'), and no other parameter with "
             "requires_grad=True)."
+        )
+    bias = getattr(getattr(model, "active_peft_config", None), "bias", "none")
+    if reference == "adapter" and bias != "none":
+        raise ValueError(
+            f"PEFT supports one adapter with bias={bias!r} per model, so the reference cannot be a copy of it. Set "
+            "precompute_ref_log_probs=True, pass a ref_model, or use bias='none'."
         )
 
 
@@ -152,7 +159,7 @@ class StartupProof:
         place = padded(batch)
         with evaluation_mode(policy):
             scored = self.scorer(policy, batch, layout=place).log_probs.double()
-            logits = policy(**inputs, use_cache=False).logits
+            logits = logits_of(policy(**forward_arguments(without_adapter(policy), inputs)))
             # Adapters can prepend virtual tokens to the row
             logits = logits[:, -inputs["input_ids"].size(1) :][:, :-1].double()
             own = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None].to(logits.device))[..., 0]
@@ -199,9 +206,9 @@ class StartupProof:
             "copy": "Pass the model before training as ref_model.",
             "adapter": "Pass a ref_model: the base model with a copy of the adapter, merged.",
             "adapter_off": (
-                "The untrained adapter changes the model (as with init_lora_weights='pissa', 'olora' or 'loftq'). Wrap "
-                "the model with get_peft_model before you pass it, so that the reference is a copy of the adapter. Or "
-                "pass a ref_model."
+                "The untrained adapter changes the model (as with init_lora_weights='pissa', 'olora' or 'loftq', or "
+                "with FourierFT, C3A and VBLoRA). Wrap the model with get_peft_model before you pass it, so that the "
+                "reference is a copy of the adapter. Or pass a ref_model."
             ),
         }[self.reference.kind]
         raise ValueError(
@@ -267,10 +274,7 @@ class StartupProof:
 
 def _class_of(policy: Any) -> str:
     """The class name of the causal language model, without wrappers."""
-    bare = bare_model(policy)
-    return type(
-        bare.get_base_model() if hasattr(bare, "peft_config") and hasattr(bare, "get_base_model") else bare
-    ).__name__
+    return type(without_adapter(policy)).__name__
 
 
 def _with_other_ends(batch: Batch) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from trl_ulma.likelihood.head import CompactHead, TokenScores
+from trl_ulma.likelihood.head import CompactHead, TokenScores, takes
 from trl_ulma.likelihood.layouts import (
     Layout,
     completion_tokens,
@@ -124,7 +124,7 @@ class Scorer:
     def _head(self, model: Any, bare: Any) -> CompactHead:
         if model not in self._heads:
             _keep_gradients(bare)
-            self._heads[model] = CompactHead(bare.get_base_model() if isinstance(bare, PeftModel) else bare)
+            self._heads[model] = CompactHead(without_adapter(bare))
         return self._heads[model]
 
     def check_map(self, model: Any, batch: Batch) -> None:
@@ -132,10 +132,19 @@ class Scorer:
         if model in self._heads:
             self._heads[model].check_map(model, dict(padded(batch).inputs))
 
+    def check_nothing_is_trained_after_head(self, model: Any, batch: Batch) -> None:
+        """Raise ValueError if a trainable parameter of a model changes its logits after the output embeddings."""
+        self._head(model, bare_model(model)).check_nothing_is_trained_after(dict(padded(batch).inputs))
+
     def choose_layout(self, model: Any) -> None:
         """Fall back to padding and log a warning if a model does not support the chosen layout."""
         bare = bare_model(model)
         reason = why_not_shared(bare.config) if self.layout == "shared" else None
+        inner = without_adapter(bare)
+        needed = {"packed": ("position_ids",), "shared": ("position_ids", "attention_mask")}.get(self.layout, ())
+        missing = [name for name in needed if not takes(inner, name)]
+        if missing:
+            reason = f"the forward of {type(inner).__name__} takes no {' and no '.join(missing)}"
         if isinstance(bare, PeftModel) and bare.active_peft_config.is_prompt_learning and self.layout != "padded":
             reason = "prompt-learning adapters put virtual tokens before the rows, which requires padded rows"
         if reason:
@@ -158,6 +167,12 @@ def bare_model(model: Any) -> Any:
             break
         model = inner
     return model
+
+
+def without_adapter(model: Any) -> Any:
+    """The causal language model without wrappers and, if it has an adapter, below it."""
+    bare = bare_model(model)
+    return bare.get_base_model() if isinstance(bare, PeftModel) else bare
 
 
 def is_exact(model: Any, mixed_precision: str | None) -> bool:

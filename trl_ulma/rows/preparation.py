@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from torch.utils.data import get_worker_info
@@ -33,6 +34,7 @@ from trl_ulma.labels import (
     check_texts,
     is_empty,
     is_messages,
+    list_invalid,
     read_labels,
     refuse_invalid,
     shown,
@@ -54,6 +56,7 @@ from trl_ulma.rows.images import (
 )
 from trl_ulma.rows.notes import note, noted
 from trl_ulma.rows.rendering import Encoder, Rendered, Tokenized, processor_of, tokenizer_of
+from trl_ulma.rows.token_ids import check_token_ids, faults_of, token_faults
 
 logger = logging.get_logger(__name__)
 
@@ -199,7 +202,8 @@ class Preparation:
                 "completion and label."
             )
         names = list(first)
-        if set(names) >= _PREPARED and set(names) <= {*_TYPES, "ref_logps", "prompt"}:
+        if set(names) >= {"prompt_ids", "completion_ids"} and not {"prompt", "completion"} <= set(names):
+            check_prepared_columns(names, name)
             return dataset if is_transformed else self._again(dataset, names, name)
         paired = check_columns(names, name, takes_images=processor_of(self.processing_class) is not None)
         images = image_column(names, name)
@@ -311,12 +315,13 @@ class Preparation:
             check_stream_has_rows(stream, name)
             return stream
         columns = {c: rows[c][:] for c in ("label", "sft_mask", "row", "length", *OPTIONAL_COLUMNS) if c in names}
-        if not again.changes(columns):
+        faults = faults_of(rows, self.vocab_size, name, tokenizer_of(self.processing_class))
+        if not (faults or again.changes(columns) or _is_stale(rows)):
             return rows
         made = rows.with_format(None).map(
             again,
             batched=True,
-            features=Features({**rows.features, **_PASSING}),
+            features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c != "ref_logps"} | _PASSING),
             desc=f"Checking {name} dataset",
             new_fingerprint=Hasher.hash((rows._fingerprint, name, self._key())),
         )
@@ -333,14 +338,12 @@ class Preparation:
             )
 
     def check_batch(self, rows: Mapping[str, list], numbers: Sequence[int | str], name: str) -> None:
-        """Raise ValueError if a prepared row of a batch has a token without an embedding."""
-        if self.vocab_size is None:
-            return
-        for row, *both in zip(numbers, rows["prompt_ids"], rows["completion_ids"], strict=True):
-            most = max(max(ids, default=0) for ids in both)
-            if most >= self.vocab_size:
-                tokenizer = tokenizer_of(self.processing_class)
-                raise _no_embedding(f"Row {row} of the {name} dataset", most, self.vocab_size, tokenizer)
+        """Raise ValueError if prepared rows of a batch have tokens without an embedding. The message lists them."""
+        if self.vocab_size is not None:
+            ids = {column: rows[column] for column in ("prompt_ids", "completion_ids")}
+            faults = token_faults({**ids, "row": numbers}, self.vocab_size, name, tokenizer_of(self.processing_class))
+            if faults:
+                raise ValueError(list_invalid([faults[i] for i in sorted(faults)], None, name))
 
     def _type_of_prompts(self, raw: Dataset, is_text: bool, is_made_chat: bool) -> Any:
         """The type of the column `prompt` if it is kept, or None."""
@@ -592,15 +595,19 @@ class _Again:
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         """The changed columns of prepared rows, and the columns `_PASSING`."""
-        labels, invalid = self._labels(batch)
+        faults = token_faults(batch, self.how.vocab_size, self.name, tokenizer_of(self.how.processing_class))
+        labels, invalid = self._labels(batch, faults)
         encoder = Encoder(self.how.processing_class, True, False, self.how.max_length, self.how.truncation_mode)
         count = len(batch["row"])
         masks = batch["completion_mask"] if "completion_mask" in batch else [None] * count
         names = ["prompt_ids", "completion_ids", "length", "left_out", "cut"]
         found: dict[str, list] = {name: [] for name in [*names, "completion_mask"]}
         for i, row in enumerate(batch["row"]):
-            tokens = Tokenized(batch["prompt_ids"][i], batch["completion_ids"][i], masks[i])
-            added = batch["length"][i] - len(tokens.prompt) - len(tokens.completion)
+            both = ([], []) if i in faults else (batch["prompt_ids"][i], batch["completion_ids"][i])
+            tokens = Tokenized(*both, None if i in faults else masks[i])
+            # Only images add tokens. The length of other rows may be that of ids which were changed since.
+            has_images = "prompt_images" in batch and i not in faults
+            added = batch["length"][i] - len(tokens.prompt) - len(tokens.completion) if has_images else 0
             tokens, is_cut, left_out = encoder.truncate(tokens, added)
             length = len(tokens.prompt) + len(tokens.completion) + added
             try:
@@ -628,51 +635,49 @@ class _Again:
         is_long = bool(limits) and max(columns["length"]) > min(limits)
         return bool(invalid) or is_long or labels["sft_mask"] != columns["sft_mask"]
 
-    def _labels(self, columns: Mapping[str, list]) -> tuple[dict[str, list], dict[int, InvalidRow]]:
-        """The columns of labels, and the errors."""
+    def _labels(
+        self, columns: Mapping[str, list], faults: Mapping[int, InvalidRow] | None = None
+    ) -> tuple[dict[str, list], dict[int, InvalidRow]]:
+        """The columns of labels, and the errors, with those that are known already."""
         names = ["label", *(name for name in OPTIONAL_COLUMNS if name in columns)]
         if not self.names_demonstrations:
             names.remove("sft_mask")
-        read: dict[int, InvalidRow] = {}
+        read: dict[int, InvalidRow] = dict(faults or {})
         rules = replace(self.how.rules, transform=None)
         return read_labels({name: columns[name] for name in names}, columns["row"], self.name, rules, read), read
 
 
-def check_token_ids(rows: Dataset, vocab_size: int, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if the model has no embedding for a token id. The message names the first such row.
+def check_prepared_columns(names: Sequence[str], name: str) -> None:
+    """Raise ValueError if prepared rows lack columns, or have others.
 
     Args:
-        rows: prepared rows.
-        vocab_size: the number of embeddings of the model.
+        names: the names of their columns.
         name: the name of the dataset.
-        tokenizer: the tokenizer that created the ids.
 
     Example:
-        >>> rows = Dataset.from_dict({"prompt_ids": [[1, 2]], "completion_ids": [[3]], "row": [0]})
-        >>> check_token_ids(rows, 4, "train", None)
+        >>> check_prepared_columns(sorted(_PREPARED), "train")
     """
-    start = 0
-    table: Any = rows.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow")
+    missing = sorted(_PREPARED.difference(names))
+    others = sorted(set(names).difference(_TYPES, ("ref_logps", "prompt")))
+    if missing or others:
+        wrong = [f"lack the columns {', '.join(missing)}"] if missing else []
+        wrong += [f"have other columns, too: {', '.join(others)}"] if others else []
+        raise ValueError(
+            f"The rows of the {name} dataset are prepared (they have prompt_ids and completion_ids), but "
+            f"{' and '.join(wrong)}. Pass the raw rows, or the prepared rows with their columns as they were."
+        )
+
+
+def _is_stale(rows: Dataset) -> bool:
+    """Whether the column `length` of prepared rows without images is not that of their ids."""
+    if "prompt_images" in rows.column_names:
+        return False
+    table: Any = rows.select_columns(["prompt_ids", "completion_ids", "length"]).with_format("arrow")
     for batch in table.iter(10_000):
-        for column in ("prompt_ids", "completion_ids"):
-            lists = batch[column].combine_chunks()
-            ids = lists.values.to_numpy(zero_copy_only=False)
-            beyond = np.flatnonzero((ids >= vocab_size) | (ids < 0))
-            if len(beyond):
-                place = int(np.searchsorted(lists.offsets.to_numpy(), beyond[0], side="right")) - 1
-                row = rows[start + place]["row"]
-                raise _no_embedding(f"Row {row} of the {name} dataset", int(ids[beyond[0]]), vocab_size, tokenizer)
-        start += len(batch)
-
-
-def _no_embedding(at: str, token: int, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> ValueError:
-    if token < 0:
-        return ValueError(f"{at} has the token id {token}, which is no token. Pass the raw rows, or correct the ids.")
-    return ValueError(
-        f"{at} has the token {tokenizer.convert_ids_to_tokens(token)!r} with id {token}, but the model only has "
-        f"embeddings for ids below {vocab_size}. If you added the token on purpose, call "
-        "model.resize_token_embeddings(len(tokenizer)). Otherwise use the tokenizer that belongs to the model."
-    )
+        lengths = [pc.list_value_length(batch[column]) for column in ("prompt_ids", "completion_ids")]
+        if not pc.all(pc.equal(pc.add(*lengths), batch["length"])).as_py():
+            return True
+    return False
 
 
 def _first_prompt(raw: Dataset | IterableDataset, first: Mapping[str, Any]) -> Any:

@@ -1,0 +1,130 @@
+"""PEFT's methods, each with the reference and the log-probabilities that it must have, or refused in one line.
+
+LoRA and its options, IA3, VeRA, LoHa, OFT, AdaLoRA, LN tuning and virtual tokens are in `test_reference.py`.
+"""
+
+from typing import Any
+
+import peft
+import pytest
+from peft import get_peft_model
+from references import MOVING, hold, in_memory, load, lora, losses
+from world import make_rows, make_trainer
+
+QV = {"target_modules": ["q_proj", "v_proj"]}
+
+# Name → (PEFT's class, settings). Classes that the installed PEFT lacks are skipped.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lokr": ("LoKrConfig", QV | {"r": 4}),
+    "boft": ("BOFTConfig", QV | {"boft_block_size": 4}),
+    "fourierft": ("FourierFTConfig", QV | {"n_frequency": 50}),
+    "hra": ("HRAConfig", QV | {"r": 4}),
+    "miss": ("MissConfig", QV | {"r": 4}),
+    "bone": ("BoneConfig", QV | {"r": 4}),
+    "randlora": ("RandLoraConfig", QV | {"r": 4}),
+    "shira": ("ShiraConfig", QV | {"r": 4}),
+    "c3a": ("C3AConfig", QV | {"block_size": 16}),
+    "trainable-tokens": ("TrainableTokensConfig", {"token_indices": [5, 6, 7, 40, 41, 42]}),
+    "vblora": ("VBLoRAConfig", QV | {"vector_length": 16, "num_vectors": 8}),
+    "road": ("RoadConfig", QV | {"group_size": 8}),
+    "delora": ("DeloraConfig", QV | {"r": 4}),
+    "gralora": ("GraloraConfig", QV | {"r": 4}),
+    "waveft": ("WaveFTConfig", QV | {"n_frequency": 50}),
+    "osf": ("OSFConfig", QV),
+    "lily": ("LilyConfig", QV),
+    "poly": ("PolyConfig", QV | {"r": 4, "n_tasks": 1, "n_skills": 2}),
+    "lora-bias-of-targets": ("LoraConfig", QV | {"r": 4, "bias": "lora_only"}),
+    "lora-bias-of-its-own": ("LoraConfig", QV | {"r": 4, "lora_bias": True}),
+    "lora-replicated-layers": ("LoraConfig", QV | {"r": 4, "layer_replication": [[0, 2], [0, 2]]}),
+    "lora-patterns": ("LoraConfig", QV | {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}),
+    "lora-gaussian": ("LoraConfig", QV | {"r": 4, "init_lora_weights": "gaussian"}),
+    "lora-orthogonal": ("LoraConfig", QV | {"r": 4, "init_lora_weights": "orthogonal"}),
+    "lora-pissa": ("LoraConfig", QV | {"r": 4, "init_lora_weights": "pissa"}),
+    "lora-olora": ("LoraConfig", QV | {"r": 4, "init_lora_weights": "olora"}),
+    "lora-eva": ("LoraConfig", QV | {"r": 4, "init_lora_weights": "eva"}),
+    "lora-loftq": (
+        "LoraConfig",
+        QV | {"r": 4, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+    ),
+    "lora-activated": ("LoraConfig", QV | {"r": 4, "alora_invocation_tokens": [5]}),
+    "lora-saved-embeddings": ("LoraConfig", QV | {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}),
+}
+QUICK = ("lokr", "fourierft", "trainable-tokens", "lora-bias-of-targets", "lora-activated")
+# Untrained, they change the model, so the reference of a new adapter is not the model without it
+CHANGE_THE_MODEL = r"init_lora_weights.*Wrap the model with get_peft_model.*ref_model"
+REFUSED_NEW: dict[str, str] = {
+    "fourierft": CHANGE_THE_MODEL,
+    "c3a": CHANGE_THE_MODEL,
+    "vblora": CHANGE_THE_MODEL,
+    "lora-pissa": CHANGE_THE_MODEL,
+    "lora-olora": CHANGE_THE_MODEL,
+    "lora-loftq": CHANGE_THE_MODEL,
+    "lily": r"LILY .*later tokens",
+    "poly": "task_ids",
+}
+REFUSED_TRAINED: dict[str, str] = {
+    "lora-replicated-layers": r"reference \(adapter\) differs from the model by .*ref_model",
+    "lily": r"LILY .*later tokens",
+    "poly": "task_ids",
+    "lora-bias-of-targets": r"one adapter with bias='lora_only' .*precompute_ref_log_probs=True.*ref_model",
+}
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+
+
+def config_of(name: str) -> Any:
+    cls, settings = METHODS[name]
+    if not hasattr(peft, cls):
+        pytest.skip(f"this version of PEFT has no {cls}")
+    return getattr(peft, cls)(task_type="CAUSAL_LM", **settings)
+
+
+def held_or_refused(make, folder: str, message: str | None) -> None:
+    """Train, and assert what must hold, or that the training is refused with this message in one line."""
+    rows = make_rows(6)
+    if message is not None:
+        with pytest.raises((TypeError, ValueError), match=message) as error:
+            make(rows).train()
+        assert "\n" not in str(error.value)
+        return
+    trainer = make(rows)
+    hold(trainer, rows, folder)
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_new_adapter(tiny_llama, tmp_path, name):
+    config = config_of(name)
+    held_or_refused(
+        lambda rows: make_trainer(load(tiny_llama), rows, tmp_path, peft_config=config, **MOVING),
+        tiny_llama,
+        REFUSED_NEW.get(name),
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_adapter_that_was_trained_before(tiny_llama, tmp_path, name):
+    config = config_of(name)
+    held_or_refused(
+        lambda rows: make_trainer(in_memory(tiny_llama, config), rows, tmp_path, **MOVING),
+        tiny_llama,
+        REFUSED_TRAINED.get(name),
+    )
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new", "wrapped"])
+def test_a_mixture_of_adapters_is_refused(tiny_llama, tmp_path, is_new):
+    in_memory(tiny_llama, lora()).save_pretrained(tmp_path / "expert")
+    adapters = {"0": str(tmp_path / "expert"), "1": str(tmp_path / "expert")}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, xlora_depth=1, adapters=adapters)
+    model = load(tiny_llama)
+    model.config.use_cache = False
+    model = model if is_new else get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"XLORA adapters run the model twice .*Train another adapter"):
+        make_trainer(model, make_rows(6), tmp_path, peft_config=config if is_new else None, **MOVING)
+
+
+def test_an_adapter_of_several_kinds_is_refused(tiny_llama, tmp_path):
+    model = get_peft_model(load(tiny_llama), lora(), mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(r=4, target_modules=["o_proj"]))
+    with pytest.raises(TypeError, match="PeftMixedModel"):
+        make_trainer(model, make_rows(6), tmp_path, **MOVING)
