@@ -77,7 +77,8 @@ def token_faults(
     for i in np.flatnonzero(lengths["completion_ids"] == 0).tolist():
         error = f"{at[i]}: completion_ids is empty, so there is nothing to learn. Drop the row."
         found.setdefault(i, InvalidRow(error, "completion_ids is empty"))
-    if "completion_mask" in (columns.column_names if isinstance(columns, pa.Table) else columns):
+    names: Any = getattr(columns, "column_names", columns)
+    if "completion_mask" in names:
         found = _mask_faults(columns["completion_mask"], lengths["completion_ids"], at, name) | found
     return found
 
@@ -109,9 +110,10 @@ def _lists(values: Any, column: str, name: str) -> tuple[np.ndarray, np.ndarray,
     is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
     if not is_list or not (pa.types.is_integer(lists.type.value_type) or pa.types.is_boolean(lists.type.value_type)):
         raise ValueError(_wrong_kind(column, name, str(lists.type)))
-    lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
-    flat = pc.fill_null(pc.list_flatten(lists).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
-    return lengths, pc.list_parent_indices(lists).to_numpy(zero_copy_only=False), flat
+    lengths = pc.fill_null(pc.call_function("list_value_length", [lists]), -1).to_numpy(zero_copy_only=False)
+    values_of_all = pc.call_function("list_flatten", [lists]).cast(pa.int64())
+    owners = pc.call_function("list_parent_indices", [lists]).to_numpy(zero_copy_only=False)
+    return lengths, owners, pc.fill_null(values_of_all, -1).to_numpy(zero_copy_only=False)
 
 
 def _wrong_kind(column: str, name: str, found: str) -> str:
