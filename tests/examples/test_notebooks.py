@@ -12,10 +12,8 @@ import trl_ulma
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 # What the cell tagged "parameters" is replaced by, besides MODEL
 TINY = {
-    "quickstart": "TRAIN_ROWS, TEST_ROWS = 16, 8\nLEARNING_RATE = 1e-3",
-    "ratings_and_demonstrations": (
-        'DTYPE = "float32"\nRATED, DEMONSTRATIONS, TEST_ROWS = 12, 4, 6\nLEARNING_RATE = 1e-3'
-    ),
+    "quickstart": "TRAIN_ROWS, TEST_ROWS = 16, 20\nLEARNING_RATE = 1e-3",
+    "ratings_and_demonstrations": "RATED, DEMONSTRATIONS, TEST_ROWS = 12, 4, 20\nLEARNING_RATE = 1e-3",
     "from_dpo_to_ulma": "PAIRS, TEST_PAIRS = 8, 4\nLEARNING_RATE = 1e-3",
     "colab_t4": "ROWS, EPOCHS = 16, 1\nBATCH, ACCUMULATION = 4, 1",
     "qlora_7b": "ROWS = 16\nMAX_LENGTH = 256\nBATCH, ACCUMULATION = 4, 1",
@@ -53,6 +51,9 @@ def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = read(name)
     drawn = pictures(notebook)
+    assert "You will learn" in notebook.cells[0].source
+    assert "It takes" in notebook.cells[0].source
+    assert notebook.cells[-2].source.startswith("## Chat with it")
     cell = parameters(notebook)
     names = set(re.findall(r"^(\w[\w, ]*) =", cell.source, re.M))
     cell.source = f"from pathlib import Path\n\nMODEL = {tiny_llama!r}\n{TINY[name]}"
