@@ -140,7 +140,8 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 def interval(values: np.ndarray, digits: int) -> str:
     """The mean of a value per question and its 95% interval."""
     found = bootstrap(lambda rows: float(values[rows].mean()), np.arange(len(values)), seed=0)
-    return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    value, low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]"
 
 
 def main(argv: list[str] | None = None) -> None:
