@@ -225,7 +225,7 @@ def test_the_metrics_page_has_every_figure():
     assert set(EVALUATED) - named == elsewhere
 
 
-def test_every_picture_is_drawn_by_the_script_and_shown():
+def test_every_picture_is_drawn_by_a_script_and_shown():
     sys.path.insert(0, str(DOCS))
     try:
         from make_pictures import DRAWN
@@ -233,7 +233,8 @@ def test_every_picture_is_drawn_by_the_script_and_shown():
         sys.path.remove(str(DOCS))
     texts = [file.read_text(encoding="utf-8") for file in DOCS.glob("*.md")]
     shown = {name for text in texts for name in re.findall(r"\(pictures/([\w-]+)\.png\)", text)}
-    assert sorted(shown) == sorted(DRAWN) == sorted(file.stem for file in (DOCS / "pictures").glob("*.png"))
+    # compare_with_dpo.py draws the last one
+    assert sorted(shown) == sorted([*DRAWN, "swap"]) == sorted(file.stem for file in (DOCS / "pictures").glob("*.png"))
 
 
 def test_every_result_is_a_page_of_the_site():
