@@ -290,6 +290,22 @@ def test_a_quota_that_is_used_up_ends_the_run(strict):
     assert not isinstance(caught.value, Refusal)
 
 
+def test_a_server_that_still_loads_its_model_is_waited_for(strict):
+    server, _, notes = strict
+    loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+    answers = iter([(503, loading)] * 3)
+    server.models = lambda: next(answers, (200, {"object": "list", "data": []}))
+    Server("m", server.url, timeout=2, note=notes.append).check()
+    assert next(answers, None) is None
+    assert notes == [f'{server.url}, m: "Loading model". Waiting for up to 2 seconds (--timeout).']
+    server.models = lambda: (503, loading)
+    server.answer = lambda messages: (503, loading)
+    client = Server("m", server.url, timeout=0.2, retries=0, note=notes.append)
+    client.check()
+    with pytest.raises(ServerError, match='answered 503: "Loading model"'):
+        client.ask(CHAT, **DRAWN)
+
+
 # Chats and texts
 
 
