@@ -290,6 +290,15 @@ def test_a_quota_that_is_used_up_ends_the_run(strict):
     assert not isinstance(caught.value, Refusal)
 
 
+def test_a_server_can_be_behind_a_path_and_a_slash(strict):
+    server, _, _ = strict
+    for url in (server.url.replace("/v1", "/team/llm/v1"), server.url.replace("/v1", "/team/llm/v1/")):
+        client = Server("m", url, retries=0)
+        client.check()
+        assert client.ask(CHAT, **DRAWN).text == client.ask("Hi", **DRAWN).text == "Hello!"
+    assert set(server.paths) == {"/team/llm/v1/chat/completions", "/team/llm/v1/completions"}
+
+
 def test_a_server_that_still_loads_its_model_is_waited_for(strict):
     server, _, notes = strict
     loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import sys
 from argparse import Namespace
@@ -283,6 +284,11 @@ class _Run:
 
     def _server(self, model: str, url: str | None, key_variable: str | None) -> Server:
         args = self.args
+        if key_variable is not None and not os.environ.get(key_variable, "").strip():
+            raise ValueError(
+                f"The environment variable {key_variable} holds the key of {model}'s server and is not set. Set it, or "
+                "name another with --key_variable (for served models: --server_key_variable)."
+            )
         return Server(
             model,
             url,
