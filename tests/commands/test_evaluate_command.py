@@ -165,7 +165,7 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
 @pytest.mark.parametrize("form", ["chats", "texts"])
 def test_llama_cpps_own_server_answers_and_judges_and_can_be_killed(tmp_path, tmp_path_factory, capsys, form):
     gguf = make_gguf(make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1"))
-    words = [*("cat", "mat", "letter", "week", "capital", "heating"), "cat " * 600]
+    words = [*("cat", "mat", "letter", "week", "capital", "heating"), "cat " * 1200]
     halves = {"chosen": "I am fine, thank you! The {} is here.", "rejected": "No. Go away."}
     pairs = [
         {

@@ -232,7 +232,8 @@ class LLMJudge:
             if isinstance(self._said(key), Why):
                 record = self.cache.get(key) or {}
                 told = record.get("said") or record.get("reply") or record.get("reasoning")
-                return " ".join((told or str(self._missing.get(key, ""))).split())[:200]
+                text = " ".join((told or str(self._missing.get(key, ""))).split())
+                return text if len(text) <= 200 else f"{text[:199]}…"
         return ""
 
     def facts(self) -> dict[str, Any]:

@@ -468,6 +468,8 @@ class Server:
             return f"{told} It still limits requests after {asked}: wait, or ask for less at once. {again}"
         if error.status_code >= 500:
             return f"{told} It failed in {asked}; its own log says why. {again}"
+        if why(error.status_code, self._body(error)) is not None:  # which it says itself
+            return told
         return f"{told} The server refuses the request. Its documentation says what the model accepts."
 
     def _said(self, error: openai.APIStatusError) -> str:
