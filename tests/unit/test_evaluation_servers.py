@@ -237,14 +237,17 @@ def test_an_answer_that_is_streamed_unasked_is_read(strict):
 
 def test_a_servers_date_to_try_again_is_waited_for(strict):
     server, _, _ = strict
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
-    server.wait = {"Retry-After": later}
     client = Server("m", server.url, retries=1)
-    answers = iter([(429, {"error": {"message": "slow down"}})])
-    server.answer = lambda messages: next(answers, None) or said("Hello!")
-    start = time.monotonic()
+    asked: list[float] = []
+
+    def answer(messages):
+        asked.append(time.monotonic())
+        server.wait = {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)}
+        return (429, {"error": {"message": "slow down"}}) if len(asked) == 1 else said("Hello!")
+
+    server.answer = answer
     assert client.ask(CHAT, **DRAWN).text == "Hello!"
-    assert time.monotonic() - start > 0.9  # a date has whole seconds
+    assert asked[1] - asked[0] > 0.9  # a date has whole seconds
 
 
 def test_failures_one_after_the_other_end_the_run_and_single_ones_do_not(strict):
