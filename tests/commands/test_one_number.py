@@ -255,14 +255,15 @@ def test_rewards_are_the_same_whatever_was_trained(tiny_llama, tied, tmp_path, w
 
 
 STARS = make_rows(15, label=[float(1 + i % 5) for i in range(15)])
-CUT = make_rows(15, prompt=[f"Why {'x ' * (3 * (i % 4))}?" for i in range(15)])
+LONG_PROMPTS = make_rows(15, prompt=[f"Why {'x ' * (3 * (i % 4))}?" for i in range(15)])
+LONG_ANSWERS = make_rows(15, prompt=[f"Why {i}?" for i in range(15)], completion=[" I am" * (3 + i) for i in range(15)])
 # Rows and settings that change how rows are read or laid out
 READ = {
     "demonstrations": (binary_rows(12).remove_columns("log_z"), {}),
     "several types, a column of log Z": (mixed_rows(12), {"log_z": "column"}),
     "shared prompts": (ROWS, {"share_prompts": True}),
-    "cut at the end": (CUT, {"max_length": 16}),
-    "cut at the start": (CUT, {"max_length": 16, "truncation_mode": "keep_end"}),
+    "cut at the end": (LONG_ANSWERS, {"max_length": 16}),
+    "cut at the start": (LONG_PROMPTS, {"max_length": 16, "truncation_mode": "keep_end"}),
     "quantiles": (STARS, {"pointwise": True, "label_type": "continuous", "label_transform": "quantile"}),
     "conversations": (ROWS, {"chat": "true", "system_message": "Be kind."}),
 }
