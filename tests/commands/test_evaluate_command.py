@@ -4,6 +4,8 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,19 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
-from servers import REFUSALS, LoopbackServer, groq, make_parrot, mistral, reasoning_model, said, transformers_serve
+from servers import (
+    LLAMA_SERVER,
+    REFUSALS,
+    LoopbackServer,
+    groq,
+    llama_server,
+    make_gguf,
+    make_parrot,
+    mistral,
+    reasoning_model,
+    said,
+    transformers_serve,
+)
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 from world import make_rows, make_trainer
@@ -134,13 +148,78 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     assert "**ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in text
     assert "100.0% of them name the one shown first" in text
     assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
-    assert text in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in " ".join(printed.split())
+    assert f"The whole report is {report / 'report.html'}. Open it in a browser." in printed
     assert facts["pictures"] == ["training"]
     assert len(facts["not_drawn"]) == 4
     for name in ("training", "training-dark"):
         assert (report / f"{name}.png").stat().st_size > 1000
         assert (report / f"{name}.svg").is_file()
     for file in report.rglob("*"):
+        assert file.is_dir() or PLANTED.encode() not in file.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LLAMA_SERVER, reason="set LLAMA_SERVER to llama.cpp's llama-server, or put it on the PATH")
+@pytest.mark.parametrize("form", ["chats", "texts"])
+def test_llama_cpps_own_server_answers_and_judges_and_can_be_killed(tmp_path, tmp_path_factory, capsys, form):
+    gguf = make_gguf(make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1"))
+    words = [*("cat", "mat", "letter", "week", "capital", "heating"), "cat " * 1200]
+    halves = {"chosen": "I am fine, thank you! The {} is here.", "rejected": "No. Go away."}
+    pairs = [
+        {
+            "prompt": f"Please, what is the {word}?",
+            **{half: f" {text.format(number)}" for half, text in halves.items()},
+        }
+        for number, word in enumerate(words)
+    ]
+    if form == "chats":
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        pairs = [{half: [{"role": roles[half], "content": text}] for half, text in pair.items()} for pair in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    argv = ["evaluate", "--dataset", str(tmp_path / "pairs.jsonl"), "--split", "train", "--model", "served:parrot"]
+    argv += ["--output", str(tmp_path / "report"), "--judge", "llm:parrot", "--criterion", "helpful", "--retries", "0"]
+    argv += ["--max_new_tokens", "16", "--temperature", "0.5", "--top_p", "0.9", "--concurrency", "1"]
+    verdicts = tmp_path / "report" / "verdicts.jsonl"
+
+    def records() -> list[dict]:
+        return [json.loads(line) for line in verdicts.read_text().splitlines()] if verdicts.is_file() else []
+
+    def kill(process: subprocess.Popen) -> None:
+        while process.poll() is None and len(records()) < 4:
+            time.sleep(0.005)
+        process.kill()
+
+    options = ("--ctx-size", "1024", "--parallel", "1", "--api-key", PLANTED)
+    with pytest.MonkeyPatch.context() as patch:
+        with llama_server(gguf, *options) as (url, process):
+            urls = ["--server_url", url, "--judge_url", url]
+            assert "It was asked without a key." in error_of(capsys, [*argv[1:], *urls])
+            patch.setenv("PLANTED_KEY", PLANTED)
+            keys = ["--key_variable", "PLANTED_KEY", "--server_key_variable", "PLANTED_KEY"]
+            killer = threading.Thread(target=kill, args=(process,))
+            killer.start()
+            assert "cannot be reached, in 1 try" in error_of(capsys, [*argv[1:], *urls, *keys])
+            killer.join()
+        kept = records()
+        assert 4 <= len(kept) < 14
+        with llama_server(gguf, *options) as (url, _):
+            assert main([*argv, "--server_url", url, "--judge_url", url, *keys]) == 0
+    facts = facts_in(tmp_path / "report")
+    # What was answered before is not asked again, and the rest is
+    assert records()[: len(kept)] == kept
+    asked = [record for record in records() if record.get("reply") is not None or "refused" in record]
+    assert facts["judges"][0]["from_cache"] == len(kept)
+    assert facts["judges"][0]["asked"] == len(asked) - len(kept)
+    # The last prompt is longer than the server's context, and costs nothing else
+    assert facts["models"][0]["answers"]["refused"] == {"too long": 1}
+    assert facts["judges"][0]["not_judged"] == {"too long": 2}
+    assert facts["models"][0]["answers"]["changes"] == []
+    assert facts["judges"][0]["agreement"]["value"] == 0.5  # it says "1" in both orders
+    found = facts["models"][0]["judged"]["parrot"]["helpful"]
+    assert {verdict: count for verdict, count in found["counts"].items() if count} == {"tie": 6, "refused": 1}
+    for file in (tmp_path / "report").rglob("*"):
         assert file.is_dir() or PLANTED.encode() not in file.read_bytes()
 
 
@@ -372,6 +451,24 @@ def test_a_full_model_is_compared_with_the_model_that_its_training_began_with(ti
     assert facts["notes"] == []
 
 
+def test_a_report_shows_a_few_answers_before_and_after_training(adapters, rows, tmp_path):
+    argv = ["evaluate", "--model", adapters[0], "--dataset", rows, "--split", "train", "--output"]
+    for number, options in enumerate([[], ["--examples", "2"], ["--examples", "0"], ["--no-base"]]):
+        assert main([*argv, str(tmp_path / str(number)), *options]) == 0
+        facts = facts_in(tmp_path / str(number))
+        assert facts["data"]["questions"] == 0
+        if number < 2:
+            shown = facts["models"][0]["changed"]
+            assert len(shown["examples"]) == 3 - number
+            assert shown["base"] == "tiny-llama (base)"
+            assert {"prompt", "before", "after", "chosen"} == set(shown["examples"][0])
+            kept = [json.loads(line) for line in next((tmp_path / str(number) / "answers").iterdir()).open()]
+            assert len(kept) == 3 - number
+        else:
+            assert "changed" not in facts["models"][0]
+            assert not (tmp_path / str(number) / "answers").exists()
+
+
 def test_a_scale_that_is_not_known_is_said(tiny_llama, adapters, rows, tmp_path):
     argv = ["evaluate", "--model", adapters[0], "--dataset", rows, "--split", "train", "--output", str(tmp_path)]
     assert main(argv) == 0
@@ -396,7 +493,6 @@ def test_ratings_have_correlations_and_log_z_moves_rewards(tiny_llama, adapters,
     assert figures["spearman"]["value"] == pytest.approx(1)
     assert figures["mse"]["value"] > 1000
     assert "auc" not in figures
-    assert main([*argv, "--label_type", "continuous", "--generate"]) == 1  # nothing says which answers are good
 
 
 def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_path, capsys, monkeypatch):
@@ -416,7 +512,7 @@ def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(ti
     argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), "--test_split_size", "0.34"]
     assert main(["evaluate", *argv]) == 0
     said_of_rows = capsys.readouterr().err
-    assert "evaluated are 2 of its 6 rows (0.34 of train by prompt, seed 42). Where training held out" in said_of_rows
+    assert "no test split, so 2 of its 6 rows are evaluated (0.34 of train by prompt, seed 42). Tr" in said_of_rows
     data = json.loads((tmp_path / "report.json").read_text())["data"]
     assert (data["rows"], data["split"]) == (4, "0.34 of train by prompt, seed 42")
 
@@ -488,6 +584,10 @@ def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, messa
         (["--temperature", "-1"], "temperature must be 0 or above; got -1.0"),
         (["--judge", "profanity", "--criterion", "helpful"], "judges harmless, not 'helpful'"),
         (["--judge", "llm:m", "--judge_url", "nowhere"], "'nowhere' is no server's URL"),
+        (
+            ["--judge", "llm:m", "--key_variable", "NOT_SET"],
+            "variable NOT_SET holds the key of m's server and is not",
+        ),
         (["--judge", "llm:m", "--judge_url", "http://127.0.0.1:9/v1", "--retries", "0"], "cannot be reached, in 1 try"),
         (["--judge", "llm:m", "--judge_url", "https://api.openai.com/v1"], "needs a key, and no variable is named"),
     ],
@@ -683,6 +783,9 @@ def test_without_a_training_rows_are_split_at_their_own_mean(tiny_llama, adapter
     assert any(note.startswith("The mean of the training labels is not known, so rows") for note in facts["notes"])
     rewards = [json.loads(line) for file in (tmp_path / "rewards").iterdir() for line in file.read_text().splitlines()]
     chosen = [each["reward"] for each in rewards if each["label"] >= 3]
+    # Answers are compared with those of good ratings
+    assert main([*argv, "--label_type", "continuous", "--output", str(tmp_path / "all"), "--generate"]) == 0
+    assert facts_in(tmp_path / "all")["data"]["questions"] == 3
     assert facts["models"][0]["split"]["chosen"]["value"] == pytest.approx(np.mean(chosen))
 
 

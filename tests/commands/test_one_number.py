@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from vlm import image_rows
-from world import make_rows, make_trainer
+from world import binary_rows, make_rows, make_trainer, mixed_rows
 
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.judge import Judge
@@ -62,11 +62,11 @@ def of_kind(kind):
     return {} if kind == "full" else lora()
 
 
-def trained(folder, tmp_path, **settings):
+def trained(folder, tmp_path, rows=ROWS, **settings):
     """A trainer after a few steps, and the folder that it was saved in."""
     trainer = make_trainer(
         folder,
-        ROWS,
+        rows,
         tmp_path / "run",
         beta=0.5,
         learning_rate=1e-2,
@@ -252,6 +252,37 @@ def test_rewards_are_the_same_whatever_was_trained(tiny_llama, tied, tmp_path, w
     warned.clear()
     assert Judge.from_pretrained(str(elsewhere)).score(ROWS)["reward"][:] == pytest.approx(first, abs=SAME)
     assert not [text for text in warned if "is not computed as when it was saved" in text]
+
+
+STARS = make_rows(15, label=[float(1 + i % 5) for i in range(15)])
+LONG_PROMPTS = make_rows(15, prompt=[f"Why {'x ' * (3 * (i % 4))}?" for i in range(15)])
+LONG_ANSWERS = make_rows(15, prompt=[f"Why {i}?" for i in range(15)], completion=[" I am" * (3 + i) for i in range(15)])
+# Rows and settings that change how rows are read or laid out
+READ = {
+    "demonstrations": (binary_rows(12).remove_columns("log_z"), {}),
+    "several types, a column of log Z": (mixed_rows(12), {"log_z": "column"}),
+    "shared prompts": (ROWS, {"share_prompts": True}),
+    "cut at the end": (LONG_ANSWERS, {"max_length": 16}),
+    "cut at the start": (LONG_PROMPTS, {"max_length": 16, "truncation_mode": "keep_end"}),
+    "quantiles": (STARS, {"pointwise": True, "label_type": "continuous", "label_transform": "quantile"}),
+    "conversations": (ROWS, {"chat": "true", "system_message": "Be kind."}),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_rewards_are_the_same_however_rows_are_read(tiny_llama, tmp_path, name):
+    rows, settings = READ[name]
+    trainer, folder = trained(tiny_llama, tmp_path, rows, **settings, **on("q_proj"))
+    found = rewards_in_training(trainer, rows) | rewards_of_saved(folder, tmp_path, rows)
+    show(name, found)
+    first = found["trainer.evaluate"]
+    assert np.abs(first).max() > 0.05
+    for way, rewards in found.items():
+        assert rewards == pytest.approx(first, abs=SAME), way
+    scored = trainer.score(rows)
+    again = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    for column in ("predicted_label", "surprise"):
+        assert [row[column] for row in again] == pytest.approx(scored[column][:], abs=SAME)
 
 
 def test_a_reference_that_is_a_name_is_refused(tiny_llama, tied, tmp_path):

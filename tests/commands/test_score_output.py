@@ -16,7 +16,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.labels import parse_transform
 from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts.cli import main
-from trl_ulma.scripts.score import most_surprising, summary, write
+from trl_ulma.scripts.score import in_one_line, most_surprising, summary, write
 
 TURNS = [{"role": "user", "content": "Hi"}]
 CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "CET"}}}
@@ -62,9 +62,12 @@ def test_halves_of_pairs_are_counted_as_answers():
 
 def test_the_five_most_surprising_rows_are_shown():
     lines = most_surprising(Dataset.from_list(ROWS))
-    assert len(lines) == 6
-    assert [line.split(":")[0].strip() for line in lines[1:]] == ["row 6", "row 5", "row 4", "row 3", "row 2"]
-    assert lines[2].startswith("  row 5: label 1, predicted 0.50: ")
+    assert most_surprising(Dataset.from_list(ROWS).remove_columns("surprise")) == []
+    assert len(lines) == 1 + 3 * 5
+    assert [line.split(":")[0].strip() for line in lines[1::3]] == ["row 6", "row 5", "row 4", "row 3", "row 2"]
+    assert lines[4] == "  row 5: label 1, predicted 0.50"
+    assert lines[5].startswith("    prompt: ")
+    assert lines[6].startswith("    answer: ")
     pairs = Dataset.from_dict(
         {
             "chosen": ["good " * 30] * 2,
@@ -75,11 +78,18 @@ def test_the_five_most_surprising_rows_are_shown():
             "surprise": [1.0, 2.0],
         }
     )
-    first, second = most_surprising(pairs)[1:]
-    assert first.endswith(": bad")
-    assert second.endswith("…")
-    assert len(second) < 130
-    assert most_surprising(pairs.remove_columns("surprise")) == []
+    _, first, _, second = most_surprising(pairs)[1:]  # the prompts are in the answers
+    assert first == "    answer: bad"
+    assert second.startswith("    answer: good good")
+    assert "…" in second
+    assert len(second) < 100
+
+
+def test_what_a_row_says_is_one_line_of_a_terminal():
+    assert in_one_line([{"role": "user", "content": "How?\n\x1b[31m"}]) == "How? [31m"
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    assert in_one_line(turns) == "system: Be kind. user: Hi"
+    assert in_one_line([{"role": "assistant", "content": None, "tool_calls": []}]).startswith('[{"role": "assistant"')
 
 
 def judge(label_type="binary", transform=None, labels=(1.0, 2.0, 4.0)):

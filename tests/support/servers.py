@@ -4,6 +4,7 @@ on demand."""
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -119,6 +120,18 @@ def llama_cpp_serve(model: str, n_ctx: int = 2048) -> AbstractContextManager[str
     return _serving([*command, "--n_ctx", str(n_ctx), "--n_gpu_layers", "0", "--n_threads", "1"], "v1/models")
 
 
+# The server that llama.cpp itself has, which packages of it and a build of it have as llama-server
+LLAMA_SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+
+
+@contextmanager
+def llama_server(model: str, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """llama.cpp's own server in a process of its own; its URL and its process."""
+    command = [str(LLAMA_SERVER), "--model", model, "--device", "none", "--threads", "1", *options]
+    with _process(command, "health") as served:
+        yield served
+
+
 def transformers_serve(model: str) -> AbstractContextManager[str]:
     """`transformers serve` in a process of its own; its URL."""
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
@@ -127,6 +140,12 @@ def transformers_serve(model: str) -> AbstractContextManager[str]:
 
 @contextmanager
 def _serving(command: list[str], ready: str) -> Iterator[str]:
+    with _process(command, ready) as (url, _):
+        yield url
+
+
+@contextmanager
+def _process(command: list[str], ready: str) -> Iterator[tuple[str, subprocess.Popen]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,7 +156,7 @@ def _serving(command: list[str], ready: str) -> Iterator[str]:
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         wait_for(f"http://127.0.0.1:{port}/{ready}", process)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1", process
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -174,10 +193,12 @@ class LoopbackServer:
         headers: theirs.
         paths: theirs.
         wait: the header that says when to try again.
+        models: returns (status, body) for a request for the list of models.
     """
 
     def __init__(self, answer: Answer, refuse: Refuse = lambda path, request: None):
         self.answer, self.refuse, self.requests, self.headers, self.paths = answer, refuse, [], [], []
+        self.models = lambda: (200, {"object": "list", "data": []})
         self.wait = {"Retry-After-Ms": "5"}  # tests should not wait as long as people
         outer = self
 
@@ -185,7 +206,7 @@ class LoopbackServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                self.send(200, {"object": "list", "data": []})
+                self.send(*outer.models())
 
             def do_POST(self):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

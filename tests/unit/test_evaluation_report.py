@@ -17,8 +17,8 @@ from matplotlib.image import imread
 from world import make_rows
 
 from trl_ulma.evaluation import figures, report
-from trl_ulma.evaluation.document import Quote, Table, Text, to_html, to_markdown
-from trl_ulma.evaluation.findings import on_own_scale, surprises
+from trl_ulma.evaluation.document import Quote, Table, Text, to_html, to_markdown, to_text
+from trl_ulma.evaluation.findings import changed, on_own_scale, surprises
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.evaluation.implicit_reward import CalibrationBin, continuous_figures, split_figures
 from trl_ulma.evaluation.intervals import Estimate
@@ -287,7 +287,7 @@ def facts_of(rows=200, strength=0.5, judge_points=0.2):
         "differences": [{"judge": "j", "criterion": "helpful", "one": "tuned", "other": "m (base)", "points": points}],
         "over_seeds": {},
         "notes": ["A note."],
-        "not_drawn": ["labels (3 rows, of 20 that are needed)"],
+        "not_drawn": ["labels (3 of 20 rows)"],
     }
 
 
@@ -311,17 +311,18 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
             assert known in text
             assert known in page
     for each in record["models"][0]["surprises"]:
-        row = f"| {each['row']} | {each['label']:g} | {each['predicted']:.2f} | Question {each['row']} |"
+        row = f"| {each['row']} | {each['label']:g} | {each['predicted']:.2f} | 3.00 | Question {each['row']} |"
         assert row in text
     assert len(record["models"][0]["surprises"]) == 10
     # Both models in each table and picture where both are known
-    for heading in ("Perplexity", "Implicit reward", "Rewards of chosen", "Rewards on the scale", "Helpful"):
+    headings = ("Perplexity", "Implicit reward", "Rewards of chosen", "Rewards on the scale", "Calibration", "Helpful")
+    for heading in headings:
         section = text.split(f"## {heading}")[1].split("\n## ")[0]
         assert "tuned" in section
         assert "m (base)" in section
     assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
     assert "Rows with a continuous label of 3 and above are chosen." in text
-    assert "| model | chosen | rejected | margin | on the side of their label |" in text
+    assert "| model | chosen | rejected | margin | accuracy |" in text
     assert "3 refused, 1 cut" in text
     assert "| tuned | the model's answer first | 2 | filtered |" in text
     assert "60.0% of them name the one shown first" in text
@@ -368,6 +369,7 @@ def test_the_page_is_one_file_that_runs_nothing(tmp_path):
     ("rows", "strength", "said"),
     [
         (15, 0.5, "tuned: on 15 prompts nothing can be concluded; 30 are a beginning (Spearman's correlation "),
+        (2, 0.5, "tuned: on 2 prompts nothing can be concluded; 30 are a beginning ("),
         (200, 0.0, "tuned: nothing can be concluded: the interval includes 0 ("),
         (200, 0.5, "tuned: its reward ranks held-out answers better than chance ("),
         (200, -0.5, "tuned: its reward ranks held-out answers worse than chance ("),
@@ -377,10 +379,9 @@ def test_what_can_be_concluded_is_said_first(rows, strength, said):
     facts = facts_of(rows, strength)
     sentence = report.conclusions(facts)[0]
     assert sentence.startswith(said)
-    assert (
-        f"{report.shown(facts['models'][0]['implicit_reward']['spearman'])}, on {rows} rows of {rows} prompts"
-        in sentence
-    )
+    figure = report.shown(facts["models"][0]["implicit_reward"].get("spearman"))
+    s = "s" if rows > 1 else ""
+    assert f"{figure}, on {rows} row{s} of {rows} prompt{s})" in sentence
     parts = report.document({**facts, "pictures": []})
     assert next(part.text for part in parts if isinstance(part, Text) and part.strong) == sentence
 
@@ -459,13 +460,59 @@ def test_pictures_of_too_few_points_are_not_drawn(tmp_path):
     drawn, not_drawn = pictures(facts["models"], np.arange(15.0), np.zeros(15, dtype=bool))
     assert drawn == {}
     assert not_drawn == [
-        "labels (15 rows, of 20 that are needed)",
-        "calibration (15 rows, of 100 that are needed)",
-        "predicted labels (15 rows, of 20 that are needed)",
-        "verdicts (5 comparisons, of 20 that are needed)",
+        "labels (15 of 20 rows)",
+        "calibration (15 of 100 rows)",
+        "predicted labels (15 of 20 rows)",
+        "verdicts (5 of 20 comparisons)",
     ]
     report.write(tmp_path, facts | {"not_drawn": not_drawn}, drawn)
-    assert "labels (15 rows, of 20 that are needed); calibration" in (tmp_path / "report.md").read_text()
+    assert "Pictures that need more data: labels (15 of 20 rows); calibration" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_a_terminal_shows_the_figures_within_its_width(tmp_path, width):
+    facts = facts_of()
+    facts["models"][0]["surprises"][0]["answer"] = "a \x1b[31mred\n answer " * 9
+    report.write(tmp_path, facts, {})
+    text = report.in_terminal(facts, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.startswith("Evaluation of tuned\n───────────────────\ntuned: ")
+    words = " ".join(text.split())
+    for estimate in (model["implicit_reward"][name] for model in facts["models"] for name in model["implicit_reward"]):
+        assert report.shown(estimate) in words
+    for quote in ("Before, by m (base):", "After, by tuned:", "predicted: ", "before training: 3.00", "\nHelpful: "):
+        assert quote in text
+    assert "\x1b" not in text
+    for left_out in ("Settings", "Versions", "A note.", "Pictures", "&lt;", "| "):
+        assert left_out not in text.replace("Answer | ", "")
+
+
+def test_text_is_in_columns_of_letters_of_any_width():
+    lines = to_text([Table(["model", "auc"], [["模型", "0.5"], ["é", "0.75"]])]).splitlines()
+    assert lines == ["model   auc", "模型    0.5", "é      0.75"]
+    block = to_text([Table(["row", "label", "answer"], [["1", "5", "one two three four"]], is_text=True)], 16)
+    assert block.splitlines() == ["row 1", "  label: 5", "  answer", "    one two", "    three four"]
+
+
+def test_one_row_is_one_row():
+    facts = facts_of(2)
+    facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 1)
+    facts["models"][0]["rows"] = facts["data"]["rows"] = facts["data"]["prompts"] = 1
+    text = report.in_terminal(facts, 200)
+    assert "tuned: on 1 prompt nothing can be concluded" in text
+    assert "correlation 1.000, on 1 row of 1 prompt)." in text
+    assert "1 row of 1 prompt from d (test). Brackets" in text
+
+
+def test_answers_that_training_did_not_change_are_shown_last():
+    found = changed(["a", "b", "c", "d"], ["1", "2", None, "4"], ["1", "x", "y", "z"], list("efgh"), 3)
+    assert [(each["prompt"], each["after"]) for each in found["examples"]] == [("b", "x"), ("d", "z"), ("a", "1")]
+    assert (found["answers"], found["others"]) == (3, 2)
+    facts = facts_of()
+    facts["models"][0]["changed"] = {"base": "m (base)", **found}
+    text = report.in_terminal(facts)
+    assert "Training changed 2 of 3 answers of m (base)." in text
+    assert "After, by tuned:\n  (the same)" in text
 
 
 def test_cells_and_quotes_cannot_break_out():

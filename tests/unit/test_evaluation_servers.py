@@ -237,14 +237,17 @@ def test_an_answer_that_is_streamed_unasked_is_read(strict):
 
 def test_a_servers_date_to_try_again_is_waited_for(strict):
     server, _, _ = strict
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
-    server.wait = {"Retry-After": later}
     client = Server("m", server.url, retries=1)
-    answers = iter([(429, {"error": {"message": "slow down"}})])
-    server.answer = lambda messages: next(answers, None) or said("Hello!")
-    start = time.monotonic()
+    asked: list[float] = []
+
+    def answer(messages):
+        asked.append(time.monotonic())
+        server.wait = {"Retry-After": format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)}
+        return (429, {"error": {"message": "slow down"}}) if len(asked) == 1 else said("Hello!")
+
+    server.answer = answer
     assert client.ask(CHAT, **DRAWN).text == "Hello!"
-    assert time.monotonic() - start > 0.9  # a date has whole seconds
+    assert asked[1] - asked[0] > 0.9  # a date has whole seconds
 
 
 def test_failures_one_after_the_other_end_the_run_and_single_ones_do_not(strict):
@@ -288,6 +291,31 @@ def test_a_quota_that_is_used_up_ends_the_run(strict):
     with pytest.raises(ServerError, match="You exceeded your quota") as caught:
         client.ask(CHAT, **DRAWN)
     assert not isinstance(caught.value, Refusal)
+
+
+def test_a_server_can_be_behind_a_path_and_a_slash(strict):
+    server, _, _ = strict
+    for url in (server.url.replace("/v1", "/team/llm/v1"), server.url.replace("/v1", "/team/llm/v1/")):
+        client = Server("m", url, retries=0)
+        client.check()
+        assert client.ask(CHAT, **DRAWN).text == client.ask("Hi", **DRAWN).text == "Hello!"
+    assert set(server.paths) == {"/team/llm/v1/chat/completions", "/team/llm/v1/completions"}
+
+
+def test_a_server_that_still_loads_its_model_is_waited_for(strict):
+    server, _, notes = strict
+    loading = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+    answers = iter([(503, loading)] * 3)
+    server.models = lambda: next(answers, (200, {"object": "list", "data": []}))
+    Server("m", server.url, timeout=2, note=notes.append).check()
+    assert next(answers, None) is None
+    assert notes == [f'{server.url}, m: "Loading model". Waiting for up to 2 seconds (--timeout).']
+    server.models = lambda: (503, loading)
+    server.answer = lambda messages: (503, loading)
+    client = Server("m", server.url, timeout=0.2, retries=0, note=notes.append)
+    client.check()
+    with pytest.raises(ServerError, match='answered 503: "Loading model"'):
+        client.ask(CHAT, **DRAWN)
 
 
 # Chats and texts

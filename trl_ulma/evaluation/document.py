@@ -1,8 +1,11 @@
-"""A report's parts, and the two forms they are written in: Markdown, and one HTML file that needs nothing beside it."""
+"""A report's parts, and the forms they are written in: Markdown, text for a terminal, and one HTML file that needs
+nothing beside it."""
 
 import base64
 import html
 import re
+import textwrap
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +120,87 @@ def to_html(parts: Sequence[Part], folder: Path) -> str:
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width">\n<style>\n{_STYLE}\n</style>\n</head>\n<body>\n'
         f"{body}\n</body>\n</html>\n"
+    )
+
+
+def to_text(parts: Iterable[Part], width: int = 80) -> str:
+    """Return the document as text for a terminal.
+
+    Pictures are left out. A table that is too wide becomes a block of lines per row.
+
+    Example:
+        >>> print(to_text([Heading("Perplexity"), Table(["model", "answers"], [["out", "47.63"]])]), end="")
+        Perplexity
+        ──────────
+        model  answers
+        out      47.63
+        >>> print(to_text([Table(["row", "answer"], [["1", "a long answer"]], is_text=True)], 12), end="")
+        row 1
+          answer
+            a long
+            answer
+    """
+    shown = (_as_text(part, width) for part in parts if not isinstance(part, Picture))
+    return re.sub(r"─\n\n", "─\n", "\n\n".join(shown)) + "\n"
+
+
+def _as_text(part: Part, width: int) -> str:
+    if isinstance(part, Heading):
+        return f"{_filled(part.text, width)}\n{'─' * min(_columns(part.text), width)}" if part.level < 3 else part.text
+    if isinstance(part, Text):
+        return _filled(part.text, width)
+    if isinstance(part, Bullets):
+        return "\n".join(_filled(item, width, "- ", "  ") for item in part.items)
+    if isinstance(part, Quote):
+        lines = [_filled(line, width, "  ", "  ") for line in part.text.splitlines() or [""]]
+        return "\n".join([f"{part.title}:", *lines])
+    if isinstance(part, Picture):
+        return ""
+    lines = [[_printable(cell) for cell in row] for row in (part.header, *part.rows)]
+    widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) <= width:
+        is_left = [True, *[part.is_text] * (len(widths) - 1)]
+        return "\n".join(_row(line, widths, is_left) for line in lines)
+    return "\n".join(_block(lines[0], line, width) for line in lines[1:])
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], is_left: Sequence[bool]) -> str:
+    padded = [
+        cell + " " * (most - _columns(cell)) if left else " " * (most - _columns(cell)) + cell
+        for cell, most, left in zip(cells, widths, is_left, strict=True)
+    ]
+    return "  ".join(padded).rstrip()
+
+
+def _block(header: Sequence[str], cells: Sequence[str], width: int) -> str:
+    """The cells of a row below one another, each with the name of its column. A long cell is below the name."""
+    lines = [_filled(f"{header[0]} {cells[0]}".strip(), width)]
+    for name, cell in zip(header[1:], cells[1:], strict=True):
+        line = f"  {name}: {cell}"
+        fits = _columns(line) <= width
+        lines += [line] if fits else [_filled(name, width, "  ", "  "), _filled(cell, width, "    ", "    ")]
+    return "\n".join(lines)
+
+
+def _filled(text: str, width: int, first: str = "", other: str = "") -> str:
+    return textwrap.fill(
+        _printable(text),
+        width,
+        initial_indent=first,
+        subsequent_indent=other,
+        break_on_hyphens=False,
+    )
+
+
+def _printable(text: str) -> str:
+    """Return text in one line, without characters that control a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    return sum(
+        0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text
     )
 
 

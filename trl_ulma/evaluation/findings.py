@@ -12,7 +12,6 @@ from trl_ulma.judge import judged
 from trl_ulma.labels import LabelRules
 
 SURPRISES = 10
-CHANGES = 3
 _LONGEST = 300
 
 
@@ -99,6 +98,7 @@ def surprises(
         [(0, 'Hello!', 0.047), (1, 'Go away!', 0.047)]
     """
     told = judged(reward, label, continuous, rules)
+    before = judged(np.zeros_like(reward), label, continuous, rules)["predicted_label"]
     kind = continuous == (continuous.mean() > 0.5)
     order = np.flatnonzero(kind)[np.argsort(-told["surprise"][kind], kind="stable")][:SURPRISES]
     return [
@@ -108,6 +108,7 @@ def surprises(
             "answer": shortened(answer_text(rows[int(numbers[i])]["completion"])),
             "label": float(given[i]),
             "predicted": float(told["predicted_label"][i]),
+            "predicted_before": float(before[i]),
             "reward": float(reward[i]),
             "surprise": float(told["surprise"][i]),
         }
@@ -116,17 +117,22 @@ def surprises(
 
 
 def changed(
-    prompts: Sequence[Any], before: Sequence[str | None], after: Sequence[str | None], chosen: Sequence[str]
+    prompts: Sequence[Any],
+    before: Sequence[str | None],
+    after: Sequence[str | None],
+    chosen: Sequence[str],
+    examples: int = 3,
 ) -> dict[str, Any]:
-    """Return how many answers training changed, and the first changed answers with those before training.
+    """Return how many answers training changed, and examples from before and after it, changed answers first.
 
     Args:
         prompts: `(N,)` text or messages.
         before, after: `(N,)` answers of the base and of the tuned model; None if there is no answer.
         chosen: `(N,)` good answers in the data.
+        examples: number of examples.
 
     Example:
-        >>> changed(["Hi", "Bye"], ["Go.", "Bye."], ["Hello!", "Bye."], ["Hi!", "Bye!"])
+        >>> changed(["Hi", "Bye"], ["Go.", "Bye."], ["Hello!", "Bye."], ["Hi!", "Bye!"], examples=1)
         {'answers': 2, 'others': 1, 'examples': [{'prompt': 'Hi', 'before': 'Go.', 'after': 'Hello!', 'chosen': 'Hi!'}]}
     """
     both = [i for i in range(len(prompts)) if before[i] is not None and after[i] is not None]
@@ -141,7 +147,7 @@ def changed(
                 "after": shortened(str(after[i])),
                 "chosen": shortened(chosen[i]),
             }
-            for i in others[:CHANGES]
+            for i in [*others, *(i for i in both if i not in others)][:examples]
         ],
     }
 

@@ -138,15 +138,18 @@ class HeldOut:
             np.unique(prompts, return_inverse=True)[1],
         )
 
-    def questions(self, limit: int | None, seed: int) -> list[Question]:
-        """Return the prompts that have a good answer (a demonstration, or a binary label of ½ or above), in row order.
+    def questions(self, limit: int | None, seed: int, center: float = 0.0) -> list[Question]:
+        """Return the prompts that have a good answer, in row order.
+
+        A good answer is a demonstration, or has a binary label of at least ½, or a continuous one of at least `center`.
 
         Args:
             limit: the largest number of prompts. `seed` and the prompts determine which ones are drawn; the order of
                 the rows does not matter.
             seed: seed of the draw.
+            center: center of the continuous labels, after the transform.
         """
-        good = self.sft_mask | (~self.continuous & (self.label >= 0.5))
+        good = self.sft_mask | (self.label >= np.where(self.continuous, center, 0.5))
         rows_of: dict[int, list[int]] = {}
         for row, number in enumerate(self.prompt):
             rows_of.setdefault(int(number), []).append(row)

@@ -1,6 +1,8 @@
 """A language model as the judge, behind an OpenAI-compatible server."""
 
+import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ MATERIAL = """\
 
 Which answer is more {criterion}?"""
 
-_WHICH = r"(?:the\s+)?(?:answer\s+|\\boxed\{)?[\W_]*(1|2|tie|first|second|neither)\b(?:\s+answer\b)?"
+_WHICH = r"(?:the\s+)?(?:answer[\s_]+|\\?boxed\{)?[\W_]*(1|2|one|two|tie|first|second|neither)\b(?:\s+answer\b)?"
 # Of a line that names a verdict, what follows it is nothing, or a reason: "VERDICT: 1 or 2" and "1 is worse" are none
 _NAMED = re.compile(
     rf"[\W_]*(?:(?:my|the|final)\s+)*verdict(?:\s+is)?[\W_]*{_WHICH}"
@@ -57,28 +59,45 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 # A line without its name is a verdict where it is all that the line says
-_BARE = re.compile(r"[\W_]*(?:answer\s+)?(1|2|tie)[\W_]*", re.IGNORECASE)
-_SAME = {"first": "1", "second": "2", "neither": "tie"}
+_BARE = re.compile(r"[\W_]*(?:answer[\s_]+|boxed\{)?(1|2|tie)[\W_]*", re.IGNORECASE)
+_SAME = {"first": "1", "one": "1", "second": "2", "two": "2", "neither": "tie"}
 
 
 def read_verdict(text: str) -> str | None:
     """ "1", "2" or "tie": what a reply says, or None where it says something else, or both.
 
     That is the line that begins with "VERDICT", wherever it stands; of several, they must agree. Without one, the last
-    line can be the verdict alone.
+    line can be the verdict alone. A reply can also be JSON with a key "verdict". Digits can be those of any language.
 
     Example:
         >>> read_verdict("VERDICT: 2"), read_verdict("**Tie**"), read_verdict("I like 1 better than 2.")
         ('2', 'tie', None)
         >>> read_verdict("VERDICT: 1 (the first answer)"), read_verdict("VERDICT: 1 or 2")
         ('1', None)
+        >>> read_verdict('{"reason": "1 is rude", "verdict": 2}'), read_verdict("VERDICT: ٢")
+        ('2', '2')
     """
+    text = "".join(str(unicodedata.decimal(letter, letter)) for letter in text)
+    in_json = _verdict_in_json(text)
+    text = re.sub(r"</verdict>", "", text if in_json is None else in_json, flags=re.IGNORECASE)
     text = re.sub(r"(verdict[:*_ \t]*)\n\s*", r"\1 ", text, flags=re.IGNORECASE)
     lines = [line.strip() for line in text.strip().splitlines()]
     named = [line for line in lines if re.match(r"[\W_]*(?:(?:my|the|final)\s+)*verdict\b", line, re.IGNORECASE)]
     found = [_NAMED.fullmatch(line) for line in named] or [_BARE.fullmatch(line) for line in lines[-1:]]
     said = {_SAME.get(each[1].lower(), each[1].lower()) if each else None for each in found}
     return said.pop() if len(said) == 1 else None
+
+
+def _verdict_in_json(text: str) -> str | None:
+    """Return the line of the verdict in a reply that is a JSON object, or "" if it has none; None for other replies."""
+    try:
+        found = json.loads(re.sub(r"^\s*```\w*\n|```\s*$", "", text), object_pairs_hook=tuple)
+    except ValueError:
+        return None
+    if not isinstance(found, tuple):
+        return None
+    values = [value for key, value in found if key.lower() == "verdict"]
+    return f"VERDICT: {values[0]}" if len(values) == 1 and isinstance(values[0], str | int) else ""
 
 
 @dataclass(frozen=True)
@@ -213,7 +232,8 @@ class LLMJudge:
             if isinstance(self._said(key), Why):
                 record = self.cache.get(key) or {}
                 told = record.get("said") or record.get("reply") or record.get("reasoning")
-                return " ".join((told or str(self._missing.get(key, ""))).split())[:200]
+                text = " ".join((told or str(self._missing.get(key, ""))).split())
+                return text if len(text) <= 200 else f"{text[:199]}…"
         return ""
 
     def facts(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def pictures(
         if points >= ENOUGH[kind]:
             found[name] = draw
         else:
-            too_few.append(f"{kind} ({points} {unit}, of {ENOUGH[kind]} that are needed)")
+            too_few.append(f"{kind} ({points} of {ENOUGH[kind]} {unit})")
 
     add("labels", "labels", len(label), "rows", partial(figures.label_histogram, label, is_demonstration))
     history = {model["name"]: training_log(Path(model["source"])) for model in models}

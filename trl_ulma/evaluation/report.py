@@ -1,4 +1,4 @@
-"""Writes the report folder: `report.json`, `report.md`, `report.html` and the pictures."""
+"""Writes the report folder (`report.json`, `report.md`, `report.html` and pictures), and the text for a terminal."""
 
 import json
 import platform
@@ -20,13 +20,14 @@ from trl_ulma.evaluation.document import (
     table,
     to_html,
     to_markdown,
+    to_text,
 )
 from trl_ulma.evaluation.figures import save
 from trl_ulma.evaluation.intervals import Estimate, over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.pictures import Drawing
 
-__all__ = ["commit", "conclusions", "document", "over_runs", "shown", "table", "versions", "write"]
+__all__ = ["commit", "conclusions", "document", "in_terminal", "over_runs", "shown", "table", "versions", "write"]
 
 _LIBRARIES = (
     *("trl-ulma", "trl", "transformers", "torch", "peft", "datasets"),
@@ -72,6 +73,15 @@ def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) 
     (folder / "report.html").write_text(to_html(parts, folder), encoding="utf-8")
 
 
+def in_terminal(facts: Mapping[str, Any], width: int = 80) -> str:
+    """Return the report as text for a terminal.
+
+    Notes are left out, because they were printed when they came up. Pictures, settings and versions are in
+    `report.html`.
+    """
+    return to_text(document(facts, is_short=True), width)
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
@@ -92,11 +102,12 @@ def shown(estimate: Estimate | None, form: str = ".3f") -> str:
     return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
-def document(facts: Mapping[str, Any]) -> list[Part]:
+def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     """The report's parts: what can be concluded first, then the tables.
 
     Args:
         facts: what `report.json` holds, with its `Estimate`s.
+        is_short: whether notes, pictures, settings and versions are left out.
     """
     data, models = facts["data"], facts["models"]
     names = [model["name"] for model in models if not model.get("is_base")]
@@ -104,15 +115,21 @@ def document(facts: Mapping[str, Any]) -> list[Part]:
     parts += [Text(sentence, strong=True) for sentence in conclusions(facts)]
     parts.append(
         Text(
-            f"{data['rows']:,} rows of {data['prompts']:,} prompts from {data['dataset']} ({data['split']}), of which "
-            f"{data['demonstrations']:,} are demonstrations. Brackets hold 95% intervals: bootstrap over prompts, "
-            "Wilson for shares, Student's t over seeds."
+            f"{_of_prompts(data['rows'], data['prompts'])} from {data['dataset']} ({data['split']})"
+            + (f"; {data['demonstrations']:,} of them are demonstrations" if data["demonstrations"] else "")
+            + ". Brackets hold 95% intervals: bootstrap over prompts, Wilson for shares, Student's t over seeds."
         )
     )
-    if facts["notes"]:
+    if facts["notes"] and not is_short:
         parts.append(Bullets(facts["notes"]))
-    parts += _figures("Perplexity of the given answers (lower is better)", models, "perplexity", ".2f")
-    parts += _figures("Implicit reward", models, "implicit_reward", ".3f", _meanings(models))
+    parts += _figures(
+        "Perplexity of the given answers (lower is better)",
+        models,
+        "perplexity",
+        ".2f",
+        names={} if data["demonstrations"] else {"other answers": "all answers"},
+    )
+    parts += _figures("Implicit reward", models, "implicit_reward", ".3f", meanings=_meanings(models))
     parts += _split(models, data)
     parts += _own_scale(models)
     parts += _calibration(models)
@@ -123,10 +140,12 @@ def document(facts: Mapping[str, Any]) -> list[Part]:
     for judge in facts["judges"]:
         parts += _judged(facts, judge)
     parts += _over_seeds(facts["over_seeds"])
+    if is_short:
+        return parts
     if facts["pictures"] or facts["not_drawn"]:
         parts += [Heading("Pictures"), *map(Picture, facts["pictures"])]
     if facts["not_drawn"]:
-        parts.append(Text(f"Not drawn, since there is too little of it: {'; '.join(facts['not_drawn'])}."))
+        parts.append(Text(f"Pictures that need more data: {'; '.join(facts['not_drawn'])}."))
     settings = json.dumps(facts["settings"], ensure_ascii=False, default=_plain)
     named = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     commit = facts["commit"] or "unknown"
@@ -146,7 +165,7 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
         name, chance = next(((n, c) for n, c in _CHANCE.items() if n in model["implicit_reward"]), ("", 0.0))
         if name:
             figure = model["implicit_reward"][name]
-            of = f"{_NAMES[name]} {shown(figure)}, on {model['rows']:,} rows of {figure.n:,} prompts"
+            of = f"{_NAMES[name]} {shown(figure)}, on {_of_prompts(model['rows'], figure.n)}"
             told = _concluded(figure, chance, "its reward ranks held-out answers", of)
             hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
             found.append(f"{model['name']}: {told}{hint if 'worse than chance' in told else ''}")
@@ -161,8 +180,8 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
             ends = (None, None) if points.low is None else (-points.high, -points.low)
             points = Estimate(sign * points.value, *ends, points.n)
         of = (
-            f"{shown(points, '+.3f')} points per prompt on {points.n} prompts, criterion {each['criterion']}, judge "
-            f"{each['judge']}"
+            f"{shown(points, '+.3f')} points per prompt on {_counted(points.n, 'prompt')}, criterion "
+            f"{each['criterion']}, judge {each['judge']}"
         )
         found.append(f"{one}: {_concluded(points, 0.0, 'its answers do', of, f' than those of {other}')}")
     return found
@@ -176,7 +195,7 @@ ENOUGH_PROMPTS = 30
 
 def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
     if figure.n < ENOUGH_PROMPTS:
-        return f"on {figure.n} prompts nothing can be concluded; {ENOUGH_PROMPTS} are a beginning ({of})."
+        return f"on {_counted(figure.n, 'prompt')} nothing can be concluded; {ENOUGH_PROMPTS} are a beginning ({of})."
     if figure.low is None or figure.high is None or figure.low <= chance <= figure.high:
         return f"nothing can be concluded: the interval includes {chance:g} ({of})."
     if figure.low > chance:
@@ -184,14 +203,29 @@ def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = 
     return f"{what} worse{than} ({of})."
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _of_prompts(rows: int, prompts: int) -> str:
+    return f"{_counted(rows, 'row')} of {_counted(prompts, 'prompt')}"
+
+
 def _figures(
-    title: str, models: Sequence[Mapping[str, Any]], section: str, form: str, meanings: str = ""
+    title: str,
+    models: Sequence[Mapping[str, Any]],
+    section: str,
+    form: str,
+    *,
+    meanings: str = "",
+    names: Mapping[str, str] | None = None,
 ) -> list[Part]:
     columns = list(dict.fromkeys(name for model in models for name in model[section]))
     if not columns:
         return []
     rows = [[model["name"], *(shown(model[section].get(name), form) for name in columns)] for model in models]
-    return [Heading(title), *([Text(meanings)] if meanings else []), Table(["model", *columns], rows)]
+    header = ["model", *((names or {}).get(name, name) for name in columns)]
+    return [Heading(title), *([Text(meanings)] if meanings else []), Table(header, rows)]
 
 
 # Figure of rewards → what it is, and what it is of rewards that say nothing
@@ -217,7 +251,7 @@ _SPLIT = {
     "chosen": "chosen",
     "rejected": "rejected",
     "margins": "margin",
-    "accuracies": "on the side of their label",
+    "accuracies": "accuracy",
 }
 
 
@@ -236,7 +270,10 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list
     )
     return [
         Heading("Rewards of chosen and rejected rows"),
-        Text(f"{which} Training logs these figures as rewards/chosen, rejected, margins and accuracies."),
+        Text(
+            f"{which} Accuracy is the share of rows whose reward is on the side of their label. Training logs these "
+            "figures as rewards/chosen, rejected, margins and accuracies."
+        ),
         Table(["model", *(_SPLIT[name] for name in columns)], rows),
     ]
 
@@ -264,36 +301,52 @@ def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
     return [
         Heading("Rewards on the scale of the labels"),
         Text(
-            "What the reward predicts, as a label, for rows of each label: a model that is right has the label itself."
+            "The mean label that the rewards predict for rows of each label. A perfect model predicts the label itself."
         ),
         Table(["label", "rows", *scales], rows),
-        Table(["model", "mean error of a predicted label", "the same, of always saying the mean label"], errors),
+        Text("The mean error of the predicted labels, and the error of predicting the mean label for every row."),
+        Table(["model", "mean error", "error of the mean label"], errors),
     ]
 
 
 def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
-    parts: list[Part] = []
+    bins = {}
     for model in models:
         scale = model.get("own_scale")
-        bins = scale["calibration"] if scale else model.get("calibration") or []
-        if len(bins) > 1 and not model.get("is_base"):
-            rows = [[f"{each.predicted:.2f}", f"{each.observed:.2f}", str(each.rows)] for each in bins]
-            what = "predicted label" if scale else "σ(r)"
-            parts += [Heading(f"Calibration of {model['name']}"), Table([f"mean {what}", "mean label", "rows"], rows)]
-    return parts
+        bins[model["name"]] = scale["calibration"] if scale else model.get("calibration") or []
+    if not any(len(of_model) > 1 for of_model in bins.values()):
+        return []
+    rows = [
+        [name, f"{each.predicted:.2f}", f"{each.observed:.2f}", str(each.rows)]
+        for name, of_model in bins.items()
+        for each in of_model
+    ]
+    what = "predicted label" if any(model.get("own_scale") for model in models) else "σ(r)"
+    return [
+        Heading("Calibration"),
+        Text(f"Rows in groups with a similar {what}. In each group, a calibrated model predicts the mean label."),
+        Table(["model", f"mean {what}", "mean label", "rows"], rows),
+    ]
 
 
 def _surprises(model: Mapping[str, Any]) -> list[Part]:
     rows = [
-        [str(each["row"]), f"{each['label']:g}", f"{each['predicted']:.2f}", each["prompt"], each["answer"]]
+        [
+            str(each["row"]),
+            f"{each['label']:g}",
+            f"{each['predicted']:.2f}",
+            f"{each['predicted_before']:.2f}",
+            each["prompt"],
+            each["answer"],
+        ]
         for each in model.get("surprises", ())
     ]
     if not rows:
         return []
     return [
         Heading(f"The rows that surprise {model['name']} most"),
-        Text("Check their labels for mistakes first. Rows are numbered as they were evaluated, from 0."),
-        Table(["row", "label", "predicted", "prompt", "answer"], rows, is_text=True),
+        Text("Check their labels for mistakes first. Rows are numbered from 0, in the order of evaluation."),
+        Table(["row", "label", "predicted", "before training", "prompt", "answer"], rows, is_text=True),
     ]
 
 
@@ -301,14 +354,17 @@ def _changed(model: Mapping[str, Any]) -> list[Part]:
     found = model.get("changed")
     if not found:
         return []
-    told = f"{found['others']} of {found['answers']} answers are not those of {found['base']}."
+    told = f"Training changed {found['others']} of {_counted(found['answers'], 'answer')} of {found['base']}."
     parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(told)]
     for number, each in enumerate(found["examples"], start=1):
         parts += [
             Heading(f"Example {number}", 3),
             Quote("Prompt", each["prompt"]),
             Quote(f"Before, by {found['base']}", each["before"] or "(no answer)"),
-            Quote(f"After, by {model['name']}", each["after"] or "(no answer)"),
+            Quote(
+                f"After, by {model['name']}",
+                "(the same)" if each["after"] == each["before"] else each["after"] or "(no answer)",
+            ),
             Quote("The data's answer", each["chosen"]),
         ]
     return parts
@@ -339,7 +395,7 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
         Table(["model", "win", "tie", "lose", "win or tie", "not judged"], rows),
     ]
     if missing:
-        parts.append(Table(["replies that are missing", "order", "number", "why"], missing, is_text=True))
+        parts.append(Table(["model", "position", "missing replies", "why"], missing, is_text=True))
     parts.append(Text(_agreement_said(judge["agreement"])))
     replies = judge.get("replies")
     if replies and replies["first"] + replies["second"]:

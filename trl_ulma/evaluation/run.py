@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import sys
 from argparse import Namespace
@@ -63,6 +64,8 @@ SERVED = "served:"
 # Kinds of a reference that is a model of its own
 OWN_MODEL = ("copy", "given")
 ENOUGH_PROMPTS = 200
+# Longest answer, in tokens, of a report that is not asked for answers and shows a few
+EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
 
 
@@ -107,10 +110,10 @@ class _Run:
         self.judging = Judging(judges, args.criterion, seed=args.seed, note=self._note)
         for server in (*self.servers.values(), *(each.server for each in judges if isinstance(each, LLMJudge))):
             server.check()
-        answers = bool(judges or args.generate or self.servers)
-        self.held_out, self.split = self._rows(answers)
+        self.answers_all = bool(judges or args.generate or self.servers)
+        self.held_out, self.split = self._rows(self.answers_all)
         self.center, self.own_center, self.is_reversed = self._centers()
-        self.questions = self._questions() if answers else []
+        self.questions = self._questions() if self.answers_all else self._examples()
         self._ref_logps: dict[str, np.ndarray] = {}
         # By its name, folder or `_before`: the models that trainings began with, and the answers of all
         self.bases: dict[str, dict[str, Any]] = {}
@@ -119,7 +122,7 @@ class _Run:
     def __call__(self) -> dict[str, Any]:
         args, held_out = self.args, self.held_out
         # The judges come first: what is wrong with them should not take a model's answers to be told
-        if self.questions:
+        if self.answers_all:
             self._announce()
             self.judging.agree(self.questions)
         models = [self._model(run, source) for run, (_, source) in zip(self.names, args.model, strict=True)]
@@ -144,7 +147,7 @@ class _Run:
                 "labels": {f"{label:g}": n for label, n in sorted(labels.most_common(_MOST_LABELS))},
                 "label_center": self.own_center if held_out.continuous.any() else None,
                 "is_reversed": self.is_reversed,
-                "questions": len(self.questions),
+                "questions": len(self.questions) if self.answers_all else 0,
             },
             "models": [*models, *self.bases.values()],
             "judges": self.judging.facts(),
@@ -199,9 +202,9 @@ class _Run:
         held_out = split_by_prompt(rows, test_size=args.test_split_size, seed=args.split_seed)["test"]
         part = f"{args.test_split_size:g} of train by prompt, seed {args.split_seed}"
         self._note(
-            f"{args.dataset} has no test split: evaluated are {len(held_out):,} of its {len(rows):,} rows ({part}). "
-            "Where training held out the same (by --eval_strategy or --do_eval, with this --test_split_size and this "
-            "--seed), it has not seen them; otherwise it has. (--split train takes all.)"
+            f"{args.dataset} has no test split, so {len(held_out):,} of its {len(rows):,} rows are evaluated ({part}). "
+            "Training has not seen these rows if it held them out, with --eval_strategy or --do_eval, the same "
+            "--test_split_size, and this seed as its --seed. --split train evaluates all rows."
         )
         return self._held_out(held_out, "test"), part
 
@@ -264,18 +267,32 @@ class _Run:
         return self.how.rules
 
     def _questions(self) -> list[Question]:
-        found = self.held_out.questions(self.args.num_prompts, self.args.seed)
+        found = self.held_out.questions(self.args.num_prompts, self.args.seed, self.center)
         if not found:
             raise ValueError(
-                "No prompt has a good answer to compare with: a row with sft_mask, or with a binary label of ½ and "
-                "above. Set --sft_threshold or --label_type binary, or leave --judge and --generate out."
+                "No prompt has a good answer to compare with: a row with sft_mask, with a binary label of ½ and above, "
+                f"or with a continuous label of {self.own_center:g} and {'below' if self.is_reversed else 'above'}. "
+                "Evaluate more rows, or leave --judge and --generate out."
             )
         if len(found) < ENOUGH_PROMPTS and self.args.judge:
             self._note(f"{len(found)} prompts are too few to conclude from; {ENOUGH_PROMPTS} are a beginning.")
         return found
 
+    def _examples(self) -> list[Question]:
+        """Return a few prompts whose answers before and after training the report shows."""
+        args = self.args
+        if not (args.examples and args.base) or has_images(self.held_out.rows):
+            return []
+        self.sampling = replace(self.sampling, max_new_tokens=min(args.max_new_tokens, EXAMPLE_TOKENS))
+        return self.held_out.questions(args.examples, args.seed, self.center)
+
     def _server(self, model: str, url: str | None, key_variable: str | None) -> Server:
         args = self.args
+        if key_variable is not None and not os.environ.get(key_variable, "").strip():
+            raise ValueError(
+                f"The environment variable {key_variable} holds the key of {model}'s server and is not set. Set it, or "
+                "name another with --key_variable (for served models: --server_key_variable)."
+            )
         return Server(
             model,
             url,
@@ -361,10 +378,14 @@ class _Run:
         rows: Any = prepare(self.held_out.rows, "test")
         model = load_model(source, dtype=args.dtype, **self.loading)
         facts |= self._likelihoods(run, source, model, processing_class, rows)
-        if self.questions:
+        befores = {self._before(each) for _, each in args.model}
+        if self.questions and (self.answers_all or self._before(source) is not None or source in befores):
             ids = dict(zip(rows["row"][:], rows["prompt_ids"][:], strict=True))
             questions = [question for question in self.questions if question.row in ids]
-            if len(questions) < len(self.questions):
+            if not self.answers_all:
+                longest = float("inf") if most is None else most - self.sampling.max_new_tokens
+                questions = [question for question in questions if 0 < len(ids[question.row]) <= longest]
+            elif len(questions) < len(self.questions):
                 self._note(f"{run} gets {len(self.questions) - len(questions)} prompts less, which are left out above.")
             prompts = [ids[question.row] for question in questions]
             generator = TransformersGenerator(model, tokenizer, source, most)
@@ -455,11 +476,14 @@ class _Run:
         if before is None or after is None or before is after:
             return
         questions = [question for question in self.questions if question.row in after and question.row in before]
+        if not questions:
+            return
         found = changed(
             [question.prompt for question in questions],
             [before[question.row] for question in questions],
             [after[question.row] for question in questions],
             [question.chosen for question in questions],
+            self.args.examples,
         )
         model["changed"] = {"base": named.get(base or "") or self.bases[str(base)]["name"], **found}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -273,18 +274,27 @@ class Server:
         return replace(reply, changes=changes)
 
     def check(self) -> None:
-        """Raise ServerError where the server cannot be reached or refuses the key: asks it for its models.
+        """Raise ServerError if the server cannot be reached or refuses the key. Asks the server for its models.
 
-        A server that does not tell them is not faulted for it.
+        A server that has no such list passes. If the server answers 503, as llama.cpp does while it loads a model, this
+        waits for up to `timeout` seconds.
         """
-        try:
-            self._client.with_options(max_retries=0).models.list()
-        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            problem = self._explain(error, tries=1)
-        except Exception:  # no such list, or one of another form: asking will tell
-            return
-        else:
-            return
+        until = time.monotonic() + self.timeout
+        while True:
+            try:
+                self._client.with_options(max_retries=0).models.list()
+            except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
+                problem = self._explain(error, tries=1)
+                break
+            except openai.InternalServerError as error:
+                if error.status_code != 503 or time.monotonic() > until:
+                    return  # asking will tell
+                self._tell(f'"{self._said(error)}". Waiting for up to {self.timeout:g} seconds (--timeout).')
+                time.sleep(min(1.0, self.timeout / 10))
+            except Exception:  # no such list, or a list of another form: asking will tell
+                return
+            else:
+                return
         raise ServerError(problem)
 
     def each(self, work: Callable[[Item], None], items: Iterable[Item]) -> None:
@@ -458,6 +468,8 @@ class Server:
             return f"{told} It still limits requests after {asked}: wait, or ask for less at once. {again}"
         if error.status_code >= 500:
             return f"{told} It failed in {asked}; its own log says why. {again}"
+        if why(error.status_code, self._body(error)) is not None:  # which it says itself
+            return told
         return f"{told} The server refuses the request. Its documentation says what the model accepts."
 
     def _said(self, error: openai.APIStatusError) -> str:

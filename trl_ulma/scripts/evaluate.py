@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
 _KEY = "(default: OPENAI_API_KEY; none if the URL is given)"
@@ -108,6 +108,12 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
 
     answers = parser.add_argument_group("answers")
     answers.add_argument("--generate", action="store_true", help="generate answers even if there is no judge")
+    answers.add_argument(
+        "--examples",
+        type=_count,
+        default=3,
+        help="answers before and after training to show, even without --generate (default: 3)",
+    )
     answers.add_argument(
         "--base",
         action=argparse.BooleanOptionalAction,
@@ -209,14 +215,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
 
     def evaluate() -> None:
+        from trl_ulma.evaluation.report import in_terminal
         from trl_ulma.evaluation.run import run
 
-        run(args)
+        print(in_terminal(run(args), min(terminal_width(), 100)))
 
     if code := attempt(parser, evaluate):
         return code
-    print((args.output / "report.md").read_text(encoding="utf-8"))
-    print(f"This report, its pictures and the answers are in {args.output}. Open report.html in a browser.")
+    print(f"The whole report is {args.output / 'report.html'}. Open it in a browser.")
     return 0
 
 

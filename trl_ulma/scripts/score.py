@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -170,10 +170,21 @@ def most_surprising(scored: "Dataset") -> list[str]:
     row: Any
     for row in top:
         answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
-        text = " ".join((answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)).split())
-        shown = text if len(text) <= 80 else f"{text[:79]}…"
-        lines.append(f"  row {row['row']}: label {row['label']:g}, predicted {row['predicted_label']:.2f}: {shown}")
+        lines.append(f"  row {row['row']}: label {row['label']:g}, predicted {row['predicted_label']:.2f}")
+        texts = {"prompt": row.get("prompt"), "answer": answer}
+        lines += [f"    {name}: {in_one_line(text)}" for name, text in texts.items() if text is not None]
     return lines
+
+
+def in_one_line(text: Any) -> str:
+    """Return text or messages in one line of a terminal, shortened in the middle if it is long."""
+    if isinstance(text, list) and all(isinstance(turn.get("content"), str) and turn["content"] for turn in text):
+        text = " ".join(turn["content"] if len(text) == 1 else f"{turn['role']}: {turn['content']}" for turn in text)
+    elif not isinstance(text, str):
+        text = json.dumps(text, ensure_ascii=False, default=str)
+    shown = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    most = terminal_width() - 12
+    return shown if len(shown) <= most else f"{shown[: most // 2]}…{shown[-(most // 2) :]}"
 
 
 if __name__ == "__main__":
