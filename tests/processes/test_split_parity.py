@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import trl_ulma
 
 TOLERANCE = 1e-5
-SECONDS = 180  # for all runs of a kind of processes
+SECONDS = 400  # for all runs of a kind of processes
 ROWS_IN_STEP = 8
 WHOLE = ("one", f"{ROWS_IN_STEP}x1")
 SENTENCE = "the cat sat on mat how are you today fine thank please write a short letter to my landlord"
@@ -100,6 +100,12 @@ SETTINGS = {
         run={"method": "pointwise"},
     ),
     "prior log Z": Setting("ddp 2x2", {"log_z": "prior"}, ("sft_mask", "weight")),
+    "demonstrations alone": Setting(
+        "one 1x8, ddp 2x2, fsdp2 2x2", {"positive_loss": "sft", "negative_loss": "none"}, run={"method": "ulma"}
+    ),
+    "demonstrations, and comparisons to evaluate": Setting("ddp 2x2, fsdp2 2x2", columns=("demonstrations",)),
+    "given reference": Setting("ddp 2x2, fsdp2 2x2", run={"given": True}),
+    "given reference, precomputed": Setting("one 1x8, ddp 2x2, fsdp2 2x2", PRECOMPUTED, run={"given": True}),
     "float32": Setting("one 1x8, ddp 2x2", run={"dtype": "float32"}),
     "a stream": Setting("one 1x8, ddp 4x1, ddp 1x4, fsdp2 2x2", {"max_steps": 8}, run={"stream": 1}),
     "a stream of pairs": Setting("ddp 2x2", {"max_steps": 8}, ("pairs",), run={"stream": 1}),
@@ -129,6 +135,9 @@ def make_rows(number: int, columns: tuple[str, ...], seed: int) -> list[dict[str
             row["prompt"], row["label"] = vocabulary[i % 2], float(i < 3)
         if "four by four" in columns:
             row["label"] = float(i % ROWS_IN_STEP < 4)
+        if "demonstrations" in columns:
+            row["label"] = 1.0 if seed == 1 else row["label"]
+            row["sft_mask"] = seed == 1
         if "sft_mask" in columns:
             row["sft_mask"] = row["label"] == 1 and words.random() < 0.6
         if "weight" in columns:
@@ -146,11 +155,14 @@ def make_rows(number: int, columns: tuple[str, ...], seed: int) -> list[dict[str
 
 @dataclass
 class Found:
-    """What came out of a run: how many processes there were, whether they sharded, their logs, the trained weights."""
+    """What came out of a run: how many processes there were, whether they sharded, their logs, the trained weights, how
+    many models were loaded, and how many were in memory before and after training."""
 
     processes: int
     sharded: bool
     logs: list[dict[str, float]]
+    loaded: int
+    kept: list[int]
     before: dict[str, torch.Tensor]
     after: dict[str, torch.Tensor]
 
@@ -284,6 +296,26 @@ def test_weights_move_a_hundred_times_as_far_as_the_tolerance(runs, name):
     moved = torch.cat([change.flatten() for change in whole.changes().values()]).norm()
     start = torch.cat([weight.flatten() for weight in whole.before.values()]).norm()
     assert moved / start > 100 * TOLERANCE
+
+
+def models_needed(name: str, kind: str) -> tuple[int, int]:
+    """How many models a training has to load, and how many it has to keep."""
+    if name.startswith("LoRA") or name == "demonstrations alone":
+        return 1, 1  # the reference is the model without its adapter, or there is none
+    setting = SETTINGS[name]
+    # A given reference can be asked later about rows that come to be evaluated
+    if "precompute_ref_log_probs" not in setting.args or setting.run.get("given"):
+        return 2, 2
+    # Sharded, the policy cannot be asked before training
+    return (2 if kind == "fsdp2" else 1), 1
+
+
+@pytest.mark.parametrize(("name", "kind", "split"), CASES, ids=lambda part: part.replace(" ", "-"))
+def test_no_model_is_loaded_or_kept_that_is_not_needed(runs, name, kind, split):
+    found = runs(name, kind, split)
+    loaded, kept = models_needed(name, kind)
+    assert found.loaded == loaded
+    assert found.kept == [kept, kept]
 
 
 @pytest.mark.parametrize("name", ["all weights", "LoRA"])

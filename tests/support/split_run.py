@@ -12,9 +12,12 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import trl.trainer.utils as trl_utils
@@ -23,6 +26,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 from trl.kernels import ChunkedLogProbFunction
 
@@ -45,6 +49,7 @@ class Run:
         lora: train an adapter only.
         stream: number of shards that the rows are streamed in; 0 for rows in a table.
         dtype: of the weights.
+        given: pass a `ref_model`.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Run:
     stream: int = 0
     in_memory: bool = False
     dtype: str = "float64"
+    given: bool = False
 
 
 class ExactHead:
@@ -121,6 +127,7 @@ def make_trainer(run: Run, out: Path) -> PointwiseDPOTrainer:
         train_dataset=load(run.train_rows, cache, run.stream, run.in_memory),
         eval_dataset=load(run.test_rows, cache, run.stream, run.in_memory),
         peft_config=LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM") if run.lora else None,
+        ref_model=GPT2LMHeadModel.from_pretrained(run.model, dtype=getattr(torch, run.dtype)) if run.given else None,
     )
 
 
@@ -134,18 +141,42 @@ def weights(trainer: PointwiseDPOTrainer) -> dict[str, torch.Tensor]:
     return found
 
 
+@contextmanager
+def counting(loaded: list[int], kept: WeakSet) -> Iterator[None]:
+    """A context in which models that are made are counted, and those that are in memory are known later."""
+    make = GPT2LMHeadModel.__init__
+
+    def make_and_count(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        loaded.append(1)
+        kept.add(self)
+
+    GPT2LMHeadModel.__init__ = make_and_count
+    try:
+        yield
+    finally:
+        GPT2LMHeadModel.__init__ = make
+
+
 def train(run: Run, out: Path) -> None:
     """Train, and write what came out."""
     trl_utils._ChunkedLogProbFunction = ExactHead if run.dtype == "float64" else ChunkedLogProbFunction
-    trainer = make_trainer(run, out)
+    loaded, kept = [], WeakSet()
+    with counting(loaded, kept):
+        trainer = make_trainer(run, out)
+    gc.collect()
+    kept_at_start = len(kept)
     before = weights(trainer)
     trainer.train()
     after = weights(trainer)
+    gc.collect()
     if trainer.accelerator.is_main_process:
         found = {
             "processes": trainer.accelerator.num_processes,
             "sharded": any(isinstance(weight, DTensor) for weight in trainer.model.parameters()),
             "logs": trainer.state.log_history,
+            "loaded": len(loaded),
+            "kept": [kept_at_start, len(kept)],
         }
         (out / f"{run.name}.json").write_text(json.dumps(found))
         both = {"before": before, "after": after}

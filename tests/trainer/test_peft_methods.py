@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from peft import get_peft_model
 from references import MOVING, hold, in_memory, load, lora, losses
 from world import make_rows, make_trainer
@@ -75,6 +76,8 @@ def config_of(name: str) -> Any:
     cls, settings = METHODS[name]
     if not hasattr(peft, cls):
         pytest.skip(f"this version of PEFT has no {cls}")
+    if name == "lora-loftq" and not torch.cuda.is_available():
+        pytest.skip("LoftQ quantizes on a GPU")
     return getattr(peft, cls)(task_type="CAUSAL_LM", **settings)
 
 
