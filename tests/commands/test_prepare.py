@@ -339,3 +339,9 @@ def test_a_mixture_of_families_is_trained_on(raw, tiny_llama):
     assert str(mixture).startswith("50 rows (seed 0): 20 of 40 rows of hh.parquet (40.0%), 10 of 20 rows of red-team")
     args = ULMAConfig(str(raw / "model"), max_steps=1, per_device_train_batch_size=16, report_to="none", bf16=False)
     assert ULMATrainer(model=tiny_llama, args=args, train_dataset=mixture.rows).train().global_step == 1
+
+
+def test_text_of_pairs_that_is_not_read_is_named(tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps([row | {"system": "Be kind."} for row in RAW["pairs"]]))
+    assert prepare("pairs", tmp_path / "pairs.jsonl", tmp_path / "out") == 0
+    assert "the text in column system is ignored." in capsys.readouterr().err

@@ -536,7 +536,10 @@ def test_layouts_of_demonstrations(raw):
             {"messages": [*turns("Hi"), GOOD[0] | {"label": 0}]},
             "its turns have labels, so it is turns data and not demonstrations",
         ),
-        ({"messages": None}, "its messages are not a list of turns with a role and content"),
+        (
+            {"messages": None},
+            "its conversation is not a list of turns with a role and content, or with `from` and `value`",
+        ),
         ({"prompt": 5, "completion": "a"}, "its prompt is neither text nor messages"),
     ],
 )

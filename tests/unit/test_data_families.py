@@ -98,7 +98,7 @@ def test_the_last_turn_of_a_conversation_is_the_answer():
     assert outcomes("messages", {"messages": turns, "label": 0}) == [(["Hi", "Hello!", "Bye"], "Bye.", 0.0, False)]
     assert outcomes("messages", {"messages": turns[:3], "label": 0}, {"messages": "Hi", "label": 0}) == [
         "it does not end in an assistant turn",
-        "its messages are not a list of turns with a role and content",
+        "its conversation is not a list of turns with a role and content, or with `from` and `value`",
     ]
 
 
@@ -129,7 +129,7 @@ def test_sharegpt():
     assert [outcomes("sharegpt", {"conversations": each})[0] for each in odd] == [
         "one of its turns is from 'observation', which is neither a user, an assistant nor a system",
         "one of its turns is not text",
-        "its conversation is not a list of turns with `from` and `value`",
+        "its conversation is not a list of turns with a role and content, or with `from` and `value`",
         "it does not end in an assistant turn",
     ]
 
@@ -346,3 +346,28 @@ def test_numbers_of_a_csv_file(tmp_path, monkeypatch):
     (tmp_path / "shp.csv").write_text("post_id,history,human_ref_A,human_ref_B,score_A,score_B\na,Hi?,Yes,No,7,3\n")
     rows, _ = convert("votes", load_rows(tmp_path / "shp.csv")["train"])
     assert rows["label"][:] == [3.0, 2.0]
+
+
+def test_turns_with_other_names(tmp_path):
+    turns = [{"role": "human", "content": "Hi"}, {"role": "Model", "content": "Hello!"}]
+    named = [{"from": "Human", "value": "Hi"}, {"from": "bot", "value": "Hello!"}]
+    for each in (turns, named, [USER, GOOD]):
+        assert outcomes("messages", {"messages": each, "label": 0}) == [(["Hi"], "Hello!", 0.0, False)]
+        assert outcomes("sharegpt", {"conversations": each, "label": 0}) == [(["Hi"], "Hello!", 0.0, False)]
+        assert outcomes("demonstrations", {"messages": each}) == [(["Hi"], "Hello!", 1.0, True)]
+        labeled = [each[0], each[1] | {"label": 0}]
+        assert outcomes("turns", {"messages": labeled}) == [(["Hi"], "Hello!", 0.0, False)]
+    [row] = find("messages").read([{"messages": turns, "label": 0}])
+    assert [turn["role"] for turn in row["prompt"] + row["completion"]] == ["user", "assistant"]
+
+
+def test_variants_of_public_datasets():
+    conversations = {f"conversation_{half}": [USER, GOOD] for half in "ab"}
+    assert labels("arena", {"winner": "both_bad"} | conversations) == [0.0, 0.0]
+    raw = {"instruction": "Sum up.", "context": "It was hot.", "output": "Hot."}
+    assert outcomes("alpaca", raw) == [(["Sum up.\n\nIt was hot."], "Hot.", 1.0, True)]
+    answer = {"response": "Hello!", "annotations": [{"aspect": "honesty", "Rating": "5"}]}
+    raw = {"instruction": "Hi", "completions": [answer]}
+    assert labels("ultrafeedback", raw, aspect="honesty") == ["its label is not a number"]
+    raw = {"info": {"post": "It was hot."}, "summary": {"text": "Hot.", "axes": [7]}, "worker": "a"}
+    assert labels("tldr", raw) == ["its label is not a number"]

@@ -10,8 +10,8 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
     r"""One row per output. The prompt is the instruction, followed by an empty line and the input.
 
     Args:
-        rows: `instruction` and `output`. Optional columns are `input`, `system`, `history` (a list of questions and
-            answers), and `label` or `kto_tag`. Without a label, outputs are demonstrations.
+        rows: `instruction` and `output`. Optional columns are `input` (or `context`), `system`, `history` (a list of
+            questions and answers), and `label` or `kto_tag`. Without a label, outputs are demonstrations.
         label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
         liked: answers with the binary label 1 are not demonstrations.
 
@@ -21,7 +21,7 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         ('Add.\n\n2 + 2', True)
     """
     for raw in rows:
-        instruction, given = raw["instruction"], raw.get("input") or ""
+        instruction, given = raw["instruction"], raw.get("input" if "input" in raw else "context") or ""
         history, system = raw.get("history") or [], raw.get("system") or ""
         texts = [instruction, given, raw["output"], system]
         is_history = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)

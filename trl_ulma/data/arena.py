@@ -10,6 +10,7 @@ from trl_ulma.labels import is_messages
 
 # vote: the labels of A and B
 VOTES = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0), "tie": (0.5, 0.5), "tie (bothbad)": (0.0, 0.0)}
+VOTES["both_bad"] = VOTES["tie (bothbad)"]
 TIES = ("half", "leave_out")
 NO_VOTE = "its vote is not one of " + ", ".join(VOTES)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,10 @@ CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "convers
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
+_LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
+_PRINTED = re.compile(r"""['"]role['"]\s*:\s*['"](user|assistant|system)['"]""")  # in a list that cannot be read
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
+_FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
 
 Notice = Callable[[str], None]
@@ -70,9 +74,10 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
     """
     if is_cell and value == "" and name in (*NUMBERS, *OTHERS):
         return None
-    if name in CONVERSATIONS and isinstance(value, str) and value.startswith("[{") and value.endswith("}]"):
+    if name in CONVERSATIONS and isinstance(value, str) and _LIST.match(value):
         found = _messages(value)
-        if found is not None and (is_cell or is_messages(found)):
+        # An answer can be a list of other objects, as text
+        if found is not None and (is_messages(found) or (is_cell and name not in TEXTS)):
             notice(f"{name}: lists that are stored as text are converted to lists")
             return found
     if name in NUMBERS or name in BOOLS:
@@ -82,6 +87,9 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
                 if not is_cell:
                     notice(f"{name}: numbers that are stored as text are converted to numbers")
                 value = found
+        elif isinstance(value, int) and abs(value) >= 2**63 and value.bit_length() < _FLOAT_BITS:
+            notice(f"{name}: whole numbers of more than 64 bits are rounded to floats")
+            value = float(value)
         elif isinstance(value, Decimal):
             value = int(value) if value == value.to_integral_value() else float(value)
     if name in BOOLS and isinstance(value, int | float) and value in (0, 1):
@@ -97,6 +105,21 @@ def _messages(text: str) -> list[Any] | None:
             continue
         return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else None
     return None
+
+
+def _has_messages(text: str) -> bool:
+    """Whether a text is a list of messages, as JSON or as Python or NumPy print it.
+
+    Example:
+        >>> _has_messages("[{'role': 'user', 'content': 'Hi'} {'role': 'assistant', 'content': 'Ho'}]")
+        True
+    """
+    if _LIST.match(text) is None:
+        return False
+    found = _messages(text)
+    if found is not None:
+        return is_messages(found)
+    return text.rstrip().endswith("}]") and _PRINTED.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,8 @@ class Names:
         Example:
             >>> Names.of("prompt=question, label=rating", {"up": 1, "down": 0})
             Names(columns={'prompt': 'question', 'label': 'rating'}, label_map={'up': 1, 'down': 0})
+            >>> Names.of("prompt=Question, in full,label=rating", "Yes, good=1,bad=0")
+            Names(columns={'prompt': 'Question, in full', 'label': 'rating'}, label_map={'yes, good': 1, 'bad': 0})
         """
         named = _entries(columns, "columns", "prompt=question,label=rating", str.partition)
         for ours, theirs in named.items():
@@ -184,7 +209,12 @@ def _entries(given: Any, name: str, example: str, cut: Callable[[str, str], tupl
     if not isinstance(given, str):
         raise ValueError(f"{name} is {given!r}; it must be a mapping, or text such as {example}.")
     found: dict[str, str] = {}
-    for entry in given.split(","):
+    entries = given.split(",")
+    # The names in a file can have commas, but a part without "=" is no entry. It belongs to the name before or after it
+    for place in range(len(entries) - 1, 0, -1):
+        if "=" not in entries[place if cut is str.partition else place - 1]:
+            entries[place - 1 : place + 1] = [",".join(entries[place - 1 : place + 1])]
+    for entry in entries:
         key, equals, value = (part.strip() for part in cut(entry, "="))
         if not (key and equals and value) or key in found:
             raise ValueError(f"{name} has {entry.strip()!r}; it must be written as {example}, each name once.")
@@ -330,15 +360,19 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
         ValueError: rows.csv lacks the columns prompt and label; found question, completion, rating. `question` looks
         like the prompt and `rating` like the label: --columns prompt=question,label=rating
     """
-    names = list(columns)
+    names = [name for name in columns if name != UNREAD]
     if {"prompt_ids", "completion_ids"} <= set(names):  # prepared
         return []
     is_paired = "chosen" in names or "rejected" in names
     likely = proposed(columns)
     needed = ["chosen", "rejected"] if is_paired else ["prompt", "completion", *(["label"] if needs_label else [])]
     missing = [name for name in needed if name not in names]
+    families = _families(columns) if missing else []
+    is_nested = any(isinstance(label, list | Mapping) for label in columns.get("label", ()))
+    whole = _whole_file(columns) if (missing and not families) or is_nested else None
+    if whole is not None:
+        raise ValueError(f"{where} has only one row, {whole}")
     if missing:
-        families = _families(columns)
         raise ValueError(
             f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found {', '.join(names)}. "
             + (_proposal(likely) if set(missing) <= set(likely) or not families else "")
@@ -346,10 +380,11 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
                f"trl-ulma prepare {families[0]} --input {where} --output FOLDER")
         )  # fmt: skip
     for name in TEXTS:
-        if any(isinstance(v, str) and v.startswith("[{") and is_messages(_messages(v)) for v in columns.get(name, ())):
+        if any(isinstance(value, str) and _has_messages(value) for value in columns.get(name, ())):
             raise ValueError(
                 f"{where} has lists of messages that are stored as text in the column {name}. Convert them with "
-                "json.loads, or write the rows to a JSON lines file, in which they are read as lists."
+                "json.loads, or write the rows to a JSON lines file, in which they are read as lists. (The text of "
+                "NumPy arrays, which pandas writes to CSV files, cannot be converted.)"
             )
     labels = [value for value in columns.get("label", ()) if value is not None]
     words = [value for value in labels if isinstance(value, str)]
@@ -362,6 +397,10 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
                 f"{where} has labels with a comma ({shown}). Write them with a decimal point and without separators, "
                 "as in 0.5 and 1234."
             )
+        if all(word.rstrip().endswith("%") for word in words):
+            raise ValueError(
+                f"{where} has labels with a percent sign ({shown}). Write them as numbers between 0 and 1, as in 0.8."
+            )
         raise ValueError(
             f"{where} has labels that are words ({shown}). Map them to numbers: --label_map "
             + _meanings([word for word in words if len(word) <= 40] or ["WORD"])
@@ -369,7 +408,7 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
     if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
         raise ValueError(
             f"{where} has pairs without a prompt, and its column {likely['prompt']} would be ignored. If it is the "
-            f"prompt, set --columns prompt={likely['prompt']}. If not, remove the column."
+            f"prompt, set --columns {_quoted('prompt=' + likely['prompt'])}. If not, remove the column."
         )
     unread = [
         name for name in names if name.lower() in ("system", "system_prompt") and _may_be("prompt", columns[name])
@@ -389,15 +428,16 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
 _GOOD = frozenset(
     (
         "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
-        "right", "chosen", "accepted", "win", "helpful", "safe", "y", "t", "+", "👍", "ja", "oui", "sí", "wahr", "vrai",
-        "verdadero",
+        "right", "chosen", "accepted", "win", "helpful", "safe", "desirable", "satisfied", "y", "t", "+", "👍", "ja",
+        "oui", "sí", "wahr", "vrai", "verdadero", "thumbs up", "thumb up", "thumbsup", "+1", "upvote", "upvoted",
     )
 )  # fmt: skip
 _BAD = frozenset(
     (
         "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
-        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "n", "f", "-", "👎", "nein", "non",
-        "falsch", "faux", "falso",
+        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "undesirable", "dissatisfied", "n", "f", "-",
+        "👎", "nein", "non", "falsch", "faux", "falso", "thumbs down", "thumb down", "thumbsdown", "-1", "downvote",
+        "downvoted",
     )
 )  # fmt: skip
 
@@ -406,14 +446,57 @@ def _meanings(words: Sequence[str]) -> str:
     """The value to suggest for `--label_map`, with numbers for known words.
 
     Example:
-        >>> _meanings(["down", "up"]), _meanings(["very good", "poor"])
-        ('down=0,up=1', '"very good=NUMBER,poor=NUMBER"')
+        >>> _meanings(["thumbs_down", "👍🏽"]), _meanings(["very good", "poor"])
+        ('thumbs_down=0,👍🏽=1', '"very good=NUMBER,poor=NUMBER"')
     """
-    numbers = {
-        word: 1 if word.strip().lower() in _GOOD else 0 if word.strip().lower() in _BAD else "NUMBER" for word in words
-    }
-    text = ",".join(f"{word}={number}" for word, number in list(numbers.items())[:10])
-    return f'"{text}"' if " " in text else text
+    plain = {word: _plain(word) for word in words[:10]}
+    numbers = {word: 1 if key in _GOOD else 0 if key in _BAD else "NUMBER" for word, key in plain.items()}
+    return _quoted(",".join(f"{word}={number}" for word, number in numbers.items()))
+
+
+def _plain(word: str) -> str:
+    """A label without skin tones, colons of emoji names, and the case."""
+    word = re.sub("[\N{VARIATION SELECTOR-16}\U0001f3fb-\U0001f3ff]", "", word.strip().lower())
+    if word.startswith(":") and word.endswith(":"):
+        word = word[1:-1]
+    return re.sub(r"(?<=\w)[_-](?=\w)", " ", word)
+
+
+def _quoted(text: str) -> str:
+    """A value for the command line, quoted for the shell if it needs quotes.
+
+    Example:
+        >>> _quoted("label=rating"), _quoted("label=Your rating"), _quoted("label=Is it $5?")
+        ('label=rating', '"label=Your rating"', "'label=Is it $5?'")
+    """
+    if re.fullmatch(r"[^\s\\$`\"'!&|;<>()*?\[\]{}#~]+", text):
+        return text
+    return shlex.quote(text) if set(text) & set('\\$`"!') else f'"{text}"'
+
+
+def _whole_file(columns: Mapping[str, Sequence[Any]]) -> str | None:
+    """How to write a file whose only object holds all rows. None if it does not look so.
+
+    Example:
+        >>> _whole_file({"data": [[{"prompt": "Hi"}, {"prompt": "Ho"}]]})
+        'whose `data` is a list of 2 objects. If they are the rows, write this list as the file: jq .data FILE'
+    """
+    if any(len(values) != 1 for values in columns.values()):
+        return None
+    only = {name: values[0] for name, values in columns.items() if name != UNREAD}
+    for name, value in only.items():
+        is_list = isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
+        if is_list and not is_messages(value) and name not in CONVERSATIONS:
+            return (
+                f"whose `{name}` is a list of {len(value):,} object{'s' * (len(value) > 1)}. If they are the rows, "
+                f"write this list as the file: jq .{name} FILE"
+            )
+    if len(only) > 1 and all(isinstance(value, Mapping | list) for value in only.values()):
+        return (
+            "whose values are lists or objects. If they are columns or rows, write one object per row, as pandas does "
+            'with df.to_json(FILE, orient="records", lines=True).'
+        )
+    return None
 
 
 def _families(columns: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -439,7 +522,7 @@ def _proposal(likely: Mapping[str, str]) -> str:
         )
     (first, theirs), *others = likely.items()
     said = _and([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
-    return f"{said}: --columns {','.join(f'{ours}={column}' for ours, column in likely.items())}"
+    return f"{said}: --columns {_quoted(','.join(f'{ours}={column}' for ours, column in likely.items()))}"
 
 
 def _and(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import csv
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,8 +31,8 @@ def csv_rows(
         notice: called with each finding.
 
     Raises:
-        ValueError: if a quote is not closed, or if a column name appears twice. The message begins with a verb and
-            names the line.
+        ValueError: if a quote is not closed, or if a known column name appears twice. The message begins with a verb
+            and names the line.
 
     Example:
         >>> import tempfile
@@ -66,7 +67,7 @@ def csv_rows(
                 if not fields or (is_declared and start == 1):  # a blank line, or Excel's `sep=;`
                     continue
                 if not names:
-                    names, ends[0] = _names(fields, start), ends[1]
+                    names, ends[0] = _names(fields, start, known, notice), ends[1]
                     if notice is not None:
                         if encoding not in ("utf-8", "utf-8-sig"):
                             notice(f"the file is read as {encoding.upper().replace('CP', 'cp')}")
@@ -114,11 +115,18 @@ def _delimiter(path: Path, encoding: str, known: Collection[str]) -> tuple[str, 
     return max(own_first, key=names), False  # the first one if several are equally good
 
 
-def _names(fields: list[str], line: int) -> list[str]:
+def _names(fields: list[str], line: int, known: Collection[str], notice: Callable[[str], None] | None) -> list[str]:
     if fields[0].lstrip().startswith(("{", "[")):
         raise ValueError(f"looks like JSON and not like CSV in line {line}. Name the file .jsonl or .json.")
     names = [_name(name) or f"unnamed {place}" for place, name in enumerate(fields)]
     twice = sorted({name for name in names if names.count(name) > 1})
+    if notice is not None and twice and not set(twice) & set(known):
+        notice(f"several columns are named {', '.join(twice)}, and get numbers after their names")
+        counts: Counter[str] = Counter()
+        for place, name in enumerate(names):
+            counts[name] += 1
+            names[place] = f"{name} {counts[name]}" if name in twice else name
+        twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"names the column {', '.join(twice)} twice in line {line}. Give each column its own name.")
     return names
@@ -136,6 +144,19 @@ def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> U
         if len(fields) > len(names)
         else f"Write {_shown(delimiter)} also for empty fields, and put fields with line breaks in double quotes"
     )
+    more = len(fields) - len(names)
+    if more > 0 and not any(fields[-more:]):
+        ends = f"the {more} delimiters" if more > 1 else _shown(delimiter).replace("a ", "the ")
+        remedy = (
+            f"If the line ends with empty fields, remove {ends} at its end, or add as many to the first line. If not, "
+            f"put each field that contains {_shown(delimiter)} in double quotes"
+        )
+    elif more == 1 and fields[0].isdecimal():
+        remedy += (
+            f". If each line begins with its number, name that column: write number{delimiter} before the first line"
+        )
+    elif more == -1 and names[-1].startswith("unnamed "):
+        remedy += f". If no line has a last field, remove {_shown(delimiter)} at the end of the first line"
     count = f"{len(fields)} field{'s' * (len(fields) > 1)}"
     return Unread(
         f"has {count} in line {line}, but {len(names)} columns ({', '.join(names)}). The fields of the line are "

@@ -6,7 +6,7 @@ from typing import Any
 from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, row
 from trl_ulma.data.conversations import as_messages, check_repeats, is_whole_transcript, split_turns
 from trl_ulma.data.pairs import split_messages
-from trl_ulma.labels import is_messages
+from trl_ulma.data.sharegpt import as_turns
 
 
 def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
@@ -29,12 +29,11 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
                 if is_whole_transcript(completion):
                     check_repeats(completion, prompt)
                     prompt, completion = split_turns(completion)
-            elif is_messages(raw["messages"]):
+            else:
+                turns = as_turns(raw["messages"])
                 if any(turn.get("label") is not None for turn in raw["messages"]):
                     raise ValueError("its turns have labels, so it is turns data and not demonstrations")
-                prompt, completion = split_messages(raw["messages"])
-            else:
-                raise ValueError("its messages are not a list of turns with a role and content")
+                prompt, completion = split_messages(turns)
             prompt, completion = as_messages(prompt, completion)
         except ValueError as error:
             yield LeftOut(str(error))

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,16 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+# The first bytes of files that are not text, and what to do
+_NO_TEXT = (
+    (b"PK\x03\x04", "a zip archive or an Excel file. Save the sheet as CSV, or unzip the archive."),
+    (b"\xd0\xcf\x11\xe0", "an Excel file. Save the sheet as CSV."),
+    (b"\x1f\x8b", "a gzip file. Add .gz to its name."),
+    (b"PAR1", "a Parquet file. Name it .parquet."),
+)
+# Letters outside ASCII stand alone or in pairs in Western languages, but make up whole words in other scripts
+_LETTERS = re.compile("[\udca1-\udcff]")
+_FOREIGN = re.compile("[\udca1-\udcff]{4,}")
 
 
 def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
@@ -39,6 +50,9 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
     """
     with opened(path) as file:
         head = file.read(_CHUNK)
+        for start, remedy in _NO_TEXT:
+            if head.startswith(start):
+                raise ValueError(f"is {remedy}")
         for mark, encoding in _MARKS:
             if head.startswith(mark):
                 return encoding
@@ -48,6 +62,7 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
         # A byte that is not UTF-8 becomes a lone surrogate. Any other character above 127 has several bytes.
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         strange, is_utf8_elsewhere, lines = None, False, 1
+        letters = foreign = 0
         chunk = head
         while True:
             text = decoder.decode(chunk, final=not chunk)
@@ -58,6 +73,9 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
                         strange = (ord(found) - 0xDC00, lines)
                         break
                     lines += line.endswith("\n")
+                if strange is not None:
+                    letters += len(_LETTERS.findall(text))
+                    foreign += sum(map(len, _FOREIGN.findall(text)))
                 is_utf8_elsewhere = is_utf8_elsewhere or any(c > "\x7f" and not "\udc80" <= c <= "\udcff" for c in text)
             elif strange is None:
                 lines += text.count("\n")
@@ -66,7 +84,7 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
             chunk = file.read(_CHUNK)
     if strange is None:
         return "utf-8"
-    if is_utf8_elsewhere or not takes_cp1252:
+    if is_utf8_elsewhere or not takes_cp1252 or 2 * foreign > letters:
         raise ValueError(f"is not UTF-8 text: byte 0x{strange[0]:02x} in line {strange[1]}. Save the file as UTF-8.")
     return "cp1252"
 

@@ -55,13 +55,17 @@ def load_folder(
             return splits
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     if not data_files(path):
-        raise FileNotFoundError(f"The folder {path} contains no data file. Add at least one {ACCEPTED} file.")
+        there = sorted(file.name for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "~")))
+        found = f" It contains {', '.join(there[:3])}{' and others' * (len(there) > 3)}." if there else ""
+        raise FileNotFoundError(f"The folder {path} contains no data file.{found} Add at least one {ACCEPTED} file.")
     declared = _declared(path)
     try:
         builder: Any = load_dataset_builder(str(path), name=config)
     except UNREADABLE as error:
         if not is_of_several_kinds(error):
-            raise ValueError(f"The folder {path} cannot be read: {one_line(error)}") from error
+            upper = [file.name for file in data_files(path) if file.suffix != file.suffix.lower()]
+            hint = f". Write the ending of {upper[0]} in lower case" * bool(upper)
+            raise ValueError(f"The folder {path} cannot be read: {one_line(error)}{hint}") from error
         named = _declared_files(path, config, declared)
     else:
         if declared:

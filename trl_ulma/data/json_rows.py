@@ -1,7 +1,8 @@
 """Reads JSON files as rows: an array of objects, one object per line, or consecutive objects."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,32 +41,55 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
         if not first:
             raise ValueError("is empty. It must contain at least one row.")
         try:
-            if first.lstrip().startswith("[") or first.strip() == "{":
-                yield from _values(text, first, start)
+            second = text.readline() if _is_cut(first) else ""
+            is_next_row = second.lstrip().startswith("{") and not first.rstrip().endswith(("[", ":"))
+            if first.lstrip().startswith("[") or (second and not is_next_row):
+                yield from _values(text, first + second, start)
+            elif second:
+                yield from _lines(chain([second], iter(text.readline, "")), first, start)
             else:
-                yield from _lines(text, first, start)
+                yield from _lines(iter(text.readline, ""), first, start)
         except UnicodeError as error:
             raise ValueError(f"is not {encoding.upper()} text: {error}. Save the file as UTF-8.") from error
         except RecursionError as error:
             raise ValueError("contains lists or objects that are nested too deeply. Check its rows.") from error
 
 
-def _lines(text: TextIO, line: str, number: int) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
-    while line:
-        if line.strip():
-            yield number, _row(line, number)
-        number, line = number + 1, text.readline()
+def _is_cut(line: str) -> bool:
+    """Whether a line begins an object that is not complete at its end."""
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        _DECODER.raw_decode(line.strip())
+    except json.JSONDecodeError as error:
+        return error.pos >= len(line.strip())
+    except ValueError:
+        pass
+    return False
+
+
+def _lines(others: Iterable[str], line: str, number: int) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
+    for each in chain([line], others):
+        if each.strip():
+            yield number, _row(each, number)
+        number += 1
 
 
 def _row(line: str, number: int) -> dict[str, Any] | Unread:
     try:
         row = _DECODER.decode(line)
     except json.JSONDecodeError as error:
-        return Unread(_broken(number, error.colno, error.msg), "invalid JSON")
+        is_more = error.msg == "Extra data"
+        what = "there is text after the object. Write one object per line, without commas between them" * is_more
+        return Unread(_broken(number, error.colno, what or error.msg), "invalid JSON")
     except _Fault as error:
         return Unread(f"{error} in line {number}.", "a key twice")
     except ValueError as error:  # a number with thousands of digits
         return Unread(f"is invalid JSON in line {number}: {error}. Correct or remove this row.", "invalid JSON")
+    if "\\ud" in line.lower():
+        half = _half_pair(row)
+        if half:
+            return Unread(f"{half} in line {number}. Correct or remove this row.", "half of a surrogate pair")
     return row if isinstance(row, dict) else Unread(_no_object(line.strip()[:40], number), "no object")
 
 
@@ -106,7 +130,7 @@ class _Text:
         self._line, self._counted = self._line + newlines, position
         return self._line, position - self._begin + 1
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, Any] | Unread:
         """The object that begins at the current position."""
         if self.buffer[self.at] != "{":
             shown = self.buffer[self.at : self.at + 40].split("\n")[0]
@@ -127,11 +151,25 @@ class _Text:
                 raise ValueError(f"{error} in line {self.place(self.at)[0]} or below.") from error
             except ValueError as error:  # a number with thousands of digits
                 raise ValueError(f"is invalid JSON in line {self.place(self.at)[0]} or below: {error}.") from error
+            half = _half_pair(row) if "\\ud" in self.buffer[self.at : end].lower() else None
+            if half:
+                line = self.place(self.at)[0]
+                row = Unread(f"{half} in line {line} or below. Correct or remove this row.", "half of a surrogate pair")
             self.at = end
             return row
 
 
-def _values(text: TextIO, first: str, line: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _half_pair(value: Any) -> str | None:
+    """An error message if a text in a value has half of a surrogate pair, as in a text that is cut inside an emoji."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        return f"has half of a surrogate pair (\\u{half:04x}), which is not a character,"
+    return None
+
+
+def _values(text: TextIO, first: str, line: int) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
     """Yield the values of an array, or consecutive values. Only the current value is in memory."""
     source = _Text(text, first, line)
     is_array = source.next() == "["

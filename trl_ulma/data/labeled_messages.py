@@ -5,9 +5,8 @@ from typing import Any
 
 from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
 from trl_ulma.data.pairs import split_messages
-from trl_ulma.labels import is_messages
+from trl_ulma.data.sharegpt import as_turns
 
-NO_MESSAGES = "its messages are not a list of turns with a role and content"
 NO_LABEL = "its turn has no label"
 
 
@@ -28,11 +27,8 @@ def messages(
         ([{'role': 'assistant', 'content': 'Go.'}], 0.0)
     """
     for raw in rows:
-        if not is_messages(raw["messages"]):
-            yield LeftOut(NO_MESSAGES)
-            continue
         try:
-            prompt, completion = split_messages(raw["messages"])
+            prompt, completion = split_messages(as_turns(raw["messages"]))
         except ValueError as error:
             yield LeftOut(str(error))
             continue
@@ -54,15 +50,16 @@ def turns(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", like
         [(1, 0.0), (3, 1.0)]
     """
     for raw in rows:
-        conversation = raw["messages"]
-        if not is_messages(conversation):
-            yield LeftOut(NO_MESSAGES)
+        try:
+            conversation = as_turns(raw["messages"])
+        except ValueError as error:
+            yield LeftOut(str(error))
             continue
         plain = [{key: value for key, value in turn.items() if key != "label"} for turn in conversation]
         for place, turn in enumerate(conversation):
             if turn["role"] != "assistant":
                 continue
-            label = turn.get("label")
+            label = raw["messages"][place].get("label")
             if label is None:
                 yield LeftOut(NO_LABEL)
                 continue

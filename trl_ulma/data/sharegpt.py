@@ -15,6 +15,8 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "system": "system",
 }
 
@@ -25,8 +27,8 @@ def sharegpt(
     """One row per conversation, with its last answer as completion. If it has `chosen` and `rejected`, two rows.
 
     Args:
-        rows: `conversations` (turns with `from` and `value`) and optionally `system`. They have a `label` (or
-            `kto_tag`), or `chosen` and `rejected` (one turn each). Without these, answers are demonstrations.
+        rows: `conversations` (turns with `from` and `value`, or messages) and optionally `system`. They have a `label`
+            (or `kto_tag`), or `chosen` and `rejected` (one turn each). Without these, answers are demonstrations.
         label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
         liked: answers with the binary label 1 are not demonstrations.
 
@@ -39,11 +41,11 @@ def sharegpt(
     for raw in rows:
         is_pair = raw.get("chosen") is not None or raw.get("rejected") is not None
         try:
-            turns = _messages(raw["conversations"])
+            turns = as_turns(raw["conversations"])
             if raw.get("system"):
                 turns = [{"role": "system", "content": raw["system"]}, *turns]
             if is_pair:
-                answers = [(_messages([raw.get("chosen")]), 1.0), (_messages([raw.get("rejected")]), 0.0)]
+                answers = [(as_turns([raw.get("chosen")]), 1.0), (as_turns([raw.get("rejected")]), 0.0)]
                 prompts = [turns, turns]
             else:
                 prompt, answer = split_messages(turns)
@@ -56,17 +58,31 @@ def sharegpt(
             yield labeled(prompt, answer, label, label_type="binary" if is_pair else label_type, liked=liked)
 
 
-def _messages(turns: Any) -> list[dict[str, Any]]:
+def as_turns(turns: Any) -> list[dict[str, Any]]:
+    """Turns with `from` and `value`, or with other names of roles, as messages.
+
+    Raises:
+        ValueError: if they are not turns.
+
+    Example:
+        >>> as_turns([{"from": "human", "value": "Hi"}, {"role": "model", "content": "Hello!"}])
+        [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}]
+    """
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError("its conversation is not a list of turns with `from` and `value`")
+        raise ValueError("its conversation is not a list of turns with a role and content, or with `from` and `value`")
     found = []
     for turn in turns:
+        if isinstance(turn.get("role"), str):
+            role = turn["role"]
+            found.append({**turn, "role": ROLES.get(role.lower(), role)})
+            continue
         said = turn.get("from")
-        if said not in ROLES:
+        role = ROLES.get(said.lower()) if isinstance(said, str) else None
+        if role is None:
             raise ValueError(f"one of its turns is from {said!r}, which is neither a user, an assistant nor a system")
         if not isinstance(turn.get("value"), str):
             raise ValueError("one of its turns is not text")
-        found.append({"role": ROLES[said], "content": turn["value"]})
+        found.append({"role": role, "content": turn["value"]})
     return found
 
 

@@ -33,7 +33,8 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
             if prompt is None:
                 yield LeftOut("its post is not text")
                 continue
-            rating = (summary.get("axes") or {}).get(aspect)
+            axes = summary.get("axes")
+            rating = axes.get(aspect) if isinstance(axes, Mapping) else None
             yield labeled(prompt, summary.get("text"), rating, label_type="continuous")
             continue
         summaries, choice = raw["summaries"], as_number(raw["choice"])

@@ -36,7 +36,9 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
             if aspect in OVERALL:
                 rating = answer.get(OVERALL[aspect])
             else:
-                rating = ((answer.get("annotations") or {}).get(aspect) or {}).get("Rating")
+                annotations = answer.get("annotations")
+                annotation = annotations.get(aspect) if isinstance(annotations, Mapping) else None
+                rating = annotation.get("Rating") if isinstance(annotation, Mapping) else None
             yield labeled(raw["instruction"], answer.get("response"), rating, label_type="continuous")
 
 

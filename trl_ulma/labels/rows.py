@@ -1,5 +1,6 @@
 """The schema of a pointwise row, and the errors for rows that do not fit it."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 # How many invalid rows an error lists
 LISTED = 20
 _PROMPT_SHOWN = 60  # characters
+# Numbers with decimal commas, thousands separators or percent signs
+_OTHER_FORM = re.compile(r"[+-]?\d[\d.,_' ]*\s?%?", re.ASCII)
 
 
 class InvalidRow(ValueError):
@@ -379,8 +382,10 @@ def _number(value: Any, at: str, name: str) -> float:
         raise InvalidRow(f"{at}: {name} is a list of {len(value)}; it must be one number per row.", f"{name} is a list")
     if not isinstance(value, bool | int | float):
         found = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
+        is_other_form = isinstance(value, str) and _OTHER_FORM.fullmatch(value.strip()) is not None
         raise InvalidRow(
-            f"{at}: {name} is {found}; it must be a number{' or a bool' if name == 'label' else ''}.",
+            f"{at}: {name} is {found}; it must be a number{' or a bool' if name == 'label' else ''}."
+            + (" Write it as in 0.5 or 1234, with a decimal point and without separators." if is_other_form else ""),
             f"{name} is {'missing' if value is None else 'no number'}",
         )
     if not abs(value) <= _LARGEST:

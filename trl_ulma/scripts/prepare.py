@@ -188,7 +188,8 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
             from trl_ulma.data.files import check_splits
 
             if {"chosen", "rejected"} <= set(raw.column_names):
-                check_splits({split: raw}, args.input)
+                for note in check_splits({split: raw}, args.input):
+                    print(note, file=sys.stderr)
 
         # Imported late, as they bring `datasets` along
         from trl_ulma.data.convert import convert

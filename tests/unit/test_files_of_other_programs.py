@@ -1,0 +1,153 @@
+"""Files as spreadsheets, pandas, R, JavaScript and survey tools write them."""
+
+import csv
+import gzip
+import io
+import json
+
+import pytest
+
+from trl_ulma.data.files import check_splits, load_rows
+from trl_ulma.labels import InvalidRow, LabelRules, read_labels
+
+HEAD = "prompt,completion,label\n"
+ROW = {"prompt": "Hi", "completion": "Yo", "label": 1}
+LINE = json.dumps(ROW) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def read(path, **options):
+    splits = load_rows(path, **options)
+    check_splits(splits, path.name)
+    return splits["train"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        # CSV
+        ("a.csv", HEAD + "Hi,Yo,1,\n", r"remove the comma at its end, or add as many to the first line"),
+        ("a.csv", HEAD + "Hi,Yo,1,,\n", r"remove the 2 delimiters at its end"),
+        ("a.csv", HEAD[:-1] + ",\nHi,Yo,1\n", r"remove a comma at the end of the first line"),
+        ("a.csv", HEAD + "1,Hi,Yo,1\n", r"write number, before the first line"),
+        ("a.csv", b"PK\x03\x04" + bytes(99), r"is a zip archive or an Excel file\. Save the sheet as CSV"),
+        ("a.csv", (HEAD + "Привет,Как дела,1\n").encode("cp1251"), r"is not UTF-8 text: byte 0xcf in line 2"),
+        ("a.csv", (HEAD + "안녕하세요,반갑습니다,1\n").encode("euc-kr"), r"is not UTF-8 text: byte 0xbe in line 2"),
+        ("a.xlsx", b"PK", r"ends in '\.xlsx'; a data file must be .* Save the sheet as CSV\."),
+        ("a.csv", HEAD + "Hi,Yo,80%\n", r"labels with a percent sign \('80%'\)\. Write them as numbers between 0"),
+        ("a.csv", HEAD + "Hi,Yo,thumbs_up\nHi,Ho,👎🏽\n", r"--label_map thumbs_up=1,👎🏽=0$"),
+        ("a.csv", HEAD + 'Hi,Yo,"Yes, it\'s $5"\n', r"--label_map 'Yes, it'\"'\"'s \$5=NUMBER'$"),
+        ("a.csv", "Your question,answer,rating\nHi,Yo,1\n", r'--columns "prompt=Your question,completion=answer,'),
+        # JSON
+        ("a.jsonl", LINE.strip() + ",\n" + LINE, r"line 1, .*: there is text after the object\. Write one object per"),
+        ("a.json", json.dumps({"data": [ROW, ROW]}), r"whose `data` is a list of 2 objects\..* jq \.data"),
+        ("a.json", json.dumps({"data": [ROW]}, indent=1), r"only one row, whose `data` is a list of 1 object\. "),
+        ("a.json", json.dumps({key: [value] * 2 for key, value in ROW.items()}), r'orient="records", lines=True'),
+        ("a.json", json.dumps({key: {"0": value} for key, value in ROW.items()}), r'orient="records", lines=True'),
+        ("a.json", json.dumps({"0": ROW, "1": ROW}), r'orient="records", lines=True'),
+        ("a.jsonl", gzip.compress(LINE.encode()), r"is a gzip file\. Add \.gz to its name"),
+    ],
+)  # fmt: skip
+def test_errors_that_say_what_to_do(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path / name, text))
+
+
+def test_the_mark_of_a_line_is_no_column_of_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"found text\. Rows need"):
+        read(write(tmp_path / "a.csv", "text\nHi, you\nHo\n"), invalid_rows="mark")
+
+
+@pytest.mark.parametrize("opening", ["{ ", '{"note": [\n{"a": 1}], '])
+def test_objects_over_several_lines(tmp_path, opening):
+    text = (opening + '"prompt": "Hi",\n "completion": "Yo", "label": 1}\n') * 2
+    assert [row["completion"] for row in read(write(tmp_path / "a.json", text))] == ["Yo", "Yo"]
+
+
+def test_a_first_line_that_is_cut_off_is_one_invalid_row(tmp_path):
+    rows = read(write(tmp_path / "a.jsonl", LINE[:20] + "\n" + LINE[:-1] + "\n" + LINE), invalid_rows="drop")
+    assert rows == [ROW, ROW]
+    rows = load_rows(write(tmp_path / "a.jsonl", '{"prompt": "Hi",\n' + LINE), invalid_rows="drop")["train"].to_list()
+    assert rows == [ROW]
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_a_text_that_is_cut_inside_an_emoji_is_an_invalid_row(tmp_path, is_array):
+    rows = [ROW, ROW | {"prompt": "Hi \ud83d"}, ROW | {"prompt": "Hi 😀", "label": 0}]
+    text = json.dumps(rows, indent=1) if is_array else "".join(json.dumps(row) + "\n" for row in rows)
+    path = write(tmp_path / "a.json", text)
+    line = 7 if is_array else 2
+    with pytest.raises(ValueError, match=rf"half of a surrogate pair \(\\ud83d\), .* in line {line}"):
+        read(path)
+    assert read(path, invalid_rows="drop") == [rows[0], rows[2]]
+
+
+def test_columns_of_one_name_that_nothing_reads(tmp_path, caplog):
+    path = write(tmp_path / "a.csv", "prompt,completion,label,note,note\nHi,Yo,1,a,b\n")
+    assert read(path) == [ROW | {"note 1": "a", "note 2": "b"}]
+    assert "several columns are named note, and get numbers after their names" in caplog.text
+    with pytest.raises(ValueError, match="names the column note twice"):
+        read(path, columns="weight=note")
+
+
+def test_names_and_labels_with_commas(tmp_path):
+    path = write(tmp_path / "a.csv", 'question,answer,"Good, or not?"\nHi,Yo,"Yes, very"\nHi,No,no\n')
+    names = "prompt=question,label=Good, or not?,completion=answer"
+    assert [row["label"] for row in read(path, columns=names, label_map="Yes, very=1,no=0")] == [1, 0]
+
+
+def test_answers_that_are_json_are_text_and_messages_are_not(tmp_path):
+    answer = '[{"city": "Paris"}]'
+    chat = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Yo"}]
+    text = io.StringIO()
+
+    csv.writer(text).writerows(
+        [
+            ["prompt", "completion", "label"],
+            ["Hi", answer, "1"],
+            [f" {json.dumps(chat[0])} ", json.dumps(chat[1], indent=1), "1"],
+        ]
+    )
+    rows = read(write(tmp_path / "a.csv", text.getvalue()))
+    assert rows[0]["completion"] == answer
+    assert (rows[1]["prompt"], rows[1]["completion"]) == chat
+
+
+def test_messages_that_numpy_printed_are_refused(tmp_path):
+    half = "[{'role': 'user', 'content': 'Hi'} {'role': 'assistant', 'content': 'Yo'}]"
+    path = write(tmp_path / "a.csv", f'chosen,rejected\n"{half}","{half}"\n')
+    with pytest.raises(ValueError, match=r"lists of messages that are stored as text in the column chosen.* NumPy"):
+        read(path)
+
+
+@pytest.mark.parametrize("label", ["0,5", "1,000.5", "80%", "1 000"])
+def test_numbers_in_other_forms_say_how_to_write_them(label):
+    invalid: dict[int, InvalidRow] = {}
+    read_labels({"label": [1, label]}, [0, 1], "train", LabelRules(), invalid)
+    assert "Write it as in 0.5 or 1234" in str(invalid[1])
+    read_labels({"label": [1, "2024-01-02"]}, [0, 1], "train", LabelRules(), invalid := {})
+    assert "Write it as" not in str(invalid[1])
+
+
+def test_whole_numbers_beyond_64_bits(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", LINE + LINE.replace(": 1}", ": 12345678901234567890123}"))
+    assert [row["label"] for row in read(path)] == [1.0, 12345678901234567890123.0]
+    assert "label: whole numbers of more than 64 bits are rounded to floats" in caplog.text
+
+
+def test_folders_say_what_they_have_instead_of_data(tmp_path):
+    write(tmp_path / "rows.xlsx", "x")
+    with pytest.raises(FileNotFoundError, match=r"contains no data file\. It contains rows\.xlsx\. Add at least one"):
+        load_rows(tmp_path)
+    write(tmp_path / "train.CSV", HEAD + "Hi,Yo,1\n")
+    with pytest.raises(ValueError, match=r"Write the ending of train\.CSV in lower case"):
+        load_rows(tmp_path)
