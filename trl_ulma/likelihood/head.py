@@ -280,18 +280,19 @@ class CompactHead:
                 "take into account. Freeze it, or use another model class."
             )
 
-    def check_nothing_is_trained_after(self, inputs: dict[str, Any]) -> None:
+    def check_nothing_is_trained_after(self, wrapped: Any, inputs: dict[str, Any]) -> None:
         """Raise ValueError if a trainable parameter changes logits after the output embeddings have projected them.
 
         Projections that depend on no parameter are run through the rest of the model's forward, with gradients. The
         map from projections to logits is only measured now and then, so it cannot follow such a parameter.
 
         Args:
+            wrapped: the model, with or without wrappers. A forward with gradients must not need a backward.
             inputs: the inputs of the forward, including `input_ids` `(R, W)`.
         """
         model = self.model
-        with torch.enable_grad(), evaluation_mode(model):
-            logits = self._logits(model, _sample(inputs), self._known_projections())
+        with torch.enable_grad(), evaluation_mode(wrapped):
+            logits = self._logits(wrapped, _sample(inputs), self._known_projections())
         if not logits.requires_grad:
             return
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from trl_ulma.likelihood.head import CompactHead, TokenScores, takes
@@ -134,7 +135,10 @@ class Scorer:
 
     def check_nothing_is_trained_after_head(self, model: Any, batch: Batch) -> None:
         """Raise ValueError if a trainable parameter of a model changes its logits after the output embeddings."""
-        self._head(model, bare_model(model)).check_nothing_is_trained_after(dict(padded(batch).inputs))
+        called = model  # sharded models only run with their wrapper, and DDP waits for a backward
+        while isinstance(called, DistributedDataParallel) or hasattr(called, "_orig_mod"):
+            called = called.module if isinstance(called, DistributedDataParallel) else called._orig_mod
+        self._head(model, bare_model(model)).check_nothing_is_trained_after(called, dict(padded(batch).inputs))
 
     def choose_layout(self, model: Any) -> None:
         """Fall back to padding and log a warning if a model does not support the chosen layout."""
