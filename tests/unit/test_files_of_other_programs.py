@@ -54,7 +54,7 @@ def read(path, **options):
         ("a.json", json.dumps({key: [value] * 2 for key, value in ROW.items()}), r'orient="records", lines=True'),
         ("a.json", json.dumps({key: {"0": value} for key, value in ROW.items()}), r'orient="records", lines=True'),
         ("a.json", json.dumps({"0": ROW, "1": ROW}), r'orient="records", lines=True'),
-        ("a.jsonl", gzip.compress(LINE.encode()), r"is a gzip file\. Add \.gz to its name"),
+        ("a.jsonl", gzip.compress(LINE.encode(), mtime=0), r"is a gzip file\. Add \.gz to its name"),
     ],
 )  # fmt: skip
 def test_errors_that_say_what_to_do(tmp_path, name, text, message):
