@@ -473,7 +473,7 @@ def test_a_scale_that_is_not_known_is_said(tiny_llama, adapters, rows, tmp_path)
     argv = ["evaluate", "--model", adapters[0], "--dataset", rows, "--split", "train", "--output", str(tmp_path)]
     assert main(argv) == 0
     (note,) = json.loads((tmp_path / "report.json").read_text())["notes"]
-    assert "has no pointwise.json, so the scale of its rewards is not known: they are computed with β = 0.1" in note
+    assert "has no pointwise.json, so the scale of its rewards is unknown. They are computed with β = 0.1" in note
     assert note.endswith("Set --beta and --log_z as in training.")
     assert main([*argv, "--beta", "0.2"]) == 0
     (note,) = json.loads((tmp_path / "report.json").read_text())["notes"]

@@ -1,5 +1,4 @@
-"""A report's parts, and the forms they are written in: Markdown, text for a terminal, and one HTML file that needs
-nothing beside it."""
+"""The parts of a report, and their output as Markdown, as text for a terminal, and as one self-contained HTML file."""
 
 import base64
 import html
@@ -32,13 +31,13 @@ strong.verdict { display: block; background: var(--soft); padding: .8rem 1rem; b
   .wide td { padding: .1rem .6rem; text-align: left }
   .wide td::before { content: attr(data-label) ": "; font-weight: 600 }
 }"""
-# Columns that a narrow page has no room for beside each other
+# With more columns, a narrow page shows the cells of a row below each other
 _MANY_COLUMNS = 4
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A title; level 1 is the document's own."""
+    """A heading. Level 1 is the title of the document."""
 
     text: str
     level: int = 2
@@ -46,7 +45,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; a strong one is what a reader should take away."""
+    """A paragraph. A strong one is a conclusion."""
 
     text: str
     strong: bool = False
@@ -54,14 +53,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Bullets:
-    """Some points."""
+    """A list."""
 
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the first column is text, the others are numbers, or with `is_text` text, too."""
+    """A table. The first column is text. The others are numbers, or text if `is_text`."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -70,7 +69,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Quote:
-    """What somebody wrote, under a title."""
+    """A quotation with a title."""
 
     title: str
     text: str
@@ -78,7 +77,7 @@ class Quote:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, of which `name`.svg and `name`-dark.svg, and the same as .png, are in the report's folder."""
+    """A picture. The folder of the report has `name`.svg and `name`-dark.svg, and the same as .png."""
 
     name: str
 
@@ -87,7 +86,7 @@ Part = Heading | Text | Bullets | Table | Quote | Picture
 
 
 def to_markdown(parts: Iterable[Part]) -> str:
-    """The document as GitHub's Markdown; what the parts say is shown as it is, and is no markup.
+    """The document as GitHub Markdown. Texts are escaped, so that they are shown as they are.
 
     Example:
         >>> print(to_markdown([Heading("A < B", 1), Bullets(["x", "y"]), Quote("The answer", "# No")]), end="")
@@ -104,11 +103,11 @@ def to_markdown(parts: Iterable[Part]) -> str:
 
 
 def to_html(parts: Sequence[Part], folder: Path) -> str:
-    """The document as HTML, with the pictures in it, and light or dark as the reader's system is.
+    """The document as HTML, with its pictures. It is light or dark like the reader's system.
 
     Args:
-        parts: its parts.
-        folder: with the pictures.
+        parts: the parts of the document.
+        folder: the folder with the pictures.
 
     Example:
         >>> print(to_html([Text("<b>")], Path()).splitlines()[-3])
@@ -205,7 +204,7 @@ def _columns(text: str) -> int:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool = False) -> str:
-    r"""A table of Markdown; the first column is text, the others are numbers, or with `is_text` text, too.
+    r"""A Markdown table. The first column is text. The others are numbers, or text if `is_text`.
 
     Example:
         >>> print(table(["model", "AUC"], [["a|b", "0.9"]]))
@@ -241,7 +240,7 @@ def _markdown(part: Part) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown does not take for markup of HTML; code between backticks is left as it is."""
+    """Escape HTML in Markdown. Code between backticks does not change."""
     pieces = re.split(r"(`[^`\n]*`)", text)
     return "".join(
         piece if i % 2 else piece.replace("&", "&amp;").replace("<", "&lt;") for i, piece in enumerate(pieces)
@@ -249,12 +248,12 @@ def _plain(text: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that somebody wrote, none of which Markdown takes for emphasis, code, a link or a picture."""
+    """Escape a quotation, so that Markdown shows it as it is."""
     return re.sub(r"([\\`*_\[\]~])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def _quoted(line: str) -> str:
-    """A line that somebody wrote, whose beginning Markdown takes for no heading, list or quote."""
+    """Escape the beginning of a quoted line, so that it is no heading, list or quote."""
     line = re.sub(r"^(\s*)([#>+-])", r"\1\\\2", _literal(line))
     return re.sub(r"^(\s*\d+)([.)])", r"\1\\\2", line)
 
@@ -283,7 +282,7 @@ def _html(part: Part, folder: Path) -> str:
 
 
 def _cell(header: str, cell: str, is_text: bool) -> str:
-    """A cell that says, on a narrow page, which column it is of. An interval is not broken into two lines."""
+    """A cell, with the name of its column for narrow pages. Intervals are not broken into two lines."""
     if not is_text:
         cell = re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\xa0"), cell)
     return f'<td data-label="{html.escape(header)}">{html.escape(cell, quote=False) if is_text else _inline(cell)}</td>'

@@ -85,10 +85,10 @@ def surprises(
         reward: `(N,)` r.
         label: `(N,)` z after the transform.
         given: `(N,)` labels on the rows' own scale.
-        continuous: `(N,)` bool; those of the kind that has more rows are taken, since the two are not comparable.
-        rules: how labels were read, with their transform.
-        rows: those with `prompt` and `completion`, by number: a list or a `Dataset`.
-        numbers: `(N,)` of the rows.
+        continuous: `(N,)` bool. Only the kind with more rows is used, because the two cannot be compared.
+        rules: rules for labels, with their transform.
+        rows: rows with `prompt` and `completion`, by number: a list or a `Dataset`.
+        numbers: `(N,)` numbers of the rows.
 
     Example:
         >>> rows = [{"prompt": "Hi", "completion": " Hello!"}, {"prompt": "Hi", "completion": " Go away!"}]

@@ -80,14 +80,14 @@ class HeldOut:
         *,
         takes_images: bool = False,
     ) -> Self:
-        """The rows of a dataset; pairs become two rows each, and those without an answer are left out, with a warning.
+        """The rows of a dataset. Pairs become two rows each. Halves without an answer are left out, with a warning.
         `takes_images` says whether they may have images, which tell prompts of the same words apart.
 
         Labels go through the rules' transform, which pairs must not have. With `invalid_rows="drop"`, invalid rows are
         left out with a warning that lists them.
 
         Raises:
-            ValueError: listing the invalid rows, or naming the column that is wrong; also where no row is left.
+            ValueError: if rows are invalid (the message lists them), if a column is wrong, or if no row is left.
         """
         rows, raw_row = _one_answer_a_row(dataset, name, takes_images)
         images = image_column(rows.column_names, name)
@@ -174,7 +174,7 @@ def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
 
 
 def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[Dataset, Sequence[int]]:
-    """(rows with one answer each, the number of the raw row of each)."""
+    """Returns (rows with one answer each, number of the raw row of each)."""
     if not len(dataset):
         raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
     if not check_columns(dataset.column_names, name, takes_images=takes_images):

@@ -159,7 +159,7 @@ def split_figures(
     *,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """`chosen`, `rejected`, `margins` and `accuracies`, as trainers log them, each with its interval by prompt.
+    """`chosen`, `rejected`, `margins` and `accuracies`, as trainers log them, with intervals by prompt.
     `trl_ulma.metrics` defines them.
 
     A reward at the value that decides its side is counted half in `accuracies`, unlike in logs.
@@ -168,9 +168,9 @@ def split_figures(
         rewards: `(N,)` r.
         label: `(N,)` z after the transform.
         continuous: `(N,)` bool.
-        prompt: `(N,)` the prompt's number.
-        center: of the continuous labels of the training set.
-        seed: of the resampling.
+        prompt: `(N,)` numbers of the prompts.
+        center: the center of the continuous labels of the training set.
+        seed: the seed of the bootstrap.
 
     Example:
         >>> found = split_figures(np.array([3.5, 3.2]), np.array([5.0, 1.0]), np.ones(2, bool), np.arange(2), 3.0)

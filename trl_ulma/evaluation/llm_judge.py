@@ -51,20 +51,20 @@ MATERIAL = """\
 Which answer is more {criterion}?"""
 
 _WHICH = r"(?:the\s+)?(?:answer[\s_]+|\\?boxed\{)?[\W_]*(1|2|one|two|tie|first|second|neither)\b(?:\s+answer\b)?"
-# Of a line that names a verdict, what follows it is nothing, or a reason: "VERDICT: 1 or 2" and "1 is worse" are none
+# What may follow a verdict in its line: nothing, or a reason. "VERDICT: 1 or 2" and "1 is worse" are no verdicts.
 _NAMED = re.compile(
     rf"[\W_]*(?:(?:my|the|final)\s+)*verdict(?:\s+is)?[\W_]*{_WHICH}"
     r"(?:[\W_]*|[*_\"'}\])]*(?!\W*(?:[12]|tie)\b)(?!\.\d)\s*"
     r"(?:[(\[:;.,!–—-]|(?:because|since|as|is better|is more (?:helpful|harmless))\b).*)",
     re.IGNORECASE,
 )
-# A line without its name is a verdict where it is all that the line says
+# A line without the word VERDICT is only a verdict if it contains nothing else
 _BARE = re.compile(r"[\W_]*(?:answer[\s_]+|boxed\{)?(1|2|tie)[\W_]*", re.IGNORECASE)
 _SAME = {"first": "1", "one": "1", "second": "2", "two": "2", "neither": "tie"}
 
 
 def read_verdict(text: str) -> str | None:
-    """ "1", "2" or "tie": what a reply says, or None where it says something else, or both.
+    """The verdict in a reply: "1", "2" or "tie". None if there is no verdict, or several.
 
     That is the line that begins with "VERDICT", wherever it stands; of several, they must agree. Without one, the last
     line can be the verdict alone. A reply can also be JSON with a key "verdict". Digits can be those of any language.
@@ -102,12 +102,12 @@ def _verdict_in_json(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What comparisons will cost, before the first request.
+    """The cost of comparisons, before the first request.
 
     Attributes:
-        requests: to the server, at most.
-        cached: replies that are there already.
-        tokens: of the requests, about: a token is taken for four characters.
+        requests: the largest number of requests.
+        cached: the number of cached replies.
+        tokens: the estimated number of tokens of the requests, at four characters per token.
     """
 
     requests: int = 0
@@ -119,7 +119,7 @@ class Plan:
 
 
 class LLMJudge:
-    """Asks a language model which of two answers is better, after the protocol of the ULMA paper's appendix B.
+    """Asks a language model which of two answers is better, with the protocol of appendix B of the ULMA paper.
 
     Departures from it: each criterion is asked by itself, so that one does not color the other; each comparison is
     asked in both orders, since models favor a place, and only a verdict that holds in both is a win or a loss, any
@@ -131,12 +131,12 @@ class LLMJudge:
     after that.
 
     Args:
-        server: the judge's.
-        cache: the file, JSON lines.
-        temperature: 0 by default; None leaves it to the server.
-        max_tokens: of a reply; models that think before they answer need thousands.
-        resume: whether replies of earlier runs are taken from the file.
-        retry_refused: whether what was refused in an earlier run is asked once more.
+        server: the server of the judge.
+        cache: the file with the replies, JSON lines.
+        temperature: the sampling temperature. None leaves it to the server.
+        max_tokens: the length limit of a reply. Reasoning models need thousands.
+        resume: whether to use replies of earlier runs.
+        retry_refused: whether to ask again if the server refused in an earlier run.
 
     Example:
         >>> judge = LLMJudge(Server("some-model", "http://localhost:8000/v1"), Path("judge.jsonl"))  # doctest: +SKIP
@@ -162,17 +162,17 @@ class LLMJudge:
         self._retry_refused = retry_refused
         self._asked: set[str] = set()
         self._from_cache: set[str] = set()
-        # Replies that are missing and may come in the next run
+        # Missing replies that a later run may get
         self._missing: dict[str, Refusal] = {}
-        # Keys of both orders of each comparison so far, once
+        # The keys of both orders of each comparison so far
         self._comparisons: dict[tuple[str, str], None] = {}
 
     def __call__(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
-        """A verdict on each comparison.
+        """Return a verdict on each comparison.
 
         Raises:
-            ValueError: for a criterion that is not one of `CRITERIA`.
-            ServerError: where the server gives no answers; those that it gave are kept.
+            ValueError: if the criterion is not in `CRITERIA`.
+            ServerError: if the server does not answer. Earlier replies are kept.
         """
         check_criterion(self, criterion)
         wanted = dict(self._requests(comparisons, criterion))
@@ -205,14 +205,14 @@ class LLMJudge:
         ]
 
     def plan(self, comparisons: Sequence[Comparison], criterion: str) -> Plan:
-        """What asking for these verdicts will cost at most: nothing is asked."""
+        """Return the largest cost of these verdicts, without a request."""
         wanted = dict(self._requests(comparisons, criterion))
         todo = [key for key in wanted if self._is_missing(key)]
         characters = sum(len(turn["content"]) for key in todo for turn in wanted[key])
         return Plan(len(todo), len(wanted) - len(todo), characters // 4)
 
     def replies(self, comparisons: Sequence[Comparison], criterion: str) -> list[tuple[str, str]]:
-        """What was replied to each comparison, as it is and turned round: "1", "2", "tie", or one of `Why`.
+        """Return the replies to each comparison in both orders: "1", "2", "tie", or one of `Why`.
 
         Of two answers that are the same, about which nobody was asked, it is "tie".
         """
@@ -227,7 +227,7 @@ class LLMJudge:
         return found
 
     def words(self, comparisons: Sequence[Comparison], criterion: str) -> str:
-        """The first reply that is no verdict, or what the server said in its place; "" if all are verdicts."""
+        """Return the first reply without a verdict, or the error of the server. "" if all replies have verdicts."""
         for key, _ in self._requests(comparisons, criterion):
             if isinstance(self._said(key), Why):
                 record = self.cache.get(key) or {}
@@ -237,7 +237,7 @@ class LLMJudge:
         return ""
 
     def facts(self) -> dict[str, Any]:
-        """The model, its server, its settings, and what was asked so far."""
+        """Return the model, the server, the settings and the number of requests."""
         replies = [(self._said(straight), self._said(turned)) for straight, turned in self._comparisons]
         each = Counter(reply for pair in replies for reply in pair)
         records = [self.cache.get(key) or {} for pair in self._comparisons for key in pair]
@@ -260,7 +260,7 @@ class LLMJudge:
         }
 
     def _requests(self, comparisons: Iterable[Comparison], criterion: str) -> Iterator[tuple[str, list[dict]]]:
-        """Key and messages of each request that comparisons need, in both orders."""
+        """Yield (key, messages) of the requests for comparisons, in both orders."""
         for comparison in comparisons:
             if not _same(comparison):
                 for each in (comparison, _turned(comparison)):
@@ -278,7 +278,7 @@ class LLMJudge:
         instructions = INSTRUCTIONS.format(criterion=criterion, meaning=MEANINGS[criterion])
         first, second = (answer.strip() or "(no answer)" for answer in (comparison.first, comparison.second))
         material = MATERIAL.format(prompt=as_text(comparison.prompt), first=first, second=second, criterion=criterion)
-        # In one message: not every chat template knows a system's
+        # One user message, because some chat templates do not support system messages
         return [{"role": "user", "content": f"{instructions}\n\n{material}"}]
 
     @staticmethod

@@ -16,7 +16,7 @@ TRAINING_METRICS = (
     *("rewards/accuracies", "eval_rewards/auc", "eval_rewards/spearman", "loss/sft"),
 )
 _MOST_PANELS = 6
-# With fewer points, the shape is chance
+# With fewer points, the shape would be due to chance
 ENOUGH = {"labels": 20, "training": 3, "calibration": 100, "predicted labels": 20, "verdicts": 20}
 
 # Draws a picture for a light page or, with dark=True, for a dark one
@@ -70,7 +70,7 @@ def pictures(
         shares = {model["name"]: model["judged"].get(judge, {}).get(criterion, {}).get("rates") for model in models}
         shares = {name: each for name, each in shares.items() if each}
         if shares:
-            # Of a checkpoint's folder the end tells more
+            # The end of a folder's name says more
             name = judge if len(judge) <= 45 else f"…{judge[-44:]}"
             title = f"{criterion.capitalize()}: answers against the chosen ones\njudge: {name}"
             points = max(each["win"].n for each in shares.values())

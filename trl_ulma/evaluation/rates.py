@@ -73,7 +73,7 @@ def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *
 
     Args:
         one, other: prompt → verdict, against the same answers.
-        seed: of the resampling.
+        seed: the seed of the bootstrap.
 
     Returns:
         The mean difference in points per prompt (1 for a win, ½ for a tie), or None without a common prompt.

@@ -1,4 +1,4 @@
-"""Why a server refused a request, read from its answer: what servers agree on is little more than the status code."""
+"""Finds out why a server refused a request. Servers only agree on the status codes."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Why(StrEnum):
-    """Why a request got no answer that counts.
+    """The reason why a request got no valid answer.
 
     FAILED and NOT_ASKED, which is beyond the budget of requests, can be otherwise in the next run; the others come from
     what was asked, and are remembered.
@@ -25,7 +25,7 @@ class Why(StrEnum):
 
 PASSING = (Why.FAILED, Why.NOT_ASKED)
 
-# How answers end other than by themselves. Lower case: OpenAI; Mistral; Google and Zhipu behind gateways
+# `finish_reason` of incomplete answers, in lower case: OpenAI; Mistral; Google and Zhipu behind gateways
 _AT_LIMIT = ("length", "max_tokens", "max_output_tokens", "model_length")
 _AT_FILTER = ("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "sensitive")
 _AT_FAILURE = ("error", "network_error", "malformed_function_call")
@@ -68,7 +68,7 @@ _NO_MODEL = re.compile(
 
 
 def said(body: Any) -> str:
-    """What the body of a refusal says, in one line.
+    """The message in the body of a refusal, in one line.
 
     Example:
         >>> said({"message": {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}})
@@ -81,11 +81,11 @@ def said(body: Any) -> str:
 
 
 def why(status: int, body: Any) -> Why | None:
-    """What a refusal is about, as far as it says so: FILTERED, TOO_LONG or CUT; None for any other.
+    """The reason of a refusal: FILTERED, TOO_LONG or CUT. None for other reasons.
 
     Args:
-        status: of HTTP.
-        body: what the server sent, JSON or text; of OpenAI's form what is under "error".
+        status: the HTTP status.
+        body: the body, JSON or text. In OpenAI's form, the value of "error".
 
     Example:
         >>> why(400, {"message": "The response was filtered", "code": "content_filter"})
@@ -108,12 +108,12 @@ def why(status: int, body: Any) -> Why | None:
 
 
 def refused_parameter(status: int, body: Any, sent: Iterable[str]) -> str | None:
-    """The parameter of a request that the server does not take; None where it is about something else.
+    """The parameter of a request that the server does not accept. None if the reason is another one.
 
     Args:
-        status: of HTTP.
-        body: as in `why`.
-        sent: the names of the request's parameters, in the order in which they can be done without.
+        status: the HTTP status.
+        body: see `why`.
+        sent: the names of the parameters, in the order in which they can be omitted.
 
     Example:
         >>> body = {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
@@ -140,12 +140,12 @@ def refused_parameter(status: int, body: Any, sent: Iterable[str]) -> str | None
 
 
 def named_parameters(status: int, body: Any, sent: Iterable[str]) -> list[str]:
-    """The parameters of a request that a refusal names, whatever it says of them.
+    """The parameters of a request that a refusal mentions.
 
     Args:
-        status: of HTTP.
-        body: as in `why`.
-        sent: as in `refused_parameter`.
+        status: the HTTP status.
+        body: see `why`.
+        sent: see `refused_parameter`.
 
     Example:
         >>> named_parameters(400, "This endpoint does not let you set temperature", ["seed", "temperature"])
@@ -159,7 +159,7 @@ def named_parameters(status: int, body: Any, sent: Iterable[str]) -> list[str]:
 
 
 def ended(finish_reason: Any) -> tuple[bool, Why | None]:
-    """Whether an answer ended by itself, and not at the limit of tokens; and why it does not count, or None.
+    """Returns (whether an answer ended before the limit of tokens, why it is not valid or None).
 
     Example:
         >>> ended("stop"), ended("MAX_TOKENS"), ended("content_filter")
@@ -171,7 +171,7 @@ def ended(finish_reason: Any) -> tuple[bool, Why | None]:
 
 
 def is_other_endpoint(status: int, body: Any) -> bool:
-    """Whether a refusal can mean that a model takes chats only, or texts only.
+    """Whether a refusal can mean that a model only accepts chats, or only texts.
 
     Example:
         >>> is_other_endpoint(400, "default chat template is no longer allowed"), is_other_endpoint(404, "Not Found")
@@ -197,8 +197,8 @@ def _named(text: str, names: Iterable[str]) -> list[str]:
 
 
 def _parts(body: Any) -> Iterator[tuple[list[Any] | None, str]]:
-    """Pairs of (place in the request, message about it). The request's own text, which some servers send back, is left
-    out, because it can contain any words."""
+    """Pairs of (place in the request, message). Some servers send the request back. It is left out, because it can
+    contain any words."""
     if isinstance(body, str):
         text = body.strip()
         inner = None
@@ -226,7 +226,7 @@ def _parts(body: Any) -> Iterator[tuple[list[Any] | None, str]]:
 
 
 def _codes(body: Any) -> str:
-    """The codes and types that a body names."""
+    """The codes and types in a body."""
     if isinstance(body, list):
         return " ".join(map(_codes, body))
     if not isinstance(body, dict):

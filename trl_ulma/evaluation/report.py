@@ -103,10 +103,10 @@ def shown(estimate: Estimate | None, form: str = ".3f") -> str:
 
 
 def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
-    """The report's parts: what can be concluded first, then the tables.
+    """The parts of the report: conclusions first, then tables.
 
     Args:
-        facts: what `report.json` holds, with its `Estimate`s.
+        facts: the contents of `report.json`, with `Estimate`s.
         is_short: whether notes, pictures, settings and versions are left out.
     """
     data, models = facts["data"], facts["models"]
@@ -153,7 +153,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
 
 
 def conclusions(facts: Mapping[str, Any]) -> list[str]:
-    """What can be concluded, and what not, in a sentence each: of rewards, then of judged answers.
+    """The conclusions, one sentence each: first about rewards, then about judged answers.
 
     Nothing is concluded from an interval that includes chance, nor from fewer than `ENOUGH_PROMPTS` prompts, of which
     the bootstrap gives intervals that are too narrow.
@@ -187,7 +187,7 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
     return found
 
 
-# Where a figure stands when rewards say nothing of labels
+# The value of a figure if rewards and labels are independent
 _CHANCE = {"auc": 0.5, "spearman": 0.0}
 _NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
 ENOUGH_PROMPTS = 30
@@ -228,7 +228,7 @@ def _figures(
     return [Heading(title), *([Text(meanings)] if meanings else []), Table(header, rows)]
 
 
-# Figure of rewards → what it is, and what it is of rewards that say nothing
+# Figure of rewards → description, with the value if rewards and labels are independent
 _MEANINGS = {
     "auc": "auc: how often a good answer has a higher reward than a bad one (0.5 by chance)",
     "accuracy": "accuracy: how often a reward has the sign of its label",
@@ -239,14 +239,14 @@ _MEANINGS = {
 
 
 def _meanings(models: Sequence[Mapping[str, Any]]) -> str:
-    """What the figures of rewards mean, and why a model before training has few."""
+    """An explanation of the figures of rewards, and why a model before training has few."""
     there = {name for model in models for name in model["implicit_reward"]}
     said = [meaning for name, meaning in _MEANINGS.items() if name in there]
     base = " A model before training has the reward 0 for every answer, which ranks nothing."
     return f"{'; '.join(said)}.{base if any(model.get('is_base') for model in models) else ''}"
 
 
-# Figure → its column, in the order of columns
+# Figure → the name of its column, in the order of columns
 _SPLIT = {
     "chosen": "chosen",
     "rejected": "rejected",
@@ -431,7 +431,7 @@ def _agreement_said(agreement: Estimate | None) -> str:
 
 
 def over_runs(names: Sequence[str], models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
-    """Name → figure → mean over the runs of that name, of names with several runs and figures that all of them have.
+    """Name → figure → mean over runs, for names with several runs and figures that all of them have.
 
     Args:
         names: `(N,)` of the runs, the same for runs that differ in their seed.

@@ -1,4 +1,4 @@
-"""What `trl-ulma evaluate` does: rows in, models one after the other, a report out."""
+"""Runs an evaluation: reads the rows, evaluates one model after the other, and writes the report."""
 
 import gc
 import json
@@ -61,22 +61,22 @@ from trl_ulma.saved import (
 )
 
 SERVED = "served:"
-# Kinds of a reference that is a model of its own
+# Kinds of references that are separate models
 OWN_MODEL = ("copy", "given")
 ENOUGH_PROMPTS = 200
-# Longest answer, in tokens, of a report that is not asked for answers and shows a few
+# Length limit in tokens of the few answers that are shown if no others are generated
 EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
 
 
 def run(args: Namespace) -> dict[str, Any]:
-    """Evaluate, write the report, and return what `report.json` holds.
+    """Evaluate, write the report, and return the contents of `report.json`.
 
     Args:
         args: the options of `trl_ulma.scripts.evaluate`, with `model` as (name, source) and `judge` as (kind, name).
 
     Raises:
-        ValueError, OSError, ServerError: for what is wrong with the rows, the models or the servers.
+        ValueError, OSError, ServerError: if rows, models or servers cannot be used.
     """
     return _Run(args)()
 
@@ -115,13 +115,13 @@ class _Run:
         self.center, self.own_center, self.is_reversed = self._centers()
         self.questions = self._questions() if self.answers_all else self._examples()
         self._ref_logps: dict[str, np.ndarray] = {}
-        # By its name, folder or `_before`: the models that trainings began with, and the answers of all
+        # The models before training by their name or folder, see `_before`, and the answers of all models
         self.bases: dict[str, dict[str, Any]] = {}
         self.replies: dict[str, dict[int, str | None]] = {}
 
     def __call__(self) -> dict[str, Any]:
         args, held_out = self.args, self.held_out
-        # The judges come first: what is wrong with them should not take a model's answers to be told
+        # First, because an error of a judge should not come after all answers have been generated
         if self.answers_all:
             self._announce()
             self.judging.agree(self.questions)
@@ -162,7 +162,7 @@ class _Run:
     # Before any work
 
     def _check_models(self) -> None:
-        """Raise ValueError where a model or the reference is not there, or not a model."""
+        """Raise ValueError if a model or the reference cannot be loaded."""
         named = [("--model", source) for _, source in self.args.model if source not in self.servers]
         if self.args.ref_model is not None:
             named.append(("--ref_model", self.args.ref_model))
@@ -178,7 +178,7 @@ class _Run:
                 ) from error
 
     def _rows(self, answers: bool) -> tuple[HeldOut, str]:
-        """The held-out rows, and what they are a part of; `answers` says whether they are to be answered."""
+        """Returns (held-out rows, name of the split or description). `answers` is whether answers will be generated."""
         args = self.args
         splits: Any = load_rows(
             args.dataset,
@@ -215,8 +215,8 @@ class _Run:
         return held_out
 
     def _centers(self) -> tuple[float, float, bool]:
-        """The center of continuous labels as they are learned, and on the rows' own scale; and whether lower labels on
-        this scale are better."""
+        """Returns (center of the continuous labels after the transform, center on the scale of the rows, whether lower
+        labels on this scale are better)."""
         held_out, rules = self.held_out, self.how.rules
         if not held_out.continuous.any():
             return 0.0, 0.0, False
@@ -251,7 +251,7 @@ class _Run:
             )
 
     def _as_trained(self, rows: Dataset) -> LabelRules:
-        """How the rows' labels are read; how rows are cut is set, too."""
+        """The rules for labels. Also sets `how`."""
         args = self.args
         self.how = as_trained(
             [source for _, source in args.model if source not in self.servers],
@@ -324,7 +324,7 @@ class _Run:
         )
 
     def _announce(self) -> None:
-        """Say what will be asked of servers, before the first request."""
+        """Print the largest number of requests and tokens, before the first request."""
         args = self.args
         bases = {self._before(source) for _, source in args.model} - {None, *self.servers, *(s for _, s in args.model)}
         runs = len(args.model) + (len(bases) if args.base else 0)
@@ -363,7 +363,7 @@ class _Run:
         processing_class = load_processing_class(source, **self.loading)
         tokenizer = tokenizer_of(processing_class)
         most = positions(source, **self.loading)
-        rules = replace(self.how.rules, transform=None)  # which the held-out rows have been through
+        rules = replace(self.how.rules, transform=None)  # the labels are already transformed
         prepare = Preparation(
             processing_class,
             rules,
@@ -408,7 +408,7 @@ class _Run:
         return facts
 
     def _before(self, source: str) -> str | None:
-        """What a model's training began with, as far as that is known: a name, or a folder."""
+        """The name or folder of the model before training, or None if it is unknown."""
         if source in self.servers:
             return None
         if self.args.ref_model is not None:
@@ -416,13 +416,13 @@ class _Run:
         saved = saved_settings(source)
         base = adapter_base(source)
         if base is None or (saved is not None and saved.reference is not None and saved.reference.kind in OWN_MODEL):
-            # A full model, or an adapter whose reference was not its own base
+            # A full model, or an adapter whose reference was not its base
             return None if saved is None or saved.reference is None else saved.reference.name or None
-        # An adapter that went on from another one has kept that
+        # An adapter that was trained further keeps the earlier one in `ref`
         return base if saved_file(source, "ref/adapter_config.json") is None else f"{source}/ref"
 
     def _revision(self, source: str) -> str | None:
-        """That of the model in `_before`, on the hub."""
+        """The revision on the Hub of the model in `_before`."""
         saved = saved_settings(source)
         if self.args.ref_model is not None or saved is None or saved.reference is None:
             return None
@@ -468,7 +468,7 @@ class _Run:
             )
 
     def _compare_answers(self, model: dict[str, Any]) -> None:
-        """Add what training changed to a model's facts, where both its answers and those before are there."""
+        """Add answers before and after training to the facts of a model, if both exist."""
         base = self._before(model["source"])
         named = {source: run for run, (_, source) in zip(self.names, self.args.model, strict=True)}
         before = self.replies.get(named.get(base or "", base or ""))
@@ -505,7 +505,7 @@ class _Run:
             self._note(
                 f"{run} has no implicit rewards: it was trained without a reference, and there is no --ref_model."
             )
-        else:  # before the scoring: what is wrong with it should not take that to be told
+        else:  # before the scoring, because an error should not come after it
             scale = reward_scale(
                 source,
                 continuous,
@@ -543,7 +543,7 @@ class _Run:
         )
         base = self._before(source)
         if args.base and base is not None and base not in self.bases and base not in dict(self.args.model).values():
-            # It gives every answer the reward 0, which is what the others are to be compared with
+            # The base gives all answers the reward 0
             self.bases[base] = {
                 "name": self._base_name(base, run),
                 "source": base,
@@ -556,18 +556,19 @@ class _Run:
         return facts
 
     def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
-        """Tell if the scale of a model's rewards is not known, or not that of its training."""
+        """Note if the scale of the rewards is unknown, or another one than in training."""
         args = self.args
         if has_log_z and saved is not None and isinstance(saved.log_z, str) and saved.log_z != "column":
             self._note(
-                f"{run} has a log Z of its own ({saved.log_z}), and the rows have a column log_z, which is taken. "
-                "Remove the column to have the rewards of the training."
+                f"{run} has its own log Z ({saved.log_z}), but the column log_z of the rows is used. Remove the column "
+                "to get the rewards of the training."
             )
         unknown = [f"--{name}" for name in ("beta", "log_z") if getattr(args, name) is None]
         if saved is None and unknown:
             self._note(
-                f"{run} has no {SETTINGS_FILE}, so the scale of its rewards is not known: they are computed with β = "
-                f"{args.beta or BETA:g} and log Z = {args.log_z or 0:g}. Set {' and '.join(unknown)} as in training."
+                f"{run} has no {SETTINGS_FILE}, so the scale of its rewards is unknown. They are computed with "
+                f"β = {args.beta or BETA:g} and log Z = {args.log_z or 0:g}. Set {' and '.join(unknown)} as in "
+                "training."
             )
 
     def _write_rewards(self, run: str, rows: np.ndarray, label: np.ndarray, rewards: np.ndarray) -> None:
@@ -579,7 +580,7 @@ class _Run:
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def _file(self, folder: str, run: str) -> Path:
-        """Where what there is of each row of a run is written, in a folder of the report's."""
+        """The file for the rows of a run, in a folder of the report."""
         return self.args.output / folder / _file_name(run)
 
     def _base_name(self, base: str, run: str) -> str:
@@ -595,7 +596,7 @@ class _Run:
         }
 
     def _of_rewards(self, rewards: np.ndarray, raw: np.ndarray) -> dict[str, Any]:
-        """Figures of the rewards of rows, and what they say on the scale of their labels if that is not 0 and 1.
+        """Figures of rewards, also on the scale of the labels if it is not 0 and 1.
 
         Args:
             rewards: `(N,)`.
@@ -631,7 +632,7 @@ class _Run:
         beta: float,
         longest: int,
     ) -> np.ndarray:
-        """`(N,)` log π_ref(y|x); tells if the model or the reference is not computed as in training."""
+        """`(N,)` log π_ref(y|x). Notes if the model or the reference is not computed as in training."""
         args, saved = self.args, saved_settings(source)
         scoring = {"batch_size": args.batch_size, "what": f"Scoring, reference of {run}"}
         options = {"dtype": args.dtype, **self.loading}
@@ -655,7 +656,7 @@ class _Run:
 
 
 def run_names(names: list[str]) -> list[str]:
-    """A name for each run: those that several runs have are numbered.
+    """A name for each run. If several runs have the same name, they are numbered.
 
     Example:
         >>> run_names(["ulma", "sft", "ulma"])
@@ -670,7 +671,7 @@ def run_names(names: list[str]) -> list[str]:
 
 
 def _free() -> None:
-    """Give the memory of a model that nobody holds any more back."""
+    """Free the memory of deleted models."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

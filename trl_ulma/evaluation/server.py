@@ -42,14 +42,14 @@ _NO_KEY = "no-key-needed"
 _NAME_IT = (
     "name the variable by key_variable (on the command line: --key_variable, of served models --server_key_variable)"
 )
-# Failures one after the other, without an answer in between, after which a server is given up
+# After so many failures in a row, the server is not asked again
 _GIVE_UP = 8
-# In the order in which a request can do without them. The limit of an answer has two names, and is never left out.
+# Parameters in the order in which they are left out. The limit of an answer has two names and is never left out.
 _SAMPLING = ("seed", "top_p", "temperature")
 _LIMITS = ("max_tokens", "max_completion_tokens")
-# Of a refusal that is of a limit's value, not of its name
+# In a refusal of the value of a limit, not of its name
 _OF_VALUES = ("too large", "at most", "at least", "greater than", "less than")
-# What is asked in place of a chat (True), or of a text
+# Notices: a text was sent instead of a chat (True), or the reverse
 _FORMS = {
     True: "it takes no chats, so conversations are asked as text that it continues, without a chat template",
     False: "it takes chats only, so each text is asked as a user's message",
@@ -59,24 +59,24 @@ Item = TypeVar("Item")
 
 
 class ServerError(OSError):
-    """Why a server gives no answers, and what to do. It never contains the key."""
+    """A server does not answer. The message says what to do, and never contains the key."""
 
 
 class _Within(openai.APIStatusError):
-    """An error with status 200, as gateways tell of a failure behind them.
+    """An error with status 200, which gateways send.
 
     Attributes:
-        is_api: whether what came is of OpenAI's protocol, so that other requests may be answered.
+        is_api: whether the body has the form of OpenAI's protocol, so that other requests may be answered.
     """
 
     is_api = True
 
 
 class Refusal(ServerError):
-    """Why one request got no answer, where others may.
+    """One request got no answer, but others may.
 
     Attributes:
-        why: what it is about.
+        why: the reason.
     """
 
     def __init__(self, text: str, why: Why):
@@ -86,16 +86,16 @@ class Refusal(ServerError):
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server answered.
+    """The answer of a server.
 
     Attributes:
-        text: the answer, tool calls as text, without what the model thought before it.
-        finished: whether it ended by itself, and not at the limit of tokens.
-        reasoning: what the model thought.
+        text: the answer without reasoning, with tool calls as text.
+        finished: whether it ended before the limit of tokens.
+        reasoning: the reasoning of the model.
         refused: why there is no answer, or None.
-        changes: what of the request the server did not take, in words.
-        tokens: of the request and of the answer, as the server counts them; zeros where it does not.
-        is_refusal: whether the text is what the server marks as the model's refusal to answer.
+        changes: descriptions of what the server did not accept in the request.
+        tokens: the numbers of tokens of request and answer that the server reports; otherwise zeros.
+        is_refusal: whether the server marks the text as the model's refusal to answer.
     """
 
     text: str
@@ -108,10 +108,11 @@ class Reply:
 
 
 class Budget:
-    """How many requests may be made, to all servers together.
+    """The largest number of requests to all servers.
 
     Args:
-        most: the number; None is no limit. Tries again after a failure are not counted, which servers do not bill.
+        most: the number, or None for no limit. Retries after a failure are not counted, because servers do not bill
+            them.
 
     Example:
         >>> budget = Budget(1)
@@ -124,7 +125,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def take(self) -> bool:
-        """Whether one more may be made, which is then counted."""
+        """Return whether another request is allowed, and count it."""
         with self._lock:
             there = self.most is None or self.taken < self.most
             self.taken += there
@@ -142,19 +143,19 @@ class Server:
     repeats it.
 
     Args:
-        model: the model's name on the server.
-        base_url: such as "http://localhost:8000/v1"; by default that of OPENAI_BASE_URL, else OpenAI's.
-        key_variable: the environment variable with the key. By default OPENAI_API_KEY where there is no `base_url`, and
-            none where there is: a key goes to nobody whom it was not named for.
-        timeout: seconds for one answer.
-        retries: tries after the first.
-        concurrency: requests under way at once.
-        note: is told what the server does not take.
-        budget: of requests; without one there is no limit.
+        model: the name of the model on the server.
+        base_url: the URL, such as "http://localhost:8000/v1". By default OPENAI_BASE_URL, or else OpenAI's.
+        key_variable: the environment variable with the key. By default OPENAI_API_KEY if there is no `base_url`, and
+            none otherwise, so that OpenAI's key is not sent to others.
+        timeout: the time limit of one answer in seconds.
+        retries: the number of retries after a failure.
+        concurrency: the number of simultaneous requests.
+        note: called with what the server does not accept.
+        budget: the limit of requests. None is no limit.
 
     Raises:
-        ValueError: for a URL that is none, or that has a key, a password or a query in it.
-        ServerError: where OpenAI's own server is asked without a key.
+        ValueError: if the URL is invalid, or contains a key, a password or a query.
+        ServerError: if there is no key for OpenAI's server.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class Server:
         if key_variable is None and not base_url:
             key_variable = KEY_VARIABLE
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
-        # The client's own way of finding the address, checked before a request puts it into a log
+        # The client would use this address, too. It is checked before a request is logged.
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
         parts = urlsplit(self.base_url)
         keys = filter(None, (self._key, os.environ.get(KEY_VARIABLE, "").strip()))
@@ -196,7 +197,7 @@ class Server:
         )
         self._note, self._budget = note, budget or Budget()
         self._lock = threading.Lock()
-        # What is known of the server: parameters that it refuses, the name of its limit, chats for texts or the reverse
+        # Known of the server: parameters that it refuses, the name of its limit, and whether it accepts chats and texts
         self._dropped: set[str] = set()
         self._limit = _LIMITS[0]
         self._asks_chats: dict[bool, bool] = {True: True, False: False}
@@ -204,20 +205,20 @@ class Server:
         self._answered = self._failed = 0
 
     def ask(self, prompt: str | list[dict[str, Any]], **sampling: Any) -> Reply:
-        """The answer to messages, as a chat, or to a text, which is continued.
+        """Return the answer to messages (a chat) or to a text to continue.
 
         Args:
-            prompt: messages, or text.
+            prompt: messages or text.
             **sampling: `max_tokens`, and where wanted `temperature`, `top_p`, `seed`. What is None is not sent.
 
         Raises:
-            Refusal: where this request gets no answer, and others may.
-            ServerError: where no answer can be had.
+            Refusal: if this request gets no answer, but others may.
+            ServerError: if the server does not answer.
         """
         wanted = {name: value for name, value in sampling.items() if value is not None}
         is_chat = not isinstance(prompt, str)
         first: openai.APIStatusError | None = None
-        # What a refusal names without saying that it is the reason: an answer without it proves that it was
+        # Parameters that a refusal mentions. If there is an answer without one, it was the reason.
         suspected: dict[str, openai.APIStatusError] = {}
         while True:  # each turn leaves something out, or takes the other form, once
             asks_chat = self._asks_chats[is_chat]
@@ -240,7 +241,7 @@ class Server:
                 name = type(failure).__name__
                 problem = f"{self.base_url} answered with what is not in OpenAI's protocol ({name})."
                 about, is_up = Why.FAILED, True
-            # Outside the handlers: a chained exception's text is the server's, and can hold the key
+            # Outside the handlers, because a chained exception could contain the key
             if reply is not None:
                 break
             if error is None:
@@ -255,7 +256,7 @@ class Server:
                 suspected[name] = error
                 continue
             if is_other_endpoint(error.status_code, self._body(error)):
-                # An unknown model answers so, too: whether it takes the other form is told by an answer only
+                # The error of an unknown model is the same. Only an answer shows whether the other form is accepted.
                 if first is None:
                     first, self._asks_chats[is_chat] = error, not asks_chat
                     continue
@@ -298,13 +299,13 @@ class Server:
         raise ServerError(problem)
 
     def each(self, work: Callable[[Item], None], items: Iterable[Item]) -> None:
-        """Do `work` on all items, `concurrency` at once; the first error ends it, when those under way are through.
+        """Call `work` for all items, `concurrency` at once. It stops at the first error, when running calls have ended.
 
         The first request to a server is made alone, so that what it does not take is found out, and told, once.
 
         Args:
-            work: takes care that what it did is kept.
-            items: what to do it on.
+            work: the function. It stores its result.
+            items: its arguments.
         """
         items = list(items)
         if items and not self._answered:
@@ -319,7 +320,7 @@ class Server:
                 raise
 
     def without_key(self, text: str) -> str:
-        """A server's text, the key in it replaced."""
+        """The text of a server, without the key."""
         return text.replace(self._key, f"[{self.key_variable}]") if self._key else text
 
     # Requests
@@ -344,10 +345,10 @@ class Server:
         return self._reply(choice.get("text") or "", "", choice, answer)
 
     def _choice(self, response: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The first choice of an answer, and the answer.
+        """Returns (first choice, whole answer).
 
         Raises:
-            _Within: for what is no answer.
+            _Within: if it is not an answer.
         """
         text = response.text.strip()
         try:
@@ -392,13 +393,13 @@ class Server:
         return [name for name in (*_SAMPLING, *_LIMITS) if name in sent]
 
     def _is_dispensable(self, name: str, error: openai.APIStatusError, asks_chat: bool) -> bool:
-        """Whether a request can do without a parameter, or with its other name."""
+        """Return whether a request can omit a parameter, or use its other name."""
         if name not in _LIMITS:
             return True
         return name == _LIMITS[0] and asks_chat and not any(word in self._said(error) for word in _OF_VALUES)
 
     def _leave_out(self, name: str, error: openai.APIStatusError) -> None:
-        """Do without a parameter in all requests, with a notice."""
+        """Omit a parameter in all further requests, with a notice."""
         if name in _LIMITS:
             self._limit = _LIMITS[1]
             change = f"{_LIMITS[1]} is sent in place of {name}"
@@ -408,7 +409,7 @@ class Server:
         self._tell(f'"{self._said(error)}", so {change}.')
 
     def _tell(self, text: str) -> None:
-        """Note what the server does not take, once."""
+        """Note once what the server does not accept."""
         with self._lock:
             is_new = text not in self._told
             self._told.add(text)
@@ -426,7 +427,7 @@ class Server:
         return self._given_up(problem, about, is_up=about is Why.REFUSED or getattr(error, "is_api", False))
 
     def _given_up(self, problem: str, about: Why | None, *, is_up: bool = False) -> ServerError:
-        """The error of one request or, where none gets an answer, of all: at once, if the server may be down."""
+        """The error of one request, or of the server if no request gets an answer."""
         if about is not None and about not in (Why.FAILED, Why.REFUSED):
             return Refusal(problem, about)
         with self._lock:
@@ -481,7 +482,7 @@ class Server:
 
 
 def as_messages(text: str) -> list[dict[str, str]]:
-    r"""A text for a server that takes chats only: a transcript's turns, any other text as one message of a user.
+    r"""A text as a chat: the turns of a transcript, or one user message.
 
     Example:
         >>> as_messages("Hi"), as_messages("\n\nHuman: Hi\n\nAssistant:")

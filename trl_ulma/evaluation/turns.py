@@ -1,4 +1,4 @@
-"""Conversations as people, judges and servers read them: text, tool calls and reasoning apart."""
+"""Conversations in the form for people, judges and servers, with text, tool calls and reasoning separated."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ulma.data.conversations import is_transcript
 
-# Under these keys, servers and data sets put what a model thought before it answered
+# Keys of reasoning in servers and datasets
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _TAGS = tuple((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning"))
 _TAGS += (("[THINK]", "[/THINK]"),)
@@ -15,14 +15,14 @@ _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
 def split_reasoning(text: str, *, is_open: bool = False) -> tuple[str, str]:
-    """(reasoning, answer) of what a model wrote: the answer is what follows the block that the text begins with.
+    """Returns (reasoning, answer) of a generated text. The answer follows the reasoning block at its start.
 
     If the block has no end, because the answer was cut off, all of the text is reasoning. If it has no beginning, the
     prompt opened it, as some chat templates do.
 
     Args:
-        text: what the model wrote.
-        is_open: whether the prompt is known to have begun a block.
+        text: the generated text.
+        is_open: whether the prompt ends with the start of a reasoning block.
 
     Example:
         >>> split_reasoning("<think>Two and two.</think>\\n\\n4")
@@ -39,14 +39,14 @@ def split_reasoning(text: str, *, is_open: bool = False) -> tuple[str, str]:
             if found or start.startswith(begin):
                 more, answer = split_reasoning(answer.lstrip()) if found else ("", "")  # some think in several blocks
                 return "\n\n".join(filter(None, (reasoning.strip(), more))), answer
-        # A tag within a line is what the answer speaks of
+        # A tag inside a line is part of the answer
         elif (reasoning := text.partition(f"\n{end}"))[1] and begin not in reasoning[0]:
             return reasoning[0].strip(), reasoning[2].lstrip()
     return (text.strip(), "") if is_open else ("", text)
 
 
 def answer_text(completion: Any) -> str:
-    r"""What a completion, text or messages, says to the person who asked: without reasoning, tool calls as calls.
+    r"""The answer in a completion (text or messages): without reasoning, and with tool calls as text.
 
     Example:
         >>> answer_text([{"role": "assistant", "content": "Hello!"}])
@@ -63,7 +63,7 @@ def answer_text(completion: Any) -> str:
 
 
 def as_text(prompt: Any) -> str:
-    r"""A prompt as people read it: the turns of a conversation under their roles, a transcript or text as it is.
+    r"""A prompt in readable form: turns with their roles. Transcripts and text do not change.
 
     Example:
         >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}])
@@ -78,7 +78,7 @@ def as_text(prompt: Any) -> str:
 
 
 def calls_text(calls: Sequence[Any] | None) -> str:
-    """Tool calls, one a line, with their arguments as JSON.
+    """Tool calls, one per line, with their arguments as JSON.
 
     Example:
         >>> print(calls_text([{"function": {"name": "add", "arguments": '{"a": 1,  "b": null}'}}, {"name": "now"}]))
@@ -101,7 +101,7 @@ def calls_text(calls: Sequence[Any] | None) -> str:
 
 
 def show_calls(text: str) -> str:
-    """A text in which calls as Hermes and Qwen write them are shown as those of messages are.
+    """A text in which the calls of Hermes and Qwen have the same form as those of messages.
 
     Example:
         >>> show_calls('Wait.\\n<tool_call>\\n{"name": "now", "arguments": {"zone": "CET"}}\\n</tool_call>')
@@ -118,10 +118,10 @@ def show_calls(text: str) -> str:
 
 
 def joined_stream(text: str) -> dict[str, Any] | None:
-    r"""The answer that a stream of server-sent events holds, as some gateways send it unasked; None of any other text.
+    r"""The answer in a stream of server-sent events, which some gateways send unasked. None for other texts.
 
     Raises:
-        ValueError: for an event that is no JSON.
+        ValueError: if an event is not JSON.
 
     Example:
         >>> part = '{"choices": [{"delta": {"content": "Hel"}}]}', '{"choices": [{"delta": {"content": "lo!"}}]}'
@@ -156,7 +156,7 @@ def joined_stream(text: str) -> dict[str, Any] | None:
 
 
 def for_server(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as servers take them: without null keys, arguments of calls as JSON, and with an id for every call.
+    """Messages in the form for servers: without null keys, with arguments of calls as JSON, and an id per call.
 
     Datasets have null keys because all rows of a table share their columns, and their calls rarely have ids. Ids have
     nine letters and digits, because Mistral requires that.
@@ -197,7 +197,7 @@ def for_server(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of JSON without the keys that are null, at any depth.
+    """A JSON value without keys that are null, at any depth.
 
     Example:
         >>> without_nulls({"a": None, "b": [{"c": None, "d": 0}]})
@@ -209,7 +209,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def content_text(content: Any) -> tuple[str, str]:
-    """(reasoning, text) of a message's content: text, or parts, of which those of thinking are reasoning.
+    """Returns (reasoning, text) of the content of a message: text, or parts.
 
     Example:
         >>> content_text([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
@@ -233,7 +233,7 @@ def content_text(content: Any) -> tuple[str, str]:
 
 
 def _said(turn: Mapping[str, Any]) -> str:
-    """What one message says."""
+    """The text of one message."""
     text = content_text(turn.get("content"))[1]
     if turn.get("role") == "assistant":
         text = show_calls(split_reasoning(text)[1])
