@@ -168,7 +168,7 @@ def test_a_broken_file_in_a_folder(tmp_path):
 
 def test_a_folder_without_data(tmp_path):
     write(tmp_path / "notes.txt", "hello")
-    with pytest.raises(FileNotFoundError, match=r"contains no data file\. Add at least one \.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no data file\. It contains notes\.txt\. Add at least one \.jsonl"):
         load_rows(tmp_path)
 
 

@@ -6,8 +6,10 @@ import io
 import json
 
 import pytest
+from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.files import check_splits, load_rows
+from trl_ulma.data.mixture import load_mixture
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
 
 HEAD = "prompt,completion,label\n"
@@ -151,3 +153,16 @@ def test_folders_say_what_they_have_instead_of_data(tmp_path):
     write(tmp_path / "train.CSV", HEAD + "Hi,Yo,1\n")
     with pytest.raises(ValueError, match=r"Write the ending of train\.CSV in lower case"):
         load_rows(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_that_cannot_be_read_keep_their_mark_in_a_part_with_some_columns(tmp_path, streaming):
+    path = write(tmp_path / "a.csv", "prompt,completion,label,note\nHi,Yo,1,a\nHi,Yo,0,a,b\n")
+    part = DatasetConfig(path=str(path), columns=["prompt", "completion", "label"])
+    splits, _ = load_mixture([part], streaming=streaming)
+    first, second = splits["train"]
+    assert "note" not in first
+    assert second["unread_line"].startswith("has 5 fields in line 3")
+    part.columns = ["prompt", "rating"]
+    with pytest.raises(ValueError, match=r"its columns are prompt, completion, label, note$"):
+        load_mixture([part], streaming=streaming)

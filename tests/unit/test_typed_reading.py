@@ -655,7 +655,7 @@ def test_names_are_made_once():
             "`question` looks like the prompt, `response` like the completion and `score` like the label: "
             "--columns prompt=question,completion=response,label=score",
         ),
-        ([{"Question": "a", "Model Answer": "b", "label": 4}], "--columns prompt=Question,completion=Model Answer"),
+        ([{"Question": "a", "Model Answer": "b", "label": 4}], '--columns "prompt=Question,completion=Model Answer"'),
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
         ([row("down"), row("up")], "--label_map down=0,up=1"),

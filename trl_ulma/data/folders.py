@@ -64,7 +64,7 @@ def load_folder(
     except UNREADABLE as error:
         if not is_of_several_kinds(error):
             upper = [file.name for file in data_files(path) if file.suffix != file.suffix.lower()]
-            hint = f". Write the ending of {upper[0]} in lower case" * bool(upper)
+            hint = f". Write the ending of {upper[0]} in lower case" if upper else ""
             raise ValueError(f"The folder {path} cannot be read: {one_line(error)}{hint}") from error
         named = _declared_files(path, config, declared)
     else:

@@ -88,8 +88,9 @@ def load_mixture(
                 there = rows.column_names or list(next(iter(rows), {}))
                 absent = [column for column in part.columns if column not in there]
                 if absent:
-                    raise ValueError(f"it has no column {', '.join(absent)}; its columns are {', '.join(there)}")
-                rows = rows.select_columns(part.columns)
+                    shown = ", ".join(name for name in there if name != UNREAD)
+                    raise ValueError(f"it has no column {', '.join(absent)}; its columns are {shown}")
+                rows = rows.remove_columns([name for name in there if name not in (*part.columns, UNREAD)])
             said += [note for note in check_splits({"": rows}, str(part.path)) if note not in said]
         except (OSError, ValueError) as error:
             raise type(error if isinstance(error, FileNotFoundError) else ValueError())(f"{name}: {error}") from error
