@@ -137,6 +137,17 @@ def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path,
     assert sorted(json.loads(line)["row"] for line in Path(scored).read_text().splitlines()) == [0, 4]
 
 
+def test_labels_that_label_map_lacks_are_invalid_rows(tiny_gpt2, ragged, capsys):
+    Path(ragged).write_text("prompt,completion,label\nHi,Yo,up\nHo,No,meh\nHe,Ya,down\nHu\n")
+    words = ["--model", tiny_gpt2, "--dataset", ragged, "--label_map", "up=1,down=0", "--max_length", "64"]
+    assert check.main([*words, "--eval_strategy", "no"]) == 1
+    said = capsys.readouterr().err
+    assert "2 of 4 rows of the train dataset are invalid:" in said
+    assert "Row 1 of the train dataset has the label 'meh' in line 3" in said
+    assert "Prompt: 'Ho'" in said
+    assert check.main([*words, "--eval_strategy", "no", "--invalid_rows", "drop"]) == 0
+
+
 def test_prepare_counts_lines_that_cannot_be_read(tmp_path, capsys):
     raw = tmp_path / "rows.jsonl"
     good = {"prompt": "Hi", "completion": "Hello!", "label": True}

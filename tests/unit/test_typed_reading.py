@@ -597,6 +597,23 @@ def test_what_a_label_means(tmp_path, labels, label_map, found):
     assert read(path, label_map=label_map)["label"][:] == found
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+def test_labels_that_label_map_lacks(tmp_path, name, caplog):
+    path, labels = tmp_path / name, ["up", "sideways", "down", "3"]
+    rows = Dataset.from_list([row(label) for label in labels])
+    {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[path.suffix[1:]](str(path))
+    with pytest.raises(ValueError, match=r"does not contain the labels 'sideways' \(1 row\), '3' \(1 row\)"):
+        read(path, label_map="up=1,down=0")
+    assert read(path, label_map="up=1,down=0", invalid_rows="drop")["label"][:] == [1, 0]
+    assert all(f"label {label!r}" in caplog.text or f"'{label}' (1 row)" in caplog.text for label in ("sideways", "3"))
+    marked = read(path, label_map="up=1,down=0", invalid_rows="mark")
+    assert marked["label"][:] == [1, None, 0, None]
+    faults = marked["unread_line"][:]
+    assert [fault is None for fault in faults] == [True, False, True, False]
+    assert faults[1].startswith("has the label 'sideways'")
+    assert faults[1].endswith("which label_map does not contain. Add it to label_map.")
+
+
 def test_labels_that_are_classes_go_by_their_names(tmp_path):
     features = Features({"prompt": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     Dataset.from_dict({"prompt": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "saved")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from trl_ulma.data.unread import UNREAD
+from trl_ulma.data.unread import UNREAD, Unread
 from trl_ulma.labels import is_messages
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
@@ -243,6 +243,17 @@ def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -
         f"label_map does not contain the labels {found}{more} of {where}, only {', '.join(label_map)}. Add the missing "
         "labels."
     )
+
+
+def unknown_label(label: str, place: str = "") -> Unread:
+    """The error of a row whose label `label_map` lacks.
+
+    Example:
+        >>> unknown_label("up", " in line 3").message
+        "has the label 'up' in line 3, which label_map does not contain. Add it to label_map."
+    """
+    shown = f"the label {label!r}"
+    return Unread(f"has {shown}{place}, which label_map does not contain. Add it to label_map.", shown)
 
 
 def read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Notice, *, is_cell: bool) -> dict[str, Any]:

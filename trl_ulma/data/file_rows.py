@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ulma.data.columns import READ, Names, read_row, unknown_labels
+from trl_ulma.data.columns import READ, Names, read_row, unknown_label, unknown_labels
 from trl_ulma.data.csv_rows import csv_rows
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
@@ -68,7 +68,7 @@ class FileRows:
         found: the conversions of values in the last call, and their numbers.
         lines: the line of each row in the last call.
         firsts: the number of the first row of each file in the last call.
-        unread: (file, line, fault) of the lines of the last call that cannot be read.
+        unread: (file, line, fault) of the lines of the last call that cannot be read, or have an unknown label.
 
     Raises:
         ValueError: if a file or the label of a row cannot be read. The message names the file and the line.
@@ -86,9 +86,20 @@ class FileRows:
             self.firsts.append(len(self.lines))
             is_cell = KINDS[suffix_of(file)] == "csv"
             for line, row in self._rows(file):
+                own: Counter[str] = Counter()
+                row = read_row(row, self.names, own, self._notice, is_cell=is_cell)
+                unknown.update(own)
+                if own and self.invalid_rows != "error":
+                    fault = unknown_label(next(iter(own)), f" in {unit_of(file)} {line}")
+                    self.unread.append((str(file), line, fault))
+                    if self.invalid_rows == "drop":
+                        continue
+                    row |= {"label": None, UNREAD: fault.message}
                 self.lines.append(line)
-                yield read_row(row, self.names, unknown, self._notice, is_cell=is_cell)
+                yield row
         self.check()
+        if self.invalid_rows != "error":
+            return
         problem = unknown_labels(unknown, self.names.label_map, self.where)
         if problem:
             raise ValueError(problem)

@@ -40,10 +40,10 @@ def load_rows(
         streaming: whether to read rows only when they are needed. The first 1,000 rows are read immediately.
         columns: the names of the columns in the file, as a mapping or as `prompt=question,label=rating`.
         label_map: the numbers of the labels, as a mapping or as `up=1,down=0`.
-        invalid_rows: what to do with lines that cannot be read, such as CSV lines with too many fields. "error" raises
-            an error that lists them. "drop" leaves them out, with a warning that lists them. "mark" keeps them as rows
-            that only have a value in the column `unread_line`, so that a trainer lists or drops them together with all
-            other invalid rows.
+        invalid_rows: what to do with lines that cannot be read, such as CSV lines with too many fields, and with rows
+            whose label `label_map` lacks. "error" raises an error that lists them. "drop" leaves them out, with a
+            warning that lists them. "mark" keeps them, with the error in the column `unread_line`, so that a trainer
+            lists or drops them together with all other invalid rows.
 
     Raises:
         FileNotFoundError: if there is no such dataset.

@@ -50,7 +50,9 @@ def load_folder(
             raise ValueError(f"{path} was written by save_to_disk, so it has no configurations. Remove {config!r}.")
         _check_saved(path)
         saved: Any = load_from_disk(str(path))
-        splits: Any = renamed_splits(saved if isinstance(saved, DatasetDict) else {"train": saved}, names, str(path))
+        splits: Any = renamed_splits(
+            saved if isinstance(saved, DatasetDict) else {"train": saved}, names, str(path), invalid_rows
+        )
         if not streaming:
             return splits
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
@@ -80,7 +82,7 @@ def load_folder(
                 raise ValueError(f"The folder {path} cannot be read: {one_line(error)}") from error
             if isinstance(builder, Json | Csv):
                 say({READ_BY_DATASETS: 1}, str(path))
-            return renamed_splits(splits, names, str(path))
+            return renamed_splits(splits, names, str(path), invalid_rows)
     files = {split: [Path(f) for f in found if suffix_of(Path(f)) in KINDS] for split, found in named.items()}
     files = {split: found for split, found in files.items() if found}
     read = {file.resolve() for found in files.values() for file in found}

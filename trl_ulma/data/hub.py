@@ -89,7 +89,7 @@ def load_hub(
         raise ValueError(f"The dataset {name} cannot be read: {one_line(error)}") from error
     if is_ours:
         say({READ_BY_DATASETS: 1}, name)
-    return renamed_splits(splits, names, name)
+    return renamed_splits(splits, names, name, invalid_rows)
 
 
 def _in_repository(url: str) -> tuple[str, str, str] | None:

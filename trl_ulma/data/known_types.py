@@ -5,13 +5,14 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
-from trl_ulma.data.columns import BOOLS, NUMBERS, Names, read_row, read_value, say, unknown_labels
+from trl_ulma.data.columns import BOOLS, NUMBERS, Names, read_row, read_value, say, unknown_label, unknown_labels
 from trl_ulma.data.tables import joined, kind_of
+from trl_ulma.data.unread import UNREAD
 
 
-def renamed_splits(splits: Any, names: Names, where: str) -> DatasetDict | IterableDatasetDict:
+def renamed_splits(splits: Any, names: Names, where: str, invalid_rows: str) -> DatasetDict | IterableDatasetDict:
     """Splits with the columns that trainers read, see `renamed`."""
-    made: Any = {str(split): renamed(rows, names, where) for split, rows in splits.items()}
+    made: Any = {str(split): renamed(rows, names, where, invalid_rows) for split, rows in splits.items()}
     is_stream = any(isinstance(rows, IterableDataset) for rows in made.values())
     return IterableDatasetDict(made) if is_stream else DatasetDict(made)
 
@@ -31,8 +32,12 @@ class _Read:
         return row
 
 
-def renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Dataset | IterableDataset:
-    """Rows with the column names that trainers read, and with numbers that are stored as text converted to numbers."""
+def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_rows: str) -> Dataset | IterableDataset:
+    """Rows with the column names that trainers read, and with numbers that are stored as text converted to numbers.
+
+    A label that `label_map` lacks raises an error, or is treated as in `trl_ulma.data.files.load_rows`. In a stream, it
+    always raises an error.
+    """
     if isinstance(rows, IterableDataset):
         first = next(iter(rows.take(1)), {})
         _check_names(names, list(first), where)
@@ -53,6 +58,7 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Datase
         rows = rows.select_columns([*names.columns.values(), *kept])
         rows = rows.rename_columns({theirs: ours for ours, theirs in names.columns.items() if ours != theirs})
     unknown: Counter[str] = Counter()
+    marks: list[str | None] = [None] * len(rows)
     for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:
         feature = rows.features[name]
         is_mapped = name == "label" and bool(names.label_map)
@@ -62,7 +68,12 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Datase
         if is_mapped:
             if isinstance(feature, ClassLabel):
                 values = [None if value is None else feature.int2str(value) for value in values]
-            values = [names.label(value, unknown) for value in values]
+            for row, value in enumerate(values):
+                own: Counter[str] = Counter()
+                values[row] = names.label(value, own)
+                unknown.update(own)
+                if own and invalid_rows != "error":
+                    values[row], marks[row] = None, unknown_label(next(iter(own))).message
         noticed: Counter[str] = Counter()
         values = [read_value(name, value, lambda what: noticed.update([what])) for value in values]  # noqa: B023
         kind = "null"
@@ -75,8 +86,13 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str) -> Datase
         dtype = {"bool": "bool", "float": "float64"}.get(kind, "int64")
         rows = rows.remove_columns(name).add_column(name, values, feature=Value(dtype))
     problem = unknown_labels(unknown, names.label_map, where)
-    if problem:
+    if problem and invalid_rows == "error":
         raise ValueError(problem)
+    if problem and invalid_rows == "drop":
+        rows = rows.select([row for row, mark in enumerate(marks) if mark is None])
+        found[f"{problem} Rows with these labels are left out"] = 1
+    elif problem:
+        rows = rows.add_column(UNREAD, marks, feature=Value("string"))  # type: ignore[call-arg]
     say(found, where)
     return rows
 

@@ -38,7 +38,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     if all(suffix_of(file) == ".parquet" for file in files):
         rows = _read_parquet(files, streaming)
         if rows is not None:
-            return renamed(rows, names, str(files[0]))
+            return renamed(rows, names, str(files[0]), invalid_rows)
     reader = FileRows(files, names, invalid_rows)
     if streaming:
         for _ in zip(range(_FIRST_ROWS), reader(), strict=False):
