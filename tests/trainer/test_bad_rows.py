@@ -295,8 +295,8 @@ COLUMNS = {
     ),
     "half prepared": (
         [{"prompt_ids": [5], "completion_ids": [6], "row": 0}],
-        "The train dataset lacks the columns prompt, completion, label; found completion_ids, prompt_ids, row. "
-        f"{NEEDED}",
+        "The rows of the train dataset are prepared (they have prompt_ids and completion_ids), but lack the columns "
+        "label, length, sft_mask. Pass the raw rows, or the prepared rows with their columns as they were.",
     ),
     "no row": (
         Dataset.from_dict({"prompt": [], "completion": [], "label": []}),

@@ -22,7 +22,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 LISTED = 20
 _PROMPT_SHOWN = 60  # characters
 # Numbers with decimal commas, thousands separators or percent signs
-_OTHER_FORM = re.compile(r"[+-]?\d[\d.,_' ]*\s?%?", re.ASCII)
+_OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
 
 
 class InvalidRow(ValueError):
