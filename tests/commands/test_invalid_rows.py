@@ -119,11 +119,11 @@ def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path,
     for what, line in zip(WRONG, (3, 4, 5), strict=True):
         assert f"({ragged}, line {line})" in said
         assert what in said
-    assert "By kind: 2 × a line that cannot be read; 1 × label is no number." in said
+    assert "By kind: 2 × a row that cannot be read; 1 × label is no number." in said
 
     assert main(["pointwise-dpo", *training, "--output", str(out), "--invalid_rows", "drop"]) == 0
     found = json.loads((out / "label_report.json").read_text())
-    assert found["left_out"] == {"invalid: a line that cannot be read": 2, "invalid: label is no number": 1}
+    assert found["left_out"] == {"invalid: a row that cannot be read": 2, "invalid: label is no number": 1}
 
     scored, report = str(tmp_path / "scored.jsonl"), str(tmp_path / "report")
     commands = (["score", "--output", scored], ["evaluate", "--split", "train", "--output", report])
@@ -159,7 +159,7 @@ def test_prepare_counts_lines_that_cannot_be_read(tmp_path, capsys):
     assert "rows.jsonl is invalid JSON in line 1" in capsys.readouterr().err
     assert main([*words, "--invalid_rows", "drop", "--report", str(tmp_path / "report.json")]) == 0
     found = json.loads((tmp_path / "report.json").read_text())
-    assert found["left_out"] == {"its line cannot be read": {"count": 2, "first_row": 0}}
+    assert found["left_out"] == {"it cannot be read": {"count": 2, "first_row": 0}}
     assert (found["rows_in"], found["rows_out"]) == (4, 2)
 
 

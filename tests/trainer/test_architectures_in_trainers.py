@@ -1,5 +1,7 @@
 """Trainers take the architectures that once were computed wrongly, and refuse those that are not causal."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -34,22 +36,17 @@ def saved(tokenizer, folder) -> str:
     return str(folder)
 
 
+# Steps that change nothing
+STANDING_STILL: dict[str, Any] = {"pointwise": True, "learning_rate": 1e-12, "per_device_train_batch_size": 4}
+
+
 @pytest.mark.parametrize("name", IN_A_TRAINER)
 def test_a_trainer_takes_it_and_starts_at_log_2(tmp_path, name):
     tokenizer, model = tokenizer_and_model(name)
     rows = make_rows(4)
     model.config.use_cache = False  # recurrent layers alone do not fill a cache
     logps, _ = plain_logps(saved(tokenizer, tmp_path / "tokenizer"), rows, model)
-    trainer = make_trainer(
-        model,
-        rows,
-        tmp_path,
-        processing_class=tokenizer,
-        pointwise=True,
-        max_steps=2,
-        learning_rate=1e-12,
-        per_device_train_batch_size=4,
-    )
+    trainer = make_trainer(model, rows, tmp_path, processing_class=tokenizer, max_steps=2, **STANDING_STILL)
     found = trainer.evaluate(rows)
     label = np.array(rows["label"][:])
     assert found["eval_logps/chosen"] == pytest.approx(logps[label == 1].mean(), rel=1e-4)
@@ -62,16 +59,7 @@ def test_a_trainer_takes_it_and_starts_at_log_2(tmp_path, name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_mixture_of_experts_starts_at_log_2_with_its_own_auxiliary_loss(tmp_path, name):
     tokenizer, model = tokenizer_and_model(name)
-    trainer = make_trainer(
-        model,
-        make_rows(4),
-        tmp_path,
-        processing_class=tokenizer,
-        pointwise=True,
-        max_steps=1,
-        learning_rate=1e-12,
-        per_device_train_batch_size=4,
-    )
+    trainer = make_trainer(model, make_rows(4), tmp_path, processing_class=tokenizer, max_steps=1, **STANDING_STILL)
     batch = next(iter(trainer.get_train_dataloader()))
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():

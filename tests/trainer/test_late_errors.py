@@ -310,7 +310,7 @@ def test_prepared_rows_are_checked_as_raw_ones(tiny_gpt2, tmp_path, columns, set
         make_trainer(tiny_gpt2, changed, tmp_path, **STEPS | settings).train()
 
 
-# Prepared row 3 of 6 changed by hand; what is said of it
+# Changes of row 3 of 6 prepared rows, and the messages
 BY_HAND = {
     "empty": ({"completion_ids": []}, r"completion_ids is empty"),
     "no-completion": ({"completion_ids": None}, r"completion_ids is None"),

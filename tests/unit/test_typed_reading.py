@@ -614,6 +614,16 @@ def test_labels_that_label_map_lacks(tmp_path, name, caplog):
     assert faults[1].endswith("which label_map does not contain. Add it to label_map.")
 
 
+def test_a_late_label_that_label_map_lacks_stops_a_stream_at_its_row(tmp_path):
+    path = write(tmp_path / "rows.jsonl", lines([row(label) for label in [5] * 1500 + [3, 5]]))
+    found = []
+    with pytest.raises(ValueError, match=r"does not contain the labels '3' \(1 row\)"):
+        found.extend(each["label"] for each in read(path, label_map={5: 1}, streaming=True))
+    marked = list(read(path, label_map={5: 1}, streaming=True, invalid_rows="mark"))
+    assert marked[1500]["label"] is None
+    assert marked[1501]["label"] == 1
+
+
 def test_labels_that_are_classes_go_by_their_names(tmp_path):
     features = Features({"prompt": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     Dataset.from_dict({"prompt": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "saved")

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +24,7 @@ READ = (*TEXTS, *NUMBERS, *OTHERS)
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
-_LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
-_PRINTED = re.compile(r"""['"]role['"]\s*:\s*['"](user|assistant|system)['"]""")  # in a list that cannot be read
+LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
@@ -74,8 +71,8 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
     """
     if is_cell and value == "" and name in (*NUMBERS, *OTHERS):
         return None
-    if name in CONVERSATIONS and isinstance(value, str) and _LIST.match(value):
-        found = _messages(value)
+    if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
+        found = parsed_list(value)
         # An answer can be a list of other objects, as text
         if found is not None and (is_messages(found) or (is_cell and name not in TEXTS)):
             notice(f"{name}: lists that are stored as text are converted to lists")
@@ -97,7 +94,13 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
     return value
 
 
-def _messages(text: str) -> list[Any] | None:
+def parsed_list(text: str) -> list[Any] | None:
+    """A list of objects that is stored as text, as JSON or as Python prints it. None for other texts.
+
+    Example:
+        >>> parsed_list("[{'role': 'user'}]"), parsed_list("[1]")
+        ([{'role': 'user'}], None)
+    """
     for parse in (json.loads, ast.literal_eval):  # json.dumps or repr wrote the list
         try:
             found = parse(text)
@@ -105,21 +108,6 @@ def _messages(text: str) -> list[Any] | None:
             continue
         return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else None
     return None
-
-
-def _has_messages(text: str) -> bool:
-    """Whether a text is a list of messages, as JSON or as Python or NumPy print it.
-
-    Example:
-        >>> _has_messages("[{'role': 'user', 'content': 'Hi'} {'role': 'assistant', 'content': 'Ho'}]")
-        True
-    """
-    if _LIST.match(text) is None:
-        return False
-    found = _messages(text)
-    if found is not None:
-        return is_messages(found)
-    return text.rstrip().endswith("}]") and _PRINTED.search(text) is not None
 
 
 @dataclass(frozen=True)
@@ -291,250 +279,3 @@ def say(found: Mapping[str, int], where: str) -> None:
         return
     for what, count in found.items():
         logger.warning(f"{where}: {what}{f' ({count:,} values)' if count > 1 else ''}.")
-
-
-# Common other names of columns, the most likely first
-_CALLED = {
-    "prompt": ("question", "instruction", "query", "input", "problem", "context", "post", "user", "request", "message"),
-    "completion": ("response", "answer", "output", "reply", "generation", "completions", "assistant", "generated"),
-    "label": (
-        "labels", "rating", "score", "feedback", "thumb", "thumbs", "vote", "votes", "reward", "quality", "overall",
-        "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "rank",
-    ),
-    "chosen": ("preferred", "better", "winner", "accepted", "good", "best", "positive", "response_j"),
-    "rejected": ("dispreferred", "worse", "loser", "bad", "worst", "negative", "response_k"),
-}  # fmt: skip
-
-
-def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
-    """The columns that look like prompt, completion and label, or like chosen and rejected.
-
-    Args:
-        columns: name → the values of a few rows.
-
-    Returns:
-        Missing column → the column that looks like it.
-
-    Example:
-        >>> proposed({"question": ["Why?"], "completion": ["So."], "rating": [4]})
-        {'prompt': 'question', 'label': 'rating'}
-    """
-    is_paired = "chosen" in columns or "rejected" in columns
-    if not is_paired and "completion" not in columns:
-        is_paired = all(_like(name, columns) for name in ("chosen", "rejected"))
-    found = {}
-    for name in ("prompt", "chosen", "rejected") if is_paired else ("prompt", "completion", "label"):
-        like = None if name in columns else _like(name, columns)
-        if like is not None:
-            found[name] = like
-    return found
-
-
-def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:
-    free = [each for each in columns if each not in READ and _may_be(name, columns[each])]
-    lower = {each.lower().replace(" ", "_").replace("-", "_"): each for each in free}
-    words = (name, *_CALLED[name])
-    for word in words:
-        if word in lower:
-            return lower[word]
-    for word in words:
-        parts = [each for key, each in lower.items() if word in re.split(r"[_.]", key)]
-        if parts:
-            return parts[0]
-    return None
-
-
-def _may_be(name: str, values: Sequence[Any]) -> bool:
-    values = [value for value in values if value is not None]
-    if name == "label":
-        return any(isinstance(value, bool | int | float | Decimal | str) for value in values) and not any(
-            isinstance(value, str) and len(value) > 40 for value in values
-        )
-    return any(isinstance(value, str) or (isinstance(value, list) and is_messages(value)) for value in values)
-
-
-def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_label: bool = True) -> list[str]:
-    """Check that rows have the columns that trainers read. Returns warnings about ignored columns.
-
-    Args:
-        columns: name → the values of a few rows.
-        where: the name of the dataset.
-        needs_label: whether rows of single answers need a label.
-
-    Raises:
-        ValueError: if a column is missing, if most labels are words, or if pairs have a question that would be ignored.
-            The message suggests `--columns`, `--label_map`, or the family for `trl-ulma prepare`.
-
-    Example:
-        >>> check_readable({"question": ["Why?"], "completion": ["So."], "rating": [4]}, "rows.csv")
-        Traceback (most recent call last):
-        ValueError: rows.csv lacks the columns prompt and label; found question, completion, rating. `question` looks
-        like the prompt and `rating` like the label: --columns prompt=question,label=rating
-    """
-    names = [name for name in columns if name != UNREAD]
-    if {"prompt_ids", "completion_ids"} <= set(names):  # prepared
-        return []
-    is_paired = "chosen" in names or "rejected" in names
-    likely = proposed(columns)
-    needed = ["chosen", "rejected"] if is_paired else ["prompt", "completion", *(["label"] if needs_label else [])]
-    missing = [name for name in needed if name not in names]
-    families = _families(columns) if missing else []
-    is_nested = any(isinstance(label, list | Mapping) for label in columns.get("label", ()))
-    whole = _whole_file(columns) if (missing and not families) or is_nested else None
-    if whole is not None:
-        raise ValueError(f"{where} has only one row, {whole}")
-    if missing:
-        raise ValueError(
-            f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found {', '.join(names)}. "
-            + (_proposal(likely) if set(missing) <= set(likely) or not families else "")
-            + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
-               f"trl-ulma prepare {families[0]} --input {where} --output FOLDER")
-        )  # fmt: skip
-    for name in TEXTS:
-        if any(isinstance(value, str) and _has_messages(value) for value in columns.get(name, ())):
-            raise ValueError(
-                f"{where} has lists of messages that are stored as text in the column {name}. Convert them with "
-                "json.loads, or write the rows to a JSON lines file, in which they are read as lists. (The text of "
-                "NumPy arrays, which pandas writes to CSV files, cannot be converted.)"
-            )
-    labels = [value for value in columns.get("label", ()) if value is not None]
-    words = [value for value in labels if isinstance(value, str)]
-    # A few words among numbers are invalid rows, which the trainer lists together with all others
-    if 2 * len(words) > len(labels) and not is_paired:
-        words = list(dict.fromkeys(words))
-        shown = ", ".join(repr(word if len(word) <= 40 else f"{word[:40]}…") for word in words[:5])
-        if any(_COMMA.fullmatch(word.strip()) for word in words):
-            raise ValueError(
-                f"{where} has labels with a comma ({shown}). Write them with a decimal point and without separators, "
-                "as in 0.5 and 1234."
-            )
-        if all(word.rstrip().endswith("%") for word in words):
-            raise ValueError(
-                f"{where} has labels with a percent sign ({shown}). Write them as numbers between 0 and 1, as in 0.8."
-            )
-        raise ValueError(
-            f"{where} has labels that are words ({shown}). Map them to numbers: --label_map "
-            + _meanings([word for word in words if len(word) <= 40] or ["WORD"])
-        )
-    if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
-        raise ValueError(
-            f"{where} has pairs without a prompt, and its column {likely['prompt']} would be ignored. If it is the "
-            f"prompt, set --columns {_quoted('prompt=' + likely['prompt'])}. If not, remove the column."
-        )
-    unread = [
-        name for name in names if name.lower() in ("system", "system_prompt") and _may_be("prompt", columns[name])
-    ]
-    if is_paired and "prompt" not in names and _are_answers(columns):
-        unread = [
-            name
-            for name in names
-            if name not in READ and any(isinstance(value, str) and " " in value.strip() for value in columns[name])
-        ]
-    if not unread:
-        return []
-    return [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored."]
-
-
-# Common words for good and bad labels
-_GOOD = frozenset(
-    (
-        "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
-        "right", "chosen", "accepted", "win", "helpful", "safe", "desirable", "satisfied", "y", "t", "+", "👍", "ja",
-        "oui", "sí", "wahr", "vrai", "verdadero", "thumbs up", "thumb up", "thumbsup", "+1", "upvote", "upvoted",
-    )
-)  # fmt: skip
-_BAD = frozenset(
-    (
-        "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
-        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "undesirable", "dissatisfied", "n", "f", "-",
-        "👎", "nein", "non", "falsch", "faux", "falso", "thumbs down", "thumb down", "thumbsdown", "-1", "downvote",
-        "downvoted",
-    )
-)  # fmt: skip
-
-
-def _meanings(words: Sequence[str]) -> str:
-    """The value to suggest for `--label_map`, with numbers for known words.
-
-    Example:
-        >>> _meanings(["thumbs_down", "👍🏽"]), _meanings(["very good", "poor"])
-        ('thumbs_down=0,👍🏽=1', '"very good=NUMBER,poor=NUMBER"')
-    """
-    plain = {word: _plain(word) for word in words[:10]}
-    numbers = {word: 1 if key in _GOOD else 0 if key in _BAD else "NUMBER" for word, key in plain.items()}
-    return _quoted(",".join(f"{word}={number}" for word, number in numbers.items()))
-
-
-def _plain(word: str) -> str:
-    """A label without skin tones, colons of emoji names, and the case."""
-    word = re.sub("[\N{VARIATION SELECTOR-16}\U0001f3fb-\U0001f3ff]", "", word.strip().lower())
-    if word.startswith(":") and word.endswith(":"):
-        word = word[1:-1]
-    return re.sub(r"(?<=\w)[_-](?=\w)", " ", word)
-
-
-def _quoted(text: str) -> str:
-    """A value for the command line, quoted for the shell if it needs quotes.
-
-    Example:
-        >>> _quoted("label=rating"), _quoted("label=Your rating"), _quoted("label=Is it $5?")
-        ('label=rating', '"label=Your rating"', "'label=Is it $5?'")
-    """
-    if re.fullmatch(r"[^\s\\$`\"'!&|;<>()*?\[\]{}#~]+", text):
-        return text
-    return shlex.quote(text) if set(text) & set('\\$`"!') else f'"{text}"'
-
-
-def _whole_file(columns: Mapping[str, Sequence[Any]]) -> str | None:
-    """How to write a file whose only object holds all rows. None if it does not look so.
-
-    Example:
-        >>> _whole_file({"data": [[{"prompt": "Hi"}, {"prompt": "Ho"}]]})
-        'whose `data` is a list of 2 objects. If they are the rows, write this list as the file: jq .data FILE'
-    """
-    if any(len(values) != 1 for values in columns.values()):
-        return None
-    only = {name: values[0] for name, values in columns.items() if name != UNREAD}
-    for name, value in only.items():
-        is_list = isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
-        if is_list and not is_messages(value) and name not in CONVERSATIONS:
-            return (
-                f"whose `{name}` is a list of {len(value):,} object{'s' * (len(value) > 1)}. If they are the rows, "
-                f"write this list as the file: jq .{name} FILE"
-            )
-    if len(only) > 1 and all(isinstance(value, Mapping | list) for value in only.values()):
-        return (
-            "whose values are lists or objects. If they are columns or rows, write one object per row, as pandas does "
-            'with df.to_json(FILE, orient="records", lines=True).'
-        )
-    return None
-
-
-def _families(columns: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The families of `trl-ulma prepare` that have these columns."""
-    from trl_ulma.data.adapters import FAMILIES, find
-
-    return [name for name in FAMILIES if find(name).reads(columns)]
-
-
-def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether pairs are texts without a marker at the end of their prompt."""
-    from trl_ulma.data.conversations import is_transcript
-
-    halves = [value for name in ("chosen", "rejected") for value in columns[name]]
-    return any(isinstance(half, str) and not is_transcript(half) for half in halves)
-
-
-def _proposal(likely: Mapping[str, str]) -> str:
-    if not likely:
-        return (
-            "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
-            "columns with --columns, as in --columns prompt=question,completion=response,label=rating"
-        )
-    (first, theirs), *others = likely.items()
-    said = _and([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
-    return f"{said}: --columns {_quoted(','.join(f'{ours}={column}' for ours, column in likely.items()))}"
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

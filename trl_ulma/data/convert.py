@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from trl_ulma.data.adapters import FAMILIES, Adapter, LeftOut, Noted, find, is_number
-from trl_ulma.data.columns import proposed
+from trl_ulma.data.readable import proposed
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import is_empty
@@ -103,7 +103,7 @@ def convert(
         for raw in chain([first], stream):
             account.rows_in += 1
             if raw.get(UNREAD) is not None:
-                account.add(account.left_out, "its line cannot be read")
+                account.add(account.left_out, "it cannot be read")
             else:
                 yield {name: value for name, value in raw.items() if name != UNREAD}
 

@@ -62,7 +62,8 @@ class FileRows:
         files: CSV, JSON or Parquet files.
         names: the names of columns and labels in the files.
         invalid_rows: "error" raises one error for all lines that cannot be read, after the last file. "drop" leaves
-            them out. "mark" yields them as rows that only have a value in the column `unread_line`: the error.
+            them out. "mark" yields them with the error in the column `unread_line`, without a label, and without values
+            that cannot be read. Rows with a label that `names` lacks are treated in the same way.
 
     Attributes:
         found: the conversions of values in the last call, and their numbers.
@@ -81,14 +82,14 @@ class FileRows:
         self.found: Counter[str] = Counter()
         self.lines, self.firsts = array("q"), []
         self.unread: list[tuple[str, int, Unread]] = []
-        unknown: Counter[str] = Counter()
+        self._unknown: Counter[str] = Counter()
         for file in self.files:
             self.firsts.append(len(self.lines))
             is_cell = KINDS[suffix_of(file)] == "csv"
             for line, row in self._rows(file):
                 own: Counter[str] = Counter()
                 row = read_row(row, self.names, own, self._notice, is_cell=is_cell)
-                unknown.update(own)
+                self._unknown.update(own)
                 if own and self.invalid_rows != "error":
                     fault = unknown_label(next(iter(own)), f" in {unit_of(file)} {line}")
                     self.unread.append((str(file), line, fault))
@@ -98,17 +99,18 @@ class FileRows:
                 self.lines.append(line)
                 yield row
         self.check()
-        if self.invalid_rows != "error":
-            return
-        problem = unknown_labels(unknown, self.names.label_map, self.where)
-        if problem:
-            raise ValueError(problem)
 
     def check(self) -> None:
-        """Raise ValueError if lines that were read so far cannot be read, unless they are left out or marked."""
-        if self.unread and self.invalid_rows == "error":
+        """Raise ValueError for lines so far that cannot be read or have an unknown label, unless they are marked or
+        left out."""
+        if self.invalid_rows != "error":
+            return
+        problem = unknown_labels(self._unknown, self.names.label_map, self.where)
+        unread = list_unread(self.unread) if self.unread else None
+        problems = [each for each in (unread, problem) if each is not None]
+        if problems:
             raise ValueError(
-                f'{list_unread(self.unread)} To leave such lines out, set invalid_rows="drop" (on the command line '
+                f'{" ".join(problems)} To leave such rows out, set invalid_rows="drop" (on the command line '
                 "--invalid_rows drop)."
             )
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from trl_ulma.data.columns import Names, check_readable
+from trl_ulma.data.columns import Names
 from trl_ulma.data.file_rows import ACCEPTED, KINDS, UNREAD_LINES, missing, suffix_of
 from trl_ulma.data.folders import load_folder
 from trl_ulma.data.hub import load_hub
 from trl_ulma.data.read_files import as_splits, read_files
+from trl_ulma.data.readable import check_readable
 from trl_ulma.data.splits import split_by_prompt
 
-__all__ = ["check_splits", "load_files", "load_hub", "load_rows", "split_by_prompt"]
+__all__ = ["check_splits", "load_files", "load_rows", "split_by_prompt"]
 
 
 def load_rows(
@@ -128,7 +129,7 @@ def check_splits(splits: Mapping[str, Any], name: str, *, needs_label: bool = Tr
     """Check that the first rows of each split are valid for training. Returns warnings about ignored columns.
 
     Raises:
-        ValueError: see `trl_ulma.data.columns.check_readable`.
+        ValueError: see `trl_ulma.data.readable.check_readable`.
     """
     said: dict[str, None] = {}
     for rows in splits.values():

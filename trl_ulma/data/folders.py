@@ -64,10 +64,8 @@ def load_folder(
     try:
         builder: Any = load_dataset_builder(str(path), name=config)
     except UNREADABLE as error:
-        if not is_of_several_kinds(error):
-            upper = [file.name for file in data_files(path) if file.suffix != file.suffix.lower()]
-            hint = f". Write the ending of {upper[0]} in lower case" if upper else ""
-            raise ValueError(f"The folder {path} cannot be read: {one_line(error)}{hint}") from error
+        if (declared or config is not None) and not is_of_several_kinds(error):
+            raise ValueError(f"The folder {path} cannot be read: {one_line(error)}") from error
         named = _declared_files(path, config, declared)
     else:
         if declared:

@@ -18,7 +18,8 @@ from datasets import (
 
 from trl_ulma.data.columns import READ, TEXTS
 from trl_ulma.data.conversations import as_chat, is_transcript
-from trl_ulma.data.files import check_splits, load_files, load_hub, load_rows
+from trl_ulma.data.files import check_splits, load_files, load_rows
+from trl_ulma.data.hub import load_hub
 from trl_ulma.data.origins import Origins, Places, joined_origins, note_places, origin, places_of
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.read_files import SOME_TABLES, TABLES, marked

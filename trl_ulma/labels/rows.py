@@ -66,7 +66,7 @@ def unread(fault: str, at: str) -> InvalidRow:
         >>> str(unread("has 2 fields in line 5, but 3 columns.", "Row 3 of the train dataset"))
         'Row 3 of the train dataset has 2 fields in line 5, but 3 columns.'
     """
-    return InvalidRow(f"{at} {fault}", "a line that cannot be read")
+    return InvalidRow(f"{at} {fault}", "a row that cannot be read")
 
 
 def start_of(prompt: Any) -> str:
