@@ -7,11 +7,13 @@ from contenders import METHODS
 
 SEEDS = 3
 # What settles most: ratings, pairs and thumbs at equal KL
-FIRST = ("ratings-prior", "dpo", "thumbs-prior", "kto")
-_BETAS = {"dpo": (0.5, 0.2, 0.1), "kto": (0.5, 0.2, 0.1), "qrpo": (0.1, 0.03, 0.01), "sft": (None,)}
+FIRST = ("ratings-prior", "dpo", "thumbs-prior")
+# Then method after method, these first
+_NEXT = ("kto", "ulma-ratings-beta", "sft", "bco", "ulma-thumbs-beta", "qrpo")
+# Two each: one that ends between 0.5 and 1.5 nats, and one that ends beyond
+_BETAS = {"kto": (0.5, 0.2), "qrpo": (0.03, 0.01), "sft": (None,)}
 BETAS: dict[str, tuple[float | None, ...]] = {
-    name: _BETAS.get(name, (0.3, 0.1, 0.03) if method.continuous else (0.2, 0.1, 0.05))
-    for name, method in METHODS.items()
+    name: _BETAS.get(name, (0.3, 0.1) if method.continuous else (0.2, 0.1)) for name, method in METHODS.items()
 }
 # (reward, regime): the parts that are reported one by one, each only when it is whole
 PARTS = (
@@ -55,23 +57,21 @@ def methods(regime: str) -> list[str]:
         for name, each in METHODS.items()
         if (rated or not each.continuous) and not (each.kind == "dpo" and regime == "one thumb")
     ]
-    return sorted(able, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    order = (*FIRST, *_NEXT)
+    return sorted(able, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def part(reward: str, regime: str) -> Iterator[Cell]:
-    """The cells of a part: the first methods seed by seed, then the others."""
+    """The cells of a part: the first methods seed by seed, then the others, method by method."""
     able = methods(regime)
-    for tier in ([each for each in able if each in FIRST], [each for each in able if each not in FIRST]):
+    tiers = [[each for each in able if each in FIRST], *([each] for each in able if each not in FIRST)]
+    for tier in tiers:
         for seed in range(SEEDS):
-            ordered = {method: _middle_first(BETAS[method]) for method in tier}
-            for place in range(max(map(len, ordered.values()))):
+            for place in range(max(len(BETAS[method]) for method in tier)):
                 for method in tier:
-                    yield from (Cell(reward, regime, method, beta, seed) for beta in ordered[method][place : place + 1])
-
-
-def _middle_first(betas: tuple[float | None, ...]) -> list[float | None]:
-    """The middle β first, so that a seed that is not whole yet says something of every method."""
-    return [betas[i] for i in sorted(range(len(betas)), key=lambda i: abs(i - len(betas) // 2))]
+                    # The smallest β first, so that a seed that is not whole yet says something of every method
+                    betas = BETAS[method][::-1][place : place + 1]
+                    yield from (Cell(reward, regime, method, beta, seed) for beta in betas)
 
 
 def cells() -> Iterator[Cell]:

@@ -24,7 +24,7 @@ from scipy import stats
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-BUDGETS = (0.5, 1.0, 2.0)
+BUDGETS = (0.5, 1.0, 1.5)
 LEAST_SEEDS = 3
 FEW = 6
 # (one method, another, what the difference answers)

@@ -256,7 +256,6 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path):
         ),
         (["--model", "no-such-folder"], 1, "--model no-such-folder cannot be loaded ("),
         (["--dataset", "none.csv"], 1, "There is no file or folder none.csv"),
-        (["--label_map", "up=1"], 1, "label"),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "ulma"])
@@ -272,6 +271,20 @@ def test_settings_and_files_are_refused_in_a_line(command, words, code, message,
         assert (2 if stop.value.code == 2 else 1) == code
     assert last.startswith(f"trl-ulma {command}: error: ")
     assert message in last
+
+
+@pytest.mark.parametrize("command", ["check", "ulma"])
+def test_labels_that_label_map_lacks_are_refused_row_by_row(command, tiny_gpt2, stars, tmp_path, capsys):
+    argv = ["--model", tiny_gpt2, "--dataset", stars, "--label_map", "up=1"]
+    if command == "check":
+        assert main(["check", *argv]) == 1
+        said = capsys.readouterr().err
+    else:
+        with pytest.raises(SystemExit) as stop:
+            ulma.main(*ulma.make_parser().parse_settings([*argv, "--output", str(tmp_path / "out")]))
+        said = str(stop.value)
+    assert f"trl-ulma {command}: error: 5 of 5 rows of the train dataset are invalid:\n  Row 0 of the train" in said
+    assert said.count("which --label_map does not contain. Add it to --label_map.") == 5
 
 
 def test_what_nobody_expected_keeps_its_traceback(tiny_gpt2, stars, tmp_path, monkeypatch):
