@@ -7,7 +7,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from tiny import CHAT_TEMPLATE, make_tokenizer
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from vlm import StillsProcessor, make_llava
 from world import make_rows, make_trainer
 
@@ -30,6 +32,17 @@ BINARY = LabelRules()
 def prepared(tokenizer: Any, rows: Any, rules: LabelRules = BINARY, **how: Any) -> Dataset:
     rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
     return Preparation(tokenizer, rules, **how)(rows, "train")
+
+
+def test_a_vocabulary_is_its_tokens_in_order_or_with_their_ids():
+    tokenizer = make_tokenizer()
+    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    assert preparation._tokens_of(tokenizer) == [token for _, token in pairs]
+    byt5 = ByT5Tokenizer()  # not fast
+    assert preparation._tokens_of(byt5)[:4] == ["<pad>", "</s>", "<unk>", "\x00"]
+
+    with_gap = Tokenizer(models.WordLevel({"a": 0, "b": 3}))
+    assert preparation._tokens_of(PreTrainedTokenizerFast(tokenizer_object=with_gap)) == [(0, "a"), (3, "b")]
 
 
 # Caches

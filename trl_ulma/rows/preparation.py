@@ -380,8 +380,8 @@ class Preparation:
     def _token_rules(self, is_text: bool) -> dict[str, Any]:
         """What the token ids of prepared rows depend on, except for their length."""
         tokenizer = tokenizer_of(self.processing_class)
-        vocabulary = sorted(tokenizer.get_vocab().items())
-        found = {"vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()}
+        vocabulary = json.dumps(_tokens_of(tokenizer))
+        found = {"vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()}
         if is_text:
             return found | {"EOS token": str(tokenizer.eos_token)}
         template = json.dumps(self.processing_class.chat_template)
@@ -666,6 +666,19 @@ def check_prepared_columns(names: Sequence[str], name: str) -> None:
             f"The rows of the {name} dataset are prepared (they have prompt_ids and completion_ids), but "
             f"{' and '.join(wrong)}. Pass the raw rows, or the prepared rows with their columns as they were."
         )
+
+
+def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> list:
+    """All tokens in the order of their ids, with the ids if these do not run from 0 without a gap."""
+    if tokenizer.is_fast:
+        # Several times as fast as the vocabulary as a dict
+        backend = tokenizer.backend_tokenizer
+        tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
+        if None not in tokens:
+            return tokens
+    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    has_gap = any(place != i for place, (i, _) in enumerate(pairs))
+    return pairs if has_gap else [token for _, token in pairs]
 
 
 def _is_stale(rows: Dataset) -> bool:
