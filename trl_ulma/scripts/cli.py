@@ -4,10 +4,11 @@ import difflib
 import os
 import signal
 import sys
+import textwrap
 from importlib import import_module
 
 from trl_ulma import __version__
-from trl_ulma.scripts.command_line import VERBOSE, be_quiet
+from trl_ulma.scripts.command_line import VERBOSE, be_quiet, terminal_width
 from trl_ulma.scripts.help_page import help_page
 
 # name: (module, what it does, an example)
@@ -68,6 +69,7 @@ HELP_ALL = {"--help-all", "--help_all"}
 
 def help_text() -> str:
     """The text of `trl-ulma --help`."""
+    width = terminal_width()
     lines = [
         "usage: trl-ulma COMMAND [options]",
         "",
@@ -76,13 +78,14 @@ def help_text() -> str:
         "commands:",
     ]
     for name, (_, what, example) in COMMANDS.items():
-        lines += [f"  {name:<14} {what}", f"  {'':<14} $ {example}"]
-    lines += [
-        "",
+        lines += textwrap.wrap(f"  {name}".ljust(17) + what, width, subsequent_indent=" " * 17)
+        lines.append(f"    $ {example}")  # not wrapped, so that it can be copied
+    for note in (
         "trl-ulma COMMAND --help shows the options of a command. trl-ulma --version shows the version.",
         "All commands accept --verbose, which shows the warnings of other libraries and the tracebacks of errors.",
         "Training commands also accept --config run.yaml, --accelerate_config and the options of accelerate launch.",
-    ]
+    ):
+        lines += ["", *textwrap.wrap(note, width)]
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     """The command's options."""
     parser = CommandParser(
         prog=prog,
-        usage=f"{prog} --model [NAME=]MODEL [--ref_model MODEL] --dataset DATA --output FOLDER [--judge JUDGE] …",
+        usage=f"{prog} --model [NAME=]MODEL --dataset DATA --output FOLDER [options]",
         description="Measure perplexity and implicit rewards on held-out rows, and judge generated answers.",
     )
     add_verbose(parser)

@@ -201,7 +201,8 @@ def help_page(command: str, method: str | None = None) -> str:
     """
     width = terminal_width()
     method = command if command in ("ulma", "pointwise-dpo") else method or "ulma"
-    lines = [f"usage: trl-ulma {command} {usage(command)}", "", *textwrap.wrap(TITLES[command], width)]
+    line = f"usage: trl-ulma {command} {usage(command)}"
+    lines = [*textwrap.wrap(line, width, subsequent_indent=" " * 7), "", *textwrap.wrap(TITLES[command], width)]
     for title, options in GROUPS.items():
         shown = [option for option in options if method in option.methods]
         if command == "check":

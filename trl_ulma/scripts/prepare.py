@@ -12,13 +12,14 @@ import difflib
 import importlib.util
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ulma.data.adapters import FAMILIES, find
-from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,12 +33,20 @@ TEST_SIZE = 0.1
 
 def help_text() -> str:
     """What `trl-ulma prepare --help` prints."""
-    families = [f"  {name:<16} {what}" for name, (_, what) in FAMILIES.items()]
+    column = max(map(len, FAMILIES)) + 4
+    families = [
+        line
+        for name, (_, what) in FAMILIES.items()
+        for line in textwrap.wrap(f"  {name}".ljust(column) + what, terminal_width(), subsequent_indent=" " * column)
+    ]
     return "\n".join(
         [
             f"usage: {PROG} FAMILY --dataset DATA --output FOLDER|FILE [options]",
             "",
-            "Turn a dataset into rows that every trainer here takes, and count what is left out, with the reason.",
+            *textwrap.wrap(
+                "Turn a dataset into rows that every trainer here takes, and count what is left out, with the reason.",
+                terminal_width(),
+            ),
             "",
             "families:",
             *families,
