@@ -5,7 +5,8 @@
 
 `record` builds tiny models in FOLDER, trains each run of `runs()` and stores its logs, evaluations, predictions, scores
 and final trainable weights. `compare` trains the same runs on the same models, prints the largest difference of each
-run, and fails if one is above the run's tolerance. A NAME selects the runs whose names contain it.
+run, and fails if one is above the run's tolerance. A NAME selects the runs whose names contain it. `--redefined rewards/accuracies` leaves a figure out that a later version
+defines otherwise on purpose.
 
 Runs compute in float64, so that a difference above 1e-6 is a different result and not another order of summation. A
 difference is relative for values above 1 and absolute for the others. The script uses the public interface only.
@@ -381,9 +382,9 @@ def start(folder: Path, run: Run, out: Path) -> tuple[PointwiseDPOTrainer | ULMA
     return make_trainer(model, run.rows(), out, pointwise=run.pointwise, **settings), eval_rows
 
 
-def cleaned(log: dict[str, Any]) -> dict[str, Any]:
+def cleaned(log: dict[str, Any], left_out: tuple[str, ...] = NOT_COMPARED) -> dict[str, Any]:
     """The figures that a run of the same code repeats."""
-    return {name: value for name, value in log.items() if not name.endswith(NOT_COMPARED)}
+    return {name: value for name, value in log.items() if not name.endswith(left_out)}
 
 
 def difference(one: Any, other: Any, where: str = "") -> tuple[float, str]:
@@ -425,6 +426,7 @@ def main() -> int:
     parser.add_argument("action", choices=["record", "compare"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--redefined", nargs="*", default=[], help="figures that mean something else since the record")
     options = parser.parse_args()
     folder = options.folder.resolve()
     datasets.disable_progress_bars()
@@ -456,6 +458,10 @@ def main() -> int:
             print(f"{run.name}: {len(found['logs'])} logs, {len(weights)} weights, {seconds:.1f} s", flush=True)
             continue
         before = json.loads((folder / f"{run.name}.json").read_text())
+        for result in (before, found):
+            result["logs"] = [cleaned(log, tuple(options.redefined)) for log in result["logs"]]
+            if "evaluated" in result:
+                result["evaluated"] = cleaned(result["evaluated"], tuple(options.redefined))
         # A first comparison as JSON, so that both sides have passed through it
         size, where = max(
             difference(before, json.loads(json.dumps(found))),
