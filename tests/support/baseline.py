@@ -5,8 +5,8 @@
 
 `record` builds tiny models in FOLDER, trains each run of `runs()` and stores its logs, evaluations, predictions, scores
 and final trainable weights. `compare` trains the same runs on the same models, prints the largest difference of each
-run, and fails if one is above the run's tolerance. A NAME selects the runs whose names contain it. `--redefined rewards/accuracies` leaves a figure out that a later version
-defines otherwise on purpose.
+run, and fails if one is above the run's tolerance. A NAME selects the runs whose names contain it. `--redefined
+rewards/accuracies` leaves out a figure that a later version defines otherwise on purpose.
 
 Runs compute in float64, so that a difference above 1e-6 is a different result and not another order of summation. A
 difference is relative for values above 1 and absolute for the others. The script uses the public interface only.
