@@ -54,7 +54,7 @@ RUNS: dict[str, tuple[type[DPOTrainer], type[DPOConfig], int, dict[str, Any]]] =
     "ULMATrainer": (ULMATrainer, ULMAConfig, 2, {"label_report": False}),
     "ULMATrainer, sft_weight=0.1": (ULMATrainer, ULMAConfig, 2, {"label_report": False, "sft_weight": 0.1}),
 }
-SEEDS = [0, 1]
+SEEDS = [0, 1, 2]
 CURVES = ("loss", "loss/preference", "rewards/margins", "rewards/rejected")
 
 
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model with a chat template (default: download SmolLM2)")
     parser.add_argument("--pairs", type=int, default=20, help="to train on (default: 20)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 0 1")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 0 1 2")
     parser.add_argument("--output", type=Path, default=PICTURES, help="default: docs/pictures")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
