@@ -62,13 +62,23 @@ def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypat
     assert not [text for text in said if "The SFT term dominates" not in text]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "ratings_and_demonstrations"])
+@pytest.mark.parametrize("name", TINY)
 def test_a_notebook_says_what_it_teaches_and_ends_with_a_chat(name):
     cells = read(name).cells
     assert "**You will learn**" in cells[0].source
     assert "**It takes**" in cells[0].source
     assert cells[-2].source.startswith("## Chat with it")
     assert cells[-1].outputs
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_notebook_measures_held_out_rows_with_an_interval(name):
+    cells = read(name).cells
+    measured = [i for i, cell in enumerate(cells) if "bootstrap(" in cell.source]
+    assert measured
+    printed = "".join(output.get("text", "") for cell in cells[measured[0] :] for output in cell.get("outputs", []))
+    assert re.search(r"\d\.\d\d (?:\[|to )-?\d\.\d\d", printed)
+    assert "95% interval" in "".join(cell.source for cell in cells)
 
 
 @pytest.mark.parametrize("name", TINY)
