@@ -16,7 +16,8 @@ TINY = {
     "ratings_and_demonstrations": "RATED, DEMONSTRATIONS, TEST_ROWS = 12, 4, 20\nLEARNING_RATE = 1e-3",
     "from_dpo_to_ulma": "PAIRS, TEST_PAIRS = 8, 4\nLEARNING_RATE = 1e-3",
     "colab_t4": "ROWS, EPOCHS = 16, 1\nBATCH, ACCUMULATION = 4, 1",
-    "qlora_7b": "ROWS = 16\nMAX_LENGTH = 256\nBATCH, ACCUMULATION = 4, 1",
+    # With fewer rows, no thumb is up, and log_z="prior" needs both classes
+    "qlora_7b": "ROWS = 32\nMAX_LENGTH = 256\nBATCH, ACCUMULATION = 4, 1",
 }
 SECONDS = 240
 # Outputs a page long at most; a notebook of pictures weighs what its pictures do
