@@ -63,6 +63,13 @@ def test_a_length_bias_is_a_warning_in_its_direction():
     assert not any("Better answers" in warning for warning in fair["warnings"])
     assert report_of([1, 1])["binary"]["length_correlation"] is None
 
+    def warns_of_groups(report):
+        return any("group_by_length" in warning for warning in report["warnings"])
+
+    assert not warns_of_groups(report)
+    assert warns_of_groups(report_of(label, tokens=tokens, groups_lengths=True))
+    assert not warns_of_groups(report_of(label, tokens=rng.integers(0, 60, 500), groups_lengths=True))
+
 
 def test_targets_are_what_log_ratios_are_drawn_to():
     report = report_of([1.0, -1.0, 0.5], True, beta=0.1, log_z=2.0)

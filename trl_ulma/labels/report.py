@@ -37,6 +37,7 @@ def label_report(
     class_weights: tuple[float, float] = (1.0, 1.0),
     raw: np.ndarray | None = None,
     transform: str | None = None,
+    groups_lengths: bool = False,
 ) -> dict[str, Any]:
     r"""Return counts, shares and warnings about a training set, in types that JSON can hold.
 
@@ -57,6 +58,8 @@ def label_report(
         class_weights: the settings `desirable_weight` and `undesirable_weight`.
         raw: `(N,)` labels before the label transform, NaN for rows that are not transformed; None without a transform.
         transform: the fitted transform, such as "threshold:4".
+
+        groups_lengths: whether the rows of a step have similar lengths.
 
     Returns:
         - `rows`, and `demonstrations`, the share of rows that are demonstrations;
@@ -118,6 +121,12 @@ def label_report(
                 f"log_z=0 this asks every answer to become {'more' if mean > 0 else 'less'} likely, which is not "
                 'possible. Set log_z="prior" or label_transform="center" to remove the mean.'
             )
+    correlations = [report[name]["length_correlation"] for name in ("binary", "continuous") if name in report]
+    if groups_lengths and any(value is not None and abs(value) >= _LENGTH_BIAS for value in correlations):
+        warnings.append(
+            'With train_sampling_strategy="group_by_length", the rows of a step have similar lengths, and here also '
+            'similar labels: most steps see mainly good rows or mainly bad ones. Set train_sampling_strategy="random".'
+        )
     report["weight"] = _weights(weights, weight is not None, sft_mask)
     report.update(_repeats(label, continuous, answer, warnings))
     report["prompts"] = _prompts(prompt)

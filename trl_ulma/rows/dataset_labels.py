@@ -294,6 +294,7 @@ def report_labels(rows: Dataset, args: Any, raw: np.ndarray | None = None, trans
         class_weights=(args.desirable_weight, args.undesirable_weight),
         raw=raw,
         transform=None if transform is None else str(transform),
+        groups_lengths=args.train_sampling_strategy == "group_by_length",
     )
     left_out = left_out_of(rows)
     return report | {"left_out": left_out} if left_out else report
