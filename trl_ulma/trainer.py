@@ -226,6 +226,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._stream_position: tuple[int, int] | None = None
+        self._is_evaluation_checked = False
         self._train_sampler: Any = None
         self.interruption = Interruption(self.accelerator)
         self.add_callback(self.interruption)
@@ -235,6 +236,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                 on_train_end=lambda state: self._checks.end(self.model_wrapped),
                 on_epoch_begin=self._on_epoch_begin,
                 on_optimizer_step=self._on_optimizer_step,
+                on_step_end=lambda state: self._checks.after_step(self.model_wrapped, state.global_step),
             )
         )
 
@@ -605,6 +607,9 @@ class PointwiseDPOTrainer(DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         if not self._checks.is_done:
             self._check_start(model)
+        elif not (self._is_evaluation_checked or self.args.bf16_full_eval or self.args.fp16_full_eval):
+            self._checks.check_unmoved(model)
+        self._is_evaluation_checked = True
         inputs["real"] = is_real(inputs).to(self.accelerator.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -617,6 +622,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     ):
         """Like `Trainer.evaluation_loop`, but every metric is a ratio of sums over the whole dataset."""
         of_table = self._objective.of_table if self.args.log_z == "group" else None
+        self._is_evaluation_checked = False
         with self._figures.of_evaluation(of_table) as found:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
