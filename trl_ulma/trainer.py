@@ -3,6 +3,7 @@
 # In transformers' type hints, a trainer's model, dataset and processing class are optional or have many types
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -68,7 +69,13 @@ from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
-from trl_ulma.training_reference import check_models, make_reference, model_for_dpo_trainer, reference_kind
+from trl_ulma.training_reference import (
+    check_models,
+    make_reference,
+    model_for_dpo_trainer,
+    ref_keeps_base_weights,
+    reference_kind,
+)
 from trl_ulma.versions import (
     for_dpo_trainer,
     instance_forward,
@@ -172,21 +179,23 @@ class PointwiseDPOTrainer(DPOTrainer):
             model.delete_adapter(ADAPTER)  # an earlier trainer's copy of what the adapter was
         self._precomputed_identity: ReferenceIdentity | None = None
         theirs, further = for_dpo_trainer(args, model, quantization_config)
+        copying = ref_keeps_base_weights(model) if kind == "adapter" else contextlib.nullcontext()
         try:
-            super().__init__(
-                model=model,
-                ref_model=ref_model,
-                args=theirs,
-                data_collator=plan.data_collator,
-                train_dataset=plan.train_dataset,
-                eval_dataset=plan.eval_dataset,
-                processing_class=plan.processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                peft_config=peft_config,
-                **further,
-            )
+            with copying:
+                super().__init__(
+                    model=model,
+                    ref_model=ref_model,
+                    args=theirs,
+                    data_collator=plan.data_collator,
+                    train_dataset=plan.train_dataset,
+                    eval_dataset=plan.eval_dataset,
+                    processing_class=plan.processing_class,
+                    compute_metrics=compute_metrics,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    peft_config=peft_config,
+                    **further,
+                )
         except BaseException:  # also Ctrl-C while log π_ref is precomputed
             restore_forward(model, forward)
             if kind == "adapter" and ADAPTER in model.peft_config:
