@@ -44,7 +44,7 @@ from trl_ulma.checkpoints import (
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config_checks import check_machine, check_parallelism
+from trl_ulma.config_checks import check_batches, check_machine, check_parallelism, check_unchanged, read_once
 from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -234,6 +234,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._rows_in_step: torch.Tensor | int | None = None
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
+        self._read_once = read_once(self.args)
+        self._first_ref_model = self.ref_model
         self._stream_position: tuple[int, int] | None = None
         self._is_evaluation_checked = False
         self._train_sampler: Any = None
@@ -305,6 +307,15 @@ class PointwiseDPOTrainer(DPOTrainer):
                 "before the rows, which shifts its position. Set log_z='learned_constant', or train with LoRA."
             )
         return make_log_partition(self.args, self.train_dataset, compared, hidden_size, self.accelerator.device)
+
+    @property
+    def beta(self) -> float:
+        """β of the loss. Callbacks may change it, as with `DPOTrainer`."""
+        return self._plan.args.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._plan.args.beta = value
 
     @property
     def has_rewards(self) -> bool:
@@ -382,7 +393,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         held = getattr(self, "eval_dataset", None)
         own = [*self._plan.datasets, getattr(self, "train_dataset", None), self._last_prepared]
         own += held.values() if isinstance(held, dict) else [held]
-        return any(dataset is each for each in own)
+        return any(dataset is each for each in own) and not self._is_raw(dataset)
+
+    def _is_raw(self, dataset: Any) -> bool:
+        """Whether a dataset that was put in the place of one of the trainer's own has rows that are not prepared."""
+        columns = getattr(dataset, "column_names", None) or ()
+        return "prompt_ids" not in columns and not any(dataset is each for each in self._plan.datasets)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -419,7 +435,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             )
         rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
         if self.accelerator.num_processes > 1 and (is_stream or not (self.args.dataloader_drop_last or rebalances)):
-            size = batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
+            size = self._rows_of_all(batch_size)
             rows = dataset if is_stream else self._remove_unused_columns(dataset, description=description)
             order = sampler_fn if is_training else None
             dataset, sampler_fn = filled(rows, order, size=size, seed=self._order_seed)
@@ -489,6 +505,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `DPOTrainer.evaluate`. You can also pass the trainer's own datasets, even after training."""
+        self._check_changes()
         if isinstance(eval_dataset, dict):
             found = {}
             for name, dataset in eval_dataset.items():
@@ -497,6 +514,30 @@ class PointwiseDPOTrainer(DPOTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared_to_evaluate(eval_dataset, "eval")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _check_changes(self) -> None:
+        """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
+        check_unchanged(self.args, self._read_once)
+        if self._is_raw(self.train_dataset):
+            raise ValueError(
+                "trainer.train_dataset was replaced by rows that are not prepared, and the trainer has already read "
+                "its labels. Create another trainer with these rows."
+            )
+        if self.ref_model is not self._first_ref_model:
+            raise ValueError(
+                "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
+                "another trainer with this ref_model."
+            )
+        held = self.eval_dataset
+        if isinstance(held, dict):
+            raw = {name: rows for name, rows in held.items() if self._is_raw(rows)}
+            self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in raw.items()}
+        elif held is not None and self._is_raw(held):
+            self.eval_dataset = self._prepared_to_evaluate(held, "eval")
+
+    def _rows_of_all(self, batch_size: int) -> int:
+        """The number of rows in a micro-batch over all processes."""
+        return batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
 
     def _prepared_to_evaluate(self, dataset: Any, name: str) -> Any:
         prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
@@ -650,6 +691,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             ignore_keys: see `Trainer.predict`.
             metric_key_prefix: the prefix of the metric names.
         """
+        self._check_changes()
         test_dataset = self._prepared_to_evaluate(test_dataset, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
@@ -710,6 +752,12 @@ class PointwiseDPOTrainer(DPOTrainer):
             KeyboardInterrupt: after Ctrl-C, once the current step has finished and a checkpoint is written.
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
+        self._check_changes()
+        check_batches(self.args, self.train_dataset, "train", self._rows_of_all(self._train_batch_size))
+        if self.args.eval_strategy != "no":
+            held = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for name, rows in held.items():
+                check_batches(self.args, rows, name, self._rows_of_all(self.args.eval_batch_size))
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
         self._resumed_identity = self._stream_position = None
