@@ -164,6 +164,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             has_own_metrics=compute_metrics is not None,
         )
         self._last_prepared: Any = None
+        self._evaluated_rows: dict[str, Any] = {}
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform)
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
@@ -422,6 +423,21 @@ class PointwiseDPOTrainer(DPOTrainer):
     @property
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Like `Trainer.get_eval_dataloader`, but workers are only kept for the rows that they were started for."""
+        # With dataloader_persistent_workers=True, Trainer keeps one loader for all datasets that have no name
+        key = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        rows = eval_dataset
+        if rows is None or isinstance(rows, str):
+            rows = self.eval_dataset if rows is None else self.eval_dataset[rows]
+        check_batches(self.args, rows, key, self._rows_of_all(self.args.eval_batch_size))
+        if self._evaluated_rows.get(key) is not rows:
+            kept = getattr(self, "_eval_dataloaders", {}).pop(key, None)
+            if kept in self.accelerator._dataloaders:  # otherwise its workers would stay
+                self.accelerator._dataloaders.remove(kept)
+            self._evaluated_rows[key] = rows
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
