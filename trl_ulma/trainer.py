@@ -377,6 +377,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
+        if state.global_step > 0:  # of the training that wrote the checkpoint
+            self._total_train_tokens = max((log.get("num_tokens", 0) for log in state.log_history), default=0)
         self._check_start(self.model_wrapped, is_training=True)
 
     def _on_epoch_begin(self, state: Any) -> None:
@@ -794,10 +796,18 @@ class PointwiseDPOTrainer(DPOTrainer):
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 if not (folder / WHOLE).exists():
                     self._save_checkpoint(self.model, trial=None)
+            self._use_averaged_weights()
         if self.interruption.agreed:
             # Code after `train` must not run for a training that was interrupted
             raise KeyboardInterrupt
         return result
+
+    def _use_averaged_weights(self) -> None:
+        """Have an optimizer that trains other weights than it is to be evaluated with, as schedule-free ones do, put
+        the latter into the model. Trainer only does it in an evaluation. The next step puts the others back.
+        """
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
 
     @functools.cached_property
     def _conditions(self) -> dict[str, dict[str, Any]]:
@@ -825,6 +835,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
+        self._use_averaged_weights()
         # Scripts may call this on one process alone, and a forward of DDP is one of all processes
         policy = self.model_wrapped if self._is_sharded else self.model
         if not self._checks.is_done:  # before any training
@@ -861,7 +872,14 @@ class PointwiseDPOTrainer(DPOTrainer):
             load_log_partition(self.log_partition, checkpoint)
 
     def _load_best_model(self):
-        super()._load_best_model()
+        self._use_averaged_weights()  # afterwards, the optimizer would take the loaded weights for its own
+        best = Path(self.state.best_model_checkpoint)
+        # Trainer does not find an adapter in a folder of its own, where PEFT saves those not called "default"
+        name = self.model.active_adapters[0] if is_peft_model(self.model) else "default"
+        if name != "default" and (best / name / "adapter_config.json").exists():
+            self.model.load_adapter(str(best / name), name)
+        else:
+            super()._load_best_model()
         load_log_partition(self.log_partition, self.state.best_model_checkpoint)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
