@@ -875,7 +875,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._use_averaged_weights()  # afterwards, the optimizer would take the loaded weights for its own
         best = Path(self.state.best_model_checkpoint)
         # Trainer does not find an adapter in a folder of its own, where PEFT saves those not called "default"
-        name = self.model.active_adapters[0] if is_peft_model(self.model) else "default"
+        name: Any = self.model.active_adapter if is_peft_model(self.model) else "default"
         if name != "default" and (best / name / "adapter_config.json").exists():
             self.model.load_adapter(str(best / name), name)
         else:

@@ -325,8 +325,9 @@ def _leaves(output: torch.Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
         nodes += [following for following, _ in node.next_functions]
     return found
 
