@@ -40,7 +40,7 @@ _READ_ONCE = (
     *("pad_to_multiple_of", "pad_token", "assistant_only_loss", "chat", "system_message", "model_init_kwargs"),
     *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha"),
     *("ref_model_sync_steps", "router_aux_loss_coef", "activation_offloading", "use_liger_kernel"),
-    *("per_device_train_batch_size", "bf16", "fp16", "report_to"),
+    *("per_device_train_batch_size", "bf16", "fp16"),
 )
 # Whole numbers, and their least values
 _WHOLE = {
