@@ -354,7 +354,9 @@ def test_the_best_weights_are_not_taken_for_those_of_the_optimizer(tiny_gpt2, tm
 def test_the_best_adapter_is_found_whatever_its_name(tiny_llama, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 3.0}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.05}
+    # The largest loss, so that it is not that of the last step
+    settings |= {"greater_is_better": True}
     settings |= {"metric_for_best_model": "loss", "ref_model": AutoModelForCausalLM.from_pretrained(tiny_llama)}
     trainer = make_trainer(
         model, make_rows(12), tmp_path, max_steps=4, eval_dataset=make_rows(4), **EVERY_STEP | settings
