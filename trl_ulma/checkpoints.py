@@ -16,7 +16,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 from transformers import __version__ as transformers_version
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 logger = get_logger(__name__)
@@ -116,6 +116,13 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
             "wrote it. Training resumes from it anyway."
         )
     refuse_pickle(resume_from_checkpoint, loading)
+    folder = Path(resume_from_checkpoint)
+    # DeepSpeed's own schedules are in its folder
+    if folder.is_dir() and not ((folder / SCHEDULER_NAME).exists() or any(folder.glob("global_step*"))):
+        logger.warning(
+            f"The checkpoint {folder} has no states of the optimizer and the learning-rate schedule, as with "
+            "save_only_model=True. Both start anew, so the steps to come differ from those of an unbroken training."
+        )
     return resume_from_checkpoint
 
 

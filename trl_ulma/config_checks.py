@@ -1,5 +1,6 @@
 """Checks of the settings: alone, on this machine, and against the data of a training."""
 
+import copy
 import difflib
 import math
 import os
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
@@ -31,6 +33,15 @@ PAIRWISE = {
     "use_weighting": "add a weight column to the rows",
     "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
 }
+# Settings that a trainer reads once, when it is created
+_READ_ONCE = (
+    *("label_type", "label_transform", "sft_threshold", "positive_loss", "negative_loss", "preset"),
+    *("log_z", "log_z_learning_rate", "share_prompts", "padding_free", "max_length", "truncation_mode"),
+    *("pad_to_multiple_of", "pad_token", "assistant_only_loss", "chat", "system_message", "model_init_kwargs"),
+    *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha"),
+    *("ref_model_sync_steps", "router_aux_loss_coef", "activation_offloading", "use_liger_kernel"),
+    *("per_device_train_batch_size", "bf16", "fp16"),
+)
 # Whole numbers, and their least values
 _WHOLE = {
     "max_length": 2,
@@ -136,6 +147,11 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             "rows per micro-batch. Set per_device_train_batch_size to 2 or more, or set another log_z.",
         ),
         (
+            args.label_smoothing_factor != 0,
+            f"label_smoothing_factor={args.label_smoothing_factor!r} is a setting of Trainer's own loss, which is not "
+            "used here. Leave it at 0.0; soften the labels in the data: use 0.9 and 0.1 instead of 1 and 0.",
+        ),
+        (
             args.padding_free and args.share_prompts,
             "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
         ),
@@ -205,6 +221,40 @@ def check_machine(args: Any) -> None:
         raise ImportError(
             "use_liger_kernel=True requires liger-kernel, which is not installed. Run `pip install liger-kernel`, "
             "or set it to False. TRL will remove this setting; model_init_kwargs={'use_kernels': True} replaces it."
+        )
+
+
+def read_once(args: Any) -> dict[str, Any]:
+    """The settings that a trainer reads once, when it is created, with their values."""
+    return {name: copy.copy(getattr(args, name)) for name in _READ_ONCE if hasattr(args, name)}
+
+
+def check_unchanged(args: Any, before: Mapping[str, Any]) -> None:
+    """Raise ValueError if settings were changed that the trainer has already read, so that the change has no effect.
+
+    Args:
+        before: what `read_once` returned when the trainer was created.
+    """
+    now = {name: getattr(args, name) for name in before}
+    changed = [f"{name} from {before[name]!r} to {now[name]!r}" for name in before if now[name] != before[name]]
+    if changed:
+        raise ValueError(
+            f"The trainer's args were changed after the trainer was created: {'; '.join(changed)}. This would have no "
+            "effect. Create another trainer with these settings."
+        )
+
+
+def check_batches(args: Any, rows: Any, name: str, size: int) -> None:
+    """Raise ValueError if `dataloader_drop_last` leaves no batch of a dataset.
+
+    Args:
+        rows: prepared rows. Streams are not checked.
+        size: the number of rows of a batch over all processes.
+    """
+    if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < size:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves no rows of the {name} dataset: it has {len(rows)}, and a batch over all "
+            f"processes has {size}. Set it to False, or lower the batch size."
         )
 
 

@@ -3,6 +3,7 @@
 # In transformers' type hints, a trainer's model, dataset and processing class are optional or have many types
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -43,7 +44,7 @@ from trl_ulma.checkpoints import (
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config_checks import check_machine, check_parallelism
+from trl_ulma.config_checks import check_batches, check_machine, check_parallelism, check_unchanged, read_once
 from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -68,7 +69,13 @@ from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
-from trl_ulma.training_reference import check_models, make_reference, model_for_dpo_trainer, reference_kind
+from trl_ulma.training_reference import (
+    check_models,
+    make_reference,
+    model_for_dpo_trainer,
+    ref_keeps_base_weights,
+    reference_kind,
+)
 from trl_ulma.versions import (
     for_dpo_trainer,
     instance_forward,
@@ -157,6 +164,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             has_own_metrics=compute_metrics is not None,
         )
         self._last_prepared: Any = None
+        self._evaluated_rows: dict[str, Any] = {}
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform)
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
@@ -172,21 +180,23 @@ class PointwiseDPOTrainer(DPOTrainer):
             model.delete_adapter(ADAPTER)  # an earlier trainer's copy of what the adapter was
         self._precomputed_identity: ReferenceIdentity | None = None
         theirs, further = for_dpo_trainer(args, model, quantization_config)
+        copying = ref_keeps_base_weights(model) if kind == "adapter" else contextlib.nullcontext()
         try:
-            super().__init__(
-                model=model,
-                ref_model=ref_model,
-                args=theirs,
-                data_collator=plan.data_collator,
-                train_dataset=plan.train_dataset,
-                eval_dataset=plan.eval_dataset,
-                processing_class=plan.processing_class,
-                compute_metrics=compute_metrics,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                peft_config=peft_config,
-                **further,
-            )
+            with copying:
+                super().__init__(
+                    model=model,
+                    ref_model=ref_model,
+                    args=theirs,
+                    data_collator=plan.data_collator,
+                    train_dataset=plan.train_dataset,
+                    eval_dataset=plan.eval_dataset,
+                    processing_class=plan.processing_class,
+                    compute_metrics=compute_metrics,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    peft_config=peft_config,
+                    **further,
+                )
         except BaseException:  # also Ctrl-C while log π_ref is precomputed
             restore_forward(model, forward)
             if kind == "adapter" and ADAPTER in model.peft_config:
@@ -225,7 +235,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._rows_in_step: torch.Tensor | int | None = None
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
+        self._read_once = read_once(self.args)
+        self._first_ref_model = self.ref_model
         self._stream_position: tuple[int, int] | None = None
+        self._is_evaluation_checked = False
         self._train_sampler: Any = None
         self.interruption = Interruption(self.accelerator)
         self.add_callback(self.interruption)
@@ -235,6 +248,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                 on_train_end=lambda state: self._checks.end(self.model_wrapped),
                 on_epoch_begin=self._on_epoch_begin,
                 on_optimizer_step=self._on_optimizer_step,
+                on_step_end=lambda state: self._checks.after_step(self.model_wrapped, state.global_step),
             )
         )
 
@@ -296,6 +310,15 @@ class PointwiseDPOTrainer(DPOTrainer):
         return make_log_partition(self.args, self.train_dataset, compared, hidden_size, self.accelerator.device)
 
     @property
+    def beta(self) -> float:
+        """β of the loss. Callbacks may change it, as with `DPOTrainer`."""
+        return self._plan.args.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._plan.args.beta = value
+
+    @property
     def has_rewards(self) -> bool:
         """Whether any row is compared with a reference. Without a reference there are no rewards."""
         return self._plan.needs_reference
@@ -354,6 +377,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
+        if state.global_step > 0:  # of the training that wrote the checkpoint
+            self._total_train_tokens = max((log.get("num_tokens", 0) for log in state.log_history), default=0)
         self._check_start(self.model_wrapped, is_training=True)
 
     def _on_epoch_begin(self, state: Any) -> None:
@@ -371,7 +396,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         held = getattr(self, "eval_dataset", None)
         own = [*self._plan.datasets, getattr(self, "train_dataset", None), self._last_prepared]
         own += held.values() if isinstance(held, dict) else [held]
-        return any(dataset is each for each in own)
+        return any(dataset is each for each in own) and not self._is_raw(dataset)
+
+    def _is_raw(self, dataset: Any) -> bool:
+        """Whether a dataset that was put in the place of one of the trainer's own has rows that are not prepared."""
+        columns = getattr(dataset, "column_names", None) or ()
+        return "prompt_ids" not in columns and not any(dataset is each for each in self._plan.datasets)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -396,6 +426,21 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Like `Trainer.get_eval_dataloader`, but workers are only kept for the rows that they were started for."""
+        # With dataloader_persistent_workers=True, Trainer keeps one loader for all datasets that have no name
+        key = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        rows = eval_dataset
+        if rows is None or isinstance(rows, str):
+            rows = self.eval_dataset if rows is None else self.eval_dataset[rows]
+        check_batches(self.args, rows, key, self._rows_of_all(self.args.eval_batch_size))
+        if self._evaluated_rows.get(key) is not rows:
+            kept = getattr(self, "_eval_dataloaders", {}).pop(key, None)
+            if kept in self.accelerator._dataloaders:  # otherwise its workers would stay
+                self.accelerator._dataloaders.remove(kept)
+            self._evaluated_rows[key] = rows
+        return super().get_eval_dataloader(eval_dataset)
+
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
@@ -408,7 +453,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             )
         rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
         if self.accelerator.num_processes > 1 and (is_stream or not (self.args.dataloader_drop_last or rebalances)):
-            size = batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
+            size = self._rows_of_all(batch_size)
             rows = dataset if is_stream else self._remove_unused_columns(dataset, description=description)
             order = sampler_fn if is_training else None
             dataset, sampler_fn = filled(rows, order, size=size, seed=self._order_seed)
@@ -478,6 +523,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Like `DPOTrainer.evaluate`. You can also pass the trainer's own datasets, even after training."""
+        self._check_changes()
         if isinstance(eval_dataset, dict):
             found = {}
             for name, dataset in eval_dataset.items():
@@ -486,6 +532,30 @@ class PointwiseDPOTrainer(DPOTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared_to_evaluate(eval_dataset, "eval")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _check_changes(self) -> None:
+        """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
+        check_unchanged(self.args, self._read_once)
+        if self._is_raw(self.train_dataset):
+            raise ValueError(
+                "trainer.train_dataset was replaced by rows that are not prepared, and the trainer has already read "
+                "its labels. Create another trainer with these rows."
+            )
+        if self.ref_model is not self._first_ref_model:
+            raise ValueError(
+                "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
+                "another trainer with this ref_model."
+            )
+        held = self.eval_dataset
+        if isinstance(held, dict):
+            raw = {name: rows for name, rows in held.items() if self._is_raw(rows)}
+            self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in raw.items()}
+        elif held is not None and self._is_raw(held):
+            self.eval_dataset = self._prepared_to_evaluate(held, "eval")
+
+    def _rows_of_all(self, batch_size: int) -> int:
+        """The number of rows in a micro-batch over all processes."""
+        return batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
 
     def _prepared_to_evaluate(self, dataset: Any, name: str) -> Any:
         prepared = self._prepare_dataset(dataset, self.processing_class, self.args, name)
@@ -605,6 +675,9 @@ class PointwiseDPOTrainer(DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         if not self._checks.is_done:
             self._check_start(model)
+        elif not (self._is_evaluation_checked or self.args.bf16_full_eval or self.args.fp16_full_eval):
+            self._checks.check_unmoved(model)
+        self._is_evaluation_checked = True
         inputs["real"] = is_real(inputs).to(self.accelerator.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -617,6 +690,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     ):
         """Like `Trainer.evaluation_loop`, but every metric is a ratio of sums over the whole dataset."""
         of_table = self._objective.of_table if self.args.log_z == "group" else None
+        self._is_evaluation_checked = False
         with self._figures.of_evaluation(of_table) as found:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
@@ -635,6 +709,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             ignore_keys: see `Trainer.predict`.
             metric_key_prefix: the prefix of the metric names.
         """
+        self._check_changes()
         test_dataset = self._prepared_to_evaluate(test_dataset, metric_key_prefix)
         return super().predict(test_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
 
@@ -695,6 +770,12 @@ class PointwiseDPOTrainer(DPOTrainer):
             KeyboardInterrupt: after Ctrl-C, once the current step has finished and a checkpoint is written.
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
+        self._check_changes()
+        check_batches(self.args, self.train_dataset, "train", self._rows_of_all(self._train_batch_size))
+        if self.args.eval_strategy != "no":
+            held = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for name, rows in held.items():
+                check_batches(self.args, rows, name, self._rows_of_all(self.args.eval_batch_size))
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
         self._resumed_identity = self._stream_position = None
@@ -715,10 +796,18 @@ class PointwiseDPOTrainer(DPOTrainer):
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 if not (folder / WHOLE).exists():
                     self._save_checkpoint(self.model, trial=None)
+            self._use_averaged_weights()
         if self.interruption.agreed:
             # Code after `train` must not run for a training that was interrupted
             raise KeyboardInterrupt
         return result
+
+    def _use_averaged_weights(self) -> None:
+        """Have an optimizer that trains other weights than it is to be evaluated with, as schedule-free ones do, put
+        the latter into the model. Trainer only does it in an evaluation. The next step puts the others back.
+        """
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
 
     @functools.cached_property
     def _conditions(self) -> dict[str, dict[str, Any]]:
@@ -746,6 +835,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
+        self._use_averaged_weights()
         # Scripts may call this on one process alone, and a forward of DDP is one of all processes
         policy = self.model_wrapped if self._is_sharded else self.model
         if not self._checks.is_done:  # before any training
@@ -782,7 +872,14 @@ class PointwiseDPOTrainer(DPOTrainer):
             load_log_partition(self.log_partition, checkpoint)
 
     def _load_best_model(self):
-        super()._load_best_model()
+        self._use_averaged_weights()  # afterwards, the optimizer would take the loaded weights for its own
+        best = Path(self.state.best_model_checkpoint)
+        # Trainer does not find an adapter in a folder of its own, where PEFT saves those not called "default"
+        name: Any = self.model.active_adapter if is_peft_model(self.model) else "default"
+        if name != "default" and (best / name / "adapter_config.json").exists():
+            self.model.load_adapter(str(best / name), name)
+        else:
+            super()._load_best_model()
         load_log_partition(self.log_partition, self.state.best_model_checkpoint)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):

@@ -1,7 +1,8 @@
 """The reference of a training: which kind it is, which model `DPOTrainer` gets for it, and how it is made."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -90,6 +91,27 @@ def model_for_dpo_trainer(kind: str, model: Any, ref_model: Any, args: Any) -> A
         mend_copied_forward(copied)
         return copied
     return NoReferenceModel() if loads_needless_reference(args) else None
+
+
+@contextlib.contextmanager
+def ref_keeps_base_weights(model: Any) -> Iterator[None]:
+    """A context in which `DPOTrainer` adds the reference's adapter to a model without changing other weights.
+
+    Some values of `init_lora_weights`, such as "pissa", subtract what a new adapter begins with from the weights below
+    it. The adapter `ADAPTER` is a copy of another one, so this would change the policy.
+    """
+    config = model.peft_config["default"]
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, str):
+        yield
+        return
+    config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        if ADAPTER in model.peft_config:  # its own config, because loading it must not change other weights either
+            model.peft_config[ADAPTER] = copy.copy(config)
+        config.init_lora_weights = start
 
 
 def make_reference(

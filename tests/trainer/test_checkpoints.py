@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerState
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
 from world import make_rows, make_trainer, weights
 
 from trl_ulma.checkpoints import checkpoints, last_whole, stream_position
@@ -267,3 +268,99 @@ def test_a_split_that_changes_groups_of_lengths_is_told(tiny_gpt2, tmp_path, cap
         gradient_accumulation_steps=2,
     )
     assert "per_device_train_batch_size was 2 and is 1" in told
+
+
+def test_a_checkpoint_without_states_is_told(tiny_gpt2, tmp_path, caplog):
+    run(tiny_gpt2, tmp_path, save_only_model=True)
+    assert "no states" not in caplog.text
+    run(tiny_gpt2, tmp_path, resume=str(tmp_path / "checkpoint-3"), save_only_model=True)
+    assert "checkpoint-3 has no states of the optimizer" in caplog.text
+
+
+def test_tokens_are_counted_on_after_a_resume(tiny_gpt2, tmp_path):
+    def counted(resume):
+        trainer = make_trainer(tiny_gpt2, make_rows(12), tmp_path, max_steps=5, **EVERY_STEP)
+        trainer.train(resume_from_checkpoint=resume)
+        return [log["num_tokens"] for log in trainer.state.log_history if "num_tokens" in log]
+
+    assert counted(None) == counted(str(tmp_path / "checkpoint-3"))
+
+
+class Averaging(torch.optim.SGD):
+    """Evaluates the mean of the weights of all steps, as schedule-free optimizers do in another way."""
+
+    is_training = True
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["steps"] = state.get("steps", 0) + 1
+            mean = state.setdefault("mean", torch.zeros_like(p))
+            mean += (p.detach() - mean) / state["steps"]
+
+    def _swap(self, is_training: bool) -> None:
+        if self.is_training != is_training:
+            self.is_training = is_training
+            for p in self.param_groups[0]["params"]:
+                if "mean" in self.state[p]:
+                    held = p.detach().clone()
+                    p.data.copy_(self.state[p]["mean"])
+                    self.state[p]["mean"].copy_(held)
+
+    def train(self):
+        self._swap(True)
+
+    def eval(self):
+        self._swap(False)
+
+
+class Keeps(TrainerCallback):
+    def __init__(self):
+        self.found = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.found.append(weights(model))
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_weights_that_an_optimizer_evaluates_are_those_that_are_saved(tiny_gpt2, tmp_path, saves):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    optimizer, kept = Averaging(model.parameters(), lr=0.05), Keeps()
+    settings = {"optimizers": (optimizer, None), "callbacks": [kept], "lr_scheduler_type": "constant"}
+    settings |= EVERY_STEP if saves else {"per_device_train_batch_size": 2}
+    trainer = make_trainer(model, make_rows(12), tmp_path, max_steps=4, **settings)
+    trainer.train()
+    mean = torch.stack(kept.found).mean(0)
+    assert (weights(trainer.model) - mean).abs().max() < 1e-6
+    assert (kept.found[-1] - mean).abs().max() > 1e-3
+    trainer.save_model(tmp_path / "saved")
+    folders = [("saved", 4), *([("checkpoint-2", 2), ("checkpoint-4", 4)] if saves else [])]
+    for folder, steps in folders:
+        found = weights(AutoModelForCausalLM.from_pretrained(tmp_path / folder))
+        assert (found - torch.stack(kept.found[:steps]).mean(0)).abs().max() < 1e-6
+
+
+def test_the_best_weights_are_not_taken_for_those_of_the_optimizer(tiny_gpt2, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    optimizer = Averaging(model.parameters(), lr=0.05)
+    settings = {"optimizers": (optimizer, None), "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "per_device_train_batch_size": 2}
+    trainer = make_trainer(model, make_rows(12), tmp_path, max_steps=5, eval_dataset=make_rows(4), **settings)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+def test_the_best_adapter_is_found_whatever_its_name(tiny_llama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.05}
+    # The largest loss, so that it is not that of the last step
+    settings |= {"greater_is_better": True}
+    settings |= {"metric_for_best_model": "loss", "ref_model": AutoModelForCausalLM.from_pretrained(tiny_llama)}
+    trainer = make_trainer(
+        model, make_rows(12), tmp_path, max_steps=4, eval_dataset=make_rows(4), **EVERY_STEP | settings
+    )
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)

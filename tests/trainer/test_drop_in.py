@@ -633,3 +633,17 @@ def test_scores_do_not_depend_on_how_evaluation_gathers_batches(tiny_gpt2, tmp_p
         for concatenates in (True, False)
     ]
     assert found[0] == found[1]
+
+
+def test_workers_that_stay_do_not_serve_other_rows(tiny_gpt2, tmp_path):
+    """Trainer keeps the data loader of the rows that were evaluated first for all rows without a name."""
+    rows, other = make_rows(4), make_rows(4, completion=[" No. Go away."] * 4)
+    found = []
+    for workers in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path, eval_dataset=rows, **workers)
+        figures = [trainer.evaluate(), trainer.evaluate(other), trainer.evaluate({"a": rows, "b": other})]
+        trainer.eval_dataset = {"a": other}
+        figures += [trainer.evaluate(), trainer.evaluate(rows)]
+        found.append([value for each in figures for name, value in each.items() if name.endswith("logps/chosen")])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]

@@ -18,6 +18,7 @@ from transformers import (
     LlamaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    TrainerCallback,
     default_data_collator,
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -561,3 +562,162 @@ def test_parallelism_of_data_is_no_fault(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama, make_rows(6), tmp_path, parallelism_config=ParallelismConfig(), **STEPS)
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+# An adapter that takes no part
+
+
+@pytest.mark.parametrize("settings", CELLS.values(), ids=CELLS)
+@pytest.mark.parametrize("how", ["merged", "switched-off"])
+def test_an_adapter_that_takes_no_part_is_refused_or_trained(tiny_llama, tmp_path, how, settings):
+    """With gradient checkpointing, PEFT has inputs require gradients, so that a backward pass does not fail."""
+    model = get_peft_model(load(tiny_llama), copy.deepcopy(LORA))
+    if how == "merged":
+        model.merge_adapter()
+    else:
+        model.base_model.disable_adapter_layers()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora" in name)
+    before = weights(model)
+    trainer = make_trainer(model, make_rows(6), tmp_path, learning_rate=0.1, **STEPS | settings)
+    if settings.get("positive_loss") == "sft":
+        with pytest.raises(ValueError, match=r"do not depend on any trainable parameter.*unmerge_adapter"):
+            trainer.train()
+        assert torch.equal(weights(model), before)
+        return
+    try:
+        trainer.train()  # PEFT switches adapters on again once the reference has run
+    except ValueError as error:
+        assert "do not depend on any trainable parameter" in str(error)  # noqa: PT017
+    else:
+        assert not torch.equal(weights(model), before)
+
+
+def test_a_forward_without_gradients(tiny_llama, tmp_path):
+    model = load(tiny_llama)
+    model.lm_head.requires_grad_(False)
+    model.model.forward = torch.no_grad()(model.model.forward)
+    with pytest.raises(ValueError, match="do not depend on any trainable parameter"):
+        make_trainer(model, make_rows(6), tmp_path, ref_model=load(tiny_llama), **STEPS).train()
+
+
+# What is changed after the trainer was made
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"log_z": 0.7},
+        {"label_type": "continuous", "max_length": 8},
+        {"padding_free": True},
+        {"negative_loss": "none"},
+        {"precompute_ref_log_probs": True},
+        {"sync_ref_model": True},
+        {"per_device_train_batch_size": 2},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_settings_that_are_changed_too_late(tiny_gpt2, tmp_path, changed):
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS)
+    for name, value in changed.items():
+        setattr(trainer.args, name, value)
+    wanted = "(?s)" + "".join(f"(?=.*{name} from )" for name in changed) + ".*another trainer"
+    for call in (trainer.train, lambda: trainer.evaluate(make_rows(2)), lambda: trainer.predict(make_rows(2))):
+        with pytest.raises(ValueError, match=wanted):
+            call()
+
+
+def test_settings_that_may_be_changed(tiny_gpt2, tmp_path):
+    args = {"learning_rate": 1e-2, "beta": 0.5, "num_train_epochs": 1, "max_steps": -1}
+    made = make_trainer(tiny_gpt2, make_rows(6), tmp_path / "made", per_device_train_batch_size=4, **args)
+    changed = make_trainer(tiny_gpt2, make_rows(6), tmp_path / "changed", per_device_train_batch_size=4)
+    for name, value in args.items():
+        setattr(changed.args, name, value)
+    made.train()
+    changed.train()
+    assert torch.equal(weights(changed.model), weights(made.model))
+
+
+def test_raw_rows_in_the_place_of_the_training_set(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS)
+    trainer.train_dataset = make_rows(8)
+    with pytest.raises(ValueError, match=r"trainer\.train_dataset was replaced .*another trainer"):
+        trainer.train()
+
+
+def test_a_part_of_the_training_set_in_its_place(tiny_gpt2, tmp_path):
+    rows = make_rows(8)
+    part = make_trainer(tiny_gpt2, rows, tmp_path / "part", **STEPS)
+    part.train_dataset = part.train_dataset.select(range(6))
+    made = make_trainer(tiny_gpt2, rows.select(range(6)), tmp_path / "made", **STEPS)
+    for trainer in (part, made):
+        trainer.train()
+    assert torch.equal(weights(part.model), weights(made.model))
+
+
+@pytest.mark.parametrize("kind", ["one", "dict", "none-before"])
+@pytest.mark.parametrize("precompute", [False, True])
+def test_raw_rows_in_the_place_of_the_evaluation_set(tiny_gpt2, tmp_path, kind, precompute):
+    first = None if kind == "none-before" else {"a": make_rows(2)} if kind == "dict" else make_rows(2)
+    settings = {"eval_dataset": first, "precompute_ref_log_probs": precompute, **STEPS}
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **settings)
+    rows = make_rows(4)
+    wanted = trainer.evaluate(rows)["eval_loss"]
+    trainer.eval_dataset = {"a": rows} if kind == "dict" else rows
+    assert trainer.evaluate()["eval_a_loss" if kind == "dict" else "eval_loss"] == wanted
+    assert trainer.evaluate(rows)["eval_loss"] == wanted
+
+
+def test_a_reference_in_the_place_of_the_first(tiny_gpt2, tmp_path):
+    trainer = make_trainer(load(tiny_gpt2), make_rows(6), tmp_path, **STEPS)
+    trainer.ref_model = load(tiny_gpt2)
+    with pytest.raises(ValueError, match=r"trainer\.ref_model was replaced .*another trainer"):
+        trainer.train()
+
+
+class SetsBeta(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.beta = 0.1 * (state.global_step + 1)
+
+
+def test_beta_may_be_changed_while_training(tiny_gpt2, tmp_path):
+    """DPOTrainer reads its attribute `beta` in each step."""
+    settings = STEPS | {"per_device_train_batch_size": 6, "learning_rate": 0.01}
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, pointwise=True, **settings)
+    callback = SetsBeta()
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = [log for log in trainer.state.log_history if "kl" in log and "loss" in log][-1]
+    rewards = (logged["rewards/chosen"] + logged["rewards/rejected"]) / 2
+    assert trainer.beta == trainer.args.beta == 0.2
+    assert rewards == pytest.approx(0.2 * logged["kl"], abs=1e-5)
+
+
+# Nothing is left
+
+
+def test_a_last_batch_that_is_dropped_and_was_the_only_one(tiny_gpt2, tmp_path):
+    settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8}
+    message = r"dataloader_drop_last=True leaves no rows of the {} dataset: it has 3, .* has 8"
+    trainer = make_trainer(tiny_gpt2, make_rows(3), tmp_path, per_device_train_batch_size=8, **settings)
+    with pytest.raises(ValueError, match=message.format("train")):
+        trainer.train()
+    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, eval_dataset=make_rows(3), **settings)
+    with pytest.raises(ValueError, match=message.format("eval")):
+        trainer.evaluate()
+    assert len(trainer.score(make_rows(3))) == 3
+
+
+def test_an_evaluation_set_of_no_batch_is_told_before_training(tiny_gpt2, tmp_path):
+    settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8, "eval_strategy": "steps"}
+    for rows, name in ((make_rows(3), "eval"), ({"a": make_rows(8), "b": make_rows(3)}, "b")):
+        trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, eval_dataset=rows, **settings | STEPS)
+        with pytest.raises(ValueError, match=f"no rows of the {name} dataset"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
+def test_smoothed_labels_of_another_loss():
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 .*soften the labels in the data"):
+        ULMAConfig("out", label_smoothing_factor=0.1)

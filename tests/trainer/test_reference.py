@@ -465,3 +465,71 @@ def test_after_a_resume_the_reference_is_the_adapter_at_the_start(tiny_llama, tm
     assert (weights(trainer.model) - weights(again.model)).abs().max() == 0
     after = own_logps(again.model, tokenizer, rows)
     assert again.predict(rows).predictions == pytest.approx(after - before, abs=ROUNDING)
+
+
+# Weights below an adapter, and code that was set on a model
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["in-memory", "saved"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adding_the_reference_leaves_the_policy_as_it_is(tiny_llama, tmp_path, start, saved):
+    """PEFT subtracts what such an adapter begins with from the weights below it."""
+    torch.manual_seed(0)
+    model = get_peft_model(load(tiny_llama), lora(init_lora_weights=start))
+    if saved:
+        model.save_pretrained(tmp_path / "adapter")
+        model = PeftModel.from_pretrained(load(tiny_llama), tmp_path / "adapter", is_trainable=True)
+    ids = torch.arange(5, 25)[None]
+    before = model.eval()(ids).logits
+    rows = make_rows(6)
+    trainer = make_trainer(model, rows, tmp_path / "out", **MOVING)
+    assert torch.equal(model.eval()(ids).logits, before)
+    assert model.peft_config["default"].init_lora_weights == start
+    hold(trainer, rows, tiny_llama)
+
+
+def set_on(model, how: str):
+    """The model with code that calls its own layers, which a copy of the model would call, too."""
+    layer = model.model.layers[0].mlp
+    forward = layer.forward
+    if how == "forward":
+        layer.forward = lambda x: 0.9 * forward(x)
+    else:
+        model.model.norm.register_forward_hook(lambda module, args, output: output + 0.1 * forward(output))
+    return model
+
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+@pytest.mark.parametrize("given", [False, True], ids=["copied", "given"])
+def test_a_copy_that_computes_with_the_originals_weights_is_refused(tiny_llama, tmp_path, how, given):
+    model = set_on(load(tiny_llama), how)
+    reference = {"ref_model": copy.deepcopy(model)} if given else {}
+    trainer = make_trainer(model, make_rows(6), tmp_path, **MOVING, **reference)
+    with pytest.raises(ValueError, match=r"(?s)reference computes with parameters that are trained.*ref_model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+def test_code_that_was_set_on_a_model_is_trained_against_a_reference_of_its_own(tiny_llama, tmp_path, how):
+    found = []
+    for settings in ({"ref_model": set_on(load(tiny_llama), how)}, {"precompute_ref_log_probs": True}):
+        trainer = make_trainer(set_on(load(tiny_llama), how), make_rows(6), tmp_path, **MOVING, **settings)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0][0] == pytest.approx(math.log(2), abs=1e-5)
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_trainer_whose_reference_another_one_has_replaced(tiny_llama, tmp_path):
+    """Both trainers of one model with an adapter have its adapter "ref"."""
+    rows = make_rows(6)
+    model = in_memory(tiny_llama, lora())
+    first = make_trainer(model, rows, tmp_path / "first", **MOVING)
+    first.train()
+    first.evaluate(rows)
+    second = make_trainer(model, rows, tmp_path / "second", **MOVING)
+    second.train()
+    with pytest.raises(ValueError, match=r"(?s)reference has changed since.*another trainer"):
+        first.evaluate(rows)
+    second.evaluate(rows)

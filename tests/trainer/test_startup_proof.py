@@ -469,6 +469,22 @@ def test_a_reference_that_moved_while_training_is_told(tiny_llama, tmp_path):
         trainer.train()
 
 
+def test_a_reference_that_moves_is_told_long_before_the_end(tiny_llama, tmp_path):
+    trainer = make_trainer(load(tiny_llama), make_rows(6), tmp_path, **QUICK | {"max_steps": 50})
+    trainer.add_callback(Changes(next(iter(trainer.ref_model.parameters()))))
+    with pytest.raises(ValueError, match=r"(?s)reference has changed.*startup_checks=False"):
+        trainer.train()
+    assert trainer.state.global_step < 5
+
+
+def test_a_reference_may_be_moved_on_purpose(tiny_llama, tmp_path, caplog):
+    """As in TR-DPO, by a callback of one's own."""
+    trainer = make_trainer(load(tiny_llama), make_rows(6), tmp_path, startup_checks=False, **QUICK)
+    trainer.add_callback(Changes(next(iter(trainer.ref_model.parameters()))))
+    trainer.train()
+    assert caplog.text.count("The reference has changed") == 1
+
+
 def test_a_resume_on_another_base_model_is_told(tiny_llama, tmp_path):
     settings = QUICK | {"peft_config": LORA, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     make_trainer(load(tiny_llama), make_rows(8), tmp_path, **settings).train()

@@ -1,5 +1,6 @@
-"""Checks of the reference: at the start and the end of a training, and against the checkpoint it resumes from."""
+"""Checks of the reference: at the start of a training, in it and at its end, and against the resumed checkpoint."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from trl_ulma.likelihood.proof import LONGEST, LONGEST_OF_LAYOUT, StartupProof, probe_rows
 from trl_ulma.likelihood.reference import Reference, ReferenceIdentity, plain_batch
 from trl_ulma.likelihood.table import forward_inputs
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingChecks:
@@ -89,6 +92,8 @@ class TrainingChecks:
                 self._proof(policy, batch, laid_out, at_start=at_start, is_training=is_training)
                 if at_start and self._reference.kind != "given":
                     self._check_precomputed(policy, rows)
+                if is_training:
+                    self._proof.check_gradients(policy, batch)
         if self._before is not None and not self._reference.is_live:
             self.identity = self._before
         elif self._reference.kind != "none":
@@ -130,19 +135,36 @@ class TrainingChecks:
         """
         return self._reference.identity(policy, self._tokens)
 
+    def after_step(self, policy: Any, step: int) -> None:
+        """Do what `end` does after steps 1, 2, 4, 8 and so on, so that a long training does not end with an error."""
+        if step & (step - 1) == 0:
+            self.end(policy)
+
     def end(self, policy: Any) -> None:
         """Raise ValueError if the reference, or the way from hidden states to logits, has changed since the start."""
         with torch.no_grad(), self._context():
             self._proof.scorer.check_map(policy, plain_batch(self._tokens))
+        self.check_unmoved(policy)
+
+    def check_unmoved(self, policy: Any) -> None:
+        """Raise ValueError if the reference has changed since the start."""
         if self.identity is None or not self._reference.is_live or self._is_moving:
             return
-        off = self.identity.difference(self._reference.fingerprint(policy, self._tokens))
-        if not off <= self._proof.tolerance:
+        with torch.no_grad(), self._context():
+            off = self.identity.difference(self._reference.fingerprint(policy, self._tokens))
+        if off <= self._proof.tolerance:
+            return
+        message = (
+            f"The reference has changed since the trainer first used it, by {off:.2g} nats per token, so it is not the "
+            "fixed reference of one training. Other code, or another trainer, has changed its weights or adapter."
+        )
+        if self._is_on:
             raise ValueError(
-                f"The reference has changed during training, by {off:.2g} nats per token, so the loss was not computed "
-                "against a fixed reference. Other code has changed its weights or adapter. Pass a ref_model that no "
-                "other code uses."
+                f"{message} Pass a ref_model that no other code uses. If a callback changes the reference on purpose, "
+                "set startup_checks=False."
             )
+        logger.warning(f"{message} The files saved with the model describe the reference of the start.")
+        self._is_moving = True
 
     def _check_precomputed(self, policy: Any, rows: Any) -> None:
         """Raise ValueError if the column `ref_logps` differs from the policy's log-probabilities before training."""

@@ -5,12 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from trl_ulma.likelihood.head import forward_arguments, logits_of
 from trl_ulma.likelihood.layouts import Layout, packed, padded, shared
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import Reference, outside_adapter
-from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model, mask_dtype, without_adapter
+from trl_ulma.likelihood.scorer import (
+    Batch,
+    Scorer,
+    bare_model,
+    mask_dtype,
+    without_adapter,
+    without_compiler_and_ddp,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +49,7 @@ def check_trainable(model: Any, reference: str) -> None:
     """
     if not any(p.requires_grad for p in model.parameters()):
         remedy = (
-            "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True)"
+            "Load the adapter with PeftModel.from_pretrained(..., is_trainable=True), and do not switch it off"
             if hasattr(model, "peft_config")
             else "Set requires_grad=True on the parameters to train, or pass a peft_config"
         )
@@ -126,6 +135,7 @@ class StartupProof:
     3. A second forward pass gives the same values. This is checked for the reference, and, if dropout is off, for the
        policy in training mode.
     4. The chosen layout gives the same values as padding.
+    5. Training changes the policy, and does not change the reference.
 
     Args:
         exact: whether forward passes compute in fp32 or better.
@@ -184,6 +194,40 @@ class StartupProof:
                 "config, or set disable_dropout=False to train with it"
             )
             self._check_same(scored.sum(1), training.double().sum(1), tokens, "The policy in training mode", quiet)
+
+    def check_gradients(self, policy: Any, batch: Batch) -> None:
+        """Raise ValueError if log π_θ depends on no parameter that is trained, or if log π_ref depends on one.
+
+        Args:
+            batch: the batch of the other checks.
+        """
+        called = without_compiler_and_ddp(policy)
+        trained = {id(p): name for name, p in called.named_parameters() if p.requires_grad}
+        if isinstance(called, FullyShardedDataParallel) or any(
+            isinstance(p, DTensor) or hasattr(p, "ds_id") for p in called.parameters()
+        ):
+            return  # a parameter that is sharded (FSDP, ZeRO-3) is not a leaf of the forward pass
+        with torch.enable_grad(), evaluation_mode(called):
+            found = _leaves(self.scorer(called, batch, layout=padded(batch)).logps)
+        if found.isdisjoint(trained):
+            raise ValueError(
+                f"The log-probabilities of {_class_of(policy)} do not depend on any trainable parameter, so training "
+                "would not change the model. If it has an adapter, the adapter may be merged or switched off: call "
+                "model.unmerge_adapter() or model.base_model.enable_adapter_layers(). Otherwise its forward pass "
+                "computes without gradients. To train anyway, set startup_checks=False."
+            )
+        if self.reference.model is None:
+            return
+        with torch.enable_grad():
+            found = _leaves(self.reference.with_gradients(policy, batch))
+        moving = [name for leaf, name in trained.items() if leaf in found]
+        if moving:
+            raise ValueError(
+                f"The reference computes with parameters that are trained ({moving[0]}, {len(moving)} in total), so "
+                "training would also change the reference. A forward or a hook that was set on the model may still "
+                "use the original's weights in a copy of the model. Load the model once more and pass it as ref_model, "
+                "or set precompute_ref_log_probs=True."
+            )
 
     def check_reference(self, model: Any, policy: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor) -> None:
         """Raise ValueError unless the reference equals the policy before training.
@@ -270,6 +314,22 @@ class StartupProof:
                 prove_packed(scores, batch, exact=self.is_exact)
             else:
                 prove_shared(scores, batch, exact=self.is_exact, dtype=dtype)
+
+
+def _leaves(output: torch.Tensor) -> set[int]:
+    """The ids of the parameters that a tensor depends on, found in its graph without a backward pass."""
+    found, seen = set(), set()
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        nodes += [following for following, _ in node.next_functions]
+    return found
 
 
 def _class_of(policy: Any) -> str:

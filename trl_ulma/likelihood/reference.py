@@ -69,7 +69,7 @@ class ReferenceIdentity:
 class Reference:
     """Computes log π_ref of rows with its own model, or with the policy and another adapter or none.
 
-    The reference always runs in evaluation mode and without gradients.
+    The reference always runs in evaluation mode and, except in a check, without gradients.
 
     Args:
         kind: see `ReferenceIdentity`. "given" and "copy" need a `model`.
@@ -104,7 +104,6 @@ class Reference:
         """Whether the reference can run now. It cannot if its model was released after precomputing."""
         return self.model is not None or self.kind in ("adapter_off", "adapter")
 
-    @torch.no_grad()
     def logps(self, policy: Any, batch: Batch) -> torch.Tensor:
         """`(B,)` log π_ref(y|x) in nats, summed over completion tokens.
 
@@ -115,6 +114,11 @@ class Reference:
         Raises:
             ValueError: if the reference cannot run.
         """
+        with torch.no_grad():
+            return self.with_gradients(policy, batch)
+
+    def with_gradients(self, policy: Any, batch: Batch) -> torch.Tensor:
+        """Like `logps`, in the caller's gradient mode."""
         if not self.is_live:
             raise ValueError(f"The reference cannot run: its kind is {self.kind!r}, and it has no model.")
         model = policy if self.model is None else self.model

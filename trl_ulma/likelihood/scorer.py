@@ -135,9 +135,7 @@ class Scorer:
 
     def check_nothing_is_trained_after_head(self, model: Any, batch: Batch) -> None:
         """Raise ValueError if a trainable parameter of a model changes its logits after the output embeddings."""
-        called = model  # sharded models only run with their wrapper, and DDP waits for a backward
-        while isinstance(called, DistributedDataParallel) or hasattr(called, "_orig_mod"):
-            called = called.module if isinstance(called, DistributedDataParallel) else called._orig_mod
+        called = without_compiler_and_ddp(model)
         self._head(model, bare_model(model)).check_nothing_is_trained_after(called, dict(padded(batch).inputs))
 
     def choose_layout(self, model: Any) -> None:
@@ -170,6 +168,16 @@ def bare_model(model: Any) -> Any:
         if inner is None:
             break
         model = inner
+    return model
+
+
+def without_compiler_and_ddp(model: Any) -> Any:
+    """The model for a forward pass with gradients that no backward pass follows, for which DDP would wait.
+
+    A sharded model keeps its wrapper, without which it does not run.
+    """
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
     return model
 
 
