@@ -1,5 +1,6 @@
 """Tiny checkpoints made in the session, and the real samples where they are at hand."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,13 @@ from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from trl_ulma.scripts.command_line import VERBOSE
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_searched_for_garbage():
+    """Each training collects garbage at its end (accelerate's `free_memory`), and would go through all imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
