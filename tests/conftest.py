@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Read when torch is imported: tiny models have no work for more threads, and pytest has a process for each core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read once, when trackio is imported, which any trainer may do
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
