@@ -89,7 +89,7 @@ def run_processes(function: Callable[[], None], launch: list[str], printed: Path
     environments: list[dict[str, str]] = [{}]
     if launch:
         arguments = launch_command_parser().parse_args([*launch, "script"])
-        shared = prepare_multi_gpu_env(arguments)
+        shared = {name: str(value) for name, value in prepare_multi_gpu_env(arguments).items()}
         size = arguments.num_processes
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.main_process_port)}
         shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
