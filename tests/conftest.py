@@ -1,11 +1,14 @@
 """Tiny checkpoints made in the session, and the real samples where they are at hand."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Read when torch is imported: tiny models have no work for more threads, and pytest has a process for each core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read once, when trackio is imported, which any trainer may do
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
@@ -15,6 +18,13 @@ from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from trl_ulma.scripts.command_line import VERBOSE
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_not_searched_for_garbage():
+    """Each training collects garbage at its end (accelerate's `free_memory`), and would go through all imports."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -223,7 +223,8 @@ def stars(tmp_path) -> str:
     return str(file)
 
 
-def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path):
+def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path, capsys):
+    """Once and in the same words, though another process finds it than the one that is asked."""
     words = ["--model", tiny_gpt2, "--dataset", stars]
     trained = run("ulma", *words, "--output", tmp_path / "out", "--report_to", "none")
     assert trained.returncode == 1
@@ -235,9 +236,8 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path):
         f"Prompt: 'What is 2?' ({stars}, line 3)"
     )
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    checked = run("check", *words)
-    assert checked.returncode == 1
-    assert checked.stderr.replace("trl-ulma check", "trl-ulma ulma") == trained.stderr
+    assert main(["check", *words]) == 1
+    assert capsys.readouterr().err.replace("trl-ulma check", "trl-ulma ulma") == trained.stderr
 
 
 @pytest.mark.parametrize(
@@ -356,31 +356,6 @@ def test_verbose_shows_tracebacks(tmp_path, capsys):
 
 
 # Quiet libraries
-
-
-def test_a_whole_run_says_nothing_of_other_libraries_unless_it_is_asked_to(tiny_llama, tmp_path):
-    file = tmp_path / "rows.csv"
-    file.write_text("prompt,completion,label\n" + "".join(f"What is {i}?, A number.,{i % 2}\n" for i in range(8)))
-    words = ["--model", tiny_llama, "--dataset", file, "--output", tmp_path / "out", "--max_steps", "1"]
-    words += ["--report_to", "none", "--eval_strategy", "steps", "--num_processes", "1", "--cpu"]
-    noise = (
-        "FutureWarning",
-        "were not passed to `accelerate launch`",
-        "pin_memory",
-        "gemm_4bit_forward",
-        "UserWarning",
-    )
-    quiet = run("ulma", *words)
-    assert quiet.returncode == 0, quiet.stderr
-    said = quiet.stdout + quiet.stderr
-    assert not [each for each in noise if each in said]
-    # What is ours stays
-    assert "each prompt becomes a user message" in said
-    assert "Labels of the train dataset" in said
-    verbose = run("ulma", *words, "--verbose")
-    assert verbose.returncode == 0, verbose.stderr
-    assert "were not passed to `accelerate launch`" in verbose.stdout + verbose.stderr
-    assert "FutureWarning" in verbose.stderr
 
 
 def test_only_the_known_lines_are_silenced():

@@ -1,7 +1,6 @@
 """What one runs before anything else: `trl-ulma env`, `trl-ulma check`, `trl-ulma completion`."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -122,10 +121,11 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_a_terminal_shows_completions_in_color(without_weights, ratings):
-    command = [sys.executable, "-m", "trl_ulma", "check", "--model", without_weights, "--dataset", ratings]
-    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+def test_a_terminal_shows_completions_in_color(without_weights, ratings, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert main(["check", "--model", without_weights, "--dataset", ratings]) == 0
+    said = capsys.readouterr().out
     assert "⟦" not in said
     assert "\x1b[1;32m" in said  # good answers are green
     assert "\x1b[1;31m" in said
@@ -270,10 +270,10 @@ echo "${COMPREPLY[@]}"
 """
 
 
-def test_bash_completes_commands_options_and_choices(tmp_path):
+def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
     file = tmp_path / "completion.bash"
-    command = [sys.executable, "-m", "trl_ulma", "completion", "bash"]
-    file.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert main(["completion", "bash"]) == 0
+    file.write_text(capsys.readouterr().out)
 
     def complete(*words: str) -> list[str]:
         run = ["bash", "-c", COMPLETE, "bash", str(file), "trl-ulma", *words]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import run_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "bco" / "compare.py"
 
@@ -17,7 +18,7 @@ def run(model, *options, **environment):
 
 
 def test_a_trl_without_bco_is_an_error(tiny_gpt2):
-    ran = run(tiny_gpt2)
+    ran = run_script(SCRIPT, "--model", tiny_gpt2)
     assert ran.returncode == 1
     assert re.search(r"TRL [\d.]+ has no BCOTrainer; put TRL 1\.13 first on the path", ran.stderr)
 

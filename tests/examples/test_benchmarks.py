@@ -1,16 +1,15 @@
 """The benchmarks run, and write what they measure."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from forks import run_script
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
 
 def run(script: str, *options: str, folder: Path) -> str:
-    command = [sys.executable, str(SCRIPTS / script), *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    done = run_script(SCRIPTS / script, *options, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -1,22 +1,17 @@
 """The ablation of settings runs, goes on where it was, and writes its page."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from datasets import Dataset
+from forks import run_script
 
 FOLDER = Path(__file__).parents[2] / "examples" / "settings_that_matter"
 
 
 def python(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    run = run_script(FOLDER / script, *arguments)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

@@ -8,6 +8,7 @@ into the folder `out`: what was logged (`.json`) and the trained weights (`.safe
 """
 
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -67,6 +68,8 @@ def main() -> None:
     faulthandler.dump_traceback_later(seconds, exit=True)
     disable_progress_bar()
     torch.set_num_threads(1)
+    # Each training collects garbage, and need not go through all that was imported
+    gc.freeze()
     for run in runs:
         for kind in ("unbroken", "resumed"):
             resume = str(out / run["name"] / f"checkpoint-{run['resume']}") if kind == "resumed" else None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forks import start_module
 from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -132,10 +133,21 @@ def llama_server(model: str, *options: str) -> Iterator[tuple[str, subprocess.Po
         yield served
 
 
-def transformers_serve(model: str) -> AbstractContextManager[str]:
-    """`transformers serve` in a process of its own; its URL."""
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model]
-    return _serving([*command, "--device", "cpu", "--dtype", "float32"], "health")
+@contextmanager
+def transformers_serve(model: str) -> Iterator[str]:
+    """`transformers serve` in a process of its own, which need not import what this one has; its URL."""
+    port = free_port()
+    options = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        process = start_module("transformers.cli.transformers", "serve", model, *options, printed=log)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", lambda: process.exitcode)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            process.join(30)
+            process.kill()
 
 
 @contextmanager
@@ -146,16 +158,14 @@ def _serving(command: list[str], ready: str) -> Iterator[str]:
 
 @contextmanager
 def _process(command: list[str], ready: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     # A file: a pipe that nobody reads stops the server when it is full
     log = tempfile.TemporaryFile()  # noqa: SIM115
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_for(f"http://127.0.0.1:{port}/{ready}", process)
+        wait_for(f"http://127.0.0.1:{port}/{ready}", process.poll)
         yield f"http://127.0.0.1:{port}/v1", process
     finally:
         process.terminate()
@@ -163,12 +173,19 @@ def _process(command: list[str], ready: str) -> Iterator[tuple[str, subprocess.P
         log.close()
 
 
-def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Return when the URL answers; raises where its process ends, or takes longer."""
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(url: str, code: Callable[[], int | None], seconds: float = 120) -> None:
+    """Return when the URL answers; raises if its process ends (`code` is how, None while it runs), or takes longer."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode}")
+        if code() is not None:
+            raise RuntimeError(f"the server ended with {code()}")
         try:
             urllib.request.urlopen(url, timeout=2).read()
         except (OSError, urllib.error.URLError):

@@ -343,25 +343,22 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def given_references(folder: str):
-    """Name → a reference that is not the policy."""
-    adapter = in_memory(folder, lora(lora_dropout=0.5))
-    return {
-        "evaluation-mode": moved(load(folder)).eval(),
-        "training-mode": moved(load(folder)).train(),
-        "adapter": adapter,
-        "adapter-in-training-mode": in_memory(folder, lora(lora_dropout=0.5)).train(),
-        "saved-head": in_memory(folder, lora(modules_to_save=["lm_head"])),
-        "merged": in_memory(folder, lora()).merge_and_unload(),
-        "virtual-tokens": in_memory(folder, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
-    }
+# Name → folder → a reference that is not the policy
+GIVEN = {
+    "evaluation-mode": lambda folder: moved(load(folder)).eval(),
+    "training-mode": lambda folder: moved(load(folder)).train(),
+    "adapter": lambda folder: in_memory(folder, lora(lora_dropout=0.5)),
+    "adapter-in-training-mode": lambda folder: in_memory(folder, lora(lora_dropout=0.5)).train(),
+    "saved-head": lambda folder: in_memory(folder, lora(modules_to_save=["lm_head"])),
+    "merged": lambda folder: in_memory(folder, lora()).merge_and_unload(),
+    "virtual-tokens": lambda folder: in_memory(folder, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+}
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["evaluation-mode", "training-mode", "adapter", "adapter-in-training-mode",
-                                  "saved-head", "merged", "virtual-tokens"])  # fmt: skip
+@pytest.mark.parametrize("kind", GIVEN)
 def test_a_given_reference_is_asked_as_it_is(tiny_llama, tmp_path, kind, peft):
-    reference = given_references(tiny_llama)[kind]
+    reference = GIVEN[kind](tiny_llama)
     tokenizer, rows = AutoTokenizer.from_pretrained(tiny_llama), make_rows(6)
     ref_logps = own_logps(reference, tokenizer, rows)
     frozen = {name: value.clone() for name, value in reference.state_dict().items()}

@@ -63,6 +63,11 @@ def test_the_bootstrap_of_a_mean_is_near_the_normal_interval():
     assert found != bootstrap(lambda rows: values[rows].mean(), np.arange(400), seed=1)
 
 
+def test_prompts_of_different_sizes_keep_all_their_rows():
+    found = bootstrap(lambda rows: len(rows), np.array([7, 3, 7]), seed=0)
+    assert (found.value, found.low, found.high) == (3.0, 2.0, 4.0)
+
+
 def test_the_bootstrap_draws_whole_prompts():
     # Ten copies of a prompt's row say no more than one: by row, the interval would be √10 narrower
     values = np.repeat(RNG.normal(size=100), 10)

@@ -59,8 +59,13 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed
     if len(members) < 2:
         return Estimate(value, None, None, len(members))
 
-    def resampled(chosen: np.ndarray) -> float:
-        return float(statistic(np.concatenate([members[group] for group in chosen])))
+    # Most datasets have as many rows of each prompt: then indexing a table is faster than joining lists
+    table = np.stack(members) if len({len(rows) for rows in members}) == 1 else None
+
+    def resampled(drawn: np.ndarray, axis: int) -> np.ndarray:
+        if table is not None:
+            return np.array([statistic(table[chosen].ravel()) for chosen in drawn], float)
+        return np.array([statistic(np.concatenate([members[group] for group in chosen])) for chosen in drawn], float)
 
     with warnings.catch_warnings():
         # An undefined resample gives an Estimate without an interval
@@ -69,7 +74,7 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed
             (np.arange(len(members)),),
             resampled,
             n_resamples=RESAMPLES,
-            vectorized=False,
+            vectorized=True,
             confidence_level=CONFIDENCE,
             method="percentile",
             rng=seed,
