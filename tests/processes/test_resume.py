@@ -4,24 +4,21 @@ Real processes with DDP on CPU, started once for all cases, see `resume_run.py`.
 """
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import resume_run
 import torch
-import world
+from forks import run_processes
 from safetensors.torch import load_file
 from transformers import Trainer
 from world import PROMPTS, make_rows
 
-import trl_ulma
-
 SECONDS = 300
 LAUNCH = [
-    *("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
     *("--dynamo_backend", "no", "--main_process_port", "0", "--multi_gpu"),
 ]
 SHARED = {"share_prompts": True}
@@ -57,11 +54,8 @@ def out(tiny_gpt2, tmp_path_factory) -> Path:
     rows.to_json(folder / "rows.jsonl")
     shared = {"model": tiny_gpt2, "rows": str(folder / "rows.jsonl"), "args": {}}
     (folder / "runs.json").write_text(json.dumps([shared | {"name": name} | case for name, case in CASES.items()]))
-    script = str(Path(world.__file__).with_name("resume_run.py"))
-    environment = {**os.environ, "PYTHONPATH": str(Path(trl_ulma.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *LAUNCH, script, str(folder / "runs.json"), str(folder), str(SECONDS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS + 60, check=False)
-    (folder / "printed").write_text(done.stdout + done.stderr)
+    run = partial(resume_run.main, str(folder / "runs.json"), str(folder), SECONDS)
+    run_processes(run, LAUNCH, folder / "printed", SECONDS + 60)
     return folder
 
 

@@ -1,9 +1,10 @@
 """However an optimizer step is split into micro-batches and processes, the same is learned and logged.
 
 Real processes on CPU: one, two with DDP, two with FSDP2. Each kind is started once and does all its runs, see
-`split_run.py`. Everything is compared with one process that takes a step's eight rows at once, in float64, with SGD,
-since Adam would hide a gradient of a wrong scale. A split "2x4" is two rows in a micro-batch of each process, and four
-micro-batches in a step.
+`split_run.py`. The two with DDP are launched, so that their hash seeds differ as in use; the others are forks.
+Everything is compared with one process that takes a step's eight rows at once, in float64, with SGD, since Adam would
+hide a gradient of a wrong scale. A split "2x4" is two rows in a micro-batch of each process, and four micro-batches in
+a step.
 """
 
 import json
@@ -13,12 +14,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import split_run
 import torch
-import world
+from forks import run_processes
 from safetensors.torch import load_file
 
 import trl_ulma
@@ -30,7 +33,7 @@ WHOLE = ("one", f"{ROWS_IN_STEP}x1")
 SENTENCE = "the cat sat on mat how are you today fine thank please write a short letter to my landlord"
 
 LAUNCH = [
-    *("accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
     *("--dynamo_backend", "no", "--main_process_port", "0"),
 ]
 KINDS = {
@@ -212,7 +215,15 @@ class Runs:
             splits += [(name, WHOLE[1]) for name in SETTINGS]
         runs = [self._run(name, split, out) for name, split in splits]
         (out / "runs.json").write_text(json.dumps(runs))
-        script = [str(Path(world.__file__).with_name("split_run.py")), str(out / "runs.json"), str(out), str(SECONDS)]
+        if kind == "ddp":
+            code = self._launch(out)
+        else:
+            run = partial(split_run.main, str(out / "runs.json"), str(out), SECONDS)
+            code = run_processes(run, KINDS[kind], out / "printed", SECONDS + 30)
+        return f"code {code}, having printed …{(out / 'printed').read_text()[-5000:]}"
+
+    def _launch(self, out: Path) -> int:
+        script = [split_run.__file__, str(out / "runs.json"), str(out), str(SECONDS)]
         environment = {
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
@@ -221,10 +232,9 @@ class Runs:
             "PYTHONPATH": str(Path(trl_ulma.__file__).parents[1]),
             "TQDM_DISABLE": "1",
         }
-        module = ["-m", *KINDS[kind]] if KINDS[kind] else []
         with (out / "printed").open("w") as printed:
             process = subprocess.Popen(
-                [sys.executable, *module, *script],
+                [sys.executable, "-m", "accelerate.commands.launch", *KINDS["ddp"], *script],
                 env=environment,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
@@ -232,11 +242,10 @@ class Runs:
             )
             try:
                 # They end themselves before that, unless they do not even start
-                code = process.wait(SECONDS + 30)
+                return process.wait(SECONDS + 30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                code = process.wait()
-        return f"code {code}, having printed …{(out / 'printed').read_text()[-5000:]}"
+                return process.wait()
 
     def _run(self, name: str, split: str, out: Path) -> dict[str, Any]:
         setting = SETTINGS[name]

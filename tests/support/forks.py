@@ -88,9 +88,9 @@ def run_processes(function: Callable[[], None], launch: list[str], printed: Path
     """
     environments: list[dict[str, str]] = [{}]
     if launch:
-        arguments = launch_command_parser().parse_args([*launch, "script"])
-        shared = {name: str(value) for name, value in prepare_multi_gpu_env(arguments).items()}
-        size = arguments.num_processes
+        arguments = launch_command_parser().parse_args([*launch, "--num_cpu_threads_per_process", "1", "script"])
+        shared = prepare_multi_gpu_env(arguments)
+        size = str(arguments.num_processes)
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.main_process_port)}
         shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         environments = [

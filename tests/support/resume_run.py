@@ -1,6 +1,4 @@
-"""Trains each run to its end, and once more from one of its checkpoints, in however many processes it was started in.
-
-    accelerate launch … resume_run.py runs.json out seconds
+"""Trains each run to its end, and once more from one of its checkpoints, in however many processes call it.
 
 `runs.json` is a list of dictionaries: `name`, `model` (folder), `rows` (JSON-lines file), `resume` (step), `args` (of
 the trainer's config), and perhaps `lora` and `stream`. The first process writes `<name>-unbroken` and `<name>-resumed`
@@ -38,8 +36,8 @@ def train(run: dict[str, Any], out: Path, resume: str | None) -> ULMATrainer:
         "num_train_epochs": 2,
         "per_device_train_batch_size": 2,
         "report_to": "none",
-        "save_strategy": "steps",
-        "save_steps": 1,
+        "save_strategy": "steps" if resume is None else "no",
+        "save_steps": run["resume"],
         "use_cpu": True,
     }
     rows: Any = Dataset.from_json(run["rows"], cache_dir=str(out / "cache"))
@@ -62,9 +60,9 @@ def write(trainer: ULMATrainer, path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(trainer.state.log_history))
 
 
-def main() -> None:
+def main(file: str, folder: str, seconds: float) -> None:
     """Both trainings of each run."""
-    runs, out, seconds = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), float(sys.argv[3])
+    runs, out = json.loads(Path(file).read_text()), Path(folder)
     faulthandler.dump_traceback_later(seconds, exit=True)
     disable_progress_bar()
     torch.set_num_threads(1)
@@ -81,7 +79,3 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

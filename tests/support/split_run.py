@@ -184,9 +184,9 @@ def train(run: Run, out: Path) -> None:
         save_file(tensors, out / f"{run.name}.safetensors")
 
 
-def main() -> None:
+def main(file: str, folder: str, seconds: float) -> None:
     """Run all settings one after another in the same processes."""
-    runs, out, seconds = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), float(sys.argv[3])
+    runs, out = json.loads(Path(file).read_text()), Path(folder)
     faulthandler.dump_traceback_later(seconds, exit=True)
     disable_progress_bar()
     torch.set_num_threads(1)
@@ -204,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
