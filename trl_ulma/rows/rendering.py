@@ -138,7 +138,7 @@ class Encoder:
             InvalidRow: if the row cannot be rendered.
         """
         prompt, completion = columns["prompt"][i], columns["completion"][i]
-        tokenizer, processor = self.tokenizer, self.processor
+        processor = self.processor
         if isinstance(prompt, str) != self.is_text:
             kind = (
                 "a list of messages, but that of the first row is text"
@@ -157,11 +157,10 @@ class Encoder:
             return self._render_messages(columns, i, images, at)
         if processor is not None and images:
             check_text_places(processor, prompt, images, at)
-        end = str(tokenizer.eos_token)
         whole = prompt + completion
-        if ends is not False and not whole.endswith(end):
-            whole += end
-        if not (_is_unicode(prompt) and _is_unicode(whole)):
+        if ends is not False and not whole.endswith(self._end):
+            whole += self._end
+        if not _is_unicode(whole):
             raise _no_unicode(at)
         return Rendered(*self._apart(prompt, whole)) if self.has_images else Rendered(prompt, whole)
 
@@ -352,6 +351,11 @@ class Encoder:
         return (begin if begin.startswith(bos) else bos + begin), whole[len(begin) :]
 
     @cached_property
+    def _end(self) -> str:
+        """The token that ends plain text."""
+        return str(self.tokenizer.eos_token)
+
+    @cached_property
     def _added(self) -> tuple[str, bool]:
         """The token that the tokenizer adds at the beginning of texts, or "", and whether it adds EOS at the end."""
         tokenizer = self.tokenizer
@@ -424,6 +428,8 @@ def _no_unicode(at: str) -> InvalidRow:
 
 def _is_unicode(text: str) -> bool:
     """Whether a text can be encoded. A text with half of a surrogate pair cannot."""
+    if text.isascii():  # known without reading the text
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
