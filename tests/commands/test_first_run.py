@@ -1,6 +1,7 @@
 """What one runs before anything else: `trl-ulma env`, `trl-ulma check`, `trl-ulma completion`."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -121,11 +122,11 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_a_terminal_shows_completions_in_color(without_weights, ratings, monkeypatch, capsys):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    assert main(["check", "--model", without_weights, "--dataset", ratings]) == 0
-    said = capsys.readouterr().out
+def test_a_terminal_shows_completions_in_color(without_weights, ratings):
+    # In a process of its own, because what a test before it has imported can make rich take it for a notebook
+    command = [sys.executable, "-m", "trl_ulma", "check", "--model", without_weights, "--dataset", ratings]
+    environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert "⟦" not in said
     assert "\x1b[1;32m" in said  # good answers are green
     assert "\x1b[1;31m" in said
