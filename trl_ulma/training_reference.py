@@ -99,19 +99,29 @@ def ref_keeps_base_weights(model: Any) -> Iterator[None]:
 
     Some values of `init_lora_weights`, such as "pissa", subtract what a new adapter begins with from the weights below
     it. The adapter `ADAPTER` is a copy of another one, so this would change the policy.
+
+    Raises:
+        ValueError: if PEFT cannot add an adapter like the model's.
     """
     config = model.peft_config["default"]
     start = getattr(config, "init_lora_weights", True)
-    if not isinstance(start, str):
-        yield
-        return
-    config.init_lora_weights = True
+    if isinstance(start, str):
+        config.init_lora_weights = True
     try:
         yield
+    except AttributeError as error:
+        if f"`{ADAPTER}`" not in str(error):
+            raise
+        raise ValueError(
+            "The reference is a copy of the adapter as it is now, but PEFT cannot add a second adapter like it, for "
+            f"example with ensure_weight_tying=True ({error}). Merge the adapter into the model and pass a "
+            "peft_config, or pass a ref_model."
+        ) from error
     finally:
-        if ADAPTER in model.peft_config:  # its own config, because loading it must not change other weights either
-            model.peft_config[ADAPTER] = copy.copy(config)
-        config.init_lora_weights = start
+        if isinstance(start, str):
+            if ADAPTER in model.peft_config:  # its own config, because loading it must not change other weights either
+                model.peft_config[ADAPTER] = copy.copy(config)
+            config.init_lora_weights = start
 
 
 def make_reference(

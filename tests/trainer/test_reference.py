@@ -22,7 +22,7 @@ from peft import (
 )
 from references import MOVING, ROUNDING, STILL, hold, in_memory, load, lora, losses, own_logps
 from tiny import make_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from world import make_rows, make_trainer, weights
 
 # Dropout
@@ -483,6 +483,15 @@ def test_adding_the_reference_leaves_the_policy_as_it_is(tiny_llama, tmp_path, s
     assert torch.equal(model.eval()(ids).logits, before)
     assert model.peft_config["default"].init_lora_weights == start
     hold(trainer, rows, tiny_llama)
+
+
+def test_an_adapter_that_peft_cannot_add_twice_is_refused_with_what_to_do(tmp_path):
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
+    tied = lora(target_modules=["lm_head", "q_proj"], ensure_weight_tying=True)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying=True .* Merge the adapter into the model and pass a"):
+        make_trainer(get_peft_model(model, tied), make_rows(4), tmp_path, processing_class=tokenizer)
 
 
 def set_on(model, how: str):
