@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import trl
@@ -16,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import Trainer
-from trl import DPOTrainer
+from trl import DPOTrainer, ModelConfig
 
 from trl_ulma.likelihood.scorer import bare_model
 
@@ -35,6 +36,16 @@ def global_then_local_main_first() -> Iterator[None]:
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
         yield
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """`ModelConfig` without the option `--trust_remote_code`, which it had while `DPOConfig` did not have it.
+
+    It can go when that has `trust_remote_code` in the oldest TRL, as in 1.9.
+    """
+
+    trust_remote_code: bool = field(default=False, init=False)
 
 
 def is_kto_config(args: Any) -> bool:

@@ -1,6 +1,7 @@
 """The parser of the training commands."""
 
 import argparse
+import contextlib
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.file_rows import missing
@@ -24,6 +25,7 @@ from trl_ulma.scripts.command_line import (
     refuse_contradictions,
 )
 from trl_ulma.scripts.help_page import GROUPS, NAMES, help_page, usage
+from trl_ulma.versions import ModelArguments
 
 EPILOG = f"Options of accelerate launch are accepted, too: see `accelerate launch --help`. {NAMES}"
 # Which of our option names are TRL's settings
@@ -53,6 +55,7 @@ class PartConfig(DatasetConfig):
 
     columns: list[str] | dict[str, str] | str | None = None  # type: ignore[assignment]
     label_map: dict | str | None = None
+    fraction: float | None = None  # TRL before 1.9 does not have it
 
 
 class _Formatter(OneNameFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -87,7 +90,7 @@ class OptionParser(TrlParser):
     """
 
     def __init__(self, config_class: type, prog: str, description: str, method: str = "ulma"):
-        types: Any = (DataArguments, config_class, ModelConfig, DatasetMixtureConfig)
+        types: Any = (DataArguments, config_class, ModelArguments, DatasetMixtureConfig)
         command = prog.removeprefix("trl-ulma ")
         super().__init__(
             types,
@@ -104,6 +107,7 @@ class OptionParser(TrlParser):
         actions = {action.dest: action for action in reversed(self._actions)}
         self._own = {name: (actions[name], hint) for name, hint in hints.items() if name in actions}
         self._file = ""
+        self._from_file: list[str] = []
         for action in list(self._actions):
             accept_other_names(self, action)
         add_verbose(self)
@@ -156,13 +160,13 @@ class OptionParser(TrlParser):
         return settings
 
     def _parse(self, argv: list[str]) -> tuple[tuple[Any, ...], list[str], list[str]]:
+        self._from_file = []
         try:
-            *settings, from_file, left = self.parse_args_and_config(
-                argv, return_remaining_strings=True, separate_remaining_strings=True
-            )
+            *settings, left = self.parse_args_and_config(argv, return_remaining_strings=True)
         except (OSError, TypeError, ValueError, yaml.YAMLError) as problem:
             self.error(as_options(str(problem), self._option_string_actions))
-        return tuple(settings), from_file, left
+        # TRL puts those of the file first
+        return tuple(settings), self._from_file, left[len(self._from_file) :]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the options. Exits if an option is unknown or missing, before the configs are created."""
@@ -191,6 +195,9 @@ class OptionParser(TrlParser):
             self._file = argv[place + 1]
             if not Path(self._file).exists():
                 self.error(f"--config: {missing(Path(self._file))}")
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # which TRL raises again
+                if not isinstance(yaml.safe_load(Path(self._file).read_text()), dict):
+                    self.error(f"{self._file} must contain a YAML mapping, one setting per line, such as beta: 0.1.")
         return argv
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
@@ -219,6 +226,7 @@ class OptionParser(TrlParser):
                 self.error(f"{self._file}: {key} is {value!r}; it must be true or false.")
             elif value:
                 options.append(f"--{key}")
+        self._from_file = options
         return options
 
     def _value(self, key: str, value: Any) -> Any:
