@@ -80,6 +80,7 @@ from trl_ulma.versions import (
     for_dpo_trainer,
     instance_forward,
     leave_loss_undivided,
+    load_adapter_of,
     mend_copied_forward,
     refuse_data_parallel,
     restore_forward,
@@ -870,6 +871,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_log_partition(self.log_partition, checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_adapter_of(resume_from_checkpoint, self.model if model is None else model)
 
     def _load_best_model(self):
         self._use_averaged_weights()  # afterwards, the optimizer would take the loaded weights for its own

@@ -10,19 +10,22 @@ import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import transformers
 import trl
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from packaging.version import Version
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from trl import DPOTrainer, ModelConfig
 
 from trl_ulma.likelihood.scorer import bare_model
 
 # TRL before 1.3 loads a reference model even if precompute_ref_log_probs is set, and keeps it
 _LOADS_PRECOMPUTED = Version(trl.__version__) < Version("1.3")
+_LOADS_ALL_ADAPTERS = Version(transformers.__version__) >= Version("5.23")
 # TRL 1.7 has added the argument `quantization_config`; older ones read it from `model_init_kwargs`
 TAKES_QUANTIZATION = "quantization_config" in inspect.signature(DPOTrainer.__init__).parameters
 
@@ -69,6 +72,7 @@ def for_dpo_trainer(args: Any, model: Any, quantization_config: Any) -> tuple[An
     """
     theirs = copy.copy(args)
     theirs.padding_free = False
+    set_seed(args.seed)  # of a new adapter; TRL before 1.15 does not
     if TAKES_QUANTIZATION:
         return theirs, {"quantization_config": quantization_config}
     if not isinstance(model, str):
@@ -116,6 +120,20 @@ def loads_needless_reference(args: Any) -> bool:
     """
     is_fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
     return _LOADS_PRECOMPUTED and args.precompute_ref_log_probs and not is_fsdp
+
+
+def load_adapter_of(checkpoint: str, model: Any) -> None:
+    """Load the policy's adapter from a checkpoint that has a folder of its own for the reference's.
+
+    transformers, at least until 5.19, only loads the adapters in folders then, without a word. It can go when 5.23 is
+    the oldest, which loads both.
+    """
+    if _LOADS_ALL_ADAPTERS or not is_peft_model(model):
+        return
+    active = model.active_adapter
+    if active == "default" and Path(checkpoint, "adapter_model.safetensors").exists():
+        model.load_adapter(checkpoint, active, is_trainable=True)
+        model.set_adapter(active)
 
 
 def instance_forward(model: Any) -> Any:
