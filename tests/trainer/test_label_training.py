@@ -357,3 +357,30 @@ def test_a_wrong_transform_on_the_command_line_is_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "'threshhold' is not a transform; known are center" in line
     assert line.endswith("Did you mean threshold?")
+
+
+# Rows that are left out do not count
+
+
+@pytest.mark.parametrize("empty", ["", None])
+@pytest.mark.parametrize("transform", ["standardize", "center", "prompt_quantile"])
+def test_labels_of_invalid_rows_do_not_count_in_a_transform(tiny_gpt2, tmp_path, transform, empty):
+    rows = make_rows(6, label=[1.0, 2.0, 3.0, 4.0, 5.0, 55.0])
+    rows = Dataset.from_list([{**row, "prompt": "How are you?"} for row in rows])
+    broken = Dataset.from_list([*rows.select(range(5)), {**rows[5], "completion": empty}])
+    found = continuous(tiny_gpt2, broken, tmp_path / "dropped", transform, invalid_rows="drop")
+    right = continuous(tiny_gpt2, rows.select(range(5)), tmp_path / "right", transform)
+    assert found.train_dataset["label"][:] == right.train_dataset["label"][:]
+    with pytest.raises(ValueError, match="Row 5 of the train dataset: completion is"):
+        continuous(tiny_gpt2, broken, tmp_path / "refused", transform)
+
+
+@pytest.mark.parametrize("how", ["error", "drop"])
+def test_ratings_are_not_dropped_until_only_the_low_ones_are_left(tiny_gpt2, tmp_path, how):
+    rows = make_rows(6, label=[1.0, 2.0, 3.0, 4.0, 5.0, 1.0])
+    with pytest.raises(ValueError, match=r'(?s)Row 1 .*Most labels .* ratings .*label_type="continuous".* count as'):
+        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, invalid_rows=how)
+    few = make_rows(6, label=[1.0, 0.0, 1.0, 0.0, 0.0, 9.0])
+    with pytest.raises(ValueError, match='Fix these rows, or set invalid_rows="drop"'):
+        make_trainer(tiny_gpt2, few, tmp_path, pointwise=True)
+    assert len(make_trainer(tiny_gpt2, few, tmp_path, pointwise=True, invalid_rows="drop").train_dataset) == 5

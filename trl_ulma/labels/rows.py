@@ -21,6 +21,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 # How many invalid rows an error lists
 LISTED = 20
 _PROMPT_SHOWN = 60  # characters
+# The end of the error about a label outside [0, 1]
+_NOT_BINARY = 'Rescale it, or set label_type="continuous".'
 # Numbers with decimal commas, thousands separators or percent signs
 _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
 
@@ -119,12 +121,27 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
 
 
 def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> None:
-    """Raise a ValueError that lists all invalid rows and how to leave them out; do nothing if there are none."""
+    """Raise a ValueError that lists all invalid rows and what to do; do nothing if there are none."""
     if found:
-        raise ValueError(
-            list_invalid(found, total, where) + '\nFix these rows, or set invalid_rows="drop" (on the command line '
-            "--invalid_rows drop) to leave them out."
+        remedy = (
+            'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
+            if not look_like_ratings(found, total)
+            else 'Most labels are outside [0, 1], as ratings and scores are. Set label_type="continuous". Do not leave '
+            "these rows out: the low ratings would stay, and count as likes."
         )
+        raise ValueError(f"{list_invalid(found, total, where)}\n{remedy}")
+
+
+def look_like_ratings(found: Sequence[InvalidRow], total: int | None) -> bool:
+    """Return whether more than half of all rows are invalid because their labels would need label_type="continuous".
+
+    Example:
+        >>> rating = InvalidRow(f"Row 3: label is 5.0, outside [0, 1]. {_NOT_BINARY}", "label outside [0, 1]")
+        >>> look_like_ratings([rating], 1), look_like_ratings([rating], 2)
+        (True, False)
+    """
+    ratings = sum(each.message.endswith(_NOT_BINARY) for each in found)
+    return total is not None and 2 * ratings > total
 
 
 @dataclass(frozen=True)
@@ -201,6 +218,8 @@ def raw_labels(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Return the labels that `rules.transform` applies to, before it. The arguments are those of `read_labels`.
 
+    Rows that `invalid` already holds are left out.
+
     Returns:
         `(M,)` positions among the rows, `(M,)` labels, and `(M,)` trials if the transform reads them, else None.
 
@@ -218,7 +237,7 @@ def raw_labels(
     own, labels, trials = [], [], []
     found: dict[int, InvalidRow] = {}
     for i, row in enumerate(rows):
-        if types is not None and types[i] != rules.label_type:
+        if (types is not None and types[i] != rules.label_type) or (invalid is not None and i in invalid):
             continue
         at = f"Row {row} of the {where} dataset"
         try:
@@ -345,7 +364,7 @@ def _read_label(columns: Mapping[str, Sequence[Any]], i: int, at: str, rules: La
             'Rescale it, leave it empty, or add a column label_type with "continuous": the model was trained on binary '
             "labels."
             if rules.is_settled
-            else 'Rescale it, or set label_type="continuous".'
+            else _NOT_BINARY
         )
         raise InvalidRow(f"{at}: label is {label}{after}, outside [0, 1]. {remedy}", "label outside [0, 1]")
     if "sft_mask" in columns:

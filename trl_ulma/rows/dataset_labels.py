@@ -12,16 +12,19 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from trl_ulma.data.origins import located
+from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
     InvalidRow,
     LabelRules,
     check_columns,
+    check_texts,
     label_report,
     parse_transform,
     raw_labels,
     refuse_invalid,
     render_report,
     transform_labels,
+    unread,
 )
 from trl_ulma.losses import Terms, route
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards
@@ -36,7 +39,7 @@ _LABELS = ("label", "label_type")
 def with_transform(rules: LabelRules, label_transform: str | None, train_dataset: Any) -> LabelRules:
     """`rules` with the transform that the setting names, fitted on the raw rows of the training set.
 
-    Every row counts once, including rows that are left out later.
+    Every row counts once, including rows that are left out because of their length, but not rows that are invalid.
 
     Raises:
         ValueError: if the transform cannot be fitted, because the rows are a stream, are already prepared, or have no
@@ -63,7 +66,8 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
         return rules
     columns = _read(train_dataset, rules, "train")
     # Preparation raises an error for rows with invalid labels, or leaves them out
-    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid := {})
+    invalid = _invalid_texts(train_dataset, "train")
+    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid)
     if not len(own):
         refuse_invalid(located(invalid, train_dataset), len(train_dataset), "train")
         raise ValueError(
@@ -101,10 +105,13 @@ def transformed_labels(
 ) -> list[Any] | None:
     """The label of each raw row after the fitted transform. None if there is no transform.
 
-    Errors of rows without a label to transform are added to `invalid`. If it is None, such rows raise an error.
+    Errors of rows without a label to transform, or with an invalid prompt or completion, are added to `invalid`. If it
+    is None, rows without such a label raise an error.
     """
     if rules.transform is None:
         return None
+    if invalid is not None:
+        invalid |= _invalid_texts(dataset, name)
     columns = _read(dataset, rules, name)
     keys = prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
     return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid)
@@ -158,6 +165,28 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
             image_key(as_images(value, f"Row {row} of the {where} dataset")) for row, value in enumerate(raw)
         ]
     return found
+
+
+def _invalid_texts(dataset: Dataset, name: str) -> dict[int, InvalidRow]:
+    """The errors of rows with an invalid prompt or completion. Their labels must not count in a transform."""
+    rows = dataset
+    if dataset.format["type"] != "custom":
+        names = [column for column in ("prompt", "completion", UNREAD) if column in dataset.column_names]
+        rows = dataset.select_columns(names).with_format(None)
+    invalid: dict[int, InvalidRow] = {}
+    try:
+        for i, row in enumerate(rows):
+            at = f"Row {i} of the {name} dataset"
+            if row.get(UNREAD) is not None:
+                invalid[i] = unread(row[UNREAD], at)
+                continue
+            try:
+                check_texts(row["prompt"], row["completion"], at, takes_images=True)
+            except InvalidRow as error:
+                invalid[i] = error.at_prompt(row["prompt"])
+    except UnicodeDecodeError:  # preparation finds all of these rows
+        return {}
+    return invalid
 
 
 def prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from trl_ulma.data.origins import origin
-from trl_ulma.labels import LISTED, InvalidRow, list_invalid, one_class, refuse_invalid
+from trl_ulma.labels import LISTED, InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.rows.notes import note
 from trl_ulma.rows.rendering import PROMPT_FILLS
@@ -115,7 +115,7 @@ def kept_rows(
 
     Args:
         encoded: prepared rows with the columns `PASSING`.
-        invalid_rows: "error" or "drop".
+        invalid_rows: "error", or "drop", which is an error if most labels look like ratings but are read as binary.
         unreadable: errors of rows that could not be read and are not in `encoded`.
         raw: the raw rows, whose files and lines are shown for invalid rows.
 
@@ -130,7 +130,7 @@ def kept_rows(
         errors[place] = errors[place].at_origin(origin(raw, row))
     errors = [*unreadable, *errors]
     total = len(reasons) + len(unreadable)
-    if invalid_rows == "error":
+    if invalid_rows == "error" or look_like_ratings(errors, total):
         refuse_invalid(errors, total, name)
     is_kept = [reason is None and text is None for reason, text in zip(reasons, invalid, strict=True)]
     counts = Counter(r for r, text in zip(reasons, invalid, strict=True) if r is not None and text is None)
