@@ -169,8 +169,8 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
 
 def _invalid_texts(dataset: Dataset, name: str) -> dict[int, InvalidRow]:
     """The errors of rows with an invalid prompt or completion. Their labels must not count in a transform."""
-    rows = dataset
-    if dataset.format["type"] != "custom":
+    rows: Any = dataset
+    if dataset.format["type"] != "custom":  # otherwise a transform creates the rows when they are read
         names = [column for column in ("prompt", "completion", UNREAD) if column in dataset.column_names]
         rows = dataset.select_columns(names).with_format(None)
     invalid: dict[int, InvalidRow] = {}
