@@ -874,7 +874,8 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_adapter_of(resume_from_checkpoint, self.model if model is None else model)
+        if not self.is_fsdp_enabled:  # its checkpoints hold all adapters in one file
+            load_adapter_of(resume_from_checkpoint, self.model)
 
     def _load_best_model(self):
         self._use_averaged_weights()  # afterwards, the optimizer would take the loaded weights for its own

@@ -128,12 +128,12 @@ def load_adapter_of(checkpoint: str, model: Any) -> None:
     transformers, at least until 5.19, only loads the adapters in folders then, without a word. It can go when 5.23 is
     the oldest, which loads both.
     """
-    if _LOADS_ALL_ADAPTERS or not is_peft_model(model):
+    folder = Path(checkpoint)
+    if _LOADS_ALL_ADAPTERS or not is_peft_model(model) or not any(folder.glob("*/adapter_config.json")):
         return
-    active = model.active_adapter
-    if active == "default" and Path(checkpoint, "adapter_model.safetensors").exists():
-        model.load_adapter(checkpoint, active, is_trainable=True)
-        model.set_adapter(active)
+    if model.active_adapter == "default" and (folder / "adapter_model.safetensors").exists():
+        model.load_adapter(checkpoint, "default", is_trainable=True)
+        model.set_adapter("default")
 
 
 def instance_forward(model: Any) -> Any:

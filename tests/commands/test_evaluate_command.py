@@ -448,7 +448,8 @@ def test_a_full_model_is_compared_with_the_model_that_its_training_began_with(ti
     named = json.loads((tmp_path / "named" / "report.json").read_text())["models"]
     assert named[0]["changed"] == tuned["changed"]
     assert named[1]["perplexity"] == base["perplexity"]
-    assert facts["notes"] == []
+    (note,) = facts["notes"]
+    assert note.startswith("The train split is evaluated. Training may have seen these rows")
 
 
 def test_a_report_shows_a_few_answers_before_and_after_training(adapters, rows, tmp_path):
@@ -704,9 +705,10 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     capsys.readouterr()
     assert main([*argv, "--model", folders["harm"], "--model", folders["plain"]]) == 0
     notes = json.loads((tmp_path / "report.json").read_text())["notes"]
-    assert len(notes) == 2
+    assert len(notes) == 3
     assert notes[0].startswith(f"Labels are read as in the training of {folders['harm']}: continuous labels after")
-    assert notes[1].startswith(f"{folders['plain']} was trained on continuous labels as they are, and the rows here")
+    assert notes[1].startswith("The train split is evaluated")
+    assert notes[2].startswith(f"{folders['plain']} was trained on continuous labels as they are, and the rows here")
     assert "\n".join(notes) in capsys.readouterr().err
 
     # Pairs have labels of their own, and "none" is a transform, too

@@ -190,13 +190,14 @@ def test_a_changed_image_processor_is_another_one(tmp_path):
 @pytest.mark.parametrize("as_stream", [False, True])
 def test_prepared_rows_are_read_by_the_rules_of_the_trainer_that_gets_them(as_stream):
     tokenizer = make_tokenizer()
-    rated = prepared(tokenizer, [GOOD | {"label": label} for label in (2.0, -1.0, 0.5)], LabelRules("continuous"))
+    labels = (2.0, -1.0, 0.5, 0.25, 1.0)
+    rated = prepared(tokenizer, [GOOD | {"label": label} for label in labels], LabelRules("continuous"))
     rated = rated.to_iterable_dataset() if as_stream else rated
     with pytest.raises(ValueError) as error:
         list(prepared(tokenizer, rated))
     for row, label in ((0, 2.0), (1, -1.0)):
         assert f"Row {row} of the train dataset: label is {label}, outside [0, 1]." in str(error.value)
-    assert [row["label"] for row in prepared(tokenizer, rated, invalid_rows="drop")] == [0.5]
+    assert [row["label"] for row in prepared(tokenizer, rated, invalid_rows="drop")] == [0.5, 0.25, 1.0]
 
 
 @pytest.mark.parametrize(

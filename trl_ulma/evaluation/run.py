@@ -67,6 +67,10 @@ ENOUGH_PROMPTS = 200
 # Length limit in tokens of the few answers that are shown if no others are generated
 EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
+_MAYBE_SEEN = (
+    "The train split is evaluated. Training may have seen these rows, so the figures do not show what a model does on "
+    "new ones."
+)
 
 
 def run(args: Namespace) -> dict[str, Any]:
@@ -556,8 +560,10 @@ class _Run:
         return facts
 
     def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
-        """Note if the scale of the rewards is unknown, or another one than in training."""
+        """Note if training may have seen the rows, or if the scale of the rewards is unknown or another one there."""
         args = self.args
+        if saved is not None and self.split == "train" and _MAYBE_SEEN not in self.notes:
+            self._note(_MAYBE_SEEN)
         if has_log_z and saved is not None and isinstance(saved.log_z, str) and saved.log_z != "column":
             self._note(
                 f"{run} has its own log Z ({saved.log_z}), but the column log_z of the rows is used. Remove the column "

@@ -58,7 +58,6 @@ def label_report(
         class_weights: the settings `desirable_weight` and `undesirable_weight`.
         raw: `(N,)` labels before the label transform, NaN for rows that are not transformed; None without a transform.
         transform: the fitted transform, such as "threshold:4".
-
         groups_lengths: whether the rows of a step have similar lengths.
 
     Returns:

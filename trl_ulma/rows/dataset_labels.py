@@ -105,12 +105,12 @@ def transformed_labels(
 ) -> list[Any] | None:
     """The label of each raw row after the fitted transform. None if there is no transform.
 
-    Errors of rows without a label to transform, or with an invalid prompt or completion, are added to `invalid`. If it
-    is None, rows without such a label raise an error.
+    Errors of rows without a label to transform are added to `invalid`, and if the transform compares the answers to a
+    prompt, also those of rows with an invalid prompt or completion. If it is None, rows without a label raise an error.
     """
     if rules.transform is None:
         return None
-    if invalid is not None:
+    if invalid is not None and rules.transform.needs_prompts:
         invalid |= _invalid_texts(dataset, name)
     columns = _read(dataset, rules, name)
     keys = prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
@@ -181,9 +181,9 @@ def _invalid_texts(dataset: Dataset, name: str) -> dict[int, InvalidRow]:
                 invalid[i] = unread(row[UNREAD], at)
                 continue
             try:
-                check_texts(row["prompt"], row["completion"], at, takes_images=True)
+                check_texts(row.get("prompt"), row.get("completion"), at, takes_images=True)
             except InvalidRow as error:
-                invalid[i] = error.at_prompt(row["prompt"])
+                invalid[i] = error.at_prompt(row.get("prompt"))
     except UnicodeDecodeError:  # preparation finds all of these rows
         return {}
     return invalid
