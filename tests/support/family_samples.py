@@ -114,6 +114,63 @@ def stack_exchange_paired(i):
     return {"question": f"An egg {i}?", "response_j": "Boil it.", "response_k": "Dunno.", **about}
 
 
+def _turn(i, role, content, parent, **more):
+    return {
+        "id": f"{i}-{role}", "parentId": parent, "childrenIds": [], "role": role, "content": content,
+        "timestamp": 1704067200, **more,
+    }  # fmt: skip
+
+
+def open_webui(i):
+    """Messages are keyed by ids of their own in every row, and the branch that is not rated is in the snapshot, too."""
+    other = _turn(i, "assistant", "No", f"{i}-user") | {"id": f"{i}-other"}
+    answer = _turn(i, "assistant", "Yes", f"{i}-user", model="llama3", done=True, annotation={"rating": 1})
+    messages = {each["id"]: each for each in (_turn(i, "user", f"{i}?", None, models=["llama3"]), other, answer)}
+    chat = {"title": "Talk", "models": ["llama3"], "history": {"messages": messages, "currentId": answer["id"]}}
+    details = {"details": {"rating": i % 10 + 1}}
+    return {
+        "id": str(i), "user_id": "u", "version": 0, "type": "rating",
+        "data": {"rating": 1 if i % 2 else -1, "model_id": "llama3", "sibling_model_ids": None, "tags": []} | details,
+        "meta": {"model_id": "llama3", "message_id": answer["id"], "message_index": 2, "chat_id": f"c{i}"},
+        "snapshot": {"chat": {"id": f"c{i}", "title": "Talk", "chat": chat, "archived": False}},
+        "created_at": 1704067200,
+    }  # fmt: skip
+
+
+def langfuse(i):
+    request = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"{i}?"}]
+    reply = {"role": "assistant", "content": "Yes", "refusal": None, "annotations": []}
+    about = {"id": str(i), "timestamp": "2026-01-01T00:00:00Z", "name": "chat", "tags": ["web"], "latency": 0.5}
+    return {**about, "input": request, "output": reply, "metadata": {"a": [1]}, "user-feedback": [i % 2]}
+
+
+def langsmith(i):
+    def message(kind, content):
+        made = {"content": content, "additional_kwargs": {}, "response_metadata": {}}
+        return {"lc": 1, "type": "constructor", "id": ["langchain", "schema", "messages", kind], "kwargs": made}
+
+    replies = {"generations": [[{"text": "Yes", "type": "ChatGeneration", "message": message("AIMessage", "Yes")}]]}
+    stats = {"user_score": {"n": 4, "avg": i % 5 / 4, "stdev": 0.0}}
+    request = {"messages": [[message("SystemMessage", "Be kind."), message("HumanMessage", f"{i}?")]]}
+    about = {"id": str(i), "name": "ChatOpenAI", "run_type": "llm", "error": None}
+    return {**about, "inputs": request, "outputs": replies, "feedback_stats": stats}
+
+
+def label_studio(i):
+    result = {"id": "r", "from_name": "quality", "to_name": "answer", "type": "rating", "value": {"rating": i % 2}}
+    about = {"id": 1, "completed_by": 1, "was_cancelled": False, "ground_truth": False, "lead_time": 4.2}
+    task = {"id": i, "data": {"prompt": f"{i}?", "answer": "Yes", "model_number": 3}, "predictions": [], "project": 1}
+    return {**task, "annotations": [{**about, "result": [result]}]}
+
+
+def gemini(i):
+    def turn(role, text):
+        return {"role": role, "parts": [{"text": text}]}
+
+    scored = [{"score": score, "completion": turn("model", text)} for score, text in ((1.0, "Yes"), (0.0, "No"))]
+    return {"contents": [turn("user", f"{i}?")], "completions": scored, "systemInstruction": turn("system", "Be kind.")}
+
+
 SAMPLES = {
     "kto": lambda i: {"prompt": _messages(i)[:1], "completion": _messages(i)[1:], "label": i % 2 == 0},
     "messages": lambda i: {"messages": _messages(i), "label": i % 2},
@@ -136,4 +193,21 @@ SAMPLES = {
     "webgpt": webgpt,
     "tldr": tldr,
     "stack-exchange-paired": stack_exchange_paired,
+    "helpsteer3": lambda i: {
+        "domain": "general", "language": "english", "context": _messages(i)[:1], "response1": "Yes", "response2": "No",
+        "overall_preference": i % 7 - 3, "individual_preference": [{"score": -1, "reasoning": "So.", "feedback": ""}],
+    },
+    "distilabel": lambda i: {
+        "instruction": f"{i}?", "generations": ["Yes", "No"], "ratings": [5, i % 5], "generation_models": ["a", "b"],
+        "rationales": ["So.", "So."], "model_name": "judge",
+    },
+    "openai": lambda i: {
+        "input": {"messages": _messages(i)[:1], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": _messages(i)[1:], "non_preferred_output": _messages(i, "No")[1:],
+    },
+    "gemini": gemini,
+    "open-webui": open_webui,
+    "langfuse": langfuse,
+    "langsmith": langsmith,
+    "label-studio": label_studio,
 }  # fmt: skip

@@ -35,7 +35,8 @@ def outcomes(family, *raw, **options):
 
 
 def labels(family, *raw, **options):
-    return [each["label"] if isinstance(each, dict) else each.why for each in find(family).read(raw, **options)]
+    found = (each for each in find(family).read(raw, **options) if not isinstance(each, Noted))
+    return [each["label"] if isinstance(each, dict) else each.why for each in found]
 
 
 @pytest.mark.parametrize("family", SAMPLES)

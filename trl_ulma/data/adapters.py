@@ -5,12 +5,13 @@ help, the checks and the report use these. The generator yields a `row` for each
 `LeftOut` for each other answer, so that every answer is accounted for.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from trl_ulma.data.columns import number
+from trl_ulma.data.columns import Names, number
 
 # name: (location of its Adapter, description of the data)
 FAMILIES = {
@@ -52,6 +53,17 @@ FAMILIES = {
         "trl_ulma.data.stack_exchange_paired:STACK_EXCHANGE_PAIRED",
         "`question`, the better `response_j` and the worse `response_k`",
     ),
+    "helpsteer3": ("trl_ulma.data.helpsteer3:HELPSTEER3", "HelpSteer3: two responses and a preference, −3 to 3"),
+    "distilabel": ("trl_ulma.data.distilabel:DISTILABEL", "distilabel: rated `generations` of an `instruction`"),
+    "openai": ("trl_ulma.data.openai_preferences:OPENAI", "OpenAI's preferences: `preferred_output` and the other"),
+    "gemini": ("trl_ulma.data.gemini:GEMINI", "Gemini's preferences: `contents` and `completions` with a `score`"),
+    "open-webui": ("trl_ulma.data.open_webui:OPEN_WEBUI", "Open WebUI's export of feedback: thumbs, or ratings to 10"),
+    "langfuse": ("trl_ulma.data.langfuse:LANGFUSE", "Langfuse's export of traces or observations with scores"),
+    "langsmith": ("trl_ulma.data.langsmith:LANGSMITH", "LangSmith's runs with `feedback_stats`"),
+    "label-studio": (
+        "trl_ulma.data.label_studio:LABEL_STUDIO",
+        "Label Studio's JSON export: ratings, choices, comparisons, written answers",
+    ),
 }
 
 
@@ -89,12 +101,14 @@ class Adapter:
         needs: the supported layouts, each as the columns that it needs.
         refuses: columns that show that the data is of another family.
         options: command-line flag → the arguments of argparse's `add_argument`.
+        maps_labels: whether `read` takes `label_map`, label → number, because its labels are not in a column `label`.
     """
 
     read: Callable[..., Iterator[Outcome]]
     needs: tuple[tuple[str, ...], ...]
     refuses: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    maps_labels: bool = False
 
     def reads(self, columns: Any) -> bool:
         """Whether a dataset with these columns is of this family.
@@ -163,7 +177,15 @@ def as_bool(value: Any) -> bool | None:
     return bool(found) if isinstance(found, bool | int | float) and found in (0, 1) else None
 
 
-def labeled(prompt: Any, completion: Any, label: Any, *, label_type: str = "binary", liked: bool = False) -> "Outcome":
+def labeled(
+    prompt: Any,
+    completion: Any,
+    label: Any,
+    *,
+    label_type: str = "binary",
+    liked: bool = False,
+    label_map: Mapping[str, Any] | None = None,
+) -> "Outcome":
     """A pointwise row with the label of the data, or the reason why there is none.
 
     Args:
@@ -172,13 +194,21 @@ def labeled(prompt: Any, completion: Any, label: Any, *, label_type: str = "bina
         label: a number or a bool.
         label_type: the type of the label. Answers with the binary label 1 are demonstrations.
         liked: answers with the binary label 1 are not demonstrations.
+        label_map: label, as text → number.
 
     Example:
         >>> labeled("Hi", "Hello!", "up")
         LeftOut(why='its label is not a number')
+        >>> labeled("Hi", "Hello!", "Up", label_map={"up": 1})["label"]
+        1.0
     """
     from trl_ulma.data.conversations import as_messages  # imported here, because it imports labels
 
+    if label_map:
+        unknown: Counter = Counter()
+        label = Names(label_map=label_map).label(label, unknown)
+        if unknown:
+            return LeftOut(f"its label is {next(iter(unknown))!r}, which label_map does not contain")
     value = as_number(label)
     if value is None:
         truth = as_bool(label)

@@ -35,13 +35,20 @@ def messages(
         yield labeled(prompt, completion, raw["label"], label_type=label_type, liked=liked)
 
 
-def turns(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
+def turns(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    label_type: str = "binary",
+    liked: bool = False,
+    label_map: Mapping[str, Any] | None = None,
+) -> Iterator[Outcome]:
     """One row per assistant turn. Its prompt consists of all previous turns. Turns without a label are left out.
 
     Args:
         rows: `messages`. Each assistant turn has a `label` in addition to its `content`.
         label_type: the type of the labels. Answers with the binary label 1 are demonstrations.
         liked: answers with the binary label 1 are not demonstrations.
+        label_map: label, as text → number.
 
     Example:
         >>> first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go.", "label": 0}]
@@ -63,8 +70,11 @@ def turns(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", like
             if label is None:
                 yield LeftOut(NO_LABEL)
                 continue
-            yield labeled(plain[:place], plain[place : place + 1], label, label_type=label_type, liked=liked)
+            answer = plain[place : place + 1]
+            yield labeled(plain[:place], answer, label, label_type=label_type, liked=liked, label_map=label_map)
 
 
 MESSAGES = Adapter(messages, needs=(("messages", "label"),), refuses=("chosen", "rejected"), options=LABELED)
-TURNS = Adapter(turns, needs=(("messages",),), refuses=("label", "chosen", "rejected"), options=LABELED)
+TURNS = Adapter(
+    turns, needs=(("messages",),), refuses=("label", "chosen", "rejected"), options=LABELED, maps_labels=True
+)

@@ -1,12 +1,20 @@
 """TRL's stepwise supervision: a label for each step of an answer."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number
+from trl_ulma.data.columns import Names
 
 
-def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked: bool = False) -> Iterator[Outcome]:
+def stepwise(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    separator: str = "\n",
+    liked: bool = False,
+    label_map: Mapping[str, Any] | None = None,
+) -> Iterator[Outcome]:
     r"""One row of text per step. Its prompt is the question and the previous steps, each followed by the separator.
 
     As in TRL's `PRMTrainer`, a step includes the separator after it. Only the last step ends the answer, so the others
@@ -16,13 +24,14 @@ def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked:
         rows: `prompt`, `completions` (the steps) and `labels` from 0 to 1, one per step.
         separator: the text after the question and after each step but the last.
         liked: steps with label 1 are not demonstrations.
+        label_map: label, as text → number.
 
     Example:
         >>> raw = {"prompt": "2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 8."], "labels": [True, False]}
         >>> [(row["prompt"], row["completion"], row["label"]) for row in stepwise([raw])]
         [('2 + 3 + 4?\n', '2 + 3 = 5.\n', 1.0), ('2 + 3 + 4?\n2 + 3 = 5.\n', '5 + 4 = 8.', 0.0)]
     """
-    separator = separator.replace("\\n", "\n")
+    separator, names = separator.replace("\\n", "\n"), Names(label_map=label_map or {})
     for raw in rows:
         steps, labels = raw["completions"], raw["labels"]
         if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
@@ -37,6 +46,7 @@ def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked:
             prompt += separator
             steps = [step + separator for step in steps[:-1]] + steps[-1:]
         for place, (step, label) in enumerate(zip(steps, labels, strict=True), start=1):
+            label = names.label(label, Counter())
             value = float(label) if isinstance(label, bool) else as_number(label)
             if not is_text:
                 yield LeftOut("its question or one of its steps is not text")
@@ -57,6 +67,7 @@ def stepwise(rows: Iterable[Mapping[str, Any]], *, separator: str = "\n", liked:
 
 STEPWISE = Adapter(
     stepwise,
+    maps_labels=True,
     needs=(("prompt", "completions", "labels"),),
     options=LIKED
     | {

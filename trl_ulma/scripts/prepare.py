@@ -192,7 +192,8 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
     try:
         for file in written:
             parts[file] = _part(file, args.overwrite)
-        raw, split = _read(args)
+        maps_labels = find(family).maps_labels
+        raw, split = _read(args, maps_labels=not maps_labels)
         if family == "pairs":  # whose question may be in a column that is not read
             from trl_ulma.data.files import check_splits
 
@@ -205,6 +206,10 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
         from trl_ulma.data.summary import summarize
 
         options = {flag.lstrip("-"): getattr(args, flag.lstrip("-")) for flag in find(family).options}
+        if maps_labels:
+            from trl_ulma.data.columns import Names
+
+            options["label_map"] = dict(Names.of(None, args.label_map).label_map)
         rows, account = convert(family, raw, alternating=args.alternating, **options)
         splits = _split(rows, files, args)
         facts = {
@@ -289,8 +294,8 @@ def _part(file: Path, overwrite: bool) -> Path:
     return part
 
 
-def _read(args: argparse.Namespace) -> tuple[Any, str]:
-    """(the raw rows, which split they are)."""
+def _read(args: argparse.Namespace, *, maps_labels: bool = True) -> tuple[Any, str]:
+    """(the raw rows, which split they are). Unless `maps_labels`, the family itself applies the label map."""
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
@@ -303,7 +308,7 @@ def _read(args: argparse.Namespace) -> tuple[Any, str]:
             args.input,
             config=args.config,
             columns=args.columns,
-            label_map=args.label_map,
+            label_map=args.label_map if maps_labels else None,
             invalid_rows="mark" if args.invalid_rows == "drop" else "error",
         )
     except DatasetGenerationError as problem:

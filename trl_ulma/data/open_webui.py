@@ -1,0 +1,117 @@
+"""Open WebUI: exported feedback, with a snapshot of the conversation."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, as_number, labeled
+
+KINDS = ("thumbs", "rating")
+_REASONING = re.compile(r'<details type="reasoning".*?</details>\s*', re.DOTALL)
+_OTHER_DETAILS = re.compile(r'<details type="(\w+)"')
+
+
+def open_webui(
+    rows: Iterable[Mapping[str, Any]], *, feedback: str = "thumbs", liked: bool = False
+) -> Iterator[Outcome]:
+    """One row per feedback. The prompt is the branch of the conversation that leads to the rated answer.
+
+    Args:
+        rows: `data` (with `rating`, and its `details`), `meta` (with `message_id`) and `snapshot`.
+        feedback: "thumbs" has binary labels: 1 for a thumb up, 0 for a thumb down. "rating" has the rating from 1 to 10
+            as a continuous label.
+        liked: answers with a thumb up are not demonstrations.
+
+    Example:
+        >>> messages = {"a": {"role": "user", "content": "Hi", "parentId": None}}
+        >>> messages["b"] = {"role": "assistant", "content": "Hello!", "parentId": "a"}
+        >>> raw = {"data": {"rating": 1}, "meta": {"message_id": "b"}}
+        >>> [outcome] = open_webui([raw | {"snapshot": {"chat": {"chat": {"history": {"messages": messages}}}}}])
+        >>> outcome["prompt"], outcome["label"]
+        ([{'role': 'user', 'content': 'Hi'}], 1.0)
+    """
+    if feedback not in KINDS:
+        raise ValueError(f"feedback is {feedback!r}; it must be one of {KINDS}.")
+    for raw in rows:
+        try:
+            turns, notes = _branch(raw)
+        except ValueError as error:
+            yield LeftOut(str(error))
+            continue
+        yield from notes
+        data = raw.get("data")
+        data = data if isinstance(data, Mapping) else {}
+        if feedback == "thumbs":
+            thumb = as_number(data.get("rating"))
+            label = None if thumb is None else 0.5 + 0.5 * ((thumb > 0) - (thumb < 0))
+        else:
+            found = [each["rating"] for each in (data.get("details"), raw.get("details")) if _has(each, "rating")]
+            label = found[0] if found else None
+        if label is None:
+            yield LeftOut("it has no rating" if feedback == "rating" else "it has no thumb")
+            continue
+        kind = "binary" if feedback == "thumbs" else "continuous"
+        yield labeled(turns[:-1], turns[-1:], label, label_type=kind, liked=liked)
+
+
+def _has(value: Any, key: str) -> bool:
+    return isinstance(value, Mapping) and value.get(key) is not None
+
+
+def _branch(raw: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Noted]]:
+    """The turns up to the rated answer, and findings."""
+    meta, snapshot = raw.get("meta"), raw.get("snapshot")
+    if not _has(meta, "message_id") or not isinstance(snapshot, Mapping):
+        raise ValueError("it has no message_id or no snapshot of the conversation")
+    message_id = meta["message_id"]  # type: ignore[index] # `_has` is true
+    chats, messages = [snapshot], None
+    while _has(chats[-1], "chat"):
+        chats.append(chats[-1]["chat"])
+    for chat in chats:
+        if _has(chat, "history") and _has(chat["history"], "messages"):
+            messages = chat["history"]["messages"]
+    if isinstance(messages, list):
+        messages = {each.get("id"): each for each in messages if isinstance(each, Mapping)}
+    if not isinstance(messages, Mapping) or not _has(messages, message_id):
+        raise ValueError("its snapshot does not contain the rated message")
+    turns, notes, at, seen = [], [], message_id, set()
+    while at is not None:
+        message = messages.get(at)
+        if not isinstance(message, Mapping) or at in seen:
+            raise ValueError("its snapshot does not contain all messages before the rated one")
+        seen.add(at)
+        content, role = message.get("content"), message.get("role")
+        if message.get("files"):
+            raise ValueError("one of its turns has files, whose content is not in the export")
+        if not isinstance(content, str):
+            raise ValueError("one of its turns is not text")
+        if role == "assistant":
+            if _REASONING.search(content):
+                content = _REASONING.sub("", content)
+                notes.append(Noted("the reasoning in one of its turns is removed"))
+            if found := _OTHER_DETAILS.search(content):
+                raise ValueError(f"one of its turns contains {found[1]}")
+            if message.get("sources"):
+                notes.append(Noted("one of its answers used documents, which the prompt does not contain"))
+        turns.append({"role": role, "content": content})
+        at = message.get("parentId")
+    system = [chat["params"]["system"] for chat in chats if _has(chat, "params") and _has(chat["params"], "system")]
+    if system and system[-1]:
+        turns.append({"role": "system", "content": system[-1]})
+    if turns[0]["role"] != "assistant":
+        raise ValueError("the rated message is not an answer")
+    return turns[::-1], notes
+
+
+OPEN_WEBUI = Adapter(
+    open_webui,
+    needs=(("data", "meta", "snapshot"),),
+    options=LIKED
+    | {
+        "--feedback": {
+            "choices": KINDS,
+            "default": "thumbs",
+            "help": "thumbs gives binary labels, rating gives the rating from 1 to 10 (default: %(default)s)",
+        }
+    },
+)
