@@ -284,3 +284,10 @@ def test_an_export_in_csv(tmp_path, capsys):
     [row, *others] = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(others) == 19
     assert row["prompt"] == [{"role": "user", "content": "0?"}]
+
+
+def test_a_reply_of_an_api_as_a_file_says_where_its_rows_are(tmp_path, capsys):
+    (tmp_path / "reply.json").write_text(json.dumps({"data": [trace(helpful=[1])] * 3, "meta": {"page": 1}}))
+    command = ["langfuse", "--input", str(tmp_path / "reply.json"), "--output", str(tmp_path / "rows.jsonl")]
+    assert main(command) == 1
+    assert "whose `data` is a list of 3 objects. If they are the rows, write this list" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from trl_ulma.data.adapters import FAMILIES, Adapter, LeftOut, Noted, find, is_number
-from trl_ulma.data.readable import proposed
+from trl_ulma.data.readable import proposed, whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import is_empty
@@ -97,7 +97,7 @@ def convert(
     first = next(stream, None)
     if first is None:
         raise ValueError("The dataset contains no rows. Pass at least one row.")
-    _check_columns(family, adapter, first)
+    _check_columns(family, adapter, first, stream)
 
     def counted() -> Iterator[Mapping[str, Any]]:
         for raw in chain([first], stream):
@@ -160,20 +160,23 @@ def reasons(account: Account) -> str:
     return "; ".join(said)
 
 
-def _check_columns(family: str, adapter: Adapter, first: Mapping[str, Any]) -> None:
+def _check_columns(family: str, adapter: Adapter, first: Mapping[str, Any], others: Iterator[Any]) -> None:
     columns = list(first)
     if adapter.reads(columns):
         return
     refused = [name for name in adapter.refuses if name in columns]
     needed = " or ".join(", ".join(layout) for layout in adapter.needs)
     fault = f"not have the column {refused[0]}" if refused else f"have the columns {needed}"
-    others = [name for name in FAMILIES if name != family and find(name).reads(columns)]
+    looks = [name for name in FAMILIES if name != family and find(name).reads(columns)]
     likely = proposed({name: [value] for name, value in first.items()})
-    hint = f" It looks like {' or '.join(others)}." if others else ""
+    hint = f" It looks like {' or '.join(looks)}." if looks else ""
     if {"prompt", "completion", "label"} <= set(columns):
         hint = " These are already pointwise rows. Train on them directly."
     elif not refused and any(set(layout) <= {*likely, *columns} for layout in adapter.needs):
         hint = f" Did you mean --columns {','.join(f'{ours}={theirs}' for ours, theirs in likely.items())}"
+    whole = whole_file({name: [value] for name, value in first.items()}) if next(others, None) is None else None
+    if whole is not None and not hint:
+        hint = f" It has only one row, {whole}"
     raise ValueError(f"{family} data must {fault}; found {', '.join(columns)}.{hint}")
 
 

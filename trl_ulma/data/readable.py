@@ -115,7 +115,7 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
     missing = [name for name in needed if name not in names]
     families = _families(columns) if missing else []
     is_nested = any(isinstance(label, list | Mapping) for label in columns.get("label", ()))
-    whole = _whole_file(columns) if (missing and not families) or is_nested else None
+    whole = whole_file(columns) if (missing and not families) or is_nested else None
     if whole is not None:
         raise ValueError(f"{where} has only one row, {whole}")
     if missing:
@@ -220,11 +220,11 @@ def _quoted(text: str) -> str:
     return shlex.quote(text) if set(text) & set('\\$`"!') else f'"{text}"'
 
 
-def _whole_file(columns: Mapping[str, Sequence[Any]]) -> str | None:
+def whole_file(columns: Mapping[str, Sequence[Any]]) -> str | None:
     """How to write a file whose only object holds all rows. None if it does not look so.
 
     Example:
-        >>> _whole_file({"data": [[{"prompt": "Hi"}, {"prompt": "Ho"}]]})
+        >>> whole_file({"data": [[{"prompt": "Hi"}, {"prompt": "Ho"}]]})
         'whose `data` is a list of 2 objects. If they are the rows, write this list as the file: jq .data FILE'
     """
     if any(len(values) != 1 for values in columns.values()):
