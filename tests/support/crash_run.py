@@ -35,13 +35,14 @@ from trl import DPOTrainer
 import trl_ulma.checkpoints
 from trl_ulma import ULMAConfig, ULMATrainer
 from trl_ulma.likelihood.reference import Reference
-from trl_ulma.rows.preparation import Preparation, _Encode
+from trl_ulma.rows.batches import RawBatches
+from trl_ulma.rows.preparation import Preparation
 
 PHASES = ("preparing", "precomputing", "step", "saving")
 ONCE = ("preparing", "precomputing")
 
 CALLS = (
-    (_Encode, "__call__"),
+    (RawBatches, "__call__"),
     (Preparation, "__call__"),
     (ULMATrainer, "get_batch_samples"),
     (Reference, "logps"),

@@ -14,7 +14,7 @@ from vlm import StillsProcessor, make_llava
 from world import make_rows, make_trainer
 
 from trl_ulma.labels import LabelRules, parse_transform
-from trl_ulma.rows import preparation
+from trl_ulma.rows import batches, identity
 from trl_ulma.rows.dataset_labels import with_transform
 from trl_ulma.rows.notes import left_out_of
 from trl_ulma.rows.preparation import Preparation
@@ -37,12 +37,12 @@ def prepared(tokenizer: Any, rows: Any, rules: LabelRules = BINARY, **how: Any) 
 def test_a_vocabulary_is_its_tokens_in_order_or_with_their_ids():
     tokenizer = make_tokenizer()
     pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
-    assert preparation._tokens_of(tokenizer) == [token for _, token in pairs]
+    assert identity._tokens_of(tokenizer) == [token for _, token in pairs]
     byt5 = ByT5Tokenizer()  # not fast
-    assert preparation._tokens_of(byt5)[:4] == ["<pad>", "</s>", "<unk>", "\x00"]
+    assert identity._tokens_of(byt5)[:4] == ["<pad>", "</s>", "<unk>", "\x00"]
 
     with_gap = Tokenizer(models.WordLevel({"a": 0, "b": 3}))
-    assert preparation._tokens_of(PreTrainedTokenizerFast(tokenizer_object=with_gap)) == [(0, "a"), (3, "b")]
+    assert identity._tokens_of(PreTrainedTokenizerFast(tokenizer_object=with_gap)) == [(0, "a"), (3, "b")]
 
 
 # Caches
@@ -139,26 +139,26 @@ def test_nothing_is_prepared_twice(on_disk, monkeypatch):
     def fails(self, *args):
         raise AssertionError("prepared again")
 
-    monkeypatch.setattr(preparation._Encode, "__call__", fails)
+    monkeypatch.setattr(batches.RawBatches, "__call__", fails)
     assert list(prepared(tokenizer, on_disk())) == first
 
 
 def test_a_template_that_prints_the_date_is_cached_for_a_day(monkeypatch):
     how = Preparation(make_tokenizer("{{ strftime_now('%d %B') }}" + CHAT_TEMPLATE), BINARY)
-    today = how._key()
-    assert how._key() == today
+    today = identity.cache_key(how)
+    assert identity.cache_key(how) == today
 
-    class Tomorrow(preparation.datetime.date):
+    class Tomorrow(identity.datetime.date):
         @classmethod
         def today(cls):
             return cls(2099, 1, 1)
 
-    monkeypatch.setattr(preparation.datetime, "date", Tomorrow)
-    assert how._key() != today
+    monkeypatch.setattr(identity.datetime, "date", Tomorrow)
+    assert identity.cache_key(how) != today
     plain = Preparation(make_tokenizer(CHAT_TEMPLATE), BINARY)
-    key = plain._key()
+    key = identity.cache_key(plain)
     monkeypatch.undo()
-    assert plain._key() == key
+    assert identity.cache_key(plain) == key
 
 
 @pytest.mark.parametrize("attribute", ["patch_size", "num_additional_image_tokens", "image_token"])
@@ -167,10 +167,10 @@ def test_a_changed_processor_is_another_one(tmp_path, attribute):
 
     make_llava(str(tmp_path))
     how = Preparation(AutoProcessor.from_pretrained(tmp_path), BINARY)
-    key = how._key()
-    assert how._key() == key
+    key = identity.cache_key(how)
+    assert identity.cache_key(how) == key
     setattr(how.processing_class, attribute, "<|user|>" if attribute == "image_token" else 2)
-    assert how._key() != key
+    assert identity.cache_key(how) != key
 
 
 def test_a_changed_image_processor_is_another_one(tmp_path):
@@ -178,9 +178,9 @@ def test_a_changed_image_processor_is_another_one(tmp_path):
 
     make_llava(str(tmp_path))
     how = Preparation(AutoProcessor.from_pretrained(tmp_path), BINARY)
-    key = how._key()
+    key = identity.cache_key(how)
     how.processing_class.image_processor.size = {"shortest_edge": 16}
-    assert how._key() != key
+    assert identity.cache_key(how) != key
     assert StillsProcessor is not type(how.processing_class)
 
 

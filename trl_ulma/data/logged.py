@@ -68,8 +68,8 @@ def logged(
                 yield Noted(f"its {what} is the text of `{texts[0]}`")
         label = values[0]
         if len(values) > 1:
-            read = [_number(names, value) for value in values]
-            if None in read:
+            read = [number for value in values if (number := _number(names, value)) is not None]
+            if len(read) < len(values):
                 yield LeftOut("one of its scores is not a number")
                 continue
             label = fmean(read)

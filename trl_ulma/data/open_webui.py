@@ -45,13 +45,16 @@ def open_webui(
             thumb = as_number(data.get("rating"))
             label = None if thumb is None else 0.5 + 0.5 * ((thumb > 0) - (thumb < 0))
         else:
-            found = [each["rating"] for each in (data.get("details"), raw.get("details")) if _has(each, "rating")]
-            label = found[0] if found else None
+            label = next((each["rating"] for each in _rated(data.get("details"), raw.get("details"))), None)
         if label is None:
             yield LeftOut("it has no rating" if feedback == "rating" else "it has no thumb")
             continue
         kind = "binary" if feedback == "thumbs" else "continuous"
         yield labeled(turns[:-1], turns[-1:], label, label_type=kind, liked=liked)
+
+
+def _rated(*values: Any) -> list[Mapping[str, Any]]:
+    return [value for value in values if isinstance(value, Mapping) and value.get("rating") is not None]
 
 
 def _has(value: Any, key: str) -> bool:

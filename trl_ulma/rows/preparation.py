@@ -3,13 +3,8 @@
 # In the type hints of transformers, a tokenizer's tokens and backend have many types
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
-import datetime
-import hashlib
-import json
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import chain, islice
 from typing import Any
 
@@ -17,50 +12,36 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
-from torch.utils.data import get_worker_info
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from trl_ulma.data.conversations import as_chat
 from trl_ulma.data.origins import StreamOrigins, located, places_of
-from trl_ulma.data.pairs import pairs_to_rows
-from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     InvalidRow,
     LabelRules,
     check_columns,
-    check_texts,
-    is_empty,
     is_messages,
     list_invalid,
-    read_labels,
     refuse_invalid,
     shown,
-    transform_labels,
-    unread,
 )
-from trl_ulma.rows.chat import becomes_chat, check_chat, with_system_message
+from trl_ulma.rows.batches import PreparedBatches, RawBatches
+from trl_ulma.rows.chat import becomes_chat, check_chat
 from trl_ulma.rows.dataset_labels import check_pairs, check_stream, transformed_labels
-from trl_ulma.rows.dropped import INVALID_ROWS, check_stream_has_rows, kept_of, kept_rows, packed
+from trl_ulma.rows.dropped import INVALID_ROWS, check_stream_has_rows, kept_rows
+from trl_ulma.rows.identity import cache_key, token_rules
 from trl_ulma.rows.images import (
     ImageTokens,
-    as_images,
     check_mode,
-    check_stray,
     first_row,
     image_column,
-    image_key,
-    undecoded,
 )
 from trl_ulma.rows.notes import note, noted
-from trl_ulma.rows.rendering import Encoder, Rendered, Tokenized, processor_of, tokenizer_of
+from trl_ulma.rows.rendering import Encoder, processor_of, tokenizer_of
 from trl_ulma.rows.token_ids import check_token_ids, faults_of, token_faults
 
 logger = logging.get_logger(__name__)
-
-SAME_ANSWERS = "chosen and rejected are the same"
 
 _TYPES = {
     "prompt_ids": List(Value("int32")),
@@ -88,7 +69,6 @@ _PASSING = {
     "unasked": Value("bool"),
 }
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
-_READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "eos", "image", "images", *OPTIONAL_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -238,7 +218,9 @@ class Preparation:
         )
         processor = encoder.processor
         image_tokens = None if images is None or processor is None else ImageTokens(processor)
-        encode = _Encode(self, encoder, name, paired, tuple(names), images, image_tokens, is_made_chat, numbers=numbers)
+        encode = RawBatches(
+            self, encoder, name, paired, tuple(names), images, image_tokens, is_made_chat, numbers=numbers
+        )
         optional = [c for c in OPTIONAL_COLUMNS if c in names and not (paired and c == "label_type")]
         kept = ["prompt_ids", "completion_ids", "label", "sft_mask", *(c for c in optional if c != "sft_mask")]
         if not is_text and self.assistant_only_loss:
@@ -249,7 +231,7 @@ class Preparation:
             "names_demonstrations": "sft_mask" in names,
             "is_for_training": self.is_for_training,
             "is_chat": not is_text,
-            "tokens": self._token_rules(is_text),
+            "tokens": token_rules(self, is_text),
         }
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)
@@ -276,7 +258,7 @@ class Preparation:
             features=Features({**features, **_PASSING}),
             num_proc=num_proc,
             desc=f"Tokenizing {name} dataset",
-            new_fingerprint=Hasher.hash((raw._fingerprint, name, self._key())),
+            new_fingerprint=Hasher.hash((raw._fingerprint, name, cache_key(self))),
         )
         note(encoded, rules=rules)
         label_type = self.rules.label_type if self.is_for_training else None
@@ -298,7 +280,7 @@ class Preparation:
                 f"The {name} dataset was prepared by a trainer with label_transform={rules['transform']}, but this "
                 f"trainer has label_transform={transform!r}. Pass the raw rows."
             )
-        made, own = rules.get("tokens", {}), self._token_rules(not rules.get("is_chat", False))
+        made, own = rules.get("tokens", {}), token_rules(self, not rules.get("is_chat", False))
         different = [what for what, value in own.items() if made.get(what, value) != value]
         if different:
             raise ValueError(
@@ -308,7 +290,7 @@ class Preparation:
         if "ref_logps" in names:
             rows = rows.remove_columns("ref_logps")
         how = self if is_for_training else replace(self, rules=replace(self.rules, need_mask=False, binary_only=False))
-        again = _Again(how, name, rules.get("names_demonstrations", True) or not is_for_training)
+        again = PreparedBatches(how, name, rules.get("names_demonstrations", True) or not is_for_training)
         if isinstance(rows, IterableDataset):
             stream = rows.map(again.stream, batched=True, batch_size=64, features=rows.features)
             note(stream, rules=rules)
@@ -323,7 +305,7 @@ class Preparation:
             batched=True,
             features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c != "ref_logps"} | _PASSING),
             desc=f"Checking {name} dataset",
-            new_fingerprint=Hasher.hash((rows._fingerprint, name, self._key())),
+            new_fingerprint=Hasher.hash((rows._fingerprint, name, cache_key(self))),
         )
         note(made, rules=rules)
         return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)
@@ -377,275 +359,6 @@ class Preparation:
                 f"the {kind} of an instruction-tuned model), and pass it as processing_class."
             )
 
-    def _token_rules(self, is_text: bool) -> dict[str, Any]:
-        """What the token ids of prepared rows depend on, except for their length."""
-        tokenizer = tokenizer_of(self.processing_class)
-        vocabulary = json.dumps(_tokens_of(tokenizer))
-        found = {"vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()}
-        if is_text:
-            return found | {"EOS token": str(tokenizer.eos_token)}
-        template = json.dumps(self.processing_class.chat_template)
-        return found | {
-            "chat template": hashlib.sha256(template.encode()).hexdigest(),
-            "system_message": self.system_message,
-            "assistant_only_loss": self.assistant_only_loss,
-        }
-
-    def _key(self) -> str:
-        """A hash of everything that a cached result depends on besides the rows."""
-        own, processor = tokenizer_of(self.processing_class), processor_of(self.processing_class)
-        state: dict[str, Any] = {name: value for name, value in vars(own).items() if name not in _NOT_READ}
-        state["type"] = f"{type(own).__module__}.{type(own).__qualname__}"
-        # Chat templates print the special tokens
-        state["special_tokens"] = own.special_tokens_map
-        state["added_tokens"] = {str(i): repr(token) for i, token in own.added_tokens_decoder.items()}
-        if own.is_fast:
-            # Each call of the tokenizer sets these again, so the values of the last call must not matter
-            own.backend_tokenizer.no_padding()
-            own.backend_tokenizer.no_truncation()
-            state["backend"] = own.backend_tokenizer.to_str()
-        else:
-            state["vocabulary"] = sorted(own.get_vocab().items())
-        template = self.processing_class.chat_template
-        if processor is not None:
-            state["processor"] = (type(processor).__name__, processor.to_json_string())
-            state["processor's"] = {n: v for n, v in vars(processor).items() if isinstance(v, _PLAIN)}
-        if "strftime_now" in str(template):
-            state["date"] = datetime.date.today().isoformat()  # the template prints the date
-        how = replace(self, processing_class=None)  # type: ignore[arg-type]
-        versions = (version("trl-ulma"), transformers_version)
-        return Hasher.hash((sorted(state), [state[name] for name in sorted(state)], str(template), how, versions))
-
-
-# Attributes of a tokenizer that are part of its serialized backend, or that do not affect tokens
-_NOT_READ = {"_tokenizer", "name_or_path", "deprecation_warnings", "init_kwargs", "_processor_class", "padding_side"}
-_PLAIN = str | int | float | bool | None | tuple | list | dict
-
-
-@dataclass(frozen=True)
-class _Encode:
-    """The function that `datasets.map` runs on batches of raw rows."""
-
-    how: Preparation
-    encoder: Encoder
-    name: str
-    paired: bool
-    names: tuple[str, ...]
-    # The column of images and the number of tokens that they add, if there is such a column
-    images: str | None = None
-    image_tokens: ImageTokens | None = None
-    # Whether plain text becomes messages
-    is_made_chat: bool = False
-    # The transformed labels of all rows, and the errors of rows without one. Labels of a stream are transformed here.
-    labels: list[Any] | None = None
-    invalid: Mapping[int, InvalidRow] | None = None
-    keeps_prompts: bool = False
-    # The numbers of the rows, if some rows of the dataset could not be read
-    numbers: np.ndarray | None = None
-    # The number of shards of a stream, and the origins of its rows
-    shards: int = 1
-    place: StreamOrigins = StreamOrigins(None)
-
-    def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        rows: list[int] = list(indices) if self.numbers is None else self.numbers[list(indices)].tolist()
-        found, needed = sorted(_READ.intersection(batch)), sorted(_READ.intersection(self.names))
-        if found != needed:
-            raise ValueError(
-                f"Rows {rows[0]} to {rows[-1]} of the {self.name} dataset have the columns {', '.join(found) or 'none'}"
-                f", but its first row has {', '.join(needed)}. All rows must have the same columns."
-            )
-        # Rows are identified by their index in the batch. The two halves of a pair have two indices.
-        columns: Mapping[str, list] = batch
-        left_out: list[str | None] = [None] * len(rows)
-        pair, halves = range(len(rows)), [""] * len(rows)
-        if self.paired:
-            columns = pairs_to_rows(batch)
-            left_out, pair = columns["left_out"], columns["pair"]
-            rows = [rows[i] for i in pair]
-            halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
-        columns = self._as_chat(columns)
-        numbers = [self._number(row) for row in rows]
-        at = [f"Row {row}{half} of the {self.name} dataset" for row, half in zip(numbers, halves, strict=True)]
-        invalid: dict[int, InvalidRow] = {}
-
-        labels = self._labels(columns, indices, numbers, invalid)
-        for i, fault in enumerate(columns.get(UNREAD, ())):
-            if fault is not None:
-                left_out[i], invalid[i] = None, unread(fault, f"Row {numbers[i]} of the {self.name} dataset")
-        values = None if self.images is None else undecoded(batch, self.images)
-        images: list[list] = [[] for _ in rows]
-        texts: dict[int, Rendered] = {}
-        for i in range(len(rows)):
-            if left_out[i] is not None or i in invalid:
-                continue
-            try:
-                if values is not None:
-                    images[i] = as_images(values[pair[i]], f"Row {numbers[i]} of the {self.name} dataset")
-                check_texts(columns["prompt"][i], columns["completion"][i], at[i], takes_images=values is not None)
-                texts[i] = self.encoder.render(columns, i, len(images[i]), at[i])
-                left_out[i] = texts[i].left_out
-            except InvalidRow as error:
-                invalid[i] = error
-        for i in range(0, len(rows) if self.paired else 0, 2):
-            if i in texts and texts[i] == texts.get(i + 1):
-                left_out[i] = left_out[i + 1] = SAME_ANSWERS
-        wanted = [i for i in texts if left_out[i] is None]
-        tokenized = dict(zip(wanted, self.encoder.tokenize([texts[i] for i in wanted]), strict=True))
-
-        made: list[Tokenized] = [Tokenized([], [])] * len(rows)
-        cut, length = [False] * len(rows), [0] * len(rows)
-        for i, tokens in tokenized.items():
-            added = 0
-            try:
-                if self.encoder.processor is not None:
-                    check_stray(self.encoder.processor, tokens.prompt, tokens.completion, len(images[i]), at[i])
-                if self.image_tokens is not None:
-                    added = self.image_tokens(images[i], f"Row {numbers[i]} of the {self.name} dataset")
-                made[i], cut[i], left_out[i] = self.encoder.truncate(tokens, added)
-                length[i] = len(made[i].prompt) + len(made[i].completion) + added
-                self.how.check_positions(length[i], at[i])
-            except InvalidRow as error:
-                invalid[i] = error
-        invalid = {i: error.at_prompt(columns["prompt"][i]) for i, error in invalid.items()}
-        return {
-            "prompt_ids": [tokens.prompt for tokens in made],
-            "completion_ids": [tokens.completion for tokens in made],
-            **labels,
-            "row": rows,
-            "length": length,
-            "left_out": left_out,
-            "cut": cut,
-            "invalid": [packed(invalid.get(i)) for i in range(len(rows))],
-            "unended": [i in texts and not texts[i].is_ended for i in range(len(rows))],
-            "unasked": [
-                "prompt" in self.names and i in texts and is_empty(columns["prompt"][i]) for i in range(len(rows))
-            ],
-            **(
-                {"completion_mask": [tokens.mask for tokens in made]}
-                if not self.encoder.is_text and self.how.assistant_only_loss
-                else {}
-            ),
-            **({"prompt": columns["prompt"]} if self.keeps_prompts else {}),
-            **(
-                {
-                    "prompt_text": [texts[i].prompt if i in texts else "" for i in range(len(rows))],
-                    "prompt_images": images,
-                    "image_key": [image_key(each) for each in images],
-                }
-                if self.images is not None
-                else {}
-            ),
-        }
-
-    def _as_chat(self, columns: Mapping[str, list]) -> Mapping[str, list]:
-        """The columns with plain text converted to messages and with the system message added."""
-        system_message = self.how.system_message
-        if self.is_made_chat:
-            prompts, completions = as_chat(columns["prompt"], columns["completion"])
-            columns = ChainMap({"prompt": prompts, "completion": completions}, columns)  # type: ignore[arg-type]
-        if system_message is not None:
-            prompts = [with_system_message(prompt, system_message) for prompt in columns["prompt"]]
-            columns = ChainMap({"prompt": prompts}, columns)  # type: ignore[arg-type]
-        return columns
-
-    def _labels(
-        self, columns: Mapping[str, list], indices: Sequence[int], numbers: list, invalid: dict[int, InvalidRow]
-    ) -> dict[str, list]:
-        """The columns of labels. Errors are added to `invalid`."""
-        rules = self.how.rules
-        if self.labels is None:
-            label = transform_labels(columns, numbers, self.name, rules, invalid=invalid)
-        else:
-            label = [self.labels[row] for row in indices]
-            known = self.invalid or {}
-            invalid |= {i: known[row] for i, row in enumerate(indices) if row in known}
-        # Only take columns that are read, because a batch decodes each column that is taken from it
-        optional = {name: columns[name] for name in OPTIONAL_COLUMNS if name in columns}
-        return read_labels({**optional, "label": label}, numbers, self.name, rules, invalid)
-
-    def _number(self, row: int) -> int | str:
-        """The number of a row in messages. In a worker of a data loader, rows are counted within its shards."""
-        worker = get_worker_info()
-        if worker is None or worker.num_workers == 1 or self.shards == 1:
-            return row
-        own = list(range(worker.id, self.shards, worker.num_workers))
-        if len(own) == 1:
-            return f"{row} of shard {own[0]}"
-        return f"{row}, counted in the shards {', '.join(map(str, own[:5]))}{', …' if len(own) > 5 else ''},"
-
-    def stream(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
-        """Like `__call__`, for a stream: rows to leave out are dropped and logged here."""
-        made = self(batch, indices)
-        numbers = [self._number(row) for row in made["row"]]
-        kept = kept_of(made, self.name, self.how.invalid_rows, numbers, self.place)
-        self.how.check_batch(kept, [self._number(row) for row in kept["row"]], self.name)
-        # Columns that the first row lacks are not removed by `map`, so they must have the same length
-        late = set(batch).difference(self.names)
-        return dict.fromkeys(late, [None] * len(kept["row"])) | kept
-
-
-@dataclass(frozen=True)
-class _Again:
-    """The function that `datasets.map` runs on batches of prepared rows."""
-
-    how: Preparation
-    name: str
-    # Whether the raw rows had `sft_mask`. If not, this trainer's rules compute it.
-    names_demonstrations: bool
-
-    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        """The changed columns of prepared rows, and the columns `_PASSING`."""
-        faults = token_faults(batch, self.how.vocab_size, self.name, tokenizer_of(self.how.processing_class))
-        labels, invalid = self._labels(batch, faults)
-        encoder = Encoder(self.how.processing_class, True, False, self.how.max_length, self.how.truncation_mode)
-        count = len(batch["row"])
-        masks = batch["completion_mask"] if "completion_mask" in batch else [None] * count
-        names = ["prompt_ids", "completion_ids", "length", "left_out", "cut"]
-        found: dict[str, list] = {name: [] for name in [*names, "completion_mask"]}
-        for i, row in enumerate(batch["row"]):
-            both = ([], []) if i in faults else (batch["prompt_ids"][i], batch["completion_ids"][i])
-            tokens = Tokenized(*both, None if i in faults else masks[i])
-            # Only images add tokens. The length of other rows may be that of ids which were changed since.
-            has_images = "prompt_images" in batch and i not in faults
-            added = batch["length"][i] - len(tokens.prompt) - len(tokens.completion) if has_images else 0
-            tokens, is_cut, left_out = encoder.truncate(tokens, added)
-            length = len(tokens.prompt) + len(tokens.completion) + added
-            try:
-                self.how.check_positions(length, f"Row {row} of the {self.name} dataset")
-            except InvalidRow as error:
-                invalid.setdefault(i, error)
-            values = (tokens.prompt, tokens.completion, length, left_out, is_cut, tokens.mask)
-            for into, value in zip(found.values(), values, strict=True):
-                into.append(value)
-        if "completion_mask" not in batch:
-            del found["completion_mask"]
-        errors = [packed(invalid.get(i)) for i in range(count)]
-        return {**found, **labels, "invalid": errors, "unended": [False] * count, "unasked": [False] * count}
-
-    def stream(self, batch: Mapping[str, list]) -> dict[str, list]:
-        """Like `__call__`, for a stream."""
-        kept = kept_of({**batch, **self(batch)}, self.name, self.how.invalid_rows, batch["row"])
-        self.how.check_batch(kept, kept["row"], self.name)
-        return kept
-
-    def changes(self, columns: Mapping[str, list]) -> bool:
-        """Whether any row with these columns would be changed or left out."""
-        labels, invalid = self._labels(columns)
-        limits = [limit for limit in (self.how.max_length, self.how.positions) if limit is not None]
-        is_long = bool(limits) and max(columns["length"]) > min(limits)
-        return bool(invalid) or is_long or labels["sft_mask"] != columns["sft_mask"]
-
-    def _labels(
-        self, columns: Mapping[str, list], faults: Mapping[int, InvalidRow] | None = None
-    ) -> tuple[dict[str, list], dict[int, InvalidRow]]:
-        """The columns of labels, and the errors, with those that are known already."""
-        names = ["label", *(name for name in OPTIONAL_COLUMNS if name in columns)]
-        if not self.names_demonstrations:
-            names.remove("sft_mask")
-        read: dict[int, InvalidRow] = dict(faults or {})
-        rules = replace(self.how.rules, transform=None)
-        return read_labels({name: columns[name] for name in names}, columns["row"], self.name, rules, read), read
-
 
 def check_prepared_columns(names: Sequence[str], name: str) -> None:
     """Raise ValueError if prepared rows lack columns, or have others.
@@ -666,19 +379,6 @@ def check_prepared_columns(names: Sequence[str], name: str) -> None:
             f"The rows of the {name} dataset are prepared (they have prompt_ids and completion_ids), but "
             f"{' and '.join(wrong)}. Pass the raw rows, or the prepared rows with their columns as they were."
         )
-
-
-def _tokens_of(tokenizer: PreTrainedTokenizerBase) -> list:
-    """All tokens in the order of their ids, with the ids if these do not run from 0 without a gap."""
-    if tokenizer.is_fast:
-        # Several times as fast as the vocabulary as a dict
-        backend = tokenizer.backend_tokenizer
-        tokens = [backend.id_to_token(i) for i in range(backend.get_vocab_size())]
-        if None not in tokens:
-            return tokens
-    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
-    has_gap = any(place != i for place, (i, _) in enumerate(pairs))
-    return pairs if has_gap else [token for _, token in pairs]
 
 
 def _is_stale(rows: Dataset) -> bool:
