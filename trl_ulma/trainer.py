@@ -45,6 +45,8 @@ from trl_ulma.checkpoints import (
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.config_checks import check_batches, check_machine, check_parallelism, check_unchanged, read_once
+from trl_ulma.data import seen_prompts
+from trl_ulma.data.origins import with_origins
 from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -65,6 +67,7 @@ from trl_ulma.logged import LoggedFigures, is_logged
 from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
+from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in
@@ -853,8 +856,22 @@ class PointwiseDPOTrainer(DPOTrainer):
             settings.write(folder)
             save_log_partition(self.log_partition, folder)
         super().save_model(output_dir, _internal_call)
+            # A checkpoint on the Hub would disclose the prompts to whoever guesses them
+            is_uploaded = _internal_call and self.args.push_to_hub
+            has_trained = self.state.global_step > 0
+            seen_prompts.save(self._training_prompts if has_trained and not is_uploaded else None, folder)
 
     def saved_settings(self) -> SavedSettings:
+    @functools.cached_property
+    def _training_prompts(self) -> np.ndarray | None:
+        """Hashes of the training prompts. None if the raw prompts are not at hand."""
+        raw, rows = self._plan.raw_rows, self._plan.train_dataset
+        if not isinstance(raw, Dataset) or raw.format["type"] == "custom" or "prompt_ids" in raw.column_names:
+            return None
+        if has_images(raw):  # the same words about another image are another prompt
+            return None
+        return seen_prompts.training_hashes(raw, rows["row"][:])
+
         """What scores depend on besides the weights. It is saved with the model."""
         return SavedSettings.of_training(
             self.args,

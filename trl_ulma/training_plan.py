@@ -59,6 +59,7 @@ class TrainingPlan:
         peft_config: of the adapter that is trained, or None.
         stream_has_mask: whether the rows of a stream name the demonstrations themselves.
         raw_labels: `(N,)` labels of the training rows before the label transform, or None, see `labels_before`.
+        raw_rows: the training rows before they were prepared.
     """
 
     args: PointwiseDPOConfig
@@ -73,6 +74,7 @@ class TrainingPlan:
     needs_reference: bool = True
     stream_has_mask: bool = False
     raw_labels: np.ndarray | None = None
+    raw_rows: Any = None
 
     @property
     def layout(self) -> str:
@@ -207,8 +209,19 @@ def make_plan(
         other = _sizes(ref_model, args, getattr(ref_model, "active_peft_config", None))
         sizes = zip((positions, vocab_size), other, strict=True)
         positions, vocab_size = (min((s for s in both if s is not None), default=None) for both in sizes)
-    plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config)
-    plan.train_dataset = plan.prepare(train_dataset, "train")
+    plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config, raw_rows=train_dataset)
+    evaluated = {} if eval_dataset is None else {"eval": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        evaluated = eval_dataset
+    prepared, refused = [], []
+    for name, dataset in (("train", train_dataset), *evaluated.items()):
+        try:
+            prepared.append(plan.prepare(dataset, name))
+        except InvalidRows as problem:  # list the invalid rows of all datasets at once
+            refused.append(problem)
+    if refused:
+        raise InvalidRows.joined(refused)
+    plan.train_dataset = prepared[0]
     plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)
     if isinstance(eval_dataset, dict):
         plan.eval_dataset = {name: plan.prepare(dataset, name) for name, dataset in eval_dataset.items()}

@@ -449,6 +449,11 @@ def test_a_full_model_is_compared_with_the_model_that_its_training_began_with(ti
     assert named[0]["changed"] == tuned["changed"]
     assert named[1]["perplexity"] == base["perplexity"]
     (note,) = facts["notes"]
+    assert note.startswith("Rows whose prompt was in the training data of tuned: 12 of 12. Held out: 0. Figures")
+    assert (tuned["trained_on"], base.get("trained_on")) == (12, None)
+    (tmp_path / "tuned" / "_training_prompts.npy").unlink()
+    assert main([*argv, "--no-base"]) == 0
+    (note,) = json.loads((tmp_path / "report" / "report.json").read_text())["notes"]
     assert note.startswith("The train split is evaluated. Training may have seen these rows")
 
 

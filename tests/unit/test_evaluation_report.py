@@ -371,8 +371,8 @@ def test_the_page_is_one_file_that_runs_nothing(tmp_path):
         (15, 0.5, "tuned: on 15 prompts nothing can be concluded; 30 are a beginning (Spearman's correlation "),
         (2, 0.5, "tuned: on 2 prompts nothing can be concluded; 30 are a beginning ("),
         (200, 0.0, "tuned: nothing can be concluded: the interval includes 0 ("),
-        (200, 0.5, "tuned: its reward ranks held-out answers better than chance ("),
-        (200, -0.5, "tuned: its reward ranks held-out answers worse than chance ("),
+        (200, 0.5, "tuned: its reward ranks answers better than chance ("),
+        (200, -0.5, "tuned: its reward ranks answers worse than chance ("),
     ],
 )
 def test_what_can_be_concluded_is_said_first(rows, strength, said):

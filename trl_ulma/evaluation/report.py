@@ -166,7 +166,11 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
         if name:
             figure = model["implicit_reward"][name]
             of = f"{_NAMES[name]} {shown(figure)}, on {_of_prompts(model['rows'], figure.n)}"
-            told = _concluded(figure, chance, "its reward ranks held-out answers", of)
+            trained_on = model.get("trained_on")
+            what = f"its reward ranks {'held-out ' if trained_on == 0 else ''}answers"
+            if trained_on:
+                of += f"; training saw the prompts of {_counted(trained_on, 'row')}"
+            told = _concluded(figure, chance, what, of)
             hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
             found.append(f"{model['name']}: {told}{hint if 'worse than chance' in told else ''}")
     bases = {model["name"] for model in facts["models"] if model.get("is_base")}

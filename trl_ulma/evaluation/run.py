@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from scipy.special import expit
 
+from trl_ulma.data import seen_prompts
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.as_trained import BETA, as_trained, reward_scale
@@ -72,6 +73,10 @@ _MAYBE_SEEN = (
     "new ones."
 )
 
+_MAYBE_HELD_OUT = (
+    "It is not known whether {} was trained on these rows. Training held them out if it ran with --eval_strategy or "
+    "--do_eval, the same --test_split_size, and this seed as its --seed."
+)
 
 def run(args: Namespace) -> dict[str, Any]:
     """Evaluate, write the report, and return the contents of `report.json`.
@@ -207,8 +212,7 @@ class _Run:
         part = f"{args.test_split_size:g} of train by prompt, seed {args.split_seed}"
         self._note(
             f"{args.dataset} has no test split, so {len(held_out):,} of its {len(rows):,} rows are evaluated ({part}). "
-            "Training has not seen these rows if it held them out, with --eval_strategy or --do_eval, the same "
-            "--test_split_size, and this seed as its --seed. --split train evaluates all rows."
+            "--split train evaluates all rows."
         )
         return self._held_out(held_out, "test"), part
 
@@ -381,6 +385,7 @@ class _Run:
         )
         rows: Any = prepare(self.held_out.rows, "test")
         model = load_model(source, dtype=args.dtype, **self.loading)
+        facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
         facts |= self._likelihoods(run, source, model, processing_class, rows)
         befores = {self._before(each) for _, each in args.model}
         if self.questions and (self.answers_all or self._before(source) is not None or source in befores):
@@ -560,10 +565,24 @@ class _Run:
         return facts
 
     def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
-        """Note if training may have seen the rows, or if the scale of the rewards is unknown or another one there."""
-        args = self.args
-        if saved is not None and self.split == "train" and _MAYBE_SEEN not in self.notes:
+    def _note_seen(self, run: str, source: str, numbers: np.ndarray) -> int | None:
+        """Note whether a model was trained on the prompts of rows. Returns of how many, or None if it is not known."""
+        prompts = self.held_out.rows["prompt"][:]
+        found = seen_prompts.seen([prompts[row] for row in numbers], saved_file(source, seen_prompts.FILE))
+        message = seen_prompts.in_words(found, run)
+        if message is not None:
+            trained_on = int((found == seen_prompts.SEEN).sum())
+            new = " Figures on rows that it was trained on do not show what it does on new ones." if trained_on else ""
+            self._note(message + new)
+            return trained_on if trained_on or (found == seen_prompts.NEW).all() else None
+        if saved_settings(source) is not None and self.split == "train" and _MAYBE_SEEN not in self.notes:
             self._note(_MAYBE_SEEN)
+        if saved_settings(source) is not None and self.split not in ("train", "test") and self.args.split is None:
+            self._note(_MAYBE_HELD_OUT.format(run))
+        return None
+
+        """Note if the scale of the rewards is unknown or another one in training."""
+        args = self.args
         if has_log_z and saved is not None and isinstance(saved.log_z, str) and saved.log_z != "column":
             self._note(
                 f"{run} has its own log Z ({saved.log_z}), but the column log_z of the rows is used. Remove the column "

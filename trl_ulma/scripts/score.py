@@ -82,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
+    from trl_ulma.data import seen_prompts
     from trl_ulma.data.files import check_splits, load_rows
-    from trl_ulma.judge import Judge, without_label
+    from trl_ulma.data.splits import prompts_of
+    from trl_ulma.judge import Judge, saved_file, without_label
 
     splits: Any = load_rows(
         args.dataset,
@@ -117,7 +119,12 @@ def run(args: argparse.Namespace) -> str:
         scored = scored.sort(order, reverse=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(scored, args.output)
-    return "\n".join([summary(args.output, rows, scored, order), *most_surprising(scored)])
+    lines = [summary(args.output, rows, scored, order), *most_surprising(scored)]
+    used = rows.with_format(None).select(sorted(set(scored["row"][:])))
+    found = seen_prompts.seen([row[0] for row in prompts_of(used)], saved_file(args.model, seen_prompts.FILE))
+    if told := seen_prompts.in_words(found, args.model):
+        lines.insert(1, told)
+    return "\n".join(lines)
 
 
 def write(scored: "Dataset", path: Path) -> None:
