@@ -22,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from trl_ulma.checkpoints import refuse_pickle
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.config_checks import check_best_metric, check_with_data
-from trl_ulma.labels import LabelRules
+from trl_ulma.labels import InvalidRows, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.table import collator_for
 from trl_ulma.log_z import check_column, check_groups, check_labels, with_groups
@@ -224,9 +224,9 @@ def make_plan(
     plan.train_dataset = prepared[0]
     plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)
     if isinstance(eval_dataset, dict):
-        plan.eval_dataset = {name: plan.prepare(dataset, name) for name, dataset in eval_dataset.items()}
+        plan.eval_dataset = dict(zip(evaluated, prepared[1:], strict=True))
     elif eval_dataset is not None:
-        plan.eval_dataset = plan.prepare(eval_dataset, "eval")
+        plan.eval_dataset = prepared[1]
     plan.needs_reference = any(map(plan._may_compare, plan.datasets))
     has_mask = any(map(plan._may_have_mask, plan.datasets))
     check_with_data(args, needs_reference=plan.needs_reference, has_mask=has_mask)
