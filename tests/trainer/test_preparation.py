@@ -362,7 +362,7 @@ def test_all_invalid_rows_are_listed_at_once_or_left_out(kind, caplog):
         assert sum("because it is invalid" in message for message in caplog.messages) >= invalid
     else:
         assert caplog.messages[0].startswith(
-            f"Left out {invalid} of {invalid + 2} rows of the train dataset: {invalid} because it is invalid."
+            f"Left out {invalid} of {invalid + 2} rows of the train dataset. Reason: it is invalid ({invalid} rows)."
         )
         assert left_out_of(kept)["invalid: label is missing"] == 2
         assert sum(left_out_of(kept).values()) == invalid

@@ -28,6 +28,7 @@ from trl_ulma.labels import (
     unread,
 )
 from trl_ulma.rows.dataset_labels import check_pairs, own_labels, prompt_keys, transformed_labels
+from trl_ulma.rows.dropped import reasons_in_words
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 
 logger = logging.get_logger(__name__)
@@ -185,11 +186,11 @@ def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[
     why, pair = columns.pop("left_out"), columns.pop("pair")
     kept = [i for i, reason in enumerate(why) if reason is None]
     left_out = Counter(reason for reason in why if reason is not None)
-    reasons = "; ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
+    reasons = reasons_in_words(left_out, "answer")
     if not kept:
-        raise ValueError(f"All {len(why)} answers of the {name} dataset were left out: {reasons}.")
+        raise ValueError(f"All {len(why)} answers of the {name} dataset were left out. {reasons}")
     if left_out:
-        logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset: {reasons}.")
+        logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset. {reasons}")
     rows = Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})
     raw_row = [pair[i] for i in kept]
     if images is None:
