@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, Value
 from transformers.utils import logging
 
+from trl_ulma.data.origins import origins, with_origins
 from trl_ulma.labels import LABEL_TYPES, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 # A label that is valid for either type, of rows without one; no reward depends on it
 _NEUTRAL = 0.5
-COLUMNS = ("row", "reward", "probability", "predicted_label", "surprise")
+COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
 
 
 def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> dict[str, np.ndarray]:
@@ -164,6 +165,7 @@ class Judge:
         r"""What the policy thinks of each row: the row as it was, and
 
         - `row`: its number in `dataset`;
+        - `file_line`, if `load_rows` has read the rows from files: the file and line of the row;
         - `reward`: the implicit reward r = β·(log π_θ − log π_ref + log Z);
         - `probability`: P(label = 1) = σ(r), None for continuous labels;
         - `predicted_label`: the expected label, r or σ(r), on the scale that the training rows carried, as far as
@@ -220,7 +222,9 @@ class Judge:
         reward = self._rewards(prepared)
         wrong = np.asarray(prepared["row"][:])[~np.isfinite(reward)].tolist()
         if wrong:
-            raise FloatingPointError(f"The rewards of these scored rows are not finite: {wrong}. Score in float32.")
+            raise FloatingPointError(
+                f"The rewards of these scored rows are not finite: [{with_origins(wrong, dataset)}]. Score in float32."
+            )
 
         label = np.asarray(prepared["label"][:])
         continuous = is_continuous(prepared, rules.label_type)
@@ -245,8 +249,12 @@ class Judge:
                 None if is_none else surprise
                 for surprise, is_none in zip(found["surprise"].tolist(), is_missing, strict=True)
             ]
+        places = origins(dataset)
+        if any(place is not None for place in places):
+            columns = {"row": columns.pop("row"), "file_line": [places[row] for row in prepared["row"][:]], **columns}
+        types = {"row": "int64", "file_line": "string"}
         for name, values in columns.items():
-            scored = scored.add_column(name, values, feature=Value("int64" if name == "row" else "float64"))
+            scored = scored.add_column(name, values, feature=Value(types.get(name, "float64")))
         return scored
 
     def _check_columns(self, names: list[str]) -> None:

@@ -606,7 +606,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         loss = super().training_step(*args, **kwargs)
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
-            refuse_not_finite(loss, *self._row_losses, step=self.state.global_step + 1)
+            named = functools.partial(with_origins, rows=self._plan.raw_rows)
+            refuse_not_finite(loss, *self._row_losses, step=self.state.global_step + 1, named=named)
         return loss
 
     def _on_optimizer_step(self, state: Any) -> None:
@@ -855,13 +856,12 @@ class PointwiseDPOTrainer(DPOTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             settings.write(folder)
             save_log_partition(self.log_partition, folder)
-        super().save_model(output_dir, _internal_call)
             # A checkpoint on the Hub would disclose the prompts to whoever guesses them
             is_uploaded = _internal_call and self.args.push_to_hub
             has_trained = self.state.global_step > 0
             seen_prompts.save(self._training_prompts if has_trained and not is_uploaded else None, folder)
+        super().save_model(output_dir, _internal_call)
 
-    def saved_settings(self) -> SavedSettings:
     @functools.cached_property
     def _training_prompts(self) -> np.ndarray | None:
         """Hashes of the training prompts. None if the raw prompts are not at hand."""
@@ -872,6 +872,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             return None
         return seen_prompts.training_hashes(raw, rows["row"][:])
 
+    def saved_settings(self) -> SavedSettings:
         """What scores depend on besides the weights. It is saved with the model."""
         return SavedSettings.of_training(
             self.args,

@@ -78,6 +78,7 @@ def surprises(
     rules: LabelRules,
     rows: Any,
     numbers: np.ndarray | Sequence[int],
+    places: Sequence[str | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows whose labels surprise a model most, most surprising first. Check these for mistakes.
 
@@ -89,6 +90,7 @@ def surprises(
         rules: rules for labels, with their transform.
         rows: rows with `prompt` and `completion`, by number: a list or a `Dataset`.
         numbers: `(N,)` numbers of the rows.
+        places: the file and line of each row by its number, or None where it is not known.
 
     Example:
         >>> rows = [{"prompt": "Hi", "completion": " Hello!"}, {"prompt": "Hi", "completion": " Go away!"}]
@@ -104,6 +106,7 @@ def surprises(
     return [
         {
             "row": int(numbers[i]),
+            "file_line": places[int(numbers[i])] if places else None,
             "prompt": shortened(as_text(rows[int(numbers[i])]["prompt"])),
             "answer": shortened(answer_text(rows[int(numbers[i])]["completion"])),
             "label": float(given[i]),

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, Value
 from transformers.utils import logging
 
-from trl_ulma.data.origins import origin
+from trl_ulma.data.origins import origin, origins
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.evaluation.judges import Comparison
@@ -62,6 +62,7 @@ class HeldOut:
         sft_mask: bool, whether the row is a demonstration.
         continuous: bool, whether the label is continuous.
         prompt: the number of the prompt.
+        places: the file and line of each row, or None where it is not known.
     """
 
     rows: Dataset
@@ -70,6 +71,7 @@ class HeldOut:
     sft_mask: np.ndarray
     continuous: np.ndarray
     prompt: np.ndarray
+    places: Sequence[str | None] = ()
 
     @classmethod
     def of(
@@ -126,10 +128,12 @@ class HeldOut:
             kept = [row for row in range(len(rows)) if row not in invalid]
             rows = rows.select(kept)
             own = own[kept]
+            raw_row = [raw_row[row] for row in kept]
             columns, read = ({c: [v[row] for row in kept] for c, v in each.items()} for each in (columns, read))
         rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
         prompts = prompt_keys(columns, range(len(rows)))
         types = read.get("label_type", [rules.label_type] * len(rows))
+        places = origins(dataset)
         return cls(
             rows,
             np.asarray(read["label"]),
@@ -137,6 +141,7 @@ class HeldOut:
             np.asarray(read["sft_mask"]),
             np.asarray(types) == "continuous",
             np.unique(prompts, return_inverse=True)[1],
+            [places[row] for row in raw_row],
         )
 
     def questions(self, limit: int | None, seed: int, center: float = 0.0) -> list[Question]:

@@ -336,7 +336,7 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
 def _surprises(model: Mapping[str, Any]) -> list[Part]:
     rows = [
         [
-            str(each["row"]),
+            each["file_line"] or str(each["row"]),
             f"{each['label']:g}",
             f"{each['predicted']:.2f}",
             f"{each['predicted_before']:.2f}",
@@ -348,8 +348,15 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
     if not rows:
         return []
     return [
-        Heading(f"The rows that surprise {model['name']} most"),
-        Text("Check their labels for mistakes first. Rows are numbered from 0, in the order of evaluation."),
+        Heading(f"The labels that surprise {model['name']} most"),
+        Text(
+            "Check these labels for mistakes first."
+            + (
+                ""
+                if all(each["file_line"] for each in model["surprises"])
+                else " Rows that were not read from a file are numbered from 0, in the order of evaluation."
+            )
+        ),
         Table(["row", "label", "predicted", "before training", "prompt", "answer"], rows, is_text=True),
     ]
 

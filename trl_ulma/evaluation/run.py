@@ -68,15 +68,16 @@ ENOUGH_PROMPTS = 200
 # Length limit in tokens of the few answers that are shown if no others are generated
 EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
+# What is said of the train split, or a part of it, if a model has no record of its training prompts
 _MAYBE_SEEN = (
     "The train split is evaluated. Training may have seen these rows, so the figures do not show what a model does on "
     "new ones."
 )
-
 _MAYBE_HELD_OUT = (
     "It is not known whether {} was trained on these rows. Training held them out if it ran with --eval_strategy or "
     "--do_eval, the same --test_split_size, and this seed as its --seed."
 )
+
 
 def run(args: Namespace) -> dict[str, Any]:
     """Evaluate, write the report, and return the contents of `report.json`.
@@ -384,8 +385,8 @@ class _Run:
             system_message=self.how.system_message,
         )
         rows: Any = prepare(self.held_out.rows, "test")
-        model = load_model(source, dtype=args.dtype, **self.loading)
         facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
+        model = load_model(source, dtype=args.dtype, **self.loading)
         facts |= self._likelihoods(run, source, model, processing_class, rows)
         befores = {self._before(each) for _, each in args.model}
         if self.questions and (self.answers_all or self._before(source) is not None or source in befores):
@@ -548,7 +549,7 @@ class _Run:
         facts |= self._of_rewards(rewards, raw)
         self._write_rewards(run, raw, held_out.own_label[raw], rewards)
         facts["surprises"] = surprises(
-            rewards, label, held_out.own_label[raw], continuous, self.how.rules, held_out.rows, raw
+            rewards, label, held_out.own_label[raw], continuous, self.how.rules, held_out.rows, raw, held_out.places
         )
         base = self._before(source)
         if args.base and base is not None and base not in self.bases and base not in dict(self.args.model).values():
@@ -564,7 +565,6 @@ class _Run:
             }
         return facts
 
-    def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
     def _note_seen(self, run: str, source: str, numbers: np.ndarray) -> int | None:
         """Note whether a model was trained on the prompts of rows. Returns of how many, or None if it is not known."""
         prompts = self.held_out.rows["prompt"][:]
@@ -581,6 +581,7 @@ class _Run:
             self._note(_MAYBE_HELD_OUT.format(run))
         return None
 
+    def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
         """Note if the scale of the rewards is unknown or another one in training."""
         args = self.args
         if has_log_z and saved is not None and isinstance(saved.log_z, str) and saved.log_z != "column":
@@ -600,8 +601,12 @@ class _Run:
         """Write the reward of each row."""
         path = self._file("rewards", run)
         path.parent.mkdir(exist_ok=True)
-        columns = zip(rows.tolist(), label.tolist(), rewards.tolist(), strict=True)
-        lines = [json.dumps(dict(zip(("row", "label", "reward"), row, strict=True))) for row in sorted(columns)]
+        places = self.held_out.places
+        columns = sorted(zip(rows.tolist(), label.tolist(), rewards.tolist(), strict=True))
+        found = [
+            {"row": row, "file_line": places[row], "label": label, "reward": reward} for row, label, reward in columns
+        ]
+        lines = [json.dumps({name: value for name, value in each.items() if value is not None}) for each in found]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def _file(self, folder: str, run: str) -> Path:

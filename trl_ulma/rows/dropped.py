@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from trl_ulma.data.origins import origin
+from trl_ulma.data.origins import origin, with_origins
 from trl_ulma.labels import LISTED, InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.rows.notes import note
@@ -168,10 +168,13 @@ def kept_rows(
     unended = sum(encoded["unended"][:])
     if unended:
         logger.warning(UNENDED.format(f"{unended} of {len(encoded)} answers of the {name} dataset"))
-    unasked = sum(encoded["unasked"][:])
+    unasked = [row for row, is_so in zip(encoded["row"][:], encoded["unasked"][:], strict=True) if is_so]
     if unasked:
+        are, unit = ("has", "row") if len(unasked) == 1 else ("have", "rows")
+        more = f", and {len(unasked) - _NAMED:,} more" if len(unasked) > _NAMED else ""
         logger.warning(
-            f"{unasked} of {len(encoded)} rows of the {name} dataset have an empty prompt. Check the column prompt."
+            f"{len(unasked)} of {len(encoded)} rows of the {name} dataset {are} an empty prompt: {unit} "
+            f"{with_origins(unasked[:_NAMED], raw)}{more}. Check the column prompt."
         )
     rows = encoded.remove_columns(list(PASSING))
     if "completion_mask" in rows.column_names and rows.data["completion_mask"].null_count == len(rows.data):

@@ -128,6 +128,7 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
     import torch
     from rich.text import Text
 
+    from trl_ulma.data.origins import origin
     from trl_ulma.losses import route
     from trl_ulma.rows.rendering import tokenizer_of
 
@@ -150,8 +151,9 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
         learned = f"{row['label']:g}"
         if start.raw_labels is not None and math.isfinite(start.raw_labels[i]):
             learned = f"{start.raw_labels[i]:g} → {row['label']:+.2f}"
+        place = origin(start.raw_rows, row["row"]) or f"Row {row['row']}"
         title = (
-            f"Row {row['row']}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
+            f"{place}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
             f"{len(prompt)} + {len(completion)} tokens{cut}"
         )
         left, right = ("", "") if in_color else ("⟦", "⟧")

@@ -177,7 +177,8 @@ def most_surprising(scored: "Dataset") -> list[str]:
     row: Any
     for row in top:
         answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
-        lines.append(f"  row {row['row']}: label {row['label']:g}, predicted {row['predicted_label']:.2f}")
+        place = row.get("file_line") or f"row {row['row']}"
+        lines.append(f"  {place}: label {row['label']:g}, predicted {row['predicted_label']:.2f}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
         lines += [f"    {name}: {in_one_line(text)}" for name, text in texts.items() if text is not None]
     return lines
