@@ -169,7 +169,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
         self._last_prepared: Any = None
         self._evaluated_rows: dict[str, Any] = {}
-        self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform)
+        self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
         kind = reference_kind(model, ref_model, args, peft_config, is_needed=plan.needs_reference)

@@ -83,3 +83,13 @@ def test_surprising_rows_of_an_evaluation_have_their_line(file, tmp_path):
     )
     assert [each["file_line"] for each in found] == ["rows.csv, line 2", "rows.csv, line 8"]
     json.dumps(found)
+
+
+def test_check_names_the_line_of_a_label_far_outside_the_others(tiny_gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"Why {i}?,answer {i},{55 if i == 7 else i % 5 + 1}" for i in range(20)]
+    (tmp_path / "stars.csv").write_text("\n".join(["prompt,completion,label", *rows, ""]))
+    argv = ["--method", "pointwise-dpo", "--model", tiny_gpt2, "--dataset", "stars.csv", "--label_type", "continuous"]
+    assert check.main([*argv, "--label_transform", "standardize", "--eval_strategy", "no", "--bf16", "false"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "which are between 1 and 5: 55 (stars.csv, line 9)." in said

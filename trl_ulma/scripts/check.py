@@ -110,7 +110,8 @@ def check(
         console.print("The rows are a stream. They are checked as they are read, and have no label report.")
     else:
         console.print(
-            render_report(report_labels(rows, training_args, start.raw_labels, start.rules.transform)), markup=False
+            render_report(report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)),
+            markup=False,
         )
     console.print(f"\nRows as the model sees them, {_LEGEND[console.is_terminal]}:", markup=False)
     for title, text in rows_shown(start, training_args, in_color=console.is_terminal):
