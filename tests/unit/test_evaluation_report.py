@@ -386,6 +386,33 @@ def test_what_can_be_concluded_is_said_first(rows, strength, said):
     assert next(part.text for part in parts if isinstance(part, Text) and part.strong) == sentence
 
 
+def test_the_seen_rows_are_part_of_the_conclusion():
+    facts = facts_of(200, 0.5)
+    for trained_on, said in ((0, "its reward ranks held-out answers better"), (3, "its reward ranks answers better")):
+        facts["models"][0]["trained_on"] = trained_on
+        sentence = report.conclusions(facts)[0]
+        assert said in sentence
+        assert ("; training saw the prompts of 3 rows)" in sentence) == (trained_on > 0)
+
+
+def test_of_long_answers_the_part_is_shown_in_which_they_differ():
+    same, rest = "The same words. " * 60, " and so on" * 90
+    texts = [f"{same}{word}{rest}" for word in ("yes", "no")]
+    found = changed(["Hi"], texts[:1], texts[1:], ["Good."])
+    (example,) = found["examples"]
+    assert found["others"] == 1
+    for name, word in (("before", "yes"), ("after", "no")):
+        assert f"words. {word} and so on" in example[name]
+        assert 600 <= len(example[name]) <= 602
+    facts = facts_of(5)
+    facts["models"][0]["changed"] = {"base": "base", **found}
+    quotes = [part.text for part in report.document({**facts, "pictures": []}) if isinstance(part, Quote)]
+    assert "(the same)" not in quotes
+    # Answers of the usual length are whole
+    whole = changed(["Hi"], ["a" * 599], ["a" * 598 + "b"], ["Good."])["examples"][0]
+    assert (whole["before"], whole["after"]) == ("a" * 599, "a" * 598 + "b")
+
+
 @pytest.mark.parametrize(("points", "said"), [(0.2, "better"), (0.05, "nothing can be concluded"), (-0.2, "worse")])
 @pytest.mark.parametrize("turned", [False, True])
 def test_judged_answers_are_concluded_from_against_the_base(points, said, turned):
