@@ -144,12 +144,12 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
 
     text = (report / "report.md").read_text()
     assert "which is not above chance: no ranking is claimed" in text
-    assert "6 prompts are too few to conclude from; 200 are a beginning." in text
-    assert "**ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in text
+    assert "6 prompts are too few for a conclusion from judged answers. Use 200 or more." in text
+    assert "**ulma (1): 6 prompts are too few for a conclusion (AUC " in text
     assert "100.0% of them name the one shown first" in text
     assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
     printed = capsys.readouterr().out
-    assert "ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in " ".join(printed.split())
+    assert "ulma (1): 6 prompts are too few for a conclusion (AUC " in " ".join(printed.split())
     assert f"The whole report is {report / 'report.html'}. Open it in a browser." in printed
     assert facts["pictures"] == ["training"]
     assert len(facts["not_drawn"]) == 4

@@ -368,8 +368,8 @@ def test_the_page_is_one_file_that_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "strength", "said"),
     [
-        (15, 0.5, "tuned: on 15 prompts nothing can be concluded; 30 are a beginning (Spearman's correlation "),
-        (2, 0.5, "tuned: on 2 prompts nothing can be concluded; 30 are a beginning ("),
+        (15, 0.5, "tuned: 15 prompts are too few for a conclusion (Spearman's correlation "),
+        (2, 0.5, "tuned: 2 prompts are too few for a conclusion ("),
         (200, 0.0, "tuned: nothing can be concluded: the interval includes 0 ("),
         (200, 0.5, "tuned: its reward ranks answers better than chance ("),
         (200, -0.5, "tuned: its reward ranks answers worse than chance ("),
@@ -526,7 +526,7 @@ def test_one_row_is_one_row():
     facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 1)
     facts["models"][0]["rows"] = facts["data"]["rows"] = facts["data"]["prompts"] = 1
     text = report.in_terminal(facts, 200)
-    assert "tuned: on 1 prompt nothing can be concluded" in text
+    assert "tuned: 1 prompt is too few for a conclusion (" in text
     assert "correlation 1.000, on 1 row of 1 prompt)." in text
     assert "1 row of 1 prompt from d (test). Brackets" in text
 

@@ -199,7 +199,8 @@ ENOUGH_PROMPTS = 30
 
 def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
     if figure.n < ENOUGH_PROMPTS:
-        return f"on {_counted(figure.n, 'prompt')} nothing can be concluded; {ENOUGH_PROMPTS} are a beginning ({of})."
+        are = "is" if figure.n == 1 else "are"
+        return f"{_counted(figure.n, 'prompt')} {are} too few for a conclusion ({of}). Use {ENOUGH_PROMPTS} or more."
     if figure.low is None or figure.high is None or figure.low <= chance <= figure.high:
         return f"nothing can be concluded: the interval includes {chance:g} ({of})."
     if figure.low > chance:

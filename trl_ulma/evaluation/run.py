@@ -284,7 +284,10 @@ class _Run:
                 "Evaluate more rows, or leave --judge and --generate out."
             )
         if len(found) < ENOUGH_PROMPTS and self.args.judge:
-            self._note(f"{len(found)} prompts are too few to conclude from; {ENOUGH_PROMPTS} are a beginning.")
+            are = "prompt is" if len(found) == 1 else "prompts are"
+            self._note(
+                f"{len(found)} {are} too few for a conclusion from judged answers. Use {ENOUGH_PROMPTS} or more."
+            )
         return found
 
     def _examples(self) -> list[Question]:
