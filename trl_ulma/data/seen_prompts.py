@@ -15,6 +15,8 @@ from trl_ulma.data.splits import prompts_of
 FILE = "_training_prompts.npy"
 # At 8 bytes each. Of more prompts, those with the smallest hashes are kept, and rows with greater hashes are unknown.
 MOST = 100_000
+# Rows whose prompts are in memory at once
+_BATCH = 1_000
 SEEN, NEW, UNKNOWN = 1, 0, -1
 
 
@@ -37,7 +39,11 @@ def training_hashes(rows: Dataset, numbers: Iterable[int]) -> np.ndarray:
         numbers: numbers of the rows that were trained on.
     """
     used = rows.with_format(None).select(sorted(set(numbers)))
-    return np.unique(hashes_of(prompt for prompts in prompts_of(used) for prompt in prompts))[:MOST]
+    found = [np.zeros(0, np.uint64)]
+    for start in range(0, len(used), _BATCH):
+        part = used.select(range(start, min(start + _BATCH, len(used))))
+        found.append(hashes_of(prompt for prompts in prompts_of(part) for prompt in prompts))
+    return np.unique(np.concatenate(found))[:MOST]
 
 
 def save(hashes: np.ndarray | None, folder: Path) -> None:

@@ -361,7 +361,9 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
     if class_weights:
         facts["classes alike with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
     if report.get("left_out"):
-        facts["left out"] = "; ".join(f"{count:,}: {reason}" for reason, count in report["left_out"].items())
+        facts["left out"] = "; ".join(
+            f"{reason} ({_count(count, 'row')})" for reason, count in report["left_out"].items()
+        )
     lines.append("")
     for fact, text in facts.items():
         lines += textwrap.wrap(f"{fact:<19} {text}", _WIDTH, subsequent_indent=" " * 20)
