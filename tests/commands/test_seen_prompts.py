@@ -65,9 +65,9 @@ def test_evaluate_and_score_say_which_rows_were_trained_on(tiny_gpt2, tmp_path, 
     rows.filter(lambda row: row["prompt"] not in trained["prompt"][:]).to_json(tmp_path / "new.jsonl")
 
     model = ["--model", str(tmp_path / "out"), "--dataset"]
-    said = f"Rows whose prompt was in the training data of {tmp_path / 'out'}: {count} of 15. Held out: {15 - count}."
+    said = f"Rows whose prompt was in the training data of the model {tmp_path / 'out'}: {count} of 15."
     assert main(["score", *model, str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "scored.jsonl")]) == 0
-    assert said in capsys.readouterr().out.splitlines()
+    assert f"{said} Held out: {15 - count}." in capsys.readouterr().out.splitlines()
 
     argv = ["evaluate", "--split", "train", "--examples", "0", "--no-base", "--output", str(tmp_path / "report")]
     for file, trained_on in (("rows.jsonl", count), ("new.jsonl", 0)):
@@ -76,7 +76,9 @@ def test_evaluate_and_score_say_which_rows_were_trained_on(tiny_gpt2, tmp_path, 
         assert facts["models"][0]["trained_on"] == trained_on
         (note,) = facts["notes"]
         total = len(Path(tmp_path / file).read_text().splitlines())
-        assert note.startswith(f"Rows whose prompt was in the training data of out: {trained_on} of {total}. Held out:")
+        assert note.startswith(
+            f"Rows whose prompt was in the training data of the model out: {trained_on} of {total}. Held out:"
+        )
         assert ("do not show what it does on new ones" in note) == (trained_on > 0)
 
 

@@ -1,6 +1,7 @@
 """Preparation: caches, rows that are prepared already, streams in shards, invalid rows together, text as chat."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -480,6 +481,7 @@ def test_a_csv_becomes_a_chat_by_itself_if_there_is_a_template(csv_file, csv, ca
     stream = load_dataset("csv", data_files=str(csv_file), split="train", streaming=True)
     for rows in (csv, stream, csv.select([0, 1])):
         caplog.clear()
+        logging.Logger.warning_once.cache_clear()
         assert texts(tokenizer, prepared(tokenizer, rows)) == [
             ("<|user|>Hi<|end|><|assistant|>", "Hello!<|end|>"),
             ("<|user|>How are you today?<|end|><|assistant|>", "Fine<|end|>"),

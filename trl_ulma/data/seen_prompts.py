@@ -86,15 +86,13 @@ def in_words(found: np.ndarray, model: str) -> str | None:
 
     Example:
         >>> in_words(np.array([SEEN, SEEN, NEW]), "out")
-        'Rows whose prompt was in the training data of out: 2 of 3. Held out: 1.'
+        'Rows whose prompt was in the training data of the model out: 2 of 3. Held out: 1.'
     """
     trained, new, unknown = (int((found == kind).sum()) for kind in (SEEN, NEW, UNKNOWN))
     if unknown == len(found):
         return None
-    message = (
-        f"Rows whose prompt was in the training data of {model}: {trained:,} of {len(found):,}. Held out: {new:,}."
-    )
-    return message + (f" Not known: {unknown:,}." if unknown else "")
+    message = f"Rows whose prompt was in the training data of the model {model}: {trained:,} of {len(found):,}."
+    return f"{message} Held out: {new:,}." + (f" Not known: {unknown:,}." if unknown else "")
 
 
 def _hash(prompt: Any) -> int:

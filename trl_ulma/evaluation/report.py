@@ -349,7 +349,7 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
     if not rows:
         return []
     return [
-        Heading(f"The labels that surprise {model['name']} most"),
+        Heading(f"The most surprising labels, for the model {model['name']}"),
         Text(
             "Check these labels for mistakes first."
             + (
@@ -436,8 +436,8 @@ def _agreement_said(agreement: Estimate | None) -> str:
             "answer, or none of these comparisons was judged): no ranking is claimed."
         )
     said = (
-        f"On {agreement.n} of the data's own good and bad answers, the judge agrees with the labels by "
-        f"{shown(agreement, '.1%')}, a tie counted half"
+        f"On {agreement.n} of the data's own good and bad answers, the judge agrees with "
+        f"{shown(agreement, '.1%')} of the labels (a tie counts half)"
     )
     return said + ("." if is_above_chance(agreement) else ", which is not above chance: no ranking is claimed.")
 

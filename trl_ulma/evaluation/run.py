@@ -399,7 +399,11 @@ class _Run:
                 longest = float("inf") if most is None else most - self.sampling.max_new_tokens
                 questions = [question for question in questions if 0 < len(ids[question.row]) <= longest]
             elif len(questions) < len(self.questions):
-                self._note(f"{run} gets {len(self.questions) - len(questions)} prompts less, which are left out above.")
+                fewer = len(self.questions) - len(questions)
+                self._note(
+                    f"{run} does not answer {fewer} of the {len(self.questions)} prompts, because their rows were left "
+                    "out for it."
+                )
             prompts = [ids[question.row] for question in questions]
             generator = TransformersGenerator(model, tokenizer, source, most)
             facts |= self._answers(run, generator, questions, prompts)
@@ -513,10 +517,10 @@ class _Run:
         identity = None if saved is None else saved.reference
         names_reference = identity is not None and (identity.name or identity.kind == "none")
         if args.ref_model is None and adapter_base(source) is None and not names_reference:
-            self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
+            self._note(f"{run} has no implicit rewards, because its reference is not known. Name it with --ref_model.")
         elif args.ref_model is None and identity is not None and identity.kind == "none":
             self._note(
-                f"{run} has no implicit rewards: it was trained without a reference, and there is no --ref_model."
+                f"{run} has no implicit rewards, because it was trained without a reference. Name one with --ref_model."
             )
         else:  # before the scoring, because an error should not come after it
             scale = reward_scale(

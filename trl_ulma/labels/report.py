@@ -350,16 +350,14 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
             f"{weight['min']:.4g} to {weight['max']:.4g}, median {weight['median']:.4g}; {weight['zero']:,} are 0; "
             f"worth {weight['effective_rows']:,.0f} rows of equal weight"
         )
-    by_number = "; ".join(
-        f"{_count(count, 'prompt')} {'has' if count == 1 else 'have'} {number}"
-        for number, count in prompts["with_answers"].items()
-    )
-    facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}. {by_number}"
+    numbers = prompts["with_answers"].items()
+    by_number = ", ".join(f"{_count(count, 'prompt')} with {number}" for number, count in numbers)
+    facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts["repeated"] = _count(report["repeated"], "row")
     facts["contradicting"] = _count(report["contradicting"], "row")
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
-        facts["classes alike with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
+        facts["balanced with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
     if report.get("left_out"):
         facts["left out"] = "; ".join(
             f"{reason} ({_count(count, 'row')})" for reason, count in report["left_out"].items()

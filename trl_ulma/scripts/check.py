@@ -205,6 +205,8 @@ def steps_in_words(start: Any, args: Any, processes: int) -> str:
         if strategy == "steps":
             every = max(math.ceil(every * steps), 1) if every < 1 else int(every)
             said += f" {what} every {count(every, 'step')}." if every > 1 else f" {what} after each step."
+        elif strategy == "epoch":
+            said += f" {what} after each epoch."
     return said
 
 

@@ -39,7 +39,7 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="trained model or adapter: a folder, or a name on the hub")
     parser.add_argument(
         "--ref_model",
-        help="reference model of the training (default: the one that training saved the name of)",
+        help="reference model of the training (default: the one that training recorded)",
     )
     parser.add_argument(
         "--dataset", required=True, metavar="DATA", help="a file, a folder or a name on the hub; labels are optional"
@@ -52,7 +52,7 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
         choices=("error", "drop"),
         help="list the rows that cannot be read and stop, or leave them out (default: error)",
     )
-    parser.add_argument("--columns", help="your names of the columns: prompt=question,completion=response")
+    parser.add_argument("--columns", help="names of the columns in your data: prompt=question,completion=response")
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
@@ -161,19 +161,19 @@ def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
     unlabeled = sum(each is None for each in scored["surprise"][:]) if "surprise" in scored.column_names else 0
     if unlabeled:
         have = "row has" if unlabeled == 1 else "rows have"
-        message += f" {unlabeled:,} {have} no label, so there is no surprise."
+        message += f" {unlabeled:,} {have} no label, and so no surprise."
     return message
 
 
 def most_surprising(scored: "Dataset") -> list[str]:
-    """Lines about the rows whose labels surprise the model most: the first to look at for mistakes."""
+    """Lines about the rows whose labels surprise the model most."""
     if "surprise" not in scored.column_names:
         return []
     labeled = [row for row, surprise in enumerate(scored["surprise"][:]) if surprise is not None]
     if not labeled:
         return []
     top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
-    lines = ["The most surprising labels, which are the first to look at for mistakes:"]
+    lines = ["The most surprising labels. Check these for mistakes first:"]
     row: Any
     for row in top:
         answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
