@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, Value
 from transformers.utils import logging
 
+from trl_ulma.data.origins import origins, with_origins
 from trl_ulma.labels import LABEL_TYPES, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
@@ -41,7 +42,11 @@ logger = logging.get_logger(__name__)
 
 # A label that is valid for either type, of rows without one; no reward depends on it
 _NEUTRAL = 0.5
-COLUMNS = ("row", "reward", "probability", "predicted_label", "surprise")
+# Rewards below this are 0 up to rounding
+_NO_REWARD = 1e-6
+# The predictions are alike if 90% of them span at most this share of what 90% of the labels span; without labels, of 1
+_ALIKE, _SCALE = 0.1, 1.0
+COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
 
 
 def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> dict[str, np.ndarray]:
@@ -164,6 +169,7 @@ class Judge:
         r"""What the policy thinks of each row: the row as it was, and
 
         - `row`: its number in `dataset`;
+        - `file_line`, if `load_rows` has read the rows from files: the file and line of the row;
         - `reward`: the implicit reward r = β·(log π_θ − log π_ref + log Z);
         - `probability`: P(label = 1) = σ(r), None for continuous labels;
         - `predicted_label`: the expected label, r or σ(r), on the scale that the training rows carried, as far as
@@ -220,17 +226,23 @@ class Judge:
         reward = self._rewards(prepared)
         wrong = np.asarray(prepared["row"][:])[~np.isfinite(reward)].tolist()
         if wrong:
-            raise FloatingPointError(f"The rewards of these scored rows are not finite: {wrong}. Score in float32.")
+            raise FloatingPointError(
+                f"The rewards of these scored rows are not finite: [{with_origins(wrong, dataset)}]. Score in float32."
+            )
 
         label = np.asarray(prepared["label"][:])
         continuous = is_continuous(prepared, rules.label_type)
         found: Mapping[str, Any] = judged(reward, label, continuous, rules)
-        if is_labeled and not is_paired:
-            own = (continuous == (rules.label_type == "continuous")) & ~is_missing
+        as_carried = label
+        own = (continuous == (rules.label_type == "continuous")) & ~(is_missing & is_labeled)
+        if is_labeled and not is_paired and rules.transform is not None:
             as_carried = own_labels(rows, "scored", rules, np.zeros(len(rows)))[prepared["row"][:]]
             note = beyond_training(as_carried[own], rules)
             if note is not None:
                 logger.warning(note)
+        note = alike(reward[own], found["predicted_label"][own], as_carried[own] if is_labeled else None)
+        if note is not None:
+            logger.warning(note)
         scored = dataset.with_format(None).select(prepared["row"][:])
         if is_labeled and "label" not in names:
             scored = scored.add_column("label", label.tolist())
@@ -245,8 +257,12 @@ class Judge:
                 None if is_none else surprise
                 for surprise, is_none in zip(found["surprise"].tolist(), is_missing, strict=True)
             ]
+        places = origins(dataset)
+        if any(place is not None for place in places):
+            columns = {"row": columns.pop("row"), "file_line": [places[row] for row in prepared["row"][:]], **columns}
+        types = {"row": "int64", "file_line": "string"}
         for name, values in columns.items():
-            scored = scored.add_column(name, values, feature=Value("int64" if name == "row" else "float64"))
+            scored = scored.add_column(name, values, feature=Value(types.get(name, "float64")))
         return scored
 
     def _check_columns(self, names: list[str]) -> None:
@@ -289,6 +305,43 @@ def beyond_training(label: np.ndarray, rules: LabelRules) -> str | None:
         f"{ends[1]:g}. The transform {rules.transform} reads them as the ends of this range."
         if outside
         else None
+    )
+
+
+def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -> str | None:
+    """What is to be said if a model hardly tells rows apart; None if it does, or if there are fewer than two rows.
+
+    Args:
+        reward: `(N,)` implicit rewards.
+        predicted: `(N,)` predicted labels, on the scale of `label`.
+        label: `(N,)` labels, or None.
+
+    Example:
+        >>> alike(np.zeros(3), np.full(3, 0.5), None)
+        'The rewards of all 3 rows are 0, because the model computes the same log-probabilities as its reference. Was it
+        trained?'
+    """
+    rows = len(reward)
+    if rows < 2:
+        return None
+    if np.abs(reward).max() < _NO_REWARD:
+        return (
+            f"The rewards of all {rows:,} rows are 0, because the model computes the same log-probabilities as its "
+            "reference. Was it trained?"
+        )
+    low, high = np.quantile(predicted, [0.05, 0.95])
+    if label is None:
+        if high - low > _ALIKE * _SCALE:
+            return None
+        than = ""
+    else:
+        least, greatest = np.quantile(label, [0.05, 0.95])
+        if greatest == least or high - low > _ALIKE * (greatest - least):
+            return None
+        than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
+    return (
+        f"The predicted labels of the {rows:,} rows are nearly alike: 90% of them are between {low:.3g} and {high:.3g}"
+        f"{than}. The model hardly tells good answers from bad ones, so the order of the rows says little about them."
     )
 
 

@@ -81,6 +81,8 @@ def write(
     """
     file = Path(args.output_dir) / "README.md"
     head = ModelCard.load(file, ignore_metadata_errors=True).data
+    if head.get("licence") == "license":  # TRL's placeholder. The license of the model is for its owner to choose.
+        head.pop("licence")
     is_adapter = is_peft_model(model)
     metrics_of, metrics = _last_figures(log_history)
     intervals = _intervals(evaluated, plan.eval_dataset) if metrics_of.startswith("last evaluation") else {}

@@ -297,14 +297,18 @@ def mismatched_sums(
     return torch.stack([torch.where(counts, log_ratio, 0.0).sum(), counts.sum().to(log_ratio)])
 
 
-def refuse_not_finite(loss: torch.Tensor, rows: torch.Tensor, losses: torch.Tensor, *, step: int) -> None:
+def refuse_not_finite(
+    loss: torch.Tensor, rows: torch.Tensor, losses: torch.Tensor, *, step: int, named: Callable[[list[int]], str]
+) -> None:
     """Raise FloatingPointError for a loss of a step that is not finite.
 
     Args:
         rows: `(B,)` numbers of the rows of the last micro-batch.
         losses: `(B,)` their losses.
+        named: returns the numbers of rows as text, with their files and lines.
     """
-    wrong = rows[~losses.isfinite()].tolist() or "unknown"
+    numbers = rows[~losses.isfinite()].tolist()
+    wrong = f"[{named(numbers)}]" if numbers else "unknown"
     raise FloatingPointError(
         f"The loss of step {step} is {loss.item()}. Rows of the train dataset with a loss that is not finite: {wrong}. "
         "Check these rows, lower the learning rate, or train in fp32."

@@ -45,6 +45,8 @@ from trl_ulma.checkpoints import (
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.config_checks import check_batches, check_machine, check_parallelism, check_unchanged, read_once
+from trl_ulma.data import seen_prompts
+from trl_ulma.data.origins import with_origins
 from trl_ulma.judge import Judge
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -65,6 +67,7 @@ from trl_ulma.logged import LoggedFigures, is_logged
 from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
+from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in
@@ -166,7 +169,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
         self._last_prepared: Any = None
         self._evaluated_rows: dict[str, Any] = {}
-        self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform)
+        self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
         kind = reference_kind(model, ref_model, args, peft_config, is_needed=plan.needs_reference)
@@ -603,7 +606,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         loss = super().training_step(*args, **kwargs)
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
-            refuse_not_finite(loss, *self._row_losses, step=self.state.global_step + 1)
+            named = functools.partial(with_origins, rows=self._plan.raw_rows)
+            refuse_not_finite(loss, *self._row_losses, step=self.state.global_step + 1, named=named)
         return loss
 
     def _on_optimizer_step(self, state: Any) -> None:
@@ -852,7 +856,21 @@ class PointwiseDPOTrainer(DPOTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             settings.write(folder)
             save_log_partition(self.log_partition, folder)
+            # A checkpoint on the Hub would disclose the prompts to whoever guesses them
+            is_uploaded = _internal_call and self.args.push_to_hub
+            has_trained = self.state.global_step > 0
+            seen_prompts.save(self._training_prompts if has_trained and not is_uploaded else None, folder)
         super().save_model(output_dir, _internal_call)
+
+    @functools.cached_property
+    def _training_prompts(self) -> np.ndarray | None:
+        """Hashes of the training prompts. None if the raw prompts are not at hand."""
+        raw, rows = self._plan.raw_rows, self._plan.train_dataset
+        if not isinstance(raw, Dataset) or raw.format["type"] == "custom" or "prompt_ids" in raw.column_names:
+            return None
+        if has_images(raw):  # the same words about another image are another prompt
+            return None
+        return seen_prompts.training_hashes(raw, rows["row"][:])
 
     def saved_settings(self) -> SavedSettings:
         """What scores depend on besides the weights. It is saved with the model."""

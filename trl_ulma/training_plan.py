@@ -22,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from trl_ulma.checkpoints import refuse_pickle
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.config_checks import check_best_metric, check_with_data
-from trl_ulma.labels import LabelRules
+from trl_ulma.labels import InvalidRows, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.table import collator_for
 from trl_ulma.log_z import check_column, check_groups, check_labels, with_groups
@@ -59,6 +59,7 @@ class TrainingPlan:
         peft_config: of the adapter that is trained, or None.
         stream_has_mask: whether the rows of a stream name the demonstrations themselves.
         raw_labels: `(N,)` labels of the training rows before the label transform, or None, see `labels_before`.
+        raw_rows: the training rows before they were prepared.
     """
 
     args: PointwiseDPOConfig
@@ -73,6 +74,7 @@ class TrainingPlan:
     needs_reference: bool = True
     stream_has_mask: bool = False
     raw_labels: np.ndarray | None = None
+    raw_rows: Any = None
 
     @property
     def layout(self) -> str:
@@ -207,13 +209,24 @@ def make_plan(
         other = _sizes(ref_model, args, getattr(ref_model, "active_peft_config", None))
         sizes = zip((positions, vocab_size), other, strict=True)
         positions, vocab_size = (min((s for s in both if s is not None), default=None) for both in sizes)
-    plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config)
-    plan.train_dataset = plan.prepare(train_dataset, "train")
+    plan = TrainingPlan(args, processing_class, rules, positions, vocab_size, peft_config, raw_rows=train_dataset)
+    evaluated = {} if eval_dataset is None else {"eval": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        evaluated = eval_dataset
+    prepared, refused = [], []
+    for name, dataset in (("train", train_dataset), *evaluated.items()):
+        try:
+            prepared.append(plan.prepare(dataset, name))
+        except InvalidRows as problem:  # list the invalid rows of all datasets at once
+            refused.append(problem)
+    if refused:
+        raise InvalidRows.joined(refused)
+    plan.train_dataset = prepared[0]
     plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)
     if isinstance(eval_dataset, dict):
-        plan.eval_dataset = {name: plan.prepare(dataset, name) for name, dataset in eval_dataset.items()}
+        plan.eval_dataset = dict(zip(evaluated, prepared[1:], strict=True))
     elif eval_dataset is not None:
-        plan.eval_dataset = plan.prepare(eval_dataset, "eval")
+        plan.eval_dataset = prepared[1]
     plan.needs_reference = any(map(plan._may_compare, plan.datasets))
     has_mask = any(map(plan._may_have_mask, plan.datasets))
     check_with_data(args, needs_reference=plan.needs_reference, has_mask=has_mask)

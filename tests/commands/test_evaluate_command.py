@@ -144,12 +144,12 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
 
     text = (report / "report.md").read_text()
     assert "which is not above chance: no ranking is claimed" in text
-    assert "6 prompts are too few to conclude from; 200 are a beginning." in text
-    assert "**ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in text
+    assert "6 prompts are too few for a conclusion from judged answers. Use 200 or more." in text
+    assert "**ulma (1): 6 prompts are too few for a conclusion (AUC " in text
     assert "100.0% of them name the one shown first" in text
     assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
     printed = capsys.readouterr().out
-    assert "ulma (1): on 6 prompts nothing can be concluded; 30 are a beginning (AUC " in " ".join(printed.split())
+    assert "ulma (1): 6 prompts are too few for a conclusion (AUC " in " ".join(printed.split())
     assert f"The whole report is {report / 'report.html'}. Open it in a browser." in printed
     assert facts["pictures"] == ["training"]
     assert len(facts["not_drawn"]) == 4
@@ -417,7 +417,7 @@ def test_a_model_that_is_no_adapter_needs_its_reference_named(tiny_llama, adapte
     assert main(argv) == 0
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["models"][0]["implicit_reward"] == {}
-    assert "has no implicit rewards: it is no adapter, and there is no --ref_model." in facts["notes"][0]
+    assert "has no implicit rewards, because its reference is not known. Name it with --ref_model." in facts["notes"][0]
     assert facts["judges"] == []
     assert main([*argv, "--ref_model", tiny_llama]) == 0
     figures = json.loads((tmp_path / "report.json").read_text())["models"][0]["implicit_reward"]
@@ -449,6 +449,13 @@ def test_a_full_model_is_compared_with_the_model_that_its_training_began_with(ti
     assert named[0]["changed"] == tuned["changed"]
     assert named[1]["perplexity"] == base["perplexity"]
     (note,) = facts["notes"]
+    assert note.startswith(
+        "Rows whose prompt was in the training data of the model tuned: 12 of 12. Held out: 0. Figures"
+    )
+    assert (tuned["trained_on"], base.get("trained_on")) == (12, None)
+    (tmp_path / "tuned" / "_training_prompts.npy").unlink()
+    assert main([*argv, "--no-base"]) == 0
+    (note,) = json.loads((tmp_path / "report" / "report.json").read_text())["notes"]
     assert note.startswith("The train split is evaluated. Training may have seen these rows")
 
 
@@ -562,11 +569,11 @@ NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
         (["--judge", "llm:"], "'llm:' is no judge"),
         (["--judge", "profanity", "--judge", "profanity"], "a --judge is given twice"),
         (["--model", "m"], "a --model is given twice; each run needs a folder of its own"),
-        (["--judge_label", "good"], "--judge_label is of a reward:CHECKPOINT judge, and there is none"),
-        (["--judge_url", f"http://u:{PLANTED}@h/v1"], "--judge_url is of an llm:MODEL judge, and there is none."),
-        (["--judge", "profanity", "--key_variable", "K"], "--key_variable is of an llm:MODEL judge, and there is none"),
-        (["--server_url", f"http://u:{PLANTED}@h/v1"], "--server_url is of a served:MODEL model, and there is none."),
-        (["--server_key_variable", "K"], "--server_key_variable is of a served:MODEL model, and there is none."),
+        (["--judge_label", "good"], "--judge_label needs a reward:CHECKPOINT judge, and there is none"),
+        (["--judge_url", f"http://u:{PLANTED}@h/v1"], "--judge_url needs an llm:MODEL judge, and there is none."),
+        (["--judge", "profanity", "--key_variable", "K"], "--key_variable needs an llm:MODEL judge, and there is none"),
+        (["--server_url", f"http://u:{PLANTED}@h/v1"], "--server_url needs a served:MODEL model, and there is none."),
+        (["--server_key_variable", "K"], "--server_key_variable needs a served:MODEL model, and there is none."),
         (["--judge", "reward:r"], "a reward model has one criterion, which its authors say: give --criterion once"),
         (["--beta", "0"], "0 must be above 0"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
@@ -820,7 +827,7 @@ def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
     # Two fits of one setting are two transforms, though they are called the same
     assert [note.split(" was trained")[0] for note in found.notes[1:]] == [thumbs, by_rank[1], thumbs]
     # What is not given as an option is the first fitting model's, and another one's is told
-    assert "rows that were read otherwise (truncation_mode keep_end, here keep_start)." in found.notes[3]
+    assert "rows that were read in another way (truncation_mode keep_end, here keep_start)." in found.notes[3]
     assert as_trained([by_rank[0]], is_paired=True).max_length is None
     chats = saved("chats", label_type="continuous", max_length=9, chat="true")
     assert as_trained([chats], is_paired=True).chat == "true"  # pairs are binary, and read as any rows of this model

@@ -111,7 +111,7 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
         assert kind in said
     rows = [json.loads(line) for line in Path(ratings).read_text().splitlines()]
     for number in (0, 1, 2):
-        assert f"Row {number}: " in said
+        assert f"{ratings}, line {number + 1}: " in said
         assert f"{rows[number]['prompt']}⟦{rows[number]['completion']}<|end|>⟧" in said.replace("\n  ", " ")
     assert "20 rows make 3 steps per epoch; 9 steps in total (3 epochs)." in said
     assert "Memory on one device, about" in said

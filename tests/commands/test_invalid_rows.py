@@ -48,7 +48,7 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     shown = capsys.readouterr().out
     assert "Labels of the train dataset: 2 rows" in shown
     assert "left out" in shown
-    assert "1: invalid: label is missing" in shown
+    assert "invalid: label is missing (1 row)" in shown
 
 
 def test_check_shows_what_becomes_of_text_and_what_is_scored(tiny_llama, tmp_path, capsys):

@@ -149,3 +149,32 @@ def test_rows_have_the_rewards_of_the_format_trained_on_whatever_file_they_come_
             found[trained_on, scored] = [json.loads(line)["reward"] for line in output.read_text().splitlines()]
         assert found[trained_on, "csv"] == found[trained_on, "jsonl"]
     assert found["csv", "csv"] != found["jsonl", "csv"]
+
+
+def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog):
+    logging.getLogger("transformers").propagate = True
+
+    def warned(rewards, rows, label_type="binary"):
+        caplog.clear()
+        settings = SavedSettings(beta=0.1, label_type=label_type)
+        Judge(settings, make_tokenizer(), lambda prepared: np.array(rewards)).score(rows)
+        return [message for message in caplog.messages if "rewards of all" in message or "nearly alike" in message]
+
+    rows, stars = make_rows(6), make_rows(6, label=[1.0, 2, 3, 4, 5, 5])
+    (zero,) = warned([0.0] * 6, rows)
+    assert zero.startswith("The rewards of all 6 rows are 0, because the model computes the same log-probabilities as")
+    assert warned([0.0] * 6, rows.remove_columns("label")) == [zero]
+    (near,) = warned([3.1, 3.2, 3.3, 3.2, 3.1, 3.2], stars, "continuous")
+    assert near.startswith(
+        "The predicted labels of the 6 rows are nearly alike: 90% of them are between 3.1 and 3.27, "
+    )
+    assert "and 90% of their labels between 1.25 and 5." in near
+    assert warned([1.0, 2, 3, 3, 4, 3], stars, "continuous") == []
+    assert warned([-2.0, 2, -2, 2, -2, 2], rows) == []
+    (near,) = warned([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], rows.remove_columns("label"))
+    assert near.startswith(
+        "The predicted labels of the 6 rows are nearly alike: 90% of them are between 0.525 and 0.55."
+    )
+    # One reward, or labels that are all alike, tell nothing of the model
+    assert warned([0.5], make_rows(1)) == []
+    assert warned([0.1] * 6, make_rows(6, label=[1.0] * 6)) == []

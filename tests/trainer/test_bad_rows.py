@@ -656,7 +656,8 @@ DROPPED = {
 def test_what_is_left_out_is_counted(tokenizer, caplog, rows, counts, why):
     left, total = (int(n) for n in counts.split(" of "))
     assert len(prepare(tokenizer, rows, max_length=20)) == total - left
-    assert f"Left out {counts} rows of the train dataset: {left} because {why}." in caplog.messages
+    number = f"{left} row{'' if left == 1 else 's'}"
+    assert f"Left out {counts} rows of the train dataset. Reason: {why} ({number})." in caplog.messages
 
 
 @pytest.mark.parametrize(("rows", "counts", "why"), DROPPED.values(), ids=DROPPED)
@@ -674,16 +675,17 @@ def test_what_a_stream_leaves_out_is_said_by_row(tokenizer, caplog, rows, counts
 ALL_DROPPED = {
     "prompts that fill max_length": (
         [GOOD | {"prompt": "a" * 50}] * 3,
-        "All 3 rows of the train dataset were left out: 3 because its prompt alone fills max_length. Raise max_length.",
+        "All 3 rows of the train dataset were left out. Reason: its prompt alone fills max_length (3 rows). Raise "
+        "max_length.",
     ),
     "pairs without answers": (
         [PAIR | {"chosen": "", "rejected": " "}],
-        "All 2 rows of the train dataset were left out: 2 because its answer is empty. Check the rows.",
+        "All 2 rows of the train dataset were left out. Reason: its answer is empty (2 rows). Check the rows.",
     ),
     "for two reasons": (
         [PAIR | {"rejected": "", "prompt": "a" * 50}, PAIR | {"chosen": "", "prompt": "a" * 50}],
-        "All 4 rows of the train dataset were left out: 2 because its prompt alone fills max_length; 2 because its "
-        "answer is empty. Raise max_length.",
+        "All 4 rows of the train dataset were left out. Reasons: its prompt alone fills max_length (2 rows); its "
+        "answer is empty (2 rows). Raise max_length.",
     ),
 }
 
@@ -764,8 +766,8 @@ def test_a_chat_template_that_leaves_the_answer_out(tiny_llama, template, role):
     with pytest.raises(ValueError) as error:
         prepare(tokenizer, [CHAT] * 2)
     assert str(error.value) == (
-        "All 2 rows of the train dataset were left out: 2 because the chat template leaves out the content of its "
-        f"{role} message. Check the rows."
+        "All 2 rows of the train dataset were left out. Reason: the chat template leaves out the content of its "
+        f"{role} message (2 rows). Check the rows."
     )
 
 

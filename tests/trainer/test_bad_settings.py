@@ -281,7 +281,8 @@ WITH_THE_DATA = {
     "a max_length that no prompt is below": (
         make_rows(4),
         {"max_length": 2},
-        "All 4 rows of the train dataset were left out: 4 because its prompt alone fills max_length. Raise max_length.",
+        "All 4 rows of the train dataset were left out. Reason: its prompt alone fills max_length (4 rows). Raise "
+        "max_length.",
     ),
     "rows beyond the model's positions": (
         make_rows(2, completion=[" a" * 600, " b"]),

@@ -171,7 +171,7 @@ def test_tool_results_are_read_and_not_scored(name):
     tokenizer = tokenizer_for(SHIPPED[name])
     made, why = taken(tokenizer, TOOLS)
     if not made:  # a template without tools: the row is left out, and said why
-        assert re.search(r"left out: 1 because .*tool|the chat template fails", why)
+        assert re.search(r"left out\. Reason: .*tool|the chat template fails", why)
         return
     found = scored(tokenizer, made[0])
     assert "drizzle" not in found
@@ -215,9 +215,8 @@ def test_a_row_of_which_the_template_drops_text_is_left_out_and_counted(caplog, 
     good = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Hello"}]}
     made = prepared(tokenizer, good, {"prompt": [SUM], "completion": completion})
     assert [row["row"] for row in made] == [0]
-    assert (
-        f"Left out 1 of 2 rows of the train dataset: 1 because the chat template leaves out {lacks}." in caplog.messages
-    )
+    said = f"Left out 1 of 2 rows of the train dataset. Reason: the chat template leaves out {lacks} (1 row)."
+    assert said in caplog.messages
 
 
 def test_an_answer_that_the_prompt_has_too_is_missed():

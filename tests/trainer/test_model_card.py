@@ -50,6 +50,13 @@ def test_what_the_card_tells_people_to_do_works(model, is_adapter, tmp_path, req
     assert len(scored) == 8
 
 
+def test_the_card_claims_no_license(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert not [name for name in card.data.to_dict() if "licen" in name]
+
+
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_the_card_of_a_model_that_takes_images_loads_it(is_adapter, tiny_llava, tmp_path, capsys, monkeypatch):
     said = [[{"role": "assistant", "content": text}] for text in ("Yes.", "No.")]

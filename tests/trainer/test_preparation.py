@@ -1,6 +1,7 @@
 """Preparation: caches, rows that are prepared already, streams in shards, invalid rows together, text as chat."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -362,7 +363,7 @@ def test_all_invalid_rows_are_listed_at_once_or_left_out(kind, caplog):
         assert sum("because it is invalid" in message for message in caplog.messages) >= invalid
     else:
         assert caplog.messages[0].startswith(
-            f"Left out {invalid} of {invalid + 2} rows of the train dataset: {invalid} because it is invalid."
+            f"Left out {invalid} of {invalid + 2} rows of the train dataset. Reason: it is invalid ({invalid} rows)."
         )
         assert left_out_of(kept)["invalid: label is missing"] == 2
         assert sum(left_out_of(kept).values()) == invalid
@@ -480,6 +481,7 @@ def test_a_csv_becomes_a_chat_by_itself_if_there_is_a_template(csv_file, csv, ca
     stream = load_dataset("csv", data_files=str(csv_file), split="train", streaming=True)
     for rows in (csv, stream, csv.select([0, 1])):
         caplog.clear()
+        logging.Logger.warning_once.cache_clear()
         assert texts(tokenizer, prepared(tokenizer, rows)) == [
             ("<|user|>Hi<|end|><|assistant|>", "Hello!<|end|>"),
             ("<|user|>How are you today?<|end|><|assistant|>", "Fine<|end|>"),
@@ -602,8 +604,10 @@ def test_empty_prompts_are_counted(streaming, caplog):
     rows = [GOOD, GOOD | {"prompt": " "}, GOOD | {"prompt": "", "label": 0.0}]
     made = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
     list(prepared(make_tokenizer(), made))
-    count = "Row 1 of the train dataset has" if streaming else "2 of 3 rows of the train dataset have"
-    assert sum(f"{count} an empty prompt." in message for message in caplog.messages) >= 1
+    said = "2 of 3 rows of the train dataset have an empty prompt: rows 1, 2. Check the column prompt."
+    if streaming:
+        said = "Row 1 of the train dataset has an empty prompt."
+    assert any(message.startswith(said) for message in caplog.messages)
     caplog.clear()
     prepared(make_tokenizer(), [{"chosen": "Yes", "rejected": "No"}])
     assert not any("empty prompt" in message for message in caplog.messages)

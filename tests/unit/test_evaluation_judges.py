@@ -623,9 +623,10 @@ def test_pairs_without_an_answer_are_left_out_and_counted(caplog):
     logging.getLogger("transformers").propagate = True
     held_out = HeldOut.of(Dataset.from_list(pairs), "test", LabelRules())
     assert len(held_out.rows) == 3
-    assert "Left out 1 of 4 answers of the test dataset: 1 because it ends in a human turn." in caplog.text
+    assert "Left out 1 of 4 answers of the test dataset. Reason: it ends in a human turn (1 answer)." in caplog.text
     with pytest.raises(
-        ValueError, match="All 2 answers of the test dataset were left out: 2 because it ends in a human"
+        ValueError,
+        match=r"All 2 answers of the test dataset were left out\. Reason: it ends in a human turn \(2 answers\)",
     ):
         HeldOut.of(Dataset.from_list([{"chosen": ends, "rejected": ends}]), "test", LabelRules())
 

@@ -368,11 +368,11 @@ def test_the_page_is_one_file_that_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "strength", "said"),
     [
-        (15, 0.5, "tuned: on 15 prompts nothing can be concluded; 30 are a beginning (Spearman's correlation "),
-        (2, 0.5, "tuned: on 2 prompts nothing can be concluded; 30 are a beginning ("),
+        (15, 0.5, "tuned: 15 prompts are too few for a conclusion (Spearman's correlation "),
+        (2, 0.5, "tuned: 2 prompts are too few for a conclusion ("),
         (200, 0.0, "tuned: nothing can be concluded: the interval includes 0 ("),
-        (200, 0.5, "tuned: its reward ranks held-out answers better than chance ("),
-        (200, -0.5, "tuned: its reward ranks held-out answers worse than chance ("),
+        (200, 0.5, "tuned: its reward ranks answers better than chance ("),
+        (200, -0.5, "tuned: its reward ranks answers worse than chance ("),
     ],
 )
 def test_what_can_be_concluded_is_said_first(rows, strength, said):
@@ -384,6 +384,33 @@ def test_what_can_be_concluded_is_said_first(rows, strength, said):
     assert f"{figure}, on {rows} row{s} of {rows} prompt{s})" in sentence
     parts = report.document({**facts, "pictures": []})
     assert next(part.text for part in parts if isinstance(part, Text) and part.strong) == sentence
+
+
+def test_the_seen_rows_are_part_of_the_conclusion():
+    facts = facts_of(200, 0.5)
+    for trained_on, said in ((0, "its reward ranks held-out answers better"), (3, "its reward ranks answers better")):
+        facts["models"][0]["trained_on"] = trained_on
+        sentence = report.conclusions(facts)[0]
+        assert said in sentence
+        assert ("; training saw the prompts of 3 rows)" in sentence) == (trained_on > 0)
+
+
+def test_of_long_answers_the_part_is_shown_in_which_they_differ():
+    same, rest = "The same words. " * 60, " and so on" * 90
+    texts = [f"{same}{word}{rest}" for word in ("yes", "no")]
+    found = changed(["Hi"], texts[:1], texts[1:], ["Good."])
+    (example,) = found["examples"]
+    assert found["others"] == 1
+    for name, word in (("before", "yes"), ("after", "no")):
+        assert f"words. {word} and so on" in example[name]
+        assert 600 <= len(example[name]) <= 602
+    facts = facts_of(5)
+    facts["models"][0]["changed"] = {"base": "base", **found}
+    quotes = [part.text for part in report.document({**facts, "pictures": []}) if isinstance(part, Quote)]
+    assert "(the same)" not in quotes
+    # Answers of the usual length are whole
+    whole = changed(["Hi"], ["a" * 599], ["a" * 598 + "b"], ["Good."])["examples"][0]
+    assert (whole["before"], whole["after"]) == ("a" * 599, "a" * 598 + "b")
 
 
 @pytest.mark.parametrize(("points", "said"), [(0.2, "better"), (0.05, "nothing can be concluded"), (-0.2, "worse")])
@@ -499,7 +526,7 @@ def test_one_row_is_one_row():
     facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 1)
     facts["models"][0]["rows"] = facts["data"]["rows"] = facts["data"]["prompts"] = 1
     text = report.in_terminal(facts, 200)
-    assert "tuned: on 1 prompt nothing can be concluded" in text
+    assert "tuned: 1 prompt is too few for a conclusion (" in text
     assert "correlation 1.000, on 1 row of 1 prompt)." in text
     assert "1 row of 1 prompt from d (test). Brackets" in text
 

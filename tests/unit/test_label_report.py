@@ -9,6 +9,7 @@ import pytest
 
 from trl_ulma.evaluation.figures import label_histogram
 from trl_ulma.labels import label_report, render_report
+from trl_ulma.labels.outliers import outliers
 
 
 def report_of(label, continuous=False, sft_mask=False, **kwargs):
@@ -283,3 +284,59 @@ def test_the_picture_shows_both_scales():
     (legend,) = both.legends
     assert [text.get_text() for text in legend.get_texts()] == ["demonstrations (5)", "other rows (3)"]
     assert len(label_histogram(raw, raw > 3).axes) == 1
+
+
+STARS = [1, 2, 3, 4, 5, 4, 3, 5, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([*STARS, 55], [55]),
+        ([*STARS * 2, 55, 11, -40], [-40, 11, 55]),
+        ([*STARS, 999, 99], [99, 999]),
+        ([*STARS, 0, 6], []),
+        ([*STARS, 55, 55, 55, 55], []),  # so many are a class of their own
+        ([1] * 30 + [2] * 6 + [5], []),  # a rare value of the scale
+        ([*STARS[:6], 55], []),  # too few to tell
+        ([3] * 20 + [55], []),
+        ([*np.linspace(0, 1, 40), 7], [7]),
+        ([*np.linspace(0, 1, 40), 5], []),
+    ],
+)
+def test_labels_far_outside_the_others_are_found(labels, found):
+    labels = np.array(labels, dtype=float)
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert labels[order][outliers(labels[order])].tolist() == found
+
+
+@pytest.mark.parametrize("kind", ["normal", "exponential", "lognormal", "stars", "poisson"])
+@pytest.mark.parametrize("size", [40, 1000])
+def test_few_samples_of_skewed_labels_have_labels_far_outside(kind, size):
+    rng = np.random.default_rng(0)
+    draw = {"stars": lambda size: rng.choice(5, size, p=[0.02, 0.02, 0.06, 0.1, 0.8]), "poisson": rng.poisson}
+    draw = draw.get(kind) or getattr(rng, kind)
+    assert sum(len(outliers(draw(size=size))) > 0 for _ in range(200)) <= 4
+
+
+def test_labels_far_outside_are_named_with_their_rows():
+    def warned(label, **settings):
+        report = report_of(label, named=lambda row: f"ratings.csv, line {row + 2}", **settings)
+        return [warning for warning in report["warnings"] if "far outside" in warning]
+
+    said = "1 label is far outside the others, which are between 1 and 5: 55 (ratings.csv, line 14). Check for typing"
+    (warning,) = warned([*STARS, 55], continuous=True)
+    assert warning.startswith(said)
+    # The label in the data counts, not what a transform makes of it
+    raw = np.array([*STARS, 55.0])
+    (warning,) = warned((raw > 3).astype(float), raw=raw, transform="threshold:4")
+    assert warning.startswith(said)
+    assert warned(raw, continuous=True, raw=raw, transform="votes:1,1") == []
+    # Rows of another type do not count, and their positions do
+    mixed = np.array([1.0, *STARS, 55.0, 0.0])
+    (warning,) = warned(mixed, continuous=np.array([False] + [True] * 13 + [False]))
+    assert "55 (ratings.csv, line 15)" in warning
+    many = [*STARS * 60, *range(1000, 7000, 1000)]
+    (warning,) = warned(many, continuous=True)
+    assert warning.startswith("6 labels are far outside the others, which are between 1 and 5: 1000 (")
+    assert "5000 (ratings.csv, line 726), and 1 more." in warning

@@ -129,6 +129,30 @@ def origin(rows: Any, row: int) -> str | None:
     return None
 
 
+def origins(rows: Dataset) -> list[str | None]:
+    """The file and line of each row that `load_rows` has read. None for other rows. Faster than `origin` per row.
+
+    Example:
+        >>> origins(Dataset.from_dict({"prompt": ["Hi"]}))
+        [None]
+    """
+    found = joined_origins([("", rows)])
+    return [found[row] if found.names[found.source[row]] else None for row in range(len(rows))]
+
+
+def with_origins(numbers: Sequence[int], rows: Any) -> str:
+    """Numbers of rows as text, each with its file and line if they are known.
+
+    Example:
+        >>> with_origins([3, 7], Dataset.from_dict({"prompt": ["Hi"] * 8}))
+        '3, 7'
+    """
+    places = [origin(rows, number) if number >= 0 else None for number in numbers]
+    return ", ".join(
+        f"{number} ({place})" if place else str(number) for number, place in zip(numbers, places, strict=True)
+    )
+
+
 def located(invalid: Mapping[int, InvalidRow], rows: Any) -> list[InvalidRow]:
     """The errors of rows, in the order of the rows. Those that a message lists have the file and line of their row.
 

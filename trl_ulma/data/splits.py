@@ -61,7 +61,7 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
 
 def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
     """The row numbers of each set of rows that share a prompt, by the first prompt of the set."""
-    keys = [[_key(prompt) for prompt in prompts] for prompts in _prompts(dataset)]
+    keys = [[_key(prompt) for prompt in prompts] for prompts in prompts_of(dataset)]
     parent = {key: key for row in keys for key in row}
 
     def root(key: str) -> str:
@@ -81,7 +81,8 @@ def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
     return dict(groups)
 
 
-def _prompts(dataset: Dataset) -> list[list[Any]]:
+def prompts_of(dataset: Dataset) -> list[list[Any]]:
+    """`(N,)` the prompts of each row: one, or of a pair without a prompt, those of its two halves."""
     names = dataset.column_names
     if "prompt" in names:
         return [[prompt] for prompt in dataset["prompt"]]

@@ -124,7 +124,7 @@ def as_trained(
         others = [f"{name} {getattr(saved, name)}, here {cut[name]}" for name in differing]
         if others:
             notes.append(
-                f"{source} was trained on rows that were read otherwise ({'; '.join(others)}). Where this makes a "
+                f"{source} was trained on rows that were read in another way ({'; '.join(others)}). If this makes a "
                 "difference, its rewards are not those of its training. Evaluate it by itself."
             )
     cut |= {name: value for name, value in given.items() if value is not None}

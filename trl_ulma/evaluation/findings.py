@@ -12,7 +12,8 @@ from trl_ulma.judge import judged
 from trl_ulma.labels import LabelRules
 
 SURPRISES = 10
-_LONGEST = 300
+# Characters of a text that is shown
+_LONGEST, _LONGEST_ANSWER = 300, 600
 
 
 def on_own_scale(
@@ -78,6 +79,7 @@ def surprises(
     rules: LabelRules,
     rows: Any,
     numbers: np.ndarray | Sequence[int],
+    places: Sequence[str | None] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows whose labels surprise a model most, most surprising first. Check these for mistakes.
 
@@ -89,6 +91,7 @@ def surprises(
         rules: rules for labels, with their transform.
         rows: rows with `prompt` and `completion`, by number: a list or a `Dataset`.
         numbers: `(N,)` numbers of the rows.
+        places: the file and line of each row by its number, or None where it is not known.
 
     Example:
         >>> rows = [{"prompt": "Hi", "completion": " Hello!"}, {"prompt": "Hi", "completion": " Go away!"}]
@@ -104,6 +107,7 @@ def surprises(
     return [
         {
             "row": int(numbers[i]),
+            "file_line": places[int(numbers[i])] if places else None,
             "prompt": shortened(as_text(rows[int(numbers[i])]["prompt"])),
             "answer": shortened(answer_text(rows[int(numbers[i])]["completion"])),
             "label": float(given[i]),
@@ -137,19 +141,35 @@ def changed(
     """
     both = [i for i in range(len(prompts)) if before[i] is not None and after[i] is not None]
     others = [i for i in both if str(before[i]).strip() != str(after[i]).strip()]
-    return {
-        "answers": len(both),
-        "others": len(others),
-        "examples": [
-            {
-                "prompt": shortened(as_text(prompts[i])),
-                "before": shortened(str(before[i])),
-                "after": shortened(str(after[i])),
-                "chosen": shortened(chosen[i]),
-            }
-            for i in [*others, *(i for i in both if i not in others)][:examples]
-        ],
-    }
+    shown = []
+    for i in [*others, *(i for i in both if i not in others)][:examples]:
+        old, new = where_they_differ(str(before[i]), str(after[i]))
+        prompt, good = (shortened(text, _LONGEST_ANSWER) for text in (as_text(prompts[i]), chosen[i]))
+        shown.append({"prompt": prompt, "before": old, "after": new, "chosen": good})
+    return {"answers": len(both), "others": len(others), "examples": shown}
+
+
+def where_they_differ(one: str, other: str, most: int = _LONGEST_ANSWER) -> tuple[str, str]:
+    """Return two texts, of long ones the part from shortly before their first difference.
+
+    Example:
+        >>> where_they_differ("The cat sat on the mat.", "The cat sat on the roof.", 8)
+        ('…e mat.', '…e roof.')
+        >>> where_they_differ("The cat", "The dog", 8)
+        ('The cat', 'The dog')
+    """
+    one, other = one.strip(), other.strip()
+    if one == other or max(len(one), len(other)) <= most:
+        return shortened(one, most), shortened(other, most)
+    shorter = min(len(one), len(other))
+    same = next((place for place in range(shorter) if one[place] != other[place]), shorter)
+    start = max(0, same - most // 4)
+
+    def part(text: str) -> str:
+        end = start + most
+        return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
+
+    return part(one), part(other)
 
 
 def shortened(text: str, most: int = _LONGEST) -> str:

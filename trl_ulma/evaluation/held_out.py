@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, Value
 from transformers.utils import logging
 
-from trl_ulma.data.origins import origin
+from trl_ulma.data.origins import origin, origins
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.evaluation.judges import Comparison
@@ -28,6 +28,7 @@ from trl_ulma.labels import (
     unread,
 )
 from trl_ulma.rows.dataset_labels import check_pairs, own_labels, prompt_keys, transformed_labels
+from trl_ulma.rows.dropped import reasons_in_words
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 
 logger = logging.get_logger(__name__)
@@ -61,6 +62,7 @@ class HeldOut:
         sft_mask: bool, whether the row is a demonstration.
         continuous: bool, whether the label is continuous.
         prompt: the number of the prompt.
+        places: the file and line of each row, or None where it is not known.
     """
 
     rows: Dataset
@@ -69,6 +71,7 @@ class HeldOut:
     sft_mask: np.ndarray
     continuous: np.ndarray
     prompt: np.ndarray
+    places: Sequence[str | None] = ()
 
     @classmethod
     def of(
@@ -125,10 +128,12 @@ class HeldOut:
             kept = [row for row in range(len(rows)) if row not in invalid]
             rows = rows.select(kept)
             own = own[kept]
+            raw_row = [raw_row[row] for row in kept]
             columns, read = ({c: [v[row] for row in kept] for c, v in each.items()} for each in (columns, read))
         rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
         prompts = prompt_keys(columns, range(len(rows)))
         types = read.get("label_type", [rules.label_type] * len(rows))
+        places = origins(dataset)
         return cls(
             rows,
             np.asarray(read["label"]),
@@ -136,6 +141,7 @@ class HeldOut:
             np.asarray(read["sft_mask"]),
             np.asarray(types) == "continuous",
             np.unique(prompts, return_inverse=True)[1],
+            [places[row] for row in raw_row],
         )
 
     def questions(self, limit: int | None, seed: int, center: float = 0.0) -> list[Question]:
@@ -185,11 +191,11 @@ def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[
     why, pair = columns.pop("left_out"), columns.pop("pair")
     kept = [i for i, reason in enumerate(why) if reason is None]
     left_out = Counter(reason for reason in why if reason is not None)
-    reasons = "; ".join(f"{count} because {reason}" for reason, count in left_out.most_common())
+    reasons = reasons_in_words(left_out, "answer")
     if not kept:
-        raise ValueError(f"All {len(why)} answers of the {name} dataset were left out: {reasons}.")
+        raise ValueError(f"All {len(why)} answers of the {name} dataset were left out. {reasons}")
     if left_out:
-        logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset: {reasons}.")
+        logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset. {reasons}")
     rows = Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})
     raw_row = [pair[i] for i in kept]
     if images is None:

@@ -166,7 +166,11 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
         if name:
             figure = model["implicit_reward"][name]
             of = f"{_NAMES[name]} {shown(figure)}, on {_of_prompts(model['rows'], figure.n)}"
-            told = _concluded(figure, chance, "its reward ranks held-out answers", of)
+            trained_on = model.get("trained_on")
+            what = f"its reward ranks {'held-out ' if trained_on == 0 else ''}answers"
+            if trained_on:
+                of += f"; training saw the prompts of {_counted(trained_on, 'row')}"
+            told = _concluded(figure, chance, what, of)
             hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
             found.append(f"{model['name']}: {told}{hint if 'worse than chance' in told else ''}")
     bases = {model["name"] for model in facts["models"] if model.get("is_base")}
@@ -195,7 +199,8 @@ ENOUGH_PROMPTS = 30
 
 def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
     if figure.n < ENOUGH_PROMPTS:
-        return f"on {_counted(figure.n, 'prompt')} nothing can be concluded; {ENOUGH_PROMPTS} are a beginning ({of})."
+        are = "is" if figure.n == 1 else "are"
+        return f"{_counted(figure.n, 'prompt')} {are} too few for a conclusion ({of}). Use {ENOUGH_PROMPTS} or more."
     if figure.low is None or figure.high is None or figure.low <= chance <= figure.high:
         return f"nothing can be concluded: the interval includes {chance:g} ({of})."
     if figure.low > chance:
@@ -332,7 +337,7 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
 def _surprises(model: Mapping[str, Any]) -> list[Part]:
     rows = [
         [
-            str(each["row"]),
+            each["file_line"] or str(each["row"]),
             f"{each['label']:g}",
             f"{each['predicted']:.2f}",
             f"{each['predicted_before']:.2f}",
@@ -344,8 +349,15 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
     if not rows:
         return []
     return [
-        Heading(f"The rows that surprise {model['name']} most"),
-        Text("Check their labels for mistakes first. Rows are numbered from 0, in the order of evaluation."),
+        Heading(f"The most surprising labels, for the model {model['name']}"),
+        Text(
+            "Check these labels for mistakes first."
+            + (
+                ""
+                if all(each["file_line"] for each in model["surprises"])
+                else " Rows that were not read from a file are numbered from 0, in the order of evaluation."
+            )
+        ),
         Table(["row", "label", "predicted", "before training", "prompt", "answer"], rows, is_text=True),
     ]
 
@@ -424,8 +436,8 @@ def _agreement_said(agreement: Estimate | None) -> str:
             "answer, or none of these comparisons was judged): no ranking is claimed."
         )
     said = (
-        f"On {agreement.n} of the data's own good and bad answers, the judge agrees with the labels by "
-        f"{shown(agreement, '.1%')}, a tie counted half"
+        f"On {agreement.n} of the data's own good and bad answers, the judge agrees with "
+        f"{shown(agreement, '.1%')} of the labels (a tie counts half)"
     )
     return said + ("." if is_above_chance(agreement) else ", which is not above chance: no ranking is claimed.")
 

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from scipy.special import expit
 
+from trl_ulma.data import seen_prompts
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.as_trained import BETA, as_trained, reward_scale
@@ -67,9 +68,14 @@ ENOUGH_PROMPTS = 200
 # Length limit in tokens of the few answers that are shown if no others are generated
 EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
+# What is said of the train split, or a part of it, if a model has no record of its training prompts
 _MAYBE_SEEN = (
     "The train split is evaluated. Training may have seen these rows, so the figures do not show what a model does on "
     "new ones."
+)
+_MAYBE_HELD_OUT = (
+    "It is not known whether {} was trained on these rows. Training held them out if it ran with --eval_strategy or "
+    "--do_eval, the same --test_split_size, and this seed as its --seed."
 )
 
 
@@ -207,8 +213,7 @@ class _Run:
         part = f"{args.test_split_size:g} of train by prompt, seed {args.split_seed}"
         self._note(
             f"{args.dataset} has no test split, so {len(held_out):,} of its {len(rows):,} rows are evaluated ({part}). "
-            "Training has not seen these rows if it held them out, with --eval_strategy or --do_eval, the same "
-            "--test_split_size, and this seed as its --seed. --split train evaluates all rows."
+            "--split train evaluates all rows."
         )
         return self._held_out(held_out, "test"), part
 
@@ -279,7 +284,10 @@ class _Run:
                 "Evaluate more rows, or leave --judge and --generate out."
             )
         if len(found) < ENOUGH_PROMPTS and self.args.judge:
-            self._note(f"{len(found)} prompts are too few to conclude from; {ENOUGH_PROMPTS} are a beginning.")
+            are = "prompt is" if len(found) == 1 else "prompts are"
+            self._note(
+                f"{len(found)} {are} too few for a conclusion from judged answers. Use {ENOUGH_PROMPTS} or more."
+            )
         return found
 
     def _examples(self) -> list[Question]:
@@ -380,6 +388,7 @@ class _Run:
             system_message=self.how.system_message,
         )
         rows: Any = prepare(self.held_out.rows, "test")
+        facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
         model = load_model(source, dtype=args.dtype, **self.loading)
         facts |= self._likelihoods(run, source, model, processing_class, rows)
         befores = {self._before(each) for _, each in args.model}
@@ -390,7 +399,11 @@ class _Run:
                 longest = float("inf") if most is None else most - self.sampling.max_new_tokens
                 questions = [question for question in questions if 0 < len(ids[question.row]) <= longest]
             elif len(questions) < len(self.questions):
-                self._note(f"{run} gets {len(self.questions) - len(questions)} prompts less, which are left out above.")
+                fewer = len(self.questions) - len(questions)
+                self._note(
+                    f"{run} does not answer {fewer} of the {len(self.questions)} prompts, because their rows were left "
+                    "out for it."
+                )
             prompts = [ids[question.row] for question in questions]
             generator = TransformersGenerator(model, tokenizer, source, most)
             facts |= self._answers(run, generator, questions, prompts)
@@ -504,10 +517,10 @@ class _Run:
         identity = None if saved is None else saved.reference
         names_reference = identity is not None and (identity.name or identity.kind == "none")
         if args.ref_model is None and adapter_base(source) is None and not names_reference:
-            self._note(f"{run} has no implicit rewards: it is no adapter, and there is no --ref_model.")
+            self._note(f"{run} has no implicit rewards, because its reference is not known. Name it with --ref_model.")
         elif args.ref_model is None and identity is not None and identity.kind == "none":
             self._note(
-                f"{run} has no implicit rewards: it was trained without a reference, and there is no --ref_model."
+                f"{run} has no implicit rewards, because it was trained without a reference. Name one with --ref_model."
             )
         else:  # before the scoring, because an error should not come after it
             scale = reward_scale(
@@ -543,7 +556,7 @@ class _Run:
         facts |= self._of_rewards(rewards, raw)
         self._write_rewards(run, raw, held_out.own_label[raw], rewards)
         facts["surprises"] = surprises(
-            rewards, label, held_out.own_label[raw], continuous, self.how.rules, held_out.rows, raw
+            rewards, label, held_out.own_label[raw], continuous, self.how.rules, held_out.rows, raw, held_out.places
         )
         base = self._before(source)
         if args.base and base is not None and base not in self.bases and base not in dict(self.args.model).values():
@@ -559,11 +572,25 @@ class _Run:
             }
         return facts
 
-    def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
-        """Note if training may have seen the rows, or if the scale of the rewards is unknown or another one there."""
-        args = self.args
-        if saved is not None and self.split == "train" and _MAYBE_SEEN not in self.notes:
+    def _note_seen(self, run: str, source: str, numbers: np.ndarray) -> int | None:
+        """Note whether a model was trained on the prompts of rows. Returns of how many, or None if it is not known."""
+        prompts = self.held_out.rows["prompt"][:]
+        found = seen_prompts.seen([prompts[row] for row in numbers], saved_file(source, seen_prompts.FILE))
+        message = seen_prompts.in_words(found, run)
+        if message is not None:
+            trained_on = int((found == seen_prompts.SEEN).sum())
+            new = " Figures on rows that it was trained on do not show what it does on new ones." if trained_on else ""
+            self._note(message + new)
+            return trained_on if trained_on or (found == seen_prompts.NEW).all() else None
+        if saved_settings(source) is not None and self.split == "train" and _MAYBE_SEEN not in self.notes:
             self._note(_MAYBE_SEEN)
+        if saved_settings(source) is not None and self.split not in ("train", "test") and self.args.split is None:
+            self._note(_MAYBE_HELD_OUT.format(run))
+        return None
+
+    def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
+        """Note if the scale of the rewards is unknown or another one in training."""
+        args = self.args
         if has_log_z and saved is not None and isinstance(saved.log_z, str) and saved.log_z != "column":
             self._note(
                 f"{run} has its own log Z ({saved.log_z}), but the column log_z of the rows is used. Remove the column "
@@ -581,8 +608,12 @@ class _Run:
         """Write the reward of each row."""
         path = self._file("rewards", run)
         path.parent.mkdir(exist_ok=True)
-        columns = zip(rows.tolist(), label.tolist(), rewards.tolist(), strict=True)
-        lines = [json.dumps(dict(zip(("row", "label", "reward"), row, strict=True))) for row in sorted(columns)]
+        places = self.held_out.places
+        columns = sorted(zip(rows.tolist(), label.tolist(), rewards.tolist(), strict=True))
+        found = [
+            {"row": row, "file_line": places[row], "label": label, "reward": reward} for row, label, reward in columns
+        ]
+        lines = [json.dumps({name: value for name, value in each.items() if value is not None}) for each in found]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
     def _file(self, folder: str, run: str) -> Path:

@@ -1,12 +1,16 @@
 """The label report: labels, weights, prompts and lengths of a training set, with warnings, before any training."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from trl_ulma.labels.outliers import outliers
+
 _WIDTH = 80
+# Rows that a warning names
+_LISTED = 5
 _BINS = 10
 # With more distinct values than this, labels are counted in bins
 _VALUES = 12
@@ -38,6 +42,7 @@ def label_report(
     raw: np.ndarray | None = None,
     transform: str | None = None,
     groups_lengths: bool = False,
+    named: Callable[[int], str] = "row {}".format,
 ) -> dict[str, Any]:
     r"""Return counts, shares and warnings about a training set, in types that JSON can hold.
 
@@ -59,6 +64,7 @@ def label_report(
         raw: `(N,)` labels before the label transform, NaN for rows that are not transformed; None without a transform.
         transform: the fitted transform, such as "threshold:4".
         groups_lengths: whether the rows of a step have similar lengths.
+        named: returns the name of the row at a position, such as its file and line, for warnings.
 
     Returns:
         - `rows`, and `demonstrations`, the share of rows that are demonstrations;
@@ -96,8 +102,13 @@ def label_report(
     for name, rows in (("binary", ~continuous), ("continuous", continuous)):
         if rows.any():
             report[name] = _of_type(name, label[rows], sft_mask[rows], weights[rows], tokens[rows], warnings)
+            own = label
             if raw is not None and np.isfinite(raw[rows]).all():
+                own = raw
                 report[name]["raw"] = _before(raw[rows], label[rows], weights[rows], tokens[rows], transform or "")
+            # Numbers of votes have long tails
+            if (own is raw or name == "continuous") and not (transform or "").startswith("votes"):
+                _warn_of_outliers(own, np.flatnonzero(rows), named, warnings)
     if "binary" in report:
         rows = ~continuous
         report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
@@ -160,6 +171,20 @@ def _of_type(
     }
 
 
+def _warn_of_outliers(label: np.ndarray, rows: np.ndarray, named: Callable[[int], str], warnings: list[str]) -> None:
+    far = rows[outliers(label[rows])]
+    if not len(far):
+        return
+    others = np.delete(label[rows], np.searchsorted(rows, far))
+    listed = ", ".join(f"{label[row]:g} ({named(int(row))})" for row in far[:_LISTED])
+    more = f", and {len(far) - _LISTED:,} more" if len(far) > _LISTED else ""
+    are = "1 label is" if len(far) == 1 else f"{len(far):,} labels are"
+    warnings.append(
+        f"{are} far outside the others, which are between {others.min():g} and {others.max():g}: {listed}{more}. Check "
+        "for typing mistakes."
+    )
+
+
 def _before(
     raw: np.ndarray, label: np.ndarray, weight: np.ndarray, tokens: np.ndarray, transform: str
 ) -> dict[str, Any]:
@@ -201,7 +226,8 @@ def _targets(targets: np.ndarray, beta: float, is_known: bool, warnings: list[st
     size, greatest = float(np.sqrt((targets**2).mean())), float(targets.max())
     low, high = _TARGETS
     beyond = int((targets > high).sum())
-    advice = f"With beta={beta * size / _GOOD_TARGET:.2g} it would be {_GOOD_TARGET:g}." if size else ""
+    better = f"{beta * size / _GOOD_TARGET:.2g}"
+    advice = f"With beta={better} it would be {_GOOD_TARGET:g}." if size and better != f"{beta:.2g}" else ""
     if size < low:
         warnings.append(
             f"The target log-ratios (z − c)/β are {size:.2g} nats in root mean square, below {low:g}. There is little "
@@ -209,8 +235,9 @@ def _targets(targets: np.ndarray, beta: float, is_known: bool, warnings: list[st
         )
     elif beyond:
         warnings.append(
-            f"{_count(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}. A policy that "
-            f"keeps its language cannot reach them. The root mean square is {size:.3g} at beta={beta:g}. {advice}"
+            f"{_count(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}. A model cannot "
+            f"move that far from its reference and still write well. The root mean square is {size:.3g} at "
+            f"beta={beta:g}. {advice}".rstrip()
         )
     return {
         "rms": _rounded(size),
@@ -323,15 +350,18 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
             f"{weight['min']:.4g} to {weight['max']:.4g}, median {weight['median']:.4g}; {weight['zero']:,} are 0; "
             f"worth {weight['effective_rows']:,.0f} rows of equal weight"
         )
-    by_number = ", ".join(f"{count:,} with {number}" for number, count in prompts["with_answers"].items())
+    numbers = prompts["with_answers"].items()
+    by_number = ", ".join(f"{_count(count, 'prompt')} with {number}" for number, count in numbers)
     facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts["repeated"] = _count(report["repeated"], "row")
     facts["contradicting"] = _count(report["contradicting"], "row")
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
-        facts["classes alike with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
+        facts["balanced with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
     if report.get("left_out"):
-        facts["left out"] = "; ".join(f"{count:,}: {reason}" for reason, count in report["left_out"].items())
+        facts["left out"] = "; ".join(
+            f"{reason} ({_count(count, 'row')})" for reason, count in report["left_out"].items()
+        )
     lines.append("")
     for fact, text in facts.items():
         lines += textwrap.wrap(f"{fact:<19} {text}", _WIDTH, subsequent_indent=" " * 20)

@@ -57,6 +57,23 @@ class InvalidRow(ValueError):
         return InvalidRow(self.message, self.kind, self.prompt, origin or "")
 
 
+class InvalidRows(ValueError):
+    """All invalid rows. The last line of the message says what to do.
+
+    Example:
+        >>> print(InvalidRows.joined([InvalidRows("Row 3.\\nFix it."), InvalidRows("Row 5.\\nFix it.")]))
+        Row 3.
+        Row 5.
+        Fix it.
+    """
+
+    @classmethod
+    def joined(cls, errors: Sequence["InvalidRows"]) -> "InvalidRows":
+        """One error for several datasets. What to do is said once."""
+        listed, _, remedies = zip(*(str(each).rpartition("\n") for each in errors), strict=True)
+        return cls("\n".join([*listed, *dict.fromkeys(remedies)]))
+
+
 def unread(fault: str, at: str) -> InvalidRow:
     """Return the error of a row whose line could not be read.
 
@@ -121,7 +138,7 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
 
 
 def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> None:
-    """Raise a ValueError that lists all invalid rows and what to do; do nothing if there are none."""
+    """Raise `InvalidRows`, which lists all invalid rows and what to do; do nothing if there are none."""
     if found:
         remedy = (
             'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
@@ -129,7 +146,7 @@ def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -
             else 'Most labels are outside [0, 1], as ratings and scores are. Set label_type="continuous". Do not leave '
             "these rows out: the low ratings would stay, and count as likes."
         )
-        raise ValueError(f"{list_invalid(found, total, where)}\n{remedy}")
+        raise InvalidRows(f"{list_invalid(found, total, where)}\n{remedy}")
 
 
 def look_like_ratings(found: Sequence[InvalidRow], total: int | None) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
-from trl_ulma.data.origins import located
+from trl_ulma.data.origins import located, origin
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
     InvalidRow,
@@ -295,15 +295,19 @@ def labels_before(rows: Dataset, args: Any, raw: Any) -> np.ndarray | None:
     return np.array([float(read[row]) if is_own else np.nan for is_own, row in numbers])
 
 
-def report_labels(rows: Dataset, args: Any, raw: np.ndarray | None = None, transform: Any = None) -> dict[str, Any]:
+def report_labels(
+    rows: Dataset, args: Any, raw: np.ndarray | None = None, transform: Any = None, raw_rows: Any = None
+) -> dict[str, Any]:
     """The label report of prepared rows, see `trl_ulma.labels.label_report`; with `left_out`, how many raw rows were
     left out for which reason, if any were.
 
     Args:
         raw: `(N,)` labels before the label transform, see `labels_before`.
         transform: the fitted transform, or None.
+        raw_rows: the rows that they were prepared from, whose files and lines warnings name.
     """
     continuous = is_continuous(rows, args.label_type)
+    numbers = rows["row"]
     log_z = None if isinstance(args.log_z, str) else args.log_z
     if "log_z" in rows.column_names:
         log_z = np.asarray(rows["log_z"][:])
@@ -324,13 +328,18 @@ def report_labels(rows: Dataset, args: Any, raw: np.ndarray | None = None, trans
         raw=raw,
         transform=None if transform is None else str(transform),
         groups_lengths=args.train_sampling_strategy == "group_by_length",
+        named=lambda place: origin(raw_rows, numbers[place]) or f"row {numbers[place]}",
     )
     left_out = left_out_of(rows)
     return report | {"left_out": left_out} if left_out else report
 
 
 def show_report(
-    rows: Dataset | IterableDataset, args: Any, raw: np.ndarray | None = None, transform: Any = None
+    rows: Dataset | IterableDataset,
+    args: Any,
+    raw: np.ndarray | None = None,
+    transform: Any = None,
+    raw_rows: Any = None,
 ) -> dict[str, Any] | None:
     """Print the label report of the training set, write it into the output folder, and return it; arguments as in
     `report_labels`.
@@ -339,7 +348,7 @@ def show_report(
     """
     if not args.label_report or not args.should_save or isinstance(rows, IterableDataset):
         return None
-    report = report_labels(rows, args, raw, transform)
+    report = report_labels(rows, args, raw, transform, raw_rows)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from trl_ulma.data.origins import origin
+from trl_ulma.data.origins import origin, with_origins
 from trl_ulma.labels import LISTED, InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.rows.notes import note
@@ -17,6 +17,9 @@ from trl_ulma.rows.rendering import PROMPT_FILLS
 logger = logging.get_logger(__name__)
 
 INVALID_ROWS = ("error", "drop")
+INVALID = "it is invalid"
+# Rows with an empty prompt that a warning names
+_NAMED = 5
 # Columns that exist only while rows are prepared
 PASSING = ("left_out", "cut", "invalid", "unended", "unasked")
 
@@ -94,6 +97,17 @@ UNENDED = (
 )
 
 
+def reasons_in_words(counts: Counter[str], unit: str = "row") -> str:
+    """How many rows were left out for which reason.
+
+    Example:
+        >>> reasons_in_words(Counter({"it is invalid": 3, "its answer is empty": 1}))
+        'Reasons: it is invalid (3 rows); its answer is empty (1 row).'
+    """
+    found = [f"{reason} ({count:,} {unit}{'' if count == 1 else 's'})" for reason, count in counts.most_common()]
+    return f"Reason{'' if len(found) == 1 else 's'}: {'; '.join(found)}."
+
+
 def check_stream_has_rows(stream: IterableDataset, name: str) -> None:
     """Raise ValueError if all rows of a stream were left out."""
     if next(iter(stream), None) is None:
@@ -135,17 +149,17 @@ def kept_rows(
     is_kept = [reason is None and text is None for reason, text in zip(reasons, invalid, strict=True)]
     counts = Counter(r for r, text in zip(reasons, invalid, strict=True) if r is not None and text is None)
     if errors:
-        counts["it is invalid"] = len(errors)
-    why = "; ".join(f"{count} because {reason}" for reason, count in counts.most_common())
+        counts[INVALID] = len(errors)
+    why = reasons_in_words(counts)
     listed = "\n" + list_invalid(errors, total, name) if errors else ""
     if not any(is_kept):
         raise ValueError(
-            f"All {total} rows of the {name} dataset were left out: {why}. "
+            f"All {total} rows of the {name} dataset were left out. {why} "
             + ("Raise max_length." if PROMPT_FILLS in counts else "Check the rows.")
             + listed
         )
     if counts:
-        logger.warning(f"Left out {sum(counts.values())} of {total} rows of the {name} dataset: {why}.{listed}")
+        logger.warning(f"Left out {sum(counts.values())} of {total} rows of the {name} dataset. {why}{listed}")
     if not all(is_kept):
         encoded = encoded.select([i for i, kept in enumerate(is_kept) if kept])
     cut = sum(encoded["cut"][:])
@@ -154,10 +168,13 @@ def kept_rows(
     unended = sum(encoded["unended"][:])
     if unended:
         logger.warning(UNENDED.format(f"{unended} of {len(encoded)} answers of the {name} dataset"))
-    unasked = sum(encoded["unasked"][:])
+    unasked = [row for row, is_so in zip(encoded["row"][:], encoded["unasked"][:], strict=True) if is_so]
     if unasked:
+        are, unit = ("has", "row") if len(unasked) == 1 else ("have", "rows")
+        more = f", and {len(unasked) - _NAMED:,} more" if len(unasked) > _NAMED else ""
         logger.warning(
-            f"{unasked} of {len(encoded)} rows of the {name} dataset have an empty prompt. Check the column prompt."
+            f"{len(unasked)} of {len(encoded)} rows of the {name} dataset {are} an empty prompt: {unit} "
+            f"{with_origins(unasked[:_NAMED], raw)}{more}. Check the column prompt."
         )
     rows = encoded.remove_columns(list(PASSING))
     if "completion_mask" in rows.column_names and rows.data["completion_mask"].null_count == len(rows.data):
@@ -168,7 +185,7 @@ def kept_rows(
             "weight, or set some weights above 0."
         )
     kinds = Counter(error.kind for error in errors)
-    counts.pop("it is invalid", None)
+    counts.pop(INVALID, None)
     note(rows, left_out={**counts, **{f"invalid: {kind}": count for kind, count in kinds.items()}})
     if label_type is None:
         return rows

@@ -110,7 +110,8 @@ def check(
         console.print("The rows are a stream. They are checked as they are read, and have no label report.")
     else:
         console.print(
-            render_report(report_labels(rows, training_args, start.raw_labels, start.rules.transform)), markup=False
+            render_report(report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)),
+            markup=False,
         )
     console.print(f"\nRows as the model sees them, {_LEGEND[console.is_terminal]}:", markup=False)
     for title, text in rows_shown(start, training_args, in_color=console.is_terminal):
@@ -128,6 +129,7 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
     import torch
     from rich.text import Text
 
+    from trl_ulma.data.origins import origin
     from trl_ulma.losses import route
     from trl_ulma.rows.rendering import tokenizer_of
 
@@ -150,8 +152,9 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
         learned = f"{row['label']:g}"
         if start.raw_labels is not None and math.isfinite(start.raw_labels[i]):
             learned = f"{start.raw_labels[i]:g} → {row['label']:+.2f}"
+        place = origin(start.raw_rows, row["row"]) or f"Row {row['row']}"
         title = (
-            f"Row {row['row']}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
+            f"{place}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
             f"{len(prompt)} + {len(completion)} tokens{cut}"
         )
         left, right = ("", "") if in_color else ("⟦", "⟧")
@@ -202,6 +205,8 @@ def steps_in_words(start: Any, args: Any, processes: int) -> str:
         if strategy == "steps":
             every = max(math.ceil(every * steps), 1) if every < 1 else int(every)
             said += f" {what} every {count(every, 'step')}." if every > 1 else f" {what} after each step."
+        elif strategy == "epoch":
+            said += f" {what} after each epoch."
     return said
 
 

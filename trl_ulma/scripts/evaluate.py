@@ -45,7 +45,9 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
     what.add_argument("--dataset_config", help="configuration of a dataset that has several")
-    what.add_argument("--columns", help="your names of the columns: prompt=question,completion=response,label=rating")
+    what.add_argument(
+        "--columns", help="names of the columns in your data: prompt=question,completion=response,label=rating"
+    )
     what.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     what.add_argument(
         "--split",
@@ -74,7 +76,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     rows.add_argument(
         "--sft_threshold",
         type=float,
-        help="continuous labels of this and above, after the transform, are demonstrations (default: the training's)",
+        help="continuous labels of at least this value, after the transform, are demonstrations (default: as in "
+        "training)",
     )
     rows.add_argument(
         "--beta", type=_positive(float), help="β of the implicit reward (default: that of training, else 0.1)"
@@ -101,7 +104,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights (default: the training's; float32 if it is not known, whatever format is stored)",
+        help="number format of the weights (default: that of training; float32 if it is not known)",
     )
     rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     rows.add_argument("--seed", type=int, default=0, help="random seed of prompts, answers and intervals (default: 0)")
@@ -153,7 +156,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     judges.add_argument("--judge_url", help="OpenAI-compatible server of llm:MODEL judges (default: OPENAI_BASE_URL)")
     judges.add_argument("--key_variable", help=f"environment variable with that server's key {_KEY}")
-    judges.add_argument("--judge_label", help="label of good answers, for a reward:CHECKPOINT with several")
+    judges.add_argument("--judge_label", help="label of good answers, if a reward:CHECKPOINT has several labels")
     judges.add_argument(
         "--judge_cache", type=Path, help="file of verdicts, to share between runs (default: in --output)"
     )
@@ -198,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(args.judge)) < len(args.judge):
         parser.error("a --judge is given twice.")
     if args.judge_label and not any(kind == "reward" for kind, _ in args.judge):
-        parser.error("--judge_label is of a reward:CHECKPOINT judge, and there is none.")
+        parser.error("--judge_label needs a reward:CHECKPOINT judge, and there is none.")
     of_servers = {
         "an llm:MODEL judge": (any(kind == "llm" for kind, _ in args.judge), ("judge_url", "key_variable")),
         "a served:MODEL model": (
@@ -209,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for what, (is_there, options) in of_servers.items():
         for option in options:
             if getattr(args, option) and not is_there:
-                parser.error(f"--{option} is of {what}, and there is none. Leave it out.")
+                parser.error(f"--{option} needs {what}, and there is none. Leave it out.")
     if any(kind == "reward" for kind, _ in args.judge) and len(args.criterion or ()) != 1:
         parser.error("a reward model has one criterion, which its authors say: give --criterion once.")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded

@@ -39,8 +39,8 @@ class DataArguments(ScriptArguments):
     columns: str | None = field(
         default=None,
         metadata={
-            "help": "Your names of the columns: prompt=question,completion=response,label=rating. In YAML also a "
-            "mapping."
+            "help": "Names of the columns in your data: prompt=question,completion=response,label=rating. In YAML also "
+            "a mapping."
         },
     )
     label_map: str | None = field(

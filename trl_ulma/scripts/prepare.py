@@ -107,7 +107,7 @@ def _add_reading_options(parser: argparse.ArgumentParser) -> None:
         "--dataset_config", "--config", dest="config", help="configuration of a dataset that has several"
     )
     parser.add_argument("--split", help="the split to read (default: train, or the only one)")
-    parser.add_argument("--columns", help="your names of the columns: prompt=question,chosen=better")
+    parser.add_argument("--columns", help="names of the columns in your data: prompt=question,chosen=better")
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument(
         "--invalid_rows",

@@ -39,7 +39,7 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="trained model or adapter: a folder, or a name on the hub")
     parser.add_argument(
         "--ref_model",
-        help="reference model of the training (default: the one that training saved the name of)",
+        help="reference model of the training (default: the one that training recorded)",
     )
     parser.add_argument(
         "--dataset", required=True, metavar="DATA", help="a file, a folder or a name on the hub; labels are optional"
@@ -52,7 +52,7 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
         choices=("error", "drop"),
         help="list the rows that cannot be read and stop, or leave them out (default: error)",
     )
-    parser.add_argument("--columns", help="your names of the columns: prompt=question,completion=response")
+    parser.add_argument("--columns", help="names of the columns in your data: prompt=question,completion=response")
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
@@ -82,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
+    from trl_ulma.data import seen_prompts
     from trl_ulma.data.files import check_splits, load_rows
-    from trl_ulma.judge import Judge, without_label
+    from trl_ulma.data.splits import prompts_of
+    from trl_ulma.judge import Judge, saved_file, without_label
 
     splits: Any = load_rows(
         args.dataset,
@@ -117,7 +119,12 @@ def run(args: argparse.Namespace) -> str:
         scored = scored.sort(order, reverse=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(scored, args.output)
-    return "\n".join([summary(args.output, rows, scored, order), *most_surprising(scored)])
+    lines = [summary(args.output, rows, scored, order), *most_surprising(scored)]
+    used = rows.with_format(None).select(sorted(set(scored["row"][:])))
+    found = seen_prompts.seen([row[0] for row in prompts_of(used)], saved_file(args.model, seen_prompts.FILE))
+    if told := seen_prompts.in_words(found, args.model):
+        lines.insert(1, told)
+    return "\n".join(lines)
 
 
 def write(scored: "Dataset", path: Path) -> None:
@@ -154,23 +161,24 @@ def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
     unlabeled = sum(each is None for each in scored["surprise"][:]) if "surprise" in scored.column_names else 0
     if unlabeled:
         have = "row has" if unlabeled == 1 else "rows have"
-        message += f" {unlabeled:,} {have} no label, so there is no surprise."
+        message += f" {unlabeled:,} {have} no label, and so no surprise."
     return message
 
 
 def most_surprising(scored: "Dataset") -> list[str]:
-    """Lines about the rows whose labels surprise the model most: the first to look at for mistakes."""
+    """Lines about the rows whose labels surprise the model most."""
     if "surprise" not in scored.column_names:
         return []
     labeled = [row for row, surprise in enumerate(scored["surprise"][:]) if surprise is not None]
     if not labeled:
         return []
     top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
-    lines = ["The most surprising labels, which are the first to look at for mistakes:"]
+    lines = ["The most surprising labels. Check these for mistakes first:"]
     row: Any
     for row in top:
         answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
-        lines.append(f"  row {row['row']}: label {row['label']:g}, predicted {row['predicted_label']:.2f}")
+        place = row.get("file_line") or f"row {row['row']}"
+        lines.append(f"  {place}: label {row['label']:g}, predicted {row['predicted_label']:.2f}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
         lines += [f"    {name}: {in_one_line(text)}" for name, text in texts.items() if text is not None]
     return lines

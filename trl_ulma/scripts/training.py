@@ -230,6 +230,16 @@ def train(
         _refuse(problem, prog, [f"--{field.name}" for each in settings for field in dataclasses.fields(each)])
 
 
+def _last_evaluation(trainer: Any) -> dict[str, Any] | None:
+    """The figures of the evaluation after the last step, if this training ran one on the weights as they are now."""
+    last = next((logs for logs in reversed(trainer.state.log_history) if "eval_loss" in logs), {})
+    is_of_saved = not trainer.args.load_best_model_at_end and last.get("step") == trainer.state.global_step
+    # A run that resumed at its last step has the figures of an earlier process
+    if not is_of_saved or not len(getattr(trainer, "evaluated", ())):
+        return None
+    return {name: value for name, value in last.items() if name.startswith("eval_") or name == "epoch"}
+
+
 def _refuse(problem: Exception, prog: str, options: list[str]) -> NoReturn:
     """Exit with a message, which one process prints."""
     if is_verbose():
@@ -288,9 +298,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     folder = training_args.output_dir
     trainer.save_model(folder)
     if eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        trainer.save_metrics("eval", _last_evaluation(trainer) or trainer.evaluate())  # which prints its figures
     if isinstance(trainer, PointwiseDPOTrainer):  # examples/paper trains reward models, too
         trainer.create_model_card(dataset_name=script_args.dataset_name)
     is_adapter = isinstance(trainer.model, PeftModel)

@@ -1,0 +1,95 @@
+"""Rows are named by the file and line that the user sees in an editor, whichever part of a split they are in."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from tiny import make_tokenizer
+
+from trl_ulma.data.files import load_rows
+from trl_ulma.data.origins import origins, with_origins
+from trl_ulma.evaluation.findings import surprises
+from trl_ulma.evaluation.held_out import HeldOut
+from trl_ulma.judge import Judge
+from trl_ulma.labels import LabelRules
+from trl_ulma.saved import SavedSettings
+from trl_ulma.scripts import check
+from trl_ulma.scripts.score import most_surprising
+
+PROMPTS = ["How are\nyou?", "Where?", "Why?", "Who?", "When?", "How?"]
+# The line on which each row begins: the first one has two
+LINES = [2, 4, 5, 6, 7, 8]
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [f'"{prompt}",answer {i},{i % 2}' for i, prompt in enumerate(PROMPTS)]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion,label", *lines, ""]))
+    return "rows.csv"
+
+
+def test_rows_keep_their_lines_when_they_are_selected(file):
+    rows = load_rows(file)["train"]
+    assert origins(rows.select([4, 0])) == ["rows.csv, line 7", "rows.csv, line 2"]
+    assert with_origins([0, -1, 1], rows.select([4, 0])) == "0 (rows.csv, line 7), -1, 1 (rows.csv, line 2)"
+
+
+def test_check_names_the_line_of_each_row_that_it_shows(tiny_gpt2, file, capsys):
+    assert check.main(["--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "epoch", "--bf16", "false"]) == 0
+    said = capsys.readouterr().out
+    shown = [line.split(":")[0] for line in said.splitlines() if line.startswith("rows.csv, line")]
+    assert len(shown) == 2
+    for place in shown:
+        row = LINES.index(int(place.split()[-1]))
+        assert f"⟦answer {row}<|end|>⟧" in said
+    assert "Row 0" not in said
+
+
+def test_check_lists_the_invalid_rows_of_both_halves_of_a_split_at_once(tiny_gpt2, file, tmp_path, capsys):
+    (tmp_path / file).write_text((tmp_path / file).read_text().replace(",0\n", ",\n"))
+    assert check.main(["--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "epoch", "--bf16", "false"]) == 1
+    said = capsys.readouterr().err
+    invalid = [
+        said.count(f"Row {row} of the {name} dataset: label is None") for name in ("train", "eval") for row in range(6)
+    ]
+    assert sum(invalid) == 3
+    assert all(f"rows.csv, line {line}" in said for line in LINES[::2])
+    assert any(invalid[6:])
+    assert said.count("--invalid_rows drop") == 1
+
+
+def test_scored_rows_have_their_line(file):
+    settings = SavedSettings(beta=0.1)
+    judge = Judge(settings, make_tokenizer(), lambda rows: np.arange(len(rows), dtype=float))
+    rows = load_rows(file)["train"].select([5, 3, 1])
+    scored = judge.score(rows)
+    assert scored["file_line"][:] == ["rows.csv, line 8", "rows.csv, line 6", "rows.csv, line 4"]
+    assert scored.column_names[3:6] == ["row", "file_line", "reward"]
+    (first, *_) = most_surprising(scored.sort("surprise", reverse=True))[1:]
+    assert first.startswith("  rows.csv, line 8: label 1, predicted 0.50")
+    assert "file_line" not in judge.score(Dataset.from_dict({"prompt": ["Hi"], "completion": ["Ho"]})).column_names
+
+
+def test_surprising_rows_of_an_evaluation_have_their_line(file, tmp_path):
+    (tmp_path / file).write_text((tmp_path / file).read_text().replace("answer 2", ""))
+    rows = load_rows(file, invalid_rows="mark")["train"].select([5, 2, 0])
+    held_out = HeldOut.of(rows, "test", LabelRules(), "drop")
+    assert held_out.places == ["rows.csv, line 8", "rows.csv, line 2"]
+    label = held_out.label
+    found = surprises(
+        np.array([0.0, 9.0]), label, label, label > 1, LabelRules(), held_out.rows, [0, 1], held_out.places
+    )
+    assert [each["file_line"] for each in found] == ["rows.csv, line 2", "rows.csv, line 8"]
+    json.dumps(found)
+
+
+def test_check_names_the_line_of_a_label_far_outside_the_others(tiny_gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"Why {i}?,answer {i},{55 if i == 7 else i % 5 + 1}" for i in range(20)]
+    (tmp_path / "stars.csv").write_text("\n".join(["prompt,completion,label", *rows, ""]))
+    argv = ["--method", "pointwise-dpo", "--model", tiny_gpt2, "--dataset", "stars.csv", "--label_type", "continuous"]
+    assert check.main([*argv, "--label_transform", "standardize", "--eval_strategy", "no", "--bf16", "false"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "which are between 1 and 5: 55 (stars.csv, line 9)." in said

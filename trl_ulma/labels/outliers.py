@@ -1,0 +1,47 @@
+"""Labels far outside the others, such as a 55 among ratings from 1 to 5."""
+
+import numpy as np
+
+# With fewer labels than this, no label is called far outside
+_ENOUGH = 10
+# At most this many labels are, or 1% of all up to a limit
+_FEW, _MANY = 3, 100
+# A scale of ratings has at most this many values, each of which occurs twice on average. The others have 3 or more,
+# because the range of 1 and 2 says little about a scale that a rare 5 may be on.
+_VALUES, _OTHERS = 12, 3
+# How many times the range of the other labels the gap to them must be. Labels that are no ratings can have long tails.
+_GAP_OF_RATINGS, _GAP = 1.0, 5.0
+
+
+def outliers(label: np.ndarray) -> np.ndarray:
+    """`(M,)` positions of labels far outside the others, lowest labels first.
+
+    The greatest or least labels are far outside if the gap between them and the next label is larger than the whole
+    range of the others: for ratings on a scale (at most 12 values), larger than that range; for other labels, than 5
+    times that range. At most 3 labels, or 1% of them, are far outside.
+
+    Args:
+        label: `(N,)` labels.
+
+    Example:
+        >>> outliers(np.array([1, 2, 5, 4, 3, 55, 1, 2, 3, 5, 4, 1]))
+        array([5])
+    """
+    order = np.argsort(label, kind="stable")
+    ordered = np.asarray(label, dtype=np.float64)[order]
+    total = len(ordered)
+    if total < _ENOUGH:
+        return order[:0]
+    is_scale = len(np.unique(ordered)) <= min(_VALUES, total / 2)
+
+    most = min(max(_FEW, min(total // 100, _MANY)), total // 5)
+    for count in range(most, 0, -1):
+        for below in range(count + 1):
+            above = total - (count - below)
+            others = ordered[below:above]
+            needed = (_GAP_OF_RATINGS if is_scale else _GAP) * (others[-1] - others[0])
+            gaps = [others[0] - ordered[below - 1]] if below else []
+            gaps += [ordered[above] - others[-1]] if above < total else []
+            if min(gaps) > needed > 0 and len(np.unique(others)) >= _OTHERS:
+                return np.r_[order[:below], order[above:]]
+    return order[:0]
