@@ -26,7 +26,7 @@ def lang_chain(kind, content, **more):
         [HI],
         {"messages": [HI]},
         {"question": "Hi", "history": [], "top_k": 3},
-        {"input": "Hi", "language": None, "empty": " "},
+        {"input": "Hi", "language": None, "documents": []},
         json.dumps({"messages": [HI]}),
         json.dumps([HI]),
         json.dumps({"question": "Hi"}),
@@ -69,9 +69,9 @@ def test_an_answer_that_is_json_stays_text():
         (None, "neither text nor messages"),
         (3, "neither text nor messages"),
         ([], "neither text nor messages"),
-        ([1], "neither text nor messages"),
-        ({}, "no text: say where it is with --prompt_key"),
-        ({"question": "Hi", "context": "So."}, "the texts question, context: say where it is with --prompt_key"),
+        ([1], "a list with something that is no message"),
+        ({}, "no text or messages: say where it is with --prompt_key"),
+        ({"question": "Hi", "context": "So."}, r"several fields \(question, context\): say which with --prompt_key"),
     ],
 )
 def test_what_is_no_request_is_told(value, why):
@@ -131,7 +131,7 @@ def test_feedback_of_langsmith():
     run = {"inputs": {"question": "Hi", "context": "So."}, "outputs": {"output": "Hello!"}}
     score = {"feedback_stats": {"user_score": {"n": 1, "avg": 1.0}}}
     assert labels("langsmith", run | score) == [
-        "its prompt has the texts question, context: say where it is with --prompt_key"
+        "its prompt has several fields (question, context): say which with --prompt_key"
     ]
     assert labels("langsmith", run | score, prompt_key="question") == [1.0]
     assert labels("langsmith", {name: json.dumps(each) for name, each in (run | score).items()}, prompt_key="question")

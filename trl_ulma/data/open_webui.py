@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, as_number, labeled
+from trl_ulma.data.payloads import REASONED
 
 KINDS = ("thumbs", "rating")
 _REASONING = re.compile(r'<details type="reasoning".*?</details>\s*', re.DOTALL)
@@ -91,7 +92,7 @@ def _branch(raw: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Noted]]:
         if role == "assistant":
             if _REASONING.search(content):
                 content = _REASONING.sub("", content)
-                notes.append(Noted("the reasoning in one of its turns is removed"))
+                notes.append(Noted(REASONED))
             if found := _OTHER_DETAILS.search(content):
                 raise ValueError(f"one of its turns contains {found[1]}")
             if message.get("sources"):
