@@ -127,6 +127,26 @@ def test_scores_of_langfuse():
     ]
 
 
+def test_lists_of_langfuse_that_are_no_scores():
+    # Columns of observations, and scores that are free text: a correction has the name "output" and the value 0
+    assert labels("langfuse", trace(traceTags=["web"], toolCallNames=["f"], helpful=[1])) == [1.0]
+    texts = [
+        {"name": "output", "value": 0, "stringValue": "Good day!", "dataType": "CORRECTION"},
+        {"name": "note", "value": 0, "stringValue": "So.", "dataType": "TEXT"},
+    ]
+    assert labels("langfuse", trace(scores=texts)) == ["it has no score"]
+    assert labels("langfuse", trace(scores=[*texts, {"name": "helpful", "value": 1, "dataType": "NUMERIC"}])) == [1.0]
+    # In newer replies, the value of a category is its word
+    word = {"name": "tone", "value": "good", "dataType": "CATEGORICAL"}
+    assert labels("langfuse", trace(scores=[word]), label_map={"good": 1}) == [1.0]
+    # Arrow gives both spellings to all scores
+    both = {"name": "tone", "value": 3.0, "stringValue": None, "string_value": "good", "dataType": None}
+    assert labels("langfuse", trace(scores=[both | {"data_type": "CATEGORICAL"}]), label_map={"good": 1}) == [1.0]
+    assert labels("langfuse", trace(scores=["a1", "b2"])) == [
+        "its scores are only their ids: export the table, or get the traces one by one"
+    ]
+
+
 def test_feedback_of_langsmith():
     run = {"inputs": {"question": "Hi", "context": "So."}, "outputs": {"output": "Hello!"}}
     score = {"feedback_stats": {"user_score": {"n": 1, "avg": 1.0}}}
