@@ -147,6 +147,14 @@ def test_lists_of_langfuse_that_are_no_scores():
     ]
 
 
+def test_texts_of_langsmith_that_are_no_objects():
+    run = {"inputs": '{"question": "Hi"}', "outputs": '{"output": "Hello!"}', "feedback_stats": '{"up": {"avg": 1.0}}'}
+    assert labels("langsmith", run) == [1.0]
+    assert labels("langsmith", run | {"outputs": "null"}) == ["its answer is neither text nor messages"]
+    why = "its inputs, outputs or feedback_stats are text that is not JSON: use json.dumps"
+    assert labels("langsmith", *(run | {name: "{'question': 'Hi'}"} for name in run)) == [why] * 3
+
+
 def test_feedback_of_langsmith():
     run = {"inputs": {"question": "Hi", "context": "So."}, "outputs": {"output": "Hello!"}}
     score = {"feedback_stats": {"user_score": {"n": 1, "avg": 1.0}}}
