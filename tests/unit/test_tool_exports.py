@@ -237,7 +237,7 @@ def test_annotations_of_label_studio():
     assert outcomes("label-studio", written) == [(["Hi"], "Good day!", 1.0, True)]
 
     data = {"prompt": "Hi", "answer1": "Hello!", "answer2": "Go."}
-    left = annotated(result("pairwise", {"selected": "left"}), data=data)
+    left = annotated(result("pairwise", {"selected": "left"}) | {"to_name": "answer1,answer2"}, data=data)
     assert outcomes("label-studio", left, liked=True) == [
         (["Hi"], "Hello!", 1.0, False), (["Hi"], "Go.", 0.0, False),
     ]  # fmt: skip
@@ -246,11 +246,17 @@ def test_annotations_of_label_studio():
         "it does not say which answer is better"
     ]
     more = data | {"note": "So."}
-    assert labels("label-studio", annotated(result("pairwise", {"selected": "left"}), data=more)) == [
-        "it compares 3 answers, not 2: name them with --answer_key"
+    # The order of the fields says nothing about left and right
+    unclear = annotated(result("pairwise", {"selected": "left"}) | {"to_name": "text1,text2"}, data=more)
+    assert labels("label-studio", unclear) == [
+        "it does not say what is left and right: --answer_key LEFT_FIELD,RIGHT_FIELD"
     ]
+    assert outcomes("label-studio", unclear, answer_key="answer2,answer1")[0] == (["Hi"], "Go.", 1.0, True)
+    for names in ("answer2,answer1", ["answer2", "answer1"]):
+        right = result("pairwise", {"selected": "right"}) | {"to_name": names}
+        assert outcomes("label-studio", annotated(right, data=more))[1] == (["Hi"], "Hello!", 1.0, True)
     assert labels("label-studio", annotated(stars, data=data)) == [
-        "it has 2 answers, not 1: name one with --answer_key"
+        "its answer can be in answer1 or answer2: name one field with --answer_key"
     ]
     assert labels("label-studio", annotated(stars, data=data), answer_key="answer1", label_type="continuous") == [4.0]
     assert labels("label-studio", annotated(stars), answer_key="reply") == [
@@ -259,6 +265,42 @@ def test_annotations_of_label_studio():
     assert labels("label-studio", annotated(stars, data={"text": "Hello!"})) == [
         "it has no field with the prompt: name it with --prompt_key"
     ]
+
+
+def test_fields_of_label_studio():
+    good = result("choices", {"choices": ["1"]})
+    assert labels("label-studio", annotated(result("number", {"number": 7})), label_type="continuous") == [7.0]
+    assert outcomes("label-studio", annotated(good)) == [
+        "its answer is the field answer",
+        (["Hi"], "Hello!", 1.0, True),
+    ]
+    # An empty answer is no reason to take another field
+    assert labels("label-studio", annotated(good, data={"prompt": "Hi", "answer": "", "model": "m"})) == [
+        "its answer can be in answer or model: name one field with --answer_key"
+    ]
+    assert labels("label-studio", annotated(good), annotated(good, data={"prompt": "Hi", "model": "m"})) == [
+        1.0, "its answer is in model, not in answer: name a field with --answer_key",
+    ]  # fmt: skip
+    # The answer can be the last message
+    talk = {"messages": [HI, HELLO]}
+    assert outcomes("label-studio", annotated(good, data=talk)) == [(["Hi"], "Hello!", 1.0, True)]
+    assert labels("label-studio", annotated(good, data={"prompt": "Hi"})) == ["it does not end in an assistant turn"]
+    # A comment is no answer
+    comment = annotated(result("textarea", {"text": ["Too short."]}, "comment"))
+    assert labels("label-studio", comment) == [
+        "its text can be an answer or a comment: if it is the answer, say --control"
+    ]
+    assert labels("label-studio", comment, control="comment") == [1.0]
+    several = annotated(result("textarea", {"text": ["a", "b"]}), data={"prompt": "Hi"})
+    assert labels("label-studio", several) == ["it has 2 written texts, not 1"]
+    ranked = annotated(result("ranker", {"ranker": {"rank": ["a", "b"]}}, "rank"))
+    assert labels("label-studio", ranked) == [
+        "its annotation has no rating, number, choices, pairwise, textarea, but ranker"
+    ]
+    assert labels("label-studio", ranked, control="rank") == [
+        "its result is a ranker, which is none of rating, number, choices, pairwise, textarea"
+    ]
+    assert labels("label-studio", annotated(good, skipped=True)) == ["its annotation was skipped"]
 
 
 def test_preferences_of_helpsteer3_and_gemini():
