@@ -195,6 +195,14 @@ def test_feedback_of_open_webui():
     assert outcomes("open-webui", webui(content=thought)[0]) == [
         "the reasoning in one of its turns is removed", (["1?"], "Yes", 1.0, True),
     ]  # fmt: skip
+    assert outcomes("open-webui", webui(content="<think>\nHm.\n</think>\n\nYes")[0])[1] == (["1?"], "Yes", 1.0, True)
+    pipe = "<details>\n<summary>Thinking</summary>Hm.</details>Yes"
+    assert outcomes("open-webui", webui(content=pipe)[0])[0].startswith("one of its turns contains a <details> block")
+    output = [{"type": "reasoning"}, {"type": "message"}]
+    assert labels("open-webui", webui(output=output)[0]) == [1.0]
+    assert labels("open-webui", webui(output=[{"type": "function_call"}, *output])[0]) == [
+        "one of its turns contains function_call"
+    ]
     assert outcomes("open-webui", webui(sources=[{"document": ["So."]}])[0])[0].startswith("one of its answers used")
     for message, why in (
         ({"files": [{"type": "image"}]}, "one of its turns has files, whose content is not in the export"),
@@ -208,6 +216,21 @@ def test_feedback_of_open_webui():
     assert labels("open-webui", raw | {"meta": {"message_id": "gone"}}) == [
         "its snapshot does not contain the rated message"
     ]
+
+
+def test_earlier_answers_of_open_webui_are_as_the_model_read_them():
+    raw, chat = webui(parentId="thanks")
+    messages = chat["history"]["messages"]
+    messages["thanks"] = {"role": "user", "content": "Thanks.", "parentId": "1-other"}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "No", "Thanks."], "Yes", 1.0, True)
+    messages["1-other"]["merged"] = {"status": True, "content": "No, and yes"}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "No, and yes", "Thanks."], "Yes", 1.0, True)
+    # An answer that failed is not sent
+    messages["1-other"] |= {"merged": None, "content": "", "error": {"content": "500"}}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "Thanks."], "Yes", 1.0, True)
+    # The rated answer is not the merged one
+    messages["1-assistant"] |= {"merged": {"content": "Both"}}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "Thanks."], "Yes", 1.0, True)
 
 
 def annotated(*results, data=None, **more):
@@ -316,6 +339,13 @@ def test_preferences_of_helpsteer3_and_gemini():
         labels("gemini", SAMPLES["gemini"](0) | {"contents": [image]})
         == ["one of its turns contains more than text, such as tool calls or images"] * 2
     )
+    assert labels("gemini", SAMPLES["gemini"](0) | {"contents": [HI | {"parts": ["Hi"]}]}) == [1.0, 0.0]
+    tools = {"tools": [{"functionDeclarations": []}]}
+    assert labels("gemini", SAMPLES["gemini"](0) | tools) == ["it has tools, which prepared rows do not support"] * 2
+    system = SAMPLES["distilabel"](0) | {"system_prompt": "Be kind.", "instruction": [HI]}
+    assert outcomes("distilabel", system)[0][:2] == (["Be kind.", "Hi"], "Yes")
+    unrated = SAMPLES["distilabel"](0) | {"ratings": [None, "N/A"], "generations": ["Yes", None]}
+    assert labels("distilabel", unrated) == ["its label is not a number"] * 2
     assert (
         labels("openai", SAMPLES["openai"](0) | {"input": {"messages": [HI], "tools": [{"type": "function"}]}})
         == ["it has tools, which prepared rows do not support"] * 2
