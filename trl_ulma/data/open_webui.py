@@ -98,8 +98,8 @@ def _branch(raw: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Noted]]:
                 notes.append(Noted(REASONED))
             if found := _OTHER_DETAILS.search(content):
                 raise ValueError(f"one of its turns contains {found[1]}")
-            output = message.get("output") if isinstance(message.get("output"), list) else []
-            for each in output:
+            output = message.get("output")
+            for each in output if isinstance(output, list) else ():
                 if not _has(each, "type") or each["type"] not in ("message", "reasoning"):
                     raise ValueError(f"one of its turns contains {each['type'] if _has(each, 'type') else each}")
             if "<details>" in content:

@@ -262,10 +262,10 @@ def _joined(content: Any) -> Any:
 def _message(value: Mapping[str, Any], role: str) -> dict[str, Any] | None:
     """A message in the form that chat templates read. None if the value is no message."""
     kind = value["id"][-1] if isinstance(value.get("id"), list) and value["id"] else value.get("type")
-    kind = kind if isinstance(kind, str) else None
+    kind = kind if isinstance(kind, str) else ""
     inside = value.get("kwargs") if "lc" in value else value.get("data") if kind in _TYPES else None
     body = inside if isinstance(inside, Mapping) else value
-    named = _TYPES.get(kind, value.get("role")) if value.get("role") is None else value["role"]
+    named = _TYPES.get(kind) if value.get("role") is None else value["role"]
     if not isinstance(named, str) and "parts" not in body:
         return None
     if not {"content", "parts", "tool_calls", "function_call"} & set(body):
