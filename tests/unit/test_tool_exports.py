@@ -334,6 +334,12 @@ def test_preferences_of_helpsteer3_and_gemini():
     assert (
         labels("helpsteer3", sample | {"overall_preference": 4}) == ["its preference is not a number from −3 to 3"] * 2
     )
+    as_text = sample | {"context": json.dumps([HELLO, HI])}
+    assert outcomes("helpsteer3", as_text)[1] == (["Hello!", "Hi"], "No", 0.0, False)
+    assert (
+        labels("helpsteer3", sample | {"context": "[{'role': 'user', 'content': 'Hi'}]"})
+        == ["its prompt is a Python object as text: write it as JSON, with json.dumps"] * 2
+    )
     image = {"role": "user", "parts": [{"text": "Hi"}, {"inlineData": {"data": "…"}}]}
     assert (
         labels("gemini", SAMPLES["gemini"](0) | {"contents": [image]})
