@@ -26,7 +26,7 @@ def lang_chain(kind, content, **more):
         [HI],
         {"messages": [HI]},
         {"question": "Hi", "history": [], "top_k": 3},
-        {"input": "Hi", "language": None, "empty": " "},
+        {"input": "Hi", "language": None, "documents": []},
         json.dumps({"messages": [HI]}),
         json.dumps([HI]),
         json.dumps({"question": "Hi"}),
@@ -69,9 +69,9 @@ def test_an_answer_that_is_json_stays_text():
         (None, "neither text nor messages"),
         (3, "neither text nor messages"),
         ([], "neither text nor messages"),
-        ([1], "neither text nor messages"),
-        ({}, "no text: say where it is with --prompt_key"),
-        ({"question": "Hi", "context": "So."}, "the texts question, context: say where it is with --prompt_key"),
+        ([1], "a list with something that is no message"),
+        ({}, "no text or messages: say where it is with --prompt_key"),
+        ({"question": "Hi", "context": "So."}, r"several fields \(question, context\): say which with --prompt_key"),
     ],
 )
 def test_what_is_no_request_is_told(value, why):
@@ -127,11 +127,39 @@ def test_scores_of_langfuse():
     ]
 
 
+def test_lists_of_langfuse_that_are_no_scores():
+    # Columns of observations, and scores that are free text: a correction has the name "output" and the value 0
+    assert labels("langfuse", trace(traceTags=["web"], toolCallNames=["f"], helpful=[1])) == [1.0]
+    texts = [
+        {"name": "output", "value": 0, "stringValue": "Good day!", "dataType": "CORRECTION"},
+        {"name": "note", "value": 0, "stringValue": "So.", "dataType": "TEXT"},
+    ]
+    assert labels("langfuse", trace(scores=texts)) == ["it has no score"]
+    assert labels("langfuse", trace(scores=[*texts, {"name": "helpful", "value": 1, "dataType": "NUMERIC"}])) == [1.0]
+    # In newer replies, the value of a category is its word
+    word = {"name": "tone", "value": "good", "dataType": "CATEGORICAL"}
+    assert labels("langfuse", trace(scores=[word]), label_map={"good": 1}) == [1.0]
+    # Arrow gives both spellings to all scores
+    both = {"name": "tone", "value": 3.0, "stringValue": None, "string_value": "good", "dataType": None}
+    assert labels("langfuse", trace(scores=[both | {"data_type": "CATEGORICAL"}]), label_map={"good": 1}) == [1.0]
+    assert labels("langfuse", trace(scores=["a1", "b2"])) == [
+        "its scores are only their ids: export the table, or get the traces one by one"
+    ]
+
+
+def test_texts_of_langsmith_that_are_no_objects():
+    run = {"inputs": '{"question": "Hi"}', "outputs": '{"output": "Hello!"}', "feedback_stats": '{"up": {"avg": 1.0}}'}
+    assert labels("langsmith", run) == [1.0]
+    assert labels("langsmith", run | {"outputs": "null"}) == ["its answer is neither text nor messages"]
+    why = "its inputs, outputs or feedback_stats are text that is not JSON: use json.dumps"
+    assert labels("langsmith", *(run | {name: "{'question': 'Hi'}"} for name in run)) == [why] * 3
+
+
 def test_feedback_of_langsmith():
     run = {"inputs": {"question": "Hi", "context": "So."}, "outputs": {"output": "Hello!"}}
     score = {"feedback_stats": {"user_score": {"n": 1, "avg": 1.0}}}
     assert labels("langsmith", run | score) == [
-        "its prompt has the texts question, context: say where it is with --prompt_key"
+        "its prompt has several fields (question, context): say which with --prompt_key"
     ]
     assert labels("langsmith", run | score, prompt_key="question") == [1.0]
     assert labels("langsmith", {name: json.dumps(each) for name, each in (run | score).items()}, prompt_key="question")
@@ -167,6 +195,14 @@ def test_feedback_of_open_webui():
     assert outcomes("open-webui", webui(content=thought)[0]) == [
         "the reasoning in one of its turns is removed", (["1?"], "Yes", 1.0, True),
     ]  # fmt: skip
+    assert outcomes("open-webui", webui(content="<think>\nHm.\n</think>\n\nYes")[0])[1] == (["1?"], "Yes", 1.0, True)
+    pipe = "<details>\n<summary>Thinking</summary>Hm.</details>Yes"
+    assert outcomes("open-webui", webui(content=pipe)[0])[0].startswith("one of its turns contains a <details> block")
+    output = [{"type": "reasoning"}, {"type": "message"}]
+    assert labels("open-webui", webui(output=output)[0]) == [1.0]
+    assert labels("open-webui", webui(output=[{"type": "function_call"}, *output])[0]) == [
+        "one of its turns contains function_call"
+    ]
     assert outcomes("open-webui", webui(sources=[{"document": ["So."]}])[0])[0].startswith("one of its answers used")
     for message, why in (
         ({"files": [{"type": "image"}]}, "one of its turns has files, whose content is not in the export"),
@@ -180,6 +216,21 @@ def test_feedback_of_open_webui():
     assert labels("open-webui", raw | {"meta": {"message_id": "gone"}}) == [
         "its snapshot does not contain the rated message"
     ]
+
+
+def test_earlier_answers_of_open_webui_are_as_the_model_read_them():
+    raw, chat = webui(parentId="thanks")
+    messages = chat["history"]["messages"]
+    messages["thanks"] = {"role": "user", "content": "Thanks.", "parentId": "1-other"}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "No", "Thanks."], "Yes", 1.0, True)
+    messages["1-other"]["merged"] = {"status": True, "content": "No, and yes"}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "No, and yes", "Thanks."], "Yes", 1.0, True)
+    # An answer that failed is not sent
+    messages["1-other"] |= {"merged": None, "content": "", "error": {"content": "500"}}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "Thanks."], "Yes", 1.0, True)
+    # The rated answer is not the merged one
+    messages["1-assistant"] |= {"merged": {"content": "Both"}}
+    assert outcomes("open-webui", raw)[-1] == (["1?", "Thanks."], "Yes", 1.0, True)
 
 
 def annotated(*results, data=None, **more):
@@ -209,7 +260,7 @@ def test_annotations_of_label_studio():
     assert outcomes("label-studio", written) == [(["Hi"], "Good day!", 1.0, True)]
 
     data = {"prompt": "Hi", "answer1": "Hello!", "answer2": "Go."}
-    left = annotated(result("pairwise", {"selected": "left"}), data=data)
+    left = annotated(result("pairwise", {"selected": "left"}) | {"to_name": "answer1,answer2"}, data=data)
     assert outcomes("label-studio", left, liked=True) == [
         (["Hi"], "Hello!", 1.0, False), (["Hi"], "Go.", 0.0, False),
     ]  # fmt: skip
@@ -218,11 +269,17 @@ def test_annotations_of_label_studio():
         "it does not say which answer is better"
     ]
     more = data | {"note": "So."}
-    assert labels("label-studio", annotated(result("pairwise", {"selected": "left"}), data=more)) == [
-        "it compares 3 answers, not 2: name them with --answer_key"
+    # The order of the fields says nothing about left and right
+    unclear = annotated(result("pairwise", {"selected": "left"}) | {"to_name": "text1,text2"}, data=more)
+    assert labels("label-studio", unclear) == [
+        "it does not say what is left and right: --answer_key LEFT_FIELD,RIGHT_FIELD"
     ]
+    assert outcomes("label-studio", unclear, answer_key="answer2,answer1")[0] == (["Hi"], "Go.", 1.0, True)
+    for names in ("answer2,answer1", ["answer2", "answer1"]):
+        right = result("pairwise", {"selected": "right"}) | {"to_name": names}
+        assert outcomes("label-studio", annotated(right, data=more))[1] == (["Hi"], "Hello!", 1.0, True)
     assert labels("label-studio", annotated(stars, data=data)) == [
-        "it has 2 answers, not 1: name one with --answer_key"
+        "its answer can be in answer1 or answer2: name one field with --answer_key"
     ]
     assert labels("label-studio", annotated(stars, data=data), answer_key="answer1", label_type="continuous") == [4.0]
     assert labels("label-studio", annotated(stars), answer_key="reply") == [
@@ -233,6 +290,42 @@ def test_annotations_of_label_studio():
     ]
 
 
+def test_fields_of_label_studio():
+    good = result("choices", {"choices": ["1"]})
+    assert labels("label-studio", annotated(result("number", {"number": 7})), label_type="continuous") == [7.0]
+    assert outcomes("label-studio", annotated(good)) == [
+        "its answer is the field answer",
+        (["Hi"], "Hello!", 1.0, True),
+    ]
+    # An empty answer is no reason to take another field
+    assert labels("label-studio", annotated(good, data={"prompt": "Hi", "answer": "", "model": "m"})) == [
+        "its answer can be in answer or model: name one field with --answer_key"
+    ]
+    assert labels("label-studio", annotated(good), annotated(good, data={"prompt": "Hi", "model": "m"})) == [
+        1.0, "its answer is in model, not in answer: name a field with --answer_key",
+    ]  # fmt: skip
+    # The answer can be the last message
+    talk = {"messages": [HI, HELLO]}
+    assert outcomes("label-studio", annotated(good, data=talk)) == [(["Hi"], "Hello!", 1.0, True)]
+    assert labels("label-studio", annotated(good, data={"prompt": "Hi"})) == ["it does not end in an assistant turn"]
+    # A comment is no answer
+    comment = annotated(result("textarea", {"text": ["Too short."]}, "comment"))
+    assert labels("label-studio", comment) == [
+        "its text can be an answer or a comment: if it is the answer, say --control"
+    ]
+    assert labels("label-studio", comment, control="comment") == [1.0]
+    several = annotated(result("textarea", {"text": ["a", "b"]}), data={"prompt": "Hi"})
+    assert labels("label-studio", several) == ["it has 2 written texts, not 1"]
+    ranked = annotated(result("ranker", {"ranker": {"rank": ["a", "b"]}}, "rank"))
+    assert labels("label-studio", ranked) == [
+        "its annotation has no rating, number, choices, pairwise, textarea, but ranker"
+    ]
+    assert labels("label-studio", ranked, control="rank") == [
+        "its result is a ranker, which is none of rating, number, choices, pairwise, textarea"
+    ]
+    assert labels("label-studio", annotated(good, skipped=True)) == ["its annotation was skipped"]
+
+
 def test_preferences_of_helpsteer3_and_gemini():
     sample = SAMPLES["helpsteer3"](0)
     assert [labels("helpsteer3", sample | {"overall_preference": p}) for p in (-1, 0, "2")] == [
@@ -241,11 +334,24 @@ def test_preferences_of_helpsteer3_and_gemini():
     assert (
         labels("helpsteer3", sample | {"overall_preference": 4}) == ["its preference is not a number from −3 to 3"] * 2
     )
+    as_text = sample | {"context": json.dumps([HELLO, HI])}
+    assert outcomes("helpsteer3", as_text)[1] == (["Hello!", "Hi"], "No", 0.0, False)
+    assert (
+        labels("helpsteer3", sample | {"context": "[{'role': 'user', 'content': 'Hi'}]"})
+        == ["its prompt is a Python object as text: write it as JSON, with json.dumps"] * 2
+    )
     image = {"role": "user", "parts": [{"text": "Hi"}, {"inlineData": {"data": "…"}}]}
     assert (
         labels("gemini", SAMPLES["gemini"](0) | {"contents": [image]})
         == ["one of its turns contains more than text, such as tool calls or images"] * 2
     )
+    assert labels("gemini", SAMPLES["gemini"](0) | {"contents": [HI | {"parts": ["Hi"]}]}) == [1.0, 0.0]
+    tools = {"tools": [{"functionDeclarations": []}]}
+    assert labels("gemini", SAMPLES["gemini"](0) | tools) == ["it has tools, which prepared rows do not support"] * 2
+    system = SAMPLES["distilabel"](0) | {"system_prompt": "Be kind.", "instruction": [HI]}
+    assert outcomes("distilabel", system)[0][:2] == (["Be kind.", "Hi"], "Yes")
+    unrated = SAMPLES["distilabel"](0) | {"ratings": [None, "N/A"], "generations": ["Yes", None]}
+    assert labels("distilabel", unrated) == ["its label is not a number"] * 2
     assert (
         labels("openai", SAMPLES["openai"](0) | {"input": {"messages": [HI], "tools": [{"type": "function"}]}})
         == ["it has tools, which prepared rows do not support"] * 2

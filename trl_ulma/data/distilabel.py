@@ -10,8 +10,8 @@ def distilabel(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
     """One row per generation, with its rating as a continuous label.
 
     Args:
-        rows: `instruction` (text), `generations` (a list of texts) and `ratings` (a list of numbers, of the same
-            length), and optionally `system_prompt`.
+        rows: `instruction` (text or messages), `generations` (a list of texts) and `ratings` (a list of numbers, of the
+            same length), and optionally `system_prompt`.
 
     Example:
         >>> raw = {"instruction": "Hi", "generations": ["Hello!", "Go."], "ratings": [5, 1]}
@@ -25,8 +25,9 @@ def distilabel(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
             yield from [LeftOut("its generations and ratings are not two lists of the same length")] * max(count, 1)
             continue
         prompt = raw["instruction"]
-        if raw.get("system_prompt") and isinstance(prompt, str):
-            prompt = [{"role": "system", "content": raw["system_prompt"]}, {"role": "user", "content": prompt}]
+        if raw.get("system_prompt"):
+            asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            prompt = [{"role": "system", "content": raw["system_prompt"]}, *asked]
         for answer, rating in zip(answers, ratings, strict=True):
             yield labeled(prompt, answer, rating, label_type="continuous")
 

@@ -31,6 +31,8 @@ def gemini(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         system = raw.get("systemInstruction") or raw.get("system_instruction")
         for each in answers:
             try:
+                if raw.get("tools"):
+                    raise ValueError("it has tools, which prepared rows do not support")
                 prompt = messages_in(raw["contents"], "user")
                 if system is not None:
                     prompt = [turn | {"role": "system"} for turn in messages_in(system, "system")] + prompt

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, labeled
+from trl_ulma.data.payloads import messages_in
 
 
 def helpsteer3(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
@@ -24,9 +25,14 @@ def helpsteer3(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Ite
         if preference is None or not -3 <= preference <= 3:
             yield from [LeftOut("its preference is not a number from −3 to 3")] * 2
             continue
+        try:
+            context = messages_in(raw["context"], "user")  # as JSON text in a CSV file
+        except ValueError as error:
+            yield from [LeftOut(str(error))] * 2
+            continue
         second = 0.5 if preference == 0 else float(preference > 0)
         for name, label in (("response1", 1 - second), ("response2", second)):
-            yield labeled(raw["context"], raw[name], label, liked=liked)
+            yield labeled(context, raw[name], label, liked=liked)
 
 
 HELPSTEER3 = Adapter(helpsteer3, needs=(("context", "response1", "response2", "overall_preference"),), options=LIKED)

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, labeled
+from trl_ulma.data.pairs import split_messages
 from trl_ulma.data.payloads import messages_in
 
 _PROMPTS = ("prompt", "instruction", "question", "input", "dialogue", "messages")
 _SIDES = ("left", "right")
+_KINDS = ("rating", "number", "choices", "pairwise", "textarea")
 
 
 def label_studio(
@@ -20,16 +22,18 @@ def label_studio(
     liked: bool = False,
     label_map: Mapping[str, Any] | None = None,
 ) -> Iterator[Outcome]:
-    """The rows of each annotation. A rating or a choice is the label of the task's answer. A comparison labels the two
-    answers of the task, and a written answer is a demonstration.
+    """The rows of each annotation. A rating, a number or a choice is the label of the task's answer. A comparison
+    labels the two answers of the task, and a written answer is a demonstration.
 
     Args:
         rows: `data`, the fields of a task, and `annotations`.
-        control: the `from_name` of the control to read. By default, the only one of the four kinds.
+        control: the `from_name` of the control to read. By default, the only one of these kinds. A written text beside
+            an answer can be a comment, so it is only read if this names it.
         prompt_key: the field with the prompt. By default, the first of prompt, instruction, question, input, dialogue
             and messages.
-        answer_key: the field with the answer, or two, separated by a comma, for comparisons. By default, the other
-            fields with text.
+        answer_key: the field with the answer, or two, the left one and the right one, for comparisons. By default, the
+            only other field with text or a list, which must be the same for all tasks, and for comparisons the two
+            that the result names.
         label_type: the type of ratings and choices.
         liked: answers with the binary label 1 are not demonstrations.
         label_map: choice → number.
@@ -41,6 +45,7 @@ def label_studio(
         >>> outcome["completion"], outcome["label"]
         ([{'role': 'assistant', 'content': 'Hello!'}], 4.0)
     """
+    usual: str | None = None
     for raw in rows:
         annotations = raw["annotations"]
         if not isinstance(annotations, list) or not all(isinstance(each, Mapping) for each in annotations):
@@ -49,64 +54,96 @@ def label_studio(
         if not annotations:
             yield LeftOut("it has no annotation")
         for annotation in annotations:
-            if annotation.get("was_cancelled"):
+            if annotation.get("was_cancelled") or annotation.get("skipped"):
                 yield LeftOut("its annotation was skipped")
                 continue
             try:
-                kind, value = _result(annotation, control)
-                prompt, answers = _texts(raw["data"], prompt_key, answer_key)
+                kind, value, between = _result(annotation, control)
+                there, prompt_name = _prompt(raw["data"], prompt_key)
+                prompt = messages_in(there[prompt_name], "user")
+                names = [name.strip() for name in answer_key.split(",")] if answer_key else [*there][1:]
+                for name in names:
+                    if name not in there:
+                        raise ValueError(f"it has no field {name}, which --answer_key names")
                 if kind == "textarea":
-                    written = value.get("text")
-                    yield labeled(prompt, written[0] if isinstance(written, list) and written else written, 1.0)
+                    if names and control is None:
+                        raise ValueError("its text can be an answer or a comment: if it is the answer, say --control")
+                    yield labeled(prompt, _written(value), 1.0)
                     continue
                 if kind == "pairwise":
-                    if len(answers) != 2:
-                        raise ValueError(f"it compares {len(answers)} answers, not 2: name them with --answer_key")
                     if value.get("selected") not in _SIDES:
                         raise ValueError("it does not say which answer is better")
-                    for side, answer in zip(_SIDES, answers, strict=True):
+                    if not answer_key:
+                        names = between
+                    if len(names) != 2 or not there.keys() >= set(names):
+                        raise ValueError("it does not say what is left and right: --answer_key LEFT_FIELD,RIGHT_FIELD")
+                    for side, name in zip(_SIDES, names, strict=True):
+                        answer = messages_in(there[name], "assistant")
                         yield labeled(prompt, answer, float(value["selected"] == side), liked=liked)
                     continue
-                if len(answers) != 1:
-                    raise ValueError(f"it has {len(answers)} answers, not 1: name one with --answer_key")
-                label = value.get("rating")
+                if names:
+                    if len(names) != 1:
+                        raise ValueError(f"its answer can be in {' or '.join(names)}: name one field with --answer_key")
+                    usual = usual or names[0]
+                    if names[0] != usual:
+                        raise ValueError(f"its answer is in {names[0]}, not in {usual}: name a field with --answer_key")
+                    answer = messages_in(there[names[0]], "assistant")
+                else:
+                    prompt, answer = split_messages(prompt)
+                label = value.get("number" if kind == "number" else "rating")
                 if kind == "choices":
                     chosen = value.get("choices")
                     if not isinstance(chosen, list) or len(chosen) != 1:
                         raise ValueError("it has not exactly one choice")
                     [label] = chosen
-                yield labeled(prompt, answers[0], label, label_type=label_type, liked=liked, label_map=label_map)
+                if names and not answer_key:
+                    yield Noted(f"its answer is the field {names[0]}")
+                yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=label_map)
             except ValueError as error:
                 yield LeftOut(str(error))
 
 
-def _result(annotation: Mapping[str, Any], control: str | None) -> tuple[str, Mapping[str, Any]]:
+def _result(annotation: Mapping[str, Any], control: str | None) -> tuple[str, Mapping[str, Any], list[str]]:
+    """The kind and value of the result to read, and the names of what it is about."""
     results = annotation.get("result")
     results = [each for each in results if isinstance(each, Mapping)] if isinstance(results, list) else []
     if control is not None:
         found = [each for each in results if each.get("from_name") == control]
     else:
-        found = [each for each in results if each.get("type") in ("rating", "choices", "pairwise", "textarea")]
+        found = [each for each in results if each.get("type") in _KINDS]
     names = sorted({str(each.get("from_name")) for each in found})
     if len(names) > 1:
         raise ValueError(f"it has several controls ({', '.join(names)}): say which with --control")
+    if not found and results and control is None:
+        kinds = ", ".join(sorted({str(each.get("type")) for each in results}))
+        raise ValueError(f"its annotation has no {', '.join(_KINDS)}, but {kinds}")
     if len(found) != 1 or not isinstance(found[0].get("value"), Mapping):
         raise ValueError(f"its annotation has {len(found)} results{f' of {control}' if control else ''}, not 1")
-    return found[0].get("type", ""), found[0]["value"]
+    if found[0].get("type") not in _KINDS:
+        raise ValueError(f"its result is a {found[0].get('type')}, which is none of {', '.join(_KINDS)}")
+    about = found[0].get("to_name")
+    about = about.split(",") if isinstance(about, str) else about if isinstance(about, list) else []
+    return found[0]["type"], found[0]["value"], [str(name).strip() for name in about]
 
 
-def _texts(data: Any, prompt_key: str | None, answer_key: str | None) -> tuple[list[dict], list[list[dict]]]:
+def _written(value: Mapping[str, Any]) -> Any:
+    written = value.get("text")
+    if isinstance(written, list):
+        if len(written) != 1:
+            raise ValueError(f"it has {len(written)} written texts, not 1")
+        [written] = written
+    return written
+
+
+def _prompt(data: Any, prompt_key: str | None) -> tuple[dict[str, Any], str]:
+    """The fields with text or lists, with that of the prompt as the first, and its name."""
     if not isinstance(data, Mapping):
         raise ValueError("its data are not an object")
-    there = {name: value for name, value in data.items() if isinstance(value, str | list) and value}
-    prompt = prompt_key or next((name for name in _PROMPTS if name in there), None)
-    if prompt not in there:
+    there = {name: value for name, value in data.items() if isinstance(value, str | list)}
+    prompt = prompt_key or next((name for name in _PROMPTS if there.get(name)), None)
+    if prompt is None or prompt not in there:
         raise ValueError(f"it has no field {prompt or 'with the prompt'}: name it with --prompt_key")
-    answers = [name.strip() for name in answer_key.split(",")] if answer_key else [n for n in there if n != prompt]
-    missing = [name for name in answers if name not in there]
-    if missing:
-        raise ValueError(f"it has no field {missing[0]}, which --answer_key names")
-    return messages_in(there[prompt], "user"), [messages_in(there[name], "assistant") for name in answers]
+    return {prompt: there[prompt]} | there, prompt
 
 
 LABEL_STUDIO = Adapter(
@@ -116,7 +153,9 @@ LABEL_STUDIO = Adapter(
     | {
         "--control": {"help": "the name of the control to read, if annotations have several"},
         "--prompt_key": {"help": "the field with the prompt (default: prompt, instruction, question, …)"},
-        "--answer_key": {"help": "the field with the answer; two for comparisons: answer1,answer2"},
+        "--answer_key": {
+            "help": "the field with the answer; for comparisons the left and the right one: answer1,answer2"
+        },
     },
     maps_labels=True,
 )

@@ -4,11 +4,18 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, Outcome
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome
 from trl_ulma.data.logged import OPTIONS, Logged, logged
 
 # Columns of the exports that hold lists but no scores
-_OTHERS = ("input", "output", "metadata", "tags", "comments", "observations", "scores", "usage", "cost")
+_OTHERS = frozenset(
+    (
+        "input", "output", "metadata", "tags", "comments", "observations", "scores", "usage", "cost", "traceTags",
+        "trace_tags", "toolCalls", "tool_calls", "toolCallNames", "tool_call_names", "toolDefinitions",
+    )
+)  # fmt: skip
+# Types of scores that are free text, such as a corrected output
+_TEXTS = ("TEXT", "CORRECTION")
 
 
 def langfuse(rows: Iterable[Mapping[str, Any]], **options: Any) -> Iterator[Outcome]:
@@ -27,15 +34,17 @@ def langfuse(rows: Iterable[Mapping[str, Any]], **options: Any) -> Iterator[Outc
     return logged(map(_logged, rows), **options)
 
 
-def _logged(raw: Mapping[str, Any]) -> Logged:
+def _logged(raw: Mapping[str, Any]) -> Logged | LeftOut:
     scores: dict[str, list] = {}
-    listed = _list(raw.get("scores"))
-    for each in listed or ():
-        if isinstance(each, Mapping) and isinstance(each.get("name"), str):
-            # The value of a score that is a word is its number among the words
-            word = each.get("stringValue", each.get("string_value"))
-            value = word if each.get("dataType", each.get("data_type")) == "CATEGORICAL" else each.get("value")
-            if value is None:
+    listed = _list(raw.get("scores")) or []
+    if any(isinstance(each, str) for each in listed):
+        return LeftOut("its scores are only their ids: export the table, or get the traces one by one")
+    for each in listed:
+        kind = _first(each, "dataType", "data_type") if isinstance(each, Mapping) else None
+        if isinstance(each, Mapping) and isinstance(each.get("name"), str) and kind not in _TEXTS:
+            word, value = _first(each, "stringValue", "string_value"), each.get("value")
+            # The value of a score that is a word can be its number among the words
+            if word is not None and (kind == "CATEGORICAL" or value is None):
                 value = word
             scores.setdefault(each["name"], []).extend([] if value is None else [value])
     for name, value in raw.items():
@@ -43,6 +52,10 @@ def _logged(raw: Mapping[str, Any]) -> Logged:
         if values and all(isinstance(each, str | int | float) for each in values):
             scores[name] = values
     return raw["input"], raw["output"], scores
+
+
+def _first(value: Mapping[str, Any], *names: str) -> Any:
+    return next((value[name] for name in names if value.get(name) is not None), None)
 
 
 def _list(value: Any) -> list | None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, Outcome
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome
 from trl_ulma.data.logged import OPTIONS, Logged, logged
 
 
@@ -24,10 +24,13 @@ def langsmith(rows: Iterable[Mapping[str, Any]], **options: Any) -> Iterator[Out
     return logged(map(_logged, rows), **options)
 
 
-def _logged(raw: Mapping[str, Any]) -> Logged:
-    given, reply, stats = (_object(raw[name]) for name in ("inputs", "outputs", "feedback_stats"))
-    scores = {}
-    for name, each in stats.items() if isinstance(stats, Mapping) else ():
+def _logged(raw: Mapping[str, Any]) -> Logged | LeftOut:
+    try:
+        given, reply, stats = (_object(raw[name]) for name in ("inputs", "outputs", "feedback_stats"))
+    except ValueError as error:
+        return LeftOut(str(error))
+    scores: dict[str, list] = {}
+    for name, each in (stats or {}).items():
         if isinstance(each, Mapping) and each.get("avg") is not None:
             scores[name] = [each["avg"]]
         elif isinstance(each, Mapping) and isinstance(each.get("values"), Mapping):
@@ -36,13 +39,20 @@ def _logged(raw: Mapping[str, Any]) -> Logged:
     return given, reply, scores
 
 
-def _object(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("{"):
+def _object(value: Any) -> Mapping[str, Any] | None:
+    """An object, or the JSON text of one. None for an empty value.
+
+    Raises:
+        ValueError: for other text, such as that of a Python object.
+    """
+    if isinstance(value, str) and value.strip():
         try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                "its inputs, outputs or feedback_stats are text that is not JSON: use json.dumps"
+            ) from error
+    return value if isinstance(value, Mapping) else None
 
 
 LANGSMITH = Adapter(langsmith, needs=(("inputs", "outputs", "feedback_stats"),), options=OPTIONS, maps_labels=True)

@@ -7,13 +7,18 @@ from typing import Any
 
 from trl_ulma.data.adapters import LABELED, LeftOut, Noted, Outcome, as_bool, as_number, labeled
 from trl_ulma.data.columns import Names
-from trl_ulma.data.payloads import messages_in, texts_in
+from trl_ulma.data.payloads import REASONED, is_json_object, messages_in, text_key, without_reasoning
+from trl_ulma.labels import ASKING_ROLES
 
 OPTIONS = LABELED | {
     "--score": {"help": "the name of the score to use as the label. Required if answers have several"},
-    "--prompt_key": {"help": "where the question is in an input that has several texts, such as question"},
-    "--answer_key": {"help": "where the answer is in an output that has several texts"},
+    "--prompt_key": {
+        "help": "where the question is in an input that has several fields, such as question; or several keys, which "
+        "are read in this order: chat_history,question"
+    },
+    "--answer_key": {"help": "where the answer is in an output that has several fields"},
 }
+JSON_ANSWER = "its answer is JSON, which is kept as text: --answer_key names the field with the answer, if it has one"
 AVERAGED = "its scores of the same name are averaged"
 
 # The input, the output, and the values of each score
@@ -21,7 +26,7 @@ Logged = tuple[Any, Any, Mapping[str, list]]
 
 
 def logged(
-    answers: Iterable[Logged],
+    answers: Iterable[Logged | LeftOut],
     *,
     score: str | None = None,
     prompt_key: str | None = None,
@@ -33,7 +38,7 @@ def logged(
     """One row per answer that has the score.
 
     Args:
-        answers: inputs, outputs and scores.
+        answers: inputs, outputs and scores, or why there are none.
         score: the name of the score. By default, the only one that an answer has, which must be the same for all.
         prompt_key: where the question is in an input that is an object.
         answer_key: where the answer is in an output that is an object.
@@ -47,7 +52,11 @@ def logged(
         ([{'role': 'assistant', 'content': 'Hello!'}], 1.0)
     """
     names = Names(label_map=label_map or {})
-    for given, reply, scores in answers:
+    for found in answers:
+        if isinstance(found, LeftOut):
+            yield found
+            continue
+        given, reply, scores = found
         there = {name: values for name, values in scores.items() if values}
         if score is None and len(there) > 1:
             yield LeftOut(f"it has several scores ({', '.join(there)}): say which with --score")
@@ -60,12 +69,21 @@ def logged(
             continue
         try:
             prompt, answer = messages_in(given, "user", prompt_key), messages_in(reply, "assistant", answer_key)
+            prompt, answer = _last(prompt, answer)
         except ValueError as error:
             yield LeftOut(str(error))
             continue
-        for what, value, key in (("prompt", given, prompt_key), ("answer", reply, answer_key)):
-            if key is None and (texts := texts_in(value)):
-                yield Noted(f"its {what} is the text of `{texts[0]}`")
+        for role, what, value, key in (
+            ("user", "prompt", given, prompt_key),
+            ("assistant", "answer", reply, answer_key),
+        ):
+            if key is None and (name := text_key(value, role)):
+                yield Noted(f"its {what} is the text of `{name}`")
+        if answer_key is None and answer[0]["content"] == reply and is_json_object(reply):
+            yield Noted(JSON_ANSWER)
+        (prompt, _), (answer, is_reasoned) = without_reasoning(prompt), without_reasoning(answer)
+        if is_reasoned:
+            yield Noted(REASONED)
         label = values[0]
         if len(values) > 1:
             read = [number for value in values if (number := _number(names, value)) is not None]
@@ -76,6 +94,23 @@ def logged(
             yield Noted(AVERAGED)
         mapped = label_map if len(values) == 1 else None
         yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=mapped)
+
+
+def _last(prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> tuple[list, list]:
+    """The prompt and the answer, if the answer repeats the prompt, or the whole conversation, as in LangGraph.
+
+    Raises:
+        ValueError: if the answer contains questions, but not the prompt.
+    """
+    cut = max((i + 1 for i, turn in enumerate(answer) if turn["role"] in ASKING_ROLES), default=0)
+    if not cut:
+        return prompt, answer
+    said = [(turn["role"], turn["content"]) for turn in answer[:cut]]
+    system = [turn for turn in prompt if turn["role"] == "system"]
+    asked = [(turn["role"], turn["content"]) for turn in prompt if turn["role"] != "system"]
+    if cut == len(answer) or said[len(said) - len(asked) :] != asked:
+        raise ValueError("its output is a conversation that does not continue its input")
+    return ([] if said[0][0] == "system" else system) + answer[:cut], answer[cut:]
 
 
 def _number(names: Names, value: Any) -> float | None:

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, as_number, labeled
+from trl_ulma.data.payloads import REASONED
 
 KINDS = ("thumbs", "rating")
-_REASONING = re.compile(r'<details type="reasoning".*?</details>\s*', re.DOTALL)
-_OTHER_DETAILS = re.compile(r'<details type="(\w+)"')
+# Versions before 0.5.8 left the tags of the model
+_REASONING = re.compile(r'<details\s+type="reasoning".*?</details>\s*|\A\s*<think>.*?</think>\s*', re.DOTALL)
+_OTHER_DETAILS = re.compile(r'<details\s+type="(\w+)"')
 
 
 def open_webui(
@@ -84,6 +86,8 @@ def _branch(raw: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Noted]]:
             raise ValueError("its snapshot does not contain all messages before the rated one")
         seen.add(at)
         content, role = message.get("content"), message.get("role")
+        if turns and _has(message.get("merged"), "content"):
+            content = message["merged"]["content"]  # the answers of several models as one, with which the talk went on
         if message.get("files"):
             raise ValueError("one of its turns has files, whose content is not in the export")
         if not isinstance(content, str):
@@ -91,12 +95,19 @@ def _branch(raw: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Noted]]:
         if role == "assistant":
             if _REASONING.search(content):
                 content = _REASONING.sub("", content)
-                notes.append(Noted("the reasoning in one of its turns is removed"))
+                notes.append(Noted(REASONED))
             if found := _OTHER_DETAILS.search(content):
                 raise ValueError(f"one of its turns contains {found[1]}")
+            output = message.get("output")
+            for each in output if isinstance(output, list) else ():
+                if not _has(each, "type") or each["type"] not in ("message", "reasoning"):
+                    raise ValueError(f"one of its turns contains {each['type'] if _has(each, 'type') else each}")
+            if "<details>" in content:
+                notes.append(Noted("one of its turns contains a <details> block, which can be reasoning"))
             if message.get("sources"):
                 notes.append(Noted("one of its answers used documents, which the prompt does not contain"))
-        turns.append({"role": role, "content": content})
+        if role != "assistant" or content.strip() or not turns:  # Open WebUI drops empty answers from requests
+            turns.append({"role": role, "content": content})
         at = message.get("parentId")
     system = [chat["params"]["system"] for chat in chats if _has(chat, "params") and _has(chat["params"], "system")]
     if system and system[-1]:

@@ -24,10 +24,7 @@ def openai(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterato
     for raw in rows:
         for name, label in (("preferred_output", 1.0), ("non_preferred_output", 0.0)):
             try:
-                given = raw["input"]
-                if isinstance(given, Mapping) and given.get("tools"):
-                    raise ValueError("it has tools, which prepared rows do not support")
-                prompt, answer = messages_in(given, "user"), messages_in(raw[name], "assistant")
+                prompt, answer = messages_in(raw["input"], "user"), messages_in(raw[name], "assistant")
             except ValueError as error:
                 yield LeftOut(str(error))
                 continue
