@@ -490,6 +490,7 @@ def test_adding_the_reference_leaves_the_policy_as_it_is(tiny_llama, tmp_path, s
     hold(trainer, rows, tiny_llama)
 
 
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.19"), reason=f"PEFT {peft.__version__} can add it twice")
 def test_an_adapter_that_peft_cannot_add_twice_is_refused_with_what_to_do(tmp_path):
     tokenizer = make_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
