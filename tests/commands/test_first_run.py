@@ -33,6 +33,14 @@ def test_this_environment_is_said_and_works(capsys):
     assert facts["packages"]["trl"] == trl.__version__
 
 
+def test_what_does_not_work_with_older_versions_is_said():
+    found = env.limits({"transformers": "5.16.1", "peft": "0.20.0", "accelerate": None})
+    assert [line.split(":")[0] for line in found] == ["transformers 5.16.1"] * 2
+    assert "Doge" in found[0]
+    assert len(env.limits({"transformers": "5.2.0", "peft": "0.18.0", "accelerate": "1.4.0"})) == len(env.LIMITS)
+    assert env.limits({name: "99" for name, _, _ in env.LIMITS}) == []
+
+
 FACTS = {"packages": {}, "requirements": [], "broken": {}, "devices": [], "has_nvidia_driver": False}
 FACTS |= {"torch_is_built_for": "CPU"}
 OLD_GPU = {"name": "Tesla T4", "memory_gib": 15.0, "has_bf16": False}
