@@ -342,7 +342,7 @@ BINARY_LOSSES = {"cross_entropy": pointwise_dpo_loss, "squared_error": squared_e
 
 def check_binary_loss(binary_loss: str) -> None:
     """Raise ValueError if a loss of binary labels has no such name."""
-    if binary_loss not in BINARY_LOSSES:
+    if binary_loss not in tuple(BINARY_LOSSES):  # it may be unhashable
         raise ValueError(f"binary_loss must be one of {tuple(BINARY_LOSSES)}; got {binary_loss!r}.")
 
 

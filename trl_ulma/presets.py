@@ -52,7 +52,7 @@ def apply_preset(config: Any, defaults: dict[str, Any]) -> None:
     """
     if config.preset is None:
         return
-    if config.preset not in PRESETS:
+    if config.preset not in tuple(PRESETS):  # it may be unhashable
         raise ValueError(f"preset must be one of {tuple(PRESETS)}; got {config.preset!r}.")
     settings = PRESETS[config.preset].settings(config.beta)
     contradicting = {

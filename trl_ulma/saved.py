@@ -182,6 +182,12 @@ def identity_in(checkpoint: str | Path) -> ReferenceIdentity | None:
     return found if found is not None and found.logps else None
 
 
+def policy_logps_in(checkpoint: str | Path) -> Sequence[float]:
+    """log π_θ of the reference's `input_ids` when a checkpoint was written. () if the checkpoint lacks them."""
+    file = Path(checkpoint) / SETTINGS_FILE
+    return SavedSettings.read(file).policy_logps if file.exists() else ()
+
+
 def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode: a checkpoint's folder, an adapter's, or a name on the hub.
 

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
-from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in
+from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in, policy_logps_in
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
 from trl_ulma.training_reference import (
     check_models,
@@ -81,10 +81,12 @@ from trl_ulma.training_reference import (
 )
 from trl_ulma.versions import (
     for_dpo_trainer,
+    go_without_auxiliary_loss,
     instance_forward,
     leave_loss_undivided,
     load_adapter_of,
     mend_copied_forward,
+    note_best_checkpoint,
     refuse_data_parallel,
     restore_forward,
     set_auxiliary_loss,
@@ -239,6 +241,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._rows_in_step: torch.Tensor | int | None = None
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
+        self._resumed_logps: Sequence[float] = ()
         self._read_once = read_once(self.args)
         self._first_ref_model = self.ref_model
         self._stream_position: tuple[int, int] | None = None
@@ -368,6 +371,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             is_training=is_training,
             is_moving=self.args.sync_ref_model or self._is_precomputed,
             resumed=self._resumed_identity,
+            resumed_logps=self._resumed_logps,
         )
 
     def _check_trainable(self) -> None:
@@ -379,6 +383,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
+        leave_loss_undivided(self)  # another trainer's accelerator may have changed the state that all share
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
         if state.global_step > 0:  # of the training that wrote the checkpoint
@@ -636,6 +641,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         states = self.log_partition.needs_prompt_states
         policy = self._scorer(model, inputs, statistics=True, prompt_states=states, **router)
+        if router and policy.aux_loss is None:
+            go_without_auxiliary_loss(self)
         ref_logps = self._ref_logps(model, inputs, rows, asked)
         # If the reference only ran on some rows, their mean reward would be logged as that of all rows
         found = self._objective(
@@ -784,6 +791,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
         self._resumed_identity = self._stream_position = None
+        self._resumed_logps = ()
         if resume is not None:
             if self.args.sync_ref_model:
                 raise ValueError(
@@ -791,7 +799,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                     "reference, so a resumed run would use a different one. Train without interruption, or set "
                     "sync_ref_model=False."
                 )
-            self._resumed_identity = identity_in(resume)
+            self._resumed_identity, self._resumed_logps = identity_in(resume), policy_logps_in(resume)
             warn_of_other_conditions(resume, self._conditions, skips=not self.args.ignore_data_skip)
             if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
                 self._stream_position = stream_position(resume, self.args.gradient_accumulation_steps)
@@ -825,10 +833,17 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        note_best_checkpoint(self, folder)
         with written_whole(self.args, folder, lambda: self.state.best_model_checkpoint):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 write_conditions(folder, self._conditions)
+
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:  # transformers 5.2 does not note it with save_strategy="best"
+            self.state.best_global_step = self.state.global_step
+        return is_best
 
     def _push_from_checkpoint(self, checkpoint_folder):
         # Trainer only copies and uploads the files that it knows, and does so before the checkpoint is marked

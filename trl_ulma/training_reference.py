@@ -104,13 +104,17 @@ def ref_keeps_base_weights(model: Any) -> Iterator[None]:
         ValueError: if PEFT cannot add an adapter like the model's.
     """
     config = model.peft_config["default"]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str):
         config.init_lora_weights = True
     try:
         yield
-    except AttributeError as error:
-        if f"`{ADAPTER}`" not in str(error):
+    except (AttributeError, ValueError) as error:
+        # The latter is of PEFT before 0.20, with TRL before 1.16
+        if f"`{ADAPTER}`" not in str(error) and "only one LoRA adapter per model with `target_parameters`" not in str(
+            error
+        ):
             raise
         raise ValueError(
             "The reference is a copy of the adapter as it is now, but PEFT cannot add a second adapter like it, for "
@@ -118,6 +122,8 @@ def ref_keeps_base_weights(model: Any) -> Iterator[None]:
             "peft_config, or pass a ref_model."
         ) from error
     finally:
+        for parameter in trained:  # PEFT 0.18 freezes those outside the adapter
+            parameter.requires_grad_(True)
         if isinstance(start, str):
             if ADAPTER in model.peft_config:  # its own config, because loading it must not change other weights either
                 model.peft_config[ADAPTER] = copy.copy(config)

@@ -16,12 +16,16 @@ from typing import Any
 import transformers
 import trl
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import Trainer, set_seed
+from transformers.trainer_utils import SaveStrategy
 from trl import DPOTrainer, ModelConfig
 
 from trl_ulma.likelihood.scorer import bare_model
+
+logger = get_logger(__name__)
 
 # TRL before 1.3 loads a reference model even if precompute_ref_log_probs is set, and keeps it
 _LOADS_PRECOMPUTED = Version(trl.__version__) < Version("1.3")
@@ -112,6 +116,27 @@ def set_auxiliary_loss(trainer: Any) -> None:
     trainer.aux_loss_enabled = is_routed and coefficient != 0.0
 
 
+def go_without_auxiliary_loss(trainer: Any) -> None:
+    """Switch off the load-balancing loss of a model that does not return it, with a warning.
+
+    Which models return it depends on the version of transformers. With 5.2, for example, GraniteMoe does not.
+
+    Raises:
+        ValueError: if the config names a coefficient.
+    """
+    name = f"{type(bare_model(trainer.model)).__name__} of transformers {transformers.__version__}"
+    if trainer.args.router_aux_loss_coef:
+        raise ValueError(
+            f"router_aux_loss_coef is {trainer.args.router_aux_loss_coef}, but {name} does not return a load-balancing "
+            "loss. Leave router_aux_loss_coef out, or install a version of transformers in which the model returns it."
+        )
+    trainer.aux_loss_enabled = False
+    logger.warning(
+        f"{name} has a coefficient for a load-balancing loss, but does not return this loss. The model is trained "
+        "without it. To silence this warning, set router_aux_loss_coef=0.0."
+    )
+
+
 def loads_needless_reference(args: Any) -> bool:
     """Whether `DPOTrainer` would load a reference model although `precompute_ref_log_probs` has the policy asked.
 
@@ -134,6 +159,17 @@ def load_adapter_of(checkpoint: str, model: Any) -> None:
     if model.active_adapter == "default" and (folder / "adapter_model.safetensors").exists():
         model.load_adapter(checkpoint, "default", is_trainable=True)
         model.set_adapter("default")
+
+
+def note_best_checkpoint(trainer: Any, folder: Path) -> None:
+    """Note that the checkpoint about to be written is the best one, if it is.
+
+    transformers, at least until 5.2, does not with `save_strategy="best"`, and `load_best_model_at_end` then keeps the
+    last model, without a word. It can go when 5.15 is the oldest.
+    """
+    state = trainer.state
+    if trainer.args.save_strategy == SaveStrategy.BEST and state.best_global_step == state.global_step:
+        state.best_model_checkpoint = str(folder)
 
 
 def instance_forward(model: Any) -> Any:
@@ -207,7 +243,11 @@ def leave_loss_undivided(trainer: Any) -> None:
 
     transformers before 5.19 does not read `Trainer.loss_is_scaled_for_ga`. It leaves a loss as it is if the trainer has
     a `compute_loss_func`, which our `compute_loss` does not call. It can go when transformers 5.19 is the oldest.
+
+    transformers 5.2 also has accelerate divide each loss, whoever computes it, so that gradients would be too small by
+    the number of micro-batches. Newer versions, 5.15 at the latest, have it divide by 1.
     """
+    trainer.accelerator.gradient_accumulation_steps = 1
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         trainer.compute_loss_func = _not_called
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from forks import python_path
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import trl_ulma
 from trl_ulma import __version__
 from trl_ulma.checkpoints import last_whole
 from trl_ulma.scripts import pointwise_dpo, ulma
@@ -381,7 +381,7 @@ def test_the_launch_exit_code_is_returned(monkeypatch, stop, code):
 def test_a_folder_of_the_package_name_does_not_hide_the_package(monkeypatch, tmp_path):
     """A clone in the working directory is such a folder. The launched process imports what is installed."""
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(trl_ulma.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trl_ulma").mkdir()
     (tmp_path / "trl_ulma" / "__init__.py").write_text("raise ImportError('the wrong folder')\n")

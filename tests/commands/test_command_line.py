@@ -171,6 +171,7 @@ def test_the_page_agrees_with_the_parser(command):
             assert action.nargs in (0, "?"), option.name
     names = {option.name for option in shown}
     theirs = {field.name for field in fields(DPOConfig)}
+    theirs |= {"router_aux_loss_coef"}  # which TRL before 1.7 does not have
     own = {field.name for field in fields(config)} - theirs | {"beta", "columns", "label_map"}
     assert {field.name for field in fields(DataArguments)} > {"columns", "label_map"}
     assert {f"--{name}" for name in own} <= names

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from world import make_rows, make_trainer
@@ -29,7 +30,15 @@ def test_this_environment_is_said_and_works(capsys):
     assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["problems"] == []
-    assert facts["packages"]["trl"].startswith("1.")
+    assert facts["packages"]["trl"] == trl.__version__
+
+
+def test_what_does_not_work_with_older_versions_is_said():
+    found = env.limits({"transformers": "5.16.1", "peft": "0.20.0", "accelerate": None})
+    assert [line.split(":")[0] for line in found] == ["transformers 5.16.1"] * 2
+    assert "Doge" in found[0]
+    assert len(env.limits({"transformers": "5.2.0", "peft": "0.18.0", "accelerate": "1.4.0"})) == len(env.LIMITS)
+    assert env.limits({name: "99" for name, _, _ in env.LIMITS}) == []
 
 
 FACTS = {"packages": {}, "requirements": [], "broken": {}, "devices": [], "has_nvidia_driver": False}

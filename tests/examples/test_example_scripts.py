@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forks import free_port, python_path
 from safetensors.torch import load_file
 from servers import LoopbackServer, make_parrot, said, transformers_serve
 from transformers import AutoModelForCausalLM
@@ -207,7 +208,7 @@ def test_the_commands_for_several_gpus_run_on_two_processes(name, tiny_llama):
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(SCRIPTS.parents[1]),
+        "PYTHONPATH": python_path(),
         "TQDM_DISABLE": "1",
     }
     launch = [
@@ -216,11 +217,9 @@ def test_the_commands_for_several_gpus_run_on_two_processes(name, tiny_llama):
         "2",
         "--mixed_precision",
         "no",
-        "--main_process_port",
-        "0",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", *launch, "--main_process_port", "0", *words, *QUIET, "--bf16", "False"],
+        [sys.executable, "-m", *launch, "--main_process_port", str(free_port()), *words, *QUIET, "--bf16", "False"],
         env=environment,
         capture_output=True,
         text=True,

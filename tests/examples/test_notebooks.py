@@ -5,9 +5,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forks import python_path
 from nbclient import NotebookClient
-
-import trl_ulma
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 # What the cell tagged "parameters" is replaced by, besides MODEL
@@ -48,7 +47,7 @@ def test_these_are_all():
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(trl_ulma.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = read(name)
     drawn = pictures(notebook)

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import world
+from forks import python_path
 from safetensors import safe_open
 from world import make_rows
 
-import trl_ulma
 from trl_ulma.checkpoints import WHOLE, checkpoints
 
 STEPS = 16
@@ -63,7 +63,7 @@ class Server:
 def start(tiny_gpt2, tmp_path_factory) -> Iterator[Server]:
     rows = tmp_path_factory.mktemp("crashes") / "rows.jsonl"
     make_rows(50).to_json(rows)
-    environment = {**os.environ, "PYTHONPATH": str(Path(trl_ulma.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     script = str(Path(world.__file__).with_name("crash_run.py"))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, script], env=environment, **pipes) as process:

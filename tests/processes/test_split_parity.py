@@ -21,10 +21,8 @@ from typing import Any
 import pytest
 import split_run
 import torch
-from forks import run_processes
+from forks import free_port, python_path, run_processes
 from safetensors.torch import load_file
-
-import trl_ulma
 
 TOLERANCE = 1e-5
 SECONDS = 400  # for all runs of a kind of processes
@@ -34,7 +32,7 @@ SENTENCE = "the cat sat on mat how are you today fine thank please write a short
 
 LAUNCH = [
     *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-    *("--dynamo_backend", "no", "--main_process_port", "0"),
+    *("--dynamo_backend", "no"),
 ]
 KINDS = {
     "one": [],
@@ -229,12 +227,20 @@ class Runs:
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(trl_ulma.__file__).parents[1]),
+            "PYTHONPATH": python_path(),
             "TQDM_DISABLE": "1",
         }
         with (out / "printed").open("w") as printed:
             process = subprocess.Popen(
-                [sys.executable, "-m", "accelerate.commands.launch", *KINDS["ddp"], *script],
+                [
+                    sys.executable,
+                    "-m",
+                    "accelerate.commands.launch",
+                    *KINDS["ddp"],
+                    "--main_process_port",
+                    str(free_port()),
+                    *script,
+                ],
                 env=environment,
                 stdout=printed,
                 stderr=subprocess.STDOUT,

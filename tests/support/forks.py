@@ -7,6 +7,7 @@ of libraries, and leaves nothing in the test's process.
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import time
@@ -20,7 +21,21 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+import trl_ulma
+
 FORK = multiprocessing.get_context("fork")
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def python_path() -> str:
+    """A `PYTHONPATH` on which this package comes first, and then what the tests themselves are run with."""
+    return os.pathsep.join(filter(None, [str(Path(trl_ulma.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 
 def _start(function: Callable[[], None], out: Path, err: Path, environment: dict[str, str], cwd: Path | None = None):
@@ -89,6 +104,7 @@ def run_processes(function: Callable[[], None], launch: list[str], printed: Path
     environments: list[dict[str, str]] = [{}]
     if launch:
         arguments = launch_command_parser().parse_args([*launch, "--num_cpu_threads_per_process", "1", "script"])
+        arguments.main_process_port = free_port()  # older versions of accelerate do not find one themselves
         shared = prepare_multi_gpu_env(arguments)
         size = str(arguments.num_processes)
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(arguments.main_process_port)}

@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forks import start_module
+from forks import free_port, start_module
 from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -171,13 +170,6 @@ def _process(command: list[str], ready: str) -> Iterator[tuple[str, subprocess.P
         process.terminate()
         process.wait(timeout=30)
         log.close()
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def wait_for(url: str, code: Callable[[], int | None], seconds: float = 120) -> None:

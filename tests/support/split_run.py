@@ -20,7 +20,6 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-import trl.trainer.utils as trl_utils
 from accelerate import DistributedType, PartialState
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
@@ -28,7 +27,6 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
-from trl.kernels import ChunkedLogProbFunction
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
 
@@ -65,19 +63,6 @@ class Run:
     in_memory: bool = False
     dtype: str = "float64"
     given: bool = False
-
-
-class ExactHead:
-    """TRL's fused LM head in the dtype of the weights: its own computes in float32, whatever they are."""
-
-    @staticmethod
-    def apply(hidden, weight, bias, targets, *_settings):
-        """Of each target: log-probability, entropy, nothing, mean logit, whether it is the likeliest token."""
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        log_probs = logits.log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
-        of_targets = log_probs.gather(-1, targets[:, None])[:, 0]
-        return of_targets, entropy, None, logits.mean(-1).detach(), logits.argmax(-1) == targets
 
 
 def load(path: str, cache: Path, stream: int, in_memory: bool) -> Dataset | IterableDataset:
@@ -160,7 +145,6 @@ def counting(loaded: list[int], kept: WeakSet) -> Iterator[None]:
 
 def train(run: Run, out: Path) -> None:
     """Train, and write what came out."""
-    trl_utils._ChunkedLogProbFunction = ExactHead if run.dtype == "float64" else ChunkedLogProbFunction
     loaded, kept = [], WeakSet()
     with counting(loaded, kept):
         trainer = make_trainer(run, out)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, VOCABULARY, is_known, tiny_model
+from architectures import ARCHITECTURES, VOCABULARY, is_known, skip_unless_it_works, tiny_model
 
 from trl_ulma import DataCollatorForPointwisePreference
 
@@ -80,8 +80,7 @@ def test_there_are_enough_architectures():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_rows_log_probability_is_that_of_the_models_own_logits(name):
     model_type, settings = ARCHITECTURES[name]
-    if not is_known(model_type):
-        pytest.skip(f"this version of transformers has no {model_type}")
+    skip_unless_it_works(name)
     model, batch = tiny_model(model_type, settings), make_batch()
     tokens = batch["completion_mask"].sum(1)
     own = per_token(model, batch)

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
 from world import make_rows, make_trainer, weights
@@ -125,14 +126,28 @@ def streamed(request, tiny_gpt2, tmp_path_factory):
     return train, train(folder), folder
 
 
-@pytest.mark.skipif(not hasattr(Trainer, "_init_training_state"), reason="older transformers resume in the first pass")
+in_any_pass = pytest.mark.skipif(
+    not hasattr(Trainer, "_init_training_state"),
+    reason=f"transformers {transformers.__version__} only resumes in the first pass of a stream",
+)
+
+
+@in_any_pass
 @pytest.mark.parametrize("step", [2, 3, 4, 6, 7])
 def test_a_stream_resumes_in_any_pass(streamed, tmp_path, step):
     train, unbroken, folder = streamed
     assert torch.equal(train(tmp_path, str(folder / f"checkpoint-{step}")), unbroken)
 
 
-@pytest.mark.parametrize(("epoch", "position"), [(0.5, (0, 8)), (1.0, (0, 16)), (1.25, (1, 4)), (2.875, (2, 14))])
+@pytest.mark.parametrize(
+    ("epoch", "position"),
+    [
+        (0.5, (0, 8)),
+        (1.0, (0, 16)),
+        pytest.param(1.25, (1, 4), marks=in_any_pass),
+        pytest.param(2.875, (2, 14), marks=in_any_pass),
+    ],
+)
 def test_the_position_in_a_stream_of_unknown_length(tmp_path, epoch, position):
     state = TrainerState(epoch=epoch, max_steps=8)
     state.save_to_json(str(tmp_path / "trainer_state.json"))
@@ -141,11 +156,9 @@ def test_the_position_in_a_stream_of_unknown_length(tmp_path, epoch, position):
 
 def test_an_older_transformers_refuses_to_resume_in_a_later_pass(streamed, tmp_path, monkeypatch):
     train, _, folder = streamed
-    positions = [stream_position(folder / f"checkpoint-{step}", 1) for step in range(1, 9)]
-    later = next(step for step, (passes, _) in enumerate(positions, start=1) if passes)
-    monkeypatch.delattr(Trainer, "_init_training_state")
-    with pytest.raises(ValueError, match=r"in pass 2 over a stream.* Install a newer transformers"):
-        train(tmp_path, str(folder / f"checkpoint-{later}"))
+    monkeypatch.delattr(Trainer, "_init_training_state", raising=False)
+    with pytest.raises(ValueError, match=r"in pass [2-9] over a stream.* Install a newer transformers"):
+        train(tmp_path, str(folder / "checkpoint-7"))
 
 
 # The place in the rows

@@ -3,9 +3,9 @@
 import copy
 import re
 
+import accelerate
 import pytest
 import torch
-from accelerate.utils import ParallelismConfig
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny import CHAT_TEMPLATE, make_tokenizer
@@ -542,7 +542,13 @@ def test_ktos_loss_is_given_the_line_that_replaces_it(config, value):
 
 # Parallelism
 
+ParallelismConfig = getattr(accelerate.utils, "ParallelismConfig", None)
+of_parallelism = pytest.mark.skipif(
+    ParallelismConfig is None, reason=f"accelerate {accelerate.__version__} has no ParallelismConfig; 1.10 has"
+)
 
+
+@of_parallelism
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
 def test_parallelism_within_a_row_is_refused_by_name(tiny_llama, tmp_path, size):
     parallel = ParallelismConfig(**{size: 2})
@@ -550,6 +556,7 @@ def test_parallelism_within_a_row_is_refused_by_name(tiny_llama, tmp_path, size)
         make_trainer(tiny_llama, make_rows(6), tmp_path, parallelism_config=parallel, **STEPS)
 
 
+@of_parallelism
 @pytest.mark.parametrize("size", ["TP_SIZE", "CP_SIZE", "SP_SIZE"])
 def test_parallelism_that_the_launcher_sets_is_refused_too(tiny_llama, tmp_path, monkeypatch, size):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
@@ -558,6 +565,7 @@ def test_parallelism_that_the_launcher_sets_is_refused_too(tiny_llama, tmp_path,
         make_trainer(tiny_llama, make_rows(6), tmp_path, **STEPS)
 
 
+@of_parallelism
 def test_parallelism_of_data_is_no_fault(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama, make_rows(6), tmp_path, parallelism_config=ParallelismConfig(), **STEPS)
     trainer.train()

@@ -11,7 +11,7 @@ from tiny import make_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LlavaProcessor
 from transformers.processing_utils import ProcessorMixin
-from trl.data_utils import _tokenize, common_prefix_length
+from trl import prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from vlm import TEMPLATE, StillsProcessor, picture, with_images
 
@@ -22,8 +22,14 @@ from trl_ulma.rows.preparation import Preparation
 
 def of(model: str, name: str) -> Any:
     """A class of a model's module in transformers."""
-    kind = "image_processing_pil" if name.endswith("Pil") else "processing"
-    return getattr(importlib.import_module(f"transformers.models.{model}.{kind}_{model}"), name)
+    if not name.endswith("Pil"):
+        return getattr(importlib.import_module(f"transformers.models.{model}.processing_{model}"), name)
+    try:
+        module = importlib.import_module(f"transformers.models.{model}.image_processing_pil_{model}")
+    except ModuleNotFoundError:  # older versions of transformers have their own for PIL under the plain name
+        name = name.removesuffix("Pil")
+        module = importlib.import_module(f"transformers.models.{model}.image_processing_{model}")
+    return getattr(module, name)
 
 
 def tokenizer_with(*names: str, **special: str) -> Any:
@@ -172,11 +178,16 @@ def test_a_conversation_without_images_has_trls_ids(processor, how):
     if how == "its template writes BOS":
         processor.chat_template = "<s>" + processor.chat_template
     rows = prepared(processor, Dataset.from_list([PAIR]))
-    prompt = _tokenize(processor, PAIR["prompt"], add_generation_prompt=True)["input_ids"]
+
+    def ids(messages: list, **how: Any) -> list[int]:
+        messages = prepare_multimodal_messages(messages, images=[])
+        return list(processor.apply_chat_template(messages, tokenize=True, return_dict=True, **how)["input_ids"][0])
+
+    prompt = ids(PAIR["prompt"], add_generation_prompt=True)
     for row, half in zip(rows, ("chosen", "rejected"), strict=True):
-        whole = _tokenize(processor, PAIR["prompt"] + PAIR[half])["input_ids"]
-        cut = common_prefix_length(prompt, whole)
-        assert (row["prompt_ids"], row["completion_ids"]) == (list(whole[:cut]), list(whole[cut:]))
+        whole = ids(PAIR["prompt"] + PAIR[half])
+        cut = next(i for i, token in enumerate(whole) if [token] != prompt[i : i + 1])
+        assert (row["prompt_ids"], row["completion_ids"]) == (whole[:cut], whole[cut:])
         assert (tokenizer.bos_token_id == row["prompt_ids"][0]) is (how != "no BOS")
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from world import make_rows, make_trainer, plain_logps, weights
 
@@ -505,6 +505,21 @@ def test_a_resume_against_another_precomputed_reference_is_told(tiny_llama, tmp_
     trainer = make_trainer(checkpoint, make_rows(8), tmp_path / "other", **settings)
     with pytest.raises(ValueError, match="The checkpoint was trained against another reference"):
         trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
+def test_a_resume_that_loads_no_weights_is_told(tiny_llama, tmp_path, monkeypatch, adapter):
+    """As transformers before 5.23 loaded none of a policy's adapter if the checkpoint has one of the reference too."""
+    settings = QUICK | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    settings |= {"peft_config": adapter}
+    make_trainer(load(tiny_llama), make_rows(8), tmp_path, **settings).train()
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *_: None)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    trainer = make_trainer(load(tiny_llama), make_rows(8), tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"After resuming, the model differs .* by \d.* nats per token"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer = make_trainer(load(tiny_llama), make_rows(8), tmp_path, startup_checks=False, **settings)
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_resume_of_a_whole_model_keeps_its_reference(tiny_llama, tmp_path):

@@ -6,7 +6,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import transformers
 from datasets import Dataset, Image, List
+from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm import image_rows, make_qwen, picture, with_images
@@ -17,10 +19,14 @@ from trl_ulma.log_z import mismatched
 from trl_ulma.rows.images import DataCollatorForVisionPointwisePreference, as_images, with_placeholders
 from trl_ulma.rows.preparation import Preparation
 
+OLD = Version(transformers.__version__) < Version("5.15")
+
 
 @pytest.fixture(scope="module")
 def tiny_qwen(tmp_path_factory):
     """(folder with a tiny Qwen2-VL, its processor)."""
+    if OLD:
+        pytest.skip(f"Qwen2-VL of transformers {transformers.__version__} fails on texts after images")
     folder = str(tmp_path_factory.mktemp("checkpoints") / "tiny-qwen2-vl")
     return folder, make_qwen(folder)
 
@@ -92,7 +98,7 @@ def test_a_step_has_the_oracles_loss_and_gradient(vlm, tmp_path):
     assert seen
     assert any(trainer.model.get_parameter(name).grad.abs().max() > 0 for name in seen[:2]), "images are not learned of"
     squared = sum(g.double().pow(2).sum().item() for g in gradient)
-    shift, ends = 1e-4 / squared**0.5, []  # parts of these models compute in fp32
+    shift, ends = 2e-5 / squared**0.5, []  # parts of these models compute in fp32
     for sign in (1, -1):
         moved = load(folder).double()
         with torch.no_grad():
@@ -483,6 +489,9 @@ def test_a_file_that_is_no_image(tiny_llava, tmp_path):
         prepared(AutoProcessor.from_pretrained(tiny_llava), rows.to_iterable_dataset())
 
 
+@pytest.mark.skipif(
+    OLD, reason=f"the processor of transformers {transformers.__version__} does not compare images with placeholders"
+)
 def test_what_a_processor_can_not_take_is_told_before_training(tiny_llava, tmp_path, monkeypatch):
     processor = AutoProcessor.from_pretrained(tiny_llava)
     rows = image_rows(2)

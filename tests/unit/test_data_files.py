@@ -16,11 +16,11 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, lo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.files import load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.origins import origin
+from trl_ulma.scripts.options import PartConfig
 
 ROWS = [{"prompt": f"question {i}", "completion": f" answer {i}", "label": i % 2 == 0} for i in range(5)]
 LINES = "\n".join(json.dumps(row) for row in ROWS) + "\n"
@@ -273,8 +273,7 @@ def test_a_dataset_on_the_hub_is_read_like_a_folder(hub, streaming, caplog):
         assert origin(found["train"], 1) == f"{hub.local / 'thumbs' / 'train-1.csv'}, line 2"
         assert origin(found["test"], 0) == f"{hub.local / 'thumbs' / 'test.csv'}, line 2"
     # A mixture can name files of the repository
-    part = DatasetConfig(path="org/name", data_files="stars.json")
-    part.label_map = None
+    part = PartConfig(path="org/name", data_files="stars.json")
     assert list(load_mixture([part], streaming=streaming)[0]["train"]) == [
         {"prompt": "a", "completion": "b", "label": 4.5}
     ]

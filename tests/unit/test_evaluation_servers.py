@@ -7,6 +7,8 @@ from email.utils import format_datetime
 
 import pytest
 import servers
+import transformers
+from packaging.version import Version
 from servers import LoopbackServer, openai_error, said
 
 from trl_ulma.evaluation.refusals import Why, is_other_endpoint, refused_parameter, why
@@ -409,6 +411,10 @@ def parrot(tmp_path_factory):
     return servers.make_parrot(tmp_path_factory.mktemp("parrot"), "VERDICT: 1")
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.15"),
+    reason=f"transformers {transformers.__version__} does not serve completions of text",
+)
 def test_transformers_serve_is_asked_chats_and_texts(parrot):
     notes: list[str] = []
     with servers.transformers_serve(parrot) as url:

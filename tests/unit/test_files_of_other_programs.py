@@ -6,11 +6,11 @@ import io
 import json
 
 import pytest
-from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.files import check_splits, load_rows
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
+from trl_ulma.scripts.options import PartConfig
 
 HEAD = "prompt,completion,label\n"
 ROW = {"prompt": "Hi", "completion": "Yo", "label": 1}
@@ -30,7 +30,7 @@ def write(path, text):
 def read(path, **options):
     splits = load_rows(path, **options)
     check_splits(splits, path.name)
-    return splits["train"].to_list()
+    return list(splits["train"])  # before datasets 4.8.5, `to_list` keeps JSON as text
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_folders_say_what_they_have_instead_of_data(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_lines_that_cannot_be_read_keep_their_mark_in_a_part_with_some_columns(tmp_path, streaming):
     path = write(tmp_path / "a.csv", "prompt,completion,label,note\nHi,Yo,1,a\nHi,Yo,0,a,b\n")
-    part = DatasetConfig(path=str(path), columns=["prompt", "completion", "label"])
+    part = PartConfig(path=str(path), columns=["prompt", "completion", "label"])
     splits, _ = load_mixture([part], streaming=streaming)
     first, second = splits["train"]
     assert "note" not in first

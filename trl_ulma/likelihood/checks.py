@@ -1,7 +1,8 @@
 """Checks of the reference: at the start of a training, in it and at its end, and against the resumed checkpoint."""
 
+import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
@@ -61,6 +62,7 @@ class TrainingChecks:
         is_training: bool,
         is_moving: bool = False,
         resumed: ReferenceIdentity | None = None,
+        resumed_logps: Sequence[float] = (),
     ) -> None:
         """Run the proof. All processes run the same forward passes.
 
@@ -69,6 +71,7 @@ class TrainingChecks:
             is_training: whether a training starts. False for an evaluation.
             is_moving: whether the reference changes during training, or is only used before training.
             resumed: the reference's identity in the checkpoint that training resumes from.
+            resumed_logps: log π_θ of its `input_ids` when the checkpoint was written.
 
         Raises:
             ValueError: if a check fails. The message states what is wrong, by how much, and what to do.
@@ -112,6 +115,23 @@ class TrainingChecks:
                     f"log-probabilities differ by {off:.2g} nats per token from those of this reference. Pass the "
                     "model that training started from, or the same ref_model."
                 )
+
+        if resumed is not None and resumed_logps and self._is_on:
+            self._check_resumed(policy, dataclasses.replace(resumed, logps=resumed_logps))
+
+    def _check_resumed(self, policy: Any, resumed: ReferenceIdentity) -> None:
+        """Raise ValueError if the policy is not the model that the checkpoint was written from."""
+        with self._context():
+            tokens = torch.tensor(resumed.input_ids, device=self._tokens.device)
+            off = resumed.difference(self._proof.policy_logps(policy, plain_batch(tokens)).double().tolist())
+        if not off <= self._proof.tolerance:
+            raise ValueError(
+                f"After resuming, the model differs from the one that the checkpoint was written from: its "
+                f"log-probabilities differ by {off:.2g} nats per token ({self._proof.tolerance:g} is allowed). Either "
+                "some weights of the checkpoint were not loaded, or the model is loaded differently, for example in "
+                "another dtype. Resume with the settings and package versions of the interrupted run. To train anyway, "
+                "set startup_checks=False."
+            )
 
     def _knows(self, resumed: ReferenceIdentity) -> bool:
         """Whether the reference was asked, before it was released, about the tokens that the checkpoint knows it by."""

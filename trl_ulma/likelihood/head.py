@@ -388,7 +388,8 @@ class CompactHead:
             self._log_probs = None
             return {"logits": logits_of(output)}
         found = {"log_probs": self._log_probs}
-        if getattr(output, "aux_loss", None) is not None:
+        # Older versions of transformers return the number 0 if there are no router logits
+        if isinstance(getattr(output, "aux_loss", None), torch.Tensor):
             found["aux_loss"] = output.aux_loss
         return found
 

@@ -49,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     facts = gather()
     found = problems(facts)
-    print(json.dumps({**facts, "problems": found}, indent=2) if args.json else render(facts, found))
+    print(
+        json.dumps({**facts, "problems": found, "limits": limits(facts["packages"])}, indent=2)
+        if args.json
+        else render(facts, found)
+    )
     return 1 if found else 0
 
 
@@ -146,6 +150,33 @@ def problems(facts: Mapping[str, Any]) -> list[str]:
     return found
 
 
+# (package, first version without the limit, what does not work before it)
+LIMITS = (
+    ("transformers", "5.15", "Dbrx and Zamba2 fail in their own forward, and Qwen2-VL fails on texts after images"),
+    ("transformers", "5.15", "transformers serve cannot sample from prompts that are plain text"),
+    ("transformers", "5.19", "Dbrx, Doge and GraniteMoe are trained without their load-balancing loss"),
+    ("transformers", "5.19", "the log-probabilities of Doge depend on padding"),
+    ("peft", "0.20", "an adapter with target_parameters cannot be trained on without a ref_model"),
+    ("accelerate", "1.13", "a training of several processes on CPUs cannot be resumed"),
+)
+
+
+def limits(packages: Mapping[str, str | None]) -> list[str]:
+    """What does not work with the installed versions, and which versions to install instead.
+
+    Example:
+        >>> limits({"transformers": "5.16.1", "peft": "0.21.2"})[1]
+        'transformers 5.16.1: the log-probabilities of Doge depend on padding (install 5.19 or newer)'
+    """
+    from packaging.version import Version
+
+    return [
+        f"{name} {there}: {what} (install {first} or newer)"
+        for name, first, what in LIMITS
+        if (there := packages.get(name)) is not None and Version(there) < Version(first)
+    ]
+
+
 def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
     """The facts as text."""
     packages = facts["packages"]
@@ -161,6 +192,7 @@ def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
         f"{'torch is for':<16} {facts['torch_is_built_for']}",
         "",
         *(f"! {problem}" for problem in found),
+        *(f"- {limit}" for limit in limits(packages)),
     ]
     return "\n".join(lines if found else [*lines, "No known incompatibilities."])
 
