@@ -520,7 +520,10 @@ def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(ti
     argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), "--test_split_size", "0.34"]
     assert main(["evaluate", *argv]) == 0
     said_of_rows = capsys.readouterr().err
-    assert "no test split, so 2 of its 6 rows are evaluated (0.34 of train by prompt, seed 42). Tr" in said_of_rows
+    assert (
+        "no test split, so 2 of its 6 rows are evaluated (0.34 of train by prompt, seed 42). --split train evaluates"
+        in said_of_rows
+    )
     data = json.loads((tmp_path / "report.json").read_text())["data"]
     assert (data["rows"], data["split"]) == (4, "0.34 of train by prompt, seed 42")
 
