@@ -715,10 +715,12 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     capsys.readouterr()
     assert main([*argv, "--model", folders["harm"], "--model", folders["plain"]]) == 0
     notes = json.loads((tmp_path / "report.json").read_text())["notes"]
-    assert len(notes) == 3
-    assert notes[0].startswith(f"Labels are read as in the training of {folders['harm']}: continuous labels after")
-    assert notes[1].startswith(f"{folders['plain']} was trained on continuous labels as they are, and the rows here")
-    assert notes[2].startswith("The train split is evaluated")
+    begin = [
+        f"Labels are read as in the training of {folders['harm']}: continuous labels after",
+        f"{folders['plain']} was trained on continuous labels as they are, and the rows here",
+        *(f"Rows whose prompt was in the training data of the model {name}: 12 of 12." for name in ("harm", "plain")),
+    ]
+    assert [[note.startswith(each) for note in notes].count(True) for each in begin] == [1] * len(notes)
     shown = capsys.readouterr().err
     assert [note for note in notes if note not in shown] == []
 

@@ -57,9 +57,9 @@ def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypat
     assert names == set(re.findall(r"^(\w[\w, ]*) =", cell.source, re.M))
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert pictures(notebook) == drawn > 0
-    # The SFT loss of an untrained model is so large that the trainer warns about it
+    # The SFT loss of an untrained model is so large that the trainer warns about it, and it tells no rows apart
     said = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
-    assert not [text for text in said if "The SFT term dominates" not in text]
+    assert not [text for text in said if "The SFT term dominates" not in text and "rows are nearly alike" not in text]
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -33,6 +33,14 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def listens_to_ctrl_c():
+    """Shells start background jobs, such as a test run under nohup, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class PressCtrlC(TrainerCallback):
     """Sends itself SIGINT once, at the nth time of an event, and keeps what was printed right then.
 

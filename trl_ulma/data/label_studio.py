@@ -41,7 +41,7 @@ def label_studio(
     Example:
         >>> result = {"from_name": "stars", "type": "rating", "value": {"rating": 4}}
         >>> raw = {"data": {"prompt": "Hi", "answer": "Hello!"}, "annotations": [{"result": [result]}]}
-        >>> [outcome] = label_studio([raw], label_type="continuous")
+        >>> *_, outcome = label_studio([raw], label_type="continuous")
         >>> outcome["completion"], outcome["label"]
         ([{'role': 'assistant', 'content': 'Hello!'}], 4.0)
     """

@@ -17,7 +17,7 @@ def langsmith(rows: Iterable[Mapping[str, Any]], **options: Any) -> Iterator[Out
 
     Example:
         >>> raw = {"inputs": {"question": "Hi"}, "outputs": {"output": "Go."}}
-        >>> [outcome] = langsmith([raw | {"feedback_stats": {"user_score": {"n": 2, "avg": 0.5}}}])
+        >>> *_, outcome = langsmith([raw | {"feedback_stats": {"user_score": {"n": 2, "avg": 0.5}}}])
         >>> outcome["label"]
         0.5
     """
