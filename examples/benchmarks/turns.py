@@ -28,6 +28,7 @@ class Meter:
 
     def __init__(self, trainer: Trainer):
         self._lap: Counter = Counter()
+        self._is_around = False
         self._masks: list[tuple[str, torch.Tensor | None]] = []
         model: Any = trainer.model
         self._adapter = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
@@ -54,8 +55,12 @@ class Meter:
         return spent | dict(self._lap)
 
     def _watch(self, model: Any, backbone: Any, *, is_reference: bool = False) -> None:
-        model.register_forward_pre_hook(lambda *_: self._lap.update(around=time.thread_time()))
-        model.register_forward_hook(lambda *_: self._lap.update(around=-time.thread_time()))
+        def subtract(sign: int) -> None:
+            if self._is_around:  # checks of the reference after a step run forwards, too
+                self._lap["around"] += sign * time.thread_time()
+
+        model.register_forward_pre_hook(lambda *_: subtract(1))
+        model.register_forward_hook(lambda *_: subtract(-1))
 
         def count(module, args, kwargs):
             given = kwargs.get("input_ids")
@@ -75,9 +80,11 @@ class Meter:
     def _around(self, function: Callable) -> Callable:
         def timed(*args, **kwargs):
             self._lap["around"] -= time.thread_time()
+            self._is_around = True
             try:
                 return function(*args, **kwargs)
             finally:
+                self._is_around = False
                 self._lap["around"] += time.thread_time()
 
         return timed
