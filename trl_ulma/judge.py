@@ -233,14 +233,14 @@ class Judge:
         label = np.asarray(prepared["label"][:])
         continuous = is_continuous(prepared, rules.label_type)
         found: Mapping[str, Any] = judged(reward, label, continuous, rules)
-        as_carried = label
+        given_label = label
         own = (continuous == (rules.label_type == "continuous")) & ~(is_missing & is_labeled)
         if is_labeled and not is_paired and rules.transform is not None:
-            as_carried = own_labels(rows, "scored", rules, np.zeros(len(rows)))[prepared["row"][:]]
-            note = beyond_training(as_carried[own], rules)
+            given_label = own_labels(rows, "scored", rules, np.zeros(len(rows)))[prepared["row"][:]]
+            note = beyond_training(given_label[own], rules)
             if note is not None:
                 logger.warning(note)
-        note = alike(reward[own], found["predicted_label"][own], as_carried[own] if is_labeled else None)
+        note = alike(reward[own], found["predicted_label"][own], given_label[own] if is_labeled else None)
         if note is not None:
             logger.warning(note)
         scored = dataset.with_format(None).select(prepared["row"][:])
@@ -309,7 +309,7 @@ def beyond_training(label: np.ndarray, rules: LabelRules) -> str | None:
 
 
 def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -> str | None:
-    """What is to be said if a model hardly tells rows apart; None if it does, or if there are fewer than two rows.
+    """A warning if a model hardly tells rows apart. None if it does, or if there are fewer than two rows.
 
     Args:
         reward: `(N,)` implicit rewards.

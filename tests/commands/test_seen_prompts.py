@@ -1,4 +1,4 @@
-"""Which of the evaluated and scored rows a model was trained on: what is known is said, and nothing else."""
+"""Evaluation and scores report which rows a model was trained on, and claim nothing that is not known."""
 
 import json
 from pathlib import Path

@@ -64,7 +64,7 @@ def test_a_reply(value):
 def test_what_would_be_dropped_is_refused():
     for value, why in (
         ({"messages": [HI], "tools": [{"type": "function"}]}, "it has tools"),
-        ({"input": "Hi", "chat_history": [HELLO]}, r"several fields \(input, chat_history\): say which"),
+        ({"input": "Hi", "chat_history": [HELLO]}, r"several fields \(input, chat_history\)$"),
         ({"status": "ok", "output": ""}, r"several fields \(status, output\)"),
         ([HI, {"page_content": "So.", "type": "Document"}], r"no message \(Document\)"),
         ([{"text": "a"}, {"text": "b"}], "no message"),

@@ -70,8 +70,8 @@ def test_an_answer_that_is_json_stays_text():
         (3, "neither text nor messages"),
         ([], "neither text nor messages"),
         ([1], "a list with something that is no message"),
-        ({}, "no text or messages: say where it is with --prompt_key"),
-        ({"question": "Hi", "context": "So."}, r"several fields \(question, context\): say which with --prompt_key"),
+        ({}, "its prompt has no text or messages"),
+        ({"question": "Hi", "context": "So."}, r"its prompt has several fields \(question, context\)$"),
     ],
 )
 def test_what_is_no_request_is_told(value, why):
@@ -159,7 +159,7 @@ def test_feedback_of_langsmith():
     run = {"inputs": {"question": "Hi", "context": "So."}, "outputs": {"output": "Hello!"}}
     score = {"feedback_stats": {"user_score": {"n": 1, "avg": 1.0}}}
     assert labels("langsmith", run | score) == [
-        "its prompt has several fields (question, context): say which with --prompt_key"
+        "its prompt has several fields (question, context): say where it is with --prompt_key"
     ]
     assert labels("langsmith", run | score, prompt_key="question") == [1.0]
     assert labels("langsmith", {name: json.dumps(each) for name, each in (run | score).items()}, prompt_key="question")

@@ -177,6 +177,18 @@ def as_bool(value: Any) -> bool | None:
     return bool(found) if isinstance(found, bool | int | float) and found in (0, 1) else None
 
 
+def as_label(value: Any) -> float | None:
+    """A number or a bool, or its text, as a number. None for other values.
+
+    Example:
+        >>> as_label("4"), as_label(True), as_label("up")
+        (4.0, 1.0, None)
+    """
+    found = as_number(value)
+    truth = as_bool(value) if found is None else None
+    return float(found) if found is not None else None if truth is None else float(truth)
+
+
 def labeled(
     prompt: Any,
     completion: Any,
@@ -209,12 +221,9 @@ def labeled(
         label = Names(label_map=label_map).label(label, unknown)
         if unknown:
             return LeftOut(f"its label is {next(iter(unknown))!r}, which label_map does not contain")
-    value = as_number(label)
+    value = as_label(label)
     if value is None:
-        truth = as_bool(label)
-        if truth is None:
-            return LeftOut("its label is not a number")
-        value = float(truth)
+        return LeftOut("its label is not a number")
     if label_type == "binary" and not 0 <= value <= 1:
         return LeftOut("its label is outside [0, 1], the range of binary labels: set --label_type continuous")
     try:

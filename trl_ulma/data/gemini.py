@@ -28,15 +28,10 @@ def gemini(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         if not isinstance(answers, list) or not all(isinstance(each, Mapping) for each in answers):
             yield LeftOut("its completions are not a list of objects with `score` and `completion`")
             continue
-        system = raw.get("systemInstruction") or raw.get("system_instruction")
+        request = {name: value for name, value in raw.items() if name != "completions"}
         for each in answers:
             try:
-                if raw.get("tools"):
-                    raise ValueError("it has tools, which prepared rows do not support")
-                prompt = messages_in(raw["contents"], "user")
-                if system is not None:
-                    prompt = [turn | {"role": "system"} for turn in messages_in(system, "system")] + prompt
-                answer = messages_in(each.get("completion"), "assistant")
+                prompt, answer = messages_in(request, "user"), messages_in(each.get("completion"), "assistant")
             except ValueError as error:
                 yield LeftOut(str(error))
                 continue

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, LeftOut, Noted, Outcome, as_bool, as_number, labeled
+from trl_ulma.data.adapters import LABELED, LeftOut, Noted, Outcome, as_label, labeled
 from trl_ulma.data.columns import Names
-from trl_ulma.data.payloads import REASONED, is_json_object, messages_in, text_key, without_reasoning
+from trl_ulma.data.payloads import REASONED, Unclear, is_json_object, messages_in, text_key, without_reasoning
 from trl_ulma.labels import ASKING_ROLES
 
 OPTIONS = LABELED | {
@@ -70,6 +70,9 @@ def logged(
         try:
             prompt, answer = messages_in(given, "user", prompt_key), messages_in(reply, "assistant", answer_key)
             prompt, answer = _last(prompt, answer)
+        except Unclear as error:
+            yield LeftOut(f"{error}: say where it is with --{error.what}_key")
+            continue
         except ValueError as error:
             yield LeftOut(str(error))
             continue
@@ -86,7 +89,8 @@ def logged(
             yield Noted(REASONED)
         label = values[0]
         if len(values) > 1:
-            read = [number for value in values if (number := _number(names, value)) is not None]
+            read = [as_label(names.label(value, Counter())) for value in values]
+            read = [number for number in read if number is not None]
             if len(read) < len(values):
                 yield LeftOut("one of its scores is not a number")
                 continue
@@ -111,10 +115,3 @@ def _last(prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> tuple[l
     if cut == len(answer) or said[len(said) - len(asked) :] != asked:
         raise ValueError("its output is a conversation that does not continue its input")
     return ([] if said[0][0] == "system" else system) + answer[:cut], answer[cut:]
-
-
-def _number(names: Names, value: Any) -> float | None:
-    value = names.label(value, Counter())
-    found = as_number(value)
-    truth = as_bool(value) if found is None else None
-    return float(truth) if truth is not None else found

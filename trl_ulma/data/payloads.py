@@ -25,6 +25,18 @@ _ROLES = ROLES | {"developer": "system"}
 _TEXTS = ("text", "input_text", "output_text")
 
 
+class Unclear(ValueError):
+    """It is unclear which field of an object is meant.
+
+    Attributes:
+        what: "prompt" or "answer".
+    """
+
+    def __init__(self, what: str, found: str):
+        super().__init__(f"its {what} has {found}")
+        self.what = what
+
+
 def messages_in(value: Any, role: str, key: str | None = None) -> list[dict[str, Any]]:
     """The messages in a request or a reply.
 
@@ -39,7 +51,8 @@ def messages_in(value: Any, role: str, key: str | None = None) -> list[dict[str,
             read in this order.
 
     Raises:
-        ValueError: if there are no messages in it, if it has several fields that could be meant, or if it has tools.
+        ValueError: if there are no messages in it, or if it has tools.
+        Unclear: if it has several fields that could be meant, or none.
 
     Example:
         >>> messages_in("Hi", "user"), messages_in({"question": "Hi"}, "user")
@@ -82,8 +95,7 @@ def messages_in(value: Any, role: str, key: str | None = None) -> list[dict[str,
         return (_system(system) if system else []) + messages_in(there[name], role)
     names = _full(there)
     if len(names) != 1:
-        found = f"several fields ({', '.join(names)}): say which" if names else "no text or messages: say where it is"
-        raise ValueError(f"its {what} has {found} with --{what}_key")
+        raise Unclear(what, f"several fields ({', '.join(names)})" if names else "no text or messages")
     inside = there[names[0]]
     return [{"role": role, "content": inside}] if isinstance(inside, str) else messages_in(inside, role)
 

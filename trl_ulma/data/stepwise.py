@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_label
 from trl_ulma.data.columns import Names
 
 
@@ -46,8 +46,7 @@ def stepwise(
             prompt += separator
             steps = [step + separator for step in steps[:-1]] + steps[-1:]
         for place, (step, label) in enumerate(zip(steps, labels, strict=True), start=1):
-            label = names.label(label, Counter())
-            value = float(label) if isinstance(label, bool) else as_number(label)
+            value = as_label(names.label(label, Counter()))
             if not is_text:
                 yield LeftOut("its question or one of its steps is not text")
             elif value is None or not 0 <= value <= 1:
@@ -56,7 +55,7 @@ def stepwise(
                 yield {
                     "prompt": prompt,
                     "completion": step,
-                    "label": float(value),
+                    "label": value,
                     "sft_mask": value == 1 and not liked,
                     "label_type": "binary",
                     "eos": place == len(steps),

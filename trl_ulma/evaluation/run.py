@@ -68,7 +68,7 @@ ENOUGH_PROMPTS = 200
 # Length limit in tokens of the few answers that are shown if no others are generated
 EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
-# What is said of the train split, or a part of it, if a model has no record of its training prompts
+# Notes on the train split, or a part of it, for a model without a record of its training prompts
 _MAYBE_SEEN = (
     "The train split is evaluated. Training may have seen these rows, so the figures do not show what a model does on "
     "new ones."
@@ -573,7 +573,7 @@ class _Run:
         return facts
 
     def _note_seen(self, run: str, source: str, numbers: np.ndarray) -> int | None:
-        """Note whether a model was trained on the prompts of rows. Returns of how many, or None if it is not known."""
+        """Note how many of these rows a model was trained on. Returns the number, or None if it is not known."""
         prompts = self.held_out.rows["prompt"][:]
         found = seen_prompts.seen([prompts[row] for row in numbers], saved_file(source, seen_prompts.FILE))
         message = seen_prompts.in_words(found, run)

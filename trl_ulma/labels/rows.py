@@ -69,7 +69,7 @@ class InvalidRows(ValueError):
 
     @classmethod
     def joined(cls, errors: Sequence["InvalidRows"]) -> "InvalidRows":
-        """One error for several datasets. What to do is said once."""
+        """One error for several datasets, with one line about what to do."""
         listed, _, remedies = zip(*(str(each).rpartition("\n") for each in errors), strict=True)
         return cls("\n".join([*listed, *dict.fromkeys(remedies)]))
 
