@@ -117,7 +117,7 @@ def peak_memories(settings: Settings, methods: list[str], steps: int) -> dict[st
     return found
 
 
-def time_preparation(world: World, count: int, repeats: int = 3) -> dict[str, Any]:
+def time_preparation(world: World, count: int, repeats: int = 9) -> dict[str, Any]:
     """Seconds of our preparation, of TRL's for KTO, and of the tokenizer alone on the texts that ours tokenizes.
 
     They take turns, on new files, so that nothing is cached.

@@ -35,15 +35,36 @@ def prepared(tokenizer: Any, rows: Any, rules: LabelRules = BINARY, **how: Any) 
     return Preparation(tokenizer, rules, **how)(rows, "train")
 
 
-def test_a_vocabulary_is_its_tokens_in_order_or_with_their_ids():
-    tokenizer = make_tokenizer()
-    pairs = sorted((i, token) for token, i in tokenizer.get_vocab().items())
-    assert identity._tokens_of(tokenizer) == [token for _, token in pairs]
-    byt5 = ByT5Tokenizer()  # not fast
-    assert identity._tokens_of(byt5)[:4] == ["<pad>", "</s>", "<unk>", "\x00"]
+def cache_key(how: Preparation) -> str:
+    return identity.cache_key(how, identity.serialized(how))
 
-    with_gap = Tokenizer(models.WordLevel({"a": 0, "b": 3}))
-    assert identity._tokens_of(PreTrainedTokenizerFast(tokenizer_object=with_gap)) == [(0, "a"), (3, "b")]
+
+def vocabulary(tokenizer: Any) -> str:
+    how = Preparation(tokenizer, BINARY)
+    return identity.token_rules(how, True, identity.serialized(how))["vocabulary"]
+
+
+def bpe(merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    tokens = {token: i for i, token in enumerate(["a", "b", "c", "ab", "bc", "</s>"])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(tokens, merges)), eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "make", [make_tokenizer, ByT5Tokenizer, lambda: bpe([("a", "b")])], ids=["word level", "not fast", "bpe"]
+)
+def test_a_vocabulary_is_the_same_after_loading(tmp_path, make):
+    tokenizer = make()
+    own = vocabulary(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    assert vocabulary(type(tokenizer).from_pretrained(tmp_path)) == own
+    tokenizer(["a b", "a"], padding=True, truncation=True, max_length=1) if tokenizer.pad_token else None
+    assert vocabulary(tokenizer) == own
+    tokenizer.add_tokens(["<|new|>"])
+    assert vocabulary(tokenizer) != own
+
+
+def test_other_merges_of_the_same_tokens_are_another_vocabulary():
+    assert vocabulary(bpe([("a", "b")])) == vocabulary(bpe([("a", "b")])) != vocabulary(bpe([("b", "c")]))
 
 
 # Caches
@@ -146,8 +167,8 @@ def test_nothing_is_prepared_twice(on_disk, monkeypatch):
 
 def test_a_template_that_prints_the_date_is_cached_for_a_day(monkeypatch):
     how = Preparation(make_tokenizer("{{ strftime_now('%d %B') }}" + CHAT_TEMPLATE), BINARY)
-    today = identity.cache_key(how)
-    assert identity.cache_key(how) == today
+    today = cache_key(how)
+    assert cache_key(how) == today
 
     class Tomorrow(identity.datetime.date):
         @classmethod
@@ -155,11 +176,11 @@ def test_a_template_that_prints_the_date_is_cached_for_a_day(monkeypatch):
             return cls(2099, 1, 1)
 
     monkeypatch.setattr(identity.datetime, "date", Tomorrow)
-    assert identity.cache_key(how) != today
+    assert cache_key(how) != today
     plain = Preparation(make_tokenizer(CHAT_TEMPLATE), BINARY)
-    key = identity.cache_key(plain)
+    key = cache_key(plain)
     monkeypatch.undo()
-    assert identity.cache_key(plain) == key
+    assert cache_key(plain) == key
 
 
 @pytest.mark.parametrize("attribute", ["patch_size", "num_additional_image_tokens", "image_token"])
@@ -168,10 +189,10 @@ def test_a_changed_processor_is_another_one(tmp_path, attribute):
 
     make_llava(str(tmp_path))
     how = Preparation(AutoProcessor.from_pretrained(tmp_path), BINARY)
-    key = identity.cache_key(how)
-    assert identity.cache_key(how) == key
+    key = cache_key(how)
+    assert cache_key(how) == key
     setattr(how.processing_class, attribute, "<|user|>" if attribute == "image_token" else 2)
-    assert identity.cache_key(how) != key
+    assert cache_key(how) != key
 
 
 def test_a_changed_image_processor_is_another_one(tmp_path):
@@ -179,9 +200,9 @@ def test_a_changed_image_processor_is_another_one(tmp_path):
 
     make_llava(str(tmp_path))
     how = Preparation(AutoProcessor.from_pretrained(tmp_path), BINARY)
-    key = identity.cache_key(how)
+    key = cache_key(how)
     how.processing_class.image_processor.size = {"shortest_edge": 16}
-    assert identity.cache_key(how) != key
+    assert cache_key(how) != key
     assert StillsProcessor is not type(how.processing_class)
 
 

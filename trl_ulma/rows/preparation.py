@@ -30,7 +30,7 @@ from trl_ulma.rows.batches import PreparedBatches, RawBatches
 from trl_ulma.rows.chat import becomes_chat, check_chat
 from trl_ulma.rows.dataset_labels import check_pairs, check_stream, transformed_labels
 from trl_ulma.rows.dropped import INVALID_ROWS, check_stream_has_rows, kept_rows
-from trl_ulma.rows.identity import cache_key, token_rules
+from trl_ulma.rows.identity import cache_key, serialized, token_rules
 from trl_ulma.rows.images import (
     ImageTokens,
     check_mode,
@@ -226,12 +226,13 @@ class Preparation:
         if not is_text and self.assistant_only_loss:
             kept.append("completion_mask")
         features = Features({c: _TYPES[c] for c in (*kept, "row", "length", *(_OF_IMAGES if images else ()))})
+        tokenizer = serialized(self)
         rules = {
             "transform": str(self.rules.transform),
             "names_demonstrations": "sft_mask" in names,
             "is_for_training": self.is_for_training,
             "is_chat": not is_text,
-            "tokens": token_rules(self, is_text),
+            "tokens": token_rules(self, is_text, tokenizer),
         }
         if isinstance(raw, IterableDataset):
             check_stream(self.rules, name)
@@ -258,7 +259,7 @@ class Preparation:
             features=Features({**features, **_PASSING}),
             num_proc=num_proc,
             desc=f"Tokenizing {name} dataset",
-            new_fingerprint=Hasher.hash((raw._fingerprint, name, cache_key(self))),
+            new_fingerprint=Hasher.hash((raw._fingerprint, name, cache_key(self, tokenizer))),
         )
         note(encoded, rules=rules)
         label_type = self.rules.label_type if self.is_for_training else None
@@ -280,7 +281,8 @@ class Preparation:
                 f"The {name} dataset was prepared by a trainer with label_transform={rules['transform']}, but this "
                 f"trainer has label_transform={transform!r}. Pass the raw rows."
             )
-        made, own = rules.get("tokens", {}), token_rules(self, not rules.get("is_chat", False))
+        tokenizer = serialized(self)
+        made, own = rules.get("tokens", {}), token_rules(self, not rules.get("is_chat", False), tokenizer)
         different = [what for what, value in own.items() if made.get(what, value) != value]
         if different:
             raise ValueError(
@@ -305,7 +307,7 @@ class Preparation:
             batched=True,
             features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c != "ref_logps"} | _PASSING),
             desc=f"Checking {name} dataset",
-            new_fingerprint=Hasher.hash((rows._fingerprint, name, cache_key(self))),
+            new_fingerprint=Hasher.hash((rows._fingerprint, name, cache_key(self, tokenizer))),
         )
         note(made, rules=rules)
         return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)
