@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from contenders import METHODS
 
 SEEDS = 3
-# What settles most: ratings, pairs and thumbs at equal KL
+# What settles most: ratings, pairs and thumbs at equal KL. Three seeds did not tell them apart in the first part
 FIRST = ("ratings-prior", "dpo", "thumbs-prior")
+FIRST_SEEDS = 5
 # Then method after method, these first
 _NEXT = ("kto", "ulma-ratings-beta", "sft", "bco", "ulma-thumbs-beta", "qrpo")
 # Two each: one that ends between 0.5 and 1.5 nats, and one that ends beyond
@@ -61,12 +62,17 @@ def methods(regime: str) -> list[str]:
     return sorted(able, key=lambda name: order.index(name) if name in order else len(order))
 
 
+def seeds_of(reward: str, regime: str, method: str) -> range:
+    """The seeds of a method in a part."""
+    return range(FIRST_SEEDS if (reward, regime) == PARTS[0] and method in FIRST else SEEDS)
+
+
 def part(reward: str, regime: str) -> Iterator[Cell]:
     """The cells of a part: the first methods seed by seed, then the others, method by method."""
     able = methods(regime)
     tiers = [[each for each in able if each in FIRST], *([each] for each in able if each not in FIRST)]
     for tier in tiers:
-        for seed in range(SEEDS):
+        for seed in seeds_of(reward, regime, tier[0]):
             for place in range(max(len(BETAS[method]) for method in tier)):
                 for method in tier:
                     # The smallest β first, so that a seed that is not whole yet says something of every method

@@ -31,6 +31,33 @@ elections, laws, prisons, borders, wars, peace, silence, noise, hunger, thirst, 
 accidents, fires, earthquakes, pollution, recycling, plastic, paper, glass, steel, gold, silver, copper, wood, stone,
 sand, clay, wool, cotton, silk, leather
 """
+# Of the seeds from 3 on
+MORE_TOPICS = """
+acrobats, actors, admirals, almonds, alphabets, ambulances, anchors, anthills, antelopes, apricots, aprons, aquariums,
+archers, architects, armchairs, arrows, asteroids, astronauts, athletes, avalanches, axes, badgers, bagpipes, balconies,
+bamboo, bananas, bandages, banjos, barbers, barns, barrels, baskets, bats, beans, beavers, beetles, bells, belts,
+benches, berries, biscuits, blackboards, blankets, blizzards, boats, bonfires, bracelets, brakes, bricks, brushes,
+bubbles, buffaloes, cabbages, cactuses, calendars, camels, canals, canaries, canoes, captains, caravans, catalogs,
+caterpillars, cellos, cement, cereal, chains, chalk, chameleons, chandeliers, cheetahs, chemistry, cherries, chestnuts,
+chickens, chimneys, choirs, cinnamon, circuses, clarinets, clowns, coal, cobblers, coconuts, compasses, concerts,
+cookies, corn, corridors, costumes, cradles, cranes, crayons, crickets, crocodiles, crowns, cucumbers, cupboards,
+cyclists, daffodils, dams, dentists, detectives, diamonds, dinners, ditches, divers, dragonflies, dressers, drums,
+dumplings, dust, echoes, eclipses, eels, eggs, elephants, embroidery, emeralds, envelopes, escalators, fairs, falcons,
+feathers, fences, ferrets, festivals, figs, fireflies, fireworks, flags, flamingos, flashlights, fleas, flour, flutes,
+footprints, fountains, freckles, frost, furniture, gales, garages, garlic, gates, geese, geography, geometry, geysers,
+gifts, ginger, giraffes, goalkeepers, goldfish, gorillas, grammar, grapes, grasshoppers, gravity, greenhouses, guitars,
+hail, hairdressers, hammocks, hamsters, handkerchiefs, handwriting, harps, harvests, hawks, hay, hazelnuts, headlights,
+hedgehogs, hedges, helicopters, herbs, hermits, herons, hills, hinges, hippos, history, hives, hospitality, hourglasses,
+hurricanes, icebergs, igloos, insects, inventors, ivy, jackets, jaguars, jam, jars, jewels, jigsaws, jugglers, juice,
+jungles, kangaroos, kettles, keyboards, kingfishers, kittens, koalas, lace, lawns, lemonade, lettuce, lichens, lilies,
+lions, lizards, lobsters, locks, logs, lullabies, lunch, magicians, magnets, mangoes, marathons, marble, masks, matches,
+meadows, mechanics, melons, mermaids, microscopes, midnight, milk, mills, mines, mist, monkeys, mosquitoes, motorcycles,
+mules, muscles, musicians, mustard, myths, necklaces, nests, noodles, nuts, oats, octopuses, oil, olives, orchards,
+orchestras, organs, ostriches, otters, oysters, pajamas, pancakes, pandas, parachutes, parrots, passports, peaches,
+peacocks, peanuts, pearls, pears, pebbles, penguins, pianos, pickles, picnics, pies, pigeons, pigs, pillows, pipes,
+plums, polar bears, ponies, porcupines, postcards, posters, pottery, prisms, proverbs, puddles, pumpkins, puppies,
+pyramids, quilts, quizzes, raccoons, radishes, raincoats, raisins, rats, ravens, recipes, refrigerators, reindeer, rings
+"""
 FRAME = "Write one simple sentence about {}."
 # One answer each, where a prompt has one answer only
 STYLES = (
@@ -54,13 +81,19 @@ STYLES = (
 HELD_OUT, PROMPTS_PER_SEED = 64, 90
 
 
-def topics() -> list[str]:
-    """All topics in a fixed order that mixes them, each once."""
-    listed = [topic.strip() for topic in TOPICS.replace("\n", " ").split(",")]
-    unique = list(dict.fromkeys(listed))
+def _mixed(text: str) -> list[str]:
+    """The topics of a text, each once, in a fixed order that mixes them."""
+    unique = list(dict.fromkeys(topic.strip() for topic in text.replace("\n", " ").split(",")))
     # A stride that shares no factor with the number of topics visits each once
     stride = next(step for step in range(len(unique) // 3, len(unique)) if math.gcd(step, len(unique)) == 1)
     return [unique[i * stride % len(unique)] for i in range(len(unique))]
+
+
+def topics() -> list[str]:
+    """All topics, each once: those held out, then those of each seed."""
+    first = _mixed(TOPICS)
+    whole = HELD_OUT + (len(first) - HELD_OUT) // PROMPTS_PER_SEED * PROMPTS_PER_SEED
+    return list(dict.fromkeys(first[:whole] + _mixed(MORE_TOPICS)))
 
 
 def questions(group: str) -> list[str]:

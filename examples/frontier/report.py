@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from contenders import METHODS, Method
-from plan import BETAS, FIRST, PARTS, SEEDS, Cell, methods, part
+from plan import BETAS, FIRST, PARTS, Cell, methods, part, seeds_of
 from pool import TEMPERATURE
 from regimes import REGIMES
 from scipy import stats
@@ -79,7 +79,7 @@ class Records:
         start = (0.0, float(np.mean(self.reference[reward])))
         found: Curves = defaultdict(dict)
         for method in methods(regime):
-            for seed in range(SEEDS):
+            for seed in seeds_of(reward, regime, method):
                 own = [self.of.get(Cell(reward, regime, method, beta, seed)) for beta in BETAS[method]]
                 points = [(np.mean(each["kl"]), np.mean(each[reward])) for each in own if each is not None]
                 if len(points) == len(own):
@@ -263,8 +263,9 @@ INTRODUCTION = """\
 Written by `report.py` from the records in `results/`. SmolLM2-135M-Instruct at temperature {temperature} is the
 reference. It answers "Write one simple sentence about …"; its answers are rated by a known reward, plus noise; every
 method learns from the same answers for {steps} steps of 16 rows, with LoRA of rank {rank} and a learning rate of
-{rate:g} (linear decay). What is measured is the true reward of 256 fresh answers to 64 held-out prompts, and their
-KL(π ‖ π_ref). The reward at a KL is read off the line through a method's β over √KL, which begins at the reference.
+{rate:g} (linear decay). What is measured is the true reward of fresh answers to 64 held-out prompts ({answers}
+answers to each), and their KL(π ‖ π_ref). The reward at a KL is read off the line through a method's β over √KL, which
+begins at the reference.
 
 Brackets are 95 % t-intervals over seeds. Each seed has its own prompts, answers, noise, adapters and order of rows, and
 differences are taken within seeds. The intervals are not corrected for the number of comparisons. "perplexity" is that
@@ -309,6 +310,7 @@ def page(records: Records, pictures: Path | None, *, only_whole: bool) -> str:
             steps=some["steps"],
             rank=some["rank"],
             rate=some["learning_rate"],
+            answers=" or ".join(map(str, sorted({each["answers"] for each in records.of.values()}))),
             perplexity=records.reference["perplexity"],
             least=LEAST_SEEDS,
             devices=" and ".join(sorted({each["device"] for each in records.of.values()})),
