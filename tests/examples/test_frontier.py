@@ -634,7 +634,7 @@ def test_the_reports_digits_are_the_records(tmp_path):
     tied, behind = at_half.split("Behind it:")
     assert "No different, as far as intervals tell" in tied
     assert {"prior", "learned"} == set(re.findall(r"thumbs, log Z (\w+) (?:earns most )?\(1\.4", tied))
-    assert "DPO (TRL), pairs (1.2" in behind
+    assert "DPO (TRL), pairs (1.3" in behind
 
 
 def test_a_part_with_a_missing_cell_is_named_and_not_published(tmp_path, monkeypatch, capsys):
