@@ -42,6 +42,24 @@ def _hidden(name: str) -> Any:
     return field(default=original.default, metadata=metadata)
 
 
+def _with_remote_code(config_class: Any) -> Any:
+    """A config class with `trust_remote_code`.
+
+    `DPOConfig` has this setting from TRL 1.7 on. Before, `ModelConfig` has it, and a script that parses both must not
+    have it twice. There it is a part of `model_init_kwargs`. This can go when TRL 1.7 is the oldest.
+    """
+
+    def get(self: Any) -> bool:
+        return (self.model_init_kwargs or {}).get("trust_remote_code", False)
+
+    def put(self: Any, value: bool) -> None:
+        self.model_init_kwargs = {**(self.model_init_kwargs or {}), "trust_remote_code": value}
+
+    if "trust_remote_code" not in config_class.__dataclass_fields__:
+        config_class.trust_remote_code = property(get, put)
+    return config_class
+
+
 def _with_help(config_class: Any) -> Any:
     """A config class whose docstring is also the help text of its settings on the command line."""
     own = config_class.__dataclass_fields__
@@ -58,6 +76,7 @@ _NAMES = {"log_z": LOG_Z_CHOICES, "label_transform": TRANSFORMS}
 
 
 @_with_help
+@_with_remote_code
 @dataclass(repr=False)
 class PointwiseDPOConfig(DPOConfig):
     r"""Settings of `PointwiseDPOTrainer`: those of `trl.DPOConfig`, and the following.
@@ -98,7 +117,8 @@ class PointwiseDPOConfig(DPOConfig):
         startup_checks: Whether to check on a few rows, before the first step, that the log-probabilities match the
             model's own logits, that the reference equals the model before training, and that forward passes have no
             noise. A failed check raises an error.
-        trust_remote_code: Whether models and tokenizers may run Python code that comes with them from the hub.
+        trust_remote_code: Whether models and tokenizers may run Python code that comes with them from the hub. With TRL
+            before 1.7, it is set in `model_init_kwargs`.
         router_aux_loss_coef: Weight of the load-balancing loss of a mixture of experts. By default the model's own
             weight; 0.0 switches the loss off.
 
@@ -137,8 +157,7 @@ class PointwiseDPOConfig(DPOConfig):
     chat: str = "auto"
     system_message: str | None = None
     startup_checks: bool = True
-    # TRL before 1.7 has neither of these, and before 1.15 another default of the second
-    trust_remote_code: bool = False
+    # TRL before 1.7 does not have it, and before 1.15 it has another default
     router_aux_loss_coef: float | None = None
 
     loss_type: list[str] = _hidden("loss_type")

@@ -1,6 +1,7 @@
 """What differs between the supported versions of TRL and transformers, each with the version in which it can go.
 
-The supported versions are those of `pyproject.toml`. Everything here is for the older ones of them.
+The supported versions are those of `pyproject.toml`. Everything here is for the older ones of them. One more difference
+is in `trl_ulma.config`: where `trust_remote_code` is set.
 """
 
 import contextlib
@@ -9,7 +10,6 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import SaveStrategy
-from trl import DPOTrainer, ModelConfig
+from trl import DPOTrainer
 
 from trl_ulma.likelihood.scorer import bare_model
 
@@ -43,16 +43,6 @@ def global_then_local_main_first() -> Iterator[None]:
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
         yield
-
-
-@dataclass
-class ModelArguments(ModelConfig):
-    """`ModelConfig` without the option `--trust_remote_code`, which it had while `DPOConfig` did not have it.
-
-    It can go when that has `trust_remote_code` in the oldest TRL, as in 1.9.
-    """
-
-    trust_remote_code: bool = field(default=False, init=False)
 
 
 def is_kto_config(args: Any) -> bool:
@@ -87,7 +77,7 @@ def for_dpo_trainer(args: Any, model: Any, quantization_config: Any) -> tuple[An
             )
         return theirs, {}
     options = dict(args.model_init_kwargs or {})
-    options.setdefault("trust_remote_code", args.trust_remote_code)
+    options.setdefault("trust_remote_code", False)  # without a value transformers asks at the terminal
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     theirs.model_init_kwargs = options

@@ -6,12 +6,14 @@ import logging
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOConfig, ULMAConfig
@@ -128,7 +130,10 @@ def test_a_models_own_program_does_not_run_unless_asked_for(tiny_gpt2, tmp_path)
     with pytest.raises(ValueError, match="trust_remote_code"):
         make_trainer(str(model), make_rows(4), tmp_path / "out", processing_class=tokenizer)
     assert not mark.exists()
-    make_trainer(str(model), make_rows(4), tmp_path / "out", processing_class=tokenizer, trust_remote_code=True)
+    trusted: dict[str, Any] = {"trust_remote_code": True}
+    if "trust_remote_code" not in DPOConfig.__dataclass_fields__:  # TRL before 1.7
+        trusted = {"model_init_kwargs": trusted}
+    make_trainer(str(model), make_rows(4), tmp_path / "out", processing_class=tokenizer, **trusted)
     assert mark.exists()
 
 

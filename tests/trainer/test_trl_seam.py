@@ -1,17 +1,22 @@
 """Each private thing of TRL, transformers and accelerate that is relied on; a failure says what moved."""
 
+import copy
 import inspect
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from accelerate.state import GradientState
 from transformers import Trainer
-from trl import DPOConfig, DPOTrainer, data_utils
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, data_utils
 from trl.trainer import utils
 from vlm import image_rows
 from world import make_rows, make_trainer
 
-from trl_ulma import PointwiseDPOTrainer, versions
+from trl_ulma import PointwiseDPOTrainer, ULMAConfig, versions
+from trl_ulma.scripts.options import OptionParser
+from trl_ulma.scripts.training import loading
 
 
 def parameters(function) -> list[str]:
@@ -91,3 +96,25 @@ def test_what_the_trainer_reads_off_dpo_trainer_is_there(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path)
     for name in ("beta", "ref_model", "aux_loss_enabled", "router_aux_loss_coef", "_total_train_tokens"):
         assert hasattr(trainer, name), f"DPOTrainer no longer sets {name}"
+
+
+@pytest.mark.parametrize("word", [[], ["--trust_remote_code"], ["--trust_remote_code", "True"]])
+def test_a_script_parses_the_config_beside_model_config(tmp_path, word):
+    types: Any = (ScriptArguments, ULMAConfig, ModelConfig)
+    parser = TrlParser(types)
+    words = ["--output_dir", str(tmp_path), "--dataset_name", "d", "--report_to", "none", "--model_name_or_path", "m"]
+    _, args, model_args = parser.parse_args_and_config([*words, *word])
+    asked = getattr(model_args, "trust_remote_code", False)  # TRL before 1.7 has the option there
+    assert bool(word) == (args.trust_remote_code or asked)
+    args.trust_remote_code = True
+    for copied in (args, copy.copy(args), copy.deepcopy(args), replace(args), ULMAConfig.from_dpo_config(args)):
+        assert copied.trust_remote_code is True
+
+
+@pytest.mark.parametrize("word", [[], ["--trust_remote_code", "True"]])
+def test_the_command_line_has_the_option_once(tmp_path, word):
+    parser = OptionParser(ULMAConfig, "trl-ulma ulma", "")
+    words = ["--output_dir", str(tmp_path), "--dataset", "d", "--report_to", "none", "--model", "m"]
+    _, args, model_args, _ = parser.parse_settings([*words, *word])
+    assert args.trust_remote_code is bool(word)
+    assert loading(args, model_args)["trust_remote_code"] is bool(word)

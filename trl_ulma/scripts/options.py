@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import DatasetMixtureConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.file_rows import missing
@@ -25,7 +25,6 @@ from trl_ulma.scripts.command_line import (
     refuse_contradictions,
 )
 from trl_ulma.scripts.help_page import GROUPS, NAMES, help_page, usage
-from trl_ulma.versions import ModelArguments
 
 EPILOG = f"Options of accelerate launch are accepted, too: see `accelerate launch --help`. {NAMES}"
 # Which of our option names are TRL's settings
@@ -90,7 +89,7 @@ class OptionParser(TrlParser):
     """
 
     def __init__(self, config_class: type, prog: str, description: str, method: str = "ulma"):
-        types: Any = (DataArguments, config_class, ModelArguments, DatasetMixtureConfig)
+        types: Any = (DataArguments, config_class, ModelConfig, DatasetMixtureConfig)
         command = prog.removeprefix("trl-ulma ")
         super().__init__(
             types,
@@ -165,6 +164,9 @@ class OptionParser(TrlParser):
             *settings, left = self.parse_args_and_config(argv, return_remaining_strings=True)
         except (OSError, TypeError, ValueError, yaml.YAMLError) as problem:
             self.error(as_options(str(problem), self._option_string_actions))
+        training_args, model_args = settings[1:3]
+        if getattr(model_args, "trust_remote_code", False):  # TRL before 1.7
+            training_args.trust_remote_code = True
         # TRL puts those of the file first
         return tuple(settings), self._from_file, left[len(self._from_file) :]
 
