@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from contenders import METHODS
+from regimes import DEMONSTRATIONS
 
 SEEDS = 3
-# What settles most: ratings, pairs and thumbs at equal KL. Three seeds did not tell them apart in the first part
+# What settles most: ratings, pairs and thumbs at equal KL, or ULMA beside each half of what it learns from. Three seeds
+# did not tell them apart in the first part
 FIRST = ("ratings-prior", "dpo", "thumbs-prior")
+FIRST_OF_DEMONSTRATIONS = ("ulma-thumbs-beta", "sft", "thumbs-prior")
 FIRST_SEEDS = 5
 # Then method after method, these first
 _NEXT = ("kto", "ulma-ratings-beta", "sft", "bco", "ulma-thumbs-beta", "qrpo")
@@ -19,8 +22,8 @@ BETAS: dict[str, tuple[float | None, ...]] = {
 # (reward, regime): the parts that are reported one by one, each only when it is whole
 PARTS = (
     ("sentiment", "ratings"),
-    ("length", "ratings"),
     ("sentiment", "demonstrations"),
+    ("length", "ratings"),
     ("sentiment", "offset"),
     ("sentiment", "one thumb"),
     ("sentiment", "nine likes"),
@@ -58,8 +61,17 @@ def methods(regime: str) -> list[str]:
         for name, each in METHODS.items()
         if (rated or not each.continuous) and not (each.kind == "dpo" and regime == "one thumb")
     ]
-    order = (*FIRST, *_NEXT)
+    order = list(dict.fromkeys((*_begin(regime), *_NEXT)))
     return sorted(able, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def first(regime: str) -> list[str]:
+    """The methods that a part begins with."""
+    return [each for each in methods(regime) if each in _begin(regime)]
+
+
+def _begin(regime: str) -> tuple[str, ...]:
+    return FIRST_OF_DEMONSTRATIONS if regime in DEMONSTRATIONS else FIRST
 
 
 def seeds_of(reward: str, regime: str, method: str) -> range:
@@ -69,18 +81,25 @@ def seeds_of(reward: str, regime: str, method: str) -> range:
 
 def part(reward: str, regime: str) -> Iterator[Cell]:
     """The cells of a part: the first methods seed by seed, then the others, method by method."""
-    able = methods(regime)
-    tiers = [[each for each in able if each in FIRST], *([each] for each in able if each not in FIRST)]
-    for tier in tiers:
-        for seed in seeds_of(reward, regime, tier[0]):
-            for place in range(max(len(BETAS[method]) for method in tier)):
-                for method in tier:
-                    # The smallest β first, so that a seed that is not whole yet says something of every method
-                    betas = BETAS[method][::-1][place : place + 1]
-                    yield from (Cell(reward, regime, method, beta, seed) for beta in betas)
+    begin = first(regime)
+    yield from _tier(reward, regime, begin)
+    for method in methods(regime):
+        if method not in begin:
+            yield from _tier(reward, regime, [method])
+
+
+def _tier(reward: str, regime: str, tier: list[str]) -> Iterator[Cell]:
+    for seed in seeds_of(reward, regime, tier[0]):
+        for place in range(max(len(BETAS[method]) for method in tier)):
+            for method in tier:
+                # The smallest β first, so that a seed that is not whole yet says something of every method
+                betas = BETAS[method][::-1][place : place + 1]
+                yield from (Cell(reward, regime, method, beta, seed) for beta in betas)
 
 
 def cells() -> Iterator[Cell]:
-    """All cells, part after part."""
+    """All cells: the first methods of every part, then the others, part after part."""
     for reward, regime in PARTS:
-        yield from part(reward, regime)
+        yield from _tier(reward, regime, first(regime))
+    for reward, regime in PARTS:
+        yield from (cell for cell in part(reward, regime) if cell.method not in first(regime))

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from contenders import METHODS, Method
-from plan import BETAS, FIRST, PARTS, Cell, methods, part, seeds_of
+from plan import BETAS, PARTS, Cell, first, methods, part, seeds_of
 from pool import TEMPERATURE
 from regimes import REGIMES
 from scipy import stats
@@ -71,7 +71,7 @@ class Records:
         """The methods of a part with every β and seed, if those that the plan begins with are among them; else none."""
         missing = {cell.method for cell in self.missing(reward, regime)}
         found = [method for method in methods(regime) if method not in missing]
-        return found if set(FIRST) & set(methods(regime)) <= set(found) else []
+        return found if set(first(regime)) <= set(found) else []
 
     def curves(self, reward: str, regime: str) -> Curves:
         """Of each method and seed with every β, its points `(n, 2)` (KL, reward) by KL, the reference first."""
@@ -358,8 +358,8 @@ def main() -> None:
         return
     if not any(records.whole(*each) for each in PARTS):
         sys.exit(
-            f"Nothing is written: no part has every β and seed of {', '.join(FIRST)}. `run.py` goes on where it was."
-            f"\n\n{status(records)}"
+            "Nothing is written: no part has every β and seed of the methods that it begins with. `run.py` goes on "
+            f"where it was.\n\n{status(records)}"
         )
     target = options.results.parent / "RESULTS.md"
     target.write_text(page(records, options.results, only_whole=True), encoding="utf-8")

@@ -503,14 +503,20 @@ def test_every_method_trains_and_leaves_the_reference_alone(method, pool, tiny_l
 # The plan and the runs
 
 
-def test_the_plan_begins_with_ratings_pairs_and_thumbs_seed_by_seed():
+def test_the_plan_begins_with_what_settles_most_seed_by_seed():
     cells = list(plan.cells())
     assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
-    first = [cell for cell in cells if (cell.reward, cell.regime) == plan.PARTS[0]]
-    assert cells[: len(first)] == first
-    assert [cell.seed for cell in first[:18]] == [0] * 6 + [1] * 6 + [2] * 6
-    assert {cell.method for cell in first[:18]} == set(plan.FIRST)
-    assert {cell.method for cell in first} == set(METHODS)
+    assert set(cells) == {cell for each in plan.PARTS for cell in plan.part(*each)}
+    first = cells[:30]
+    assert {(cell.reward, cell.regime) for cell in first} == {("sentiment", "ratings")}
+    assert [cell.seed for cell in first] == [seed for seed in range(5) for _ in range(6)]
+    assert {cell.method for cell in first} == set(plan.FIRST)
+    # Of each seed, ULMA and thumbs at two β, and SFT, which has none
+    second = cells[30:45]
+    assert {(cell.reward, cell.regime) for cell in second} == {("sentiment", "demonstrations")}
+    assert [cell.seed for cell in second] == [seed for seed in range(3) for _ in range(5)]
+    assert {cell.method for cell in second} == set(plan.FIRST_OF_DEMONSTRATIONS)
+    assert {cell.method for cell in cells if (cell.reward, cell.regime) == plan.PARTS[0]} == set(METHODS)
     for regime in REGIMES:
         able = plan.methods(regime)
         assert ("dpo" in able) == (regime != "one thumb")
