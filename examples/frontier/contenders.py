@@ -38,6 +38,7 @@ class Method:
         continuous: whether it learns from ratings; otherwise from thumbs.
         log_z: as in `PointwiseDPOConfig`; None is what QRPO's quantile labels make it.
         sft_weight: of ULMA; "beta" is β.
+        rounds: how often answers are drawn; with 1, all are the reference's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Method:
     continuous: bool = False
     log_z: float | str | None = 0.0
     sft_weight: float | str = 1.0
+    rounds: int = 1
 
 
 METHODS = {
@@ -59,6 +61,7 @@ METHODS = {
     "ratings-0": Method("pointwise DPO, ratings, log Z 0", "pointwise", continuous=True),
     "ratings-prior": Method("pointwise DPO, ratings, log Z prior", "pointwise", continuous=True, log_z="prior"),
     "ratings-learned": Method("pointwise DPO, ratings, log Z learned", "pointwise", continuous=True, log_z="learned"),
+    "rounds": Method("pointwise DPO, ratings, log Z prior, 3 rounds", "pointwise", True, "prior", rounds=3),
     "ulma-ratings-1": Method("ULMA, ratings, sft_weight 1", "ulma", continuous=True, log_z="prior"),
     "ulma-ratings-0.1": Method("ULMA, ratings, sft_weight 0.1", "ulma", True, "prior", 0.1),
     "ulma-ratings-beta": Method("ULMA, ratings, sft_weight β", "ulma", True, "prior", "beta"),

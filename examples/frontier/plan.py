@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 from contenders import METHODS
 from regimes import DEMONSTRATIONS
@@ -59,7 +60,9 @@ def methods(regime: str) -> list[str]:
     able = [
         name
         for name, each in METHODS.items()
-        if (rated or not each.continuous) and not (each.kind == "dpo" and regime == "one thumb")
+        if (rated or not each.continuous)
+        and not (each.kind == "dpo" and regime == "one thumb")
+        and (each.rounds == 1 or regime == "ratings")
     ]
     order = list(dict.fromkeys((*_begin(regime), *_NEXT)))
     return sorted(able, key=lambda name: order.index(name) if name in order else len(order))
@@ -98,8 +101,7 @@ def _tier(reward: str, regime: str, tier: list[str]) -> Iterator[Cell]:
 
 
 def cells() -> Iterator[Cell]:
-    """All cells: the first methods of every part, then the others, part after part."""
-    for reward, regime in PARTS:
-        yield from _tier(reward, regime, first(regime))
-    for reward, regime in PARTS:
-        yield from (cell for cell in part(reward, regime) if cell.method not in first(regime))
+    """All cells: the first methods of every part, then the others, part after part. Rounds come early."""
+    tiers = [_tier(reward, regime, first(regime)) for reward, regime in PARTS]
+    rest = (part(reward, regime) for reward, regime in PARTS)
+    yield from dict.fromkeys(chain(*tiers[:2], _tier(*PARTS[0], ["rounds"]), *tiers[2:], *rest))

@@ -38,6 +38,7 @@ QUESTIONS = (
     ("thumbs-learned", "thumbs-prior", "thumbs: a learned log Z against the prior"),
     ("ratings-prior", "ratings-0", "ratings: the prior against log Z 0"),
     ("ratings-learned", "ratings-prior", "ratings: a learned log Z against the prior"),
+    ("rounds", "ratings-prior", "three rounds against as many answers of the reference"),
     ("qrpo", "ratings-prior", "quantiles against ratings"),
     ("ulma-ratings-beta", "ratings-prior", "ULMA (β) against no demonstrations, ratings"),
     ("ulma-ratings-0.1", "ulma-ratings-1", "ULMA, ratings: sft_weight 0.1 against 1"),

@@ -19,7 +19,8 @@ import datasets
 import torch
 import transformers
 from answers import REWARDS, human_texts, perplexity, rewards, sample
-from contenders import Recipe, train
+from contenders import METHODS, Recipe, train
+from loop import closed
 from plan import Cell, cells
 from pool import MAX_TOKENS, Pool, load_reference
 from prompts import prompt, questions
@@ -172,6 +173,17 @@ def main() -> None:
         feedback = draw(cell.regime, cell.reward, cell.seed, pool)
         started, processor = time.monotonic(), time.process_time()
         recipe = Recipe(steps=options.steps)
+        if METHODS[cell.method].rounds > 1:
+            feedback = closed(
+                cell.method,
+                cell.beta,
+                feedback,
+                reference,
+                tokenizer,
+                reward=cell.reward,
+                seed=cell.seed,
+                recipe=recipe,
+            )
         model, loss = train(
             cell.method,
             cell.beta,

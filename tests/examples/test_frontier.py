@@ -23,6 +23,7 @@ sys.path.append(str(FOLDER))
 
 import answers  # noqa: E402
 import contenders  # noqa: E402
+import loop  # noqa: E402
 import plan  # noqa: E402
 import pool as pools  # noqa: E402
 import prompts  # noqa: E402
@@ -500,6 +501,70 @@ def test_every_method_trains_and_leaves_the_reference_alone(method, pool, tiny_l
     assert np.mean([each.kl for each in drawn]) > 1e-4
 
 
+# Rounds
+
+
+def test_each_round_rates_answers_of_the_policy_trained_on_all_before(pool, tiny_llama, monkeypatch):
+    reference, tokenizer = pools.load_reference(tiny_llama)
+    offline = draw("ratings", "sentiment", 0, pool)
+    said = ["I love it", "How awful", "The cat"]
+    trained: list[tuple[Feedback, int]] = []
+    asked: list[Any] = []
+
+    def train_nothing(method, beta, feedback, model, tokenizer, *, seed, recipe):
+        assert model is reference
+        trained.append((feedback, recipe.steps))
+        return f"policy {len(trained)}", 0.0
+
+    def answer(policy, prompts, *, answers, eos, max_tokens, seed):
+        asked.append((policy, seed))
+        ids = [[*tokenizer(said[i % 3], add_special_tokens=False)["input_ids"], eos] for i in range(answers)]
+        return [[Answer(each, ended=i != 3, logp=0.0) for i, each in enumerate(ids)] for _ in prompts]
+
+    monkeypatch.setattr(loop, "train", train_nothing)
+    monkeypatch.setattr(loop, "sample", answer)
+    # What a word-level tokenizer reads of its own text is not under test here
+    monkeypatch.setattr(loop, "read_back", lambda tokenizer, prompt, each: (said[len(asked) % 3], each.ended))
+    how: dict[str, Any] = {"reward": "sentiment", "recipe": Recipe(steps=60)}
+    found = loop.closed("rounds", 0.1, offline, reference, tokenizer, seed=0, **how)
+
+    rows = len(offline.answer)
+    assert [steps for _, steps in trained] == [20, 40]
+    assert [len(feedback.answer) for feedback, _ in trained] == [rows / 3, 2 * rows / 3]
+    assert {policy for policy, _ in asked} == {"policy 1", "policy 2"}
+    assert len(set(asked)) == len(asked)  # other draws in each batch and round
+    first, second = trained[0][0], trained[1][0]
+    assert (first.question, first.answer) == (offline.question[: rows // 3], offline.answer[: rows // 3])
+    assert np.array_equal(first.rating, offline.rating[: rows // 3])
+    for before, after in [(first, second), (second, found)]:
+        old = {*zip(before.question, before.answer, before.rating, strict=True)}
+        new = {*zip(after.question, after.answer, after.rating, strict=True)}
+        assert old < new
+        fresh = [question for question, _, _ in new - old]
+        assert max(map(fresh.count, set(fresh))) - min(map(fresh.count, set(fresh))) <= 1
+        assert set(fresh) == set(offline.question)
+    assert len(found.answer) == rows
+    drawn = [i for i, each in enumerate(found.answer) if each in said]
+    assert found.reward[drawn].tolist() == [rewards(found.answer[i])["sentiment"] for i in drawn]
+    noise = (found.rating - found.reward)[drawn]
+    assert abs(noise.mean()) < 0.2
+    assert 0.85 < noise.std() < 1.15
+    again = loop.closed("rounds", 0.1, offline, reference, tokenizer, seed=0, **how)
+    assert again.rating.tolist() == found.rating.tolist()
+    other = loop.closed("rounds", 0.1, offline, reference, tokenizer, seed=1, **how)
+    assert other.rating.tolist() != found.rating.tolist()
+
+
+def test_a_policy_whose_answers_do_not_end_is_said(pool, tiny_llama, monkeypatch):
+    reference, tokenizer = pools.load_reference(tiny_llama)
+    monkeypatch.setattr(loop, "train", lambda *_, **__: ("policy", 0.0))
+    endless = Answer([1], ended=False, logp=0.0)
+    monkeypatch.setattr(loop, "sample", lambda policy, prompts, *, answers, **_: [[endless] * answers for _ in prompts])
+    offline = draw("ratings", "sentiment", 0, pool)
+    with pytest.raises(ValueError, match=r"Round 2 of seed 0 has 0 usable answers of 320"):
+        loop.closed("rounds", 0.1, offline, reference, tokenizer, reward="sentiment", seed=0, recipe=Recipe(steps=3))
+
+
 # The plan and the runs
 
 
@@ -516,6 +581,8 @@ def test_the_plan_begins_with_what_settles_most_seed_by_seed():
     assert {(cell.reward, cell.regime) for cell in second} == {("sentiment", "demonstrations")}
     assert [cell.seed for cell in second] == [seed for seed in range(3) for _ in range(5)]
     assert {cell.method for cell in second} == set(plan.FIRST_OF_DEMONSTRATIONS)
+    third = cells[45:51]
+    assert {(cell.regime, cell.method) for cell in third} == {("ratings", "rounds")}
     assert {cell.method for cell in cells if (cell.reward, cell.regime) == plan.PARTS[0]} == set(METHODS)
     for regime in REGIMES:
         able = plan.methods(regime)
