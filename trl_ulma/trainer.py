@@ -85,6 +85,7 @@ from trl_ulma.versions import (
     instance_forward,
     leave_loss_undivided,
     load_adapter_of,
+    loads_remote_code,
     mend_copied_forward,
     note_best_checkpoint,
     refuse_data_parallel,
@@ -188,7 +189,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         theirs, further = for_dpo_trainer(args, model, quantization_config)
         copying = ref_keeps_base_weights(model) if kind == "adapter" else contextlib.nullcontext()
         try:
-            with copying:
+            with copying, loads_remote_code():
                 super().__init__(
                     model=model,
                     ref_model=ref_model,
