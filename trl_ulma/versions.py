@@ -20,6 +20,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, set_seed
+from transformers.integrations import TrackioCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOTrainer, ModelConfig
 from trl.trainer import dpo_trainer
@@ -198,6 +199,17 @@ def note_best_checkpoint(trainer: Any, folder: Path) -> None:
     state = trainer.state
     if trainer.args.save_strategy == SaveStrategy.BEST and state.best_global_step == state.global_step:
         state.best_model_checkpoint = str(folder)
+
+
+def reopen_trackio(trainer: Any) -> None:
+    """Have Trackio open its run again for what is logged after training, such as an evaluation.
+
+    transformers, at least until 5.2, closes the run when training ends, and the next log raises an error. It can go
+    when 5.15 is the oldest.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrackioCallback):
+            callback._initialized = False
 
 
 def instance_forward(model: Any) -> Any:
