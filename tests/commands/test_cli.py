@@ -10,8 +10,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerate
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict
 from forks import python_path
 from peft import AutoPeftModelForCausalLM
@@ -360,6 +362,30 @@ def test_options_are_told_apart_for_the_launch(launched, tmp_path):
         *(*NEEDED, "--config", file, "--lora_target_modules", "a", "b", "--log_z", "-2", "--use_peft")
     ]
     ulma.make_parser().parse_settings(args.training_script_args)  # the YAML's launch options are no error there
+
+
+def test_fsdp2_is_refused_if_accelerate_does_not_have_it(launched, monkeypatch, capsys):
+    argv = ["ulma", *NEEDED, "--accelerate_config", "fsdp2"]
+    if hasattr(launch_command_parser().parse_args(["script"]), "fsdp_version"):
+        assert main(argv) == 0
+        assert len(launched) == 1
+        # accelerate before 1.6, which takes any key in the file, has no such option
+        parser = launch_command_parser()
+        parse = parser.parse_args
+
+        def without_version(given):
+            args = parse(given)
+            del args.fsdp_version
+            return args
+
+        monkeypatch.setattr(parser, "parse_args", without_version)
+        monkeypatch.setattr("accelerate.commands.launch.launch_command_parser", lambda: parser)
+    launched.clear()
+    assert main(argv) == 2
+    assert not launched
+    said = capsys.readouterr().err
+    assert f"fsdp2.yaml sets fsdp_version: 2, but accelerate {accelerate.__version__} only has FSDP1. Install " in said
+    assert main([*argv[:-1], "fsdp1"]) == 0
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
