@@ -111,9 +111,9 @@ def loads_remote_code() -> Iterator[None]:
     def create_with_own_class(name: str, **loading: Any) -> Any:
         if not loading.get("trust_remote_code"):
             return create(name, **loading)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=True, revision=loading.get("revision"))
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=True, revision=loading.get("revision"))
         sees = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
-        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         return create(name, getattr(transformers, config.architectures[0], auto), **loading)
 
     dpo_trainer.create_model_from_path = create_with_own_class
