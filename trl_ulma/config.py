@@ -159,6 +159,10 @@ class PointwiseDPOConfig(DPOConfig):
     startup_checks: bool = True
     # TRL before 1.7 does not have it, and before 1.15 it has another default
     router_aux_loss_coef: float | None = None
+    # In transformers 5.2 the default is a Space on the Hub, which is public
+    trackio_space_id: str | None = field(
+        default=None, metadata=DPOConfig.__dataclass_fields__["trackio_space_id"].metadata
+    )
 
     loss_type: list[str] = _hidden("loss_type")
     loss_weights: list[float] | None = _hidden("loss_weights")

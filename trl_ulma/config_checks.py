@@ -104,6 +104,9 @@ def check_settings(args: Any) -> None:
         raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end'; got {args.truncation_mode!r}.")
     check_chat(args.chat, args.system_message)
     _check_choice("invalid_rows", args.invalid_rows, INVALID_ROWS)
+    # Trainer takes rows in a random order with any other one. transformers 5.2 does not have "batch_rebalance".
+    orders = DPOConfig.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
+    _check_choice("train_sampling_strategy", args.train_sampling_strategy, orders)
     for name in _SWITCHES:
         if not isinstance(getattr(args, name), bool):
             raise ValueError(f"{name} must be True or False; got {getattr(args, name)!r}.")

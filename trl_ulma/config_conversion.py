@@ -14,6 +14,9 @@ logger = logging.get_logger(__name__)
 _KTO_LOSSES = {
     "apo_zero_unpaired": "set binary_loss='kto' in the PointwiseDPOConfig, with log_z=0, which is the same loss",
 }
+# Settings with another default in older versions: TRL before 1.15 has 0.001 for all models, and not the model's own
+# weight, and transformers 5.2 a public Space
+_OTHER_DEFAULTS = ("router_aux_loss_coef", "trackio_space_id")
 
 
 def from_dpo_config(config_class: Any, args: DPOConfig, settings: dict[str, Any]) -> Any:
@@ -21,10 +24,10 @@ def from_dpo_config(config_class: Any, args: DPOConfig, settings: dict[str, Any]
     unknown = set(settings) - {f.name for f in fields(config_class)}
     if unknown:
         raise TypeError(f"{config_class.__name__} has no setting {', '.join(sorted(unknown))}.")
-    values = dict(vars(args))
-    # TRL before 1.15 has 0.001 for all models, and not the model's own weight
-    if values.get("router_aux_loss_coef") == _defaults(DPOConfig).get("router_aux_loss_coef"):
-        values.pop("router_aux_loss_coef", None)
+    theirs = _defaults(DPOConfig)
+    values = {
+        name: value for name, value in vars(args).items() if not (name in _OTHER_DEFAULTS and value == theirs.get(name))
+    }
     return _with_values(config_class, values | settings)
 
 
@@ -40,7 +43,7 @@ def from_kto_config(config_class: Any, args: Any) -> Any:
             if value != theirs[name]:
                 refused.append(f"{name}={value!r}: it has no counterpart, leave it out")
         # TRL's default for KTO's mismatched pairs, and not a choice of the user's
-        elif not (name in ("train_sampling_strategy", "router_aux_loss_coef") and value == theirs[name]):
+        elif not (name in ("train_sampling_strategy", *_OTHER_DEFAULTS) and value == theirs[name]):
             values[name] = value
     if refused:
         raise ValueError(

@@ -85,9 +85,11 @@ from trl_ulma.versions import (
     instance_forward,
     leave_loss_undivided,
     load_adapter_of,
+    loads_remote_code,
     mend_copied_forward,
     note_best_checkpoint,
     refuse_data_parallel,
+    reopen_trackio,
     restore_forward,
     set_auxiliary_loss,
 )
@@ -188,7 +190,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         theirs, further = for_dpo_trainer(args, model, quantization_config)
         copying = ref_keeps_base_weights(model) if kind == "adapter" else contextlib.nullcontext()
         try:
-            with copying:
+            with copying, loads_remote_code():
                 super().__init__(
                     model=model,
                     ref_model=ref_model,
@@ -252,7 +254,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.add_callback(
             Calls(
                 on_train_begin=self._on_train_begin,
-                on_train_end=lambda state: self._checks.end(self.model_wrapped),
+                on_train_end=self._on_train_end,
                 on_epoch_begin=self._on_epoch_begin,
                 on_optimizer_step=self._on_optimizer_step,
                 on_step_end=lambda state: self._checks.after_step(self.model_wrapped, state.global_step),
@@ -389,6 +391,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         if state.global_step > 0:  # of the training that wrote the checkpoint
             self._total_train_tokens = max((log.get("num_tokens", 0) for log in state.log_history), default=0)
         self._check_start(self.model_wrapped, is_training=True)
+
+    def _on_train_end(self, state: Any) -> None:
+        reopen_trackio(self)
+        self._checks.end(self.model_wrapped)
 
     def _on_epoch_begin(self, state: Any) -> None:
         # accelerate does not set the epoch of a sampler while it skips batches

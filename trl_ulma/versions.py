@@ -19,9 +19,11 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
-from transformers import Trainer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, set_seed
+from transformers.integrations import TrackioCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOTrainer
+from trl.trainer import dpo_trainer
 
 from trl_ulma.likelihood.scorer import bare_model
 
@@ -82,6 +84,33 @@ def for_dpo_trainer(args: Any, model: Any, quantization_config: Any) -> tuple[An
         options["quantization_config"] = quantization_config
     theirs.model_init_kwargs = options
     return theirs, {}
+
+
+@contextlib.contextmanager
+def loads_remote_code() -> Iterator[None]:
+    """A context in which `DPOTrainer` loads models that come with their own code, if `trust_remote_code` is set.
+
+    TRL before 1.7 reads their configuration without `trust_remote_code`, so that it asks at the terminal or raises, and
+    only finds classes of transformers. It can go when TRL 1.7 is the oldest.
+    """
+    if TAKES_QUANTIZATION:
+        yield
+        return
+    create = dpo_trainer.create_model_from_path
+
+    def create_with_own_class(name: str, **loading: Any) -> Any:
+        if not loading.get("trust_remote_code"):
+            return create(name, **loading)
+        config: Any = AutoConfig.from_pretrained(name, trust_remote_code=True, revision=loading.get("revision"))
+        sees = "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
+        auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        return create(name, getattr(transformers, config.architectures[0], auto), **loading)
+
+    dpo_trainer.create_model_from_path = create_with_own_class
+    try:
+        yield
+    finally:
+        dpo_trainer.create_model_from_path = create
 
 
 def set_auxiliary_loss(trainer: Any) -> None:
@@ -160,6 +189,17 @@ def note_best_checkpoint(trainer: Any, folder: Path) -> None:
     state = trainer.state
     if trainer.args.save_strategy == SaveStrategy.BEST and state.best_global_step == state.global_step:
         state.best_model_checkpoint = str(folder)
+
+
+def reopen_trackio(trainer: Any) -> None:
+    """Have Trackio open its run again for what is logged after training, such as an evaluation.
+
+    transformers, at least until 5.2, closes the run when training ends, and the next log raises an error. It can go
+    when 5.15 is the oldest.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrackioCallback):
+            callback._initialized = False
 
 
 def instance_forward(model: Any) -> Any:

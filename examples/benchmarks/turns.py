@@ -92,7 +92,9 @@ class Meter:
     def _counted(self, get_batch_samples: Callable) -> Callable:
         def counted(*args, **kwargs):
             batches, number = get_batch_samples(*args, **kwargs)
-            self._masks += [("tokens", batch["attention_mask"]) for batch in batches]
+            # The latter is that of TRL's KTO before 1.8
+            names = ("attention_mask", "completion_attention_mask")
+            self._masks += [("tokens", batch[name]) for batch in batches for name in names if name in batch]
             return batches, number
 
         return counted

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import trl
 from feedback import Feedback
+from packaging.version import Version
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
@@ -72,7 +74,7 @@ def train(feedback: Feedback, method: str, beta: float, log_z: float | str = 0.0
         recipe: steps and rates.
 
     Raises:
-        ValueError: for an unknown method.
+        ValueError: for an unknown method, and for KTO with TRL before 1.8, which takes texts only.
     """
     if method not in METHODS:
         raise ValueError(f"There is no method {method!r}. Methods are {', '.join(METHODS)}.")
@@ -118,8 +120,11 @@ def _trainer(
         if pairs is None:
             return None
         args = DPOConfig(folder, **{**shared, "per_device_train_batch_size": size // 2}, precompute_ref_log_probs=True)
-        return _TokenDPOTrainer(**common, args=args, train_dataset=pairs)
+        # TRL before 1.3 would load the reference of a model without one by its name
+        return _TokenDPOTrainer(**common, ref_model=world.policy(), args=args, train_dataset=pairs)
     if method == "kto":
+        if Version(trl.__version__) < Version("1.8"):
+            raise ValueError(f"KTO of TRL {trl.__version__} takes no token ids. Install TRL 1.8 or newer.")
         # TRL's advice for unbalanced classes: both weigh the same
         good = feedback.is_good.sum()
         weights = {"undesirable_weight": float(good / max(len(feedback.label) - good, 1))}

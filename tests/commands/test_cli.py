@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerate
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict
 from forks import python_path
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from trl_ulma import __version__
 from trl_ulma.checkpoints import last_whole
@@ -362,6 +364,30 @@ def test_options_are_told_apart_for_the_launch(launched, tmp_path):
     ulma.make_parser().parse_settings(args.training_script_args)  # the YAML's launch options are no error there
 
 
+def test_fsdp2_is_refused_if_accelerate_does_not_have_it(launched, monkeypatch, capsys):
+    argv = ["ulma", *NEEDED, "--accelerate_config", "fsdp2"]
+    if hasattr(launch_command_parser().parse_args(["script"]), "fsdp_version"):
+        assert main(argv) == 0
+        assert len(launched) == 1
+        # accelerate before 1.6, which takes any key in the file, has no such option
+        parser = launch_command_parser()
+        parse = parser.parse_args
+
+        def without_version(given):
+            args = parse(given)
+            del args.fsdp_version
+            return args
+
+        monkeypatch.setattr(parser, "parse_args", without_version)
+        monkeypatch.setattr("accelerate.commands.launch.launch_command_parser", lambda: parser)
+    launched.clear()
+    assert main(argv) == 2
+    assert not launched
+    said = capsys.readouterr().err
+    assert f"fsdp2.yaml sets fsdp_version: 2, but accelerate {accelerate.__version__} only has FSDP1. Install " in said
+    assert main([*argv[:-1], "fsdp1"]) == 0
+
+
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_each_command_launches_its_module(launched, command):
     assert main([command, *NEEDED]) == 0
@@ -600,7 +626,9 @@ def test_a_whole_run_says_nothing_of_other_libraries_unless_it_is_asked_to(whole
     assert "Labels of the train dataset" in said
     verbose = whole_runs.resumed
     assert "were not passed to `accelerate launch`" in verbose.stdout + verbose.stderr
-    assert "FutureWarning" in verbose.stderr
+    # Older versions of transformers do not deprecate an option that TRL sets
+    deprecates = hasattr(TrainingArguments, "activation_checkpointing")
+    assert ("FutureWarning" if deprecates else "UserWarning") in verbose.stderr
 
 
 def test_ctrl_c_ends_a_run_with_a_checkpoint_and_no_model(tmp_path, tiny_gpt2, pairs):

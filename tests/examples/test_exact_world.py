@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import trl
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "exact_world"
 sys.path.insert(0, str(FOLDER))
@@ -191,13 +192,16 @@ def test_kto_rows_rotate_completions_within_each_batch(world):
     assert other == [own[3], own[0], own[1], own[2], own[5], own[4]]
 
 
-def test_bad_settings_are_refused(world):
+def test_bad_settings_are_refused(world, monkeypatch):
     with pytest.raises(ValueError, match=r"positive_share=0.9 with label_type='continuous': it is the share of"):
         FeedbackConfig(label_type="continuous", positive_share=0.9)
     with pytest.raises(ValueError, match=r"40 rows of 4 answers a prompt are 10 prompts, and the world has 3\."):
         draw(world, FeedbackConfig(rows=40, answers=4))
     with pytest.raises(ValueError, match=r"There is no method 'ppo'\. Methods are sft, dpo, kto, pointwise_dpo, ulma"):
         train(population(world), "ppo", BETA)
+    monkeypatch.setattr(trl, "__version__", "1.7.1")
+    with pytest.raises(ValueError, match=r"KTO of TRL 1\.7\.1 takes no token ids\. Install TRL 1\.8 or newer\."):
+        train(population(world), "kto", BETA)
 
 
 # What the method claims

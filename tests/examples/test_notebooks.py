@@ -5,8 +5,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import transformers
 from forks import python_path
 from nbclient import NotebookClient
+from packaging.version import Version
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 # What the cell tagged "parameters" is replaced by, besides MODEL
@@ -58,8 +60,11 @@ def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypat
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert pictures(notebook) == drawn > 0
     # The SFT loss of an untrained model is so large that the trainer warns about it, and it tells no rows apart
+    expected = ["The SFT term dominates", "rows are nearly alike"]
+    if Version(transformers.__version__) < Version("5.19"):  # they also align a token that the tokenizer does not have
+        expected.append("The tokenizer has new PAD/BOS/EOS tokens")
     said = [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
-    assert not [text for text in said if "The SFT term dominates" not in text and "rows are nearly alike" not in text]
+    assert not [text for text in said if not any(each in text for each in expected)]
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from forks import free_port, start_module
+from packaging.version import Version
 from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -136,10 +138,12 @@ def llama_server(model: str, *options: str) -> Iterator[tuple[str, subprocess.Po
 def transformers_serve(model: str) -> Iterator[str]:
     """`transformers serve` in a process of its own, which need not import what this one has; its URL."""
     port = free_port()
-    options = ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    # It was an option in older versions of transformers
+    named = [model] if Version(transformers.__version__) >= Version("5.15") else ["--force-model", model]
+    options = [*named, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        process = start_module("transformers.cli.transformers", "serve", model, *options, printed=log)
+        process = start_module("transformers.cli.transformers", "serve", *options, printed=log)
         try:
             wait_for(f"http://127.0.0.1:{port}/health", lambda: process.exitcode)
             yield f"http://127.0.0.1:{port}/v1"

@@ -73,6 +73,12 @@ VALUES = {
         {"truncation_mode": "middle"},
         "truncation_mode must be 'keep_start' or 'keep_end'; got 'middle'.",
     ),
+    # Each version of transformers has its own
+    "train_sampling_strategy unknown": (
+        {"train_sampling_strategy": "by_length"},
+        "train_sampling_strategy must be one of "
+        f"{DPOConfig.__dataclass_fields__['train_sampling_strategy'].metadata['choices']}; got 'by_length'.",
+    ),
     "pad_to_multiple_of 0": (
         {"pad_to_multiple_of": 0},
         "pad_to_multiple_of must be a whole number, 1 or above; got 0.",

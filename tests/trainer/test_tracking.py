@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from transformers.integrations import WandbCallback
+from trl import DPOConfig
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOConfig
 from trl_ulma.tracking import TracksPictures, add_pictures
-
-OFFLINE = {"trackio_space_id": None}  # older versions of transformers would upload to a space
 
 
 def run(model, tmp_path, **settings):
@@ -72,7 +71,7 @@ def test_tensorboard_has_figures_by_step_and_pictures(tiny_gpt2, tmp_path, monke
 
 def test_trackio_has_figures_and_pictures(tiny_gpt2, tmp_path):
     trackio = pytest.importorskip("trackio")
-    trainer = run(tiny_gpt2, tmp_path / "out", report_to=["trackio"], project="pictures", run_name="one", **OFFLINE)
+    trainer = run(tiny_gpt2, tmp_path / "out", report_to=["trackio"], project="pictures", run_name="one")
     trackio.finish()
     folder = Path(os.environ["TRACKIO_DIR"])
     [database] = folder.glob("pictures*.db")
@@ -83,6 +82,15 @@ def test_trackio_has_figures_and_pictures(tiny_gpt2, tmp_path):
     pictures = [name for entry in entries for name in ("train/labels", "eval/calibration") if name in entry]
     assert pictures == ["train/labels", *["eval/calibration"] * 3]
     assert len([picture for picture in folder.rglob("*.png") if "pictures" in picture.parts]) == 4
+
+
+def test_trackio_does_not_upload_unless_it_is_asked_to(tmp_path):
+    """With older versions of transformers, the default was a public Space."""
+    assert PointwiseDPOConfig(str(tmp_path), report_to="trackio", bf16=False).trackio_space_id is None
+    theirs = DPOConfig(str(tmp_path), report_to="trackio", bf16=False)
+    assert PointwiseDPOConfig.from_dpo_config(theirs).trackio_space_id is None
+    theirs.trackio_space_id = "me/runs"
+    assert PointwiseDPOConfig.from_dpo_config(theirs).trackio_space_id == "me/runs"
 
 
 def test_wandb_is_given_the_same_pictures(tiny_gpt2, tmp_path):

@@ -157,6 +157,7 @@ LIMITS = (
     ("transformers", "5.19", "Dbrx, Doge and GraniteMoe are trained without their load-balancing loss"),
     ("transformers", "5.19", "the log-probabilities of Doge depend on padding"),
     ("peft", "0.20", "an adapter with target_parameters cannot be trained on without a ref_model"),
+    ("accelerate", "1.6", "there is no FSDP2, and accelerate launch runs FSDP1 instead"),
     ("accelerate", "1.13", "a training of several processes on CPUs cannot be resumed"),
 )
 

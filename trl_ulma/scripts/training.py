@@ -39,6 +39,10 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
     launcher.error = parser.error
     # --quiet, because the script prints its own traceback
     args = launcher.parse_args([*launch_options, "--quiet", "--module", module, *script_options])
+    try:
+        check_fsdp_version(args)
+    except ValueError as problem:
+        parser.error(str(problem))
     # The training receives Ctrl-C, too. Wait until it has written its checkpoint.
     pressed: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
@@ -63,6 +67,30 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
         else:
             os.environ["PYTHONSAFEPATH"] = safe_path
     return 0
+
+
+def check_fsdp_version(args: Any) -> None:
+    """Check that accelerate has the version of FSDP that its configuration file names.
+
+    It can go when accelerate 1.6 is the oldest.
+
+    Args:
+        args: the parsed options of `accelerate launch`.
+
+    Raises:
+        ValueError: if the file names FSDP2, and accelerate would run FSDP1 without a word.
+    """
+    from accelerate import __version__
+    from accelerate.commands.config import default_config_file, load_config_from_file
+
+    file = args.config_file or default_config_file
+    if hasattr(args, "fsdp_version") or not os.path.isfile(file):
+        return
+    options = getattr(load_config_from_file(file), "fsdp_config", None) or {}
+    if str(options.get("fsdp_version", 1)) == "2":
+        raise ValueError(
+            f"{file} sets fsdp_version: 2, but accelerate {__version__} only has FSDP1. Install 1.6 or newer."
+        )
 
 
 def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any, str]:
