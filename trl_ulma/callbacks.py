@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -25,18 +26,18 @@ class Interruption(TrainerCallback):
         self._accelerator = accelerator
         self.noticed = False
         self.agreed = False
-        self._is_training = False
+        self.is_training = False
         self._previous: Any = None
 
     def __enter__(self) -> "Interruption":
         self.noticed = self.agreed = False
-        self._is_training = True
+        self.is_training = True
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._notice)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._is_training = False
+        self.is_training = False
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
@@ -61,12 +62,14 @@ class Interruption(TrainerCallback):
         self._stop(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The same, for a signal after the last step of an epoch."""
+        """The same, for a signal after the last step of an epoch. Training that stops ends without an evaluation."""
+        if self.agreed:
+            control.should_evaluate = control.should_save = False
         self._stop(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
         """The same, for a signal during an evaluation in training."""
-        if self._is_training:
+        if self.is_training:
             self._stop(args, state, control)
 
     def on_save(self, args, state, control, **kwargs):
@@ -84,6 +87,45 @@ class Interruption(TrainerCallback):
             f"Interrupted: saving step {state.global_step} to {folder}. Resume with resume_from_checkpoint=True (on "
             "the command line --resume_from_checkpoint True)."
         )
+
+
+class TimeLeft(TrainerCallback):
+    """Says how many steps there are, and after the first ones how long the others will take, without a progress bar.
+
+    Args:
+        say: called with a line of text.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._first: int | None = None
+        self._begun = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Say the number of steps."""
+        self._first, self._begun = state.global_step, time.monotonic()
+        left = state.max_steps - state.global_step
+        self._say(f"Training begins: {left:,} step{'' if left == 1 else 's'}.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Say the time that is left, after the first step and after a tenth of them."""
+        done = state.global_step - (self._first or 0)
+        left = state.max_steps - state.global_step
+        if left and done in (1, (state.max_steps - (self._first or 0)) // 10):
+            seconds = (time.monotonic() - self._begun) / done * left
+            self._say(f"Step {state.global_step:,} of {state.max_steps:,}: about {_duration(seconds)} left.")
+
+
+def _duration(seconds: float) -> str:
+    """The time in words.
+
+    Example:
+        >>> _duration(40), _duration(700), _duration(20_000)
+        ('40 seconds', '12 minutes', '5.6 hours')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 class Calls(TrainerCallback):

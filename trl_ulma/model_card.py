@@ -67,6 +67,7 @@ def write(
     title: str,
     location: str | None,
     dataset_name: str | None,
+    unfinished: tuple[int, int] | None,
 ) -> None:
     """Write a card into `output_dir`/README.md, whose head DPOTrainer has written: a snippet that uses the model, the
     data and their format, the label report, the reference, formulas, settings, results, and both citations.
@@ -78,6 +79,7 @@ def write(
         paper: title, arXiv number and citation of the method.
         location: the model's name on the hub, or None.
         dataset_name: what the rows are called.
+        unfinished: (steps so far, all steps) before the last one; None after it.
     """
     file = Path(args.output_dir) / "README.md"
     head = ModelCard.load(file, ignore_metadata_errors=True).data
@@ -104,7 +106,8 @@ def write(
             takes_images=takes_images,
             is_chat=is_chat,
             messages=json.dumps(_messages(args.system_message, takes_images), ensure_ascii=False),
-            location=location or title,
+            location=location or (f"{args.output_dir}/checkpoint-{unfinished[0]}" if unfinished else title),
+            unfinished=unfinished,
             has_reference=plan.needs_reference,
             reference=None if is_adapter else name or head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
             reference_in_words=reference_in_words(kind, name, args),

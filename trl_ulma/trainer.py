@@ -940,6 +940,9 @@ class PointwiseDPOTrainer(DPOTrainer):
         # The card's header links to datasets on the Hub, so it must not name a local file
         hub_dataset = None if dataset_name is None or Path(dataset_name).exists() else dataset_name
         super().create_model_card(model_name=model_name, dataset_name=hub_dataset, tags=tags)
+        steps = self.state.global_step
+        # A training that has ended before its last step, such as with early stopping, is finished
+        is_unfinished = self.interruption.is_training and steps < self.state.max_steps
         model_card.write(
             self.args,
             model=self.accelerator.unwrap_model(self.model),
@@ -953,6 +956,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             title=model_name or (self.hub_model_id or Path(self.args.output_dir).resolve().name).split("/")[-1],
             location=self.hub_model_id,
             dataset_name=dataset_name,
+            unfinished=(steps, self.state.max_steps) if is_unfinished else None,
         )
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -462,10 +463,11 @@ def test_evaluation_without_a_test_split_takes_a_seeded_one(pairs, argv, held_ou
     train, evaluation, said = load_splits(*settings_of("--dataset_name", pairs, *argv, "--seed", "7"))
     assert (len(train), len(evaluation)) == (20 - held_out, held_out)
     assert not set(train["chosen"]) & set(evaluation["chosen"])
-    assert said == (
+    assert said.startswith(
         f"{pairs} has no test split: {held_out} of its 20 rows are held out for evaluation, by prompt (seed 7); "
-        f"{20 - held_out} rows are trained on."
+        f"{20 - held_out} rows are trained on.\n"
     )
+    assert " too few to conclude anything from an evaluation. Rate answers to more prompts: 30 held-out ones" in said
     again = load_splits(*settings_of("--dataset_name", pairs, *argv, "--seed", "7"))[1]
     assert again["chosen"] == evaluation["chosen"]
 
@@ -518,7 +520,29 @@ def test_a_mixture_is_split_by_prompt_with_the_seed(tmp_path, pairs):
         "The mixture `datasets` is trained on; dataset_name=unread.jsonl is not read.",
         "the mixture has no test split: 8 of its 40 rows are held out for evaluation, by prompt (seed 42); 32 rows are "
         "trained on.",
+        "The held-out rows have 4 prompts, too few to conclude anything from an evaluation. Rate answers to more "
+        "prompts: 30 held-out ones are enough.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "advice"),
+    [
+        (400, ""),
+        (300, ""),
+        (290, "have 29 prompts, too few .* Hold out more \\(--test_split_size 0.15\\), or rate answers to more"),
+        (70, "have 7 prompts, too few .* Hold out more \\(--test_split_size 0.45\\), or rate answers to more"),
+        (40, "have 4 prompts, too few .* Rate answers to more prompts: 30 held-out ones are enough"),
+    ],
+)
+def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, advice):
+    rows = [{"prompt": f"{i}", "completion": text, "label": text == "a"} for i in range(prompts) for text in "ab"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out, said = load_splits(*settings_of("--dataset_name", str(file), "--do_eval"))[1:]
+    assert len(set(held_out["prompt"])) == prompts // 10
+    assert re.search(advice, said)
+    assert ("too few" in said) == bool(advice)
 
 
 def test_a_streamed_mixture_has_nothing_to_split(tmp_path, pairs):

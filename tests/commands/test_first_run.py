@@ -131,6 +131,17 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     assert sorted(tmp_path.rglob("*")) == there
 
 
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [(["--use_peft"], True), (["--use_peft", "--learning_rate", "1e-4"], False), ([], False)],
+)
+def test_loras_learning_rate_is_named_if_it_is_trls_default(without_weights, ratings, capfd, options, is_said):
+    assert main(["check", "--model", without_weights, "--dataset", ratings, "--bf16", "False", *options]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    note = "The learning rate is 1e-06, TRL's default, which is meant for training all weights."
+    assert (note in said) == ("Begin with --learning_rate 1e-4." in said) == is_said
+
+
 def test_a_terminal_shows_completions_in_color(without_weights, ratings):
     # In a process of its own, because what a test before it has imported can make rich take it for a notebook
     command = [sys.executable, "-m", "trl_ulma", "check", "--model", without_weights, "--dataset", ratings]

@@ -123,6 +123,27 @@ def test_ctrl_c_ends_the_step_saves_it_and_ends_the_run(tiny_gpt2, tmp_path, cap
     assert torch.equal(weights(unbroken.model), weights(resumed.model))
 
 
+def test_ctrl_c_ends_without_the_evaluation_of_an_epoch_and_the_card_says_it(tiny_gpt2, tmp_path, capfd):
+    each = {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_steps": None, "max_steps": -1}
+    settings = {**SETTINGS, **each, "num_train_epochs": 2}
+    press = PressCtrlC("on_step_begin", 0, lambda: "".join(capfd.readouterr()))
+    trainer = make_trainer(tiny_gpt2, make_rows(16), tmp_path, eval_dataset=make_rows(3), callbacks=[press], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not [logs for logs in trainer.state.log_history if "eval_loss" in logs]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    card = (tmp_path / "README.md").read_text()
+    total = trainer.state.max_steps
+    assert total > 1
+    assert f"not finished**: it stopped, or still runs, after step 1 of {total}" in card
+    assert f'from_pretrained("{tmp_path}/checkpoint-1")' in card
+    trainer = make_trainer(tiny_gpt2, make_rows(16), tmp_path, eval_dataset=make_rows(3), **settings)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.create_model_card()
+    assert len([logs for logs in trainer.state.log_history if "eval_loss" in logs]) == 2
+    assert "not finished" not in (tmp_path / "README.md").read_text()
+
+
 def test_ctrl_c_while_the_reference_is_precomputed(tiny_gpt2, tmp_path):
     """Nothing is learned yet: the constructor ends at once."""
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)

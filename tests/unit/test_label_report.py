@@ -225,7 +225,7 @@ def test_labels_are_shown_on_both_scales():
     whole = report_of((raw - mean) / std, True, raw=raw, transform="standardize:3.25,1.2")
     lines = render_report(whole).splitlines()
     assert lines[2] == f"continuous labels: 16 rows, mean {mean:.3g}, standard deviation {std:.3g}"
-    assert lines[3] == "after standardize:3.25,1.2: mean 0, standard deviation 1"
+    assert lines[3] == "after standardize, (label − 3.25) / 1.2: mean 0, standard deviation 1"
     assert lines[4].split() == ["label", "→", "learned", "rows", "tokens"]
     assert [line.split()[:3] for line in lines[5:10]] == [
         [f"{label:g}", "→", f"{(label - mean) / std:+.2f}"] for label in (1, 2, 3, 4, 5)

@@ -59,6 +59,16 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
     return DatasetDict({"train": dataset.select(train), "test": dataset.select(sorted(test))})
 
 
+def count_prompts(dataset: Dataset) -> int:
+    """The number of different prompts.
+
+    Example:
+        >>> count_prompts(Dataset.from_dict({"prompt": ["a", "b", "a"], "completion": ["1", "2", "3"]}))
+        2
+    """
+    return len(_groups_by_prompt(dataset))
+
+
 def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
     """The row numbers of each set of rows that share a prompt, by the first prompt of the set."""
     keys = [[_key(prompt) for prompt in prompts] for prompts in prompts_of(dataset)]

@@ -25,7 +25,7 @@ from trl_ulma.evaluation.document import (
 from trl_ulma.evaluation.figures import save
 from trl_ulma.evaluation.intervals import Estimate, over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
-from trl_ulma.evaluation.pictures import Drawing
+from trl_ulma.evaluation.pictures import ENOUGH, Drawing
 
 __all__ = ["commit", "conclusions", "document", "in_terminal", "over_runs", "shown", "table", "versions", "write"]
 
@@ -319,7 +319,8 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
     for model in models:
         scale = model.get("own_scale")
         bins[model["name"]] = scale["calibration"] if scale else model.get("calibration") or []
-    if not any(len(of_model) > 1 for of_model in bins.values()):
+    rows_of_a_model = max(sum(each.rows for each in of_model) for of_model in bins.values())
+    if not any(len(of_model) > 1 for of_model in bins.values()) or rows_of_a_model < ENOUGH["calibration"]:
         return []
     rows = [
         [name, f"{each.predicted:.2f}", f"{each.observed:.2f}", str(each.rows)]

@@ -1,5 +1,6 @@
 """The label report: labels, weights, prompts and lengths of a training set, with warnings, before any training."""
 
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -375,7 +376,7 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
     shown = found if raw is None else raw
     lines = [f"{kind} labels: {_count(found['rows'], 'row')}, {_moments(shown)}"]
     if raw is not None:
-        lines.append(f"after {raw['transform']}: {_moments(found)}")
+        lines.append(f"after {_in_words(raw['transform'])}: {_moments(found)}")
         lines += _render_histogram(raw["histogram"], found["rows"], has_weights)
     # One table says everything if each label becomes exactly one other
     if raw is None or any(each["learned_low"] != each["learned_high"] for each in raw["histogram"]):
@@ -392,6 +393,12 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
             f"{'':<20}rms {targets['rms']:.3g}, median {targets['median']:.3g}, greatest {targets['max']:.3g}",
         ]
     return [line.rstrip() for line in lines]
+
+
+def _in_words(transform: str) -> str:
+    """A label transform, with what `standardize` subtracts and divides by."""
+    found = re.fullmatch(r"standardize:([^,]+),([^,]+)", transform)
+    return f"standardize, (label − {float(found[1]):.4g}) / {float(found[2]):.4g}" if found else transform
 
 
 def _render_histogram(histogram: Sequence[Mapping[str, Any]], rows: int, has_weights: bool) -> list[str]:

@@ -93,7 +93,7 @@ def check(
     import trl_ulma
     from trl_ulma.labels import render_report
     from trl_ulma.rows.dataset_labels import report_labels
-    from trl_ulma.scripts.training import check_model, load_splits, loading
+    from trl_ulma.scripts.training import check_model, load_splits, loading, small_learning_rate
 
     console = Console(highlight=False, soft_wrap=True)
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
@@ -119,6 +119,8 @@ def check(
         console.print(Padding(text, (0, 2)), soft_wrap=False)
     console.print("\n" + steps_in_words(start, training_args, processes), markup=False)
     console.print("\n" + memory_in_words(start, training_args, model_args, peft_config), markup=False)
+    if note := small_learning_rate(training_args, model_args):
+        console.print("\n" + note, markup=False)
 
 
 _LEGEND = {True: "with the scored part in color", False: "with the scored part between ⟦ and ⟧"}

@@ -1,6 +1,7 @@
 """Runs the training commands: launches the processes, loads the data, trains, saves and evaluates."""
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from datasets import Dataset, disable_progress_bars
 
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
+from trl_ulma.data.splits import count_prompts
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
 from trl_ulma.scripts.options import OptionParser
@@ -161,7 +163,23 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         f"{name} has no test split: {len(halves['test']):,} of its {len(train):,} rows are held out for evaluation, "
         f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are trained on."
     )
+    said += _few_prompts(count_prompts(halves["test"]), len(halves["test"]) / len(train))
     return halves["train"], halves["test"], said
+
+
+def _few_prompts(held_out: int, share: float) -> str:
+    """What to do if fewer prompts are held out than an evaluation needs; "" if there are enough."""
+    from trl_ulma.evaluation.report import ENOUGH_PROMPTS
+
+    if held_out >= ENOUGH_PROMPTS:
+        return ""
+    enough = math.ceil(20 * share * ENOUGH_PROMPTS / held_out) / 20
+    more = f"Hold out more (--test_split_size {enough:g}), or rate" if enough <= 0.5 else "Rate"
+    prompts = f"{held_out} prompt{'' if held_out == 1 else 's'}"
+    return (
+        f"\nThe held-out rows have {prompts}, too few to conclude anything from an evaluation. {more} answers to more "
+        f"prompts: {ENOUGH_PROMPTS} held-out ones are enough."
+    )
 
 
 def _refuse_beside_mixture(script_args: Any) -> None:
@@ -258,6 +276,17 @@ def train(
         _refuse(problem, prog, [f"--{field.name}" for each in settings for field in dataclasses.fields(each)])
 
 
+def small_learning_rate(training_args: Any, model_args: Any) -> str:
+    """A note if LoRA is trained with TRL's default learning rate, which is for training all weights; else ""."""
+    default = type(training_args).__dataclass_fields__["learning_rate"].default
+    if not model_args.use_peft or training_args.learning_rate != default:
+        return ""
+    return (
+        f"The learning rate is {default:g}, TRL's default, which is meant for training all weights. LoRA learns almost "
+        "nothing with it. Begin with --learning_rate 1e-4."
+    )
+
+
 def _last_evaluation(trainer: Any) -> dict[str, Any] | None:
     """The figures of the evaluation after the last step, if this training ran one on the weights as they are now."""
     last = next((logs for logs in reversed(trainer.state.log_history) if "eval_loss" in logs), {})
@@ -287,6 +316,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
+    from trl_ulma.callbacks import TimeLeft
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
 
@@ -308,8 +338,11 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
         peft_config=get_peft_config(model_args),
     )
     say = trainer.accelerator.print
-    if said := add_pictures(trainer):
-        say(said)
+    for said in (small_learning_rate(training_args, model_args), add_pictures(trainer)):
+        if said:
+            say(said)
+    if not sys.stderr.isatty():
+        trainer.add_callback(TimeLeft(say))
     if script_args.ignore_bias_buffers:
         import torch
 

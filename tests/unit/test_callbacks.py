@@ -1,0 +1,48 @@
+"""Callbacks without a training."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from trl_ulma import callbacks
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "seconds", "said"),
+    [
+        (
+            0,
+            30,
+            20.0,
+            [
+                "Training begins: 30 steps.",
+                "Step 1 of 30: about 10 minutes left.",
+                "Step 3 of 30: about 9 minutes left.",
+            ],
+        ),
+        (
+            10,
+            30,
+            4.0,
+            [
+                "Training begins: 20 steps.",
+                "Step 11 of 30: about 76 seconds left.",
+                "Step 12 of 30: about 72 seconds left.",
+            ],
+        ),
+        (0, 1, 5.0, ["Training begins: 1 step."]),
+        (0, 5, 3600.0, ["Training begins: 5 steps.", "Step 1 of 5: about 4.0 hours left."]),
+    ],
+)
+def test_the_time_that_is_left_is_said_early(monkeypatch, first, steps, seconds, said):
+    clock = [0.0]
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lines: list[str] = []
+    callback = callbacks.TimeLeft(lines.append)
+    state = SimpleNamespace(global_step=first, max_steps=steps)
+    callback.on_train_begin(None, state, None)
+    while state.global_step < steps:
+        clock[0] += seconds
+        state.global_step += 1
+        callback.on_step_end(None, state, None)
+    assert lines == said
