@@ -388,6 +388,20 @@ def test_fsdp2_is_refused_if_accelerate_does_not_have_it(launched, monkeypatch, 
     assert main([*argv[:-1], "fsdp1"]) == 0
 
 
+def test_the_launch_names_no_space_for_trackio(launched, monkeypatch):
+    for before in (None, "own"):
+        # TRL before 1.0 sets the variable when its command line is imported
+        for name in [name for name in sys.modules if name.startswith(("trl.cli", "trl.scripts."))]:
+            monkeypatch.delitem(sys.modules, name)
+        if before is None:
+            monkeypatch.delenv("TRACKIO_SPACE_ID", raising=False)
+        else:
+            monkeypatch.setenv("TRACKIO_SPACE_ID", before)
+        assert main(["ulma", *NEEDED]) == 0
+        assert os.environ.get("TRACKIO_SPACE_ID") == before
+    assert len(launched) == 2
+
+
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_each_command_launches_its_module(launched, command):
     assert main([command, *NEEDED]) == 0
