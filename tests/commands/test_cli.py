@@ -1,5 +1,6 @@
 """The command line: commands, options, YAML files, launches, and whole runs."""
 
+import argparse
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import accelerate
@@ -16,7 +18,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict
-from forks import python_path
+from forks import HAS_FSDP2, python_path
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -367,26 +369,44 @@ def test_options_are_told_apart_for_the_launch(launched, tmp_path):
 
 def test_fsdp2_is_refused_if_accelerate_does_not_have_it(launched, monkeypatch, capsys):
     argv = ["ulma", *NEEDED, "--accelerate_config", "fsdp2"]
-    if hasattr(launch_command_parser().parse_args(["script"]), "fsdp_version"):
+    if HAS_FSDP2:
         assert main(argv) == 0
         assert len(launched) == 1
-        # accelerate before 1.6, which takes any key in the file, has no such option
-        parser = launch_command_parser()
-        parse = parser.parse_args
 
-        def without_version(given):
-            args = parse(given)
-            del args.fsdp_version
-            return args
+        class Older(argparse.Namespace):
+            """accelerate before 1.6, which takes any key in the file, has no such option."""
 
-        monkeypatch.setattr(parser, "parse_args", without_version)
-        monkeypatch.setattr("accelerate.commands.launch.launch_command_parser", lambda: parser)
+            def __getattribute__(self, name):
+                if name == "fsdp_version":
+                    raise AttributeError(name)
+                return super().__getattribute__(name)
+
+        def older():
+            parser = launch_command_parser()
+            monkeypatch.setattr(parser, "parse_args", partial(parser.parse_args, namespace=Older()))
+            return parser
+
+        monkeypatch.setattr("accelerate.commands.launch.launch_command_parser", older)
     launched.clear()
     assert main(argv) == 2
     assert not launched
     said = capsys.readouterr().err
     assert f"fsdp2.yaml sets fsdp_version: 2, but accelerate {accelerate.__version__} only has FSDP1. Install " in said
     assert main([*argv[:-1], "fsdp1"]) == 0
+
+
+def test_the_launch_names_no_space_for_trackio(launched, monkeypatch):
+    for before in (None, "own"):
+        # TRL before 1.0 sets the variable when its command line is imported
+        for name in [name for name in sys.modules if name.startswith(("trl.cli", "trl.scripts."))]:
+            monkeypatch.delitem(sys.modules, name)
+        if before is None:
+            monkeypatch.delenv("TRACKIO_SPACE_ID", raising=False)
+        else:
+            monkeypatch.setenv("TRACKIO_SPACE_ID", before)
+        assert main(["ulma", *NEEDED]) == 0
+        assert os.environ.get("TRACKIO_SPACE_ID") == before
+    assert len(launched) == 2
 
 
 @pytest.mark.parametrize("command", SCRIPTS)

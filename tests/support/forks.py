@@ -4,6 +4,7 @@ They are for what is not tested for how it starts. Each has its own output, envi
 of libraries, and leaves nothing in the test's process.
 """
 
+import inspect
 import multiprocessing
 import os
 import runpy
@@ -17,12 +18,15 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 import trl_ulma
 
+# accelerate 1.6 has added it
+HAS_FSDP2 = "fsdp_version" in inspect.signature(FullyShardedDataParallelPlugin).parameters
 FORK = multiprocessing.get_context("fork")
 
 

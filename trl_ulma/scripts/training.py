@@ -31,8 +31,14 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # TRL before 1.0 sets this variable on import, so that Trackio uploads to a public Space. It can go when 1.0 is the
+    # oldest.
+    space = os.environ.get("TRACKIO_SPACE_ID")
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
+    if space is None:
+        os.environ.pop("TRACKIO_SPACE_ID", None)
     try:
         launch_options = resolve_accelerate_config_argument(launch_options)
     except ValueError as problem:
