@@ -25,6 +25,8 @@ _PROMPT_SHOWN = 60  # characters
 _NOT_BINARY = 'Rescale it, or set label_type="continuous".'
 # Numbers with decimal commas, thousands separators or percent signs
 _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
+# A number with one decimal comma. The comma of 1,234 may separate thousands
+_DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
 
 
 class InvalidRow(ValueError):
@@ -418,10 +420,12 @@ def _number(value: Any, at: str, name: str) -> float:
         raise InvalidRow(f"{at}: {name} is a list of {len(value)}; it must be one number per row.", f"{name} is a list")
     if not isinstance(value, bool | int | float):
         found = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
-        is_other_form = isinstance(value, str) and _OTHER_FORM.fullmatch(value.strip()) is not None
+        text = value.strip() if isinstance(value, str) else ""
+        meant = f" Did you mean {text.replace(',', '.')}?" if _DECIMAL_COMMA.fullmatch(text) else ""
+        form = " Write it as in 0.5 or 1234, with a decimal point and without separators."
         raise InvalidRow(
-            f"{at}: {name} is {found}; it must be a number{' or a bool' if name == 'label' else ''}."
-            + (" Write it as in 0.5 or 1234, with a decimal point and without separators." if is_other_form else ""),
+            f"{at}: {name} is {found}; it must be a number{' or a bool' if name == 'label' else ''}.{meant}"
+            + (form if _OTHER_FORM.fullmatch(text) else ""),
             f"{name} is {'missing' if value is None else 'no number'}",
         )
     if not abs(value) <= _LARGEST:
