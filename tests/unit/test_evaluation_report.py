@@ -8,6 +8,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -478,6 +479,15 @@ def test_the_most_surprising_rows_come_first():
     assert found[0]["surprise"] == pytest.approx(np.log(1 + np.exp(3)))
     mixed = surprises(reward, np.ones(20), np.ones(20), np.arange(20) < 15, LabelRules(), texts, numbers)
     assert {each["row"] for each in mixed} <= set(range(10, 25))
+
+
+def test_the_name_of_a_row_is_not_broken_within_a_word():
+    page = to_html([Table(["row", "answer"], [["answers.csv, line 161", "x" * 900]], is_text=True)], Path())
+    style = page.split("@media (max-width")[0]
+    breaking = [rule.split("{")[0] for rule in style.split("}") if "overflow-wrap: anywhere" in rule]
+    selectors = [selector.strip() for rule in breaking for selector in rule.split(",")]
+    assert ".text td:not(:first-child)" in selectors  # a long answer does not widen the page
+    assert not {"td", ".text td", "td:first-child", ".text td:first-child", "table", ".text", "body"} & set(selectors)
 
 
 def test_pictures_of_too_few_points_are_not_drawn(tmp_path):
