@@ -271,7 +271,7 @@ def _repeats(
     named: Callable[[int], str],
     warnings: list[str],
 ) -> dict[str, Any]:
-    """Return counts of repeated and contradicting rows, and the first repeated ones. `own` are labels as in the data."""
+    """Return counts of repeated and contradicting rows, and the first repeated ones. `own` are the labels to show."""
     # After sorting by answer, type and label, contradicting rows form a run in which the label changes
     order = np.lexsort((label, continuous, answer))
     starts = np.r_[True, (np.diff(answer[order]) != 0) | (np.diff(continuous[order]) != 0)]
