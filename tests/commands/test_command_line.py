@@ -233,8 +233,8 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path, cap
     first, *rows = [line for line in trained.stderr.splitlines() if not line.startswith("The ")]
     assert first == "trl-ulma ulma: error: 4 of 5 rows of the train dataset are invalid:"
     assert rows[0] == (
-        "  Row 1 of the train dataset: label is 2.0, outside [0, 1]. Rescale it, or set --label_type continuous. "
-        f"Prompt: 'What is 2?' ({stars}, line 3)"
+        f"  {stars}, line 3: label is 2.0, outside [0, 1]. Rescale it, or set --label_type continuous. "
+        "Prompt: 'What is 2?'"
     )
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert main(["check", *words]) == 1
@@ -284,7 +284,7 @@ def test_labels_that_label_map_lacks_are_refused_row_by_row(command, tiny_gpt2, 
         with pytest.raises(SystemExit) as stop:
             ulma.main(*ulma.make_parser().parse_settings([*argv, "--output", str(tmp_path / "out")]))
         said = str(stop.value)
-    assert f"trl-ulma {command}: error: 5 of 5 rows of the train dataset are invalid:\n  Row 0 of the train" in said
+    assert f"trl-ulma {command}: error: 5 of 5 rows of the train dataset are invalid:\n  {stars}, line 2 has" in said
     assert said.count("which --label_map does not contain. Add it to --label_map.") == 5
 
 

@@ -521,11 +521,41 @@ def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(ti
     assert main(["evaluate", *argv]) == 0
     said_of_rows = capsys.readouterr().err
     assert (
-        "no test split, so 2 of its 6 rows are evaluated (0.34 of train by prompt, seed 42). --split train evaluates"
+        "no test split, so 2 of its 6 rows are selected (0.34 of train by prompt, seed 42). --split train evaluates"
         in said_of_rows
     )
     data = json.loads((tmp_path / "report.json").read_text())["data"]
     assert (data["rows"], data["split"]) == (4, "0.34 of train by prompt, seed 42")
+
+
+def test_the_report_names_the_rows_that_were_left_out(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        "Why?,Because.,5",
+        "Who?,Me.,",
+        "Where?,,2",
+        "When?,Now.,1",
+        f"{'Why is it so? ' * 90},Yes.,3",
+        "How?,So.,4",
+    ]
+    (tmp_path / "answers.csv").write_text("\n".join(["question,reply,stars", *lines, ""]))
+    argv = ["evaluate", "--model", f"m={tiny_llama}", "--dataset", "answers.csv", "--output", "report"]
+    argv += ["--columns", "prompt=question,completion=reply,label=stars", "--label_type", "continuous"]
+    argv += ["--max_length", "64", "--truncation_mode", "keep_start", "--examples", "0"]
+    assert main([*argv, "--split", "train", "--invalid_rows", "drop"]) == 0
+    record = json.loads((tmp_path / "report" / "report.json").read_text())
+    data, (model,) = record["data"], record["models"]
+    assert (data["rows"], model["rows"], model["left_out"]) == (4, 3, 1)
+    assert data["left_out"] == {"invalid: stars is empty": 1, "invalid: reply is empty": 1}
+    text = (tmp_path / "report" / "report.md").read_text()
+    for part in (
+        "2 rows were left out. Reasons: invalid: stars is empty (1 row); invalid: reply is empty (1 row).",
+        "- answers.csv, line 3: stars is empty; it must be a number or a bool.\n"
+        "- answers.csv, line 4: reply is empty, so there is nothing to learn. Drop the row.",
+        "m: 1 row was left out. Reason: its prompt alone fills max_length (1 row). The first: answers.csv, line 6.",
+    ):
+        assert f"\n\n{part}\n\n" in text
+        assert part.splitlines()[0].removeprefix("- ") in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_a_key_goes_to_the_server_that_it_was_named_for_and_to_no_other(rows, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from tiny import make_tokenizer
 
-from trl_ulma.data.files import load_rows
-from trl_ulma.data.origins import origins, with_origins
+from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.origins import origin, origins, with_origins
 from trl_ulma.evaluation.findings import surprises
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.judge import Judge
@@ -47,17 +47,52 @@ def test_check_names_the_line_of_each_row_that_it_shows(tiny_gpt2, file, capsys)
     assert "Row 0" not in said
 
 
-def test_check_lists_the_invalid_rows_of_both_halves_of_a_split_at_once(tiny_gpt2, file, tmp_path, capsys):
-    (tmp_path / file).write_text((tmp_path / file).read_text().replace(",0\n", ",\n"))
-    assert check.main(["--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "epoch", "--bf16", "false"]) == 1
-    said = capsys.readouterr().err
-    invalid = [
-        said.count(f"Row {row} of the {name} dataset: label is None") for name in ("train", "eval") for row in range(6)
-    ]
-    assert sum(invalid) == 3
-    assert all(f"rows.csv, line {line}" in said for line in LINES[::2])
-    assert any(invalid[6:])
-    assert said.count("--invalid_rows drop") == 1
+QUESTIONS = ["Why?", "Where?", "Who?", "When?", "How?", "What?"] * 2
+STARS = ["5", "", "1", "2", "4,5", "3", "1", "", "5", "2", "4", "3"]
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """A file whose columns have other names, with invalid rows in both halves of the split."""
+    monkeypatch.chdir(tmp_path)
+    rows = [f'{question},{"" if i == 2 else f"answer {i}"},"{STARS[i]}"' for i, question in enumerate(QUESTIONS)]
+    (tmp_path / "answers.csv").write_text("\n".join(["question,reply,stars", *rows, ""]))
+    return ["--dataset", "answers.csv", "--columns", "prompt=question,completion=reply,label=stars"]
+
+
+FOUND = [
+    "  answers.csv, line 3: stars is empty; it must be a number or a bool. Prompt: 'Where?'",
+    "  answers.csv, line 4: reply is empty, so there is nothing to learn. Drop the row. Prompt: 'Who?'",
+    "  answers.csv, line 6: stars is '4,5', a str; it must be a number or a bool. Did you mean 4.5? Write it as in 0.5 "
+    "or 1234, with a decimal point and without separators. Prompt: 'How?'",
+    "  answers.csv, line 9: stars is empty; it must be a number or a bool. Prompt: 'Where?'",
+]
+KINDS = "By kind: 2 × stars is empty; 1 × reply is empty; 1 × stars is no number."
+
+
+def test_check_lists_the_invalid_rows_of_both_halves_of_a_split_as_one_file(tiny_gpt2, answers, capsys):
+    halves = split_by_prompt(load_rows("answers.csv", columns=answers[3])["train"], test_size=0.5, seed=0)
+    for half in halves.values():
+        assert {origin(half, row)[-1] for row in range(len(half))} & {"3", "4", "6", "9"}
+    words = ["--method", "pointwise-dpo", "--label_type", "continuous", "--bf16", "false", "--seed", "0"]
+    assert check.main(["--model", tiny_gpt2, *answers, *words, "--test_split_size", "0.5"]) == 1
+    first, *lines, remedy = capsys.readouterr().err.splitlines()[-7:]
+    assert first.endswith("error: 4 of 12 rows are invalid:")
+    assert lines == [*FOUND, KINDS]
+    assert remedy.count("--invalid_rows drop") == 1
+
+
+def test_invalid_rows_of_one_half_keep_the_name_of_the_dataset(tiny_gpt2, answers, capsys):
+    words = ["--method", "pointwise-dpo", "--label_type", "continuous", "--bf16", "false", "--eval_strategy", "no"]
+    assert check.main(["--model", tiny_gpt2, *answers, *words]) == 1
+    first, *lines, _ = capsys.readouterr().err.splitlines()[-7:]
+    assert first.endswith("error: 4 of 12 rows of the train dataset are invalid:")
+    assert lines == [*FOUND, KINDS]
+    assert check.main(["--model", tiny_gpt2, *answers, *words, "--invalid_rows", "drop"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "invalid: stars is empty (2 rows); invalid: reply is empty (1 row); invalid: stars is no number (1 row)" in (
+        said
+    )
 
 
 def test_scored_rows_have_their_line(file):

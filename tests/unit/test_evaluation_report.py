@@ -8,6 +8,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -478,6 +479,39 @@ def test_the_most_surprising_rows_come_first():
     assert found[0]["surprise"] == pytest.approx(np.log(1 + np.exp(3)))
     mixed = surprises(reward, np.ones(20), np.ones(20), np.arange(20) < 15, LabelRules(), texts, numbers)
     assert {each["row"] for each in mixed} <= set(range(10, 25))
+
+
+def test_the_name_of_a_row_is_not_broken_within_a_word():
+    page = to_html([Table(["row", "answer"], [["answers.csv, line 161", "x" * 900]], is_text=True)], Path())
+    style = page.split("@media (max-width")[0]
+    breaking = [rule.split("{")[0] for rule in style.split("}") if "overflow-wrap: anywhere" in rule]
+    selectors = [selector.strip() for rule in breaking for selector in rule.split(",")]
+    assert ".text td:not(:first-child)" in selectors  # a long answer does not widen the page
+    assert not {"td", ".text td", "td:first-child", ".text td:first-child", "table", ".text", "body"} & set(selectors)
+
+
+def test_rows_that_were_left_out_are_counted_and_the_first_are_named(tmp_path):
+    facts = facts_of()
+    facts["data"] |= {
+        "left_out": {"invalid: stars is empty": 2},
+        "invalid_rows": ["answers.csv, line 161: stars is empty; it must be a number or a bool."],
+    }
+    facts["models"][0] |= {
+        "left_out": 1,
+        "left_out_reasons": {"its prompt alone fills max_length": 1},
+        "left_out_rows": ["answers.csv, line 9"],
+    }
+    report.write(tmp_path, facts, {})
+    text = (tmp_path / "report.md").read_text()
+    for part in (
+        "2 rows were left out. Reason: invalid: stars is empty (2 rows).",
+        "- answers.csv, line 161: stars is empty; it must be a number or a bool.",
+        "tuned: 1 row was left out. Reason: its prompt alone fills max_length (1 row). The first: answers.csv, line 9.",
+    ):
+        assert f"\n\n{part}\n\n" in text
+    assert "line 161: stars is empty" in (tmp_path / "report.html").read_text()
+    report.write(tmp_path, facts_of(), {})
+    assert "left out" not in (tmp_path / "report.md").read_text().replace("temperature is left out", "")
 
 
 def test_pictures_of_too_few_points_are_not_drawn(tmp_path):

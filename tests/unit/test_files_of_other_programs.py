@@ -140,6 +140,17 @@ def test_numbers_in_other_forms_say_how_to_write_them(label):
     assert "Write it as" not in str(invalid[1])
 
 
+@pytest.mark.parametrize(
+    ("label", "meant"),
+    [("4,5", "4.5"), (" -0,125 ", "-0.125"), ("1,234", None), ("1,000.5", None), ("1,2,3", None), ("80%", None)],
+)
+def test_a_number_with_one_decimal_comma_is_read_back(label, meant):
+    invalid: dict[int, InvalidRow] = {}
+    read_labels({"label": [label]}, [0], "train", LabelRules(), invalid)
+    assert (f" Did you mean {meant}? Write it as in 0.5" in str(invalid[0])) == (meant is not None)
+    assert ("Did you mean" in str(invalid[0])) == (meant is not None)
+
+
 def test_whole_numbers_beyond_64_bits(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", LINE + LINE.replace(": 1}", ": 12345678901234567890123}"))
     assert [row["label"] for row in read(path)] == [1.0, 12345678901234567890123.0]

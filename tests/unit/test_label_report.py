@@ -125,6 +125,29 @@ def test_repeated_and_contradicting_rows():
     assert apart["contradicting"] == 0
 
 
+def test_repeated_and_contradicting_rows_are_named_with_their_own_labels():
+    learned = [-1.0, 1.0, 0.0, 1.0, 1.0, -1.0]
+    stars = np.array([1.0, 5.0, 3.0, 5.0, 5.0, 1.0])
+    answer = np.array([9, 7, 9, 8, 8, 7])
+    names = ["a.csv, line 2", "a.csv, line 3", "b.csv, line 2", "b.csv, line 3", "b.csv, line 4", "b.csv, line 5"]
+    report = report_of(learned, True, answer=answer, raw=stars, transform="standardize", named=names.__getitem__)
+    (warning,) = (each for each in report["warnings"] if "contradict" in each)
+    assert warning.startswith(
+        "4 rows contradict one another: the same prompt and completion with different labels, a.csv, line 2 (1) and "
+        "b.csv, line 2 (3); a.csv, line 3 (5) and b.csv, line 5 (1). This is expected"
+    )
+    shown = " ".join(render_report(report).split())
+    assert (
+        "repeated 3 rows: a.csv, line 2 and b.csv, line 2; b.csv, line 3 and line 4; a.csv, line 3 and b.csv, line 5 "
+        "contradicting 4 rows" in shown
+    )
+    many = report_of(np.tile([1, 0], 7), answer=np.repeat(np.arange(7), 2))
+    (warning,) = (each for each in many["warnings"] if "contradict" in each)
+    assert "labels, row 0 (1) and row 1 (0); row 2 (1)" in warning
+    assert "row 8 (1) and row 9 (0); …. This" in warning
+    assert "row 8 and row 9; …" in " ".join(render_report(many).split())
+
+
 def test_answers_per_prompt():
     prompts = np.repeat(np.arange(5), [1, 2, 4, 5, 20])
     report = report_of(np.tile([1, 0], 16), prompt=prompts)["prompts"]

@@ -19,7 +19,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concaten
 
 from trl_ulma.data.columns import Names, number
 from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_prompt
-from trl_ulma.data.origins import StreamOrigins, joined_origins, origin, places_of
+from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin, places_of
+from trl_ulma.labels import InvalidRow
 
 
 @pytest.fixture(autouse=True)
@@ -462,6 +463,28 @@ def test_the_line_of_a_row_that_was_selected_split_off_or_concatenated(tmp_path)
         assert [origin(half, i) for i in range(len(half))] == [
             f"{tmp_path / 'prompts.jsonl'}, line {i + 1}" for i in half["weight"][:]
         ]
+
+
+def test_an_invalid_row_is_told_of_in_the_words_of_its_own_file(tmp_path):
+    table = write(tmp_path / "a.csv", "prompt,completion,stars\nHi,Yo,5\nHi,Ho,\n")
+    other = write(tmp_path / "b.jsonl", lines([{"prompt": "Hi", "completion": "Yo", "thumb": None}] * 2))
+    parts = [(str(table), read(table, columns="label=stars")), (str(other), read(other, columns="label=thumb"))]
+    both = concatenate_datasets([rows for _, rows in parts])
+    joined_origins(parts).save(written := Dataset.load_from_disk(saved(both, tmp_path / "saved")))
+    for rows in (both, written, written.shuffle(seed=3)):
+        numbers = [number for number in range(4) if origin(rows, number) != f"{table}, line 2"]
+        error = "Row {} of the train dataset: label is None; it must be a number."
+        found = located([(i, InvalidRow(error.format(i), "label is missing")) for i in numbers], rows, "train")
+        assert sorted((str(each), each.kind) for each in found) == [
+            (f"{table}, line 3: stars is empty; it must be a number.", "stars is empty"),
+            (f"{other}, line 1: thumb is None; it must be a number.", "thumb is missing"),
+            (f"{other}, line 2: thumb is None; it must be a number.", "thumb is missing"),
+        ]
+
+
+def saved(rows, folder):
+    rows.save_to_disk(folder)
+    return folder
 
 
 def test_the_line_of_a_row_of_a_stream(tmp_path):

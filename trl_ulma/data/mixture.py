@@ -1,6 +1,7 @@
 """Loads a mixture of datasets, the list `datasets` of a YAML file, as one dataset. Parts can be of different kinds."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from trl_ulma.data.columns import READ, TEXTS
 from trl_ulma.data.conversations import as_chat, is_transcript
 from trl_ulma.data.files import check_splits, load_files, load_rows
 from trl_ulma.data.hub import load_hub
-from trl_ulma.data.origins import Origins, Places, joined_origins, note_places, origin, places_of
+from trl_ulma.data.origins import Places, joined_origins, note_places, origin, places_of
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.read_files import SOME_TABLES, TABLES, marked
 from trl_ulma.data.tables import as_dataset
@@ -288,7 +289,7 @@ def _single(name: str, rows: Any) -> Any:
     made = rows.map(halves, batched=True, with_indices=True, remove_columns=names)
     if isinstance(made, Dataset):
         whole, pair = joined_origins([(name, rows)]), np.asarray(made["pair"][:], dtype=int)
-        Origins(whole.names, whole.units, whole.source[pair], whole.line[pair]).save(made)
+        replace(whole, source=whole.source[pair], line=whole.line[pair]).save(made)
     single = made.remove_columns("pair")
     places = None if isinstance(rows, Dataset) else places_of(rows)
     if places is not None:

@@ -1,5 +1,6 @@
 """The file and line that each row was read from. They are stored in a file beside the Arrow file of the rows."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ class Origins:
         units: what is counted in each of them: "line" or "row".
         source: int, the number of the row's file in `names`.
         line: int, the number of the line or row in that file.
+        columns: for each file, column that trainers read → its name in the file. Empty if the names are unknown.
     """
 
     names: Sequence[str]
     units: Sequence[str]
     source: np.ndarray
     line: np.ndarray
+    columns: Sequence[Mapping[str, str]] = ()
 
     def __getitem__(self, row: int) -> str:
         source = self.source[row]
@@ -53,6 +56,7 @@ class Origins:
                     units=np.array(self.units, dtype=str),
                     source=np.asarray(self.source[own], dtype=np.int32),
                     line=np.asarray(self.line[own], dtype=np.int64),
+                    columns=np.array(json.dumps(list(self.columns))),
                 )
             part.replace(about)
 
@@ -153,16 +157,24 @@ def with_origins(numbers: Sequence[int], rows: Any) -> str:
     )
 
 
-def located(invalid: Mapping[int, InvalidRow], rows: Any) -> list[InvalidRow]:
-    """The errors of rows, in the order of the rows. Those that a message lists have the file and line of their row.
+def located(invalid: Sequence[tuple[int, InvalidRow]], rows: Any, name: str) -> list[InvalidRow]:
+    """The errors of rows, with the file and line of each row, and the names of columns in the file.
 
     Args:
-        invalid: number of the row → its error.
+        invalid: (number of the row, error).
         rows: the rows.
+        name: the name of the dataset.
     """
-    found = [invalid[row] for row in sorted(invalid)]
-    for place, row in enumerate(sorted(invalid)[:LISTED]):
-        found[place] = found[place].at_origin(origin(rows, row))
+    if not invalid or not isinstance(rows, Dataset):
+        return [error for _, error in invalid]
+    known = joined_origins([("", rows)])
+    found = []
+    for row, error in invalid:
+        source = known.source[row]
+        place: str | None = known[row] if known.names[source] else None
+        if place is None and len(found) < LISTED:
+            place = origin(rows, row)
+        found.append(error.at_origin(place, name, known.columns[source]))
     return found
 
 
@@ -172,7 +184,7 @@ def joined_origins(parts: Sequence[tuple[str, Dataset]]) -> Origins:
     Args:
         parts: (name, rows). Rows of unknown origin are counted within their part.
     """
-    names: dict[tuple[str, str], int] = {}
+    names: dict[tuple[str, str, str], int] = {}
     sources, lines = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
     for name, rows in parts:
         source, line = np.full(_size(rows), -1, np.int32), np.arange(_size(rows))
@@ -180,7 +192,8 @@ def joined_origins(parts: Sequence[tuple[str, Dataset]]) -> Origins:
         for size, file, first in _stretches(rows):
             known = None if file is None else _known(file)
             if known is not None:
-                keys = zip(known.names, known.units, strict=True)
+                columns = [json.dumps(each) for each in known.columns or [{}] * len(known.names)]
+                keys = zip(known.names, known.units, columns, strict=True)
                 numbers = np.array([names.setdefault(key, len(names)) for key in keys], np.int32)
                 source[start : start + size] = numbers[known.source[first : first + size]]
                 line[start : start + size] = known.line[first : first + size]
@@ -188,11 +201,15 @@ def joined_origins(parts: Sequence[tuple[str, Dataset]]) -> Origins:
         if rows._indices is not None:
             taken = rows._indices.column(0).to_numpy()
             source, line = source[taken], np.where(source[taken] < 0, np.arange(len(rows)), line[taken])
-        source[source < 0] = names.setdefault((name, "row"), len(names))
+        source[source < 0] = names.setdefault((name, "row", "{}"), len(names))
         sources.append(source)
         lines.append(line)
     return Origins(
-        [name for name, _ in names], [unit for _, unit in names], np.concatenate(sources), np.concatenate(lines)
+        [name for name, _, _ in names],
+        [unit for _, unit, _ in names],
+        np.concatenate(sources),
+        np.concatenate(lines),
+        [json.loads(columns) for _, _, columns in names],
     )
 
 
@@ -218,7 +235,8 @@ def _known(file: Path) -> Origins | None:
 @lru_cache(maxsize=8)
 def _load(about: Path, changed: int) -> Origins:
     with np.load(about) as found:
-        return Origins(found["names"].tolist(), found["units"].tolist(), found["source"], found["line"])
+        columns = json.loads(str(found["columns"])) if "columns" in found else []
+        return Origins(found["names"].tolist(), found["units"].tolist(), found["source"], found["line"], columns)
 
 
 def _stretches(rows: Dataset) -> Iterator[tuple[int, Path | None, int]]:

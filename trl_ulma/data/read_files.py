@@ -59,7 +59,8 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
                        f"read. {list_unread(reader.unread)}")  # fmt: skip
     lines = np.frombuffer(reader.lines, dtype=np.int64)
     source = np.searchsorted(reader.firsts, np.arange(len(lines)), side="right") - 1
-    Origins([str(file) for file in files], [unit_of(file) for file in files], source, lines).save(rows)
+    units, columns = [unit_of(file) for file in files], [names.columns] * len(files)
+    Origins([str(file) for file in files], units, source, lines, columns).save(rows)
     return _marked(rows, files)
 
 

@@ -18,7 +18,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
   font-variant-numeric: tabular-nums }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; vertical-align: top }
 th:first-child, td:first-child, .text th, .text td { text-align: left } th { background: var(--soft) }
-.text td { overflow-wrap: anywhere } p, li, code { overflow-wrap: anywhere }
+.text td:not(:first-child), p, li, code { overflow-wrap: anywhere }
 picture { display: block; margin: 1rem 0 } img { max-width: 100%; height: auto }
 p.title { font-weight: 600; margin-bottom: .2rem }
 blockquote { border-left: 3px solid var(--line); margin: .2rem 0 1rem; padding: .1rem 1rem; white-space: pre-wrap;
@@ -28,7 +28,7 @@ strong.verdict { display: block; background: var(--soft); padding: .8rem 1rem; b
   body { margin: 1rem auto } h1 { font-size: 1.6rem } h2 { font-size: 1.25rem }
   .wide tr:first-child { display: none } .wide, .wide tbody, .wide tr, .wide td { display: block; border: 0 }
   .wide tr { border: 1px solid var(--line); margin-bottom: .8rem; padding: .3rem 0 }
-  .wide td { padding: .1rem .6rem; text-align: left }
+  .wide td { padding: .1rem .6rem; text-align: left; overflow-wrap: anywhere }
   .wide td::before { content: attr(data-label) ": "; font-weight: 600 }
 }"""
 # With more columns, a narrow page shows the cells of a row below each other

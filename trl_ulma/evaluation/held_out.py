@@ -1,8 +1,8 @@
 """Held-out rows for evaluation: one answer per row, numbered prompts, and answers to compare with."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset, Value
 from transformers.utils import logging
 
-from trl_ulma.data.origins import origin, origins
+from trl_ulma.data.origins import located, origins
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.evaluation.judges import Comparison
@@ -63,6 +63,8 @@ class HeldOut:
         continuous: bool, whether the label is continuous.
         prompt: the number of the prompt.
         places: the file and line of each row, or None where it is not known.
+        left_out: reason → number of the rows that were left out, of which `invalid` has the errors.
+        invalid: see `left_out`.
     """
 
     rows: Dataset
@@ -72,6 +74,8 @@ class HeldOut:
     continuous: np.ndarray
     prompt: np.ndarray
     places: Sequence[str | None] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    invalid: Sequence[InvalidRow] = ()
 
     @classmethod
     def of(
@@ -92,7 +96,7 @@ class HeldOut:
         Raises:
             ValueError: if rows are invalid (the message lists them), if a column is wrong, or if no row is left.
         """
-        rows, raw_row = _one_answer_a_row(dataset, name, takes_images)
+        rows, raw_row, left_out = _one_answer_a_row(dataset, name, takes_images)
         images = image_column(rows.column_names, name)
         columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
         columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
@@ -119,12 +123,14 @@ class HeldOut:
                 keys[row] = image_key(as_images(shown, at))
             except InvalidRow as error:
                 invalid.setdefault(row, error.at_prompt(prompt))
+        errors: list[InvalidRow] = []
         if invalid:
-            errors = [invalid[row].at_origin(origin(dataset, raw_row[row])) for row in sorted(invalid)]
+            errors = located([(raw_row[row], invalid[row]) for row in sorted(invalid)], dataset, name)
             if invalid_rows == "error" or len(errors) == len(rows):
                 refuse_invalid(errors, len(rows), name)
             listed = list_invalid(errors, len(rows), name)
             logger.warning(f"Left out {len(errors)} of {len(rows)} rows, which are invalid.\n{listed}")
+            left_out.update(f"invalid: {error.kind}" for error in errors)
             kept = [row for row in range(len(rows)) if row not in invalid]
             rows = rows.select(kept)
             own = own[kept]
@@ -142,6 +148,8 @@ class HeldOut:
             np.asarray(types) == "continuous",
             np.unique(prompts, return_inverse=True)[1],
             [places[row] for row in raw_row],
+            left_out,
+            errors,
         )
 
     def questions(self, limit: int | None, seed: int, center: float = 0.0) -> list[Question]:
@@ -179,12 +187,12 @@ def known_comparisons(questions: Sequence[Question]) -> list[Comparison]:
     return [Comparison(each.prompt, each.chosen, each.rejected) for each in questions if each.rejected is not None]
 
 
-def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[Dataset, Sequence[int]]:
-    """Returns (rows with one answer each, number of the raw row of each)."""
+def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[Dataset, Sequence[int], Counter[str]]:
+    """Returns (rows with one answer each, number of the raw row of each, number of left-out answers by reason)."""
     if not len(dataset):
         raise ValueError(f"The {name} dataset is empty; at least one row is needed.")
     if not check_columns(dataset.column_names, name, takes_images=takes_images):
-        return dataset.with_format(None), range(len(dataset))
+        return dataset.with_format(None), range(len(dataset)), Counter()
     images = image_column(dataset.column_names, name)
     texts = dataset.remove_columns(images) if images is not None else dataset
     columns = pairs_to_rows(texts.with_format(None)[:])
@@ -199,6 +207,7 @@ def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[
     rows = Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})
     raw_row = [pair[i] for i in kept]
     if images is None:
-        return rows, raw_row
+        return rows, raw_row, left_out
     values = list(undecoded_column(dataset, images))
-    return rows.add_column(images, [values[row] for row in raw_row], feature=dataset.features[images]), raw_row
+    rows = rows.add_column(images, [values[row] for row in raw_row], feature=dataset.features[images])
+    return rows, raw_row, left_out

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess  # nosec B404
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from importlib import metadata
@@ -26,6 +27,7 @@ from trl_ulma.evaluation.figures import save
 from trl_ulma.evaluation.intervals import Estimate, over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
+from trl_ulma.rows.dropped import reasons_in_words
 
 __all__ = ["commit", "conclusions", "document", "in_terminal", "over_runs", "shown", "table", "versions", "write"]
 
@@ -120,6 +122,8 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
             + ". Brackets hold 95% intervals: bootstrap over prompts, Wilson for shares, Student's t over seeds."
         )
     )
+    if not is_short:
+        parts += _left_out(data, models)
     if facts["notes"] and not is_short:
         parts.append(Bullets(facts["notes"]))
     parts += _figures(
@@ -150,6 +154,25 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     named = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     commit = facts["commit"] or "unknown"
     return [*parts, Heading("How"), Text(f"Settings: `{settings}`"), Text(f"Versions: {named}; commit {commit}.")]
+
+
+def _left_out(data: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """How many rows were left out and why, of the data and for each model, and which the first of them are."""
+    parts: list[Part] = []
+    if data.get("left_out"):
+        parts.append(Text(_left_out_in_words(data["left_out"])))
+    if data.get("invalid_rows"):
+        parts.append(Bullets(data["invalid_rows"]))
+    for model in models:
+        if model.get("left_out"):
+            which = f"The first: {'; '.join(model['left_out_rows'])}."
+            parts.append(Text(f"{model['name']}: {_left_out_in_words(model['left_out_reasons'])} {which}"))
+    return parts
+
+
+def _left_out_in_words(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    return f"{_counted(total, 'row')} {'was' if total == 1 else 'were'} left out. {reasons_in_words(Counter(counts))}"
 
 
 def conclusions(facts: Mapping[str, Any]) -> list[str]:

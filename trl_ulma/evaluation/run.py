@@ -42,6 +42,7 @@ from trl_ulma.judge import beyond_training, saved_file
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.table import batching_difference, collator_for, completion_logps, prompt_states
 from trl_ulma.rows.images import has_images
+from trl_ulma.rows.notes import left_out_of
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.rows.rendering import processor_of, tokenizer_of
 from trl_ulma.saved import (
@@ -68,6 +69,8 @@ ENOUGH_PROMPTS = 200
 # Length limit in tokens of the few answers that are shown if no others are generated
 EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
+# How many of the rows that were left out the report names
+_LISTED = 5
 # Notes on the train split, or a part of it, for a model without a record of its training prompts
 _MAYBE_SEEN = (
     "The train split is evaluated. Training may have seen these rows, so the figures do not show what a model does on "
@@ -149,6 +152,8 @@ class _Run:
                 "dataset": args.dataset,
                 "split": self.split,
                 "rows": len(held_out.rows),
+                "left_out": dict(held_out.left_out),
+                "invalid_rows": [str(error) for error in held_out.invalid[:_LISTED]],
                 "label_type": self.how.rules.label_type,
                 "label_transform": None if self.how.rules.transform is None else str(self.how.rules.transform),
                 "max_length": self.how.max_length,
@@ -212,7 +217,7 @@ class _Run:
         held_out = split_by_prompt(rows, test_size=args.test_split_size, seed=args.split_seed)["test"]
         part = f"{args.test_split_size:g} of train by prompt, seed {args.split_seed}"
         self._note(
-            f"{args.dataset} has no test split, so {len(held_out):,} of its {len(rows):,} rows are evaluated ({part}). "
+            f"{args.dataset} has no test split, so {len(held_out):,} of its {len(rows):,} rows are selected ({part}). "
             "--split train evaluates all rows."
         )
         return self._held_out(held_out, "test"), part
@@ -388,6 +393,10 @@ class _Run:
             system_message=self.how.system_message,
         )
         rows: Any = prepare(self.held_out.rows, "test")
+        missing = np.setdiff1d(np.arange(len(self.held_out.rows)), rows["row"][:])
+        facts["left_out"] = len(missing)
+        facts["left_out_reasons"] = left_out_of(rows)
+        facts["left_out_rows"] = [self.held_out.places[row] or f"row {row}" for row in missing[:_LISTED]]
         facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
         model = load_model(source, dtype=args.dtype, **self.loading)
         facts |= self._likelihoods(run, source, model, processing_class, rows)
@@ -538,7 +547,6 @@ class _Run:
                 off = batching_difference(model, rows, logps, collate, batch_size=args.batch_size)
         facts: dict[str, Any] = {
             "rows": len(rows),
-            "left_out": len(held_out.rows) - len(rows),
             "tokens": int(tokens.sum()),
             "perplexity": self._perplexity(logps, tokens, prompt, mask),
         }

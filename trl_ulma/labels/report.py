@@ -80,8 +80,9 @@ def label_report(
         - for continuous labels, `targets`: |u| in nats, where u = (z − c)/β with c = β·log Z is the log-ratio at
           which the loss is 0;
         - `weight`: its distribution, the share of the demonstrations, and Kish's effective number of rows;
-        - `repeated`: rows that have the same prompt and completion as an earlier row; `contradicting`: rows that have
-          the same prompt and completion as another row, and a different label of the same type;
+        - `repeated`: rows that have the same prompt and completion as an earlier row; `repeated_rows`, the names of the
+          first of them, each with the row that it repeats; `contradicting`: rows that have the same prompt and
+          completion as another row, and a different label of the same type;
         - `prompts`: how many there are, the mean and the largest number of answers per prompt, and `with_answers`, the
           number of prompts by number of answers;
         - `warnings`: sentences.
@@ -139,7 +140,8 @@ def label_report(
             'similar labels: most steps see mainly good rows or mainly bad ones. Set train_sampling_strategy="random".'
         )
     report["weight"] = _weights(weights, weight is not None, sft_mask)
-    report.update(_repeats(label, continuous, answer, warnings))
+    own = label if raw is None else np.where(np.isfinite(raw), raw, label)
+    report.update(_repeats(label, own, continuous, answer, named, warnings))
     report["prompts"] = _prompts(prompt)
     report["warnings"] = warnings
     return report
@@ -262,21 +264,57 @@ def _weights(weights: np.ndarray, is_given: bool, sft_mask: np.ndarray) -> dict[
     }
 
 
-def _repeats(label: np.ndarray, continuous: np.ndarray, answer: np.ndarray, warnings: list[str]) -> dict[str, int]:
+def _repeats(
+    label: np.ndarray,
+    own: np.ndarray,
+    continuous: np.ndarray,
+    answer: np.ndarray,
+    named: Callable[[int], str],
+    warnings: list[str],
+) -> dict[str, Any]:
+    """Return counts of repeated and contradicting rows, and the first repeated ones. `own` are the labels to show."""
     # After sorting by answer, type and label, contradicting rows form a run in which the label changes
     order = np.lexsort((label, continuous, answer))
-    answer, continuous, label = answer[order], continuous[order], label[order]
-    starts = np.r_[True, (answer[1:] != answer[:-1]) | (continuous[1:] != continuous[:-1])]
+    starts = np.r_[True, (np.diff(answer[order]) != 0) | (np.diff(continuous[order]) != 0)]
     run = starts.cumsum() - 1
     first = np.flatnonzero(starts)
     last = np.r_[first[1:], len(label)] - 1
-    contradicting = int((label[first] != label[last])[run].sum())
+    differs = label[order[first]] != label[order[last]]
+    contradicting = int(differs[run].sum())
     if contradicting:
+        pairs = []
+        earliest = np.minimum.reduceat(order, first)
+        for one in np.sort(earliest[differs])[:_LISTED]:
+            alike = (answer == answer[one]) & (continuous == continuous[one])
+            other = np.flatnonzero(alike & (label != label[one]))[0]
+            pairs.append(_pair(named, (int(one), f" ({own[one]:g})"), (int(other), f" ({own[other]:g})")))
+        more = "; …" if differs.sum() > _LISTED else ""
         warnings.append(
-            f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels. "
-            "This is expected for votes by several people. Otherwise a label is wrong."
+            f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels, "
+            f"{'; '.join(pairs)}{more}. This is expected for votes by several people. Otherwise a label is wrong."
         )
-    return {"repeated": len(label) - len(np.unique(answer)), "contradicting": contradicting}
+    _, first_of, inverse = np.unique(answer, return_index=True, return_inverse=True)
+    earlier = first_of[inverse]
+    repeated = np.flatnonzero(earlier != np.arange(len(answer)))
+    return {
+        "repeated": len(repeated),
+        "repeated_rows": [_pair(named, (int(earlier[row]), ""), (int(row), "")) for row in repeated[:_LISTED]],
+        "contradicting": contradicting,
+    }
+
+
+def _pair(named: Callable[[int], str], one: tuple[int, str], other: tuple[int, str]) -> str:
+    """Return the names of two rows (position, text after the name). A file that both are in is named once.
+
+    Example:
+        >>> _pair(["a.csv, line 2", "a.csv, line 5"].__getitem__, (0, " (1)"), (1, " (4)"))
+        'a.csv, line 2 (1) and line 5 (4)'
+    """
+    first, second = named(one[0]), named(other[0])
+    file = first.rpartition(", ")[0]
+    if file and file == second.rpartition(", ")[0]:
+        second = second.rpartition(", ")[2]
+    return f"{first}{one[1]} and {second}{other[1]}"
 
 
 def _prompts(prompt: np.ndarray) -> dict[str, Any]:
@@ -355,6 +393,9 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
     by_number = ", ".join(f"{_count(count, 'prompt')} with {number}" for number, count in numbers)
     facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts["repeated"] = _count(report["repeated"], "row")
+    if report["repeated"]:
+        more = "; …" if report["repeated"] > len(report["repeated_rows"]) else ""
+        facts["repeated"] += f": {'; '.join(report['repeated_rows'])}{more}"
     facts["contradicting"] = _count(report["contradicting"], "row")
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:

@@ -23,8 +23,18 @@ LISTED = 20
 _PROMPT_SHOWN = 60  # characters
 # The end of the error about a label outside [0, 1]
 _NOT_BINARY = 'Rescale it, or set label_type="continuous".'
+_FIX = 'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
+_ARE_RATINGS = (
+    'Most labels are outside [0, 1], as ratings and scores are. Set label_type="continuous". Do not leave these rows '
+    "out: the low ratings would stay, and count as likes."
+)
+_UNREADABLE = "a row that cannot be read"
+# The origin of a row of a table, whose empty cells are read as None
+_OF_TABLE = re.compile(r"\.[ct]sv(\.gz)?, line \d+", re.IGNORECASE)
 # Numbers with decimal commas, thousands separators or percent signs
 _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
+# A number with one decimal comma. The comma of 1,234 may separate thousands
+_DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
 
 
 class InvalidRow(ValueError):
@@ -52,26 +62,75 @@ class InvalidRow(ValueError):
         """Return this error with the start of the row's prompt."""
         return InvalidRow(self.message, self.kind, start_of(prompt), self.origin)
 
-    def at_origin(self, origin: str | None) -> "InvalidRow":
-        """Return this error with the file and line of the row."""
-        return InvalidRow(self.message, self.kind, self.prompt, origin or "")
+    def at_origin(self, origin: str | None, where: str, columns: Mapping[str, str] | None = None) -> "InvalidRow":
+        """Return this error in the words of the file that the row is from. Unchanged if `origin` is None.
+
+        Args:
+            origin: the file and line of the row. It replaces the number of the row.
+            where: the name of the dataset.
+            columns: column that trainers read → its name in the file.
+
+        Example:
+            >>> error = InvalidRow("Row 3 of the train dataset: label is None; it is needed.", "label is missing")
+            >>> error.at_origin("a.csv, line 5", "train", {"label": "stars"}).message
+            'a.csv, line 5: stars is empty; it is needed.'
+        """
+        if origin is None:
+            return self
+        named = re.match(rf"Row \d+( \(\w+\))? of the {re.escape(where)} dataset", self.message)
+        half, rest = (named[1] or "", self.message[named.end() :]) if named else ("", f": {self.message}")
+        kind = self.kind
+        if kind == _UNREADABLE:  # its error names the line, too
+            rest = re.sub(rf" in {re.escape(origin.rpartition(', ')[2])}(?!\d| or below|, column)", "", rest, count=1)
+        if _OF_TABLE.search(origin):
+            rest = re.sub(r"^(: \w+ is) None;", r"\1 empty;", rest)
+            kind = re.sub(r" is missing$", " is empty", kind)
+        if columns and not kind.startswith("prompt and completion"):
+            rest = re.sub(r"^: (\w+)(?= )", lambda word: f": {columns.get(word[1], word[1])}", rest)
+            kind = re.sub(r"^\w+(?= )", lambda word: columns.get(word[0], word[0]), kind)
+        return InvalidRow(f"{origin}{half}{rest}", kind, self.prompt, origin)
 
 
 class InvalidRows(ValueError):
     """All invalid rows. The last line of the message says what to do.
 
-    Example:
-        >>> print(InvalidRows.joined([InvalidRows("Row 3.\\nFix it."), InvalidRows("Row 5.\\nFix it.")]))
-        Row 3.
-        Row 5.
-        Fix it.
+    Attributes:
+        found: the errors.
+        total: the number of rows of the dataset, or None if it is unknown.
+        remedy: what to do.
     """
+
+    found: Sequence[InvalidRow] = ()
+    total: int | None = None
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, found: Sequence[InvalidRow], total: int | None, where: str | None, remedy: str) -> "InvalidRows":
+        """The error for these rows; the arguments are those of `list_invalid`, plus the attribute `remedy`."""
+        error = cls(f"{list_invalid(found, total, where)}\n{remedy}")
+        error.found, error.total, error.remedy = found, total, remedy
+        return error
 
     @classmethod
     def joined(cls, errors: Sequence["InvalidRows"]) -> "InvalidRows":
-        """One error for several datasets, with one line about what to do."""
-        listed, _, remedies = zip(*(str(each).rpartition("\n") for each in errors), strict=True)
-        return cls("\n".join([*listed, *dict.fromkeys(remedies)]))
+        """One error for several datasets.
+
+        Example:
+            >>> halves = [InvalidRow(f"a.csv, line {n}: label is empty.", "k", "", f"a.csv, line {n}") for n in (7, 3)]
+            >>> print(InvalidRows.joined([InvalidRows.of([half], 10, "train", "Fix it.") for half in halves]))
+            2 of 20 rows are invalid:
+              a.csv, line 3: label is empty.
+              a.csv, line 7: label is empty.
+            By kind: 2 × k.
+            Fix it.
+        """
+        if len(errors) == 1:
+            return errors[0]
+        totals = [error.total for error in errors if error.total is not None]
+        total = sum(totals) if len(totals) == len(errors) else None
+        remedies = [error.remedy for error in errors]
+        remedy = _ARE_RATINGS if _ARE_RATINGS in remedies else remedies[0]
+        return cls.of([row for error in errors for row in error.found], total, None, remedy)
 
 
 def unread(fault: str, at: str) -> InvalidRow:
@@ -85,7 +144,7 @@ def unread(fault: str, at: str) -> InvalidRow:
         >>> str(unread("has 2 fields in line 5, but 3 columns.", "Row 3 of the train dataset"))
         'Row 3 of the train dataset has 2 fields in line 5, but 3 columns.'
     """
-    return InvalidRow(f"{at} {fault}", "a row that cannot be read")
+    return InvalidRow(f"{at} {fault}", _UNREADABLE)
 
 
 def start_of(prompt: Any) -> str:
@@ -105,14 +164,13 @@ def start_of(prompt: Any) -> str:
     return line if len(line) <= _PROMPT_SHOWN else f"{line[:_PROMPT_SHOWN]}…"
 
 
-def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> str:
-    """Return one text about all invalid rows: at most 20 messages with the starts of prompts, files and lines, and
-    counts by kind.
+def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str | None) -> str:
+    """Return one text about all invalid rows: at most 20 messages with the starts of prompts, and counts by kind.
 
     Args:
-        found: the errors, in row order.
+        found: the errors, in row order. If all are from files, they are listed in the order of each file.
         total: number of rows of the dataset, or None if it is unknown.
-        where: name of the dataset.
+        where: name of the dataset, or None for several datasets.
 
     Example:
         >>> print(list_invalid([InvalidRow("Row 3: label is None.", "label is no number", "Hi")], 4, "train"))
@@ -120,15 +178,13 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
         Its prompt begins: 'Hi'
     """
     if len(found) == 1:
-        prompt = f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else ""
-        return str(found[0]) + prompt + (f"\nIt is in {found[0].origin}" if found[0].origin else "")
+        return str(found[0]) + (f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else "")
+    found = _in_order(found)
     of = "" if total is None else f" of {total:,}"
-    lines = [f"{len(found):,}{of} rows of the {where} dataset are invalid:"]
+    of_dataset = "" if where is None else f" of the {where} dataset"
+    lines = [f"{len(found):,}{of} rows{of_dataset} are invalid:"]
     # Both halves of a pair can have the same error, such as an invalid weight
-    listed = []
-    for each in found[:LISTED]:
-        prompt = f" Prompt: {each.prompt!r}" if each.prompt else ""
-        listed.append(f"  {each}{prompt}" + (f" ({each.origin})" if each.origin else ""))
+    listed = [f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED]]
     lines += dict.fromkeys(listed)
     if len(found) > LISTED:
         lines.append(f"  … and {len(found) - LISTED:,} more.")
@@ -137,16 +193,20 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> 
     return "\n".join(lines)
 
 
+def _in_order(found: Sequence[InvalidRow]) -> Sequence[InvalidRow]:
+    """Return the errors in the order of the lines of their files, or as they are if they are not all from files."""
+    if not all(each.origin for each in found):
+        return found
+    places = [each.origin.rpartition(" ") for each in found]
+    files = {file: number for number, file in enumerate(dict.fromkeys(file for file, _, _ in places))}
+    keys = [(files[file], int(line)) for file, _, line in places]
+    return [found[i] for i in sorted(range(len(found)), key=keys.__getitem__)]
+
+
 def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> None:
     """Raise `InvalidRows`, which lists all invalid rows and what to do; do nothing if there are none."""
     if found:
-        remedy = (
-            'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
-            if not look_like_ratings(found, total)
-            else 'Most labels are outside [0, 1], as ratings and scores are. Set label_type="continuous". Do not leave '
-            "these rows out: the low ratings would stay, and count as likes."
-        )
-        raise InvalidRows(f"{list_invalid(found, total, where)}\n{remedy}")
+        raise InvalidRows.of(found, total, where, _ARE_RATINGS if look_like_ratings(found, total) else _FIX)
 
 
 def look_like_ratings(found: Sequence[InvalidRow], total: int | None) -> bool:
@@ -418,10 +478,12 @@ def _number(value: Any, at: str, name: str) -> float:
         raise InvalidRow(f"{at}: {name} is a list of {len(value)}; it must be one number per row.", f"{name} is a list")
     if not isinstance(value, bool | int | float):
         found = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
-        is_other_form = isinstance(value, str) and _OTHER_FORM.fullmatch(value.strip()) is not None
+        text = value.strip() if isinstance(value, str) else ""
+        meant = f" Did you mean {text.replace(',', '.')}?" if _DECIMAL_COMMA.fullmatch(text) else ""
+        form = " Write it as in 0.5 or 1234, with a decimal point and without separators."
         raise InvalidRow(
-            f"{at}: {name} is {found}; it must be a number{' or a bool' if name == 'label' else ''}."
-            + (" Write it as in 0.5 or 1234, with a decimal point and without separators." if is_other_form else ""),
+            f"{at}: {name} is {found}; it must be a number{' or a bool' if name == 'label' else ''}.{meant}"
+            + (form if _OTHER_FORM.fullmatch(text) else ""),
             f"{name} is {'missing' if value is None else 'no number'}",
         )
     if not abs(value) <= _LARGEST:

@@ -69,7 +69,7 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
     invalid = _invalid_texts(train_dataset, "train")
     own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid)
     if not len(own):
-        refuse_invalid(located(invalid, train_dataset), len(train_dataset), "train")
+        refuse_invalid(located(sorted(invalid.items()), train_dataset, "train"), len(train_dataset), "train")
         raise ValueError(
             f"label_transform={label_transform!r} applies to rows with label_type={rules.label_type!r}, but no row of "
             "the train dataset has this type. Remove label_transform, or set label_type to the other type."

@@ -8,8 +8,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from trl_ulma.data.origins import origin, with_origins
-from trl_ulma.labels import LISTED, InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
+from trl_ulma.data.origins import located, with_origins
+from trl_ulma.labels import InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.rows.notes import note
 from trl_ulma.rows.rendering import PROMPT_FILLS
@@ -59,7 +59,7 @@ def kept_of(
         ValueError: if the batch has invalid rows and `invalid_rows` is "error". The message lists the rows.
     """
     invalid = [
-        None if text is None else unpacked(text).at_origin(place(row))
+        None if text is None else unpacked(text).at_origin(place(row), name)
         for row, text in zip(numbers, encoded["invalid"], strict=True)
     ]
     if invalid_rows == "error":
@@ -138,10 +138,8 @@ def kept_rows(
             if all weights are 0.
     """
     reasons, invalid = encoded["left_out"][:], encoded["invalid"][:]
-    bad = [i for i, text in enumerate(invalid) if text is not None]
-    errors = [unpacked(invalid[i]) for i in bad]
-    for place, row in enumerate(encoded[bad[:LISTED]]["row"] if bad else ()):
-        errors[place] = errors[place].at_origin(origin(raw, row))
+    rows_of = zip(encoded["row"][:], invalid, strict=True)
+    errors = located([(row, unpacked(text)) for row, text in rows_of if text is not None], raw, name)
     errors = [*unreadable, *errors]
     total = len(reasons) + len(unreadable)
     if invalid_rows == "error" or look_like_ratings(errors, total):

@@ -407,16 +407,17 @@ def _first_prompt(raw: Dataset | IterableDataset, first: Mapping[str, Any]) -> A
 
 def _readable(dataset: Dataset, name: str) -> tuple[list[int], list[InvalidRow]]:
     """The rows whose text is valid UTF-8, and the errors of the others. Arrow does not check this."""
-    readable, errors = [], {}
+    readable, errors = [], []
     for row in range(len(dataset)):
         try:
             dataset[row]
         except UnicodeDecodeError as error:
-            errors[row] = InvalidRow(
+            invalid = InvalidRow(
                 f"Row {row} of the {name} dataset contains text that is not UTF-8 ({error}). Read the file in its "
                 "actual encoding, and write it again as UTF-8.",
                 "text that is not UTF-8",
             )
+            errors.append((row, invalid))
         else:
             readable.append(row)
-    return readable, located(errors, dataset)
+    return readable, located(errors, dataset, name)
