@@ -162,17 +162,17 @@ def test_invalid_rows_are_listed_with_their_file_and_line(tmp_path, tiny_gpt2, c
     places = [f"{table}, line 4", f"{stars}, line 2", f"part 3 of the mixture ({tmp_path / 'saved'}), row 1"]
     places += [f"{pairs}, line 2", f"{tmp_path / 'e.parquet'}, row 1"]
     for place in places:
-        assert f"({place})\n" in said, place
+        assert f"\n  {place}: " in said, place
     assert check.main(["--dataset", parts[2], *argv[2:]]) == 1
-    assert f"{tmp_path / 'saved' / 'data-00000-of-00001.arrow'}, row 1\n" in capsys.readouterr().err
+    assert f"{tmp_path / 'saved' / 'data-00000-of-00001.arrow'}, row 1: " in capsys.readouterr().err
     assert check.main(["--dataset", table, *argv[2:], "--invalid_rows", "drop"]) == 0
     capsys.readouterr()
     parts = [{"path": table}, {"path": stars}]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"datasets": parts, "streaming": True, "max_steps": 1}))
     assert check.main(argv) == 1
     said = capsys.readouterr().err
-    assert f"({table}, line 4)\n" in said
-    assert f"({stars}, line 2)\n" in said
+    assert f"\n  {table}, line 4: " in said
+    assert f"\n  {stars}, line 2: " in said
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
