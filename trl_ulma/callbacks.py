@@ -98,7 +98,7 @@ class TimeLeft(TrainerCallback):
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._first: int | None = None
+        self._first = 0
         self._begun = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -109,9 +109,8 @@ class TimeLeft(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Say the time that is left, after the first step and after a tenth of them."""
-        done = state.global_step - (self._first or 0)
-        left = state.max_steps - state.global_step
-        if left and done in (1, (state.max_steps - (self._first or 0)) // 10):
+        done, left = state.global_step - self._first, state.max_steps - state.global_step
+        if left and done in (1, (done + left) // 10):
             seconds = (time.monotonic() - self._begun) / done * left
             self._say(f"Step {state.global_step:,} of {state.max_steps:,}: about {_duration(seconds)} left.")
 

@@ -106,7 +106,7 @@ def write(
             takes_images=takes_images,
             is_chat=is_chat,
             messages=json.dumps(_messages(args.system_message, takes_images), ensure_ascii=False),
-            location=location or (f"{args.output_dir}/checkpoint-{unfinished[0]}" if unfinished else title),
+            location=location or (f"{title}/checkpoint-{unfinished[0]}" if unfinished else title),
             unfinished=unfinished,
             has_reference=plan.needs_reference,
             reference=None if is_adapter else name or head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",

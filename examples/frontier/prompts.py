@@ -31,7 +31,7 @@ elections, laws, prisons, borders, wars, peace, silence, noise, hunger, thirst, 
 accidents, fires, earthquakes, pollution, recycling, plastic, paper, glass, steel, gold, silver, copper, wood, stone,
 sand, clay, wool, cotton, silk, leather
 """
-# Of the seeds from 3 on
+# For seed 3 and later ones
 MORE_TOPICS = """
 acrobats, actors, admirals, almonds, alphabets, ambulances, anchors, anthills, antelopes, apricots, aprons, aquariums,
 archers, architects, armchairs, arrows, asteroids, astronauts, athletes, avalanches, axes, badgers, bagpipes, balconies,

@@ -13,11 +13,13 @@ import torch
 import trl
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from trl import ModelConfig, RewardConfig
 from world import make_rows, make_trainer
 
 from trl_ulma.scripts import env
 from trl_ulma.scripts.cli import COMMANDS, main
 from trl_ulma.scripts.memory import estimate_memory
+from trl_ulma.scripts.training import small_learning_rate
 
 # Environment
 
@@ -140,6 +142,12 @@ def test_loras_learning_rate_is_named_if_it_is_trls_default(without_weights, rat
     said = " ".join(capfd.readouterr().out.split())
     note = "The learning rate is 1e-06, TRL's default, which is meant for training all weights."
     assert (note in said) == ("Begin with --learning_rate 1e-4." in said) == is_said
+
+
+def test_a_reward_models_own_default_is_no_small_learning_rate(tmp_path):
+    lora, settings = ModelConfig(use_peft=True), {"report_to": "none", "bf16": False}
+    assert small_learning_rate(RewardConfig(str(tmp_path), **settings), lora) == ""
+    assert "1e-06" in small_learning_rate(RewardConfig(str(tmp_path), learning_rate=1e-6, **settings), lora)
 
 
 def test_a_terminal_shows_completions_in_color(without_weights, ratings):

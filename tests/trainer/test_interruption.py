@@ -136,7 +136,7 @@ def test_ctrl_c_ends_without_the_evaluation_of_an_epoch_and_the_card_says_it(tin
     total = trainer.state.max_steps
     assert total > 1
     assert f"not finished**: it stopped, or still runs, after step 1 of {total}" in card
-    assert f'from_pretrained("{tmp_path}/checkpoint-1")' in card
+    assert f'from_pretrained("{tmp_path.name}/checkpoint-1")' in card
     trainer = make_trainer(tiny_gpt2, make_rows(16), tmp_path, eval_dataset=make_rows(3), **settings)
     trainer.train(resume_from_checkpoint=True)
     trainer.create_model_card()

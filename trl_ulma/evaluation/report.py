@@ -342,7 +342,7 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
     for model in models:
         scale = model.get("own_scale")
         bins[model["name"]] = scale["calibration"] if scale else model.get("calibration") or []
-    rows_of_a_model = max(sum(each.rows for each in of_model) for of_model in bins.values())
+    rows_of_a_model = max((sum(each.rows for each in of_model) for of_model in bins.values()), default=0)
     if not any(len(of_model) > 1 for of_model in bins.values()) or rows_of_a_model < ENOUGH["calibration"]:
         return []
     rows = [

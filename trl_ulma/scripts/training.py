@@ -283,8 +283,10 @@ def train(
 
 
 def small_learning_rate(training_args: Any, model_args: Any) -> str:
-    """A note if LoRA is trained with TRL's default learning rate, which is for training all weights; else ""."""
-    default = type(training_args).__dataclass_fields__["learning_rate"].default
+    """A note if LoRA is trained with DPOConfig's default learning rate, which is for training all weights; else ""."""
+    from trl import DPOConfig
+
+    default = DPOConfig.__dataclass_fields__["learning_rate"].default
     if not model_args.use_peft or training_args.learning_rate != default:
         return ""
     return (
