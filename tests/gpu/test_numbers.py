@@ -1,7 +1,7 @@
 """Every layout, number format, attention and way to train gives the log-probabilities of float64 on the CPU.
 
-pytest tests/gpu -m gpu            # on a machine with a GPU: all members
-pytest tests/gpu                   # elsewhere: the members that a CPU has
+CUDA_VISIBLE_DEVICES=0 pytest tests/gpu     # on a machine with a GPU: all members
+pytest tests/gpu                            # elsewhere: the members that a CPU has
 """
 
 import importlib.util
