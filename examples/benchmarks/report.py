@@ -43,7 +43,8 @@ of its own: how far the peak is above what is in use before the first step. `flo
 backward on the step's real tokens: each row alone, without padding, the head on scored positions only, no reference,
 metric, optimizer or log. `floor-shared` is the same with each prompt run once for all its completions. Except for
 `preparation`, the machine was not idle, so compare ratios, not times of different runs. `scaling` was measured before
-the package got its own LM head.
+the package got its own LM head. llama-1b is a Llama of that shape with random weights. A remark above a table, of what
+the run could not know, was written by hand into its JSON file.
 """
 PREPARATION = """\
 Why preparation misses its target: most of it is the tokenizer, which both trainers call. KTO's tokenizes two texts per
@@ -175,7 +176,8 @@ def throughput_page(name: str, result: Result) -> str:
         "`× floor`: of the same layout's floor."
     )
     table = "\n".join(lines)
-    return f"## {name}\n\n{facts(result)}\n\n{table}\n\n{note}\n\n![{name}](results/{name}.png)\n"
+    remark = f"{result['remark']}\n\n" if "remark" in result else ""
+    return f"## {name}\n\n{facts(result)}\n\n{remark}{table}\n\n{note}\n\n![{name}](results/{name}.png)\n"
 
 
 def to_floor(result: Result, method: str) -> str:

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
 from forks import run_script
+from transformers import AutoModelForCausalLM
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
@@ -37,3 +39,19 @@ def test_scaling_has_a_point_for_each_value(tiny_gpt2, tmp_path):
     run("scaling.py", *options, "--rounds", "1", "--no_memory", "--output", "curve", folder=tmp_path)
     assert json.loads((tmp_path / "curve.json").read_text())["benchmark"] == "scaling"
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_a_model_of_a_shape_is_made_once_and_trains(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from shapes import SHAPES, random_checkpoint
+
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 500}
+    folder = random_checkpoint("llama-1b", Path(tiny_llama), tmp_path, **small)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.config.num_key_value_heads == SHAPES["llama-1b"]["num_key_value_heads"]
+    assert model.config.tie_word_embeddings
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert random_checkpoint("llama-1b", Path(tiny_llama), tmp_path, **small) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
