@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from answers import rewards, sample
 from contenders import METHODS, Recipe, train
-from pool import BATCH, MAX_TOKENS, read_back
+from pool import MAX_TOKENS, batch_size, read_back
 from prompts import prompt
 from regimes import NOISE, Feedback
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +50,8 @@ def closed(
         policy, _ = train(method, beta, feedback, reference, tokenizer, seed=seed, recipe=part)
         random = np.random.default_rng([seed, 5, number])
         answers = math.ceil(SPARE * shares[number] / len(asked))
-        drawn = _drawn(policy, tokenizer, asked, answers, seed=1000 * (seed + 1) + 100 * number)
+        at_a_time = max(batch_size(reference) // answers, 1)
+        drawn = _drawn(policy, tokenizer, asked, answers, at_a_time, seed=1000 * (seed + 1) + 100 * number)
         # The first answer to each prompt, then the second, so that all prompts have about as many
         order = sorted(range(len(drawn)), key=lambda i: (drawn[i][0], random.random()))[: shares[number]]
         if len(order) < shares[number]:
@@ -71,13 +72,19 @@ def closed(
 
 
 def _drawn(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: int, *, seed: int
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: list[str],
+    answers: int,
+    at_a_time: int,
+    *,
+    seed: int,
 ) -> list[tuple[int, str, str]]:
     """Usable answers: (which of its prompt's, the question, the answer)."""
-    found, size = [], max(BATCH // answers, 1)
+    found = []
     eos: Any = tokenizer.eos_token_id
-    for start in range(0, len(asked), size):
-        batch = asked[start : start + size]
+    for start in range(0, len(asked), at_a_time):
+        batch = asked[start : start + at_a_time]
         ids: list[Any] = [tokenizer(prompt(each), add_special_tokens=False)["input_ids"] for each in batch]
         sampled = sample(policy, ids, answers=answers, eos=eos, max_tokens=MAX_TOKENS, seed=seed + start)
         for question, of_question in zip(batch, sampled, strict=True):

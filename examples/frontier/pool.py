@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 TEMPERATURE = 0.7
 MAX_TOKENS = 32
-BATCH = 64  # answers sampled at a time
+BATCH, GPU_BATCH = 64, 256  # answers sampled at a time
 ANSWERS = {"held-out": 16, "train": 16, "single": 1, "demonstrations": 48}
 
 
@@ -130,6 +130,11 @@ def read_back(tokenizer: PreTrainedTokenizerBase, asked: str, answer: Answer) ->
     again: Any = tokenizer(asked + text + str(tokenizer.eos_token), add_special_tokens=False)["input_ids"]
     start: Any = tokenizer(asked, add_special_tokens=False)["input_ids"]
     return text, answer.ended and again == start + answer.ids and bool(text.strip())
+
+
+def batch_size(model: PreTrainedModel) -> int:
+    """How many answers are sampled at a time."""
+    return GPU_BATCH if model.device.type == "cuda" else BATCH
 
 
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from answers import REWARDS, human_texts, perplexity, rewards, sample
 from contenders import METHODS, Recipe, train
 from loop import closed
 from plan import Cell, cells
-from pool import MAX_TOKENS, Pool, load_reference
+from pool import MAX_TOKENS, Pool, batch_size, load_reference
 from prompts import prompt, questions
 from regimes import draw
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,6 @@ from trl_ulma.scripts.demo_models import fetch_checkpoint
 # Of each held-out prompt, and how many of them are looked at for repetitions. Records of the first three seeds have 4
 # answers: their error was as large as what methods differed by
 ANSWERS, REPETITIONS = 16, 4
-BATCH = 64
 # What the figures depend on; scikit-learn brings the prose, and vaderSentiment a reward
 VERSIONS = ("torch", "transformers", "trl", "trl-ulma", "peft", "vaderSentiment", "scikit-learn")
 
@@ -55,7 +54,7 @@ def measure(
     asked = questions("held-out")
     eos: Any = tokenizer.eos_token_id
     found: list[list[tuple[str, Any]]] = []
-    size = BATCH // ANSWERS
+    size = batch_size(model) // ANSWERS
     for start in range(0, len(asked), size):
         ids: list[Any] = [
             tokenizer(prompt(each), add_special_tokens=False)["input_ids"] for each in asked[start : start + size]
