@@ -9,8 +9,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from transformers import TrainerCallback
+
+from trl_ulma.main_process import get_logger
 
 logger = get_logger(__name__)
 

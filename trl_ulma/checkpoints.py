@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.logging import get_logger
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 from transformers import __version__ as transformers_version
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
+
+from trl_ulma.main_process import get_logger
 
 logger = get_logger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers.trainer_utils import IntervalStrategy
 
+from trl_ulma.main_process import get_logger
 from trl_ulma.metrics import Ratios, RatioSums, figures, ranking_figures
 from trl_ulma.objective import BatchLoss
 

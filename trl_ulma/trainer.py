@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import (
@@ -64,6 +63,7 @@ from trl_ulma.likelihood.table import ROW_KEYS
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
 from trl_ulma.logged import LoggedFigures, is_logged
+from trl_ulma.main_process import get_logger
 from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
@@ -844,6 +844,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 write_conditions(folder, self._conditions)
+                # Instead of PEFT's empty form
+                copy_files(Path(self.args.output_dir), str(folder), ("README.md",))
 
     def _determine_best_metric(self, metrics, trial):
         is_best = super()._determine_best_metric(metrics, trial)

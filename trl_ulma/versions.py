@@ -16,7 +16,6 @@ from typing import Any
 import transformers
 import trl
 from accelerate import PartialState
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Trainer, set_seed
@@ -26,6 +25,7 @@ from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
 from trl_ulma.likelihood.scorer import bare_model
+from trl_ulma.main_process import get_logger
 
 logger = get_logger(__name__)
 

@@ -50,6 +50,21 @@ def test_what_the_card_tells_people_to_do_works(model, is_adapter, tmp_path, req
     assert len(scored) == 8
 
 
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_a_checkpoint_has_the_card_and_no_empty_form(tiny_gpt2, tmp_path, monkeypatch, capsys, is_adapter):
+    peft_config = LoraConfig(task_type="CAUSAL_LM") if is_adapter else None
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "peft_config": peft_config}
+    make_trainer(tiny_gpt2, make_rows(8), tmp_path / "tuned", **settings).train()
+    card = (tmp_path / "tuned" / "checkpoint-2" / "README.md").read_text()
+    assert "after step 2 of 4" in card
+    assert "More Information Needed" not in card
+    assert "after step" not in (tmp_path / "tuned" / "checkpoint-4" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("max_new_tokens=128", "max_new_tokens=3")
+    assert '"tuned/checkpoint-2"' in code
+    exec(code, {})
+
+
 def test_the_card_claims_no_license(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path)
     trainer.create_model_card()
