@@ -332,8 +332,8 @@ def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
             "The mean label that the rewards predict for rows of each label. A perfect model predicts the label itself."
         ),
         Table(["label", "rows", *scales], rows),
-        Text("The mean error of the predicted labels, and the error of predicting the mean label for every row."),
-        Table(["model", "mean error", "error of the mean label"], errors),
+        Text("How far predicted labels are from the true ones on average, and how far the mean of all labels is."),
+        Table(["model", "mean error", "error if every row got the mean label"], errors),
     ]
 
 
