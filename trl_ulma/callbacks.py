@@ -90,6 +90,37 @@ class Interruption(TrainerCallback):
         )
 
 
+class LooksForGradients(TrainerCallback):
+    """Warns if no gradient reaches any trained weight of the model in the first steps."""
+
+    STEPS = 3
+
+    def __init__(self):
+        self._left = self.STEPS
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Look again in each training."""
+        self._left = self.STEPS
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Look at the gradients of this step, until some are found."""
+        if self._left <= 0 or model is None:
+            return
+        # Of sharded weights, those on this process. DeepSpeed keeps its gradients to itself
+        found = [p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in model.parameters()]
+        found = [grad for grad in found if grad is not None]
+        if not found or any(bool(grad.any()) for grad in found):
+            self._left = 0
+            return
+        self._left -= 1
+        if self._left == 0:
+            logger.warning(
+                f"No gradient has reached a trained weight in the first {self.STEPS} steps: the model learns nothing. "
+                'Look for rows that do not count (weight 0, or the loss "none"), trained weights that the forward does '
+                "not use, or an adapter that waits for tokens which no row has (alora_invocation_tokens)."
+            )
+
+
 class TimeLeft(TrainerCallback):
     """Says how many steps there are, and after the first ones how long the others will take, without a progress bar.
 

@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
 
 from trl_ulma import model_card
-from trl_ulma.callbacks import Calls, Interruption
+from trl_ulma.callbacks import Calls, Interruption, LooksForGradients
 from trl_ulma.checkpoints import (
     WHOLE,
     checkpoint_to_resume,
@@ -251,6 +251,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._train_sampler: Any = None
         self.interruption = Interruption(self.accelerator)
         self.add_callback(self.interruption)
+        self.add_callback(LooksForGradients())
         self.add_callback(
             Calls(
                 on_train_begin=self._on_train_begin,

@@ -729,3 +729,29 @@ def test_an_evaluation_set_of_no_batch_is_told_before_training(tiny_gpt2, tmp_pa
 def test_smoothed_labels_of_another_loss():
     with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1 .*soften the labels in the data"):
         ULMAConfig("out", label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize(("tokens", "is_told"), [("zzzq", True), ("?", False), (None, False)])
+def test_it_is_told_if_no_gradient_reaches_a_trained_weight(tiny_llama, tmp_path, caplog, tokens, is_told):
+    """An adapter that waits for tokens which no row has trains nothing, at a loss that looks as always."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    waits = {} if tokens is None else {"alora_invocation_tokens": tokenizer(tokens)["input_ids"]}
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **waits)
+    trainer = make_trainer(tiny_llama, make_rows(12), tmp_path, peft_config=adapter, max_steps=5)
+    before = weights(trainer.model)
+    trainer.train()
+    assert torch.equal(weights(trainer.model), before) == is_told
+    told = [message for message in caplog.messages if "No gradient has reached" in message]
+    assert len(told) == is_told
+    assert not is_told or "alora_invocation_tokens" in told[0]
+
+
+def test_steps_without_rows_to_learn_from_may_come_first(tiny_gpt2, tmp_path, caplog):
+    """Dislikes alone, at which nothing is learned, and a like in the third step."""
+    rows = make_rows(8, label=[0.0] * 5 + [1.0] * 3)
+    settings = {"positive_loss": "sft", "negative_loss": "none", "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, per_device_train_batch_size=2, max_steps=4, **settings)
+    before = weights(trainer.model)
+    trainer.train()
+    assert not torch.equal(weights(trainer.model), before)
+    assert not [message for message in caplog.messages if "No gradient has reached" in message]
