@@ -28,6 +28,9 @@ class FeedbackConfig:
     demonstrations: float = field(default=0.0, metadata={"help": "Share of rows that are demonstrations."})
     demonstrator_beta: float = field(default=0.3, metadata={"help": "They are drawn from π* at this β."})
     quality: float = field(default=1.0, metadata={"help": "Share of them that are; the others come from π_ref."})
+    best_of: int = field(
+        default=0, metadata={"help": "Draw those that are good so instead: the best of so many answers of π_ref."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the draws."})
 
     def __post_init__(self):
@@ -179,12 +182,13 @@ def draw(world: World, config: FeedbackConfig) -> Feedback:
     prompt = np.repeat(prompt, 1 if config.positive_share is None else 20)
     demonstration = random.random(len(prompt)) < config.demonstrations
     is_good = demonstration & (random.random(len(prompt)) < config.quality)
-    answer = np.where(
-        is_good,
-        _answers(world.optimum(config.demonstrator_beta), prompt, random),
-        _answers(world.log_ref, prompt, random),
-    )
     reward = world.reward
+    if config.best_of:
+        many = np.stack([_answers(world.log_ref, prompt, random) for _ in range(config.best_of)])
+        good = many[reward.numpy()[prompt, many].argmax(0), np.arange(len(prompt))]
+    else:
+        good = _answers(world.optimum(config.demonstrator_beta), prompt, random)
+    answer = np.where(is_good, good, _answers(world.log_ref, prompt, random))
     if config.label_type == "binary":
         label = (random.random(len(prompt)) < reward.sigmoid().numpy()[prompt, answer]).astype(float)
         label[demonstration] = 1.0

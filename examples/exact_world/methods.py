@@ -63,7 +63,15 @@ class Recipe:
     seed: int = field(default=0, metadata={"help": "Of the order of rows."})
 
 
-def train(feedback: Feedback, method: str, beta: float, log_z: float | str = 0.0, recipe: Recipe | None = None) -> Any:
+def train(
+    feedback: Feedback,
+    method: str,
+    beta: float,
+    log_z: float | str = 0.0,
+    recipe: Recipe | None = None,
+    sft_weight: float = 1.0,
+    start: PreTrainedModel | None = None,
+) -> Any:
     """The trainer after training on the feedback; `.model` is the policy. None for DPO where there is no pair.
 
     Args:
@@ -72,6 +80,8 @@ def train(feedback: Feedback, method: str, beta: float, log_z: float | str = 0.0
         beta: β; SFT has none.
         log_z: of pointwise DPO and ULMA: as in `PointwiseDPOConfig`, and "column" is the exact one.
         recipe: steps and rates.
+        sft_weight: of ULMA.
+        start: the model to begin with, which is pointwise DPO's reference. Default: the world's reference.
 
     Raises:
         ValueError: for an unknown method, and for KTO with TRL before 1.8, which takes texts only.
@@ -80,7 +90,7 @@ def train(feedback: Feedback, method: str, beta: float, log_z: float | str = 0.0
         raise ValueError(f"There is no method {method!r}. Methods are {', '.join(METHODS)}.")
     recipe = recipe or Recipe()
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        trainer = _trainer(feedback, method, beta, log_z, recipe, folder)
+        trainer = _trainer(feedback, method, beta, log_z, recipe, sft_weight, start, folder)
         if trainer is not None:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -88,7 +98,14 @@ def train(feedback: Feedback, method: str, beta: float, log_z: float | str = 0.0
 
 
 def _trainer(
-    feedback: Feedback, method: str, beta: float, log_z: float | str, recipe: Recipe, folder: str
+    feedback: Feedback,
+    method: str,
+    beta: float,
+    log_z: float | str,
+    recipe: Recipe,
+    sft_weight: float,
+    start: PreTrainedModel | None,
+    folder: str,
 ) -> Trainer | None:
     world = feedback.world
     size = recipe.batch_size or len(feedback.label)
@@ -113,7 +130,7 @@ def _trainer(
         "max_length": None,
         "beta": beta,
     }
-    model: PreTrainedModel = world.policy()
+    model: PreTrainedModel = world.policy() if start is None else start
     common: dict[str, Any] = {"model": model, "processing_class": world.tokenizer}
     if method == "dpo":
         pairs = feedback.pairs()
@@ -146,6 +163,8 @@ def _trainer(
     if method == "sft":
         rows = rows.filter(lambda imitated: imitated, input_columns="sft_mask")
         own = {"positive_loss": "sft", "negative_loss": "none", "label_type": feedback.label_type}
+    else:
+        own["sft_weight"] = sft_weight
     return ULMATrainer(**common, args=ULMAConfig(folder, **shared, **own), train_dataset=rows)
 
 

@@ -17,7 +17,20 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from run import APPROXIMATION_RECIPE, BETAS, CHOICES, CONTENDERS, FRONTIER_RECIPE, POPULATIONS, REGIMES
+from run import (
+    APPROXIMATION_RECIPE,
+    BEST_OF,
+    BETAS,
+    CHOICES,
+    CONTENDERS,
+    FRONTIER_RECIPE,
+    LEARNERS,
+    POPULATIONS,
+    REGIMES,
+    SFT_STEPS,
+    SHARES,
+    demonstrations_cells,
+)
 from scipy import stats
 
 Row = dict[str, Any]
@@ -272,6 +285,100 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
     plt.close(figure)
 
 
+# Demonstrations beside thumbs
+
+Learner = tuple[str, float | str]
+Kind = tuple[float, int]
+KINDS: list[Kind] = [(share, best_of) for share in SHARES for best_of in BEST_OF]
+UNITED: Learner = ("ulma", 1.0)
+
+
+def learner_name(learner: Learner) -> str:
+    """A learner's name in tables."""
+    names = {"sft": "SFT", "pointwise_dpo": "pointwise DPO", "ulma": "ULMA, sft_weight"}
+    name = names.get(learner[0], "SFT, then pointwise DPO")
+    return f"{name} {'β' if learner[1] == 'beta' else f'{learner[1]:g}'}" if learner[0] == "ulma" else name
+
+
+def of_kind(rows: list[Row], kind: Kind) -> dict[Learner, dict[int, np.ndarray]]:
+    """Of each learner and seed, the points `(n, 2)` (KL, reward) by KL, the reference first."""
+    points = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if (row["share"], row["best_of"]) == kind:
+            points[row["method"], row["sft_weight"]][row["seed"]].append((row["kl"], row["reward"]))
+    return {
+        learner: {seed: np.array(sorted([(0.0, 0.0), *found])) for seed, found in seeds.items()}
+        for learner, seeds in points.items()
+    }
+
+
+def demonstrations_table(rows: list[Row], budget: float) -> str:
+    """Of each learner and kind of demonstrations, the reward within a budget, and how much more ULMA earns."""
+    heads = [f"1/{1 / share:g}, best of {best_of}" for share, best_of in KINDS]
+    lines = [f"| within {budget:g} nat{'s' * (budget > 1)} | {' | '.join(heads)} |", f"|---|{'--:|' * len(KINDS)}"]
+    found = [of_kind(rows, kind) for kind in KINDS]
+    for method, weight, _ in LEARNERS:
+        learner = (method, weight)
+        cells = [shown([within(points, budget) for points in each[learner].values()]) for each in found]
+        lines.append(f"| {learner_name(learner)} | {' | '.join(cells)} |")
+    for learner in _others():
+        cells = []
+        for each in found:
+            mean, low, high = difference(each, UNITED, learner, budget)
+            cells.append(
+                f"{'**' * (low > 0 or high < 0)}{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'**' * (low > 0 or high < 0)}"
+            )
+        lines.append(f"| {learner_name(UNITED)}, less {learner_name(learner)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def demonstrations_words(rows: list[Row], budget: float) -> str:
+    """In how many kinds of data ULMA earns more than each of the others within a budget."""
+    parts = []
+    for learner in _others():
+        found = [difference(of_kind(rows, kind), UNITED, learner, budget) for kind in KINDS]
+        more, less = sum(low > 0 for _, low, _ in found), sum(high < 0 for *_, high in found)
+        parts.append(f"more than {learner_name(learner)} in {more} and less in {less}")
+    return (
+        f"Within {budget:g} nat{'s' * (budget > 1)}, {learner_name(UNITED)} earns {'; '.join(parts)} of "
+        f"{len(KINDS)} kinds of data. In the others, no significant difference was found."
+    )
+
+
+def _others() -> list[Learner]:
+    return [(method, weight) for method, weight, _ in LEARNERS if (method, weight) != UNITED]
+
+
+def demonstrations_picture(rows: list[Row], path: Path) -> None:
+    """Reward against KL for each kind of data: means over seeds at each β or number of steps."""
+    figure, all_axes = plt.subplots(
+        len(BEST_OF), len(SHARES), figsize=(12, 6.5), layout="constrained", sharex=True, sharey=True
+    )
+    for (share, best_of), axes in zip(
+        [(share, best_of) for best_of in BEST_OF for share in SHARES], all_axes.flat, strict=True
+    ):
+        for i, (method, weight, _) in enumerate(LEARNERS):
+            own = [
+                row
+                for row in rows
+                if (row["share"], row["best_of"], row["method"], row["sft_weight"]) == (share, best_of, method, weight)
+            ]
+            settings = sorted({(row["beta"], row["steps"]) for row in own})
+            at = [[row for row in own if (row["beta"], row["steps"]) == setting] for setting in settings]
+            points = sorted(tuple(np.mean([row[name] for row in each]) for name in ("kl", "reward")) for each in at)
+            axes.plot(*zip(*points, strict=True), "s:" if method == "sft" else "o-", color=f"C{i}", markersize=4)
+        axes.set_title(f"1/{1 / share:g} demonstrations, best of {best_of}", fontsize=10)
+        axes.grid(alpha=0.3)
+    for axes in all_axes[-1]:
+        axes.set_xlabel("KL(π‖π_ref), nats")
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("E[r*] gained")
+    names = [learner_name((method, weight)) for method, weight, _ in LEARNERS]
+    figure.legend(all_axes[0, 0].lines, names, loc="outside lower center", ncols=len(names), fontsize=9)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 INTRODUCTION = """\
 # An exact world
 
@@ -280,7 +387,7 @@ enumerated, so the reference, the true reward r*, Z(x), the optimum π* ∝ π_r
 exact. Each seed is another world, with other rows. Brackets are 95 % t-intervals over seeds, and differences are taken
 seed by seed. The intervals are not corrected for the number of comparisons.
 
-`python examples/exact_world/run.py` measures everything again (an hour of one core), and `report.py` writes this page.
+`python examples/exact_world/run.py` measures everything again (about two hours of one core), and `report.py` writes this page.
 """
 
 
@@ -289,7 +396,7 @@ def page(results: Path) -> str:
     stored = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(results.glob("*.json"))
-        if path.stem in ("approximation", "frontier")
+        if path.stem in ("approximation", "frontier", "demonstrations")
     }
     parts = [INTRODUCTION]
     if rows := stored.get("approximation"):
@@ -334,6 +441,23 @@ def page(results: Path) -> str:
                 frontier_table(rows, regime),
                 f"\n![{regime}]({results.name}/{name})\n",
             ]
+    # Nothing is said before the sweep is whole
+    if len(rows := stored.get("demonstrations", [])) >= len(list(demonstrations_cells(2))):
+        demonstrations_picture(rows, results / "demonstrations.png")
+        parts += [
+            "## Demonstrations beside thumbs\n",
+            "The paper's claim for ULMA is that it learns good demonstrations and much noisy feedback in one loss. "
+            "Here, of 64 prompts with 32 answers each, a share are demonstrations: the best of 64 or of 4 answers of "
+            "the reference by the true reward. All other answers have a thumb, drawn with σ(r*), so that many are "
+            f"wrong. log Z is 0. {len({row['seed'] for row in rows})} seeds, {FRONTIER_RECIPE.steps} steps; SFT, which "
+            f"has no β, is stopped after {', '.join(map(str, SFT_STEPS))}. In two stages, half of the steps are SFT, "
+            "and its result is the reference of pointwise DPO; its KL is measured from the first reference like that "
+            "of the others. Pointwise DPO takes demonstrations as likes. At β = 1, both settings of ULMA are the "
+            "same.\n",
+        ]
+        for budget in BUDGETS[1:]:
+            parts += [demonstrations_words(rows, budget) + "\n", demonstrations_table(rows, budget) + "\n"]
+        parts.append(f"![demonstrations beside thumbs]({results.name}/demonstrations.png)\n")
     return "\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""python examples/exact_world/run.py [--only approximation frontier] [--seeds 5] [--results FOLDER]
+"""python examples/exact_world/run.py [--only approximation frontier demonstrations] [--seeds 5] [--results FOLDER]
 
 Trains every method in worlds where the optimum is known, and stores what each cell measures as it comes; a run that was
 stopped goes on where it was. `report.py` makes RESULTS.md and the pictures of what is stored.
@@ -7,6 +7,7 @@ stopped goes on where it was. `report.py` makes RESULTS.md and the pictures of w
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
@@ -19,8 +20,9 @@ import datasets
 import torch
 from exact_world import World, WorldConfig
 from feedback import Feedback, FeedbackConfig, draw, population
-from methods import Recipe, train
+from methods import METHODS, Recipe, train
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 CHOICES = ("column", 0.0, "prior", "running_mean", "batch_kl", "learned_constant", "learned")
 Cell = dict[str, Any]
@@ -68,6 +70,18 @@ CONTENDERS = (
     ("ulma", 0.0),
 )
 
+# What the paper claims for ULMA: good demonstrations beside many noisy thumbs, few or many, very good or fairly good
+SHARES, BEST_OF = (1 / 64, 1 / 16, 1 / 4), (64, 4)
+# (method, sft_weight, values of β); SFT has no β, and is stopped earlier or later instead
+LEARNERS = (
+    ("sft", 1.0, (0.0,)),
+    ("pointwise_dpo", 1.0, (0.1, 0.3, 1.0)),
+    ("sft, then pointwise_dpo", 1.0, (0.1, 0.3, 1.0)),
+    ("ulma", 1.0, (0.1, 0.3, 1.0)),
+    ("ulma", "beta", (0.1, 0.3, 1.0)),
+)
+SFT_STEPS = (6, 24, 96)
+
 
 # A cell's world is mostly that of the cell before
 world_of = functools.lru_cache(maxsize=2)(World)
@@ -106,9 +120,39 @@ def frontier(cell: Cell) -> dict[str, float] | None:
     feedback: Feedback = draw(world, dataclasses.replace(regime.feedback, seed=cell["seed"]))
     recipe = dataclasses.replace(FRONTIER_RECIPE, seed=cell["seed"])
     trainer = train(feedback, cell["method"], cell["beta"], cell["log_z"], recipe)
-    if trainer is None:
-        return None
-    found = world.log_probs(trainer.model)
+    return None if trainer is None else figures(world, trainer.model)
+
+
+def demonstrations_cells(seeds: int) -> Iterator[Cell]:
+    """Each share and quality of the demonstrations × method × β or steps × seed."""
+    for seed, share, best_of in itertools.product(range(seeds), SHARES, BEST_OF):
+        for method, weight, betas in LEARNERS:
+            for beta, steps in itertools.product(betas, SFT_STEPS if method == "sft" else (FRONTIER_RECIPE.steps,)):
+                settings = {"method": method, "sft_weight": weight, "beta": beta, "steps": steps}
+                yield {"share": share, "best_of": best_of, **settings, "seed": seed}
+
+
+def demonstrations(cell: Cell) -> dict[str, float]:
+    """As `frontier`, of rows of which a share are demonstrations and the others have thumbs.
+
+    In two stages, half of the steps are SFT, and its result is the reference of the other half.
+    """
+    world = world_of(dataclasses.replace(FEW_PROMPTS, seed=cell["seed"]))
+    of_feedback = FeedbackConfig(2048, 32, demonstrations=cell["share"], best_of=cell["best_of"], seed=cell["seed"])
+    feedback = draw(world, of_feedback)
+    recipe = dataclasses.replace(FRONTIER_RECIPE, steps=cell["steps"], seed=cell["seed"])
+    beta, method, start = cell["beta"] or BETAS[0], cell["method"], None
+    if method not in METHODS:
+        method = "pointwise_dpo"
+        recipe = dataclasses.replace(recipe, steps=recipe.steps // 2)
+        start = train(feedback, "sft", beta, recipe=recipe).model
+    weight = beta if cell["sft_weight"] == "beta" else cell["sft_weight"]
+    return figures(world, train(feedback, method, beta, recipe=recipe, sft_weight=weight, start=start).model)
+
+
+def figures(world: World, policy: PreTrainedModel) -> dict[str, float]:
+    """A policy's expected reward above the reference's and its KL, beside what the best policy of the same KL earns."""
+    found = world.log_probs(policy)
     kl = world.kl(found)
     start = world.expected_reward(world.log_ref)
     return {"reward": world.expected_reward(found) - start, "kl": kl, "best": world.best_reward(kl) - start}
@@ -117,6 +161,7 @@ def frontier(cell: Cell) -> dict[str, float] | None:
 PARTS: dict[str, tuple[Callable[[int], Iterator[Cell]], Callable[[Cell], dict[str, float] | None]]] = {
     "approximation": (approximation_cells, approximation),
     "frontier": (frontier_cells, frontier),
+    "demonstrations": (demonstrations_cells, demonstrations),
 }
 
 

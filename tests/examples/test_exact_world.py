@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import types
 from pathlib import Path
 
 import datasets
@@ -166,6 +167,27 @@ def test_demonstrations_are_as_many_and_as_good_as_asked(world):
     assert found[1.0] == pytest.approx(good, abs=0.1)
 
 
+def test_the_best_of_many_answers_are_better_demonstrations(world):
+    found = {}
+    for best_of in (1, 4, 64):
+        drawn = draw(world, FeedbackConfig(rows=9000, answers=3000, demonstrations=0.25, best_of=best_of))
+        own = drawn.demonstration
+        assert own.mean() == pytest.approx(0.25, abs=0.015)
+        found[best_of] = world.reward.numpy()[drawn.prompt, drawn.answer]
+        rest = found[best_of][~own].mean()
+        assert rest == pytest.approx(world.expected_reward(world.log_ref), abs=0.1)
+        found[best_of] = found[best_of][own].mean()
+    # Of the best of n, the exact mean: reward by reward, how likely it is to be the greatest of n draws
+    order = world.reward.argsort(1)
+    at_most = world.log_ref.exp().gather(1, order).cumsum(1)
+    prompts = sorted(set(drawn.prompt))
+    for best_of, mean in found.items():
+        powers = at_most[prompts] ** best_of
+        chance = torch.cat([powers[:, :1], powers.diff(dim=1)], 1)
+        exact = (chance * world.reward.gather(1, order)[prompts]).sum(1).mean()
+        assert mean == pytest.approx(float(exact), abs=0.1)
+
+
 @pytest.mark.parametrize("label_type", ["binary", "continuous"])
 def test_pairs_hold_the_better_answer_of_one_prompt(world, label_type):
     drawn = draw(world, FeedbackConfig(rows=60, answers=20, label_type=label_type))
@@ -307,6 +329,54 @@ def test_every_regime_is_measured_with_every_method_and_beta():
     assert len(cells) == 5 * 5 * (1 + 8 * len(run.BETAS))
     assert len({tuple(cell.items()) for cell in cells}) == len(cells)
     assert len(list(run.approximation_cells(5))) == 5 * 3 * 7
+    assert len(list(run.demonstrations_cells(5))) == 5 * 3 * 2 * (3 + 4 * 3)
+
+
+def test_of_demonstrations_beside_thumbs_each_method_is_trained_as_named(monkeypatch):
+    seen: list[tuple] = []
+
+    def train(feedback, method, beta, log_z=0.0, recipe=None, sft_weight=1.0, start=None):
+        share = float(feedback.demonstration.mean())
+        model = feedback.world.policy()
+        seen.append((method, beta, recipe.steps, sft_weight, start, round(share, 2), model))
+        return types.SimpleNamespace(model=model)
+
+    monkeypatch.setattr(run, "train", train)
+    cells = list(run.demonstrations_cells(1))[-15:]
+    found = [run.demonstrations(cell) for cell in cells]
+    assert all(abs(each["reward"]) < 1e-9 and abs(each["kl"]) < 1e-9 for each in found)
+    assert [share for *_, share, _ in seen] == pytest.approx([0.25] * len(seen), abs=0.02)
+    assert [(steps, start) for method, _, steps, _, start, *_ in seen[:3]] == [(6, None), (24, None), (96, None)]
+    assert [each[:4] for each in seen[3:6]] == [("pointwise_dpo", beta, 96, 1.0) for beta in (0.1, 0.3, 1.0)]
+    for first, second in zip(seen[6:12:2], seen[7:12:2], strict=True):
+        assert (first[0], first[2], second[0], second[2]) == ("sft", 48, "pointwise_dpo", 48)
+        assert second[4] is first[-1]
+    assert [each[:4] for each in seen[12:15]] == [("ulma", beta, 96, 1.0) for beta in (0.1, 0.3, 1.0)]
+    assert [each[:4] for each in seen[15:]] == [("ulma", beta, 96, beta) for beta in (0.1, 0.3, 1.0)]
+
+
+def test_the_report_of_demonstrations_compares_ulma_with_each_other_learner(tmp_path):
+    gains = {("ulma", 1.0): 0.6, ("sft", 1.0): 0.4, ("pointwise_dpo", 1.0): 0.6, ("ulma", "beta"): 0.7}
+    rows = []
+    for cell in run.demonstrations_cells(3):
+        kl = cell["steps"] / 24 if cell["method"] == "sft" else 0.3 / cell["beta"]
+        # Differences between learners vary from seed to seed, and cancel over the seeds
+        gain = gains.get((cell["method"], cell["sft_weight"]), 0.5)
+        gain += 0.01 * (cell["seed"] - 1) * (1 if (cell["method"], cell["sft_weight"]) == ("ulma", 1.0) else -1)
+        rows.append({**cell, "kl": kl, "reward": gain * kl, "best": 2 * kl**0.5})
+    part = tmp_path / "demonstrations.json"
+    part.write_text(json.dumps(rows[:50]))
+    assert "Demonstrations" not in report.page(tmp_path)
+    part.write_text(json.dumps(rows))
+    page = report.page(tmp_path)
+    assert "Within 1 nat, ULMA, sft_weight 1 earns more than SFT in 6 and less in 0;" in page
+    assert "more than SFT, then pointwise DPO in 6 and less in 0;" in page
+    assert "more than ULMA, sft_weight β in 0 and less in 6 of 6 kinds of data." in page
+    line = next(each for each in page.splitlines() if each.startswith("| ULMA, sft_weight 1, less SFT |"))
+    assert line.count("**+0.20 [") == 6
+    line = next(each for each in page.splitlines() if "less pointwise DPO |" in each)
+    assert "**" not in line
+    assert (tmp_path / "demonstrations.png").stat().st_size > 10_000
 
 
 def stored_frontier(folder: Path, gains: dict[tuple, float], seeds: int = 3) -> None:
