@@ -387,7 +387,8 @@ enumerated, so the reference, the true reward r*, Z(x), the optimum π* ∝ π_r
 exact. Each seed is another world, with other rows. Brackets are 95 % t-intervals over seeds, and differences are taken
 seed by seed. The intervals are not corrected for the number of comparisons.
 
-`python examples/exact_world/run.py` measures everything again (about two hours of one core), and `report.py` writes this page.
+`python examples/exact_world/run.py` measures everything again (about two hours of one core), and `report.py` writes
+this page.
 """
 
 
