@@ -86,6 +86,8 @@ def write(
     if head.get("licence") == "license":  # TRL's placeholder. The license of the model is for its owner to choose.
         head.pop("licence")
     is_adapter = is_peft_model(model)
+    if is_adapter:  # as PEFT names it on the Hub
+        head["library_name"] = "peft"
     metrics_of, metrics = _last_figures(log_history)
     intervals = _intervals(evaluated, plan.eval_dataset) if metrics_of.startswith("last evaluation") else {}
     kind, name = reference

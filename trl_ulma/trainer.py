@@ -884,7 +884,17 @@ class PointwiseDPOTrainer(DPOTrainer):
             is_uploaded = _internal_call and self.args.push_to_hub
             has_trained = self.state.global_step > 0
             seen_prompts.save(self._training_prompts if has_trained and not is_uploaded else None, folder)
+        had_card = (folder / "README.md").exists()
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call and not had_card and (folder / "README.md").exists():
+            self._write_card_instead_of_pefts(folder)
+
+    def _write_card_instead_of_pefts(self, folder: Path) -> None:
+        own = Path(self.args.output_dir)
+        if folder.resolve() == own.resolve():
+            self.create_model_card()
+        else:
+            copy_files(own, str(folder), ("README.md",))
 
     @functools.cached_property
     def _training_prompts(self) -> np.ndarray | None:

@@ -65,6 +65,25 @@ def test_a_checkpoint_has_the_card_and_no_empty_form(tiny_gpt2, tmp_path, monkey
     exec(code, {})
 
 
+def test_a_saved_adapter_has_the_card_and_no_empty_form(tiny_gpt2, tmp_path):
+    trainer = make_trainer(
+        tiny_gpt2, make_rows(8), tmp_path / "tuned", max_steps=2, peft_config=LoraConfig(task_type="CAUSAL_LM")
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "copy"))
+    for folder in ("tuned", "copy"):
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert "More Information Needed" not in card.content
+        assert "The loss is a sum over these kinds of rows" in card.content
+        assert card.data.library_name == "peft"
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("My own words.")
+    trainer.save_model(str(mine))
+    assert "My own words." in (mine / "README.md").read_text()
+
+
 def test_the_card_claims_no_license(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path)
     trainer.create_model_card()
