@@ -454,7 +454,8 @@ def page(results: Path) -> str:
             f"has no β, is stopped after {', '.join(map(str, SFT_STEPS))}. In two stages, half of the steps are SFT, "
             "and its result is the reference of pointwise DPO; its KL is measured from the first reference like that "
             "of the others. Pointwise DPO takes demonstrations as likes. At β = 1, both settings of ULMA are the "
-            "same.\n",
+            "same. Columns: the share of demonstrations, and of how many answers each is the best. Bold: the interval "
+            "of a difference leaves out 0.\n",
         ]
         for budget in BUDGETS[1:]:
             parts += [demonstrations_words(rows, budget) + "\n", demonstrations_table(rows, budget) + "\n"]
