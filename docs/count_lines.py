@@ -17,7 +17,8 @@ AREAS = {
     "trainer, settings, saved models": (
         *("trainer", "starting", "steps", "evaluating", "estimating", "training_plan", "training_reference", "logged"),
         *("objective", "log_z", "callbacks", "checkpoints", "judge", "saved", "model_card", "tracking", "config"),
-        *("config_checks", "config_conversion", "presets", "versions", "__init__", "__main__"),
+        *("config_checks", "config_conversion", "presets", "versions", "main_process"),
+        *("__init__", "__main__"),
     ),
     "likelihood": ("likelihood", "forward", "probe", "scoring", "reference"),
     "rows": ("rows", "collator", "encoding", "preparation", "left_out", "dataset_labels", "vision", "sampler"),

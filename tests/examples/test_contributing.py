@@ -86,3 +86,15 @@ def test_a_metric(monkeypatch):
     replaced = ((figure, code + figure), (named, f'    "{name}",\n{named}'))
     changed("trl_ulma.metrics", monkeypatch, replaced=replaced)
     run_test(test, "tests/unit/test_metrics.py")
+
+
+def test_the_page_on_the_build_draws_and_counts_every_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from count_lines import counts
+
+    package = ROOT / "trl_ulma"
+    assert sum(files for files, *_ in counts(package).values()) == len(list(package.rglob("*.py")))
+    page = (ROOT / "docs" / "built.md").read_text(encoding="utf-8")
+    drawn = page.split("## Imports")[1].split("```text")[1].split("```")[0].split()
+    modules = {each.stem for each in package.iterdir() if each.suffix == ".py" or (each / "__init__.py").exists()}
+    assert set(drawn) == modules - {"__init__", "__main__"}
