@@ -80,7 +80,9 @@ def load(folder, dtype, attention, how, device):
     """The model in a number format, and what float64 on the CPU is to be compared with it."""
     quantization = {}
     if how == "4bit":
-        quantization["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
     model = LlamaForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, device_map=device, **quantization
     )

@@ -91,7 +91,8 @@ def logged(folder, out, *, lora: bool, use_cpu: bool, **settings) -> list[dict[s
     init = {"attn_implementation": attention, "dtype": torch.float32}
     kwargs = {}
     if settings.pop("4bit", False):
-        init |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)}
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        init |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
         init |= {"device_map": "cpu" if use_cpu or not HAS_GPU else "cuda"}
     if lora:
         # On GPUs, TRL loads to the GPU, whose random numbers would begin another adapter
