@@ -47,6 +47,8 @@ class _Resumes(Trainer):
     """A trainer of TRL or transformers that resumes from its last whole checkpoint, and stops at Ctrl-C with one."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        if kwargs.get("quantization_config") is None:  # before TRL 1.7, there is no such argument
+            kwargs.pop("quantization_config", None)
         super().__init__(*args, **kwargs)
         self.interruption = Interruption(self.accelerator)
         self.add_callback(self.interruption)
