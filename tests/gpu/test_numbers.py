@@ -9,7 +9,7 @@ import importlib.util
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from trl_ulma import DataCollatorForPointwisePreference
 from trl_ulma.likelihood.head import CompactHead
@@ -38,25 +38,6 @@ def members():
                     elif dtype == torch.float16:
                         marks = [gpu, pytest.mark.skipif(not HAS_GPU, reason="float16 is for GPUs")]
                     yield pytest.param(layout, dtype, attention, how, marks=marks)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> str:
-    """A two-layer Llama whose heads have 64 dimensions, as FlashAttention wants."""
-    path = str(tmp_path_factory.mktemp("models") / "llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.06,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

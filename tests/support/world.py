@@ -39,6 +39,14 @@ def mixed_rows(n: int = 12) -> Dataset:
     return make_rows(n, label=label, sft_mask=sft_mask, label_type=label_type, weight=weight, log_z=log_z)
 
 
+def several_answers(prompts: int = 5, answers: int = 3) -> Dataset:
+    """Rows of every kind, `answers` for each prompt."""
+    n = prompts * answers
+    rows = mixed_rows(n)
+    asked = make_rows(prompts)["prompt"][:]
+    return rows.remove_columns("prompt").add_column("prompt", [asked[i // answers] for i in range(n)])
+
+
 def binary_rows(n: int = 12) -> Dataset:
     """The binary kinds of `mixed_rows` only, so that unlearning is possible."""
     rows = mixed_rows(2 * n)

@@ -5,23 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, TaskType
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
-from world import make_rows, make_trainer, mixed_rows, weights
+from world import make_rows, make_trainer, several_answers, weights
 
 from trl_ulma.likelihood.layouts import shared
 from trl_ulma.rows.sampler import PromptSampler
 
 LAYOUTS = {"padding_free": True}, {"share_prompts": True}
-
-
-def several_answers(prompts: int = 5, answers: int = 3) -> Dataset:
-    """Rows of every kind, `answers` for each prompt."""
-    n = prompts * answers
-    rows = mixed_rows(n)
-    asked = make_rows(prompts)["prompt"][:]
-    return rows.remove_columns("prompt").add_column("prompt", [asked[i // answers] for i in range(n)])
 
 
 def train(model, rows, tmp_path, **kwargs):
