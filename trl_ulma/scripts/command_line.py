@@ -288,7 +288,7 @@ def is_verbose() -> bool:
 _NOISE = {
     # A CPU kernel on the Hub. Without it, bitsandbytes computes the same values.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    # Its releases before 0.47 say so on every machine without a GPU. What needs one raises an error by itself.
+    # Release 0.46 says so on every machine without a GPU. What needs one raises an error by itself.
     "bitsandbytes.cextension": "The installed version of bitsandbytes was compiled without GPU support",
     # Defaults of accelerate launch
     "accelerate.commands.launch": "The following values were not passed to `accelerate launch`",

@@ -165,8 +165,10 @@ class OptionParser(TrlParser):
         except (OSError, TypeError, ValueError, yaml.YAMLError) as problem:
             self.error(as_options(str(problem), self._option_string_actions))
         training_args, model_args = settings[1:3]
-        if getattr(model_args, "trust_remote_code", False):  # TRL before 1.7
-            training_args.trust_remote_code = True
+        # Before TRL 1.7, it is an option of ModelConfig, and TRL's own configs do not have it
+        trusts = getattr(model_args, "trust_remote_code", False)
+        if trusts or not hasattr(training_args, "trust_remote_code"):
+            training_args.trust_remote_code = trusts
         # TRL puts those of the file first
         return tuple(settings), self._from_file, left[len(self._from_file) :]
 

@@ -226,11 +226,9 @@ def last_checkpoint_or(resume_from_checkpoint: str | bool | None) -> str | bool 
 
 def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
     """The arguments for loading the model."""
-    # Before TRL 1.7, it is an option of ModelConfig, and only this package's configs have it, too
-    where = training_args if hasattr(training_args, "trust_remote_code") else model_args
     return {
         "revision": model_args.model_revision,
-        "trust_remote_code": where.trust_remote_code,
+        "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
