@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 # Of Llama 3.2 1B and Llama 3.1 8B
 SHAPES = {
@@ -29,34 +29,29 @@ SHAPES = {
 VOCABULARY = 128256
 
 
-def random_checkpoint(shape: str, tokenizer: Path, cache_dir: Path, **overrides: int) -> Path:
+def random_checkpoint(shape: str, tokenizer: Path, cache_dir: Path) -> Path:
     """The folder in `cache_dir` of a Llama with random weights in bfloat16, made if it is missing.
 
     Args:
         shape: one of `SHAPES`.
         tokenizer: a checkpoint whose tokenizer it gets; the vocabulary is Llama 3's size all the same.
         cache_dir: where it goes. Of llama-8b, it takes 16 GB.
-        **overrides: settings of the model that differ from the shape.
     """
     folder = cache_dir / f"random-{shape}"
     if folder.is_dir():
         return folder
     reader = AutoTokenizer.from_pretrained(tokenizer)
     config = LlamaConfig(
-        **{"vocab_size": VOCABULARY, "max_position_embeddings": 8192, **SHAPES[shape], **overrides},
+        **SHAPES[shape],
+        vocab_size=VOCABULARY,
+        max_position_embeddings=8192,
         bos_token_id=None,
         eos_token_id=reader.eos_token_id,
         pad_token_id=reader.pad_token_id,
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        # On a GPU, eight billion random numbers take a second
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     cache_dir.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=cache_dir))
     try:

@@ -41,17 +41,19 @@ def test_scaling_has_a_point_for_each_value(tiny_gpt2, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-def test_a_model_of_a_shape_is_made_once_and_trains(tiny_llama, tmp_path, monkeypatch):
+def test_a_model_of_a_shape_is_made_once(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from shapes import SHAPES, random_checkpoint
+    import shapes
 
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 500}
-    folder = random_checkpoint("llama-1b", Path(tiny_llama), tmp_path, **small)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    monkeypatch.setitem(shapes.SHAPES, "llama-1b", shapes.SHAPES["llama-1b"] | small)
+    monkeypatch.setattr(shapes, "VOCABULARY", 500)
+    folder = shapes.random_checkpoint("llama-1b", Path(tiny_llama), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
-    assert model.config.num_key_value_heads == SHAPES["llama-1b"]["num_key_value_heads"]
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (32, 8)
     assert model.config.tie_word_embeddings
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert random_checkpoint("llama-1b", Path(tiny_llama), tmp_path, **small) == folder
+    assert shapes.random_checkpoint("llama-1b", Path(tiny_llama), tmp_path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
