@@ -7,7 +7,7 @@ follows from the stored numbers.
 import argparse
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from run import (
     REGIMES,
     SFT_STEPS,
     SHARES,
+    TWO_STAGES,
     demonstrations_cells,
 )
 from scipy import stats
@@ -290,14 +291,18 @@ def frontier_picture(rows: list[Row], regime: str, path: Path) -> None:
 Learner = tuple[str, float | str]
 Kind = tuple[float, int]
 KINDS: list[Kind] = [(share, best_of) for share in SHARES for best_of in BEST_OF]
-UNITED: Learner = ("ulma", 1.0)
-
-
-def learner_name(learner: Learner) -> str:
-    """A learner's name in tables."""
-    names = {"sft": "SFT", "pointwise_dpo": "pointwise DPO", "ulma": "ULMA, sft_weight"}
-    name = names.get(learner[0], "SFT, then pointwise DPO")
-    return f"{name} {'β' if learner[1] == 'beta' else f'{learner[1]:g}'}" if learner[0] == "ulma" else name
+LEARNER_NAMES: dict[Learner, str] = {
+    ("sft", 1.0): "SFT",
+    ("pointwise_dpo", 1.0): "pointwise DPO",
+    (TWO_STAGES, 1.0): "SFT, then pointwise DPO",
+    ("ulma", 1.0): "ULMA, sft_weight 1",
+    ("ulma", "beta"): "ULMA, sft_weight β",
+}
+# Each with those that it is compared with
+COMPARED: dict[Learner, tuple[Learner, ...]] = {
+    ("ulma", 1.0): (("sft", 1.0), ("pointwise_dpo", 1.0), (TWO_STAGES, 1.0), ("ulma", "beta")),
+    ("ulma", "beta"): (("pointwise_dpo", 1.0),),
+}
 
 
 def of_kind(rows: list[Row], kind: Kind) -> dict[Learner, dict[int, np.ndarray]]:
@@ -320,33 +325,40 @@ def demonstrations_table(rows: list[Row], budget: float) -> str:
     for method, weight, _ in LEARNERS:
         learner = (method, weight)
         cells = [shown([within(points, budget) for points in each[learner].values()]) for each in found]
-        lines.append(f"| {learner_name(learner)} | {' | '.join(cells)} |")
-    for learner in _others():
-        cells = []
-        for each in found:
-            mean, low, high = difference(each, UNITED, learner, budget)
-            cells.append(
-                f"{'**' * (low > 0 or high < 0)}{mean:+.2f} [{low:+.2f}, {high:+.2f}]{'**' * (low > 0 or high < 0)}"
-            )
-        lines.append(f"| {learner_name(UNITED)}, less {learner_name(learner)} | {' | '.join(cells)} |")
+        lines.append(f"| {LEARNER_NAMES[learner]} | {' | '.join(cells)} |")
+    for one, others in COMPARED.items():
+        for other in others:
+            cells = []
+            for each in found:
+                mean, low, high = difference(each, one, other, budget)
+                bold = "**" if low > 0 or high < 0 else ""
+                cells.append(f"{bold}{mean:+.2f} [{low:+.2f}, {high:+.2f}]{bold}")
+            lines.append(f"| {LEARNER_NAMES[one]}, less {LEARNER_NAMES[other]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def demonstrations_words(rows: list[Row], budget: float) -> str:
-    """In how many kinds of data ULMA earns more than each of the others within a budget."""
-    parts = []
-    for learner in _others():
-        found = [difference(of_kind(rows, kind), UNITED, learner, budget) for kind in KINDS]
-        more, less = sum(low > 0 for _, low, _ in found), sum(high < 0 for *_, high in found)
-        parts.append(f"more than {learner_name(learner)} in {more} and less in {less}")
-    return (
-        f"Within {budget:g} nat{'s' * (budget > 1)}, {learner_name(UNITED)} earns {'; '.join(parts)} of "
-        f"{len(KINDS)} kinds of data. In the others, no significant difference was found."
-    )
+    """In how many kinds of data each setting of ULMA earns more, and less, than each of the others within a budget."""
+    lines = []
+    for one, others in COMPARED.items():
+        parts = []
+        for other in others:
+            found = [difference(of_kind(rows, kind), one, other, budget) for kind in KINDS]
+            more, less = sum(low > 0 for _, low, _ in found), sum(high < 0 for *_, high in found)
+            parts.append(f"more than {LEARNER_NAMES[other]} in {more} and less in {less}")
+        lines.append(
+            f"- Within {budget:g} nat{'s' * (budget > 1)}, {LEARNER_NAMES[one]} earns {'; '.join(parts)} of "
+            f"{len(KINDS)} kinds of data. In the others, no significant difference was found."
+        )
+    return "\n".join(lines)
 
 
-def _others() -> list[Learner]:
-    return [(method, weight) for method, weight, _ in LEARNERS if (method, weight) != UNITED]
+def whole_seeds(rows: list[Row]) -> list[Row]:
+    """The rows of the seeds whose sweep is complete; none if there are fewer than two such seeds."""
+    cells = len(list(demonstrations_cells(1)))
+    counts = Counter(row["seed"] for row in rows)
+    seeds = {seed for seed, count in counts.items() if count == cells}
+    return [row for row in rows if row["seed"] in seeds] if len(seeds) > 1 else []
 
 
 def demonstrations_picture(rows: list[Row], path: Path) -> None:
@@ -373,7 +385,7 @@ def demonstrations_picture(rows: list[Row], path: Path) -> None:
         axes.set_xlabel("KL(π‖π_ref), nats")
     for axes in all_axes[:, 0]:
         axes.set_ylabel("E[r*] gained")
-    names = [learner_name((method, weight)) for method, weight, _ in LEARNERS]
+    names = [LEARNER_NAMES[method, weight] for method, weight, _ in LEARNERS]
     figure.legend(all_axes[0, 0].lines, names, loc="outside lower center", ncols=len(names), fontsize=9)
     figure.savefig(path, dpi=80)
     plt.close(figure)
@@ -442,8 +454,7 @@ def page(results: Path) -> str:
                 frontier_table(rows, regime),
                 f"\n![{regime}]({results.name}/{name})\n",
             ]
-    # Nothing is said before the sweep is whole
-    if len(rows := stored.get("demonstrations", [])) >= len(list(demonstrations_cells(2))):
+    if rows := whole_seeds(stored.get("demonstrations", [])):
         demonstrations_picture(rows, results / "demonstrations.png")
         parts += [
             "## Demonstrations beside thumbs\n",

@@ -20,7 +20,7 @@ import datasets
 import torch
 from exact_world import World, WorldConfig
 from feedback import Feedback, FeedbackConfig, draw, population
-from methods import METHODS, Recipe, train
+from methods import Recipe, train
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -72,11 +72,12 @@ CONTENDERS = (
 
 # What the paper claims for ULMA: good demonstrations beside many noisy thumbs, few or many, very good or fairly good
 SHARES, BEST_OF = (1 / 64, 1 / 16, 1 / 4), (64, 4)
+TWO_STAGES = "sft, then pointwise_dpo"
 # (method, sft_weight, values of β); SFT has no β, and is stopped earlier or later instead
 LEARNERS = (
     ("sft", 1.0, (0.0,)),
     ("pointwise_dpo", 1.0, (0.1, 0.3, 1.0)),
-    ("sft, then pointwise_dpo", 1.0, (0.1, 0.3, 1.0)),
+    (TWO_STAGES, 1.0, (0.1, 0.3, 1.0)),
     ("ulma", 1.0, (0.1, 0.3, 1.0)),
     ("ulma", "beta", (0.1, 0.3, 1.0)),
 )
@@ -142,7 +143,7 @@ def demonstrations(cell: Cell) -> dict[str, float]:
     feedback = draw(world, of_feedback)
     recipe = dataclasses.replace(FRONTIER_RECIPE, steps=cell["steps"], seed=cell["seed"])
     beta, method, start = cell["beta"] or BETAS[0], cell["method"], None
-    if method not in METHODS:
+    if method == TWO_STAGES:
         method = "pointwise_dpo"
         recipe = dataclasses.replace(recipe, steps=recipe.steps // 2)
         start = train(feedback, "sft", beta, recipe=recipe).model

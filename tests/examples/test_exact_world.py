@@ -177,7 +177,7 @@ def test_the_best_of_many_answers_are_better_demonstrations(world):
         rest = found[best_of][~own].mean()
         assert rest == pytest.approx(world.expected_reward(world.log_ref), abs=0.1)
         found[best_of] = found[best_of][own].mean()
-    # Of the best of n, the exact mean: reward by reward, how likely it is to be the greatest of n draws
+    # The exact mean of the greatest of n draws, from the probability of each reward to be the greatest
     order = world.reward.argsort(1)
     at_most = world.log_ref.exp().gather(1, order).cumsum(1)
     prompts = sorted(set(drawn.prompt))
@@ -369,13 +369,17 @@ def test_the_report_of_demonstrations_compares_ulma_with_each_other_learner(tmp_
     assert "Demonstrations" not in report.page(tmp_path)
     part.write_text(json.dumps(rows))
     page = report.page(tmp_path)
-    assert "Within 1 nat, ULMA, sft_weight 1 earns more than SFT in 6 and less in 0;" in page
+    assert "- Within 1 nat, ULMA, sft_weight 1 earns more than SFT in 6 and less in 0;" in page
     assert "more than SFT, then pointwise DPO in 6 and less in 0;" in page
     assert "more than ULMA, sft_weight β in 0 and less in 6 of 6 kinds of data." in page
     line = next(each for each in page.splitlines() if each.startswith("| ULMA, sft_weight 1, less SFT |"))
     assert line.count("**+0.20 [") == 6
-    line = next(each for each in page.splitlines() if "less pointwise DPO |" in each)
+    line = next(each for each in page.splitlines() if "ULMA, sft_weight 1, less pointwise DPO |" in each)
     assert "**" not in line
+    assert "ULMA, sft_weight β earns more than pointwise DPO in 6 and less in 0 of 6 kinds of data." in page
+    # A third of the fourth seed changes nothing
+    part.write_text(json.dumps([*rows, *({**row, "seed": 3, "reward": 9.0} for row in rows[:30])]))
+    assert report.page(tmp_path) == page
     assert (tmp_path / "demonstrations.png").stat().st_size > 10_000
 
 
