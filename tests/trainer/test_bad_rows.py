@@ -50,7 +50,7 @@ ANSWER_FIRST = (
     "whole conversations, remove the column prompt.)"
 )
 BOTH_ALIKE = (
-    "both must be text, or both messages. (If chosen and rejected are whole conversations, remove the column prompt.)"
+    "Both must be text, or both messages. (If chosen and rejected are whole conversations, remove the column prompt.)"
 )
 SURROGATE = (
     "its text contains half of a surrogate pair, which is not a character. Remove the row, or repair the text with "
@@ -424,11 +424,11 @@ TEXTS = {
     ),
     "text, then messages": (
         [GOOD | {"completion": assistant("Hello!")}],
-        f"Row 0 of the train dataset: prompt is text and completion is not; {BOTH_ALIKE}",
+        f"Row 0 of the train dataset has a prompt of text, but a completion of messages. {BOTH_ALIKE}",
     ),
     "messages, then text": (
         [CHAT | {"completion": "Hello!"}],
-        f"Row 0 of the train dataset: prompt is a list of messages and completion is not; {BOTH_ALIKE}",
+        f"Row 0 of the train dataset has a prompt of messages, but a completion of text. {BOTH_ALIKE}",
     ),
     "the whole conversation as completion": (
         [CHAT, CHAT | {"completion": [*user("Hi"), *assistant("Hello!")]}],
@@ -584,7 +584,7 @@ PAIRS = {
     ),
     "conversations after a text prompt": (
         [CONVERSATIONS | {"prompt": "Hi"}],
-        f"Row 0 (chosen) of the train dataset: prompt is text and completion is not; {BOTH_ALIKE}",
+        f"Row 0 (chosen) of the train dataset has a prompt of text, but a completion of messages. {BOTH_ALIKE}",
     ),
     "conversations that repeat the prompt": (
         [CONVERSATIONS | {"prompt": user("Hi")}],

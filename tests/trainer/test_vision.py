@@ -492,6 +492,28 @@ def test_a_file_that_is_no_image(tiny_llava, tmp_path):
 @pytest.mark.skipif(
     OLD, reason=f"the processor of transformers {transformers.__version__} does not compare images with placeholders"
 )
+@pytest.mark.parametrize("invalid_rows", ["error", "drop"])
+def test_unreadable_images_are_listed_together_if_answers_to_a_prompt_are_compared(tiny_llava, tmp_path, invalid_rows):
+    picture(1).save(tmp_path / "a.png")
+    files = [tmp_path / "a.png"] * 6
+    files[1] = files[4] = tmp_path / "lost.png"
+    rows = [
+        {
+            "prompt": asks(PLACE),
+            "completion": [{"role": "assistant", "content": f"No {i}"}],
+            "label": i,
+            "image": str(file),
+        }
+        for i, file in enumerate(files)
+    ]
+    settings = {"label_transform": "prompt_quantile", "invalid_rows": invalid_rows}
+    if invalid_rows == "error":
+        with pytest.raises(ValueError, match=r"(?s)2 of 6 rows.*Row 1 of.*image 0 cannot.*Row 4 of.*image 0 cannot"):
+            make_trainer(tiny_llava, Dataset.from_list(rows), tmp_path, **settings)
+    else:
+        assert len(make_trainer(tiny_llava, Dataset.from_list(rows), tmp_path, **settings).train_dataset) == 4
+
+
 def test_what_a_processor_can_not_take_is_told_before_training(tiny_llava, tmp_path, monkeypatch):
     processor = AutoProcessor.from_pretrained(tiny_llava)
     rows = image_rows(2)
@@ -519,10 +541,10 @@ def test_places_go_before_the_first_user_turns_text():
         {"role": "user", "content": "A"},
         {"role": "user", "content": "B"},
     ]
-    made = with_placeholders(turns, 2, AT)
+    made = with_placeholders(turns, 2)
     assert [[part["type"] for part in turn["content"]] for turn in made] == [
         ["text"],
         ["image", "image", "text"],
         ["text"],
     ]
-    assert as_images((picture(1), picture(2)), AT)[1]["bytes"]
+    assert as_images((picture(1), picture(2)))[1]["bytes"]

@@ -473,8 +473,8 @@ def test_an_invalid_row_is_told_of_in_the_words_of_its_own_file(tmp_path):
     joined_origins(parts).save(written := Dataset.load_from_disk(saved(both, tmp_path / "saved")))
     for rows in (both, written, written.shuffle(seed=3)):
         numbers = [number for number in range(4) if origin(rows, number) != f"{table}, line 2"]
-        error = "Row {} of the train dataset: label is None; it must be a number."
-        found = located([(i, InvalidRow(error.format(i), "label is missing")) for i in numbers], rows, "train")
+        error = InvalidRow("is None; it must be a number.", "label is missing", "label")
+        found = located([(i, error.at(i, "train")) for i in numbers], rows)
         assert sorted((str(each), each.kind) for each in found) == [
             (f"{table}, line 3: stars is empty; it must be a number.", "stars is empty"),
             (f"{other}, line 1: thumb is None; it must be a number.", "thumb is missing"),

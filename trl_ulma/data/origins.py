@@ -157,13 +157,12 @@ def with_origins(numbers: Sequence[int], rows: Any) -> str:
     )
 
 
-def located(invalid: Sequence[tuple[int, InvalidRow]], rows: Any, name: str) -> list[InvalidRow]:
+def located(invalid: Sequence[tuple[int, InvalidRow]], rows: Any) -> list[InvalidRow]:
     """The errors of rows, with the file and line of each row, and the names of columns in the file.
 
     Args:
         invalid: (number of the row, error).
         rows: the rows.
-        name: the name of the dataset.
     """
     if not invalid or not isinstance(rows, Dataset):
         return [error for _, error in invalid]
@@ -174,7 +173,7 @@ def located(invalid: Sequence[tuple[int, InvalidRow]], rows: Any, name: str) -> 
         place: str | None = known[row] if known.names[source] else None
         if place is None and len(found) < LISTED:
             place = origin(rows, row)
-        found.append(error.at_origin(place, name, known.columns[source]))
+        found.append(error.at_origin(place, known.columns[source]))
     return found
 
 

@@ -114,18 +114,17 @@ class HeldOut:
         for row, (prompt, completion, shown, fault) in enumerate(
             zip(columns["prompt"], columns["completion"], seen, faults, strict=True)
         ):
-            at = f"Row {row} of the {name} dataset"
             if fault is not None:
-                invalid[row] = unread(fault, at)
+                invalid[row] = unread(fault).at(row, name)
                 continue
             try:
-                check_texts(prompt, completion, at, takes_images=images is not None)
-                keys[row] = image_key(as_images(shown, at))
+                check_texts(prompt, completion, takes_images=images is not None)
+                keys[row] = image_key(as_images(shown))
             except InvalidRow as error:
-                invalid.setdefault(row, error.at_prompt(prompt))
+                invalid.setdefault(row, error.at(row, name).at_prompt(prompt))
         errors: list[InvalidRow] = []
         if invalid:
-            errors = located([(raw_row[row], invalid[row]) for row in sorted(invalid)], dataset, name)
+            errors = located([(raw_row[row], invalid[row]) for row in sorted(invalid)], dataset)
             if invalid_rows == "error" or len(errors) == len(rows):
                 refuse_invalid(errors, len(rows), name)
             listed = list_invalid(errors, len(rows), name)

@@ -1,29 +1,28 @@
 """Labels: the schema of a pointwise row, transforms of its label, and the report on all labels."""
 
+from trl_ulma.labels.invalid_rows import (
+    LISTED,
+    InvalidRow,
+    InvalidRows,
+    list_invalid,
+    look_like_ratings,
+    refuse_invalid,
+    unread,
+)
 from trl_ulma.labels.report import label_report, render_report
 from trl_ulma.labels.rows import (
     ASKING_ROLES,
     LABEL_TYPES,
-    LISTED,
     OPTIONAL_COLUMNS,
-    InvalidRow,
-    InvalidRows,
     LabelRules,
     check_columns,
     check_texts,
-    is_empty,
-    is_messages,
-    list_invalid,
-    look_like_ratings,
     one_class,
     raw_labels,
     read_labels,
-    refuse_invalid,
-    shown,
-    start_of,
     transform_labels,
-    unread,
 )
+from trl_ulma.labels.texts import is_empty, is_messages, shown, start_of
 from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transform
 
 __all__ = [

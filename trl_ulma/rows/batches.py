@@ -75,16 +75,15 @@ class RawBatches:
             columns = pairs_to_rows(batch)
             left_out, pair = columns["left_out"], columns["pair"]
             rows = [rows[i] for i in pair]
-            halves = [" (chosen)" if label else " (rejected)" for label in columns["label"]]
+            halves = ["chosen" if label else "rejected" for label in columns["label"]]
         columns = self._as_chat(columns)
         numbers = [self._number(row) for row in rows]
-        at = [f"Row {row}{half} of the {self.name} dataset" for row, half in zip(numbers, halves, strict=True)]
         invalid: dict[int, InvalidRow] = {}
 
         labels = self._labels(columns, indices, numbers, invalid)
         for i, fault in enumerate(columns.get(UNREAD, ())):
             if fault is not None:
-                left_out[i], invalid[i] = None, unread(fault, f"Row {numbers[i]} of the {self.name} dataset")
+                left_out[i], invalid[i] = None, unread(fault).at(numbers[i], self.name)
         values = None if self.images is None else undecoded(batch, self.images)
         images: list[list] = [[] for _ in rows]
         texts: dict[int, Rendered] = {}
@@ -93,12 +92,16 @@ class RawBatches:
                 continue
             try:
                 if values is not None:
-                    images[i] = as_images(values[pair[i]], f"Row {numbers[i]} of the {self.name} dataset")
-                check_texts(columns["prompt"][i], columns["completion"][i], at[i], takes_images=values is not None)
-                texts[i] = self.encoder.render(columns, i, len(images[i]), at[i])
+                    images[i] = as_images(values[pair[i]])
+            except InvalidRow as error:  # in both answers of a pair
+                invalid[i] = error.at(numbers[i], self.name)
+                continue
+            try:
+                check_texts(columns["prompt"][i], columns["completion"][i], takes_images=values is not None)
+                texts[i] = self.encoder.render(columns, i, len(images[i]))
                 left_out[i] = texts[i].left_out
             except InvalidRow as error:
-                invalid[i] = error
+                invalid[i] = error.at(numbers[i], self.name, halves[i])
         for i in range(0, len(rows) if self.paired else 0, 2):
             if i in texts and texts[i] == texts.get(i + 1):
                 left_out[i] = left_out[i + 1] = SAME_ANSWERS
@@ -108,17 +111,19 @@ class RawBatches:
         made: list[Tokenized] = [Tokenized([], [])] * len(rows)
         cut, length = [False] * len(rows), [0] * len(rows)
         for i, tokens in tokenized.items():
-            added = 0
+            try:
+                added = 0 if self.image_tokens is None else self.image_tokens(images[i])
+            except InvalidRow as error:  # in both answers of a pair
+                invalid[i] = error.at(numbers[i], self.name)
+                continue
             try:
                 if self.encoder.processor is not None:
-                    check_stray(self.encoder.processor, tokens.prompt, tokens.completion, len(images[i]), at[i])
-                if self.image_tokens is not None:
-                    added = self.image_tokens(images[i], f"Row {numbers[i]} of the {self.name} dataset")
+                    check_stray(self.encoder.processor, tokens.prompt, tokens.completion, len(images[i]))
                 made[i], cut[i], left_out[i] = self.encoder.truncate(tokens, added)
                 length[i] = len(made[i].prompt) + len(made[i].completion) + added
-                self.how.check_positions(length[i], at[i])
+                self.how.check_positions(length[i])
             except InvalidRow as error:
-                invalid[i] = error
+                invalid[i] = error.at(numbers[i], self.name, halves[i])
         invalid = {i: error.at_prompt(columns["prompt"][i]) for i, error in invalid.items()}
         return {
             "prompt_ids": [tokens.prompt for tokens in made],
@@ -224,9 +229,9 @@ class PreparedBatches:
             tokens, is_cut, left_out = encoder.truncate(tokens, added)
             length = len(tokens.prompt) + len(tokens.completion) + added
             try:
-                self.how.check_positions(length, f"Row {row} of the {self.name} dataset")
+                self.how.check_positions(length)
             except InvalidRow as error:
-                invalid.setdefault(i, error)
+                invalid.setdefault(i, error.at(row, self.name))
             values = (tokens.prompt, tokens.completion, length, left_out, is_cut, tokens.mask)
             for into, value in zip(found.values(), values, strict=True):
                 into.append(value)

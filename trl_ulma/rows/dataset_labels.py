@@ -69,7 +69,7 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
     invalid = _invalid_texts(train_dataset, "train")
     own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid)
     if not len(own):
-        refuse_invalid(located(sorted(invalid.items()), train_dataset, "train"), len(train_dataset), "train")
+        refuse_invalid(located(sorted(invalid.items()), train_dataset), len(train_dataset), "train")
         raise ValueError(
             f"label_transform={label_transform!r} applies to rows with label_type={rules.label_type!r}, but no row of "
             "the train dataset has this type. Remove label_transform, or set label_type to the other type."
@@ -161,10 +161,15 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
         found = dict(dataset.select_columns(names).with_format(None)[:]) if names else {}
         raw = undecoded_column(dataset, images) if images else ()
     if images is not None:
-        found["image_key"] = [
-            image_key(as_images(value, f"Row {row} of the {where} dataset")) for row, value in enumerate(raw)
-        ]
+        found["image_key"] = [_image_key(row, value) for row, value in enumerate(raw)]
     return found
+
+
+def _image_key(row: int, value: Any) -> int | str:
+    try:
+        return image_key(as_images(value))
+    except InvalidRow:  # preparation finds it, too. Until then, its prompt is one of its own
+        return f"row {row}"
 
 
 def _invalid_texts(dataset: Dataset, name: str) -> dict[int, InvalidRow]:
@@ -176,14 +181,13 @@ def _invalid_texts(dataset: Dataset, name: str) -> dict[int, InvalidRow]:
     invalid: dict[int, InvalidRow] = {}
     try:
         for i, row in enumerate(rows):
-            at = f"Row {i} of the {name} dataset"
             if row.get(UNREAD) is not None:
-                invalid[i] = unread(row[UNREAD], at)
+                invalid[i] = unread(row[UNREAD]).at(i, name)
                 continue
             try:
-                check_texts(row.get("prompt"), row.get("completion"), at, takes_images=True)
+                check_texts(row.get("prompt"), row.get("completion"), takes_images=True)
             except InvalidRow as error:
-                invalid[i] = error.at_prompt(row.get("prompt"))
+                invalid[i] = error.at(i, name).at_prompt(row.get("prompt"))
     except UnicodeDecodeError:  # preparation finds all of these rows
         return {}
     return invalid

@@ -28,15 +28,16 @@ def packed(error: InvalidRow | None) -> str | None:
     """An error as text, to be stored in a column of its row.
 
     Example:
-        >>> unpacked(packed(InvalidRow("Row 1: label is None.", "label is missing"))).kind
-        'label is missing'
+        >>> error = InvalidRow("is None; set it.", "label is missing", "label").at(3, "train", "chosen")
+        >>> str(unpacked(packed(error)))
+        'Row 3 (chosen) of the train dataset: label is None; set it.'
     """
-    return None if error is None else json.dumps([error.message, error.kind, error.prompt])
+    return None if error is None else json.dumps(vars(error))
 
 
 def unpacked(text: str) -> InvalidRow:
     """The error that `packed` converted to text."""
-    return InvalidRow(*json.loads(text))
+    return InvalidRow.from_parts(json.loads(text))
 
 
 def kept_of(
@@ -59,7 +60,7 @@ def kept_of(
         ValueError: if the batch has invalid rows and `invalid_rows` is "error". The message lists the rows.
     """
     invalid = [
-        None if text is None else unpacked(text).at_origin(place(row), name)
+        None if text is None else unpacked(text).at_origin(place(row))
         for row, text in zip(numbers, encoded["invalid"], strict=True)
     ]
     if invalid_rows == "error":
@@ -139,7 +140,7 @@ def kept_rows(
     """
     reasons, invalid = encoded["left_out"][:], encoded["invalid"][:]
     rows_of = zip(encoded["row"][:], invalid, strict=True)
-    errors = located([(row, unpacked(text)) for row, text in rows_of if text is not None], raw, name)
+    errors = located([(row, unpacked(text)) for row, text in rows_of if text is not None], raw)
     errors = [*unreadable, *errors]
     total = len(reasons) + len(unreadable)
     if invalid_rows == "error" or look_like_ratings(errors, total):

@@ -86,19 +86,18 @@ def check_mode(rows: datasets.Dataset | datasets.IterableDataset, column: str, w
         )
 
 
-def as_images(value: Any, at: str) -> list[dict[str, Any]]:
+def as_images(value: Any) -> list[dict[str, Any]]:
     """A row's images, each with the `bytes` or `path` of its file.
 
     Args:
         value: None, an image or a list of images. An image is a PIL image, an array, a path, bytes, or a value as
             `datasets` stores it.
-        at: the name of the row, for messages.
 
     Raises:
         ValueError: if a value is not an image, or if a file does not exist.
 
     Example:
-        >>> as_images(None, "Row 0"), as_images(b"GIF89a", "Row 1")
+        >>> as_images(None), as_images(b"GIF89a")
         ([], [{'path': None, 'bytes': b'GIF89a'}])
     """
     found = []
@@ -110,13 +109,15 @@ def as_images(value: Any, at: str) -> list[dict[str, Any]]:
                     pass
         except OSError as error:
             raise InvalidRow(
-                f"{at}: image {number} cannot be read ({error}). Correct its path, or remove the row.",
+                f"cannot be read ({error}). Correct its path, or remove the row.",
                 "an image cannot be read",
+                f"image {number}",
             ) from error
         except Exception as error:  # `datasets` does not document what encoding another kind of value raises
             raise InvalidRow(
-                f"{at}: image {number} is {shown(image)}; it must be a PIL image, an array, or a file's path or bytes.",
+                f"is {shown(image)}; it must be a PIL image, an array, or a file's path or bytes.",
                 "a value that is not an image",
+                f"image {number}",
             ) from error
         found.append(kept)
     return found
@@ -137,7 +138,7 @@ def image_key(images: Sequence[Mapping[str, Any]]) -> int:
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
-def with_placeholders(messages: list[dict[str, Any]], images: int, at: str) -> list[dict[str, Any]]:
+def with_placeholders(messages: list[dict[str, Any]], images: int) -> list[dict[str, Any]]:
     """Messages whose contents are lists of parts with a placeholder per image, as a processor's chat template needs.
 
     If contents are text, the images come before the text of the first user turn.
@@ -145,38 +146,40 @@ def with_placeholders(messages: list[dict[str, Any]], images: int, at: str) -> l
     Args:
         messages: the messages of a prompt, or, with `images` 0, of a completion.
         images: the number of images of the row.
-        at: the name of the row, for messages.
 
     Raises:
         ValueError: if the numbers of placeholders and images differ.
 
     Example:
-        >>> with_placeholders([{"role": "user", "content": "What is it?"}], 1, "Row 0")
+        >>> with_placeholders([{"role": "user", "content": "What is it?"}], 1)
         [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]}]
     """
     parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
     if any(set(part) - {"type"} for part in parts if part.get("type") == "image"):
         raise InvalidRow(
-            f"{at}: a message contains an image. Put images into the column `images`, in their order, and keep "
+            "contains an image. Put images into the column `images`, in their order, and keep "
             '{"type": "image"} in the message.',
             "a message contains an image",
+            "a message",
         )
     places = sum(part.get("type") == "image" for part in parts)
     if any(turn["role"] == "user" and isinstance(turn.get("content"), str) for turn in messages):
         places += images
     if places != images:
         raise InvalidRow(
-            f"{at}: its messages have {places} placeholders for {images} images. Add one part "
+            f"have {places} placeholders for {images} images. Add one part "
             '{"type": "image"} per image of the prompt, in order. Or write contents as text: images then come before '
             "the first user turn.",
             "different numbers of images and placeholders",
+            "its messages",
         )
     try:
         made = prepare_multimodal_messages(messages, images=["image"] * images)
     except ValueError as error:  # an unknown role
         raise InvalidRow(
-            f"{at}: the processor does not accept its messages ({error}). Correct the row, or remove it.",
+            f"does not accept its messages ({error}). Correct the row, or remove it.",
             "messages that the processor does not accept",
+            "the processor",
         ) from error
     return [_without_payload(turn) for turn in made]
 
@@ -187,15 +190,16 @@ def _without_payload(turn: dict[str, Any]) -> dict[str, Any]:
     return {**turn, "content": [{"type": "image"} if p.get("type") == "image" else p for p in turn["content"]]}
 
 
-def check_text_places(processor: ProcessorMixin, prompt: str, images: int, at: str) -> None:
+def check_text_places(processor: ProcessorMixin, prompt: str, images: int) -> None:
     """Raise ValueError unless a prompt of plain text has a placeholder for each image."""
     token = placeholder_of(processor)
     places = images if token is None else prompt.count(token)
     if places != images:
         raise InvalidRow(
-            f"{at}: its prompt has {places} placeholders {token!r} for {images} images. Write one placeholder per "
+            f"has {places} placeholders {token!r} for {images} images. Write one placeholder per "
             "image where it belongs, or use messages, which get placeholders automatically.",
             "different numbers of images and placeholders",
+            "its prompt",
         )
 
 
@@ -223,15 +227,16 @@ def placeholder_of(processor: ProcessorMixin) -> str | None:
 
 
 def check_stray(
-    processor: ProcessorMixin, prompt_ids: Sequence[int], completion_ids: Sequence[int], images: int, at: str
+    processor: ProcessorMixin, prompt_ids: Sequence[int], completion_ids: Sequence[int], images: int
 ) -> None:
     """Raise ValueError if a text has a placeholder without an image, because the model would look for the image."""
     token = getattr(processor, "image_token_id", None)
     if token is not None and (token in completion_ids or (not images and token in prompt_ids)):
         raise InvalidRow(
-            f"{at}: its text has the image placeholder {processor.tokenizer.decode([token])!r}, but there is no image. "
+            f"has the image placeholder {processor.tokenizer.decode([token])!r}, but there is no image. "
             "Remove the placeholder from the text.",
             "a placeholder without an image",
+            "its text",
         )
 
 
@@ -248,13 +253,13 @@ class ImageTokens:
     processor: ProcessorMixin
     _known: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def __call__(self, images: Sequence[Mapping[str, Any]], at: str) -> int:
+    def __call__(self, images: Sequence[Mapping[str, Any]]) -> int:
         """The number of tokens that `images` add to their placeholders. An image that is not a local file counts as 0.
 
         Raises:
             ValueError: if a file is not an image.
         """
-        return sum(self._of(size) for image in images if (size := _size(image, at)) is not None)
+        return sum(self._of(size) for image in images if (size := _size(image)) is not None)
 
     def _of(self, size: tuple[int, int]) -> int:
         if size not in self._known:
@@ -269,7 +274,7 @@ class ImageTokens:
         return self._known[size]
 
 
-def _size(image: Mapping[str, Any], at: str) -> tuple[int, int] | None:
+def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
     """The displayed (width, height) of an image, from the header of its file."""
     import PIL.Image
 
@@ -282,8 +287,9 @@ def _size(image: Mapping[str, Any], at: str) -> tuple[int, int] | None:
             turned = opened.getexif().get(_EXIF_ORIENTATION, 1) >= 5
     except Exception as error:
         raise InvalidRow(
-            f"{at}: one of its images cannot be read ({type(error).__name__}: {error}). Repair it, or remove the row.",
+            f"cannot be read ({type(error).__name__}: {error}). Repair it, or remove the row.",
             "an image cannot be read",
+            "one of its images",
         ) from error
     return (height, width) if turned else (width, height)
 

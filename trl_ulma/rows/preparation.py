@@ -312,11 +312,11 @@ class Preparation:
         note(made, rules=rules)
         return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)
 
-    def check_positions(self, tokens: int, at: str) -> None:
+    def check_positions(self, tokens: int) -> None:
         """Raise InvalidRow if a row has more tokens than the model can read."""
         if self.positions is not None and tokens > self.positions:
             raise InvalidRow(
-                f"{at} has {tokens:,} tokens, but the model only has {self.positions:,} positions. Set "
+                f"has {tokens:,} tokens, but the model only has {self.positions:,} positions. Set "
                 f"max_length={self.positions}, or remove the row.",
                 "more tokens than the model has positions",
             )
@@ -413,11 +413,11 @@ def _readable(dataset: Dataset, name: str) -> tuple[list[int], list[InvalidRow]]
             dataset[row]
         except UnicodeDecodeError as error:
             invalid = InvalidRow(
-                f"Row {row} of the {name} dataset contains text that is not UTF-8 ({error}). Read the file in its "
+                f"contains text that is not UTF-8 ({error}). Read the file in its "
                 "actual encoding, and write it again as UTF-8.",
                 "text that is not UTF-8",
             )
-            errors.append((row, invalid))
+            errors.append((row, invalid.at(row, name)))
         else:
             readable.append(row)
-    return readable, located(errors, dataset, name)
+    return readable, located(errors, dataset)

@@ -131,7 +131,7 @@ class Encoder:
         """The processor of a policy that takes images, or None."""
         return processor_of(self.processing_class)
 
-    def render(self, columns: Mapping[str, list], i: int, images: int, at: str) -> Rendered:
+    def render(self, columns: Mapping[str, list], i: int, images: int) -> Rendered:
         """Render row `i`, which has this number of images, for `tokenize`.
 
         Raises:
@@ -146,32 +146,33 @@ class Encoder:
                 else "text, but that of the first row is a list of messages"
             )
             raise InvalidRow(
-                f"{at}: prompt is {kind}. Use the same kind for all rows, or write messages as text.",
+                f"is {kind}. Use the same kind for all rows, or write messages as text.",
                 "a mix of text and conversations",
+                "prompt",
             )
         ends = columns["eos"][i] if "eos" in columns else None
         if not isinstance(ends, bool | None) or (ends is False and not self.is_text):
             remedy = "it must be True or False" if self.is_text else "the chat template ends conversations"
-            raise InvalidRow(f"{at}: eos is {shown(ends)}; {remedy}. Remove the column eos.", "eos that is not valid")
+            raise InvalidRow(f"is {shown(ends)}; {remedy}. Remove the column eos.", "eos that is not valid", "eos")
         if not self.is_text:
-            return self._render_messages(columns, i, images, at)
+            return self._render_messages(columns, i, images)
         if processor is not None and images:
-            check_text_places(processor, prompt, images, at)
+            check_text_places(processor, prompt, images)
         whole = prompt + completion
         if ends is not False and not whole.endswith(self._end):
             whole += self._end
         if not _is_unicode(whole):
-            raise _no_unicode(at)
+            raise _no_unicode()
         return Rendered(*self._apart(prompt, whole)) if self.has_images else Rendered(prompt, whole)
 
-    def _render_messages(self, columns: Mapping[str, list], i: int, images: int, at: str) -> Rendered:
+    def _render_messages(self, columns: Mapping[str, list], i: int, images: int) -> Rendered:
         prompt, completion = columns["prompt"][i], columns["completion"][i]
-        kwargs = self._template_kwargs(columns, i, at)
+        kwargs = self._template_kwargs(columns, i)
         prompt, completion = without_nones(prompt), without_nones(completion)
         if self.processor is None:
             prompt, completion = [joined(turn) for turn in prompt], [joined(turn) for turn in completion]
         else:
-            prompt, completion = with_placeholders(prompt, images, at), with_placeholders(completion, 0, at)
+            prompt, completion = with_placeholders(prompt, images), with_placeholders(completion, 0)
         messages = [decoded(turn) for turn in prompt + completion]
         first = len(prompt)
         render = partial(self.processing_class.apply_chat_template, tokenize=False, **kwargs)
@@ -187,12 +188,13 @@ class Encoder:
             begin = str(render(messages[:first], add_generation_prompt=True))
         except Exception as error:  # templates can raise any exception
             raise InvalidRow(
-                f"{at}: the chat template fails on it ({type(error).__name__}: {error}). Correct the row, or set "
+                f"fails on it ({type(error).__name__}: {error}). Correct the row, or set "
                 "another tokenizer.chat_template.",
                 "the chat template fails",
+                "the chat template",
             ) from error
         if not (_is_unicode(begin) and _is_unicode(whole)):
-            raise _no_unicode(at)
+            raise _no_unicode()
         left_out = left_out_by_template(messages, first, whole)
         spans = None
         if left_out is None and self.assistant_only and len(completion) > 1:
@@ -238,35 +240,39 @@ class Encoder:
         return re.compile(rf"(?:{self._tokens_that_end.pattern})\s*\Z")
 
     @staticmethod
-    def _template_kwargs(columns: Mapping[str, list], i: int, at: str) -> dict[str, Any]:
+    def _template_kwargs(columns: Mapping[str, list], i: int) -> dict[str, Any]:
         tools = columns["tools"][i] if "tools" in columns else None
         if isinstance(tools, str):
             try:
                 tools = json.loads(tools)
             except ValueError as error:
                 raise InvalidRow(
-                    f"{at}: tools is text that is not JSON ({error}). Pass a list of JSON schemas.",
+                    f"is text that is not JSON ({error}). Pass a list of JSON schemas.",
                     "tools that are not a list",
+                    "tools",
                 ) from error
         else:
             tools = without_nones(tools)
         are_tools = isinstance(tools, list) and all(isinstance(tool, dict) or callable(tool) for tool in tools)
         if tools is not None and not are_tools:
             raise InvalidRow(
-                f"{at}: tools is {shown(tools)}; it must be a list of JSON schemas, or such a list as JSON text.",
+                f"is {shown(tools)}; it must be a list of JSON schemas, or such a list as JSON text.",
                 "tools that are not a list",
+                "tools",
             )
         kwargs = without_nones(columns["chat_template_kwargs"][i]) if "chat_template_kwargs" in columns else None
         if not isinstance(kwargs, dict | None):
             raise InvalidRow(
-                f"{at}: chat_template_kwargs is {shown(kwargs)}; it must be a dict.",
+                f"is {shown(kwargs)}; it must be a dict.",
                 "chat_template_kwargs that are not a dict",
+                "chat_template_kwargs",
             )
         set_by_us = sorted(_OURS.intersection(kwargs or {}))
         if set_by_us:
             raise InvalidRow(
-                f"{at}: chat_template_kwargs sets {', '.join(set_by_us)}, which only the trainer can set. Remove it.",
+                f"sets {', '.join(set_by_us)}, which only the trainer can set. Remove it.",
                 "chat_template_kwargs that only the trainer can set",
+                "chat_template_kwargs",
             )
         return {"tools": tools, **(kwargs or {})}
 
@@ -418,11 +424,12 @@ class Encoder:
 _NONE = Tokenized([], [])
 
 
-def _no_unicode(at: str) -> InvalidRow:
+def _no_unicode() -> InvalidRow:
     return InvalidRow(
-        f"{at}: its text contains half of a surrogate pair, which is not a character. Remove the row, or repair the "
+        "contains half of a surrogate pair, which is not a character. Remove the row, or repair the "
         'text with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").',
         "half of a surrogate pair",
+        "its text",
     )
 
 

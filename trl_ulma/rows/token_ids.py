@@ -62,32 +62,32 @@ def token_faults(
         >>> print(token_faults(rows, 4, "train", None)[1])
         Row 6 of the train dataset: completion_ids is empty, so there is nothing to learn. Drop the row.
     """
-    at = [f"Row {row} of the {name} dataset" for row in _listed(columns["row"])]
     found: dict[int, InvalidRow] = {}
     lengths = {}
     for column in _IDS:
         lengths[column], owners, ids = _lists(columns[column], column, name)
         for i in np.flatnonzero(lengths[column] < 0).tolist():
-            error = f"{at[i]}: {column} is None; it must be a list of token ids. Pass the raw rows, or correct it."
-            found.setdefault(i, InvalidRow(error, f"{column} is missing"))
+            fault = "is None; it must be a list of token ids. Pass the raw rows, or correct it."
+            found.setdefault(i, InvalidRow(fault, f"{column} is missing", column))
         beyond = (ids < 0) if vocab_size is None else (ids < 0) | (ids >= vocab_size)
         rows, firsts = np.unique(owners[beyond], return_index=True)
         for i, token in zip(rows.tolist(), ids[beyond][firsts].tolist(), strict=True):
-            found.setdefault(i, _no_embedding(at[i], token, vocab_size, tokenizer))
+            found.setdefault(i, _no_embedding(token, vocab_size, tokenizer))
     for i in np.flatnonzero(lengths["completion_ids"] == 0).tolist():
-        error = f"{at[i]}: completion_ids is empty, so there is nothing to learn. Drop the row."
-        found.setdefault(i, InvalidRow(error, "completion_ids is empty"))
+        fault = "is empty, so there is nothing to learn. Drop the row."
+        found.setdefault(i, InvalidRow(fault, "completion_ids is empty", "completion_ids"))
     names: Any = getattr(columns, "column_names", columns)
     if "completion_mask" in names:
-        found = _mask_faults(columns["completion_mask"], lengths["completion_ids"], at, name) | found
-    return found
+        found = _mask_faults(columns["completion_mask"], lengths["completion_ids"], name) | found
+    numbers = _listed(columns["row"])
+    return {i: error.at(numbers[i], name) for i, error in found.items()}
 
 
-def _mask_faults(masks: Any, lengths: np.ndarray, at: list[str], name: str) -> dict[int, InvalidRow]:
+def _mask_faults(masks: Any, lengths: np.ndarray, name: str) -> dict[int, InvalidRow]:
     """The errors of completion masks, by position. A mask can be None: then all tokens are scored."""
     sizes, owners, values = _lists(masks, "completion_mask", name)
-    ones = np.bincount(owners, weights=values == 1, minlength=len(at))
-    others = np.bincount(owners, weights=(values != 0) & (values != 1), minlength=len(at))
+    ones = np.bincount(owners, weights=values == 1, minlength=len(lengths))
+    others = np.bincount(owners, weights=(values != 0) & (values != 1), minlength=len(lengths))
     found = {}
     for i in np.flatnonzero((sizes >= 0) & ((sizes != lengths) | (ones == 0) | (others > 0))).tolist():
         what, kind = f"{sizes[i]} values, but completion_ids has {lengths[i]}", "mask and ids of different lengths"
@@ -95,7 +95,7 @@ def _mask_faults(masks: Any, lengths: np.ndarray, at: list[str], name: str) -> d
             what, kind = "only zeros, so there is nothing to learn", "completion_mask scores no token"
             if others[i]:
                 what, kind = "values other than 0 and 1", "completion_mask is no mask"
-        found[i] = InvalidRow(f"{at[i]}: completion_mask has {what}. Pass the raw rows, or correct it.", kind)
+        found[i] = InvalidRow(f"has {what}. Pass the raw rows, or correct it.", kind, "completion_mask")
     return found
 
 
@@ -127,13 +127,13 @@ def _listed(values: Any) -> list:
     return values.to_pylist() if isinstance(values, pa.ChunkedArray) else list(values)
 
 
-def _no_embedding(at: str, token: int, vocab_size: int | None, tokenizer: Any) -> InvalidRow:
+def _no_embedding(token: int, vocab_size: int | None, tokenizer: Any) -> InvalidRow:
     if token < 0:
-        message = f"{at} has the token id {token}, which is no token. Pass the raw rows, or correct the ids."
-        return InvalidRow(message, "an id that is no token")
+        fault = f"has the token id {token}, which is no token. Pass the raw rows, or correct the ids."
+        return InvalidRow(fault, "an id that is no token")
     shown = f"the token {tokenizer.convert_ids_to_tokens(token)!r} with id" if tokenizer is not None else "the token id"
     return InvalidRow(
-        f"{at} has {shown} {token}, but the model only has embeddings for ids below {vocab_size}. If you added the "
+        f"has {shown} {token}, but the model only has embeddings for ids below {vocab_size}. If you added the "
         "token on purpose, call model.resize_token_embeddings(len(tokenizer)). Otherwise use the tokenizer that "
         "belongs to the model.",
         "a token without an embedding",
