@@ -65,7 +65,7 @@ from trl_ulma.saved import (
 SERVED = "served:"
 # Kinds of references that are separate models
 OWN_MODEL = ("copy", "given")
-ENOUGH_PROMPTS = 200
+_ENOUGH_JUDGED = 200  # prompts
 # Length limit in tokens of the few answers that are shown if no others are generated
 EXAMPLE_TOKENS = 128
 _MOST_LABELS = 100
@@ -288,10 +288,10 @@ class _Run:
                 f"or with a continuous label of {self.own_center:g} and {'below' if self.is_reversed else 'above'}. "
                 "Evaluate more rows, or leave --judge and --generate out."
             )
-        if len(found) < ENOUGH_PROMPTS and self.args.judge:
+        if len(found) < _ENOUGH_JUDGED and self.args.judge:
             are = "prompt is" if len(found) == 1 else "prompts are"
             self._note(
-                f"{len(found)} {are} too few for a conclusion from judged answers. Use {ENOUGH_PROMPTS} or more."
+                f"{len(found)} {are} too few for a conclusion from judged answers. Use {_ENOUGH_JUDGED} or more."
             )
         return found
 
