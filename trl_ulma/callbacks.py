@@ -140,11 +140,14 @@ class TimeLeft(TrainerCallback):
         self._say(f"Training begins: {left:,} step{'' if left == 1 else 's'}.")
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Say the time that is left, after the first step and after a tenth of them."""
+        """Say the time that is left, after the first step, a tenth, a quarter, a half and three quarters of them."""
         done, left = state.global_step - self._first, state.max_steps - state.global_step
-        if left and done in (1, (done + left) // 10):
+        total = done + left
+        if left and done in (1, total // 10, total // 4, total // 2, total * 3 // 4):
             seconds = (time.monotonic() - self._begun) / done * left
-            self._say(f"Step {state.global_step:,} of {state.max_steps:,}: about {_duration(seconds)} left.")
+            # Later, the time so far contains some of them
+            more = ", and the time of evaluations" if done == 1 and args.eval_strategy != "no" else ""
+            self._say(f"Step {state.global_step:,} of {state.max_steps:,}: about {_duration(seconds)} left{more}.")
 
 
 def _duration(seconds: float) -> str:

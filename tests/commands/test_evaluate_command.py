@@ -40,7 +40,6 @@ from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import SavedSettings, as_reference, load_model, load_tokenizer
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.evaluate import make_parser
-from trl_ulma.scripts.training import TEST_SPLIT_SIZE
 
 PLANTED = "sk-planted-9d2e"
 
@@ -516,7 +515,6 @@ def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_
 
 
 def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(tiny_llama, rows, tmp_path, capsys):
-    assert make_parser().get_default("test_split_size") == TEST_SPLIT_SIZE
     argv = ["--model", tiny_llama, "--dataset", rows, "--output", str(tmp_path), "--test_split_size", "0.34"]
     assert main(["evaluate", *argv]) == 0
     said_of_rows = capsys.readouterr().err

@@ -15,7 +15,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.labels import LabelRules
 from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts import check
-from trl_ulma.scripts.score import most_surprising
+from trl_ulma.scripts.score import most_notable
 
 PROMPTS = ["How are\nyou?", "Where?", "Why?", "Who?", "When?", "How?"]
 # The line on which each row begins: the first one has two
@@ -102,7 +102,7 @@ def test_scored_rows_have_their_line(file):
     scored = judge.score(rows)
     assert scored["file_line"][:] == ["rows.csv, line 8", "rows.csv, line 6", "rows.csv, line 4"]
     assert scored.column_names[3:6] == ["row", "file_line", "reward"]
-    (first, *_) = most_surprising(scored.sort("surprise", reverse=True))[1:]
+    (first, *_) = most_notable(scored.sort("surprise", reverse=True))[1:]
     assert first.startswith("  rows.csv, line 8: label 1, predicted 0.50")
     assert "file_line" not in judge.score(Dataset.from_dict({"prompt": ["Hi"], "completion": ["Ho"]})).column_names
 

@@ -16,7 +16,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.labels import parse_transform
 from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts.cli import main
-from trl_ulma.scripts.score import in_one_line, most_surprising, summary, write
+from trl_ulma.scripts.score import in_one_line, most_notable, summary, write
 
 TURNS = [{"role": "user", "content": "Hi"}]
 CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "CET"}}}
@@ -60,9 +60,8 @@ def test_halves_of_pairs_are_counted_as_answers():
     assert summary(Path("o"), rows, scored, "row") == "o holds 3 scored rows; 1 of 4 were left out."
 
 
-def test_the_five_most_surprising_rows_are_shown():
-    lines = most_surprising(Dataset.from_list(ROWS))
-    assert most_surprising(Dataset.from_list(ROWS).remove_columns("surprise")) == []
+def test_the_five_most_notable_rows_are_shown():
+    lines = most_notable(Dataset.from_list(ROWS))
     assert len(lines) == 1 + 3 * 5
     assert [line.split(":")[0].strip() for line in lines[1::3]] == ["row 6", "row 5", "row 4", "row 3", "row 2"]
     assert lines[4] == "  row 5: label 1, predicted 0.50"
@@ -78,11 +77,33 @@ def test_the_five_most_surprising_rows_are_shown():
             "surprise": [1.0, 2.0],
         }
     )
-    _, first, _, second = most_surprising(pairs)[1:]  # the prompts are in the answers
+    _, first, _, second = most_notable(pairs)[1:]  # the prompts are in the answers
     assert first == "    answer: bad"
     assert second.startswith("    answer: good good")
     assert "…" in second
     assert len(second) < 100
+
+
+@pytest.mark.parametrize(
+    ("rows", "places"),
+    [
+        (3, ["From the best to the worst:", "row 2", "row 1", "row 0"]),
+        (
+            12,
+            [
+                "The best:",
+                *(f"row {i}" for i in (11, 10, 9, 8, 7)),
+                "The worst:",
+                *(f"row {i}" for i in (4, 3, 2, 1, 0)),
+            ],
+        ),
+    ],
+)
+def test_without_labels_the_best_and_worst_answers_are_shown(rows, places):
+    scored = [{"completion": f"No {i}", "row": i, "reward": i / 7, "predicted_label": i / 9} for i in range(rows)]
+    lines = most_notable(Dataset.from_list(scored[::-1]))
+    assert [line.split(": ")[0].strip() for line in lines if "answer:" not in line] == places
+    assert lines[1] == f"  row {rows - 1}: predicted {(rows - 1) / 9:.2f}"
 
 
 def test_what_a_row_says_is_one_line_of_a_terminal():

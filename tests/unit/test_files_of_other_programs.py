@@ -151,6 +151,16 @@ def test_a_number_with_one_decimal_comma_is_read_back(label, meant):
     assert ("Did you mean" in str(invalid[0])) == (meant is not None)
 
 
+def test_decimal_commas_are_numbers_where_semicolons_separate_the_fields(tmp_path, caplog):
+    table = tmp_path / "excel.csv"
+    table.write_text('prompt;completion;stars\nHi;Yo;4,5\nHi;"Ho; ho";-0,5\nHi;Hu;3\n')
+    rows = load_rows(str(table), columns="label=stars")["train"]
+    assert rows["label"][:] == [4.5, -0.5, 3.0]
+    assert "decimal commas are read as decimal points, because semicolons separate the fields (2 values)" in caplog.text
+    table.write_text("prompt;completion;label\nHi;Yo;1,234\nHi;Ho;2,5\n")  # 1.234 or 1234
+    assert load_rows(str(table))["train"]["label"][:] == ["1,234", 2.5]
+
+
 def test_whole_numbers_beyond_64_bits(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", LINE + LINE.replace(": 1}", ": 12345678901234567890123}"))
     assert [row["label"] for row in read(path)] == [1.0, 12345678901234567890123.0]

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from trl_ulma.data.unread import UNREAD, Unread
-from trl_ulma.labels import is_messages
+from trl_ulma.labels import DECIMAL_COMMA, is_messages
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
 NUMBERS = ("label", "weight", "log_z", "trials")
@@ -51,7 +51,7 @@ def number(text: str) -> bool | int | float | None:
     return float(text)
 
 
-def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) -> Any:
+def read_value(name: str, value: Any, notice: Notice, *, delimiter: str | None = None) -> Any:
     """A value of a column, converted to the type that trainers read.
 
     Values that cannot be converted are returned unchanged, and trainers raise an error for them.
@@ -60,7 +60,7 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
         name: the name of the column.
         value: the value in the file.
         notice: called with a message if the value was converted.
-        is_cell: whether the value is a CSV field. CSV files store all values as text.
+        delimiter: of the CSV file that the value is a field of, or None. CSV files store all values as text.
 
     Example:
         >>> read_value("label", "4", print)
@@ -68,7 +68,11 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
         4
         >>> read_value("sft_mask", 1, print), read_value("completion", "4", print), read_value("label", "up", print)
         (True, '4', 'up')
+        >>> read_value("label", "4,5", print, delimiter=";")
+        label: decimal commas are read as decimal points, because semicolons separate the fields
+        4.5
     """
+    is_cell = delimiter is not None
     if is_cell and value == "" and name in (*NUMBERS, *OTHERS):
         return None
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
@@ -80,6 +84,9 @@ def read_value(name: str, value: Any, notice: Notice, *, is_cell: bool = False) 
     if name in NUMBERS or name in BOOLS:
         if isinstance(value, str):
             found = number(value)
+            if found is None and delimiter == ";" and DECIMAL_COMMA.fullmatch(value.strip()):
+                notice(f"{name}: decimal commas are read as decimal points, because semicolons separate the fields")
+                found = float(value.replace(",", "."))
             if found is not None:
                 if not is_cell:
                     notice(f"{name}: numbers that are stored as text are converted to numbers")
@@ -244,7 +251,9 @@ def unknown_label(label: str, place: str = "") -> Unread:
     return Unread(f"has {shown}{place}, which label_map does not contain. Add it to label_map.", shown)
 
 
-def read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Notice, *, is_cell: bool) -> dict[str, Any]:
+def read_row(
+    row: dict[str, Any], names: Names, unknown: Counter, notice: Notice, *, delimiter: str | None
+) -> dict[str, Any]:
     """A row of a file with the names, labels and values that trainers read.
 
     Args:
@@ -252,10 +261,10 @@ def read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Notice
         names: the names of columns and labels in the file.
         unknown: counts the labels that `names` lacks.
         notice: called with a message for each value that was converted, and for columns that are ignored.
-        is_cell: whether values are CSV fields.
+        delimiter: of the CSV file, or None for another file.
 
     Example:
-        >>> read_row({"prompt": "Hi", "stars": "4"}, Names({"label": "stars"}), Counter(), print, is_cell=True)
+        >>> read_row({"prompt": "Hi", "stars": "4"}, Names({"label": "stars"}), Counter(), print, delimiter=",")
         {'label': 4, 'prompt': 'Hi'}
     """
     for ours, theirs in names.columns.items():
@@ -265,7 +274,8 @@ def read_row(row: dict[str, Any], names: Names, unknown: Counter, notice: Notice
     if "label" in row:
         row["label"] = names.label(row["label"], unknown)
     return {
-        name: read_value(name, value, notice, is_cell=is_cell) if name in _ODD else value for name, value in row.items()
+        name: read_value(name, value, notice, delimiter=delimiter) if name in _ODD else value
+        for name, value in row.items()
     }
 
 

@@ -89,6 +89,19 @@ def csv_rows(
         ) from error
 
 
+def delimiter_of(path: Path, known: Collection[str] = ()) -> str:
+    r"""The delimiter that `csv_rows` reads a file with.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     _ = file.write("prompt;completion\n"), file.flush()
+        ...     delimiter_of(Path(file.name))
+        ';'
+    """
+    return _delimiter(path, encoding_of(path, takes_cp1252=True), known)[0]
+
+
 def _delimiter(path: Path, encoding: str, known: Collection[str]) -> tuple[str, bool]:
     """The delimiter, and whether the first line declares it, as in `sep=;`.
 

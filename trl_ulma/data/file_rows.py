@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_ulma.data.columns import READ, Names, read_row, unknown_label, unknown_labels
-from trl_ulma.data.csv_rows import csv_rows
+from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
 
@@ -85,10 +85,9 @@ class FileRows:
         self._unknown: Counter[str] = Counter()
         for file in self.files:
             self.firsts.append(len(self.lines))
-            is_cell = KINDS[suffix_of(file)] == "csv"
             for line, row in self._rows(file):
                 own: Counter[str] = Counter()
-                row = read_row(row, self.names, own, self._notice, is_cell=is_cell)
+                row = read_row(row, self.names, own, self._notice, delimiter=self._delimiter)
                 self._unknown.update(own)
                 if own and self.invalid_rows != "error":
                     fault = unknown_label(next(iter(own)), f" in {unit_of(file)} {line}")
@@ -130,9 +129,12 @@ class FileRows:
             raise ValueError(f"{file} is empty. It must contain at least one row.")
         kind, columns, before = KINDS[suffix_of(file)], None, len(self.unread)
         is_marking, early = self.invalid_rows == "mark", []
+        self._delimiter = None
         try:
             if kind == "csv":
-                rows = csv_rows(file, (*READ, *self.names.columns.values()), self._notice)
+                known = (*READ, *self.names.columns.values())
+                self._delimiter = delimiter_of(file, known)
+                rows = csv_rows(file, known, self._notice)
             else:
                 rows = json_rows(file) if kind == "json" else _parquet_rows(file)
             for line, row in rows:

@@ -25,7 +25,7 @@ class _Read:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unknown: Counter[str] = Counter()
-        row = read_row(row, self.names, unknown, lambda what: None, is_cell=False)
+        row = read_row(row, self.names, unknown, lambda what: None, delimiter=None)
         problem = unknown_labels(unknown, self.names.label_map, self.where)
         if problem:
             raise ValueError(problem)

@@ -12,6 +12,7 @@ from trl_ulma.labels.invalid_rows import (
 from trl_ulma.labels.report import label_report, render_report
 from trl_ulma.labels.rows import (
     ASKING_ROLES,
+    DECIMAL_COMMA,
     LABEL_TYPES,
     OPTIONAL_COLUMNS,
     LabelRules,
@@ -27,6 +28,7 @@ from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transfo
 
 __all__ = [
     "ASKING_ROLES",
+    "DECIMAL_COMMA",
     "LABEL_TYPES",
     "LISTED",
     "OPTIONAL_COLUMNS",

@@ -22,7 +22,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 # Numbers with decimal commas, thousands separators or percent signs
 _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
 # A number with one decimal comma. The comma of 1,234 may separate thousands
-_DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
+DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _number(value: Any, name: str) -> float:
     if not isinstance(value, bool | int | float):
         found = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
         text = value.strip() if isinstance(value, str) else ""
-        meant = f" Did you mean {text.replace(',', '.')}?" if _DECIMAL_COMMA.fullmatch(text) else ""
+        meant = f" Did you mean {text.replace(',', '.')}?" if DECIMAL_COMMA.fullmatch(text) else ""
         form = " Write it as in 0.5 or 1234, with a decimal point and without separators."
         raise InvalidRow(
             f"is {found}; it must be a number{' or a bool' if name == 'label' else ''}.{meant}"

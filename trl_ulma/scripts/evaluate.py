@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
+from trl_ulma.scripts.data_options import fill
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
 _KEY = "(default: OPENAI_API_KEY; none if the URL is given)"
@@ -46,7 +47,9 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
     what.add_argument("--dataset_config", help="configuration of a dataset that has several")
     what.add_argument(
-        "--columns", help="names of the columns in your data: prompt=question,completion=response,label=rating"
+        "--columns",
+        help="names of the columns in your data: prompt=question,completion=response,label=rating (default for this "
+        "and the other options of the data: as in training, if it read the same dataset)",
     )
     what.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     what.add_argument(
@@ -55,11 +58,9 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         "training held out if it ran with --eval_strategy and the same --test_split_size and seed)",
     )
     what.add_argument(
-        "--test_split_size", type=_positive(float), default=0.1, help="size of that part, as in training (default: 0.1)"
+        "--test_split_size", type=_positive(float), help="size of that part (default: as in training, else 0.1)"
     )
-    what.add_argument(
-        "--split_seed", type=int, default=42, help="seed of that part: the training's --seed (default: 42)"
-    )
+    what.add_argument("--split_seed", type=int, help="seed of that part (default: the training's --seed, else 42)")
     what.add_argument("--output", required=True, type=Path, help="the folder for the report")
 
     rows = parser.add_argument_group("labels and scoring")
@@ -95,9 +96,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     )
     rows.add_argument(
         "--invalid_rows",
-        default="error",
         choices=("error", "drop"),
-        help="list the rows that cannot be read and stop, or leave them out (default: error)",
+        help="list the rows that cannot be read and stop, or leave them out (default: as in training, else error)",
     )
     rows.add_argument("--batch_size", type=_positive(int), default=8, help="rows at once (default: 8)")
     rows.add_argument(
@@ -221,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trl_ulma.evaluation.report import in_terminal
         from trl_ulma.evaluation.run import run
 
+        if note := fill(args, [source for source in sources if not source.startswith("served:")]):
+            print(note, file=sys.stderr)
         print(in_terminal(run(args), min(terminal_width(), 100)))
 
     if code := attempt(parser, evaluate):

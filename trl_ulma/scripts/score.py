@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
+from trl_ulma.scripts.data_options import fill
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,11 +49,14 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument("--dataset_config", help="configuration of a dataset that has several")
     parser.add_argument(
         "--invalid_rows",
-        default="error",
         choices=("error", "drop"),
-        help="list the rows that cannot be read and stop, or leave them out (default: error)",
+        help="list the rows that cannot be read and stop, or leave them out (default: as in training, else error)",
     )
-    parser.add_argument("--columns", help="names of the columns in your data: prompt=question,completion=response")
+    parser.add_argument(
+        "--columns",
+        help="names of the columns in your data: prompt=question,completion=response "
+        "(default for this and --label_map: as in training, if it read the same dataset)",
+    )
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
     parser.add_argument(
@@ -87,6 +91,8 @@ def run(args: argparse.Namespace) -> str:
     from trl_ulma.data.splits import prompts_of
     from trl_ulma.judge import Judge, saved_file, without_label
 
+    if note := fill(args, [args.model]):
+        print(note, file=sys.stderr)
     splits: Any = load_rows(
         args.dataset,
         config=args.dataset_config,
@@ -119,7 +125,7 @@ def run(args: argparse.Namespace) -> str:
         scored = scored.sort(order, reverse=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write(scored, args.output)
-    lines = [summary(args.output, rows, scored, order), *most_surprising(scored)]
+    lines = [summary(args.output, rows, scored, order), *most_notable(scored)]
     used = rows.with_format(None).select(sorted(set(scored["row"][:])))
     found = seen_prompts.seen([row[0] for row in prompts_of(used)], saved_file(args.model, seen_prompts.FILE))
     if told := seen_prompts.in_words(found, args.model):
@@ -165,20 +171,28 @@ def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
     return message
 
 
-def most_surprising(scored: "Dataset") -> list[str]:
-    """Lines about the rows whose labels surprise the model most."""
-    if "surprise" not in scored.column_names:
-        return []
-    labeled = [row for row, surprise in enumerate(scored["surprise"][:]) if surprise is not None]
-    if not labeled:
-        return []
-    top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
-    lines = ["The most surprising labels. Check these for mistakes first:"]
+def most_notable(scored: "Dataset") -> list[str]:
+    """Lines about the rows whose labels surprise the model most, or without labels, about the best and worst ones."""
+    surprise = scored["surprise"][:] if "surprise" in scored.column_names else [None] * len(scored)
+    labeled = [row for row, each in enumerate(surprise) if each is not None]
+    if labeled:
+        top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
+        return ["The most surprising labels. Check these for mistakes first:", *_lines(top)]
+    ordered = scored.sort("reward", reverse=True)
+    if len(ordered) <= 2 * SHOWN:
+        return ["From the best to the worst:", *_lines(ordered)]
+    best, worst = ordered.select(range(SHOWN)), ordered.select(range(len(ordered) - SHOWN, len(ordered)))
+    return ["The best:", *_lines(best), "The worst:", *_lines(worst)]
+
+
+def _lines(rows: "Dataset") -> list[str]:
+    lines = []
     row: Any
-    for row in top:
-        answer = row.get("completion") or row["chosen" if row["label"] == 1 else "rejected"]
+    for row in rows:
+        answer = row.get("completion") or row["chosen" if row.get("label") == 1 else "rejected"]
         place = row.get("file_line") or f"row {row['row']}"
-        lines.append(f"  {place}: label {row['label']:g}, predicted {row['predicted_label']:.2f}")
+        label = "" if row.get("label") is None else f"label {row['label']:g}, "
+        lines.append(f"  {place}: {label}predicted {row['predicted_label']:.2f}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
         lines += [f"    {name}: {in_one_line(text)}" for name, text in texts.items() if text is not None]
     return lines

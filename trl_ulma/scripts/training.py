@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -15,10 +16,10 @@ from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.splits import count_prompts
 from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.scripts import data_options
 from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
 from trl_ulma.scripts.options import OptionParser
 
-TEST_SPLIT_SIZE = 0.1
 # The exit code after Ctrl-C
 STOPPED = 130
 # The exit code of one of several processes that printed why it cannot train. The command then exits with 1.
@@ -163,7 +164,11 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
             "--dataset_test_split to a split that there is, switch the evaluation off (--eval_strategy no), or do not "
             "stream."
         )
-    size = TEST_SPLIT_SIZE if dataset_args.test_split_size is None else dataset_args.test_split_size
+    size = (
+        data_options.DEFAULTS["test_split_size"]
+        if dataset_args.test_split_size is None
+        else dataset_args.test_split_size
+    )
     halves = split_by_prompt(train, test_size=size, seed=training_args.seed)
     said += (
         f"{name} has no test split: {len(halves['test']):,} of its {len(train):,} rows are held out for evaluation, "
@@ -295,6 +300,24 @@ def small_learning_rate(training_args: Any, model_args: Any) -> str:
     )
 
 
+def _next_commands(folder: str, dataset: str, *, held_out: bool) -> str:
+    """The commands that evaluate and use a model, which read the dataset as training did.
+
+    Example:
+        >>> print(_next_commands("out", "my rows.csv", held_out=False))
+        To score answers:
+            trl-ulma score --model out --dataset 'my rows.csv' --output out/scored.jsonl
+    """
+    model = ["--model", folder, "--dataset", dataset]
+    told = []
+    if held_out:
+        report = shlex.join(["trl-ulma", "evaluate", *model, "--output", f"{folder}/report"])
+        told.append(f"To evaluate it on the held-out rows:\n    {report}")
+    scored = shlex.join(["trl-ulma", "score", *model, "--output", f"{folder}/scored.jsonl"])
+    told.append(f"To score answers:\n    {scored}")
+    return "\n".join(told)
+
+
 def _last_evaluation(trainer: Any) -> dict[str, Any] | None:
     """The figures of the evaluation after the last step, if this training ran one on the weights as they are now."""
     last = next((logs for logs in reversed(trainer.state.log_history) if "eval_loss" in logs), {})
@@ -368,8 +391,11 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     trainer.save_model(folder)
     if eval_dataset is not None:
         trainer.save_metrics("eval", _last_evaluation(trainer) or trainer.evaluate())  # which prints its figures
-    if isinstance(trainer, PointwiseDPOTrainer):  # examples/paper trains reward models, too
+    is_pointwise = isinstance(trainer, PointwiseDPOTrainer)  # examples/paper trains reward models, too
+    if is_pointwise:
         trainer.create_model_card(dataset_name=script_args.dataset_name)
+        if trainer.is_world_process_zero():
+            data_options.save(folder, script_args, training_args, dataset_args)
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     if getattr(trainer, "_is_vlm", False):
@@ -379,6 +405,8 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
         f"    from {library} import {loader}\n"
         f'    model = {loader}.from_pretrained("{folder}")'
     )
+    if is_pointwise and not dataset_args.datasets:
+        say(_next_commands(folder, script_args.dataset_name, held_out=eval_dataset is not None))
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         say(f"It is also on the Hub: https://huggingface.co/{trainer.hub_model_id}")

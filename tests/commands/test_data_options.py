@@ -1,0 +1,80 @@
+"""Later commands read a dataset as the training of their model did."""
+
+import json
+import shutil
+
+import pytest
+
+from trl_ulma.scripts import data_options
+from trl_ulma.scripts.cli import main
+
+COLUMNS = "prompt=question,completion=reply,label=stars"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_gpt2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [f"Why {i // 2}?,answer {i},{'n/a' if i in (3, 8) else i % 5 + 1}" for i in range(24)]
+    file = folder / "own rows.csv"
+    file.write_text("\n".join(["question,reply,stars", *rows, ""]))
+    words = ["--model", tiny_gpt2, "--dataset", str(file), "--columns", COLUMNS, "--label_type", "continuous"]
+    words += ["--invalid_rows", "drop", "--test_split_size", "0.5", "--seed", "5", "--output", str(folder / "out")]
+    assert main(["pointwise-dpo", *words, "--max_steps", "1", "--bf16", "false", "--report_to", "none"]) == 0
+    return folder / "out", file
+
+
+def test_an_evaluation_takes_the_rows_that_training_held_out(trained, tmp_path, capsys):
+    model, file = trained
+    assert main(["evaluate", "--model", str(model), "--dataset", str(file), "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert (
+        f"is read as in training: --columns {COLUMNS} --invalid_rows drop --test_split_size 0.5 --split_seed 5" in said
+    )
+    assert "trained on" not in said  # no row of these
+    data = json.loads((tmp_path / "report.json").read_text())["data"]
+    assert data["split"] == "0.5 of train by prompt, seed 5"
+    assert data["rows"] + sum(data["left_out"].values()) == 12
+
+
+def test_the_next_commands_run_as_they_are_printed(tiny_gpt2, trained, capsys):
+    model, file = trained
+    words = ["score", "--model", str(model), "--dataset", str(file), "--output", str(model / "scored.jsonl")]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "holds 22 scored rows" in said.out
+    assert f"is read as in training: --columns {COLUMNS} --invalid_rows drop" in said.err
+    assert "split" not in said.err
+
+
+def test_options_that_are_given_win(trained, tmp_path, capsys):
+    model, file = trained
+    words = ["--model", str(model), "--dataset", str(file), "--output", str(tmp_path), "--test_split_size", "0.25"]
+    assert main(["evaluate", *words, "--invalid_rows", "error", "--split_seed", "1"]) in (0, 1)
+    assert f"is read as in training: --columns {COLUMNS}\n" in capsys.readouterr().err
+
+
+def test_another_dataset_is_not_read_as_the_training_one(trained, tmp_path, capsys):
+    model, file = trained
+    other = shutil.copy(file, tmp_path / "other.csv")
+    assert main(["score", "--model", str(model), "--dataset", str(other), "--output", str(tmp_path / "o.csv")]) == 1
+    said = capsys.readouterr().err
+    assert "as in training" not in said
+    assert "lacks the columns" in said
+
+
+def test_models_of_different_trainings_have_no_options_in_common(trained, tmp_path, monkeypatch):
+    model, file = trained
+    for name, seed in (("a", 5), ("b", 6)):
+        known = json.loads((model / data_options.FILE).read_text()) | {"split_seed": seed}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / data_options.FILE).write_text(json.dumps(known))
+    args = data_options.argparse.Namespace(dataset=str(file), columns=None, split_seed=None)
+    note = data_options.fill(args, [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert note is not None
+    assert "different options" in note
+    assert (args.columns, args.split_seed) == (None, 42)
+
+
+def test_no_path_of_the_machine_is_saved(trained):
+    model, _ = trained
+    assert json.loads((model / data_options.FILE).read_text())["dataset"] == "own rows.csv"

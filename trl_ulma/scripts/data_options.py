@@ -1,0 +1,81 @@
+"""How training read its data. It is saved with the model, so that later commands read the same data in the same way."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FILE = "data_options.json"
+# Option → its value if it is neither given nor saved
+DEFAULTS: dict[str, Any] = {
+    "dataset_config": None,
+    "columns": None,
+    "label_map": None,
+    "invalid_rows": "error",
+    "test_split_size": 0.1,
+    "split_seed": 42,
+}
+
+
+def save(folder: str, script_args: Any, training_args: Any, dataset_args: Any) -> None:
+    """Write how the dataset of a training was read to the folder of its model. Nothing is written for a mixture."""
+    if dataset_args.datasets:
+        return
+    size = dataset_args.test_split_size
+    found = {
+        "dataset": _known_as(script_args.dataset_name),
+        "dataset_config": script_args.dataset_config,
+        "columns": script_args.columns,
+        "label_map": script_args.label_map,
+        "invalid_rows": training_args.invalid_rows,
+        "test_split_size": DEFAULTS["test_split_size"] if size is None else size,
+        "split_seed": training_args.seed,
+    }
+    (Path(folder) / FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def fill(args: argparse.Namespace, models: Sequence[str]) -> str | None:
+    """Set the options that are None as in training, if the models were trained on this dataset, else to `DEFAULTS`.
+
+    Args:
+        args: the options of a command; those of `DEFAULTS` that it has are set.
+        models: the models that the command names.
+
+    Returns:
+        A note on the options that are as in training. None if there are none.
+    """
+    options = {name: default for name, default in DEFAULTS.items() if hasattr(args, name)}
+    saved = [_saved(model, args.dataset) for model in models]
+    known = [each for each in saved if each is not None]
+    note, trained = None, {}
+    if known and all(each == known[0] for each in known):
+        missing = {name for name in options if getattr(args, name) is None}
+        trained = {name: known[0][name] for name in options if name in missing and known[0].get(name) is not None}
+        set_here = {name: value for name, value in trained.items() if value != options[name]}
+        if set_here:
+            words = shlex.join(word for name, value in set_here.items() for word in (f"--{name}", str(value)))
+            note = f"{args.dataset} is read as in training: {words}"
+    elif known:
+        note = f"The models were trained on {args.dataset} with different options, so none of these are used here."
+    for name, default in options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, trained.get(name, default))
+    return note
+
+
+def _saved(model: str, dataset: str) -> dict[str, Any] | None:
+    """How a model's training read this dataset. None if it was trained on another one, or if it is not known."""
+    from trl_ulma.judge import saved_file
+
+    file = saved_file(model, FILE)
+    if file is None:
+        return None
+    found = json.loads(Path(file).read_text(encoding="utf-8"))
+    return found if found.get("dataset") == _known_as(dataset) else None
+
+
+def _known_as(dataset: str) -> str:
+    """The name of a dataset on the Hub; of a file or folder only the last part, because the model may be published."""
+    return Path(dataset).resolve().name if Path(dataset).exists() else dataset
