@@ -29,15 +29,18 @@ WHOLE = "whole"
 # This one holds the settings that a resumed training must have in common with the one that wrote the checkpoint
 CONDITIONS = "conditions.json"
 _LOSS = (
-    *("positive_loss", "negative_loss", "sft_weight", "beta", "log_z", "log_z_learning_rate", "length_normalize"),
-    *("desirable_weight", "undesirable_weight", "label_type", "label_transform", "sft_threshold", "max_length"),
-    *("truncation_mode", "assistant_only_loss", "disable_dropout", "precompute_ref_log_probs"),
+    *("positive_loss", "negative_loss", "binary_loss", "sft_weight", "beta", "log_z", "log_z_learning_rate"),
+    *("length_normalize", "desirable_weight", "undesirable_weight", "label_type", "label_transform", "sft_threshold"),
+    *("max_length", "truncation_mode", "assistant_only_loss", "disable_dropout", "precompute_ref_log_probs"),
 )
 # Settings that the states in a checkpoint replace
-_RESTORED = ("learning_rate", "weight_decay")
+_RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# Settings by which the steps to come differ
+_STEPS = ("lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "neftune_noise_alpha")
 _EFFECTS = {
     "order": "The order of rows is another one now, so some rows of this epoch are skipped or repeated.",
     "loss": "The steps to come minimize another loss than those before.",
+    "steps": "The steps to come have other learning rates or gradients than those of one training.",
     "restored": "The checkpoint's optimizer keeps its own {names}.",
 }
 
@@ -192,16 +195,22 @@ def conditions_of(args: Any, rows: Any, processes: int) -> dict[str, dict[str, A
     if args.train_sampling_strategy == "group_by_length" or args.log_z == "group":
         order |= {"per_device_train_batch_size": size, "number of processes": processes}
     if isinstance(rows, Dataset):
-        columns = [str(rows[name][:]) for name in ("row", "length", "label")]
-        order["training rows"] = f"{len(rows)} ({hashlib.sha256(''.join(columns).encode()).hexdigest()[:8]})"
+        order["training rows"] = f"{len(rows)} ({_digest(rows, ('row', 'length', 'label'))})"
     found = {"order": order}
-    for effect, names in (("loss", _LOSS), ("restored", _RESTORED)):
+    for effect, names in (("loss", _LOSS), ("steps", _STEPS), ("restored", _RESTORED)):
         values = {name: getattr(args, name) for name in names if hasattr(args, name)}
         found[effect] = {
             name: value if isinstance(value, bool | int | float | None) else str(value)
             for name, value in values.items()
         }
+    if isinstance(rows, Dataset):
+        found["loss"]["sft_mask, weight and log_z of the rows"] = _digest(rows, ("sft_mask", "weight", "log_z"))
     return found
+
+
+def _digest(rows: Dataset, names: Sequence[str]) -> str:
+    columns = [str(rows[name][:]) for name in names if name in rows.column_names]
+    return hashlib.sha256("".join(columns).encode()).hexdigest()[:8]
 
 
 def write_conditions(folder: Path, conditions: dict[str, dict[str, Any]]) -> None:
@@ -225,7 +234,8 @@ def warn_of_other_conditions(checkpoint: str, now: dict[str, dict[str, Any]], *,
         if effect == "order" and not skips:
             continue
         then = before.get(effect, {})
-        names = [name for name in dict.fromkeys((*then, *values)) if then.get(name) != values.get(name)]
+        # Checkpoints of earlier versions lack some names
+        names = [name for name in then if then[name] != values.get(name)]
         changes += [f"{name} was {then.get(name)} and is {values.get(name)}" for name in names]
         effects += [_EFFECTS[effect].format(names=" and ".join(names))] if names else []
     if changes:

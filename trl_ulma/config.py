@@ -16,6 +16,7 @@ from trl_ulma.config_checks import check_settings
 from trl_ulma.labels import LABEL_TYPES, TRANSFORMS
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import BINARY_LOSSES, NEGATIVE_LOSSES, POSITIVE_LOSSES
+from trl_ulma.metrics import LOWER_IS_BETTER
 from trl_ulma.presets import PRESETS
 from trl_ulma.rows.dropped import INVALID_ROWS
 
@@ -181,6 +182,10 @@ class PointwiseDPOConfig(DPOConfig):
         # A progress bar writes many lines per second into a log file
         if self.disable_tqdm is None and not (sys.stderr.isatty() or is_in_notebook()):
             self.disable_tqdm = True
+        # Trainer takes any metric for one whose largest value is best, unless its name ends with "loss"
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and best.endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False
         super().__post_init__()
 
     @property

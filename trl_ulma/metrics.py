@@ -62,6 +62,20 @@ NEEDED_ROWS = {
     "rewards/margins": "chosen rows and rejected ones",
 }
 
+# Figures of an evaluation whose smallest value is best
+LOWER_IS_BETTER = (
+    *(
+        "loss",
+        "loss/sft",
+        "loss/unlearning",
+        "loss/preference",
+        "rewards/mse",
+        "rewards/rejected",
+        "logps/rejected",
+        "kl",
+    ),
+)
+
 Ratios = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 

@@ -47,6 +47,7 @@ from trl_ulma.config_checks import check_batches, check_machine, check_paralleli
 from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import with_origins
 from trl_ulma.judge import Judge
+from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
 from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_logps
@@ -220,6 +221,10 @@ class PointwiseDPOTrainer(DPOTrainer):
             restore_forward(self.ref_model, ref_forward)
         if args.fp16 and is_peft_model(self.model):
             _widen_adapters(self.model)
+        has_own_weights = self.is_deepspeed_enabled or self.is_fsdp_enabled or optimizers[0] is not None
+        given = self.ref_model if self._reference.kind == "given" else None
+        for note in number_formats.notes(self.model, given, args, keeps_float32=has_own_weights):
+            logger.warning(note)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         self.args.model_init_kwargs = args.model_init_kwargs
@@ -241,6 +246,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.log_partition = self._new_log_partition()
         self._figures = LoggedFigures(self.accelerator, self.args.beta, getattr(self.args, "sft_weight", 1.0))
         self._rows_in_step: torch.Tensor | int | None = None
+        self._rows_of_this_step: torch.Tensor | int | None = None
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._resumed_logps: Sequence[float] = ()
@@ -615,7 +621,12 @@ class PointwiseDPOTrainer(DPOTrainer):
         Raises:
             FloatingPointError: if the loss is not finite. The message names the rows.
         """
-        loss = super().training_step(*args, **kwargs)
+        # For a subclass whose compute_loss calls ours without it
+        self._rows_of_this_step = args[2] if len(args) > 2 else kwargs.get("num_items_in_batch")
+        try:
+            loss = super().training_step(*args, **kwargs)
+        finally:
+            self._rows_of_this_step = None
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
             named = functools.partial(with_origins, rows=self._plan.raw_rows)
@@ -629,7 +640,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.log_partition.update(self.accelerator.reduce(sums, "sum"), schedule_rate(self.optimizer))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self._rows_in_step = num_items_in_batch
+        self._rows_in_step = self._rows_of_this_step if num_items_in_batch is None else num_items_in_batch
         return super().compute_loss(model, inputs, return_outputs)
 
     def _compute_loss(self, model, inputs, return_outputs):

@@ -330,7 +330,9 @@ def _check_collator(collator: Any, rows: Any) -> None:
         raise ValueError(
             f"data_collator is {name}, which cannot collate prepared rows ({type(error).__name__}: {error}). {remedy}"
         ) from error
-    needed = ("input_ids", "attention_mask", "completion_mask", "label", "sft_mask")
+    needed: tuple[str, ...] = ("input_ids", "attention_mask", "completion_mask", "label", "sft_mask")
+    optional = {"label_type": "continuous", "weight": "weight", "log_z": "log_z"}
+    needed += tuple(key for column, key in optional.items() if examples and column in examples[0])
     missing = [key for key in needed if key not in batch]
     if missing:
         raise ValueError(f"data_collator is {name}, whose batches lack {', '.join(missing)}. {remedy}")

@@ -541,10 +541,8 @@ def test_a_terminal_shows_the_figures_within_its_width(tmp_path, width):
     words = " ".join(text.split())
     for estimate in (model["implicit_reward"][name] for model in facts["models"] for name in model["implicit_reward"]):
         assert report.shown(estimate) in words
-    for quote in ("Before, by m (base):", "After, by tuned:", "predicted: ", "before training: 3.00", "\nHelpful: "):
-        assert quote in text
-    assert "\x1b" not in text
-    for left_out in ("Settings", "Versions", "A note.", "Pictures", "&lt;", "| "):
+    assert "\nHelpful: " in text
+    for left_out in ("Settings", "Versions", "A note.", "Pictures", "&lt;", "| ", "Before, by", "most surprising"):
         assert left_out not in text.replace("Answer | ", "")
 
 
@@ -571,8 +569,8 @@ def test_answers_that_training_did_not_change_are_shown_last():
     assert (found["answers"], found["others"]) == (3, 2)
     facts = facts_of()
     facts["models"][0]["changed"] = {"base": "m (base)", **found}
-    text = report.in_terminal(facts)
-    assert "Training changed 2 of 3 answers of m (base)." in text
+    assert "Training changed 2 of 3 answers of m (base)." in report.in_terminal(facts)
+    text = to_text(report.document(facts))
     assert "After, by tuned:\n  (the same)" in text
 
 

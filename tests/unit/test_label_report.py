@@ -318,7 +318,9 @@ STARS = [1, 2, 3, 4, 5, 4, 3, 5, 1, 2, 4, 5]
         ([*STARS, 55], [55]),
         ([*STARS * 2, 55, 11, -40], [-40, 11, 55]),
         ([*STARS, 999, 99], [99, 999]),
+        ([*STARS * 2, 9], [9]),
         ([*STARS, 0, 6], []),
+        ([*STARS, 8], []),
         ([*STARS, 55, 55, 55, 55], []),  # so many are a class of their own
         ([1] * 30 + [2] * 6 + [5], []),  # a rare value of the scale
         ([*STARS[:6], 55], []),  # too few to tell

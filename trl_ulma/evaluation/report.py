@@ -78,8 +78,8 @@ def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) 
 def in_terminal(facts: Mapping[str, Any], width: int = 80) -> str:
     """Return the report as text for a terminal.
 
-    Notes are left out, because they were printed when they came up. Pictures, settings and versions are in
-    `report.html`.
+    Notes are left out, because they were printed when they came up. Single rows and answers, pictures, settings and
+    versions are in `report.html`.
     """
     return to_text(document(facts, is_short=True), width)
 
@@ -109,7 +109,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
 
     Args:
         facts: the contents of `report.json`, with `Estimate`s.
-        is_short: whether notes, pictures, settings and versions are left out.
+        is_short: whether notes, single rows and answers, pictures, settings and versions are left out.
     """
     data, models = facts["data"], facts["models"]
     names = [model["name"] for model in models if not model.get("is_base")]
@@ -127,7 +127,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     if facts["notes"] and not is_short:
         parts.append(Bullets(facts["notes"]))
     parts += _figures(
-        "Perplexity of the given answers (lower is better)",
+        "Perplexity of the given answers (lower is better for answers to be imitated)",
         models,
         "perplexity",
         ".2f",
@@ -138,9 +138,9 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     parts += _own_scale(models)
     parts += _calibration(models)
     for model in models:
-        parts += _surprises(model)
+        parts += [] if is_short else _surprises(model)
     for model in models:
-        parts += _changed(model)
+        parts += _changed(model, is_short=is_short)
     for judge in facts["judges"]:
         parts += _judged(facts, judge)
     parts += _over_seeds(facts["over_seeds"])
@@ -386,12 +386,14 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
     ]
 
 
-def _changed(model: Mapping[str, Any]) -> list[Part]:
+def _changed(model: Mapping[str, Any], *, is_short: bool) -> list[Part]:
     found = model.get("changed")
     if not found:
         return []
     told = f"Training changed {found['others']} of {_counted(found['answers'], 'answer')} of {found['base']}."
     parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(told)]
+    if is_short:
+        return parts
     for number, each in enumerate(found["examples"], start=1):
         parts += [
             Heading(f"Example {number}", 3),

@@ -9,6 +9,9 @@ _FEW, _MANY = 3, 100
 # A scale of ratings has at most this many values, each of which occurs twice on average. The others have 3 or more,
 # because the range of 1 and 2 says little about a scale that a rare 5 may be on.
 _VALUES, _OTHERS = 12, 3
+# If the others have this many values, and this share of them is at the end beside the gap, as on a scale of ratings but
+# not in the tail of counts, a gap as large as their range is far: 9 beyond 1 to 5
+_WELL_KNOWN, _AT_THE_END = 4, 0.05
 # How many times the range of the other labels the gap to them must be. Labels that are no ratings can have long tails.
 _GAP_OF_RATINGS, _GAP = 1.0, 5.0
 
@@ -16,9 +19,10 @@ _GAP_OF_RATINGS, _GAP = 1.0, 5.0
 def outliers(label: np.ndarray) -> np.ndarray:
     """`(M,)` positions of labels far outside the others, lowest labels first.
 
-    The greatest or least labels are far outside if the gap between them and the next label is larger than the whole
-    range of the others: for ratings on a scale (at most 12 values), larger than that range; for other labels, than 5
-    times that range. At most 3 labels, or 1% of them, are far outside.
+    The greatest or least labels are far outside if the gap between them and the next label is large, compared with the
+    whole range of the others: for ratings on a scale (at most 12 values), larger than that range, or as large if the
+    others have 4 or more values and often the one beside the gap; for other labels, larger than 5 times that range. At
+    most 3 labels, or 1% of them, are far outside.
 
     Args:
         label: `(N,)` labels.
@@ -42,6 +46,14 @@ def outliers(label: np.ndarray) -> np.ndarray:
             needed = (_GAP_OF_RATINGS if is_scale else _GAP) * (others[-1] - others[0])
             gaps = [others[0] - ordered[below - 1]] if below else []
             gaps += [ordered[above] - others[-1]] if above < total else []
-            if min(gaps) > needed > 0 and len(np.unique(others)) >= _OTHERS:
+            if not min(gaps) >= needed > 0:
+                continue
+            ends = ([others[0]] if below else []) + ([others[-1]] if above < total else [])
+            is_well_known = (
+                is_scale
+                and len(np.unique(others)) >= _WELL_KNOWN
+                and all((others == end).mean() >= _AT_THE_END for end in ends)
+            )
+            if (min(gaps) > needed or is_well_known) and len(np.unique(others)) >= _OTHERS:
                 return np.r_[order[:below], order[above:]]
     return order[:0]

@@ -107,6 +107,14 @@ def shares_prompts(batch: Mapping[str, torch.Tensor]) -> bool:
     return len(set(prompts)) < len(prompts) and all(prompts)
 
 
+def why_not_packed(config: Any) -> str | None:
+    """The reason why a model of this configuration does not support packed rows. None if it does."""
+    if getattr(config.get_text_config(), "attn_temperature_tuning", False):
+        # Beyond some thousand tokens, so that a short batch does not show it
+        return "its attention depends on the place of a token in the whole packed sequence (attn_temperature_tuning)"
+    return None
+
+
 def why_not_shared(config: Any) -> str | None:
     """The reason why a model of this configuration does not support shared prompts. None if it does."""
     attention = config._attn_implementation

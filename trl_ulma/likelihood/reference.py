@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,8 +167,12 @@ class Reference:
     def _adapter(self, policy: Any):
         bare = bare_model(policy)
         if self.kind == "adapter_off":
-            with bare.disable_adapter():
-                yield
+            trainable = [p for p in bare.parameters() if p.requires_grad]
+            try:
+                with bare.disable_adapter():
+                    yield
+            finally:  # it would make all parameters of the adapter trainable, also those that the user froze
+                _make_trainable(bare, trainable)
         elif self.kind == "adapter":
             trained = bare.active_adapter
             trainable = [p for p in bare.parameters() if p.requires_grad]
@@ -178,12 +182,17 @@ class Reference:
             finally:
                 bare.set_adapter(trained)
                 # set_adapter decides by names which parameters are trainable, so restore them
-                for p in bare.parameters():
-                    p.requires_grad_(False)
-                for p in trainable:
-                    p.requires_grad_(True)
+                _make_trainable(bare, trainable)
         else:
             yield
+
+
+def _make_trainable(model: Any, trainable: Iterable[nn.Parameter]) -> None:
+    """Make these parameters of a model trainable, and no others."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in trainable:
+        p.requires_grad_(True)
 
 
 def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor], *, at_least_one: bool) -> None:

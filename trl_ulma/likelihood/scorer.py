@@ -18,6 +18,7 @@ from trl_ulma.likelihood.layouts import (
     padded,
     shared,
     shares_prompts,
+    why_not_packed,
     why_not_shared,
 )
 
@@ -141,7 +142,8 @@ class Scorer:
     def choose_layout(self, model: Any) -> None:
         """Fall back to padding and log a warning if a model does not support the chosen layout."""
         bare = bare_model(model)
-        reason = why_not_shared(bare.config) if self.layout == "shared" else None
+        why_not = {"packed": why_not_packed, "shared": why_not_shared}.get(self.layout)
+        reason = None if why_not is None else why_not(bare.config)
         inner = without_adapter(bare)
         needed = {"packed": ("position_ids",), "shared": ("position_ids", "attention_mask")}.get(self.layout, ())
         missing = [name for name in needed if not takes(inner, name)]

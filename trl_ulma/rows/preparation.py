@@ -194,6 +194,12 @@ class Preparation:
         for column in ("label", "label_type") if paired else ():
             if column in names:
                 logger.warning(f"The {name} dataset is paired, so its column `{column}` is ignored.")
+        stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in names]
+        if stored:
+            logger.warning(
+                f"The {name} dataset has {' and '.join(stored)}, which are not read. Set precompute_ref_log_probs=True "
+                "to have the reference run once, before training."
+            )
         if paired:
             check_pairs(self.rules, name)
         prompt = _first_prompt(raw, first)

@@ -69,7 +69,10 @@ def _saved(model: str, dataset: str) -> dict[str, Any] | None:
     """How a model's training read this dataset. None if it was trained on another one, or if it is not known."""
     from trl_ulma.judge import saved_file
 
-    file = saved_file(model, FILE)
+    try:
+        file = saved_file(model, FILE)
+    except ValueError:  # a misspelt folder; loading the model says so
+        return None
     if file is None:
         return None
     found = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -165,6 +166,10 @@ class OptionParser(TrlParser):
         except (OSError, TypeError, ValueError, yaml.YAMLError) as problem:
             self.error(as_options(str(problem), self._option_string_actions))
         training_args, model_args = settings[1:3]
+        # TRL turns one name into text, which PEFT reads as a regular expression for whole paths
+        target = model_args.lora_target_modules
+        if isinstance(target, str) and re.fullmatch(r"\w+", target):
+            model_args.lora_target_modules = [target]
         # Before TRL 1.7, it is an option of ModelConfig, and TRL's own configs do not have it
         trusts = getattr(model_args, "trust_remote_code", False)
         if trusts or not hasattr(training_args, "trust_remote_code"):
@@ -178,6 +183,7 @@ class OptionParser(TrlParser):
         namespace, left = super().parse_known_args(words, namespace)
         self._launch_options(left)
         refuse_contradictions(self, words)
+        self._refuse_unused(namespace)
         if namespace.model_name_or_path is None:
             self.error("--model is missing: a checkpoint's folder, or its name on the hub.")
         if namespace.dataset_name is None and not namespace.datasets:
@@ -186,6 +192,21 @@ class OptionParser(TrlParser):
                 "YAML file.)"
             )
         return namespace, left
+
+    def _refuse_unused(self, namespace: argparse.Namespace) -> None:
+        """Exit if options of LoRA or of quantization are given, but not the option that switches it on."""
+        options = ModelConfig.__dataclass_fields__
+        for switch, prefixes, what in (
+            ("use_peft", ("lora_", "use_dora", "use_rslora"), "all weights are trained"),
+            ("load_in_4bit", ("bnb_4bit", "use_bnb_nested"), "the model is not quantized"),
+        ):
+            given = [
+                name
+                for name, option in options.items()
+                if name.startswith(prefixes) and getattr(namespace, name, option.default) not in (None, option.default)
+            ]
+            if given and not getattr(namespace, switch):
+                self.error(f"--{given[0]} has no effect without --{switch}: {what}. Add it, or leave --{given[0]} out.")
 
     def _check_config_file(self, argv: list[str]) -> list[str]:
         """`argv` with `--config=FILE` as two words, as TRL expects."""

@@ -1,0 +1,178 @@
+"""Settings, overrides and formats that would change a training without a word."""
+
+import types
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from world import make_rows, make_trainer
+
+from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
+from trl_ulma.likelihood import number_formats
+from trl_ulma.likelihood.layouts import why_not_packed
+from trl_ulma.rows.collator import DataCollatorForPointwisePreference
+from trl_ulma.scripts.options import OptionParser
+
+ROWS = 8
+SAVES = {"save_strategy": "steps", "save_steps": 1}
+WORDS = ["--model", "m", "--dataset", "d", "--output", "o", "--bf16", "false"]
+LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], r=2)
+
+
+def parser() -> OptionParser:
+    return OptionParser(PointwiseDPOConfig, "trl-ulma pointwise-dpo", "")
+
+
+class OldStyle(PointwiseDPOTrainer):
+    """As many scripts override it: without the number of items."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_an_overridden_loss_does_not_depend_on_the_accumulation(tiny_gpt2, tmp_path, accumulation):
+    settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": ROWS // accumulation}
+    args = PointwiseDPOConfig(str(tmp_path), bf16=False, report_to="none", logging_steps=1, max_steps=1, **settings)
+    trainer = OldStyle(model=tiny_gpt2, args=args, train_dataset=make_rows(ROWS))
+    trainer.train()
+    (first, *_) = trainer.state.log_history
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_weights_of_an_adapter_that_the_user_froze_stay_frozen(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True, peft_config=LORA, max_steps=2)
+    frozen = {name: p for name, p in trainer.model.named_parameters() if "lora_A" in name}
+    for p in frozen.values():
+        p.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in frozen.items()}
+    trained = [p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    trainer.evaluate(make_rows(4))
+    trainer.train()
+    assert all(not p.requires_grad for p in frozen.values())
+    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+    now = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert not all(torch.equal(a, b) for a, b in zip(now, trained, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_loss/preference", False),
+        ("loss/sft", False),
+        ("eval_rewards/mse", False),
+        ("eval_kl", False),
+        ("eval_other_rewards/mse", False),
+        ("eval_rewards/auc", True),
+        ("eval_rewards/chosen", True),
+        ("eval_loss", False),
+    ],
+)
+def test_which_value_of_a_metric_is_best(tmp_path, metric, greater):
+    settings = {"metric_for_best_model": metric, "bf16": False}
+    assert PointwiseDPOConfig(str(tmp_path), **settings).greater_is_better == greater
+    assert PointwiseDPOConfig(str(tmp_path), greater_is_better=not greater, **settings).greater_is_better != greater
+
+
+@pytest.mark.parametrize(("column", "key"), [("weight", "weight"), ("log_z", "log_z"), ("label_type", "continuous")])
+def test_a_collator_that_drops_what_the_loss_reads_is_refused(tiny_gpt2, tmp_path, column, key):
+    class Dropping(DataCollatorForPointwisePreference):
+        def __call__(self, examples):
+            return {name: value for name, value in super().__call__(examples).items() if name != key}
+
+    rows = make_rows(ROWS).add_column(column, [{"label_type": "continuous"}.get(column, 0.5)] * ROWS)
+    with pytest.raises(ValueError, match=f"data_collator is Dropping, whose batches lack {key}"):
+        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, data_collator=Dropping(pad_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora_r", "4"], "--lora_r has no effect without --use_peft: all weights are trained"),
+        (["--use_dora"], "--use_dora has no effect without --use_peft"),
+        (["--bnb_4bit_quant_type", "fp4"], "--bnb_4bit_quant_type has no effect without --load_in_4bit"),
+    ],
+)
+def test_options_without_their_switch_are_refused(capsys, words, message):
+    with pytest.raises(SystemExit):
+        parser().parse_settings([*WORDS, *words])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_target_module_is_a_name_and_not_a_pattern():
+    words = [*WORDS, "--use_peft"]
+    _, _, model_args, _ = parser().parse_settings([*words, "--lora_target_modules", "q_proj"])
+    assert model_args.lora_target_modules == ["q_proj"]
+    _, _, model_args, _ = parser().parse_settings([*words, "--lora_target_modules", ".*_proj"])
+    assert model_args.lora_target_modules == ".*_proj"
+
+
+def test_log_probabilities_that_trl_stored_are_not_passed_over_in_silence(tiny_gpt2, tmp_path, caplog):
+    rows = make_rows(ROWS).add_column("ref_chosen_logps", [-1.0] * ROWS)
+    make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True)
+    assert "has ref_chosen_logps, which are not read. Set precompute_ref_log_probs=True" in caplog.text
+
+
+def test_attention_that_depends_on_the_place_in_a_packed_sequence_is_not_packed():
+    text = types.SimpleNamespace(attn_temperature_tuning=True)
+    reason = why_not_packed(types.SimpleNamespace(get_text_config=lambda: text))
+    assert reason is not None
+    assert "attn_temperature_tuning" in reason
+    text.attn_temperature_tuning = False
+    assert why_not_packed(types.SimpleNamespace(get_text_config=lambda: text)) is None
+
+
+def test_number_formats_in_which_little_is_learned_are_told(tiny_gpt2, tmp_path, caplog):
+    half = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=torch.bfloat16)
+    make_trainer(half, make_rows(ROWS), tmp_path, pointwise=True, learning_rate=1e-7)
+    assert "too large to be moved by the learning rate of 1e-07" in caplog.text
+    caplog.clear()
+    make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True, learning_rate=1e-7, ref_model=half)
+    assert "The model computes in float32 and its reference in bfloat16" in caplog.text
+    caplog.clear()
+    make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True, learning_rate=1e-7)
+    assert not [record for record in caplog.records if "dtype" in record.message]
+
+
+def test_an_optimizer_step_moves_what_the_note_says():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 64).bfloat16()
+    before = layer.weight.detach().clone()
+    args = types.SimpleNamespace(learning_rate=1e-4, bf16_full_eval=False, fp16_full_eval=False)
+    (said,) = number_formats.notes(layer, None, args, keeps_float32=False)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4, weight_decay=0)
+    layer(torch.randn(8, 64).bfloat16()).sum().backward()
+    optimizer.step()
+    still = (layer.weight == before).float().mean().item()
+    share = int(said.split("%")[0].split()[-1]) / 100
+    assert 0.5 < share <= still < 0.9  # it counts what certainly stays: between 2⁻⁹ and 2⁻⁸ of a weight, it depends
+    args.bf16_full_eval, args.learning_rate = True, 1.0
+    assert number_formats.notes(layer, None, args, keeps_float32=False) == []
+    (said,) = number_formats.notes(layer.float(), None, args, keeps_float32=False)
+    assert said.startswith("bf16_full_eval=True evaluates a model of float32 in bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({}, {"binary_loss": "squared_error"}),
+        ({}, {"lr_scheduler_type": "constant"}),
+        ({}, {"max_grad_norm": 0.1}),
+        ({"weight": [1.0] * ROWS}, {"weight": [0.5] * ROWS}),
+    ],
+)
+def test_a_resume_with_another_loss_is_told(tiny_gpt2, tmp_path, caplog, first, then):
+    def trainer(changes):
+        rows = make_rows(ROWS)
+        changes = dict(changes)
+        if "weight" in changes:
+            rows = rows.add_column("weight", changes.pop("weight"))
+        return make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, max_steps=2, **SAVES, **changes)
+
+    trainer(first).train()
+    trainer(first).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "was written with other settings" not in caplog.text
+    trainer(then).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "was written with other settings" in caplog.text
+    assert next(iter(then)) in caplog.text
