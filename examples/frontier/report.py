@@ -187,10 +187,9 @@ def conclusions(records: Records, reward: str, regime: str, named: Sequence[str]
             if len(inside) == len(earned) >= LEAST_SEEDS:
                 means[method] = float(np.mean(inside))
         if len(means) < 2:
-            few = max((len(seeds) for seeds in curves.values()), default=0)
             lines.append(
-                f"- **At {budget:g} nats** nothing is concluded: fewer than two methods have {LEAST_SEEDS} seeds that "
-                f"reach it (no method has more than {few} seeds)."
+                f"- **At {budget:g} nats** no method is said to earn most: fewer than two methods reach it in all of "
+                f"{LEAST_SEEDS} seeds or more. Where both of a pair reach it is below."
             )
             continue
         first = max(means, key=means.__getitem__)
@@ -269,7 +268,8 @@ answers to each), and their KL(π ‖ π_ref). The reward at a KL is read off th
 begins at the reference.
 
 Brackets are 95 % t-intervals over seeds. Each seed has its own prompts, answers, noise, adapters and order of rows, and
-differences are taken within seeds. The intervals are not corrected for the number of comparisons. "perplexity" is that
+differences are taken within seeds. The intervals are not corrected for the number of comparisons. Ratings, pairs and
+thumbs of the first part have five seeds: two were added after three had shown no difference. "perplexity" is that
 of prose that people wrote (the reference's: {perplexity:.1f}), and "different" is the share of answers that differ from
 all before them, both at the smallest β. Nothing is concluded from fewer than {least} seeds.
 

@@ -4,7 +4,10 @@ import json
 import shutil
 
 import pytest
+from datasets import Dataset
 
+from trl_ulma.data.convert import convert
+from trl_ulma.data.seen_prompts import hashes_of
 from trl_ulma.scripts import data_options
 from trl_ulma.scripts.cli import main
 
@@ -78,3 +81,22 @@ def test_models_of_different_trainings_have_no_options_in_common(trained, tmp_pa
 def test_no_path_of_the_machine_is_saved(trained):
     model, _ = trained
     assert json.loads((model / data_options.FILE).read_text())["dataset"] == "own rows.csv"
+
+
+def test_prompts_are_the_same_whatever_else_their_messages_hold():
+    plain = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    other = [
+        {"role": "system", "content": "Be kind. ", "name": None},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "Bob"},
+    ]
+    called = [*plain[:1], {"role": "user", "content": "Hi", "tool_calls": [{"function": {"name": "f"}}]}]
+    one, two, three = hashes_of([plain, other, called])
+    assert one == two != three
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 3, 4, 5, 5], [-1, 1, 1, -1, 1, 1]])
+def test_ratings_are_not_converted_into_demonstrations_of_the_worst(labels):
+    rows = [{"prompt": "Hi", "completion": f"No {i}", "label": label} for i, label in enumerate(labels)]
+    with pytest.raises(ValueError, match=r"of 6 answers have labels outside \[0, 1\].*--label_type continuous"):
+        convert("kto", Dataset.from_list(rows))
+    assert convert("kto", Dataset.from_list(rows), label_type="continuous")[1].rows_out == 6

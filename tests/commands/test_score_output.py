@@ -1,6 +1,7 @@
 """What `trl-ulma score` writes and says of scored rows, whatever scored them."""
 
 import csv
+import datetime
 import json
 import logging
 from pathlib import Path
@@ -49,6 +50,21 @@ def test_cells_of_conversations_are_json(tmp_path):
     write(plain, tmp_path / "plain.csv")
     with open(tmp_path / "plain.csv", newline="", encoding="utf-8") as file:
         assert [row["completion"] for row in csv.DictReader(file)] == ["[1]", ""]
+
+
+def test_a_file_of_json_lines_keeps_values_exactly(tmp_path):
+    day = datetime.datetime(2024, 1, 2, 3, 4, 5)
+    rows = {
+        "p": [1.5e-12, 0.12345678901234567],
+        "day": [day, day],
+        "deep": [{"x": -1e-11}, {"x": 0.1}],
+        "raw": [b"\xff"] * 2,
+    }
+    write(Dataset.from_dict(rows), tmp_path / "scored.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [row["p"] for row in found] == rows["p"]
+    assert [row["deep"] for row in found] == rows["deep"]
+    assert found[0]["day"] == "2024-01-02T03:04:05"
 
 
 def test_halves_of_pairs_are_counted_as_answers():

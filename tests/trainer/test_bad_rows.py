@@ -898,11 +898,26 @@ def test_rows_made_by_a_transform(tokenizer):
 
 
 def test_class_labels_are_numbers(tokenizer):
-    names = ClassLabel(names=["bad", "good", "great"])
-    rows = Dataset.from_list([GOOD | {"label": 0}, GOOD]).cast_column("label", names)
-    assert [row["label"] for row in prepare(tokenizer, rows)] == [0.0, 1.0]
-    rows = Dataset.from_list([GOOD, GOOD | {"label": 2}]).cast_column("label", names)
+    rows = Dataset.from_list([GOOD | {"label": 0}, GOOD])
+    assert [
+        row["label"] for row in prepare(tokenizer, rows.cast_column("label", ClassLabel(names=["bad", "good"])))
+    ] == [0.0, 1.0]
+    rows = Dataset.from_list([GOOD, GOOD | {"label": 2}]).cast_column("label", ClassLabel(names=["0", "1", "2"]))
     with pytest.raises(ValueError, match=r"^Row 1 of the train dataset: label is 2\.0, outside \[0, 1\]"):
+        prepare(tokenizer, rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["good", "bad"], "has labels of the classes good, bad, and their numbers do not say which is better"),
+        (["bad", "good", "great"], "has labels of the classes bad, good, great, and their numbers"),
+        (["5", "1"], "has labels of the classes 5, 1, which are numbered from 0 in this order. Convert"),
+    ],
+)
+def test_classes_in_an_unknown_order_are_refused(tokenizer, names, message):
+    rows = Dataset.from_list([GOOD | {"label": 0}, GOOD]).cast_column("label", ClassLabel(names=names))
+    with pytest.raises(ValueError, match=message):
         prepare(tokenizer, rows)
 
 

@@ -378,7 +378,7 @@ def test_labels_of_invalid_rows_do_not_count_in_a_transform(tiny_gpt2, tmp_path,
 @pytest.mark.parametrize("how", ["error", "drop"])
 def test_ratings_are_not_dropped_until_only_the_low_ones_are_left(tiny_gpt2, tmp_path, how):
     rows = make_rows(6, label=[1.0, 2.0, 3.0, 4.0, 5.0, 1.0])
-    with pytest.raises(ValueError, match=r'(?s)Row 1 .*Most labels .* ratings .*label_type="continuous".* count as'):
+    with pytest.raises(ValueError, match=r'(?s)Row 1 .*Many labels .* ratings .*label_type="continuous".* count as'):
         make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, invalid_rows=how)
     few = make_rows(6, label=[1.0, 0.0, 1.0, 0.0, 0.0, 9.0])
     with pytest.raises(ValueError, match='Fix these rows, or set invalid_rows="drop"'):

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from decimal import Decimal
 
 import pyarrow as pa
@@ -651,6 +652,26 @@ def test_labels_that_are_classes_go_by_their_names(tmp_path):
     features = Features({"prompt": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     Dataset.from_dict({"prompt": ["a", "b"], "label": [1, 0]}, features=features).save_to_disk(tmp_path / "saved")
     assert read(tmp_path / "saved", label_map="good=1,bad=-1")["label"][:] == [1, -1]
+    assert read(tmp_path / "saved")["label"][:] == [1, 0]
+    features["label"] = ClassLabel(names=["5", "1"])
+    Dataset.from_dict({"prompt": ["a", "b"], "label": [0, -1]}, features=features).save_to_disk(tmp_path / "stars")
+    assert read(tmp_path / "stars")["label"][:] == [5, None]
+    features["label"] = ClassLabel(names=["good", "bad"])
+    Dataset.from_dict({"prompt": ["a", "b"], "label": [0, 1]}, features=features).save_to_disk(tmp_path / "turned")
+    with pytest.raises(ValueError, match=r"classes good, bad, and .* Map them to numbers: label_map good=…,bad=…"):
+        read(tmp_path / "turned")
+
+
+@pytest.mark.parametrize("label_map", ["Up=1,up=0", {5: 1, "5.0": 0}, {True: 1, "Yes": 0}])
+def test_a_label_with_two_meanings_is_refused(label_map):
+    with pytest.raises(ValueError, match="two meanings"):
+        Names.of(None, label_map)
+
+
+def test_labels_of_many_digits_are_told_apart():
+    names = Names.of(None, {1234567: 1, 1234568: 0, 0.1: 5})
+    found = [names.label(label, Counter()) for label in (1234567, "1234568", 1234568.0, "0.10", "1e-1", 0.1)]
+    assert found == [1, 0, 0, 5, 5, 5]
 
 
 def test_pairs_can_be_turned_round(tmp_path):

@@ -67,6 +67,10 @@ FAMILIES = {
 }
 
 
+# Why an answer with a rating is left out if labels are binary
+OUTSIDE = "its label is outside [0, 1], the range of binary labels: set --label_type continuous"
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """An answer that is left out.
@@ -225,7 +229,7 @@ def labeled(
     if value is None:
         return LeftOut("its label is not a number")
     if label_type == "binary" and not 0 <= value <= 1:
-        return LeftOut("its label is outside [0, 1], the range of binary labels: set --label_type continuous")
+        return LeftOut(OUTSIDE)
     try:
         prompt, completion = as_messages(prompt, completion)
     except ValueError as error:

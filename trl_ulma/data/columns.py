@@ -4,6 +4,7 @@ import ast
 import difflib
 import json
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -156,7 +157,10 @@ class Names:
                 raise ValueError(f"label_map has {meaning!r} for {label!r}; it must be a number.")
             # `yes` and `no` are true and false in YAML
             words = {True: ("true", "yes"), False: ("false", "no")}[label] if isinstance(label, bool) else [label]
-            meanings |= {_label_key(word): found for word in words}
+            for key in map(_label_key, words):
+                if meanings.get(key, found) != found:
+                    raise ValueError(f"label_map gives {label!r} two meanings, {meanings[key]} and {found}. Keep one.")
+                meanings[key] = found
         return cls(named, meanings)
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -218,9 +222,41 @@ def _entries(given: Any, name: str, example: str, cut: Callable[[str, str], tupl
 
 
 def _label_key(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, int | float | Decimal) else str(value).strip().lower()
+    """What labels that mean the same have in common: letters of either case, and 5 and 5.0."""
+    read = number(value) if isinstance(value, str) else value
+    if isinstance(read, bool) or not isinstance(read, int | float | Decimal):
+        return str(value).strip().lower()
+    whole = isinstance(read, int) or (math.isfinite(read) and read == int(read))
+    return str(int(read)) if whole else repr(float(read))
+
+
+# Names of two classes, the worse one first, as they are usually numbered
+_ORDERED = (
+    *(("no", "yes"), ("false", "true"), ("bad", "good"), ("negative", "positive"), ("neg", "pos")),
+    *(("dislike", "like"), ("disliked", "liked"), ("down", "up"), ("rejected", "chosen"), ("unsafe", "safe")),
+)
+
+
+def class_labels(names: Sequence[str]) -> list[float]:
+    """The label of each class of a `datasets.ClassLabel`: its name if it is a number, or 0 and 1 for known words.
+
+    Raises:
+        ValueError: if it is unknown which class is better. The message begins with "has".
+
+    Example:
+        >>> class_labels(["5", "1"]), class_labels(["bad", "good"])
+        ([5.0, 1.0], [0.0, 1.0])
+    """
+    numbers = [number(name) for name in names]
+    known = [float(each) for each in numbers if each is not None]
+    if len(known) == len(names):
+        return known
+    if tuple(name.strip().lower() for name in names) in _ORDERED:
+        return [0.0, 1.0]
+    raise ValueError(
+        f"has labels of the classes {', '.join(names)}, and their numbers do not say which is better. Map them to "
+        f"numbers: label_map {','.join(f'{name}=…' for name in names)}"
+    )
 
 
 def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from trl_ulma.data.adapters import FAMILIES, Adapter, LeftOut, Noted, find, is_number
+from trl_ulma.data.adapters import FAMILIES, OUTSIDE, Adapter, LeftOut, Noted, find, is_number
 from trl_ulma.data.readable import proposed, whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
@@ -135,6 +135,14 @@ def convert(
             chunk = []
     if chunk:
         parts.append(_dataset(chunk, keys))
+    outside = account.left_out[OUTSIDE].count if OUTSIDE in account.left_out else 0
+    answers = account.rows_out + sum(each.count for each in account.left_out.values())
+    if outside > 1 and 10 * outside > answers:  # fewer can be mistakes
+        raise ValueError(
+            f"{outside:,} of {answers:,} answers have labels outside [0, 1], as ratings have. If these were left out, "
+            "the low ratings would stay, and count as likes. Set --label_type continuous. For thumbs of −1 and 1, set "
+            "--label_map=-1=0,1=1."
+        )
     if not parts:
         raise ValueError(
             f"None of the {account.rows_in:,} raw rows could be converted: {reasons(account)}. Check that this is "

@@ -5,7 +5,17 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
-from trl_ulma.data.columns import BOOLS, NUMBERS, Names, read_row, read_value, say, unknown_label, unknown_labels
+from trl_ulma.data.columns import (
+    BOOLS,
+    NUMBERS,
+    Names,
+    class_labels,
+    read_row,
+    read_value,
+    say,
+    unknown_label,
+    unknown_labels,
+)
 from trl_ulma.data.tables import joined, kind_of
 from trl_ulma.data.unread import UNREAD
 
@@ -62,12 +72,13 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
     for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:
         feature = rows.features[name]
         is_mapped = name == "label" and bool(names.label_map)
-        if _is_as_read(name, feature) and not is_mapped:
+        is_class = name == "label" and isinstance(feature, ClassLabel)
+        if _is_as_read(name, feature) and not (is_mapped or is_class):
             continue
         values = rows.with_format(None)[name][:]
+        if is_class:
+            values = _of_classes(values, feature.names, None if is_mapped else where)
         if is_mapped:
-            if isinstance(feature, ClassLabel):
-                values = [None if value is None else feature.int2str(value) for value in values]
             for row, value in enumerate(values):
                 own: Counter[str] = Counter()
                 values[row] = names.label(value, own)
@@ -95,6 +106,15 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         rows = rows.add_column(UNREAD, marks, feature=Value("string"))  # type: ignore[call-arg]
     say(found, where)
     return rows
+
+
+def _of_classes(values: list[Any], names: list[str], where: str | None) -> list[Any]:
+    """The labels of classes, or their names if `where` is None. A number below 0 is no class."""
+    try:
+        labels: Any = names if where is None else class_labels(names)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+    return [None if value is None or value < 0 else labels[value] for value in values]
 
 
 def _check_names(names: Names, there: list[str], where: str) -> None:

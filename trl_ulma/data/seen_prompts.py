@@ -21,7 +21,7 @@ SEEN, NEW, UNKNOWN = 1, 0, -1
 
 
 def hashes_of(prompts: Iterable[Any]) -> np.ndarray:
-    """`(N,)` uint64. A text has the same hash as the same text as a user message.
+    """`(N,)` uint64. A text has the same hash as the same text as a user message, and a message as its text in parts.
 
     Example:
         >>> one, other = hashes_of(["Hi ", [{"role": "user", "content": "Hi"}]])
@@ -95,7 +95,20 @@ def in_words(found: np.ndarray, model: str) -> str | None:
     return f"{message} Held out: {new:,}." + (f" Not known: {unknown:,}." if unknown else "")
 
 
+def _said(turn: Any) -> Any:
+    """What a model reads of a message: files of the same conversation can differ in the rest."""
+    if not isinstance(turn, dict):
+        return turn
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
+    calls = {key: turn[key] for key in ("tool_calls",) if turn.get(key)}
+    return {"role": turn.get("role"), "content": content.strip() if isinstance(content, str) else content, **calls}
+
+
 def _hash(prompt: Any) -> int:
+    if isinstance(prompt, list):
+        prompt = [_said(turn) for turn in prompt]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
         turn = prompt[0]
         if turn.get("role") == "user" and isinstance(turn.get("content"), str):

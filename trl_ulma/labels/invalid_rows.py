@@ -13,7 +13,7 @@ LISTED = 20
 NOT_BINARY = 'Rescale it, or set label_type="continuous".'
 _FIX = 'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
 _ARE_RATINGS = (
-    'Most labels are outside [0, 1], as ratings and scores are. Set label_type="continuous". Do not leave these rows '
+    'Many labels are outside [0, 1], as ratings and scores are. Set label_type="continuous". Do not leave these rows '
     "out: the low ratings would stay, and count as likes."
 )
 _UNREADABLE = "a row that cannot be read"
@@ -207,12 +207,14 @@ def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -
 
 
 def look_like_ratings(found: Sequence[InvalidRow], total: int | None) -> bool:
-    """Return whether more than half of all rows are invalid because their labels would need label_type="continuous".
+    """Return whether several rows, and more than a tenth of all, have labels that would need label_type="continuous".
+
+    Fewer can be mistakes. If ratings were left out because they are outside [0, 1], the low ones would stay.
 
     Example:
         >>> rating = InvalidRow(f"is 5.0, outside [0, 1]. {NOT_BINARY}", "label outside [0, 1]", "label")
-        >>> look_like_ratings([rating], 1), look_like_ratings([rating], 2)
+        >>> look_like_ratings([rating] * 2, 19), look_like_ratings([rating] * 2, 20)
         (True, False)
     """
     ratings = sum(each.fault.endswith(NOT_BINARY) for each in found)
-    return total is not None and 2 * ratings > total
+    return total is not None and ratings > 1 and 10 * ratings > total

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from trl_ulma.data.columns import class_labels
 from trl_ulma.data.origins import StreamOrigins, located, places_of
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
@@ -194,6 +195,7 @@ class Preparation:
         for column in ("label", "label_type") if paired else ():
             if column in names:
                 logger.warning(f"The {name} dataset is paired, so its column `{column}` is ignored.")
+        self._check_classes(raw, name)
         stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in names]
         if stored:
             logger.warning(
@@ -317,6 +319,22 @@ class Preparation:
         )
         note(made, rules=rules)
         return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)
+
+    @staticmethod
+    def _check_classes(raw: Dataset | IterableDataset, name: str) -> None:
+        """Raise ValueError if labels are classes whose numbers are not their labels."""
+        feature = (raw.features or {}).get("label")
+        if not isinstance(feature, ClassLabel):
+            return
+        try:
+            labels = class_labels(feature.names)
+        except ValueError as error:
+            raise ValueError(f"The {name} dataset {error}, or convert the column.") from error
+        if labels != list(range(len(labels))):
+            raise ValueError(
+                f"The {name} dataset has labels of the classes {', '.join(feature.names)}, which are numbered from 0 "
+                "in this order. Convert the column label to numbers."
+            )
 
     def check_positions(self, tokens: int) -> None:
         """Raise InvalidRow if a row has more tokens than the model can read."""

@@ -23,7 +23,7 @@ from trl_ulma.scripts.data_options import fill
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WRITERS = {".jsonl": "to_json", ".csv": "to_csv", ".parquet": "to_parquet"}
+WRITTEN = (".jsonl", ".csv", ".parquet")
 # Rows that are printed
 SHOWN = 5
 SORTS = ("surprise", "reward", "row")
@@ -58,7 +58,7 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
         "(default for this and --label_map: as in training, if it read the same dataset)",
     )
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
-    parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITERS)}")
+    parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITTEN)}")
     parser.add_argument(
         "--sort",
         choices=SORTS,
@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score, and return the exit code: 2 for wrong options, 1 for what is wrong with what they name."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.output.suffix not in WRITERS:
-        parser.error(f"--output {args.output} must end in {', '.join(WRITERS)}.")
+    if args.output.suffix not in WRITTEN:
+        parser.error(f"--output {args.output} must end in {', '.join(WRITTEN)}.")
     if args.batch_size < 1:
         parser.error(f"--batch_size must be 1 or above; got {args.batch_size}.")
     return attempt(parser, lambda: print(run(args)))
@@ -153,7 +153,19 @@ def write(scored: "Dataset", path: Path) -> None:
             },
             remove_columns=scored.column_names,
         )
-    getattr(scored, WRITERS[path.suffix])(str(path))
+    if path.suffix == ".jsonl":  # Dataset.to_json rounds numbers, and writes dates as numbers
+        with path.open("w", encoding="utf-8") as file:
+            for row in scored:
+                file.write(json.dumps(row, ensure_ascii=False, default=_as_text) + "\n")
+    elif path.suffix == ".csv":
+        scored.to_csv(str(path))
+    else:
+        scored.to_parquet(str(path))
+
+
+def _as_text(value: Any) -> str:
+    """Dates and times as ISO text, and what else JSON does not have as Python prints it."""
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
