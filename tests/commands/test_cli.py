@@ -497,7 +497,17 @@ def test_a_test_split_is_taken_as_it_is(tmp_path):
     DatasetDict(train=rows, test=rows.select([0]), other=rows.select([0, 1])).save_to_disk(tmp_path / "rows")
     name = ["--dataset_name", str(tmp_path / "rows")]
     train, evaluation, said = load_splits(*settings_of(*name, "--eval_strategy", "steps"))
-    assert (len(train), len(evaluation), said) == (3, 1, "")
+    assert (len(train), len(evaluation)) == (3, 1)
+    assert said.startswith(
+        "1 of 1 row has a prompt in the split 'test' that is also trained on. Figures on them do not"
+    )
+    apart = DatasetDict(train=rows.select([0, 1]), test=rows.select([2]), validation=rows.select([2]))
+    apart.save_to_disk(tmp_path / "apart")
+    assert load_splits(*settings_of("--dataset_name", str(tmp_path / "apart"), "--eval_strategy", "steps"))[2] == ""
+    del apart["test"]
+    apart.save_to_disk(tmp_path / "validated")
+    said = load_splits(*settings_of("--dataset_name", str(tmp_path / "validated"), "--eval_strategy", "steps"))[2]
+    assert "Its split 'validation' is not used; --dataset_test_split validation evaluates on it." in said
     other = ["--dataset_train_split", "test", "--dataset_test_split", "other", "--eval_strategy", "steps"]
     train, evaluation, _ = load_splits(*settings_of(*name, *other))
     assert (len(train), len(evaluation)) == (1, 2)

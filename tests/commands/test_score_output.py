@@ -67,6 +67,15 @@ def test_a_file_of_json_lines_keeps_values_exactly(tmp_path):
     assert found[0]["day"] == "2024-01-02T03:04:05"
 
 
+def test_the_file_that_is_read_is_not_written(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}\n")
+    with pytest.raises(SystemExit):
+        main(["score", "--model", "m", "--dataset", str(file), "--output", f"{tmp_path}/./rows.jsonl"])
+    assert "is the file that is read. Name another one." in capsys.readouterr().err
+    assert file.read_text() == "{}\n"
+
+
 def test_halves_of_pairs_are_counted_as_answers():
     rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", ""]})
     scored = Dataset.from_dict({"row": [0, 0, 1], "surprise": [3.0, 2.0, 1.0]})

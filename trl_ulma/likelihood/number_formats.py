@@ -43,8 +43,8 @@ def notes(model: nn.Module, ref_model: nn.Module | None, args: Any, *, keeps_flo
     for name, dtype in (("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)):
         if getattr(args, name) and own != dtype:
             found.append(
-                f"{name}=True evaluates a model of {_name(own)} in {_name(dtype)}: rewards are rounded by tenths, and "
-                f"an evaluation before training leaves the model in {_name(dtype)}. Set it to False."
+                f"{name}=True evaluates a model of {_name(own)} in {_name(dtype)}, so its rewards are not "
+                f"those of training, and an evaluation before training leaves it in {_name(dtype)}. Set it to False."
             )
     return found
 

@@ -189,10 +189,10 @@ class Reference:
 
 def _make_trainable(model: Any, trainable: Iterable[nn.Parameter]) -> None:
     """Make these parameters of a model trainable, and no others."""
+    wanted = set(map(id, trainable))
     for p in model.parameters():
-        p.requires_grad_(False)
-    for p in trainable:
-        p.requires_grad_(True)
+        if p.requires_grad != (id(p) in wanted):
+            p.requires_grad_(id(p) in wanted)
 
 
 def plan_references(batches: list[dict[str, Any]], compared: list[torch.Tensor], *, at_least_one: bool) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ def save(folder: str, script_args: Any, training_args: Any, dataset_args: Any) -
     found = {
         "dataset": _known_as(script_args.dataset_name),
         "dataset_config": script_args.dataset_config,
-        "columns": script_args.columns,
-        "label_map": script_args.label_map,
+        "columns": _as_text(script_args.columns),
+        "label_map": _as_text(script_args.label_map),
         "invalid_rows": training_args.invalid_rows,
         "test_split_size": DEFAULTS["test_split_size"] if size is None else size,
         "split_seed": training_args.seed,
@@ -77,6 +77,23 @@ def _saved(model: str, dataset: str) -> dict[str, Any] | None:
         return None
     found = json.loads(Path(file).read_text(encoding="utf-8"))
     return found if found.get("dataset") == _known_as(dataset) else None
+
+
+def _as_text(names: Any) -> str | None:
+    """Names of columns or labels as they are written on the command line. In YAML they can be a mapping.
+
+    Example:
+        >>> _as_text({True: 1, "meh": 0}), _as_text("label=stars")
+        ('true=1,yes=1,meh=0', 'label=stars')
+    """
+    if not isinstance(names, Mapping):
+        return names
+    words = {True: ("true", "yes"), False: ("false", "no")}  # `yes` and `no` are true and false in YAML
+    return ",".join(
+        f"{word}={value}"
+        for name, value in names.items()
+        for word in (words[name] if isinstance(name, bool) else (name,))
+    )
 
 
 def _known_as(dataset: str) -> str:

@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.output.suffix not in WRITTEN:
         parser.error(f"--output {args.output} must end in {', '.join(WRITTEN)}.")
+    if args.output.exists() and Path(args.dataset).exists() and args.output.samefile(args.dataset):
+        parser.error(f"--output {args.output} is the file that is read. Name another one.")
     if args.batch_size < 1:
         parser.error(f"--batch_size must be 1 or above; got {args.batch_size}.")
     return attempt(parser, lambda: print(run(args)))

@@ -14,7 +14,8 @@ from datasets import Dataset, disable_progress_bars
 
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
-from trl_ulma.data.splits import count_prompts
+from trl_ulma.data.seen_prompts import hashes_of
+from trl_ulma.data.splits import count_prompts, prompts_of
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.scripts import data_options
 from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
@@ -155,6 +156,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     if test_split in splits:
         if dataset_args.test_split_size is not None:
             said += f"{name} has the split {test_split!r} to evaluate on: --test_split_size is not used.\n"
+        said += _shared_prompts(train, splits[test_split], test_split)
         return train, splits[test_split], said
     if test_split != "test":
         raise ValueError(f"{name} has no split {test_split!r}, but {there}. Set --dataset_test_split to one of them.")
@@ -174,8 +176,36 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         f"{name} has no test split: {len(halves['test']):,} of its {len(train):,} rows are held out for evaluation, "
         f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are trained on."
     )
+    for other in ("validation", "valid", "dev", "eval"):
+        if other in splits:
+            said += f" Its split {other!r} is not used; --dataset_test_split {other} evaluates on it."
     said += _few_prompts(count_prompts(halves["test"]), len(halves["test"]) / len(train))
     return halves["train"], halves["test"], said
+
+
+def _shared_prompts(train: Any, test: Any, name: str) -> str:
+    """How many of the rows to evaluate on have a prompt that is trained on, too. "" if none has, or if it is not known:
+    of streams, of rows with images, and of rows without prompts.
+    """
+    from trl_ulma.rows.images import has_images
+
+    if not (isinstance(train, Dataset) and isinstance(test, Dataset)) or has_images(train):
+        return ""
+    try:
+        trained, evaluated = (
+            [set(hashes_of(filter(None, prompts)).tolist()) for prompts in prompts_of(rows)] for rows in (train, test)
+        )
+    except ValueError:  # a column is missing, which the trainer says in its own words
+        return ""
+    known = set().union(*trained)
+    shared = sum(not known.isdisjoint(hashes) for hashes in evaluated)
+    if not shared:
+        return ""
+    have = "row has" if shared == 1 else "rows have"
+    return (
+        f"{shared:,} of {len(test):,} {have} a prompt in the split {name!r} that is also trained on. Figures on them "
+        "do not show what the model does on new prompts.\n"
+    )
 
 
 def _few_prompts(held_out: int, share: float) -> str:
