@@ -207,14 +207,14 @@ def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -
 
 
 def look_like_ratings(found: Sequence[InvalidRow], total: int | None) -> bool:
-    """Return whether several rows, and more than a tenth of all, have labels that would need label_type="continuous".
+    """Return whether three rows or more, and over a quarter of all, have labels that need label_type="continuous".
 
     Fewer can be mistakes. If ratings were left out because they are outside [0, 1], the low ones would stay.
 
     Example:
         >>> rating = InvalidRow(f"is 5.0, outside [0, 1]. {NOT_BINARY}", "label outside [0, 1]", "label")
-        >>> look_like_ratings([rating] * 2, 19), look_like_ratings([rating] * 2, 20)
+        >>> look_like_ratings([rating] * 3, 11), look_like_ratings([rating] * 3, 12)
         (True, False)
     """
     ratings = sum(each.fault.endswith(NOT_BINARY) for each in found)
-    return total is not None and ratings > 1 and 10 * ratings > total
+    return total is not None and ratings >= 3 and 4 * ratings > total

@@ -71,7 +71,7 @@ def _saved(model: str, dataset: str) -> dict[str, Any] | None:
 
     try:
         file = saved_file(model, FILE)
-    except ValueError:  # a misspelt folder; loading the model says so
+    except (OSError, ValueError):  # a misspelt folder; loading the model says so
         return None
     if file is None:
         return None
