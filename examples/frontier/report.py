@@ -188,8 +188,8 @@ def conclusions(records: Records, reward: str, regime: str, named: Sequence[str]
                 means[method] = float(np.mean(inside))
         if len(means) < 2:
             lines.append(
-                f"- **At {budget:g} nats** no method is said to earn most: fewer than two methods reach it in all of "
-                f"{LEAST_SEEDS} seeds or more. Where both of a pair reach it is below."
+                f"- **At {budget:g} nats** the methods are not ranked, because fewer than two of them reach it in "
+                f"every seed (of at least {LEAST_SEEDS}). The second table compares the seeds in which both methods do."
             )
             continue
         first = max(means, key=means.__getitem__)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -76,6 +77,12 @@ def test_models_of_different_trainings_have_no_options_in_common(trained, tmp_pa
     assert note is not None
     assert "different options" in note
     assert (args.columns, args.split_seed) == (None, 42)
+
+
+def test_a_mixture_leaves_no_options_of_an_earlier_training(tmp_path):
+    (tmp_path / data_options.FILE).write_text("{}")
+    data_options.save(str(tmp_path), None, None, SimpleNamespace(datasets=["a", "b"]))
+    assert not (tmp_path / data_options.FILE).exists()
 
 
 def test_no_path_of_the_machine_is_saved(trained):

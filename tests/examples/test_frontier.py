@@ -756,7 +756,7 @@ def test_nothing_is_concluded_from_two_seeds(tmp_path):
     found = report.Records(records(tmp_path, {"ratings-prior": 0.9}, cells))
     page = report.page(found, None, only_whole=False)
     assert "nothing is concluded from 2 seeds" in page
-    assert "**At 1 nats** no method is said to earn most" in page
+    assert "**At 1 nats** the methods are not ranked" in page
     assert "earns most" not in page
     assert ": better" not in page
 

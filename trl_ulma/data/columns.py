@@ -230,7 +230,7 @@ def _label_key(value: Any) -> str:
     return str(int(read)) if whole else repr(float(read))
 
 
-# Names of two classes, the worse one first, as they are usually numbered
+# Class names whose usual numbers are 0 for the worse class and 1 for the better one
 _ORDERED = (
     *(("no", "yes"), ("false", "true"), ("bad", "good"), ("negative", "positive"), ("neg", "pos")),
     *(("dislike", "like"), ("disliked", "liked"), ("down", "up"), ("rejected", "chosen"), ("unsafe", "safe")),

@@ -20,7 +20,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def save(folder: str, script_args: Any, training_args: Any, dataset_args: Any) -> None:
-    """Write how the dataset of a training was read to the folder of its model. Nothing is written for a mixture."""
+    """Write how the dataset of a training was read to the folder of its model. For a mixture, there is no such file."""
+    (Path(folder) / FILE).unlink(missing_ok=True)  # of an earlier training
     if dataset_args.datasets:
         return
     size = dataset_args.test_split_size
