@@ -58,11 +58,12 @@ class Setting:
 
 
 PRECOMPUTED = {"precompute_ref_log_probs": True}
+TWICE = {"num_train_epochs": 2}
 SETTINGS = {
     "all weights, live reference": Setting(
-        "one 2x4, one 1x8, ddp 4x1, ddp 2x2, ddp 1x4, fsdp2 4x1, fsdp2 2x2, fsdp2 1x4"
+        "one 2x4, one 1x8, ddp 4x1, ddp 2x2, ddp 1x4, fsdp2 4x1, fsdp2 2x2, fsdp2 1x4", TWICE
     ),
-    "all weights, precomputed reference": Setting("one 1x8, ddp 1x4, fsdp2 2x2", PRECOMPUTED),
+    "all weights, precomputed reference": Setting("one 1x8, ddp 1x4, fsdp2 2x2", PRECOMPUTED | TWICE),
     "LoRA, live reference": Setting("one 1x8, ddp 2x2, ddp 1x4, fsdp2 2x2, fsdp2 1x4", run={"lora": True}),
     "LoRA, precomputed reference": Setting("ddp 2x2, fsdp2 1x4", PRECOMPUTED, run={"lora": True}),
     "precomputed reference of rows in memory": Setting("ddp 2x2", PRECOMPUTED, run={"in_memory": True}),
@@ -77,9 +78,10 @@ SETTINGS = {
         "one 1x8, ddp 1x4", {"label_type": "continuous", "learning_rate": 0.1}, run={"method": "pointwise"}
     ),
     # Rows four by four, in order: in "4x1" one process has all demonstrations. Every other step is not logged, and asks
-    # the reference for the rows only whose loss contains it.
+    # the reference for the rows only whose loss contains it. The last step is logged: `train_loss` of transformers has
+    # only one process's loss of steps that are not.
     "one process has all demonstrations": Setting(
-        "ddp 4x1, fsdp2 4x1", {"train_sampling_strategy": "sequential", "logging_steps": 2}, ("four by four",)
+        "ddp 4x1, fsdp2 4x1", {"train_sampling_strategy": "sequential", "logging_steps": 2} | TWICE, ("four by four",)
     ),
     # Rows are grouped by the rows of one process's step, and 37 rows make the same groups for 8 and for 4 of them
     "grouped by length": Setting("one 2x4, ddp 2x2, fsdp2 2x2", {"train_sampling_strategy": "group_by_length"}),

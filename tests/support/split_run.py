@@ -87,7 +87,7 @@ def make_trainer(run: Run, out: Path) -> PointwiseDPOTrainer:
         "logging_steps": 1,
         "max_grad_norm": 0.0,
         "model_init_kwargs": {"dtype": getattr(torch, run.dtype)},
-        "num_train_epochs": 2,
+        "num_train_epochs": 1,
         "optim": "sgd",
         "report_to": "none",
         "save_strategy": "no",
