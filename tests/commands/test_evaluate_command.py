@@ -509,7 +509,7 @@ def test_a_training_with_a_column_of_log_z_needs_one_here(tiny_llama, rows, tmp_
     argv = ["--model", str(tmp_path), "--ref_model", tiny_llama, "--dataset", rows, "--split", "train"]
     argv += ["--output", str(tmp_path / "report")]
     assert main(["evaluate", *argv, "--log_z", "0"]) == 0
-    monkeypatch.setattr("trl_ulma.evaluation.run.completion_logps", None)  # told before the scoring
+    monkeypatch.setattr("trl_ulma.evaluation.likelihoods.completion_logps", None)  # told before the scoring
     said_last = error_of(capsys, argv)
     assert f"{tmp_path}: --log_z column needs a column log_z in the scored rows," in said_last
 
