@@ -23,6 +23,20 @@ KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".
 KINDS |= {f"{suffix}.gz": kind for suffix, kind in KINDS.items()}
 KINDS[".parquet"] = "parquet"
 ACCEPTED = ".jsonl[.gz], .json[.gz], .csv[.gz], .tsv[.gz] or .parquet"
+# Endings of files that cannot be read, and what to do
+_SHEET, _ARCHIVE = " Save the sheet as CSV.", " Unpack the file."
+OTHER_FILES: dict[str, str] = {
+    ".xlsx": _SHEET,
+    ".xls": _SHEET,
+    ".ods": _SHEET,
+    ".zip": _ARCHIVE,
+    ".tar": _ARCHIVE,
+    ".tar.gz": _ARCHIVE,
+    ".bz2": _ARCHIVE,
+    ".xz": _ARCHIVE,
+    ".zst": _ARCHIVE,
+    ".arrow": " Name the folder that save_to_disk wrote.",
+}
 # What is done with lines that cannot be read
 UNREAD_LINES = ("error", "drop", "mark")
 _BATCH = 1000
