@@ -206,6 +206,19 @@ def test_ultrafeedback():
         list(find("ultrafeedback").read([raw], aspect="tone"))
 
 
+def test_an_overall_score_of_10_that_was_a_1_in_ultrafeedback():
+    def read(score, mean, *aspects):
+        annotations = {name: {"Rating": rating} for name, rating in zip(("honesty", "helpfulness"), aspects)}
+        answer = {"response": "Hello!", "overall_score": score, "fine-grained_score": mean, "annotations": annotations}
+        rows, account = convert("ultrafeedback", Dataset.from_list([{"instruction": "Hi", "completions": [answer]}]))
+        return rows["label"][0], [what.rpartition(" ")[2] for what in account.noted]
+
+    assert read(10, 1.25) == read("10", 2) == read(10.0, None, "1", "N/A") == (1.0, ["1"])
+    assert read(10, 3.5) == (10.0, ["scores"])
+    assert read(10, 4.75) == read(10, None) == read(10, None, "5", "4") == (10.0, [])
+    assert read(9, 1.25) == (9.0, [])
+
+
 def flattened(message, parent=None, labels_as_lists=True):
     labels = message["labels"]
     if labels_as_lists:
