@@ -206,9 +206,33 @@ def test_ultrafeedback():
         list(find("ultrafeedback").read([raw], aspect="tone"))
 
 
+TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+
+
+@pytest.mark.parametrize(
+    ("family", "raw", "other"),
+    [
+        ("alpaca", {"instruction": "Hi", "output": "Hello!"}, "alpaca"),
+        ("sharegpt", {"conversations": TURNS}, "sharegpt"),
+        ("demonstrations", {"prompt": "Hi", "completion": "Hello!"}, "kto"),
+        ("demonstrations", {"messages": [USER, GOOD]}, "messages"),
+    ],
+)
+def test_a_rating_beside_demonstrations_is_noted(family, raw, other):
+    rated = [raw | {"Score": None}, raw | {"Score": 1.0}, raw | {"Score": 0.0}]
+    rows, account = convert(family, Dataset.from_list(rated))
+    [(what, found)] = account.noted.items()
+    assert (found.count, found.first_row, rows["label"][:]) == (2, 1, [1.0] * 3)
+    assert f"is not read, so the answer is a demonstration. To learn from it, run trl-ulma prepare {other} with" in what
+    renamed = [{"label": each["Score"], **raw} for each in rated[1:]]
+    assert convert(other, Dataset.from_list(renamed))[0]["label"][:] == [1.0, 0.0]
+    assert not convert(family, Dataset.from_list([raw | {"id": 7, "score_count": 9}]))[1].noted
+
+
 def test_an_overall_score_of_10_that_was_a_1_in_ultrafeedback():
     def read(score, mean, *aspects):
-        annotations = {name: {"Rating": rating} for name, rating in zip(("honesty", "helpfulness"), aspects)}
+        names = ("honesty", "helpfulness")[: len(aspects)]
+        annotations = {name: {"Rating": rating} for name, rating in zip(names, aspects, strict=True)}
         answer = {"response": "Hello!", "overall_score": score, "fine-grained_score": mean, "annotations": annotations}
         rows, account = convert("ultrafeedback", Dataset.from_list([{"instruction": "Hi", "completions": [answer]}]))
         return rows["label"][0], [what.rpartition(" ")[2] for what in account.noted]

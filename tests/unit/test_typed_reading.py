@@ -726,6 +726,21 @@ def test_names_are_made_once():
             "`question` looks like the prompt, `response` like the completion and `score` like the label: "
             "--columns prompt=question,completion=response,label=score",
         ),
+        (
+            [{"prompt": "a", "completion": "b", "rank": 1, "vote_count": 9}],
+            "`rank` looks like the label: --columns label=rank. A low `rank` looks better, so train with --label_type "
+            "continuous and --label_transform lower_is_better,prompt_quantile",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "Toxicity-Score": 1}],
+            "--columns label=Toxicity-Score. A low `Toxicity-Score` looks better, .* --label_transform lower_is_better",
+        ),
+        ([{"prompt": "a", "completion": "b", "harm_score": 1, "help_rating": 1}], "--columns label=help_rating$"),
+        (
+            [{"prompt": "a", "completion": "b", "feedback_id": 1, "score_latency": 2, "n votes": 3}],
+            "votes. It looks like demonstrations data",
+        ),
+        ([{"prompt": "a", "completion": "b", "user_rating_count": 3, "user_rating": 3}], "label=user_rating$"),
         ([{"Question": "a", "Model Answer": "b", "label": 4}], '--columns "prompt=Question,completion=Model Answer"'),
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),

@@ -127,8 +127,8 @@ class LLMJudge:
     server refused is not judged, which is counted, and guessed by nobody. Two answers that are the same are a tie
     without asking.
 
-    Replies, and refusals, are kept in a file under the hash of server, model, request and settings: asked once, read from there
-    after that.
+    Replies, and refusals, are kept in a file under the hash of server, model, request and settings: asked once, read
+    from there after that.
 
     Args:
         server: the server of the judge.
