@@ -14,6 +14,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from trl_ulma.data.sharegpt import ROLES
 from trl_ulma.labels import InvalidRow, shown
 from trl_ulma.rows.images import check_text_places, with_placeholders
 from trl_ulma.rows.messages import decoded, encoded, joined, left_out_by_template, prints_python, without_nones
@@ -27,6 +28,8 @@ NO_TURNS = "its assistant turns cannot be found in the output of the chat templa
 CUT_OFF = "max_length cuts off all of its assistant tokens"
 NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion is a single token"
 
+# Roles that chat templates know by convention. A template names any other one that it supports.
+_USUAL = frozenset(("system", "developer", "user", "assistant", "tool", "function", "ipython"))
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -174,6 +177,7 @@ class Encoder:
         else:
             prompt, completion = with_placeholders(prompt, images), with_placeholders(completion, 0)
         messages = [decoded(turn) for turn in prompt + completion]
+        self._check_roles(messages)
         first = len(prompt)
         render = partial(self.processing_class.apply_chat_template, tokenize=False, **kwargs)
         try:
@@ -207,6 +211,20 @@ class Encoder:
         shift = len(whole) - len(answer)
         spans = None if spans is None else tuple((max(a - shift, 0), b - shift) for a, b in spans if b > shift)
         return Rendered(begin, answer, spans, left_out, is_ended)
+
+    def _check_roles(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InvalidRow for a role such as "human", which many templates print as if it were one of theirs."""
+        for role in dict.fromkeys(turn["role"] for turn in messages):
+            if role in _USUAL or re.search(rf"""['"]{re.escape(role)}\b""", str(self.processing_class.chat_template)):
+                continue
+            usual = role.strip().lower()
+            meant = ROLES.get(usual, usual if usual in _USUAL else None)
+            raise InvalidRow(
+                f"has a message of the role {shown(role)}, which the chat template does not name. "
+                + (f"Did you mean {meant!r}? " if meant else "")
+                + "Rename the role, as in user, assistant or system.",
+                f"the unknown role {shown(role)}",
+            )
 
     def _spans(self, messages: list, first: int, begin: str, whole: str, kwargs: dict) -> tuple[Span, ...] | None:
         """The spans of `whole` that the assistant wrote in the messages from index `first` on. None if unknown."""
