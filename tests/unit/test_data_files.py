@@ -512,6 +512,20 @@ def test_the_seed_matters():
     assert sides[0] == sides[1] != sides[2]
 
 
+def test_spellings_of_a_prompt_are_on_one_side():
+    def turn(content, **keys):
+        return [{**keys, "content": content, "role": "user", "name": keys.get("name")}]
+
+    spellings = [
+        lambda text: [text, f" {text}\n", text.replace("é", "e\u0301")],
+        lambda text: [turn(text), turn(f"{text} "), turn(text, name="Ann"), turn(text.replace("é", "e\u0301"))],
+    ]
+    for spelled in spellings:
+        rows = [{"prompt": prompt, "number": i} for i in range(12) for prompt in spelled(f"A café, no. {i}?")]
+        splits = split_by_prompt(Dataset.from_list(rows), test_size=0.25, seed=0)
+        assert set(splits["train"]["number"]).isdisjoint(splits["test"]["number"])
+
+
 def test_every_process_finds_the_same():
     code = (
         "from datasets import Dataset; from trl_ulma.data.files import split_by_prompt\n"
