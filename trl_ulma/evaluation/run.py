@@ -266,7 +266,7 @@ class _Run:
 
     def _as_trained(self, rows: Dataset) -> LabelRules:
         """The rules for labels. Also sets `how`."""
-        args = self.args
+        args, names = self.args, rows.column_names
         self.how = as_trained(
             [source for _, source in args.model if source not in self.servers],
             label_type=args.label_type,
@@ -274,7 +274,8 @@ class _Run:
             sft_threshold=args.sft_threshold,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            is_paired="chosen" in rows.column_names,
+            is_paired="chosen" in names,
+            labels=rows["label"][:] if "label" in names and "label_type" not in names else (),
         )
         for note in self.how.notes:
             self._note(note)
