@@ -248,7 +248,7 @@ class Encoder:
             raise InvalidRow(
                 f"has a message of the role {shown(role)}, which the chat template does not name. "
                 + (f"Did you mean {meant!r}? " if meant else "")
-                + "Rename the role, as in user, assistant or system.",
+                + "Rename the role, or name it in tokenizer.chat_template.",
                 f"the unknown role {shown(role)}",
             )
 
