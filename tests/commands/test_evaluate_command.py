@@ -752,6 +752,12 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert [note for note in notes if note not in shown] == []
 
+    # Likes and dislikes are no stars
+    make_rows(12, label=[star > 3 for star in stars]).to_json(tmp_path / "likes.jsonl")
+    likes = [*argv, "--model", folders["plain"], "--dataset", str(tmp_path / "likes.jsonl")]
+    assert main(likes) == 0
+    assert "All labels of the rows are 0 or 1 (false or true)" in capsys.readouterr().err
+
     # Pairs have labels of their own, and "none" is a transform, too
     pairs = tmp_path / "pairs.jsonl"
     Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2).to_json(pairs)
@@ -868,6 +874,14 @@ def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
     assert found.rules == LabelRules("binary", 0.9)
     assert found.notes == []
     assert as_trained([base]).rules == LabelRules()
+    # Likes and dislikes are no stars
+    said = (
+        f"All labels of the rows are 0 or 1 (false or true), and {chats} was trained on continuous labels as they are"
+    )
+    [note] = as_trained([chats], labels=[True, False, None]).notes
+    assert note.startswith(said)
+    assert [as_trained([chats], labels=labels).notes for labels in ([1, 0, 3], [0.5, 1], [])] == [[], [], []]
+    assert len(as_trained([thumbs], labels=[1, 0]).notes) == len(as_trained([thumbs]).notes)
 
 
 def test_held_out_votes_are_rates_as_in_the_training():

@@ -771,6 +771,22 @@ def test_a_chat_template_that_leaves_the_answer_out(tiny_llama, template, role):
     )
 
 
+def test_roles_that_the_chat_template_does_not_know_are_invalid_rows(tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{# 'critic' #}"
+    )
+    roles = ["human", "User", "user ", "critic", "expert", "tool", "user"]
+    rows = [CHAT | {"prompt": [{"role": role, "content": "Hi"}, *CHAT["prompt"]]} for role in roles]
+    with pytest.raises(ValueError) as caught:
+        Preparation(tokenizer, LabelRules())(Dataset.from_list(rows), "train")
+    message = str(caught.value)
+    assert "4 of 7 rows of the train dataset are invalid" in message
+    known = "has a message of the role {!r}, which the chat template does not name. Did you mean 'user'? Rename"
+    assert all(known.format(role) in message for role in roles[:3])
+    assert "role 'expert', which the chat template does not name. Rename the role" in message
+
+
 def test_conversations_need_a_chat_template(tiny_gpt2):
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
     for rows in ([CHAT], [CONVERSATIONS]):

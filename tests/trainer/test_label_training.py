@@ -305,6 +305,25 @@ def test_columns_of_log_z_and_types_are_in_the_report(tiny_gpt2, tmp_path):
     assert report_labels(selected, trainer.args)["prompts"]["count"] == 2
 
 
+def test_a_threshold_that_tells_no_rows_apart_is_a_warning(tiny_gpt2, tmp_path):
+    trainer = continuous(tiny_gpt2, rated([1.0, 2.0, 3.0]), tmp_path, "center", sft_threshold=2.5)
+
+    def warnings(threshold, raw=None):
+        trainer.args.sft_threshold = threshold
+        report = report_labels(trainer.train_dataset, trainer.args, raw_rows=raw)
+        return [warning for warning in report["warnings"] if "sft_threshold" in warning]
+
+    assert warnings(2.5) == [
+        "No row with a continuous label reaches sft_threshold=2.5, so none is a demonstration. The labels are between "
+        "-1 and 1 after label_transform. Lower sft_threshold, unless this is intended."
+    ]
+    assert warnings(-1)[0].startswith("Every row with a continuous label reaches sft_threshold=-1, so each is a demo")
+    assert warnings(0) == warnings(1) == warnings(None) == []
+    assert warnings(9, rated([1.0, 2.0, 3.0], sft_mask=[True, False, False])) == []
+    trainer.args.label_type = "binary"
+    assert warnings(0) == ["sft_threshold=0 is not used, because no row has a continuous label. Remove the setting."]
+
+
 def test_class_weights_that_are_set_are_known_to_the_report(tiny_gpt2, tmp_path):
     rows = make_rows(8, label=[1.0] * 7 + [0.0])
     trainer = make_trainer(tiny_gpt2, rows, tmp_path)

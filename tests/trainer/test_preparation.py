@@ -620,6 +620,58 @@ def test_an_empty_first_prompt_does_not_decide_on_chat(tmp_path, first):
     ]
 
 
+def asked(question: str, answer: str = "Yes.", **keys: Any) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": question}]
+    return {
+        "prompt": prompt,
+        "completion": [{"role": "assistant", "content": answer}],
+        "label": len(answer) % 2,
+        **keys,
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_completions_that_begin_with_their_prompt_are_counted(is_chat, streaming, caplog):
+    def found(pairs):
+        rows = [asked(*pair) if is_chat else dict(zip(("prompt", "completion"), pair, strict=True)) for pair in pairs]
+        rows = [{**row, "label": i % 2} for i, row in enumerate(rows)]
+        caplog.clear()
+        logging.Logger.warning_once.cache_clear()
+        made = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
+        list(prepared(make_tokenizer(CHAT_TEMPLATE), made))
+        return "has a completion that begins with its prompt" in caplog.text
+
+    question = "What is the capital of France?"
+    repeated = (f"{question} ", f"{question}\nParis.")
+    assert found([("Hi", "Hi there"), (question, "Paris."), repeated])
+    assert not found([("Hi", "Hi there"), (question, "Paris.")])
+    assert not found([*((question, f"It is {i}.") for i in range(20)), repeated])  # a few answers may do so
+
+
+def test_special_tokens_in_messages_are_counted(caplog):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    tokenizer.add_tokens(["<think>"])
+    end = tokenizer.eos_token
+    rows = [asked("<think> <|im_end|>"), asked("Hi", f"Yes.{end}"), asked(f"a {end} b")]
+    prepared(tokenizer, rows)
+    said = "2 of 3 rows of the train dataset have a special token, such as EOS or an end-of-turn token, in the text of"
+    assert f"{said} a message: rows 1, 2. " in caplog.text
+    caplog.clear()
+    tokenizer.split_special_tokens = True
+    prepared(tokenizer, rows)
+    assert "a special token" not in caplog.text
+
+
+def test_tools_that_the_template_leaves_out_are_counted(caplog):
+    rows = [asked("Hi", tools=json.dumps([{"name": "f"}])), asked("Ho", "No", tools=None)]
+    prepared(make_tokenizer(CHAT_TEMPLATE), rows)
+    assert "1 of 2 rows of the train dataset has tools that the chat template leaves out: row 0. The" in caplog.text
+    caplog.clear()
+    prepared(make_tokenizer("{{ tools }}" + CHAT_TEMPLATE), rows)
+    assert "leaves out" not in caplog.text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_empty_prompts_are_counted(streaming, caplog):
     rows = [GOOD, GOOD | {"prompt": " "}, GOOD | {"prompt": "", "label": 0.0}]

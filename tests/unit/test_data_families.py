@@ -206,6 +206,43 @@ def test_ultrafeedback():
         list(find("ultrafeedback").read([raw], aspect="tone"))
 
 
+TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]
+
+
+@pytest.mark.parametrize(
+    ("family", "raw", "other"),
+    [
+        ("alpaca", {"instruction": "Hi", "output": "Hello!"}, "alpaca"),
+        ("sharegpt", {"conversations": TURNS}, "sharegpt"),
+        ("demonstrations", {"prompt": "Hi", "completion": "Hello!"}, "kto"),
+        ("demonstrations", {"messages": [USER, GOOD]}, "messages"),
+    ],
+)
+def test_a_rating_beside_demonstrations_is_noted(family, raw, other):
+    rated = [raw | {"Score": None}, raw | {"Score": 1.0}, raw | {"Score": 0.0}]
+    rows, account = convert(family, Dataset.from_list(rated))
+    [(what, found)] = account.noted.items()
+    assert (found.count, found.first_row, rows["label"][:]) == (2, 1, [1.0] * 3)
+    assert f"is not read, so the answer is a demonstration. To learn from it, run trl-ulma prepare {other} with" in what
+    renamed = [{"label": each["Score"], **raw} for each in rated[1:]]
+    assert convert(other, Dataset.from_list(renamed))[0]["label"][:] == [1.0, 0.0]
+    assert not convert(family, Dataset.from_list([raw | {"id": 7, "score_count": 9}]))[1].noted
+
+
+def test_an_overall_score_of_10_that_was_a_1_in_ultrafeedback():
+    def read(score, mean, *aspects):
+        names = ("honesty", "helpfulness")[: len(aspects)]
+        annotations = {name: {"Rating": rating} for name, rating in zip(names, aspects, strict=True)}
+        answer = {"response": "Hello!", "overall_score": score, "fine-grained_score": mean, "annotations": annotations}
+        rows, account = convert("ultrafeedback", Dataset.from_list([{"instruction": "Hi", "completions": [answer]}]))
+        return rows["label"][0], [what.rpartition(" ")[2] for what in account.noted]
+
+    assert read(10, 1.25) == read("10", 2) == read(10.0, None, "1", "N/A") == (1.0, ["1"])
+    assert read(10, 3.5) == (10.0, ["scores"])
+    assert read(10, 4.75) == read(10, None) == read(10, None, "5", "4") == (10.0, [])
+    assert read(9, 1.25) == (9.0, [])
+
+
 def flattened(message, parent=None, labels_as_lists=True):
     labels = message["labels"]
     if labels_as_lists:

@@ -91,6 +91,53 @@ def test_a_folder_of_files(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "name", ["TEST.jsonl", "Test.csv", "split=test/rows.jsonl", "a/testset.jsonl", "Test data/train.jsonl"]
+)
+def test_a_file_is_of_the_split_that_its_name_says(tmp_path, monkeypatch, name, streaming, caplog):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows/train.jsonl", LINES)
+    write(tmp_path / "rows" / name, CSV if name.endswith("csv") else LINES)
+    splits = load_rows("rows", streaming=streaming)
+    assert {split: len(list(rows)) for split, rows in splits.items()} == {"train": 5, "test": 5}
+    assert f"{name} is read as the split test, because of its name" in caplog.text
+
+
+@pytest.mark.parametrize("names", [["latest.jsonl", "contest.jsonl"], ["training data/test.jsonl"]])
+def test_other_names_are_read_as_datasets_reads_them(tmp_path, names, caplog):
+    for name in names:
+        write(tmp_path / "rows" / name, LINES)
+    assert load_dataset(str(tmp_path / "rows")).num_rows == {"train": 5 * len(names)}
+    write(tmp_path / "rows/test.py", "")
+    assert {split: len(rows) for split, rows in load_rows(tmp_path / "rows").items()} == {"train": 5 * len(names)}
+    assert ("test.jsonl is read as the split train, because of its folder" in caplog.text) == (len(names) == 1)
+
+
+def test_a_column_in_the_names_of_subfolders_is_refused(tmp_path):
+    for label in (0, 1):
+        write(tmp_path / f"label={label}/rows.jsonl", LINES)
+    with pytest.raises(ValueError, match=r"has the column label in the names .* \(label=0, label=1\), .* not read"):
+        load_rows(tmp_path)
+    with pytest.raises(ValueError, match="has the column label in the names"):
+        load_rows(tmp_path, columns={"weight": "label"})
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other/language=en/rows.jsonl", LINES)
+    assert len(load_rows(tmp_path / "other")["train"]) == 5
+
+
+def test_files_in_a_folder_that_are_ignored_are_counted(tmp_path, caplog):
+    write(tmp_path / "rows" / "train.jsonl", LINES)
+    for name in ("README.txt", ".cache/train.jsonl.metadata", "~$rows.xlsx"):
+        write(tmp_path / "rows" / name, "nothing")
+    load_rows(tmp_path / "rows")
+    assert not caplog.text
+    for name in ("more.xlsx", "more.jsonl.zst", "old.csv.bak"):
+        write(tmp_path / "rows" / name, "nothing")
+    load_rows(tmp_path / "rows")
+    assert "3 files are ignored, because no reader supports the ending: more.jsonl.zst, more.xlsx, old" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_saved_to_disk(tmp_path, streaming):
     rows = Dataset.from_list(ROWS)
     rows.save_to_disk(tmp_path / "one")
@@ -169,6 +216,9 @@ def test_a_broken_file_in_a_folder(tmp_path):
 def test_a_folder_without_data(tmp_path):
     write(tmp_path / "notes.txt", "hello")
     with pytest.raises(FileNotFoundError, match=r"no data file\. It contains notes\.txt\. Add at least one \.jsonl"):
+        load_rows(tmp_path)
+    write(tmp_path / "rows.xlsx", "cells")
+    with pytest.raises(FileNotFoundError, match=r"contains notes\.txt, rows\.xlsx\. .* Save the sheet as CSV"):
         load_rows(tmp_path)
 
 
@@ -460,6 +510,20 @@ def test_the_seed_matters():
     rows = Dataset.from_dict({"prompt": [f"p{i}" for i in range(100)]})
     sides = [tuple(split_by_prompt(rows, test_size=0.1, seed=seed)["test"]["prompt"]) for seed in (0, 0, 1)]
     assert sides[0] == sides[1] != sides[2]
+
+
+def test_spellings_of_a_prompt_are_on_one_side():
+    def turn(content, **keys):
+        return [{**keys, "content": content, "role": "user", "name": keys.get("name")}]
+
+    spellings = [
+        lambda text: [text, f" {text}\n", text.replace("é", "e\u0301")],
+        lambda text: [turn(text), turn(f"{text} "), turn(text, name="Ann"), turn(text.replace("é", "e\u0301"))],
+    ]
+    for spelled in spellings:
+        rows = [{"prompt": prompt, "number": i} for i in range(12) for prompt in spelled(f"A café, no. {i}?")]
+        splits = split_by_prompt(Dataset.from_list(rows), test_size=0.25, seed=0)
+        assert set(splits["train"]["number"]).isdisjoint(splits["test"]["number"])
 
 
 def test_every_process_finds_the_same():

@@ -311,6 +311,15 @@ def test_another_model_prompt_or_setting_is_asked_anew(server, tmp_path):
     assert "temperature" not in server.requests[-1]
 
 
+def test_another_server_with_a_model_of_the_same_name_is_asked_anew(judge, server, tmp_path):
+    other = LoopbackServer(lambda messages: said("VERDICT: TIE"))
+    assert judge(comparisons(1), "helpful") == [WIN]
+    assert LLMJudge(Server("m", other.url), tmp_path / "verdicts.jsonl")(comparisons(1), "helpful") == [TIE]
+    assert LLMJudge(Server("m", f"{server.url}/"), tmp_path / "verdicts.jsonl")(comparisons(1), "helpful") == [WIN]
+    other.stop()
+    assert (len(server.requests), len(other.requests)) == (2, 2)
+
+
 def test_a_run_that_a_failure_ends_goes_on_where_it_stopped(judge, server):
     down = threading.Event()
 

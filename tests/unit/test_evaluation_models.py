@@ -1,5 +1,6 @@
 """Log-probabilities and generated answers of real, tiny models."""
 
+import copy
 import json
 
 import numpy as np
@@ -222,6 +223,18 @@ def test_another_dtype_and_another_base_are_asked_anew(tiny_llama, generator, tm
         adapted = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
         found.add(TransformersGenerator(adapted, generator.tokenizer, "adapter").identity)
     assert len(found) == 4
+
+
+def test_another_commit_on_the_hub_and_another_server_are_asked_anew(tiny_llama, generator, tmp_path):
+    found = set()
+    for commit, quantization in (("0a", None), ("1b", None), ("1b", {"load_in_4bit": True})):
+        model = copy.deepcopy(generator.model)
+        model.config._commit_hash, model.config.quantization_config = commit, quantization
+        found.add(TransformersGenerator(model, generator.tokenizer, "org/model").identity)
+    assert len(found) == 3
+    urls = ("http://localhost:8000/v1", "http://localhost:8000/v1/", "http://localhost:8001/v1")
+    one, same, other = (ServerGenerator(Server("m", url)).identity for url in urls)
+    assert one == same != other
 
 
 def test_a_torn_line_is_cut_off_and_a_broken_one_named(generator, prompts, tmp_path, caplog):

@@ -662,6 +662,46 @@ def test_labels_that_are_classes_go_by_their_names(tmp_path):
         read(tmp_path / "turned")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_in_parquet_files_go_by_their_names(tmp_path, streaming):
+    def labels(names, classes, column="label", **how):
+        features = Features({"prompt": Value("string"), column: ClassLabel(names=names)})
+        rows = Dataset.from_dict({"prompt": ["a"] * len(classes), column: classes}, features=features)
+        rows.to_parquet(tmp_path / "rows.parquet")
+        return [each["label"] for each in read(tmp_path / "rows.parquet", streaming=streaming, **how)]
+
+    assert labels(["bad", "good"], [1, 0], label_map="good=1,bad=-1") == [1, -1]
+    assert labels(["bad", "good"], [1, 0], "stars", columns="label=stars", label_map="good=1,bad=-1") == [1, -1]
+    assert labels(["5", "1"], [0, 1, None]) == [5, 1, None]
+    with pytest.raises(ValueError, match=r"classes good, bad, and .* Map them to numbers"):
+        labels(["good", "bad"], [0, 1])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_an_empty_label_is_missing_also_with_a_label_map(tmp_path, name, streaming):
+    rows = [row(label) for label in ("up", "", " ", "down")]
+    text = "prompt,completion,label\n" + "".join(f"Hi,Hello!,{each['label']}\n" for each in rows)
+    path = write(tmp_path / name, text if name.endswith("csv") else lines(rows))
+    mapped = read(path, label_map="up=1,down=0", streaming=streaming)
+    assert [each["label"] for each in mapped] == [1, None, None, 0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_points_that_may_separate_thousands_are_refused(tmp_path, streaming):
+    def labels(*cells, delimiter=";"):
+        text = "".join(delimiter.join(("Hi", "Hello!", cell)) + "\n" for cell in ("label", *cells))
+        path = write(tmp_path / "rows.csv", text.replace("Hi", "prompt", 1).replace("Hello!", "completion", 1))
+        return [each["label"] for each in read(path, streaming=streaming)]
+
+    for cells in (("800", "1.000"), ("2,5", "1.000"), ("-2.500", "4"), ("", "1.234.567")):
+        with pytest.raises(ValueError, match=r"rows\.csv, line [23]: label is '.*'\. Semicolons .* Write such numbers"):
+            labels(*cells)
+    assert labels("1.000", "0.500") == [1.0, 0.5]
+    assert labels("2.500", "1.5", "2,5") == [2.5, 1.5, 2.5]
+    assert labels("1.000", "2.500", delimiter=",") == [1.0, 2.5]
+
+
 @pytest.mark.parametrize("label_map", ["Up=1,up=0", {5: 1, "5.0": 0}, {True: 1, "Yes": 0}])
 def test_a_label_with_two_meanings_is_refused(label_map):
     with pytest.raises(ValueError, match="two meanings"):
@@ -726,6 +766,21 @@ def test_names_are_made_once():
             "`question` looks like the prompt, `response` like the completion and `score` like the label: "
             "--columns prompt=question,completion=response,label=score",
         ),
+        (
+            [{"prompt": "a", "completion": "b", "rank": 1, "vote_count": 9}],
+            "`rank` looks like the label: --columns label=rank. A low `rank` looks better, so train with --label_type "
+            "continuous and --label_transform lower_is_better,prompt_quantile",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "Toxicity-Score": 1}],
+            "--columns label=Toxicity-Score. A low `Toxicity-Score` looks better, .* --label_transform lower_is_better",
+        ),
+        ([{"prompt": "a", "completion": "b", "harm_score": 1, "help_rating": 1}], "--columns label=help_rating$"),
+        (
+            [{"prompt": "a", "completion": "b", "feedback_id": 1, "score_latency": 2, "n votes": 3}],
+            "votes. It looks like demonstrations data",
+        ),
+        ([{"prompt": "a", "completion": "b", "user_rating_count": 3, "user_rating": 3}], "label=user_rating$"),
         ([{"Question": "a", "Model Answer": "b", "label": 4}], '--columns "prompt=Question,completion=Model Answer"'),
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),

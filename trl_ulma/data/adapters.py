@@ -105,6 +105,8 @@ class Adapter:
         needs: the supported layouts, each as the columns that it needs.
         refuses: columns that show that the data is of another family.
         options: command-line flag → the arguments of argparse's `add_argument`.
+        rated: the family that reads the same data with a column `label`, if `read` makes answers without one
+            demonstrations. "" if not.
         maps_labels: whether `read` takes `label_map`, label → number, because its labels are not in a column `label`.
     """
 
@@ -112,6 +114,7 @@ class Adapter:
     needs: tuple[tuple[str, ...], ...]
     refuses: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rated: str = ""
     maps_labels: bool = False
 
     def reads(self, columns: Any) -> bool:

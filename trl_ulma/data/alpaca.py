@@ -38,4 +38,10 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         yield labeled(prompt, raw["output"], label, label_type=label_type, liked=liked)
 
 
-ALPACA = Adapter(alpaca, needs=(("instruction", "output"),), refuses=("completions", "chosen"), options=LABELED)
+ALPACA = Adapter(
+    alpaca,
+    needs=(("instruction", "output"),),
+    refuses=("completions", "chosen"),
+    options=LABELED,
+    rated="alpaca",
+)

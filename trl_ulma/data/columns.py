@@ -187,6 +187,8 @@ class Names:
     def label(self, value: Any, unknown: Counter) -> Any:
         """The number of a label. A label that `label_map` does not name is returned unchanged and counted.
 
+        Blank text is a missing label, unless `label_map` names it.
+
         Example:
             >>> Names.of(None, "up=1,down=0").label("Up ", Counter())
             1
@@ -196,6 +198,8 @@ class Names:
         key = _label_key(value)
         if key in self.label_map:
             return self.label_map[key]
+        if isinstance(value, str) and not key:
+            return None
         unknown[str(value)[:40]] += 1
         return value
 

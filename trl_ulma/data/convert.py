@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from trl_ulma.data.adapters import FAMILIES, OUTSIDE, Adapter, LeftOut, Noted, find, is_number
-from trl_ulma.data.readable import proposed, whole_file
+from trl_ulma.data.readable import direction, proposed, rating_of, whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import is_empty
@@ -98,6 +98,7 @@ def convert(
     if first is None:
         raise ValueError("The dataset contains no rows. Pass at least one row.")
     _check_columns(family, adapter, first, stream)
+    unread = _unread_rating(adapter, first)
 
     def counted() -> Iterator[Mapping[str, Any]]:
         for raw in chain([first], stream):
@@ -105,6 +106,8 @@ def convert(
             if raw.get(UNREAD) is not None:
                 account.add(account.left_out, "it cannot be read")
             else:
+                if unread and raw.get(unread[0]) is not None:
+                    account.add(account.noted, unread[1])
                 yield {name: value for name, value in raw.items() if name != UNREAD}
 
     parts: list[Dataset] = []
@@ -168,6 +171,21 @@ def reasons(account: Account) -> str:
     return "; ".join(said)
 
 
+def _unread_rating(adapter: Adapter, first: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The column that looks like a label although answers become demonstrations, and what to do about it."""
+    if not adapter.rated or not {"label", "kto_tag", "chosen", "rejected"}.isdisjoint(first):
+        return None
+    name = rating_of({column: 0 if value is None else value for column, value in first.items()})
+    if name is None:
+        return None
+    family = "kto" if adapter.rated == "messages" and "completion" in first else adapter.rated
+    return name, (
+        f"its column `{name}` looks like a rating and is not read, so the answer is a demonstration. To learn from it, "
+        f"run trl-ulma prepare {family} with --columns label={name}, for ratings also with --label_type continuous."
+        f"{direction(name)}"
+    )
+
+
 def _check_columns(family: str, adapter: Adapter, first: Mapping[str, Any], others: Iterator[Any]) -> None:
     columns = list(first)
     if adapter.reads(columns):
@@ -181,7 +199,8 @@ def _check_columns(family: str, adapter: Adapter, first: Mapping[str, Any], othe
     if {"prompt", "completion", "label"} <= set(columns):
         hint = " These are already pointwise rows. Train on them directly."
     elif not refused and any(set(layout) <= {*likely, *columns} for layout in adapter.needs):
-        hint = f" Did you mean --columns {','.join(f'{ours}={theirs}' for ours, theirs in likely.items())}"
+        hint = f" Did you mean --columns {','.join(f'{ours}={theirs}' for ours, theirs in likely.items())}?"
+        hint += direction(likely.get("label", ""))
     whole = whole_file({name: [value] for name, value in first.items()}) if next(others, None) is None else None
     if whole is not None and not hint:
         hint = f" It has only one row, {whole}"

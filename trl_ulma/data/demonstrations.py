@@ -42,5 +42,8 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
 
 
 DEMONSTRATIONS = Adapter(
-    demonstrations, needs=(("prompt", "completion"), ("messages",)), refuses=("label", "chosen", "rejected")
+    demonstrations,
+    needs=(("prompt", "completion"), ("messages",)),
+    refuses=("label", "chosen", "rejected"),
+    rated="messages",
 )

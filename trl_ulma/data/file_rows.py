@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import zlib
 from array import array
 from collections import Counter
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ulma.data.columns import READ, Names, read_row, unknown_label, unknown_labels
+from trl_ulma.data.columns import NUMBERS, READ, Names, number, read_row, unknown_label, unknown_labels
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
@@ -23,9 +24,25 @@ KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".
 KINDS |= {f"{suffix}.gz": kind for suffix, kind in KINDS.items()}
 KINDS[".parquet"] = "parquet"
 ACCEPTED = ".jsonl[.gz], .json[.gz], .csv[.gz], .tsv[.gz] or .parquet"
+# Endings of files that cannot be read, and what to do
+_SHEET, _ARCHIVE = " Save the sheet as CSV.", " Unpack the file."
+OTHER_FILES: dict[str, str] = {
+    ".xlsx": _SHEET,
+    ".xls": _SHEET,
+    ".ods": _SHEET,
+    ".zip": _ARCHIVE,
+    ".tar": _ARCHIVE,
+    ".tar.gz": _ARCHIVE,
+    ".bz2": _ARCHIVE,
+    ".xz": _ARCHIVE,
+    ".zst": _ARCHIVE,
+    ".arrow": " Name the folder that save_to_disk wrote.",
+}
 # What is done with lines that cannot be read
 UNREAD_LINES = ("error", "drop", "mark")
 _BATCH = 1000
+# Whole numbers with points between thousands, or numbers with three decimals
+_GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+", re.ASCII)
 
 
 def suffix_of(path: Path) -> str:
@@ -83,10 +100,15 @@ class FileRows:
         self.lines, self.firsts = array("q"), []
         self.unread: list[tuple[str, int, Unread]] = []
         self._unknown: Counter[str] = Counter()
+        # Where semicolons separate fields: column → its first number such as 1.000, and columns with decimal points
+        self._grouped: dict[str, str] = {}
+        self._with_points: set[str] = set()
         for file in self.files:
             self.firsts.append(len(self.lines))
             for line, row in self._rows(file):
                 own: Counter[str] = Counter()
+                if self._delimiter == ";":
+                    self._note_points(row, f"{file}, line {line}")
                 row = read_row(row, self.names, own, self._notice, delimiter=self._delimiter)
                 self._unknown.update(own)
                 if own and self.invalid_rows != "error":
@@ -97,7 +119,27 @@ class FileRows:
                     row |= {"label": None, UNREAD: fault.message}
                 self.lines.append(line)
                 yield row
+        self.check_points()
         self.check()
+
+    def _note_points(self, row: dict[str, Any], place: str) -> None:
+        for name in NUMBERS:
+            text = str(row.get(self.names.columns.get(name, name)) or "").strip()
+            if name == "label" and self.names.label_map:
+                continue
+            if _GROUPED.fullmatch(text):
+                self._grouped.setdefault(name, f"{place}: {self.names.columns.get(name, name)} is {text!r}")
+            elif "." in text and number(text) is not None:
+                self._with_points.add(name)
+
+    def check_points(self) -> None:
+        """Raise ValueError if it is unknown whether points in the numbers so far separate thousands or decimals."""
+        unknown = [found for name, found in self._grouped.items() if name not in self._with_points]
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}. Semicolons separate the fields, so this can be a thousand or have three decimals, and "
+                "no other number in the column shows which. Write such numbers as 1000 or as 1.0."
+            )
 
     def check(self) -> None:
         """Raise ValueError for lines so far that cannot be read or have an unknown label, unless they are marked or

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from trl_ulma.data.columns import Names
-from trl_ulma.data.file_rows import ACCEPTED, KINDS, UNREAD_LINES, missing, suffix_of
+from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, UNREAD_LINES, missing, suffix_of
 from trl_ulma.data.folders import load_folder
 from trl_ulma.data.hub import load_hub
 from trl_ulma.data.read_files import as_splits, read_files
@@ -93,22 +93,6 @@ def load_files(
     return read_files(files, streaming, names, invalid_rows)
 
 
-# Endings of files that cannot be read, and what to do
-_SHEET, _ARCHIVE = " Save the sheet as CSV.", " Unpack the file."
-_OTHER_FILES: dict[str, str] = {
-    ".xlsx": _SHEET,
-    ".xls": _SHEET,
-    ".ods": _SHEET,
-    ".zip": _ARCHIVE,
-    ".tar": _ARCHIVE,
-    ".tar.gz": _ARCHIVE,
-    ".bz2": _ARCHIVE,
-    ".xz": _ARCHIVE,
-    ".zst": _ARCHIVE,
-    ".arrow": " Name the folder that save_to_disk wrote.",
-}
-
-
 def _check_choice(invalid_rows: str) -> None:
     if invalid_rows not in UNREAD_LINES:
         raise ValueError(f"invalid_rows must be one of {UNREAD_LINES}; got {invalid_rows!r}.")
@@ -119,7 +103,7 @@ def _check_files(files: list[Path]) -> None:
         if not file.is_file():
             raise FileNotFoundError(missing(file))
         if suffix_of(file) not in KINDS:
-            remedy = _OTHER_FILES.get(suffix_of(file), "")
+            remedy = OTHER_FILES.get(suffix_of(file), "")
             raise ValueError(
                 f"{file} ends in {suffix_of(file) or 'nothing'!r}; a data file must be {ACCEPTED}.{remedy}"
             )

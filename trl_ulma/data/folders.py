@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_dataset_builder, load_from_disk
-from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+from datasets.data_files import SPLIT_KEYWORDS, DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.packaged_modules.csv.csv import Csv
 from datasets.packaged_modules.json.json import Json
 from datasets.packaged_modules.parquet.parquet import Parquet
@@ -17,9 +18,9 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 from huggingface_hub.repocard import metadata_load
 
-from trl_ulma.data.columns import Names, say
+from trl_ulma.data.columns import READ, Names, say
 from trl_ulma.data.csv_rows import DELIMITERS
-from trl_ulma.data.file_rows import ACCEPTED, KINDS, suffix_of
+from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, suffix_of
 from trl_ulma.data.known_types import renamed_splits
 from trl_ulma.data.read_files import UNREADABLE, as_splits, read_files
 
@@ -33,7 +34,22 @@ READ_BY_DATASETS = (
 
 def data_files(folder: Path) -> list[Path]:
     """The data files in a folder and its subfolders."""
-    return [file for file in sorted(folder.rglob("*")) if suffix_of(file) in KINDS]
+    return [file for file in sorted(folder.rglob("*")) if suffix_of(file) in KINDS and file.is_file()]
+
+
+def _look_like_data(folder: Path) -> list[Path]:
+    """Files in a folder that no reader supports, but that hold data by their names, such as `rows.jsonl.zst`."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and suffix_of(file) not in KINDS]
+    return [
+        file
+        for file in files
+        if not any(part.startswith((".", "~")) for part in file.relative_to(folder).parts)
+        and (suffix_of(file) in OTHER_FILES or set(map(str.lower, file.suffixes)) & set(KINDS))
+    ]
+
+
+def _named(files: Sequence[Path]) -> str:
+    return f"{', '.join(file.name for file in files[:3])}{' and others' * (len(files) > 3)}"
 
 
 def load_folder(
@@ -57,9 +73,13 @@ def load_folder(
             return splits
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     if not data_files(path):
-        there = sorted(file.name for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "~")))
-        found = f" It contains {', '.join(there[:3])}{' and others' * (len(there) > 3)}." if there else ""
-        raise FileNotFoundError(f"The folder {path} contains no data file.{found} Add at least one {ACCEPTED} file.")
+        there = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith((".", "~"))]
+        found = f" It contains {_named(there)}." if there else ""
+        remedy = "".join(dict.fromkeys(OTHER_FILES.get(suffix_of(file), "") for file in there))
+        raise FileNotFoundError(
+            f"The folder {path} contains no data file.{found} Add at least one {ACCEPTED} file.{remedy}"
+        )
+    _check_partitions(path, names)
     declared = _declared(path)
     try:
         builder: Any = load_dataset_builder(str(path), name=config)
@@ -71,7 +91,7 @@ def load_folder(
         if declared:
             named = {str(split): list(map(str, files)) for split, files in (builder.config.data_files or {}).items()}
         else:  # `datasets` would drop the files of a split that are of another kind than most
-            named = _found(path, get_data_patterns(str(path)))
+            named = _by_name(path)
         _check_all_inside(path, named, _names_files(path) if declared else ".")
         if not isinstance(builder, Json | Csv | Parquet) or (declared and not is_plain(builder.config)):
             try:
@@ -84,12 +104,13 @@ def load_folder(
     files = {split: [Path(f) for f in found if suffix_of(Path(f)) in KINDS] for split, found in named.items()}
     files = {split: found for split, found in files.items() if found}
     read = {file.resolve() for found in files.values() for file in found}
-    others = [] if declared else [file.name for file in data_files(path) if file.resolve() not in read]
+    others = [] if declared else [file for file in data_files(path) if file.resolve() not in read]
     if others:
-        say(
-            {f"{', '.join(others[:3])}{' and others' * (len(others) > 3)} is not in a split and is ignored": 1},
-            str(path),
-        )
+        say({f"{_named(others)} is not in a split and is ignored": 1}, str(path))
+    other_kinds = [] if declared else _look_like_data(path)
+    if other_kinds:
+        are = "1 file is" if len(other_kinds) == 1 else f"{len(other_kinds):,} files are"
+        say({f"{are} ignored, because no reader supports the ending: {_named(other_kinds)}": 1}, str(path))
     return as_splits(
         {split: read_files(found, streaming, names, invalid_rows) for split, found in files.items()}, streaming
     )
@@ -127,7 +148,7 @@ def _declared_files(path: Path, config: str | None, declared: MetadataConfigs) -
     if not declared:
         if config is not None:
             raise ValueError(f"The folder {path} has no configurations. Remove the configuration {config!r}.")
-        return _found(path, get_data_patterns(str(path)))
+        return _by_name(path)
     name = config or declared.get_default_config_name()
     if name is None or name not in declared:
         fault = f"has no configuration {name!r}" if name else "has several configurations. Choose one"
@@ -144,6 +165,50 @@ def _declared_files(path: Path, config: str | None, declared: MetadataConfigs) -
     named = _found(base, given)
     _check_all_inside(path, named, _names_files(path))
     return named
+
+
+# A word in a name that names a split, as `datasets` finds it, but in any case, with "=" before it, or as in "testset"
+_SPLITS = {
+    str(split): re.compile(rf"(?<![a-z])({'|'.join(words)})(set|data)?(?![a-z])")
+    for split, words in SPLIT_KEYWORDS.items()
+}
+
+
+def _by_name(path: Path) -> dict[str, list[str]]:
+    """The files of each split of a folder, by the names of files and subfolders.
+
+    `datasets` finds most of them. It would read TEST.jsonl, testset.jsonl and split=test/rows.jsonl as training rows.
+    """
+    found = _found(path, get_data_patterns(str(path)))
+    if not any(suffix_of(Path(file)) in KINDS for files in found.values() for file in files):
+        found = {"train": [os.path.abspath(file) for file in data_files(path)]}  # such as test.py beside rows.jsonl
+    for file in data_files(path):
+        name, parts = os.path.abspath(file), file.relative_to(path).parts
+        words = [[split for split, word in _SPLITS.items() if word.search(part.lower())] for part in parts]
+        now = [split for split, files in found.items() if name in files]
+        meant = next((each for each in words if each), [])
+        if len(meant) == 1 and meant[0] not in now:
+            for split in now:
+                found[split].remove(name)
+            found.setdefault(meant[0], []).append(name)
+            say({f"{'/'.join(parts)} is read as the split {meant[0]}, because of its name": 1}, str(path))
+        elif now and words[-1] and not set(words[-1]) & set(now):
+            say({f"{'/'.join(parts)} is read as the split {now[0]}, because of its folder": 1}, str(path))
+    return {split: found[split] for split in sorted(found, key=[*_SPLITS, *found].index) if found[split]}
+
+
+def _check_partitions(path: Path, names: Names) -> None:
+    """Raise ValueError if a column that trainers read is only in the names of subfolders, such as `label=1`."""
+    wanted = {*READ, *names.columns.values()}
+    parts = {part for file in data_files(path) for part in file.relative_to(path).parts[:-1]}
+    found = sorted(part for part in parts if part.partition("=")[0] in wanted and "=" in part)
+    if found:
+        raise ValueError(
+            f"The folder {path} has the column {found[0].partition('=')[0]} in the names of its subfolders "
+            f"({', '.join(found[:3])}), which are not read. Write the column into the rows, for example with "
+            'pandas.read_parquet(FOLDER).to_json("rows.jsonl", orient="records", lines=True) for Parquet files. If the '
+            "rows have the column, rename the subfolders."
+        )
 
 
 def _found(base: Path, patterns: Any) -> dict[str, list[str]]:

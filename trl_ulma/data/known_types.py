@@ -30,11 +30,14 @@ def renamed_splits(splits: Any, names: Names, where: str, invalid_rows: str) -> 
 class _Read:
     """Converts a row of a stream to the form that trainers read."""
 
-    def __init__(self, names: Names, where: str):
-        self.names, self.where = names, where
+    def __init__(self, names: Names, where: str, classes: list[Any] | None):
+        self.names, self.where, self.classes = names, where, classes
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unknown: Counter[str] = Counter()
+        theirs = self.names.columns.get("label", "label")
+        if self.classes is not None and isinstance(row[theirs], int):  # a number below 0 is no class
+            row = row | {theirs: self.classes[row[theirs]] if row[theirs] >= 0 else None}
         row = read_row(row, self.names, unknown, lambda what: None, delimiter=None)
         problem = unknown_labels(unknown, self.names.label_map, self.where)
         if problem:
@@ -51,10 +54,14 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
     if isinstance(rows, IterableDataset):
         first = next(iter(rows.take(1)), {})
         _check_names(names, list(first), where)
-        read = _Read(names, where)
         known = rows.features or {}
+        feature, is_mapped = known.get(names.columns.get("label", "label")), bool(names.label_map)
+        classes = None
+        if isinstance(feature, ClassLabel):
+            classes = _labels_of(feature.names, None if is_mapped else where)
+        read = _Read(names, where, classes)
         odd = [name for name in (*NUMBERS, *BOOLS) if name in first and not _is_as_read(name, known.get(name))]
-        if not (names.columns or names.label_map or odd):
+        if not (names.columns or names.label_map or odd or classes):
             return rows
         return rows.map(read, remove_columns=[name for name in names.columns.values() if name in first])
     _check_names(names, rows.column_names, where)
@@ -109,12 +116,17 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
 
 
 def _of_classes(values: list[Any], names: list[str], where: str | None) -> list[Any]:
-    """The labels of classes, or their names if `where` is None. A number below 0 is no class."""
+    """The labels of classes, see `_labels_of`. A number below 0 is no class."""
+    labels = _labels_of(names, where)
+    return [None if value is None or value < 0 else labels[value] for value in values]
+
+
+def _labels_of(names: list[str], where: str | None) -> list[Any]:
+    """The label of each class, or its name if `where` is None."""
     try:
-        labels: Any = names if where is None else class_labels(names)
+        return list(names if where is None else class_labels(names))
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
-    return [None if value is None or value < 0 else labels[value] for value in values]
 
 
 def _check_names(names: Names, there: list[str], where: str) -> None:

@@ -43,6 +43,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     if streaming:
         for _ in zip(range(_FIRST_ROWS), reader(), strict=False):
             pass
+        reader.check_points()
         reader.check()
         say(reader.found, reader.where)
         given = {"files": files, "names": names, "invalid_rows": invalid_rows}

@@ -19,11 +19,53 @@ _CALLED = {
     "completion": ("response", "answer", "output", "reply", "generation", "completions", "assistant", "generated"),
     "label": (
         "labels", "rating", "score", "feedback", "thumb", "thumbs", "vote", "votes", "reward", "quality", "overall",
-        "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "rank",
+        "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "rank", "toxicity",
     ),
     "chosen": ("preferred", "better", "winner", "accepted", "good", "best", "positive", "response_j"),
     "rejected": ("dispreferred", "worse", "loser", "bad", "worst", "negative", "response_k"),
 }  # fmt: skip
+# Words in names of columns that are no labels, such as vote_count, and of labels for which lower is better
+_NO_LABELS = frozenset(
+    (
+        "id", "ids", "uuid", "key", "index", "idx", "count", "counts", "num", "n", "latency", "time", "timestamp",
+        "date", "duration", "seconds", "ms", "length", "tokens", "cost", "comment", "comments", "reason", "version",
+    )
+)  # fmt: skip
+_LOWER = frozenset(
+    (
+        "rank", "ranking", "toxicity", "toxic", "harm", "harmful", "harmfulness", "error", "errors", "loss", "penalty",
+        "perplexity", "bias", "severity", "risk", "spam", "unsafe", "hallucination",
+    )
+)  # fmt: skip
+
+
+def rating_of(row: Mapping[str, Any]) -> str | None:
+    """The column of a row that looks like a label, or None.
+
+    Example:
+        >>> rating_of({"prompt": "Hi", "stars": 4}), rating_of({"prompt": "Hi", "vote_count": 4})
+        ('stars', None)
+    """
+    return _like("label", {name: [value] for name, value in row.items()})
+
+
+def direction(name: str) -> str:
+    """What to do about a column that looks like a label for which lower is better. "" for another one.
+
+    Example:
+        >>> direction("rating"), direction("harm_score")
+        ('', ' A low `harm_score` looks better, so train with --label_transform lower_is_better.')
+    """
+    parts = _words(name)
+    if not _LOWER.intersection(parts):
+        return ""
+    steps = "lower_is_better,prompt_quantile" if {"rank", "ranking"}.intersection(parts) else "lower_is_better"
+    ranks = "--label_type continuous and " if "," in steps else ""
+    return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}."
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[_.]", name.lower().replace(" ", "_").replace("-", "_"))
 
 
 def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
@@ -52,13 +94,16 @@ def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
 
 def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:
     free = [each for each in columns if each not in READ and _may_be(name, columns[each])]
+    if name == "label":
+        free = [each for each in free if not _NO_LABELS.intersection(_words(each))]
+        free.sort(key=lambda each: bool(direction(each)))
     lower = {each.lower().replace(" ", "_").replace("-", "_"): each for each in free}
     words = (name, *_CALLED[name])
     for word in words:
         if word in lower:
             return lower[word]
     for word in words:
-        parts = [each for key, each in lower.items() if word in re.split(r"[_.]", key)]
+        parts = [each for each in free if word in _words(each)]
         if parts:
             return parts[0]
     return None
@@ -268,7 +313,8 @@ def _proposal(likely: Mapping[str, str]) -> str:
         )
     (first, theirs), *others = likely.items()
     said = _and([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
-    return f"{said}: --columns {_quoted(','.join(f'{ours}={column}' for ours, column in likely.items()))}"
+    named = _quoted(",".join(f"{ours}={column}" for ours, column in likely.items()))
+    return f"{said}: --columns {named}" + (f".{hint}" if (hint := direction(likely.get("label", ""))) else "")
 
 
 def _and(names: Sequence[str]) -> str:

@@ -1,7 +1,6 @@
 """Hashes of a model's training prompts, saved beside its weights, so that evaluation knows which rows are held out."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from trl_ulma.data.splits import prompts_of
+from trl_ulma.data.splits import canonical, prompts_of
 
 # Trainer does not upload files that begin with "_". With the hashes, a guessed prompt can be confirmed.
 FILE = "_training_prompts.npy"
@@ -95,23 +94,6 @@ def in_words(found: np.ndarray, model: str) -> str | None:
     return f"{message} Held out: {new:,}." + (f" Not known: {unknown:,}." if unknown else "")
 
 
-def _said(turn: Any) -> Any:
-    """What a model reads of a message: files of the same conversation can differ in the rest."""
-    if not isinstance(turn, dict):
-        return turn
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
-    calls = {key: turn[key] for key in ("tool_calls",) if turn.get(key)}
-    return {"role": turn.get("role"), "content": content.strip() if isinstance(content, str) else content, **calls}
-
-
 def _hash(prompt: Any) -> int:
-    if isinstance(prompt, list):
-        prompt = [_said(turn) for turn in prompt]
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
-        turn = prompt[0]
-        if turn.get("role") == "user" and isinstance(turn.get("content"), str):
-            prompt = turn["content"]
-    text = prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest())
+    text = canonical(prompt).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())

@@ -86,4 +86,4 @@ def as_turns(turns: Any) -> list[dict[str, Any]]:
     return found
 
 
-SHAREGPT = Adapter(sharegpt, needs=(("conversations",),), options=LABELED)
+SHAREGPT = Adapter(sharegpt, needs=(("conversations",),), options=LABELED, rated="sharegpt")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections import defaultdict
 from typing import Any
 
@@ -14,7 +15,8 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
     """Split a dataset into "train" and "test" without a prompt in both. About `test_size` of the rows are test rows.
 
     The held-out prompts only depend on `seed` and the prompts themselves, so they are the same on every process and for
-    any order of the rows. Pairs without a prompt are split by the prompts that are extracted from them.
+    any order of the rows. Prompts that only differ in surrounding whitespace, Unicode form or further keys of messages
+    are the same. Pairs without a prompt are split by the prompts that are extracted from them.
 
     Args:
         dataset: rows with `prompt` (text or messages), or pairs of `chosen` and `rejected`.
@@ -71,7 +73,11 @@ def count_prompts(dataset: Dataset) -> int:
 
 def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
     """The row numbers of each set of rows that share a prompt, by the first prompt of the set."""
-    keys = [[_key(prompt) for prompt in prompts] for prompts in prompts_of(dataset)]
+    keys: list[list[str]] = []
+    first_of: dict[str, str] = {}  # prompts that only differ in spelling are one prompt
+    for prompts in prompts_of(dataset):
+        own = [_key(prompt) for prompt in prompts]
+        keys.append(own + [first_of.setdefault(canonical(p), key) for p, key in zip(prompts, own, strict=True)])
     parent = {key: key for row in keys for key in row}
 
     def root(key: str) -> str:
@@ -80,7 +86,7 @@ def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:
             key = parent[key]
         return key
 
-    # The halves of a pair can have different prompts. Both must be in the same split. The smaller one names the set.
+    # The halves of a pair can have different prompts. All must be in the same split. The smaller one names the set.
     for first, *others in keys:
         for other in others:
             low, high = sorted((root(first), root(other)))
@@ -107,3 +113,31 @@ def prompts_of(dataset: Dataset) -> list[list[Any]]:
 
 def _key(prompt: Any) -> str:
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def canonical(prompt: Any) -> str:
+    """What is the same for two spellings of a prompt: text or one user message, with any whitespace around it.
+
+    Example:
+        >>> canonical("Hi ") == canonical([{"content": "Hi", "role": "user", "name": "Ann"}])
+        True
+    """
+    if isinstance(prompt, list):
+        prompt = [_said(turn) for turn in prompt]
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
+        turn = prompt[0]
+        if turn.get("role") == "user" and isinstance(turn.get("content"), str):
+            prompt = turn["content"]
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str, ensure_ascii=False)
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def _said(turn: Any) -> Any:
+    """What a model reads of a message: files of the same conversation can differ in the rest."""
+    if not isinstance(turn, dict):
+        return turn
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
+    calls = {key: turn[key] for key in ("tool_calls",) if turn.get(key)}
+    return {"role": turn.get("role"), "content": content.strip() if isinstance(content, str) else content, **calls}

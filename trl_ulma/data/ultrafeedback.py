@@ -3,10 +3,19 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labeled
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, as_number, labeled
 
 OVERALL = {"overall": "overall_score", "fine-grained": "fine-grained_score"}
 ASPECTS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
+# The first releases multiplied ratings of 1 by 10: https://github.com/OpenBMB/UltraFeedback/issues/8
+TEN_IS_ONE = (
+    "its overall_score is 10 and the mean of its aspects at most 2, as where early releases of UltraFeedback wrote 10 "
+    "instead of 1: it is read as 1"
+)
+TEN_MAY_BE_ONE = (
+    "its overall_score is 10, but the mean of its aspects is below 4. It can be one of the 1s that early releases of "
+    "UltraFeedback wrote as 10. It is kept; --aspect fine-grained avoids such scores"
+)
 
 
 def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall") -> Iterator[Outcome]:
@@ -15,7 +24,8 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
     Args:
         rows: `instruction` and `completions`, each with `response`, `overall_score`, `fine-grained_score` and
             `annotations`, in which each aspect has a `Rating` from 1 to 5, or "N/A".
-        aspect: "overall" (1 to 10), "fine-grained" (the mean of the aspects), or an aspect.
+        aspect: "overall" (1 to 10), "fine-grained" (the mean of the aspects), or an aspect. An overall score of 10 is
+            read as 1 if the mean of the aspects is at most 2.
 
     Example:
         >>> answer = {"response": "Hello!", "overall_score": 7.5, "annotations": {"honesty": {"Rating": "5"}}}
@@ -33,13 +43,26 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
             if not isinstance(answer, Mapping):
                 yield LeftOut("its completion is not an object with a `response`")
                 continue
-            if aspect in OVERALL:
-                rating = answer.get(OVERALL[aspect])
-            else:
-                annotations = answer.get("annotations")
-                annotation = annotations.get(aspect) if isinstance(annotations, Mapping) else None
-                rating = annotation.get("Rating") if isinstance(annotation, Mapping) else None
+            rating = answer.get(OVERALL[aspect]) if aspect in OVERALL else _rating(answer, aspect)
+            if aspect == "overall" and as_number(rating) == 10:
+                mean = _mean(answer)
+                if mean is not None and mean < 4:
+                    yield Noted(TEN_IS_ONE if mean <= 2 else TEN_MAY_BE_ONE)
+                    rating = 1 if mean <= 2 else rating
             yield labeled(raw["instruction"], answer.get("response"), rating, label_type="continuous")
+
+
+def _rating(answer: Mapping[str, Any], aspect: str) -> Any:
+    annotations = answer.get("annotations")
+    annotation = annotations.get(aspect) if isinstance(annotations, Mapping) else None
+    return annotation.get("Rating") if isinstance(annotation, Mapping) else None
+
+
+def _mean(answer: Mapping[str, Any]) -> float | None:
+    """The mean of the aspects, as it is stored or from the aspects."""
+    stored = as_number(answer.get(OVERALL["fine-grained"]))
+    found = [number for aspect in ASPECTS if (number := as_number(_rating(answer, aspect))) is not None]
+    return stored if stored is not None else sum(found) / len(found) if found else None
 
 
 ULTRAFEEDBACK = Adapter(

@@ -1,6 +1,6 @@
 """How a model was trained: the rules for its labels, and β and log Z of its implicit reward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ def as_trained(
     max_length: int | None = None,
     truncation_mode: str | None = None,
     is_paired: bool = False,
+    labels: Iterable[Any] = (),
 ) -> AsTrained:
     """Return how to read rows, from the records of training. Arguments override the records.
 
@@ -78,6 +79,7 @@ def as_trained(
         max_length: longest sequence in tokens.
         truncation_mode: "keep_start" or "keep_end".
         is_paired: whether rows are pairs, whose labels are always 1 and 0.
+        labels: the labels of the rows, if they have no types of their own.
 
     Raises:
         ValueError: if `label_transform` is unknown or lacks its numbers, or if a `pointwise.json` is invalid.
@@ -116,6 +118,12 @@ def as_trained(
         for source, saved in known.items()
         if not is_paired and (saved.label_type, saved.label_transform) != (chosen, transform)
     ]
+    if fitting and label_type is None and chosen == "continuous" and _are_binary(labels):
+        notes.append(
+            f"All labels of the rows are 0 or 1 (false or true), and {name} was trained on "
+            f"{_described(chosen, first.label_transform)}: figures may mislead. If the labels are likes and dislikes, "
+            "set --label_type binary."
+        )
     reader = first if fitting else next(iter(known.values()), first)
     given = {"max_length": max_length, "truncation_mode": truncation_mode}
     cut: dict[str, Any] = {name: getattr(reader, name) for name in _READING}
@@ -134,6 +142,17 @@ def as_trained(
         **cut,
         notes=notes,
     )
+
+
+def _are_binary(labels: Iterable[Any]) -> bool:
+    """Whether all labels are 0 or 1, and there are any.
+
+    Example:
+        >>> _are_binary([True, None, 0]), _are_binary([1, 5]), _are_binary([])
+        (True, False, False)
+    """
+    found = [label for label in labels if label is not None]
+    return bool(found) and all(label in (0, 1) for label in found)
 
 
 def reward_scale(

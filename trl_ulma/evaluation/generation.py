@@ -75,8 +75,8 @@ class TransformersGenerator:
         model: the model, in evaluation mode.
         tokenizer: its tokenizer, with a pad token.
         name: where the model was loaded from. The keys of answers contain the sizes and times of its files, the base
-            model of an adapter and its files, and the dtype of the weights. A model that was trained again in the same
-            place is therefore asked again.
+            model of an adapter and its files, the commit on the Hub, the dtype and quantization of the weights, and
+            the tokens that end an answer. A model that was trained again in the same place is therefore asked again.
         positions: the largest number of tokens that the model can read, or None.
     """
 
@@ -84,10 +84,12 @@ class TransformersGenerator:
         self.model, self.tokenizer, self.positions = model, tokenizer, positions
         base = model.peft_config[model.active_adapter].base_model_name_or_path if is_peft_model(model) else None
         files = [_files(Path(each)) for each in (name, base) if each]
-        self.identity = digest(name, base, files, str(model.dtype))
+        commit, quantized = (getattr(model.config, key, None) for key in ("_commit_hash", "quantization_config"))
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)})
+        loaded = (str(model.dtype), commit, quantized and str(quantized), self.ends)
+        self.identity = digest(name, base, files, *loaded)
 
     def text_of(self, prompt: Sequence[int]) -> str:
         """Return the tokens of a prompt as text."""
@@ -144,12 +146,13 @@ class TransformersGenerator:
 class ServerGenerator:
     """Gets answers from a model on a server. Prompts are messages, or text to continue.
 
-    If a server now has another model under the same name, use another file for its answers.
+    The keys of answers contain the URL of the server and the name of the model. If a server now has another model under
+    the same name, use another file for its answers.
     """
 
     def __init__(self, server: Server):
         self.server = server
-        self.identity = digest("server", server.model)
+        self.identity = digest("server", server.base_url, server.model)
 
     def text_of(self, prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
         """Return the prompt itself."""

@@ -127,8 +127,8 @@ class LLMJudge:
     server refused is not judged, which is counted, and guessed by nobody. Two answers that are the same are a tie
     without asking.
 
-    Replies, and refusals, are kept in a file under the hash of model, request and settings: asked once, read from there
-    after that.
+    Replies, and refusals, are kept in a file under the hash of server, model, request and settings: asked once, read
+    from there after that.
 
     Args:
         server: the server of the judge.
@@ -272,7 +272,7 @@ class LLMJudge:
         return record is None or (self._retry_refused and "refused" in record and key not in self._asked)
 
     def _key(self, messages: list[dict[str, str]]) -> str:
-        return digest(self.name, self.sampling, messages)
+        return digest(self.server.base_url, self.name, self.sampling, messages)
 
     def _messages(self, comparison: Comparison, criterion: str) -> list[dict[str, str]]:
         instructions = INSTRUCTIONS.format(criterion=criterion, meaning=MEANINGS[criterion])

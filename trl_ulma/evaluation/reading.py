@@ -85,6 +85,7 @@ def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -
 
 
 def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, name: str, part: str) -> Reading:
+    names = rows.column_names
     how = as_trained(
         models,
         label_type=args.label_type,
@@ -92,7 +93,8 @@ def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, nam
         sft_threshold=args.sft_threshold,
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
-        is_paired="chosen" in rows.column_names,
+        is_paired="chosen" in names,
+        labels=rows["label"][:] if "label" in names and "label_type" not in names else (),
     )
     for each in how.notes:
         note(each)

@@ -174,7 +174,9 @@ class Server:
             key_variable = KEY_VARIABLE
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         # The client would use this address, too. It is checked before a request is logged.
-        self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip()
+        self.base_url = (
+            (base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").strip().rstrip("/")
+        )
         parts = urlsplit(self.base_url)
         keys = filter(None, (self._key, os.environ.get(KEY_VARIABLE, "").strip()))
         if "@" in parts.netloc or parts.query or parts.fragment or any(key in self.base_url for key in keys):

@@ -22,7 +22,7 @@ from trl_ulma.labels import (
     unread,
 )
 from trl_ulma.rows.chat import with_system_message
-from trl_ulma.rows.dropped import kept_of, packed
+from trl_ulma.rows.dropped import UNASKED, kept_of, packed
 from trl_ulma.rows.images import ImageTokens, as_images, check_stray, image_key, undecoded
 from trl_ulma.rows.rendering import Encoder, Rendered, Tokenized, tokenizer_of
 from trl_ulma.rows.token_ids import token_faults
@@ -135,9 +135,7 @@ class RawBatches:
             "cut": cut,
             "invalid": [packed(invalid.get(i)) for i in range(len(rows))],
             "unended": [i in texts and not texts[i].is_ended for i in range(len(rows))],
-            "unasked": [
-                "prompt" in self.names and i in texts and is_empty(columns["prompt"][i]) for i in range(len(rows))
-            ],
+            "odd": [self._odd(columns["prompt"][i], texts.get(i)) for i in range(len(rows))],
             **(
                 {"completion_mask": [tokens.mask for tokens in made]}
                 if not self.encoder.is_text and self.how.assistant_only_loss
@@ -154,6 +152,13 @@ class RawBatches:
                 else {}
             ),
         }
+
+    def _odd(self, prompt: Any, text: Rendered | None) -> str | None:
+        """What is odd about a row, in the words of `trl_ulma.rows.dropped`, or None."""
+        if text is None:
+            return None
+        is_unasked = "prompt" in self.names and is_empty(prompt)
+        return " ".join([*text.odd, *([UNASKED] if is_unasked else [])]) or None
 
     def _as_chat(self, columns: Mapping[str, list]) -> Mapping[str, list]:
         """The columns with plain text converted to messages and with the system message added."""
@@ -238,7 +243,7 @@ class PreparedBatches:
         if "completion_mask" not in batch:
             del found["completion_mask"]
         errors = [packed(invalid.get(i)) for i in range(count)]
-        return {**found, **labels, "invalid": errors, "unended": [False] * count, "unasked": [False] * count}
+        return {**found, **labels, "invalid": errors, "unended": [False] * count, "odd": [None] * count}
 
     def stream(self, batch: Mapping[str, list]) -> dict[str, list]:
         """Like `__call__`, for a stream."""

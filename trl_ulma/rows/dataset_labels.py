@@ -334,8 +334,28 @@ def report_labels(
         groups_lengths=args.train_sampling_strategy == "group_by_length",
         named=lambda place: origin(raw_rows, numbers[place]) or f"row {numbers[place]}",
     )
+    report["warnings"] += _threshold_warnings(rows, args, continuous, raw_rows)
     left_out = left_out_of(rows)
     return report | {"left_out": left_out} if left_out else report
+
+
+def _threshold_warnings(rows: Dataset, args: Any, continuous: np.ndarray, raw_rows: Any) -> list[str]:
+    """A warning if `sft_threshold` does not tell any rows apart."""
+    threshold = getattr(args, "sft_threshold", None)  # only ULMA has it
+    if threshold is None or "sft_mask" in (getattr(raw_rows, "column_names", None) or ()):
+        return []
+    if not continuous.any():
+        return [f"sft_threshold={threshold:g} is not used, because no row has a continuous label. Remove the setting."]
+    label = np.asarray(rows["label"][:])[continuous]
+    if 0 < (label >= threshold).mean() < 1:
+        return []
+    none = label.max() < threshold
+    after = " after label_transform" if args.label_transform else ""
+    return [
+        f"{'No' if none else 'Every'} row with a continuous label reaches sft_threshold={threshold:g}, so "
+        f"{'none' if none else 'each'} is a demonstration. The labels are between {label.min():g} and {label.max():g}"
+        f"{after}. {'Lower' if none else 'Raise'} sft_threshold, unless this is intended."
+    ]
 
 
 def show_report(

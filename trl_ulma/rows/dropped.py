@@ -12,16 +12,34 @@ from trl_ulma.data.origins import located, with_origins
 from trl_ulma.labels import InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import is_continuous
 from trl_ulma.rows.notes import note
-from trl_ulma.rows.rendering import PROMPT_FILLS
+from trl_ulma.rows.rendering import NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL
 
 logger = logging.get_logger(__name__)
 
 INVALID_ROWS = ("error", "drop")
 INVALID = "it is invalid"
-# Rows with an empty prompt that a warning names
+# Odd rows that a warning names
 _NAMED = 5
+# What is odd about a row that is kept: what it has, what to do, and the least share of rows for a warning
+UNASKED = "unasked"
+_ODD = {
+    UNASKED: ("an empty prompt", "Check the column prompt.", 0.0),
+    # A few answers may begin with the question
+    REPEATED: ("a completion that begins with its prompt", "If prompts are part of the completions, remove them.", 0.1),
+    SPECIAL: (
+        "a special token, such as EOS or an end-of-turn token, in the text of a message",
+        "The tokenizer reads it as the token itself. Remove it from the text, or set "
+        "tokenizer.split_special_tokens=True.",
+        0.0,
+    ),
+    NO_TOOLS: (
+        "tools that the chat template leaves out",
+        "The model does not see them. Set a tokenizer.chat_template that renders tools, or remove the column tools.",
+        0.0,
+    ),
+}
 # Columns that exist only while rows are prepared
-PASSING = ("left_out", "cut", "invalid", "unended", "unasked")
+PASSING = ("left_out", "cut", "invalid", "unended", "odd")
 
 
 def packed(error: InvalidRow | None) -> str | None:
@@ -66,8 +84,9 @@ def kept_of(
     if invalid_rows == "error":
         refuse_invalid([error for error in invalid if error is not None], None, name)
     is_kept = []
-    marks = zip(numbers, encoded["left_out"], invalid, encoded["unended"], encoded["unasked"], strict=True)
-    for row, reason, error, unended, unasked in marks:
+    found: set[str] = set()
+    marks = zip(numbers, encoded["left_out"], invalid, encoded["unended"], encoded["odd"], strict=True)
+    for row, reason, error, unended, odd in marks:
         is_kept.append(reason is None and error is None)
         if error is not None:
             logger.warning(
@@ -80,11 +99,13 @@ def kept_of(
                 f"{UNENDED.format('answers')} (This warning is shown once; it may apply to other rows of the {name} "
                 "dataset.)"
             )
-        if is_kept[-1] and unasked:
-            logger.warning_once(
-                f"Row {row} of the {name} dataset has an empty prompt. (This warning is shown once; it may apply to "
-                "other rows.)"
-            )
+        for kind in odd.split() if is_kept[-1] and odd else ():
+            what, remedy, share = _ODD[kind]
+            if kind not in found and sum(kind in (each or "") for each in encoded["odd"]) >= share * len(numbers):
+                found.add(kind)
+                logger.warning_once(
+                    f"Row {row} of the {name} dataset has {what}. {remedy} (It may apply to other rows, too.)"
+                )
     return {
         column: [value for value, kept in zip(values, is_kept, strict=True) if kept]
         for column, values in encoded.items()
@@ -167,14 +188,15 @@ def kept_rows(
     unended = sum(encoded["unended"][:])
     if unended:
         logger.warning(UNENDED.format(f"{unended} of {len(encoded)} answers of the {name} dataset"))
-    unasked = [row for row, is_so in zip(encoded["row"][:], encoded["unasked"][:], strict=True) if is_so]
-    if unasked:
-        are, unit = ("has", "row") if len(unasked) == 1 else ("have", "rows")
-        more = f", and {len(unasked) - _NAMED:,} more" if len(unasked) > _NAMED else ""
-        logger.warning(
-            f"{len(unasked)} of {len(encoded)} rows of the {name} dataset {are} an empty prompt: {unit} "
-            f"{with_origins(unasked[:_NAMED], raw)}{more}. Check the column prompt."
-        )
+    for kind, (what, remedy, share) in _ODD.items():
+        odd = [row for row, each in zip(encoded["row"][:], encoded["odd"][:], strict=True) if kind in (each or "")]
+        if odd and len(odd) >= share * len(encoded):
+            are, unit = ("has", "row") if len(odd) == 1 else ("have", "rows")
+            more = f", and {len(odd) - _NAMED:,} more" if len(odd) > _NAMED else ""
+            logger.warning(
+                f"{len(odd)} of {len(encoded)} rows of the {name} dataset {are} {what}: {unit} "
+                f"{with_origins(odd[:_NAMED], raw)}{more}. {remedy}"
+            )
     rows = encoded.remove_columns(list(PASSING))
     if "completion_mask" in rows.column_names and rows.data["completion_mask"].null_count == len(rows.data):
         rows = rows.remove_columns("completion_mask")

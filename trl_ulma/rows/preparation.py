@@ -67,7 +67,7 @@ _PASSING = {
     "cut": Value("bool"),
     "invalid": Value("string"),
     "unended": Value("bool"),
-    "unasked": Value("bool"),
+    "odd": Value("string"),
 }
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
 
@@ -267,7 +267,7 @@ class Preparation:
             features=Features({**features, **_PASSING}),
             num_proc=num_proc,
             desc=f"Tokenizing {name} dataset",
-            new_fingerprint=Hasher.hash((raw._fingerprint, name, cache_key(self, tokenizer))),
+            new_fingerprint=Hasher.hash((raw._fingerprint, name, cache_key(self, tokenizer), *_PASSING)),
         )
         note(encoded, rules=rules)
         label_type = self.rules.label_type if self.is_for_training else None
@@ -315,7 +315,7 @@ class Preparation:
             batched=True,
             features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c != "ref_logps"} | _PASSING),
             desc=f"Checking {name} dataset",
-            new_fingerprint=Hasher.hash((rows._fingerprint, name, cache_key(self, tokenizer))),
+            new_fingerprint=Hasher.hash((rows._fingerprint, name, cache_key(self, tokenizer), *_PASSING)),
         )
         note(made, rules=rules)
         return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)

@@ -5,7 +5,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from trl_ulma.data.sharegpt import ROLES
 from trl_ulma.labels import InvalidRow, shown
 from trl_ulma.rows.images import check_text_places, with_placeholders
 from trl_ulma.rows.messages import decoded, encoded, joined, left_out_by_template, prints_python, without_nones
@@ -25,8 +26,14 @@ NO_TOKENS = "its completion has no tokens, for example because the chat template
 PROMPT_FILLS = "its prompt alone fills max_length"
 NO_TURNS = "its assistant turns cannot be found in the output of the chat template; see assistant_only_loss"
 CUT_OFF = "max_length cuts off all of its assistant tokens"
+# What can be odd about a row that is kept
+REPEATED, SPECIAL, NO_TOOLS = "repeated", "special", "no_tools"
 NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion is a single token"
 
+# Roles that chat templates know by convention. A template names any other one that it supports.
+_USUAL = frozenset(("system", "developer", "user", "assistant", "tool", "function", "ipython"))
+# Characters of a prompt that a completion does not begin with by chance
+_REPEATED = 20
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -83,6 +90,7 @@ class Rendered(NamedTuple):
         spans: the scored characters of `whole`. None scores the whole completion.
         left_out: the reason to leave out the row, or None.
         is_ended: whether the answer ends with a special token.
+        odd: what is odd about the row, see `trl_ulma.rows.dropped`.
     """
 
     prompt: str
@@ -90,6 +98,7 @@ class Rendered(NamedTuple):
     spans: tuple[Span, ...] | None = None
     left_out: str | None = None
     is_ended: bool = True
+    odd: tuple[str, ...] = ()
 
 
 class Tokenized(NamedTuple):
@@ -163,7 +172,8 @@ class Encoder:
             whole += self._end
         if not _is_unicode(whole):
             raise _no_unicode()
-        return Rendered(*self._apart(prompt, whole)) if self.has_images else Rendered(prompt, whole)
+        odd = (REPEATED,) if _repeats(prompt, completion) else ()
+        return Rendered(*(self._apart(prompt, whole) if self.has_images else (prompt, whole)), odd=odd)
 
     def _render_messages(self, columns: Mapping[str, list], i: int, images: int) -> Rendered:
         prompt, completion = columns["prompt"][i], columns["completion"][i]
@@ -174,6 +184,7 @@ class Encoder:
         else:
             prompt, completion = with_placeholders(prompt, images), with_placeholders(completion, 0)
         messages = [decoded(turn) for turn in prompt + completion]
+        self._check_roles(messages)
         first = len(prompt)
         render = partial(self.processing_class.apply_chat_template, tokenize=False, **kwargs)
         try:
@@ -201,12 +212,45 @@ class Encoder:
             spans = self._spans(messages, first, begin, whole, kwargs)
             left_out = None if spans else NO_TURNS
         is_ended = self._endings.search(whole) is not None
+        odd = tuple(self._odd(render, messages, first, whole, bool(kwargs["tools"])))
         if not self.has_images:
-            return Rendered(begin, whole, spans, left_out, is_ended)
+            return Rendered(begin, whole, spans, left_out, is_ended, odd)
         begin, answer = self._apart(begin, whole)
         shift = len(whole) - len(answer)
         spans = None if spans is None else tuple((max(a - shift, 0), b - shift) for a, b in spans if b > shift)
-        return Rendered(begin, answer, spans, left_out, is_ended)
+        return Rendered(begin, answer, spans, left_out, is_ended, odd)
+
+    def _odd(
+        self, render: Any, messages: Sequence[Mapping[str, Any]], first: int, whole: str, has_tools: bool
+    ) -> Iterator[str]:
+        """What is odd about a conversation that is rendered as `whole`."""
+        contents = [turn.get("content") for turn in messages]
+        if first and _repeats(contents[first - 1], contents[first]):
+            yield REPEATED
+        is_read = self.processor is None and not self.tokenizer.split_special_tokens
+        if is_read and any(self._special.search(content) for content in contents if isinstance(content, str)):
+            yield SPECIAL
+        if has_tools:
+            try:
+                is_same = str(render(messages, tools=None)) == whole
+            except Exception:  # templates can raise any exception
+                is_same = False
+            if is_same:
+                yield NO_TOOLS
+
+    def _check_roles(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InvalidRow for a role such as "human", which many templates print as if it were one of theirs."""
+        for role in dict.fromkeys(turn["role"] for turn in messages):
+            if role in _USUAL or re.search(rf"""['"]{re.escape(role)}\b""", str(self.processing_class.chat_template)):
+                continue
+            usual = role.strip().lower()
+            meant = ROLES.get(usual, usual if usual in _USUAL else None)
+            raise InvalidRow(
+                f"has a message of the role {shown(role)}, which the chat template does not name. "
+                + (f"Did you mean {meant!r}? " if meant else "")
+                + "Rename the role, or name it in tokenizer.chat_template.",
+                f"the unknown role {shown(role)}",
+            )
 
     def _spans(self, messages: list, first: int, begin: str, whole: str, kwargs: dict) -> tuple[Span, ...] | None:
         """The spans of `whole` that the assistant wrote in the messages from index `first` on. None if unknown."""
@@ -232,6 +276,13 @@ class Encoder:
     def _tokens_that_end(self) -> re.Pattern:
         """Matches a token that can end a turn: one that the tokenizer never creates from other text."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        names = sorted({*added, *self.tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    @cached_property
+    def _special(self) -> re.Pattern:
+        """Matches the special tokens. Other added tokens, such as `<think>`, may be part of a message."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         names = sorted({*added, *self.tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
@@ -422,6 +473,13 @@ class Encoder:
 
 
 _NONE = Tokenized([], [])
+
+
+def _repeats(prompt: Any, completion: Any) -> bool:
+    """Whether a completion begins with its prompt, unless that is so short that it can be by chance."""
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        return False
+    return len(prompt.strip()) >= _REPEATED and completion.lstrip().startswith(prompt.strip())
 
 
 def _no_unicode() -> InvalidRow:
