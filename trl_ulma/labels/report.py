@@ -354,12 +354,13 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def render_report(report: Mapping[str, Any], name: str = "train") -> str:
+def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: bool = False) -> str:
     """Return the report as text, at most 80 columns wide.
 
     Args:
         report: the result of `label_report`.
         name: name of the dataset.
+        in_short: whether to return only the numbers of rows and prompts, the means, and the warnings.
 
     Example:
         >>> ones = np.ones(4, dtype=int)
@@ -378,9 +379,13 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
     """
     prompts, weight = report["prompts"], report["weight"]
     lines = [f"Labels of the {name} dataset: {_count(report['rows'], 'row')}, {_count(prompts['count'], 'prompt')}"]
-    for kind in ("binary", "continuous"):
-        if kind in report:
-            lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
+    kinds = [kind for kind in ("binary", "continuous") if kind in report]
+    if in_short:
+        for kind in kinds:
+            lines += _render_type(kind, report[kind], weight["is_given"])[:1]
+        return "\n".join(lines + _render_warnings(report))
+    for kind in kinds:
+        lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
     facts = {"demonstrations": f"{report['demonstrations']:.1%} of rows"}
     if weight["is_given"]:
         if weight["demonstrations"] is not None:
@@ -407,9 +412,14 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
     lines.append("")
     for fact, text in facts.items():
         lines += textwrap.wrap(f"{fact:<19} {text}", _WIDTH, subsequent_indent=" " * 20)
+    return "\n".join(lines + _render_warnings(report))
+
+
+def _render_warnings(report: Mapping[str, Any]) -> list[str]:
+    lines = []
     for warning in report["warnings"]:
         lines += ["", *textwrap.wrap(f"! {warning}", _WIDTH, subsequent_indent="  ")]
-    return "\n".join(lines)
+    return lines
 
 
 def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,9 @@ from trl_ulma.rows.notes import left_out_of
 
 # The file that is written to the output folder
 REPORT_FILE = "label_report.json"
+# The command that shows the whole label report and all invalid rows, so that this process only logs their numbers.
+# None if there is none, as in a script.
+SHOWN_BY: ContextVar[str | None] = ContextVar("SHOWN_BY", default=None)
 _LABELS = ("label", "label_type")
 
 
@@ -346,7 +350,7 @@ def show_report(
     raw_rows: Any = None,
 ) -> dict[str, Any] | None:
     """Print the label report of the training set, write it into the output folder, and return it; arguments as in
-    `report_labels`.
+    `report_labels`. If a command shows the whole report (`SHOWN_BY`), print a summary.
 
     Only the main process does this. A stream has no report, because its rows are not known.
     """
@@ -356,7 +360,11 @@ def show_report(
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"\n{render_report(report)}\n\nAs JSON: {folder / REPORT_FILE}\n", flush=True)
+    command = SHOWN_BY.get()
+    whole = f"As JSON: {folder / REPORT_FILE}"
+    if command is not None:
+        whole = f"The whole report: {folder / REPORT_FILE}, or `{command}` with the same options."
+    print(f"\n{render_report(report, in_short=command is not None)}\n\n{whole}\n", flush=True)
     return report
 
 
