@@ -12,6 +12,8 @@ from trl_ulma.labels.outliers import outliers
 _WIDTH = 80
 # Rows that a warning names
 _LISTED = 5
+# Rows from which they are taken, and one more: both halves of a pair have its name
+_NAMED = 2 * (_LISTED + 1)
 _BINS = 10
 # With more distinct values than this, labels are counted in bins
 _VALUES = 12
@@ -282,23 +284,26 @@ def _repeats(
     differs = label[order[first]] != label[order[last]]
     contradicting = int(differs[run].sum())
     if contradicting:
-        pairs = []
+        pairs = {}
         earliest = np.minimum.reduceat(order, first)
-        for one in np.sort(earliest[differs])[:_LISTED]:
+        for one in np.sort(earliest[differs])[:_NAMED]:
             alike = (answer == answer[one]) & (continuous == continuous[one])
             other = np.flatnonzero(alike & (label != label[one]))[0]
-            pairs.append(_pair(named, (int(one), f" ({own[one]:g})"), (int(other), f" ({own[other]:g})")))
-        more = "; …" if differs.sum() > _LISTED else ""
+            two = _pair(named, (int(one), f" ({own[one]:g})"), (int(other), f" ({own[other]:g})"))
+            pairs.setdefault((named(int(one)), named(int(other))), two)
+        listed, more = "; ".join([*pairs.values()][:_LISTED]), "; …" if len(pairs) > _LISTED else ""
         warnings.append(
             f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels, "
-            f"{'; '.join(pairs)}{more}. This is expected for votes by several people. Otherwise a label is wrong."
+            f"{listed}{more}. This is expected for votes by several people. Otherwise a label is wrong."
         )
     _, first_of, inverse = np.unique(answer, return_index=True, return_inverse=True)
     earlier = first_of[inverse]
     repeated = np.flatnonzero(earlier != np.arange(len(answer)))
     return {
         "repeated": len(repeated),
-        "repeated_rows": [_pair(named, (int(earlier[row]), ""), (int(row), "")) for row in repeated[:_LISTED]],
+        "repeated_rows": [
+            *dict.fromkeys(_pair(named, (int(earlier[row]), ""), (int(row), "")) for row in repeated[:_NAMED])
+        ],
         "contradicting": contradicting,
     }
 
@@ -399,8 +404,8 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
     facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts["repeated"] = _count(report["repeated"], "row")
     if report["repeated"]:
-        more = "; …" if report["repeated"] > len(report["repeated_rows"]) else ""
-        facts["repeated"] += f": {'; '.join(report['repeated_rows'])}{more}"
+        more = "; …" if len(report["repeated_rows"]) > _LISTED else ""
+        facts["repeated"] += f": {'; '.join(report['repeated_rows'][:_LISTED])}{more}"
     facts["contradicting"] = _count(report["contradicting"], "row")
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
