@@ -142,7 +142,8 @@ def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path,
         assert f"  {ragged}, {what}" in said
     assert "By kind: 2 × a row that cannot be read; 1 × label is no number." in said
 
-    assert main(["pointwise-dpo", *training, "--output", str(out), "--invalid_rows", "drop"]) == 0
+    training += ["--output", str(out), "--invalid_rows", "drop"]
+    pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(training))
     found = json.loads((out / "label_report.json").read_text())
     assert found["left_out"] == {"invalid: a row that cannot be read": 2, "invalid: label is no number": 1}
 
