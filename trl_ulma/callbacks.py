@@ -4,12 +4,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from trl_ulma.main_process import get_logger
 
@@ -119,6 +119,67 @@ class LooksForGradients(TrainerCallback):
                 'Look for rows that do not count (weight 0, or the loss "none"), trained weights that the forward does '
                 "not use, or an adapter that waits for tokens which no row has (alora_invocation_tokens)."
             )
+
+
+# The figures that the terminal shows, of a training and, with "eval_", of an evaluation
+_SHOWN = (
+    *("loss", "loss/sft", "rewards/margins", "rewards/accuracies", "rewards/auc", "rewards/spearman"),
+    *("kl", "learning_rate"),
+)
+
+
+def in_words(logs: Mapping[str, Any], state: Any, best: str | None = None) -> str:
+    """The most important figures of a log, in one line. All of them if it has none of these.
+
+    Args:
+        logs: the figures by name.
+        state: the trainer's state.
+        best: the metric for the best model, which is shown, too.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> state = SimpleNamespace(global_step=20, max_steps=81)
+        >>> in_words({"loss": 0.71668, "grad_norm": 7.6, "learning_rate": 7.654e-05, "kl": 0.771}, state)
+        'Step 20 of 81: loss 0.7167, kl 0.771, learning_rate 7.654e-05'
+        >>> in_words({"eval_loss": 0.656, "eval_rewards/mse": 0.5}, state, "rewards/mse")
+        'Evaluation at step 20 of 81: eval_loss 0.656, eval_rewards/mse 0.5'
+        >>> in_words({"train_loss": 0.6, "train_runtime": 26.0, "kl": 1.1}, state)
+        'Trained for 26 seconds: train_loss 0.6'
+    """
+    if "train_loss" in logs:  # also has the figures of the steps since the last log
+        return f"Trained for {_duration(logs['train_runtime'])}: train_loss {logs['train_loss']:.4g}"
+    shown: dict[str, None] = dict.fromkeys([*_SHOWN, *([best.removeprefix("eval_")] if best else [])])
+    names: list[str] = [name for each in shown for name in (each, f"eval_{each}") if name in logs] or list(logs)
+    figures = (
+        f"{name} {logs[name]:.4g}" if isinstance(logs[name], float) else f"{name} {logs[name]}" for name in names
+    )
+    begin = "Evaluation at step" if names[0].startswith("eval_") else "Step"
+    return f"{begin} {state.global_step:,} of {state.max_steps:,}: {', '.join(figures)}"
+
+
+class FewFigures(PrinterCallback):
+    """Prints the most important figures of each log, in place of transformers' callback that prints all."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print a line."""
+        if state.is_local_process_zero and logs:
+            print(in_words(logs, state, args.metric_for_best_model), flush=True)
+
+
+class FewFiguresAboveBar(ProgressCallback):
+    """The same, above a progress bar."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Print a line."""
+        if state.is_world_process_zero and logs and self.training_bar is not None:
+            self.training_bar.write(in_words(logs, state, args.metric_for_best_model))
+
+
+def print_few_figures(trainer: Any) -> None:
+    """Replace the callback that prints all figures of a log. Logs, trackers and files keep all of them."""
+    for theirs, own in ((PrinterCallback, FewFigures), (ProgressCallback, FewFiguresAboveBar)):
+        if trainer.pop_callback(theirs) is not None:
+            trainer.add_callback(own)
 
 
 class TimeLeft(TrainerCallback):

@@ -22,6 +22,7 @@ from transformers.integrations import is_wandb_available
 from trl import DPOConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
+from trl_ulma.bootstrap import bootstrap
 from trl_ulma.labels import render_report
 from trl_ulma.metrics import ranking_figures
 from trl_ulma.rows.notes import noted
@@ -49,7 +50,6 @@ PAPER = {
 }
 # What the snippet asks
 QUESTION = "How do I boil an egg?"
-RESAMPLES = 1000
 _SHARED = ("learning_rate", "lr_scheduler_type", "optim", "num_train_epochs", "max_steps", "max_length", "seed")
 
 
@@ -228,7 +228,7 @@ def _intervals(evaluated: np.ndarray, rows: Any) -> dict[str, str]:
 
 
 def bootstrap_intervals(evaluated: np.ndarray, group: np.ndarray) -> dict[str, str]:
-    """95% percentile intervals of `trl_ulma.metrics.ranking_figures`, each from 1,000 resamples of whole groups.
+    """95% intervals of `trl_ulma.metrics.ranking_figures`, from the bootstrap of `trl-ulma evaluate` with its seed.
 
     A figure that a resample leaves undefined, or that is the same in all of them, has no interval.
 
@@ -236,20 +236,20 @@ def bootstrap_intervals(evaluated: np.ndarray, group: np.ndarray) -> dict[str, s
         evaluated: `(N, 3)` implicit reward, label, and whether it is continuous.
         group: `(N,)` number of each row's prompt.
     """
-    values = torch.as_tensor(evaluated)
-    members = [np.flatnonzero(group == number) for number in np.unique(group)]
-    generator = np.random.default_rng(0)
-    found: dict[str, list[float]] = {}
-    for _ in range(RESAMPLES):
-        drawn = np.concatenate([members[i] for i in generator.integers(len(members), size=len(members))])
-        reward, label, continuous = values[drawn].unbind(1)
-        for name, value in ranking_figures(reward, label, continuous.bool()).items():
-            found.setdefault(name, []).append(value)
     said = {}
-    for name, figures in found.items():
-        if len(figures) == RESAMPLES and np.isfinite(figures).all() and min(figures) < max(figures):
-            low, high = np.quantile(figures, [0.025, 0.975])
-            said[name] = f"{low:.3g} to {high:.3g}"
+    continuous = evaluated[:, 2].astype(bool)
+    for rows in (~continuous, continuous):
+        values = torch.as_tensor(evaluated[rows])
+
+        def figures(drawn: Any, values: torch.Tensor = values) -> dict[str, float]:
+            reward, label, is_continuous = values[drawn].unbind(1)
+            return ranking_figures(reward, label, is_continuous.bool())
+
+        for name, value in figures(slice(None)).items():
+            if np.isfinite(value):
+                found = bootstrap(lambda drawn, of=name: figures(drawn).get(of, float("nan")), group[rows], seed=0)
+                if found.low is not None:
+                    said[name] = f"{found.low:.3g} to {found.high:.3g}"
     return said
 
 

@@ -26,12 +26,22 @@ from trl_ulma.labels import InvalidRows, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.table import collator_for
 from trl_ulma.log_z import check_column, check_groups, check_labels, with_groups
+from trl_ulma.main_process import get_logger
 from trl_ulma.metrics import EVALUATED
-from trl_ulma.rows.dataset_labels import evaluated_figures, label_center, labels_before, terms_of, with_transform
+from trl_ulma.rows.dataset_labels import (
+    contradictions,
+    evaluated_figures,
+    label_center,
+    labels_before,
+    terms_of,
+    with_transform,
+)
 from trl_ulma.rows.images import check_settings, has_images
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 from trl_ulma.versions import global_then_local_main_first, is_kto_config
+
+logger = get_logger(__name__)
 
 # The entries of `model_init_kwargs` that locate a model's configuration
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
@@ -223,6 +233,11 @@ def make_plan(
         raise InvalidRows.joined(refused)
     plan.train_dataset = prepared[0]
     plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)
+    for (name, raw), rows in zip(evaluated.items(), prepared[1:], strict=True):
+        if isinstance(rows, Dataset) and isinstance(plan.train_dataset, Dataset):
+            warning = contradictions((plan.train_dataset, train_dataset), (rows, raw), args, name)
+            if warning is not None:
+                logger.warning(warning)
     if isinstance(eval_dataset, dict):
         plan.eval_dataset = dict(zip(evaluated, prepared[1:], strict=True))
     elif eval_dataset is not None:

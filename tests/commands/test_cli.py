@@ -18,17 +18,17 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict
-from forks import HAS_FSDP2, python_path
+from forks import HAS_FSDP2, python_path, start
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from trl_ulma import __version__
 from trl_ulma.checkpoints import last_whole
-from trl_ulma.scripts import pointwise_dpo, ulma
+from trl_ulma.scripts import cli, pointwise_dpo, ulma
 from trl_ulma.scripts.cli import COMMANDS, main
 from trl_ulma.scripts.training import last_checkpoint_or, load_splits
 
-NEEDED = ["--model_name_or_path", "some-model", "--dataset_name", "rows.jsonl"]
+NEEDED = ["--model_name_or_path", "some-model", "--dataset_name", "org/rows"]
 SCRIPTS = {"ulma": ulma, "pointwise-dpo": pointwise_dpo}
 
 
@@ -206,7 +206,7 @@ def test_the_other_command_has_its_own_options(capsys):
 
 def test_a_model_and_data_are_needed(capsys, launched):
     assert "--model is missing: a checkpoint's folder" in error_of(capsys, ["ulma", *NEEDED[2:]])
-    assert "--dataset is missing: a file, a folder or a name on the hub" in error_of(capsys, ["ulma", *NEEDED[:2]])
+    assert "--dataset is missing: a file, a folder or a name on the Hub" in error_of(capsys, ["ulma", *NEEDED[:2]])
     assert "--bets is not an option" in error_of(capsys, ["ulma", "--bets", "1"])
     assert not launched
 
@@ -278,6 +278,42 @@ def test_a_misspelt_file_is_answered_with_the_nearest(capsys, tmp_path):
     as_yaml(tmp_path, {})
     error = error_of(capsys, ["ulma", *NEEDED, "--config", str(tmp_path / "rum.yaml")])
     assert f"Did you mean {tmp_path / 'run.yaml'}?" in error
+
+
+def test_missing_files_are_all_named_before_anything_large_is_imported(tmp_path):
+    (tmp_path / "ratings.csv").write_text("prompt,completion,label\nHi,Hello,1\n")
+    (tmp_path / "run.yaml").write_text("model: typo/\ndataset: rating.csv\n")
+    code = (
+        "import sys; from trl_ulma.scripts.cli import main; "
+        "print(main(sys.argv[1:]), [name for name in ('torch', 'trl', 'datasets') if name in sys.modules])"
+    )
+    lost = "--dataset: There is no file or folder rating.csv"
+    for words, named in (
+        (["ulma", "--config", "run.yaml"], [lost, "--model: There is no file or folder typo"]),
+        (["check", "--config=run.yaml", "--model", "org/m"], [lost]),
+        (["evaluate", "--model", "a=typo/", "--dataset=rating.csv"], ["--model: There is", lost]),
+        (["score", "--model", "m", "--ref-model", "./m", "--dataset", "ratings.csv"], ["--ref_model: There is no"]),
+        (["prepare", "kto", "--input", "rating.csv"], [lost]),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": python_path()},
+        )
+        assert done.stdout == "1 []\n", done
+        said = done.stderr.splitlines()
+        assert len(said) == len(named)
+        assert all(any(f"error: {each}" in line for line in said) for each in named)
+
+
+def test_names_on_the_hub_and_files_beside_a_mixture_are_not_looked_for(tmp_path):
+    (tmp_path / "run.yaml").write_text("datasets: [{path: org/rows}]\ndataset: none.csv\n")
+    words = ["--model", "org/m", "--ref_model", "served:a/b/c/d", "--config", str(tmp_path / "run.yaml")]
+    assert cli._missing_paths("ulma", words) == []
+    assert cli._missing_paths("prepare", ["--config", "none.csv", "--dataset", "org/rows"]) == []
 
 
 # What is read from options
@@ -649,10 +685,13 @@ def test_a_run_from_yaml_with_lora_and_its_resumption(whole_runs):
         f"{whole_runs.rows} has no test split: 2 of its 20 rows are held out for evaluation, by prompt (seed 42)"
         in run.stdout
     )
-    assert "'loss/sft': " in run.stdout
-    assert "'loss/preference': " in run.stdout
+    assert re.search(r"^Step 1 of 2: loss [\d.]+, loss/sft [\d.]+, .*learning_rate 0\.01$", run.stdout, re.MULTILINE)
+    assert "loss/preference" not in run.stdout
+    assert "'loss/preference': " in resumed.stdout  # with --verbose
+    logged = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert "loss/preference" in logged[0]
     # The run evaluates at its last step. That is not repeated, and printed once.
-    assert run.stdout.count("eval_rewards/margins") == 1
+    assert run.stdout.count("Evaluation at step 2 of 2: eval_loss") == 1
     assert f"The model is in {out}. Load it with:\n    from peft import AutoPeftModelForCausalLM\n" in run.stdout
     assert f'model = AutoPeftModelForCausalLM.from_pretrained("{out}")' in run.stdout
     assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
@@ -689,16 +728,20 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_no_model(tmp_path, tiny_gpt2, p
     out = tmp_path / "out"
     options = ["--model_name_or_path", tiny_gpt2, "--dataset_name", pairs, "--output_dir", str(out)]
     options += ["--max_steps", "100000", "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none"]
-    command = [sys.executable, "-m", "trl_ulma", "ulma", *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    pipes["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
-        for line in process.stdout:
-            if "'loss'" in line:  # a step is done
-                break
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        said = process.stdout.read()
-        assert process.wait() == 130
+    printed = tmp_path / "printed"
+
+    def command() -> None:
+        os.setsid()
+        sys.exit(main(["ulma", *options]))
+
+    process = start(command, printed, printed, {})
+    while not (printed.exists() and ": loss " in printed.read_text()):  # until a step is done
+        assert process.exitcode is None, printed.read_text()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    process.join()
+    assert process.exitcode == 130
+    said = printed.read_text()
     assert "Traceback" not in said
     assert "Interrupted: saving step" in said
     assert "The model is in" not in said

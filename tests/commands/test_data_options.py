@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from trl_ulma.data.convert import convert
 from trl_ulma.data.seen_prompts import hashes_of
-from trl_ulma.scripts import data_options
+from trl_ulma.scripts import data_options, pointwise_dpo
 from trl_ulma.scripts.cli import main
 
 COLUMNS = "prompt=question,completion=reply,label=stars"
@@ -23,7 +23,8 @@ def trained(tiny_gpt2, tmp_path_factory):
     file.write_text("\n".join(["question,reply,stars", *rows, ""]))
     words = ["--model", tiny_gpt2, "--dataset", str(file), "--columns", COLUMNS, "--label_type", "continuous"]
     words += ["--invalid_rows", "drop", "--test_split_size", "0.5", "--seed", "5", "--output", str(folder / "out")]
-    assert main(["pointwise-dpo", *words, "--max_steps", "1", "--bf16", "false", "--report_to", "none"]) == 0
+    words += ["--max_steps", "1", "--bf16", "false", "--report_to", "none"]
+    pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
     return folder / "out", file
 
 
@@ -64,6 +65,20 @@ def test_another_dataset_is_not_read_as_the_training_one(trained, tmp_path, caps
     said = capsys.readouterr().err
     assert "as in training" not in said
     assert "lacks the columns" in said
+
+
+def test_a_file_without_the_column_of_labels_is_scored_with_a_notice(trained, tmp_path, capsys):
+    model, _ = trained
+    file = tmp_path / "own rows.csv"  # read as the file of the training, by its name
+    words = ["score", "--model", str(model), "--dataset", str(file), "--output", str(tmp_path / "scored.jsonl")]
+    file.write_text("question,reply\nWhy?,because\nHow?,so\n")
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert f"{file} has no column stars, so its rows are scored without labels." in said.err
+    assert "holds 2 scored rows; 0 of 2 were left out." in said.out
+    file.write_text("question,reply,star\nWhy?,because,4\n")
+    assert main(words) == 1
+    assert "has no column stars; its columns are question, reply, star. Did you mean star?" in capsys.readouterr().err
 
 
 def test_models_of_different_trainings_have_no_options_in_common(trained, tmp_path, monkeypatch):

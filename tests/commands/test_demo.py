@@ -184,12 +184,13 @@ def excludes_zero(change, sign):
     return min(sign * change["low"], sign * change["value"], sign * change["high"]) > 0
 
 
-def test_tiny_demo(tmp_path, capsys):
+def test_tiny_demo(tmp_path, capsys, caplog):
     import torch
 
     threads = torch.get_num_threads()
     folder = tmp_path / "demo"
     assert demo.main(["--tiny", "--output_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]) == 0
+    assert "The SFT term dominates" not in caplog.text  # a setting of the demo, which its user cannot change
     assert torch.get_num_threads() == threads
     report, again = check_outputs(folder, capsys.readouterr().out)
     assert again == [report["answers"][0]["after"]]

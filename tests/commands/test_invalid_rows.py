@@ -12,8 +12,9 @@ from world import make_rows, make_trainer
 
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.labels import LabelRules
-from trl_ulma.scripts import check
+from trl_ulma.scripts import check, pointwise_dpo
 from trl_ulma.scripts.cli import main
+from trl_ulma.scripts.command_line import VERBOSE
 from trl_ulma.scripts.evaluate import make_parser as evaluate_parser
 from trl_ulma.scripts.score import make_parser as score_parser
 
@@ -50,6 +51,26 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert "Labels of the train dataset: 2 rows" in shown
     assert "left out" in shown
     assert "invalid: label is missing (1 row)" in shown
+
+
+def test_training_counts_what_check_lists(tiny_gpt2, file, tmp_path, capsys, caplog, monkeypatch):
+    words = ["--model", tiny_gpt2, "--dataset", file, "--max_length", "64", "--invalid_rows", "drop", "--max_steps=1"]
+    words += ["--output", str(tmp_path / "out"), "--report_to", "none"]
+    pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
+    kinds = "label is missing (1 row); completion is empty (1 row); label outside [0, 1] (1 row)"
+    command = "`trl-ulma check --method pointwise-dpo` with the same options"
+    counted = f"Left out 3 of 5 rows of the train dataset. Reasons: {kinds}. {command} lists the invalid rows."
+    assert counted in caplog.messages
+    said = capsys.readouterr().out
+    assert "Labels of the train dataset: 2 rows, 1 prompt\nbinary labels: 2 rows, mean 0.5" in said
+    assert f"The whole report: {tmp_path / 'out' / 'label_report.json'}, or {command}." in said
+    assert "answers per prompt" not in said
+    assert "! Better answers are longer" in said
+
+    monkeypatch.setenv(VERBOSE, "1")
+    pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
+    assert "answers per prompt" in capsys.readouterr().out
+    assert f"  {file}, line 2: label is None;" in caplog.text
 
 
 def test_check_shows_what_becomes_of_text_and_what_is_scored(tiny_llama, tmp_path, capsys):
@@ -121,7 +142,8 @@ def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path,
         assert f"  {ragged}, {what}" in said
     assert "By kind: 2 × a row that cannot be read; 1 × label is no number." in said
 
-    assert main(["pointwise-dpo", *training, "--output", str(out), "--invalid_rows", "drop"]) == 0
+    training += ["--output", str(out), "--invalid_rows", "drop"]
+    pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(training))
     found = json.loads((out / "label_report.json").read_text())
     assert found["left_out"] == {"invalid: a row that cannot be read": 2, "invalid: label is no number": 1}
 

@@ -42,7 +42,7 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [str(Path(trl_ulma.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 
-def _start(function: Callable[[], None], out: Path, err: Path, environment: dict[str, str], cwd: Path | None = None):
+def start(function: Callable[[], None], out: Path, err: Path, environment: dict[str, str], cwd: Path | None = None):
     """A fork that calls the function."""
 
     def child() -> None:
@@ -70,7 +70,7 @@ def start_module(name: str, *arguments: str, printed: Path):
         sys.argv = [name, *arguments]
         runpy.run_module(name, run_name="__main__")
 
-    return _start(run, printed, printed, {})
+    return start(run, printed, printed, {})
 
 
 def run_script(
@@ -92,7 +92,7 @@ def run_script(
 
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = _start(run, out, err, {}, cwd)
+        process = start(run, out, err, {}, cwd)
         process.join(seconds)
         process.kill()
         process.join()
@@ -116,7 +116,7 @@ def run_processes(function: Callable[[], None], launch: list[str], printed: Path
         environments = [
             shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(arguments.num_processes))
         ]
-    processes = [_start(function, printed, printed, environment) for environment in environments]
+    processes = [start(function, printed, printed, environment) for environment in environments]
     end = time.monotonic() + seconds
     while not any(process.exitcode for process in processes) and time.monotonic() < end:
         running = [process.sentinel for process in processes if process.exitcode is None]

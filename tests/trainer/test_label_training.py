@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from world import make_rows, make_trainer
 
-from trl_ulma import PointwiseDPOConfig
+from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
 from trl_ulma.rows.dataset_labels import report_labels
 
 RATINGS = [4.0, 0.0, 1.0, 2.0, 0.0, 3.0]
@@ -254,6 +254,24 @@ def test_the_report_is_of_the_rows_that_are_trained_on(tiny_gpt2, tmp_path, caps
     assert shown.count("Labels of the train dataset: 5 rows, 3 prompts") == 1
     assert "! 2 rows contradict one another" in shown
     assert f"As JSON: {tmp_path / 'out' / 'label_report.json'}" in shown
+
+
+@pytest.mark.parametrize("transform", [None, "prompt_quantile"])
+def test_rows_to_evaluate_on_that_contradict_training_rows_are_counted(tiny_gpt2, tmp_path, caplog, transform):
+    train = make_rows(5, prompt=["a", "a", "b", "b", "c"], completion=[" x", " y", " x", " y", " x"])
+    train = train.remove_columns("label").add_column("label", [1.0, 5.0, 2.0, 3.0, 2.0])
+    held_out = make_rows(4, prompt=["a", "b", "a", "d"], completion=[" x", " x", " y", " x"])
+    held_out = held_out.remove_columns("label").add_column("label", [4.0, 2.0, 1.0, 1.0])
+    args = PointwiseDPOConfig(str(tmp_path), bf16=False, label_type="continuous", label_transform=transform)
+    PointwiseDPOTrainer.dry_run(tiny_gpt2, args, train, held_out)
+    assert [message for message in caplog.messages if "another label" in message] == [
+        "2 rows of the eval dataset have the prompt and completion of a training row, but another label: "
+        "row 0 (4, trained on with 1), row 2 (1, trained on with 5). "
+        "This is expected for votes by several people. Otherwise a label is wrong."
+    ]
+    caplog.clear()
+    PointwiseDPOTrainer.dry_run(tiny_gpt2, args, train, {"same": train, "other": held_out.select([1, 3])})
+    assert "another label" not in caplog.text
 
 
 def test_point_wise_dpo_has_no_demonstrations(tiny_gpt2, tmp_path, capsys):

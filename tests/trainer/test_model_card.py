@@ -6,11 +6,15 @@ import shlex
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from world import make_rows, make_trainer
 
+from trl_ulma.evaluation.held_out import HeldOut
+from trl_ulma.evaluation.implicit_reward import continuous_figures
+from trl_ulma.labels import LabelRules
 from trl_ulma.losses import NEGATIVE_LOSSES, POSITIVE_LOSSES, check_cell
 from trl_ulma.model_card import METHODS, bootstrap_intervals, formulas, trained_on_chat
 from trl_ulma.scripts.cli import main
@@ -282,6 +286,19 @@ def test_intervals_are_of_whole_prompts():
     assert width(repeated, np.arange(800)) == pytest.approx(single / 2, rel=0.15)
     assert bootstrap_intervals(evaluated[label == 1], np.arange(int(label.sum()))) == {}
     assert bootstrap_intervals(evaluated[:1], np.zeros(1)) == {}
+
+
+def test_intervals_are_those_of_the_evaluation_report():
+    rng = np.random.default_rng(1)
+    label = rng.integers(1, 6, 60).astype(float)
+    reward, prompt = label + rng.normal(size=60), rng.integers(0, 20, 60)
+    card = bootstrap_intervals(np.stack([reward, label, np.ones(60)], axis=1), prompt)
+    report = continuous_figures(reward, label, prompt)
+    assert card == {
+        f"rewards/{name}": f"{report[name].low:.3g} to {report[name].high:.3g}" for name in ("pearson", "spearman")
+    }
+    rows = Dataset.from_list([{"prompt": each, "completion": " x", "label": 1} for each in "bab"])
+    assert HeldOut.of(rows, "test", LabelRules()).prompt.tolist() == [0, 1, 0]  # as the card numbers them
 
 
 def test_a_card_counts_one_row_as_one(tiny_gpt2, tmp_path):

@@ -39,6 +39,22 @@ def write(path, text):
     return path
 
 
+def test_columns_about_labels_may_be_missing_if_no_label_is_needed(tmp_path):
+    file = tmp_path / "rows.parquet"
+    names = {"prompt": "q", "completion": "a", "label": "up", "trials": "cast", "log_z": "z"}
+    rows = Dataset.from_dict({"q": ["Hi"], "a": ["Hello"], "z": [0.5]})
+    rows.to_parquet(file)
+    assert load_rows(file, columns=names, needs_label=False)["train"].column_names == ["prompt", "completion", "log_z"]
+    with pytest.raises(ValueError, match="has no column up"):
+        load_rows(file, columns=names)
+    rows.remove_columns("z").to_parquet(file)
+    with pytest.raises(ValueError, match="has no column z"):  # scores depend on it
+        load_rows(file, columns=names, needs_label=False)
+    rows.add_column("up", [3]).to_parquet(file)
+    with pytest.raises(ValueError, match="has no column cast"):  # the label has no meaning without it
+        load_rows(file, columns=names, needs_label=False)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("name", "text"),

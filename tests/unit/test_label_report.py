@@ -148,6 +148,19 @@ def test_repeated_and_contradicting_rows_are_named_with_their_own_labels():
     assert "row 8 and row 9; …" in " ".join(render_report(many).split())
 
 
+def test_repeated_and_swapped_pairs_are_named_once():
+    def shown_of(label: list[float], answer: list[int]) -> str:
+        report = report_of(label, answer=np.array(answer), named=lambda row: f"row {row // 2}")
+        return " ".join(render_report(report).split())
+
+    good, bad = [1.0, 0.0], [0.0, 1.0]
+    assert "repeated 2 rows: row 0 and row 1 contradicting 0 rows" in shown_of(good * 2, [1, 2] * 2)
+    swapped = shown_of(good + bad, [1, 2] * 2)
+    assert "different labels, row 0 (1) and row 1 (0). This" in swapped
+    five = shown_of(good * 10, [pair * 2 + half for pair in range(5) for _ in range(2) for half in (0, 1)])
+    assert "row 8 and row 9 contradicting" in five
+
+
 def test_answers_per_prompt():
     prompts = np.repeat(np.arange(5), [1, 2, 4, 5, 20])
     report = report_of(np.tile([1, 0], 16), prompt=prompts)["prompts"]

@@ -20,6 +20,8 @@ TEXTS = ("prompt", "completion", "chosen", "rejected")
 NUMBERS = ("label", "weight", "log_z", "trials")
 BOOLS = ("sft_mask", "eos")
 OTHERS = (*BOOLS, "label_type", "tools", "chat_template_kwargs", "image", "images", UNREAD)
+# Columns that have no use without labels
+_OF_LABELS = ("label", "label_type", "sft_mask", "trials", "weight")
 READ = (*TEXTS, *NUMBERS, *OTHERS)
 # Columns that can be JSON text in a CSV file
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
@@ -125,13 +127,21 @@ class Names:
     Attributes:
         columns: column that trainers read → its name in the file.
         label_map: label in the file, as text → its number.
+        needs_label: whether the column of the label must exist.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     label_map: Mapping[str, bool | int | float] = field(default_factory=dict)
+    needs_label: bool = field(default=True, repr=False)
 
     @classmethod
-    def of(cls, columns: str | Mapping[str, str] | None, label_map: str | Mapping[Any, Any] | None) -> "Names":
+    def of(
+        cls,
+        columns: str | Mapping[str, str] | None,
+        label_map: str | Mapping[Any, Any] | None,
+        *,
+        needs_label: bool = True,
+    ) -> "Names":
         """Names from settings such as `prompt=question,label=rating` and `up=1,down=0`, or from mappings.
 
         Raises:
@@ -161,7 +171,7 @@ class Names:
                 if meanings.get(key, found) != found:
                     raise ValueError(f"label_map gives {label!r} two meanings, {meanings[key]} and {found}. Keep one.")
                 meanings[key] = found
-        return cls(named, meanings)
+        return cls(named, meanings, needs_label)
 
     def row(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its columns renamed. If a renamed column has the name of another one, the other is dropped.
@@ -177,10 +187,17 @@ class Names:
         return {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row} | kept
 
     def check(self, there: Sequence[str]) -> None:
-        """Raise ValueError if a column is missing in `there`. The message begins with "has"."""
-        for theirs in self.columns.values():
+        """Raise ValueError if a column is missing in `there`. The message begins with "has".
+
+        If no label is needed and its column is missing, the other columns about labels may be missing, too. A name that
+        looks misspelled is always an error.
+        """
+        has_label = self.columns.get("label", "") in there
+        for ours, theirs in self.columns.items():
             if theirs not in there:
                 near = difflib.get_close_matches(theirs, there, n=1)
+                if not (self.needs_label or has_label or near) and ours in _OF_LABELS and "label" in self.columns:
+                    continue
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(f"has no column {theirs}; its columns are {', '.join(there)}.{hint}")
 

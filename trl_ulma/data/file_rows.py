@@ -61,6 +61,17 @@ def unit_of(file: Path) -> str:
     return "row" if suffix_of(file) == ".parquet" else "line"
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name that does not exist was meant as a file or folder, because it cannot be a name on the Hub.
+
+    Example:
+        >>> looks_local("rows.csv"), looks_local("./rows"), looks_local("out/"), looks_local("org/rows")
+        (True, True, True, False)
+    """
+    is_path = name.startswith(("/", ".", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
+    return is_path or name.endswith((*KINDS, ".gz"))
+
+
 def missing(path: Path) -> str:
     """An error message for a `path` that does not exist, with the most similar names that exist."""
     name, folder = path.name, path.parent

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from trl_ulma.data.columns import Names
-from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, UNREAD_LINES, missing, suffix_of
+from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, UNREAD_LINES, looks_local, missing, suffix_of
 from trl_ulma.data.folders import load_folder
 from trl_ulma.data.hub import load_hub
 from trl_ulma.data.read_files import as_splits, read_files
@@ -26,6 +26,7 @@ def load_rows(
     columns: str | Mapping[str, str] | None = None,
     label_map: str | Mapping[Any, float] | None = None,
     invalid_rows: str = "error",
+    needs_label: bool = True,
 ) -> DatasetDict | IterableDatasetDict:
     """Load the splits of a dataset. A file has one split, "train".
 
@@ -45,6 +46,7 @@ def load_rows(
             whose label `label_map` lacks. "error" raises an error that lists them. "drop" leaves them out, with a
             warning that lists them. "mark" keeps them, with the error in the column `unread_line`, so that a trainer
             lists or drops them together with all other invalid rows.
+        needs_label: whether the column that `columns` names for the label must exist.
 
     Raises:
         FileNotFoundError: if there is no such dataset.
@@ -60,7 +62,7 @@ def load_rows(
         >>> rows["train"][0]
         {'prompt': 'What is 2 + 2?', 'completion': '4', 'label': 1}
     """
-    names = Names.of(columns, label_map)
+    names = Names.of(columns, label_map, needs_label=needs_label)
     _check_choice(invalid_rows)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -71,10 +73,16 @@ def load_rows(
         _check_files([path])
         rows = read_files([path], streaming, names, invalid_rows)
         return as_splits({"train": rows}, streaming)
-    if _looks_local(str(name)):
+    if looks_local(str(name)):
         raise FileNotFoundError(missing(path))
     return load_hub(
-        str(name), config=config, streaming=streaming, columns=columns, label_map=label_map, invalid_rows=invalid_rows
+        str(name),
+        config=config,
+        streaming=streaming,
+        columns=columns,
+        label_map=label_map,
+        invalid_rows=invalid_rows,
+        needs_label=needs_label,
     )
 
 
@@ -124,8 +132,3 @@ def check_splits(splits: Mapping[str, Any], name: str, *, needs_label: bool = Tr
             }
         said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label))
     return list(said)
-
-
-def _looks_local(name: str) -> bool:
-    is_path = name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
-    return is_path or name.endswith((*KINDS, ".gz"))

@@ -30,6 +30,7 @@ def load_hub(
     columns: str | Mapping[str, str] | None = None,
     label_map: str | Mapping[Any, float] | None = None,
     invalid_rows: str = "error",
+    needs_label: bool = True,
     data_dir: str | None = None,
     data_files: Any = None,
 ) -> DatasetDict | IterableDatasetDict:
@@ -41,7 +42,7 @@ def load_hub(
 
     Args:
         name: the name on the Hub, or the name of a builder of `datasets`.
-        config: see `load_rows`. So are `streaming`, `columns`, `label_map` and `invalid_rows`.
+        config: see `load_rows`. So are `streaming`, `columns`, `label_map`, `invalid_rows` and `needs_label`.
         data_dir: a folder of the repository, as in `datasets.load_dataset`.
         data_files: files of the repository, as in `datasets.load_dataset`.
 
@@ -49,7 +50,7 @@ def load_hub(
         FileNotFoundError: if there is no such dataset.
         ValueError: if it cannot be read.
     """
-    names = Names.of(columns, label_map)
+    names = Names.of(columns, label_map, needs_label=needs_label)
     given = {"data_dir": data_dir, "data_files": data_files}
     which: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     try:

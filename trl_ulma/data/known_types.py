@@ -72,8 +72,9 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         for ours, theirs in names.columns.items():
             if ours in rows.column_names and ours not in names.columns.values():
                 found[f"{ours}: the column of this name is ignored, because {theirs} is read as {ours}"] = 1
-        rows = rows.select_columns([*names.columns.values(), *kept])
-        rows = rows.rename_columns({theirs: ours for ours, theirs in names.columns.items() if ours != theirs})
+        there = {ours: theirs for ours, theirs in names.columns.items() if theirs in rows.column_names}
+        rows = rows.select_columns([*there.values(), *kept])
+        rows = rows.rename_columns({theirs: ours for ours, theirs in there.items() if ours != theirs})
     unknown: Counter[str] = Counter()
     marks: list[str | None] = [None] * len(rows)
     for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:

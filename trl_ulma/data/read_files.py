@@ -52,6 +52,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
         return _marked(stream, files)
     about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = [version("trl-ulma"), about, [*names.columns.items()], [*names.label_map.items()], invalid_rows]
+    key += [] if names.needs_label else ["needs no label"]
     other: Counter[str] = Counter()
     rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
     say(reader.found | other, reader.where)

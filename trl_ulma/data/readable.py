@@ -168,7 +168,7 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
             f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found {', '.join(names)}. "
             + (_proposal(likely) if set(missing) <= set(likely) or not families else "")
             + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
-               f"trl-ulma prepare {families[0]} --input {where} --output FOLDER")
+               f"trl-ulma prepare {families[0]} --dataset {where} --output FOLDER")
         )  # fmt: skip
     for name in TEXTS:
         if any(isinstance(value, str) and _has_messages(value) for value in columns.get(name, ())):

@@ -137,6 +137,7 @@ class HeldOut:
             columns, read = ({c: [v[row] for row in kept] for c, v in each.items()} for each in (columns, read))
         rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
         prompts = prompt_keys(columns, range(len(rows)))
+        numbers: dict[Any, int] = {}
         types = read.get("label_type", [rules.label_type] * len(rows))
         places = origins(dataset)
         return cls(
@@ -145,7 +146,8 @@ class HeldOut:
             own,
             np.asarray(read["sft_mask"]),
             np.asarray(types) == "continuous",
-            np.unique(prompts, return_inverse=True)[1],
+            # In the order of the rows, as in the model card, whose intervals are the same then
+            np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts]),
             [places[row] for row in raw_row],
             left_out,
             errors,

@@ -12,6 +12,8 @@ from trl_ulma.labels.outliers import outliers
 _WIDTH = 80
 # Rows that a warning names
 _LISTED = 5
+# Rows from which they are taken, and one more: both halves of a pair have its name
+_NAMED = 2 * (_LISTED + 1)
 _BINS = 10
 # With more distinct values than this, labels are counted in bins
 _VALUES = 12
@@ -282,23 +284,26 @@ def _repeats(
     differs = label[order[first]] != label[order[last]]
     contradicting = int(differs[run].sum())
     if contradicting:
-        pairs = []
+        pairs = {}
         earliest = np.minimum.reduceat(order, first)
-        for one in np.sort(earliest[differs])[:_LISTED]:
+        for one in np.sort(earliest[differs])[:_NAMED]:
             alike = (answer == answer[one]) & (continuous == continuous[one])
             other = np.flatnonzero(alike & (label != label[one]))[0]
-            pairs.append(_pair(named, (int(one), f" ({own[one]:g})"), (int(other), f" ({own[other]:g})")))
-        more = "; …" if differs.sum() > _LISTED else ""
+            two = _pair(named, (int(one), f" ({own[one]:g})"), (int(other), f" ({own[other]:g})"))
+            pairs.setdefault((named(int(one)), named(int(other))), two)
+        listed, more = "; ".join([*pairs.values()][:_LISTED]), "; …" if len(pairs) > _LISTED else ""
         warnings.append(
             f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels, "
-            f"{'; '.join(pairs)}{more}. This is expected for votes by several people. Otherwise a label is wrong."
+            f"{listed}{more}. This is expected for votes by several people. Otherwise a label is wrong."
         )
     _, first_of, inverse = np.unique(answer, return_index=True, return_inverse=True)
     earlier = first_of[inverse]
     repeated = np.flatnonzero(earlier != np.arange(len(answer)))
     return {
         "repeated": len(repeated),
-        "repeated_rows": [_pair(named, (int(earlier[row]), ""), (int(row), "")) for row in repeated[:_LISTED]],
+        "repeated_rows": [
+            *dict.fromkeys(_pair(named, (int(earlier[row]), ""), (int(row), "")) for row in repeated[:_NAMED])
+        ],
         "contradicting": contradicting,
     }
 
@@ -354,12 +359,13 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def render_report(report: Mapping[str, Any], name: str = "train") -> str:
+def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: bool = False) -> str:
     """Return the report as text, at most 80 columns wide.
 
     Args:
         report: the result of `label_report`.
         name: name of the dataset.
+        in_short: whether to return only the numbers of rows and prompts, the means, and the warnings.
 
     Example:
         >>> ones = np.ones(4, dtype=int)
@@ -378,9 +384,13 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
     """
     prompts, weight = report["prompts"], report["weight"]
     lines = [f"Labels of the {name} dataset: {_count(report['rows'], 'row')}, {_count(prompts['count'], 'prompt')}"]
-    for kind in ("binary", "continuous"):
-        if kind in report:
-            lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
+    kinds = [kind for kind in ("binary", "continuous") if kind in report]
+    if in_short:
+        for kind in kinds:
+            lines += _render_type(kind, report[kind], weight["is_given"])[:1]
+        return "\n".join(lines + _render_warnings(report))
+    for kind in kinds:
+        lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
     facts = {"demonstrations": f"{report['demonstrations']:.1%} of rows"}
     if weight["is_given"]:
         if weight["demonstrations"] is not None:
@@ -394,8 +404,8 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
     facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts["repeated"] = _count(report["repeated"], "row")
     if report["repeated"]:
-        more = "; …" if report["repeated"] > len(report["repeated_rows"]) else ""
-        facts["repeated"] += f": {'; '.join(report['repeated_rows'])}{more}"
+        more = "; …" if len(report["repeated_rows"]) > _LISTED else ""
+        facts["repeated"] += f": {'; '.join(report['repeated_rows'][:_LISTED])}{more}"
     facts["contradicting"] = _count(report["contradicting"], "row")
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
@@ -407,9 +417,14 @@ def render_report(report: Mapping[str, Any], name: str = "train") -> str:
     lines.append("")
     for fact, text in facts.items():
         lines += textwrap.wrap(f"{fact:<19} {text}", _WIDTH, subsequent_indent=" " * 20)
+    return "\n".join(lines + _render_warnings(report))
+
+
+def _render_warnings(report: Mapping[str, Any]) -> list[str]:
+    lines = []
     for warning in report["warnings"]:
         lines += ["", *textwrap.wrap(f"! {warning}", _WIDTH, subsequent_indent="  ")]
-    return "\n".join(lines)
+    return lines
 
 
 def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +34,12 @@ from trl_ulma.rows.notes import left_out_of
 
 # The file that is written to the output folder
 REPORT_FILE = "label_report.json"
+# The command that shows the whole label report and all invalid rows, so that this process only logs their numbers.
+# None if there is none, as in a script.
+SHOWN_BY: ContextVar[str | None] = ContextVar("SHOWN_BY", default=None)
 _LABELS = ("label", "label_type")
+# Rows that a warning names
+_LISTED = 5
 
 
 def with_transform(rules: LabelRules, label_transform: str | None, train_dataset: Any) -> LabelRules:
@@ -299,6 +305,44 @@ def labels_before(rows: Dataset, args: Any, raw: Any) -> np.ndarray | None:
     return np.array([float(read[row]) if is_own else np.nan for is_own, row in numbers])
 
 
+def contradictions(trained: tuple[Dataset, Any], evaluated: tuple[Dataset, Any], args: Any, name: str) -> str | None:
+    """A warning about rows to evaluate on that are trained on with another label, or None if there are none.
+
+    Rows are the same if prompt, completion and type of label are the same. Labels are compared as they were before the
+    label transform, which may depend on the other rows of a dataset.
+
+    Args:
+        trained, evaluated: (prepared rows, the rows that they were prepared from) of the two datasets.
+        name: the name of the dataset to evaluate on.
+    """
+    found = []
+    for rows, raw in (trained, evaluated):
+        label = np.asarray(rows["label"][:])
+        before = labels_before(rows, args, raw) if "label" in raw.column_names else None  # pairs have no labels
+        label = label if before is None else np.where(np.isfinite(before), before, label)
+        keys = zip(_identities(rows)[1].tolist(), is_continuous(rows, args.label_type).tolist(), strict=True)
+        found.append(list(zip(keys, label.tolist(), strict=True)))
+    labels: dict[tuple[int, bool], set[float]] = {key: set() for key, _ in found[1]}
+    for key, label in found[0]:
+        if key in labels:
+            labels[key].add(label)
+    numbers = evaluated[0]["row"][:]
+    others = [
+        f"{origin(evaluated[1], number) or f'row {number}'} ({label:g}, trained on with {min(labels[key]):g})"
+        for (key, label), number in zip(found[1], numbers, strict=True)
+        if labels[key] and label not in labels[key]
+    ]
+    if not others:
+        return None
+    are = "1 row" if len(others) == 1 else f"{len(others):,} rows"
+    have = "has" if len(others) == 1 else "have"
+    listed = ", ".join(others[:_LISTED]) + (", …" if len(others) > _LISTED else "")
+    return (
+        f"{are} of the {name} dataset {have} the prompt and completion of a training row, but another label: {listed}. "
+        "This is expected for votes by several people. Otherwise a label is wrong."
+    )
+
+
 def report_labels(
     rows: Dataset, args: Any, raw: np.ndarray | None = None, transform: Any = None, raw_rows: Any = None
 ) -> dict[str, Any]:
@@ -366,7 +410,7 @@ def show_report(
     raw_rows: Any = None,
 ) -> dict[str, Any] | None:
     """Print the label report of the training set, write it into the output folder, and return it; arguments as in
-    `report_labels`.
+    `report_labels`. If a command shows the whole report (`SHOWN_BY`), print a summary.
 
     Only the main process does this. A stream has no report, because its rows are not known.
     """
@@ -376,7 +420,11 @@ def show_report(
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"\n{render_report(report)}\n\nAs JSON: {folder / REPORT_FILE}\n", flush=True)
+    command = SHOWN_BY.get()
+    whole = f"As JSON: {folder / REPORT_FILE}"
+    if command is not None:
+        whole = f"The whole report: {folder / REPORT_FILE}, or `{command}` with the same options."
+    print(f"\n{render_report(report, in_short=command is not None)}\n\n{whole}\n", flush=True)
     return report
 
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from trl_ulma.data.origins import located, with_origins
 from trl_ulma.labels import InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
-from trl_ulma.rows.dataset_labels import is_continuous
+from trl_ulma.rows.dataset_labels import SHOWN_BY, is_continuous
 from trl_ulma.rows.notes import note
 from trl_ulma.rows.rendering import NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL
 
@@ -178,7 +178,11 @@ def kept_rows(
             + ("Raise max_length." if PROMPT_FILLS in counts else "Check the rows.")
             + listed
         )
+    kinds = Counter(error.kind for error in errors)
     if counts:
+        if errors and (command := SHOWN_BY.get()) is not None:
+            why = reasons_in_words(counts - Counter({INVALID: len(errors)}) + kinds)
+            listed = f" `{command}` with the same options lists the invalid rows."
         logger.warning(f"Left out {sum(counts.values())} of {total} rows of the {name} dataset. {why}{listed}")
     if not all(is_kept):
         encoded = encoded.select([i for i, kept in enumerate(is_kept) if kept])
@@ -205,7 +209,6 @@ def kept_rows(
             f"Every row of the {name} dataset has weight 0, so the loss of every row would be 0. Remove the column "
             "weight, or set some weights above 0."
         )
-    kinds = Counter(error.kind for error in errors)
     counts.pop(INVALID, None)
     note(rows, left_out={**counts, **{f"invalid: {kind}": count for kind, count in kinds.items()}})
     if label_type is None:

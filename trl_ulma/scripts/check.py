@@ -93,8 +93,9 @@ def check(
     import trl_ulma
     from trl_ulma.labels import render_report
     from trl_ulma.rows.dataset_labels import report_labels
-    from trl_ulma.scripts.training import check_model, load_splits, loading, small_learning_rate
+    from trl_ulma.scripts.training import check_model, load_splits, loading, no_bars_in_files, small_learning_rate
 
+    no_bars_in_files()
     console = Console(highlight=False, soft_wrap=True)
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
     if said:

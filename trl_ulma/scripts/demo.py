@@ -199,9 +199,10 @@ def libraries(console: "Console", threads: int | None) -> Iterator[None]:
             because several threads wait for each other longer than they compute.
     """
     # On import, bitsandbytes warns about kernels that the demo does not need
-    noisy = logging.getLogger("bitsandbytes")
-    level = noisy.level
-    noisy.setLevel(logging.CRITICAL)
+    # A term that dominates the loss of the demo is nothing that a user of it can change
+    noisy = {each: each.level for each in map(logging.getLogger, ("bitsandbytes", "trl_ulma.logged"))}
+    for each in noisy:
+        each.setLevel(logging.CRITICAL)
     with console.status("Loading the libraries"):
         import datasets
         import torch
@@ -220,7 +221,8 @@ def libraries(console: "Console", threads: int | None) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield
     finally:
-        noisy.setLevel(level)
+        for each, level in noisy.items():
+            each.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         torch.set_num_threads(threads_before)
         if bars[0]:

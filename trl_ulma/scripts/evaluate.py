@@ -37,14 +37,16 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="[NAME=]MODEL",
-        help="a checkpoint's or adapter's folder, a name on the hub, or served:MODEL for one on --server_url (answers "
+        help="a checkpoint's or adapter's folder, a name on the Hub, or served:MODEL for one on --server_url (answers "
         "only); give it several times to compare models, with one NAME for runs that differ in their seed",
     )
     what.add_argument(
         "--ref_model",
         help="the model that training started from, for implicit rewards (default for an adapter: its base model)",
     )
-    what.add_argument("--dataset", required=True, help="rows as for training: a file, a folder, or a name on the hub")
+    what.add_argument(
+        "--dataset", required=True, metavar="DATA", help="rows as for training: a file, a folder, or a name on the Hub"
+    )
     what.add_argument("--dataset_config", help="configuration of a dataset that has several")
     what.add_argument(
         "--columns",
@@ -61,7 +63,7 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         "--test_split_size", type=_positive(float), help="size of that part (default: as in training, else 0.1)"
     )
     what.add_argument("--split_seed", type=int, help="seed of that part (default: the training's --seed, else 42)")
-    what.add_argument("--output", required=True, type=Path, help="the folder for the report")
+    what.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the folder for the report")
 
     rows = parser.add_argument_group("labels and scoring")
     rows.add_argument(

@@ -35,7 +35,7 @@ _ULMA = ("ulma",)
 
 GROUPS: dict[str, list[Option]] = {
     "data": [
-        Option("--dataset", "DATA", "a CSV, TSV, JSON, JSONL or Parquet file, a folder, or a name on the hub"),
+        Option("--dataset", "DATA", "a CSV, TSV, JSON, JSONL or Parquet file, a folder, or a name on the Hub"),
         Option("--dataset_config", "NAME", "configuration of a dataset that has several"),
         Option("--dataset_train_split", "SPLIT", "split to train on", "train"),
         Option("--dataset_test_split", "SPLIT", "split to evaluate on, see --eval_strategy", "test"),
@@ -81,7 +81,12 @@ GROUPS: dict[str, list[Option]] = {
         ),
         Option("--desirable_weight", "W", "weight of rows with a label of 0.5 and above", "1.0"),
         Option("--undesirable_weight", "W", "weight of the other rows", "1.0"),
-        Option("--label_report", "BOOL", "print a report on the labels before training", "True"),
+        Option(
+            "--label_report",
+            "BOOL",
+            "save a report on the labels, and print its warnings; check prints all of it",
+            "True",
+        ),
     ],
     "method": [
         Option("--beta", "B", "β: a larger value keeps the model closer to the reference", "0.1"),
@@ -166,7 +171,7 @@ GROUPS: dict[str, list[Option]] = {
             "number of processes, one per GPU; other options of accelerate launch are accepted, too",
         ),
         Option("--accelerate_config", "NAME", "single_gpu, multi_gpu, fsdp1, fsdp2, zero1, zero2, zero3, or a file"),
-        Option("--verbose", "", "show the warnings of other libraries, and the tracebacks of errors"),
+        Option("--verbose", "", "show all figures, the warnings of other libraries, and the tracebacks of errors"),
         Option("--help-all", "", "show all options, including those of TRL and transformers"),
     ],
 }

