@@ -43,7 +43,14 @@ from trl_ulma.checkpoints import (
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config_checks import check_batches, check_machine, check_parallelism, check_unchanged, read_once
+from trl_ulma.config_checks import (
+    PAIRWISE,
+    check_batches,
+    check_machine,
+    check_parallelism,
+    check_unchanged,
+    read_once,
+)
 from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import with_origins
 from trl_ulma.judge import Judge
@@ -61,6 +68,7 @@ from trl_ulma.likelihood.reference import (
 )
 from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.likelihood.table import ROW_KEYS
+from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
 from trl_ulma.logged import LoggedFigures, is_logged
@@ -243,14 +251,15 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
-        self.log_partition = self._new_log_partition()
-        self._figures = LoggedFigures(self.accelerator, self.args.beta, getattr(self.args, "sft_weight", 1.0))
+        self._log_partition = self._new_log_partition()
+        self._figures = LoggedFigures(self.accelerator, self.args)
         self._rows_in_step: torch.Tensor | int | None = None
         self._rows_of_this_step: torch.Tensor | int | None = None
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._resumed_logps: Sequence[float] = ()
         self._read_once = read_once(self.args)
+        self._pairwise = {name: getattr(self, name) for name in PAIRWISE if hasattr(self, name)}
         self._first_ref_model = self.ref_model
         self._stream_position: tuple[int, int] | None = None
         self._is_evaluation_checked = False
@@ -312,7 +321,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             before=lambda: self._precomputing_policy,
         )
 
-    def _new_log_partition(self) -> Any:
+    def _new_log_partition(self) -> LogPartition:
         choice = self.args.log_z
         compared = self._plan.compared(self.train_dataset) if choice == "prior" else None
         # OPT-350m projects its hidden states to another width before the output embeddings
@@ -333,6 +342,12 @@ class PointwiseDPOTrainer(DPOTrainer):
     @beta.setter
     def beta(self, value: float) -> None:
         self._plan.args.beta = value
+
+    @property
+    def log_partition(self) -> LogPartition:
+        """log Z, for β as it is now."""
+        self._log_partition.set_beta(self.args.beta)
+        return self._log_partition
 
     @property
     def has_rewards(self) -> bool:
@@ -557,7 +572,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _check_changes(self) -> None:
         """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
-        check_unchanged(self.args, self._read_once)
+        self._check_settings()
         if self._is_raw(self.train_dataset):
             raise ValueError(
                 "trainer.train_dataset was replaced by rows that are not prepared, and the trainer has already read "
@@ -574,6 +589,20 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in raw.items()}
         elif held is not None and self._is_raw(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
+
+    def _check_settings(self) -> None:
+        if self.args is not self._plan.args:
+            raise ValueError(
+                "trainer.args was replaced, and the trainer has already read its settings. Set the attributes of "
+                "trainer.args that are to change, or create another trainer with these settings."
+            )
+        check_unchanged(self.args, self._read_once)
+        for name, value in self._pairwise.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"trainer.{name} was changed from {value!r} to {getattr(self, name)!r}. It is a setting of "
+                    f"pairwise losses, which this trainer does not read. Leave it; {PAIRWISE[name]}."
+                )
 
     def _rows_of_all(self, batch_size: int) -> int:
         """The number of rows in a micro-batch over all processes."""
@@ -620,7 +649,9 @@ class PointwiseDPOTrainer(DPOTrainer):
 
         Raises:
             FloatingPointError: if the loss is not finite. The message names the rows.
+            ValueError: if a callback has changed settings in a way that cannot take effect.
         """
+        self._check_settings()
         # For a subclass whose compute_loss calls ours without it
         self._rows_of_this_step = args[2] if len(args) > 2 else kwargs.get("num_items_in_batch")
         try:
@@ -781,13 +812,14 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _rewards(self, prepared: Dataset) -> np.ndarray:
         """`(N,)` implicit rewards of prepared rows."""
         compute_metrics, self.compute_metrics = self.compute_metrics, None
-        args, self.args = self.args, copy.copy(self.args)
-        self.args.prediction_loss_only = self.args.dataloader_drop_last = False
-        self.args.eval_do_concat_batches = True
+        settings = {"prediction_loss_only": False, "dataloader_drop_last": False, "eval_do_concat_batches": True}
+        before = {name: getattr(self.args, name) for name in settings}
+        vars(self.args).update(settings)
         try:
             predictions = self.predict(prepared, metric_key_prefix="score").predictions
         finally:
-            self.compute_metrics, self.args = compute_metrics, args
+            self.compute_metrics = compute_metrics
+            vars(self.args).update(before)
         return np.asarray(predictions, dtype=np.float64)
 
     # Checkpoints, and the files beside the weights
