@@ -89,10 +89,10 @@ from trl_ulma.training_reference import (
     reference_kind,
 )
 from trl_ulma.versions import (
+    divide_loss_once,
     for_dpo_trainer,
     go_without_auxiliary_loss,
     instance_forward,
-    leave_loss_undivided,
     load_adapter_of,
     loads_remote_code,
     mend_copied_forward,
@@ -138,7 +138,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    loss_is_scaled_for_ga = True
+    # Trainer divides what `compute_loss` returns by the number of micro-batches, also what a subclass adds to it
+    loss_is_scaled_for_ga = False
 
     _tag_names = ["trl", "trl-ulma", "pointwise-dpo"]
     _name = "Pointwise DPO"
@@ -222,7 +223,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             raise
         self.use_liger_kernel = False  # older versions would compute their own loss of pairs with it
         refuse_data_parallel(self)
-        leave_loss_undivided(self)
+        divide_loss_once(self)
         set_auxiliary_loss(self)
         restore_forward(self.model, forward)
         if self.ref_model is not None:
@@ -255,6 +256,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._figures = LoggedFigures(self.accelerator, self.args)
         self._rows_in_step: torch.Tensor | int | None = None
         self._rows_of_this_step: torch.Tensor | int | None = None
+        self._divided_by = 1
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._resumed_logps: Sequence[float] = ()
@@ -407,7 +409,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
-        leave_loss_undivided(self)  # another trainer's accelerator may have changed the state that all share
+        divide_loss_once(self)  # another trainer's accelerator may have changed the state that all share
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
         if state.global_step > 0:  # of the training that wrote the checkpoint
@@ -654,10 +656,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._check_settings()
         # For a subclass whose compute_loss calls ours without it
         self._rows_of_this_step = args[2] if len(args) > 2 else kwargs.get("num_items_in_batch")
+        self._divided_by = 1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            self._rows_of_this_step = None
+            self._rows_of_this_step, self._divided_by = None, 1
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
             named = functools.partial(with_origins, rows=self._plan.raw_rows)
@@ -710,8 +713,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._rows_in_step is None:
             loss = found.total / real.sum().clamp(min=1)
         else:
-            # Gradients are averaged over the processes, but the loss is a sum
-            loss = found.total * self.accelerator.num_processes / self._rows_in_step
+            # Gradients are averaged over the processes and micro-batches, but the loss is a sum
+            loss = found.total * (self.accelerator.num_processes * self._divided_by) / self._rows_in_step
         predictions = found.rewards if self._plan.needs_reference else found.policy_logps
         return (loss, {"predictions": predictions.detach(), "label": rows["label"]}) if return_outputs else loss
 

@@ -41,6 +41,27 @@ def test_an_overridden_loss_does_not_depend_on_the_accumulation(tiny_gpt2, tmp_p
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_what_a_subclass_adds_to_the_loss_is_averaged_over_micro_batches(tiny_gpt2, tmp_path, is_scaled):
+    class Adding(PointwiseDPOTrainer):
+        loss_is_scaled_for_ga = is_scaled
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            count = self.args.gradient_accumulation_steps if is_scaled else 1
+            return loss + 0.5 * model.get_input_embeddings().weight.square().mean() / count
+
+    found = []
+    for accumulation in (1, 4):
+        settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": ROWS // accumulation}
+        args = PointwiseDPOConfig(str(tmp_path), bf16=False, report_to="none", logging_steps=1, max_steps=1, **settings)
+        trainer = Adding(model=tiny_gpt2, args=args, train_dataset=make_rows(ROWS))
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[0][0] > 0.7
+
+
 def test_weights_of_an_adapter_that_the_user_froze_stay_frozen(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True, peft_config=LORA, max_steps=2)
     frozen = {name: p for name, p in trainer.model.named_parameters() if "lora_A" in name}
