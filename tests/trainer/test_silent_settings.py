@@ -107,6 +107,21 @@ def test_a_collator_that_drops_what_the_loss_reads_is_refused(tiny_gpt2, tmp_pat
         make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, data_collator=Dropping(pad_token_id=0))
 
 
+@pytest.mark.parametrize("rows", [make_rows(ROWS), make_rows(ROWS, completion=[" Yes."] * 7 + [" Of course, Sir."])])
+def test_a_collator_that_pads_on_the_left_is_refused(tiny_gpt2, tmp_path, rows):
+    class Left(DataCollatorForPointwisePreference):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            shifts = (batch["attention_mask"] == 0).sum(1).tolist()
+            for name in ("input_ids", "attention_mask", "completion_mask"):
+                rolled = [torch.roll(row, by) for row, by in zip(batch[name], shifts, strict=True)]
+                batch[name] = torch.stack(rolled)
+            return batch
+
+    with pytest.raises(ValueError, match=r"data_collator is Left, .*padding before tokens\. Pad on the right"):
+        make_trainer(tiny_gpt2, rows, tmp_path, data_collator=Left(pad_token_id=0))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
