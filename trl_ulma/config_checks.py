@@ -262,8 +262,8 @@ def check_unchanged(args: Any, before: Mapping[str, Any]) -> None:
     _check_numbers(args)
 
 
-def check_batches(args: Any, rows: Any, name: str, size: int) -> None:
-    """Raise ValueError if `dataloader_drop_last` leaves no batch of a dataset.
+def check_batches(args: Any, rows: Any, size: int) -> None:
+    """Raise ValueError if `dataloader_drop_last` leaves no batch of the training rows.
 
     Args:
         rows: prepared rows. Streams are not checked.
@@ -271,7 +271,7 @@ def check_batches(args: Any, rows: Any, name: str, size: int) -> None:
     """
     if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < size:
         raise ValueError(
-            f"dataloader_drop_last=True leaves no rows of the {name} dataset: it has {len(rows)}, and a batch over all "
+            f"dataloader_drop_last=True leaves no rows of the train dataset: it has {len(rows)}, and a batch over all "
             f"processes has {size}. Set it to False, or lower the batch size."
         )
 

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                 on_train_end=self._on_train_end,
                 on_epoch_begin=self._on_epoch_begin,
                 on_optimizer_step=self._on_optimizer_step,
-                on_step_end=lambda state: self._checks.after_step(self.model_wrapped, state.global_step),
+                on_step_end=self._on_step_end,
             )
         )
 
@@ -416,6 +416,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._total_train_tokens = max((log.get("num_tokens", 0) for log in state.log_history), default=0)
         self._check_start(self.model_wrapped, is_training=True)
 
+    def _on_step_end(self, state: Any) -> None:
+        self._checks.after_step(self.model_wrapped, state.global_step)
+
     def _on_train_end(self, state: Any) -> None:
         reopen_trackio(self)
         self._checks.end(self.model_wrapped)
@@ -472,7 +475,6 @@ class PointwiseDPOTrainer(DPOTrainer):
         rows = eval_dataset
         if rows is None or isinstance(rows, str):
             rows = self.eval_dataset if rows is None else self.eval_dataset[rows]
-        check_batches(self.args, rows, key, self._rows_of_all(self.args.eval_batch_size))
         if self._evaluated_rows.get(key) is not rows:
             kept = getattr(self, "_eval_dataloaders", {}).pop(key, None)
             if kept in self.accelerator._dataloaders:  # otherwise its workers would stay
@@ -483,6 +485,9 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
+        if not is_training and self.args.dataloader_drop_last:  # an evaluation counts all rows
+            with self._with_args(dataloader_drop_last=False):
+                return self._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         is_stream = isinstance(dataset, IterableDataset)
         if is_training and self.args.log_z == "group":
             self._train_sampler = self._group_sampler(dataset, batch_size)
@@ -671,7 +676,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         # A step that ran out of memory and is retried has not reached this point
         sums = self.log_partition.take_sums()
         if sums is not None:
-            self.log_partition.update(self.accelerator.reduce(sums, "sum"), schedule_rate(self.optimizer))
+            rate = schedule_rate(self.optimizer, self.lr_scheduler)
+            self.log_partition.update(self.accelerator.reduce(sums, "sum"), rate)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._rows_in_step = self._rows_of_this_step if num_items_in_batch is None else num_items_in_batch
@@ -815,15 +821,22 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _rewards(self, prepared: Dataset) -> np.ndarray:
         """`(N,)` implicit rewards of prepared rows."""
         compute_metrics, self.compute_metrics = self.compute_metrics, None
-        settings = {"prediction_loss_only": False, "dataloader_drop_last": False, "eval_do_concat_batches": True}
+        try:
+            with self._with_args(prediction_loss_only=False, eval_do_concat_batches=True):
+                predictions = self.predict(prepared, metric_key_prefix="score").predictions
+        finally:
+            self.compute_metrics = compute_metrics
+        return np.asarray(predictions, dtype=np.float64)
+
+    @contextlib.contextmanager
+    def _with_args(self, **settings: Any) -> Iterator[None]:
+        """A context in which settings have other values."""
         before = {name: getattr(self.args, name) for name in settings}
         vars(self.args).update(settings)
         try:
-            predictions = self.predict(prepared, metric_key_prefix="score").predictions
+            yield
         finally:
-            self.compute_metrics = compute_metrics
             vars(self.args).update(before)
-        return np.asarray(predictions, dtype=np.float64)
 
     # Checkpoints, and the files beside the weights
 
@@ -836,11 +849,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
         self._check_changes()
-        check_batches(self.args, self.train_dataset, "train", self._rows_of_all(self._train_batch_size))
-        if self.args.eval_strategy != "no":
-            held = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-            for name, rows in held.items():
-                check_batches(self.args, rows, name, self._rows_of_all(self.args.eval_batch_size))
+        check_batches(self.args, self.train_dataset, self._rows_of_all(self._train_batch_size))
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
         self._resumed_identity = self._stream_position = None

@@ -221,6 +221,25 @@ def test_the_learned_rate_follows_the_schedule(tiny_gpt2, tmp_path):
     assert moved[1] == pytest.approx(0.055, rel=0.02)  # 0.01·(1 + 0.9 + … + 0.1)
 
 
+@pytest.mark.parametrize("schedule", ["one cycle", "cyclic"])
+def test_the_learned_rate_is_that_of_the_peak_of_a_schedule_that_begins_below(tiny_gpt2, tmp_path, schedule):
+    def make(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+        if schedule == "one cycle":
+            return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-9, total_steps=10)
+        return optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, 1e-11, 1e-9, 4, cycle_momentum=False)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    rows, tokenizer = make_rows(12, label=[1.0, 1.0, 1.0, 0.0] * 3), AutoTokenizer.from_pretrained(tiny_gpt2)
+    settings = SETTINGS | {"per_device_train_batch_size": 12, "log_z": "learned_constant", "max_steps": 10}
+    own = {"processing_class": tokenizer, "optimizers": make(model)}
+    trainer = make_trainer(model, rows, tmp_path, pointwise=True, **settings, **own)
+    trainer.train()
+    rates = [rate / 1e-9 for rate in column(trainer, "learning_rate")]
+    assert max(rates) == pytest.approx(1.0, rel=0.1)
+    assert trainer.log_partition.weights[0].item() == pytest.approx(0.01 * sum(rates), rel=0.05)
+
+
 def test_the_learned_rate_follows_a_schedule_that_is_not_known_beforehand(tiny_gpt2, tmp_path):
     def run(resume=None):
         trainer = make_trainer(
