@@ -4,7 +4,6 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import warnings

@@ -191,9 +191,9 @@ def make_plan(
         if loading.get("subfolder"):
             there = f"{model}/{loading['subfolder']}"
             raise ValueError(
-                f"model_init_kwargs={{'subfolder': {loading['subfolder']!r}}} is not supported, because DPOTrainer looks "
-                f"for the model's config and tokenizer in {model} itself. Pass the folder {there} as model. If it is on "
-                "the Hub, download it first with huggingface_hub.snapshot_download."
+                f"model_init_kwargs={{'subfolder': {loading['subfolder']!r}}} is not supported, because DPOTrainer "
+                f"looks for the model's config and tokenizer in {model} itself. Pass the folder {there} as model. If "
+                "it is on the Hub, download it first with huggingface_hub.snapshot_download."
             )
         refuse_pickle(model, loading)
         if "gguf_file" not in loading:
@@ -217,8 +217,8 @@ def make_plan(
     kind = getattr(getattr(peft_config, "peft_type", None), "value", "")
     if kind in _CACHED and args.gradient_checkpointing:
         raise ValueError(
-            f"{kind} adapters put their prefix into the cache of keys and values, which gradient checkpointing switches "
-            "off. Set gradient_checkpointing=False, or train another adapter, such as LoRA."
+            f"{kind} adapters put their prefix into the cache of keys and values, which gradient checkpointing "
+            "switches off. Set gradient_checkpointing=False, or train another adapter, such as LoRA."
         )
     positions, vocab_size = _sizes(model, args, peft_config)
     if ref_model is not None:
@@ -357,8 +357,8 @@ def _check_collator(collator: Any, rows: Any) -> None:
         raise ValueError(f"data_collator is {name}, whose batches lack {', '.join(missing)}. {remedy}")
     if (batch["attention_mask"].diff(dim=1) > 0).any():
         raise ValueError(
-            f"data_collator is {name}, whose batches have padding before tokens. Pad on the right, because the positions "
-            f"of tokens are counted from the left. {remedy}"
+            f"data_collator is {name}, whose batches have padding before tokens. Pad on the right, because the "
+            f"positions of tokens are counted from the left. {remedy}"
         )
 
 

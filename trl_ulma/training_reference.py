@@ -46,10 +46,10 @@ def check_models(model: Any, ref_model: Any, peft_config: Any = None) -> None:
         raise ValueError(f"{kind} adapters {_REFUSED[kind]}. Train another adapter, such as LoRA.")
     if kind == "ADALORA":
         logger.warning(
-            "AdaLoRA trains like LoRA here: Trainer never moves ranks, and the loss lacks AdaLoRA's term for orthogonal "
-            "adapters (orth_reg_weight). To move ranks, pass a callback whose on_optimizer_step calls "
-            "model.base_model.update_and_allocate(state.global_step). Otherwise every rank stays at init_r, as with a "
-            "LoraConfig of that rank."
+            "AdaLoRA trains like LoRA here: Trainer never moves ranks, and the loss lacks AdaLoRA's term for "
+            "orthogonal adapters (orth_reg_weight). To move ranks, pass a callback whose on_optimizer_step calls "
+            "model.base_model.update_and_allocate(state.global_step). Otherwise every rank stays at init_r, as with "
+            "a LoraConfig of that rank."
         )
     if ref_model is not None:
         check_ref_model(model, ref_model)
