@@ -41,7 +41,7 @@ _READ_ONCE = (
     *("pad_to_multiple_of", "pad_token", "assistant_only_loss", "chat", "system_message", "model_init_kwargs"),
     *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha"),
     *("ref_model_sync_steps", "router_aux_loss_coef", "activation_offloading", "use_liger_kernel"),
-    *("per_device_train_batch_size", "bf16", "fp16"),
+    *("per_device_train_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
 )
 # Whole numbers, and their least values
 _WHOLE = {
@@ -152,6 +152,12 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             args.label_smoothing_factor != 0,
             f"label_smoothing_factor={args.label_smoothing_factor!r} is a setting of Trainer's own loss, which is not "
             "used here. Leave it at 0.0; soften the labels in the data: use 0.9 and 0.1 instead of 1 and 0.",
+        ),
+        (
+            args.bf16_full_eval or args.fp16_full_eval,
+            "bf16_full_eval and fp16_full_eval convert the model itself before an evaluation: the rewards, the weights "
+            "that are saved afterwards, and a later training would be in half precision. Leave them at False. With "
+            "bf16=True or fp16=True, evaluations compute in this format anyway.",
         ),
         (
             args.padding_free and args.share_prompts,

@@ -31,6 +31,7 @@ from trl_ulma import model_card
 from trl_ulma.callbacks import Calls, Interruption, LooksForGradients
 from trl_ulma.checkpoints import (
     WHOLE,
+    check_optimizer_state,
     checkpoint_to_resume,
     conditions_of,
     copy_files,
@@ -744,7 +745,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         if not self._checks.is_done:
             self._check_start(model)
-        elif not (self._is_evaluation_checked or self.args.bf16_full_eval or self.args.fp16_full_eval):
+        elif not self._is_evaluation_checked:
             self._checks.check_unmoved(model)
         self._is_evaluation_checked = True
         inputs["real"] = is_real(inputs).to(self.accelerator.device)
@@ -974,8 +975,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        own = set(self.optimizer.param_groups[0])
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            check_optimizer_state(checkpoint, str(self.args.optim.value), own, self.optimizer)
             load_log_partition(self.log_partition, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

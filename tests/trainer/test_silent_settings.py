@@ -175,7 +175,7 @@ def test_an_optimizer_step_moves_what_the_note_says():
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64).bfloat16()
     before = layer.weight.detach().clone()
-    args = types.SimpleNamespace(learning_rate=1e-4, bf16_full_eval=False, fp16_full_eval=False)
+    args = types.SimpleNamespace(learning_rate=1e-4)
     (said,) = number_formats.notes(layer, None, args, keeps_float32=False)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4, weight_decay=0)
     layer(torch.randn(8, 64).bfloat16()).sum().backward()
@@ -183,10 +183,18 @@ def test_an_optimizer_step_moves_what_the_note_says():
     still = (layer.weight == before).float().mean().item()
     share = int(said.split("%")[0].split()[-1]) / 100
     assert 0.5 < share <= still < 0.9  # it counts what certainly stays: between 2⁻⁹ and 2⁻⁸ of a weight, it depends
-    args.bf16_full_eval, args.learning_rate = True, 1.0
+    args.learning_rate = 1.0
     assert number_formats.notes(layer, None, args, keeps_float32=False) == []
-    (said,) = number_formats.notes(layer.float(), None, args, keeps_float32=False)
-    assert said.startswith("bf16_full_eval=True evaluates a model of float32 in bfloat16")
+
+
+@pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_does_not_convert_the_model(tiny_gpt2, tmp_path, setting):
+    with pytest.raises(ValueError, match="convert the model itself before an evaluation"):
+        PointwiseDPOConfig(str(tmp_path), bf16=False, **{setting: True})
+    trainer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True)
+    setattr(trainer.args, setting, True)
+    with pytest.raises(ValueError, match=f"{setting} from False to True"):
+        trainer.evaluate(make_rows(ROWS))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,8 @@ def test_an_optimizer_step_moves_what_the_note_says():
         ({}, {"binary_loss": "squared_error"}),
         ({}, {"lr_scheduler_type": "constant"}),
         ({}, {"max_grad_norm": 0.1}),
+        ({}, {"max_steps": 3}),
+        ({}, {"lr_scheduler_kwargs": {"lr_end": 1e-8}, "lr_scheduler_type": "polynomial"}),
         ({"weight": [1.0] * ROWS}, {"weight": [0.5] * ROWS}),
     ],
 )
@@ -204,7 +214,7 @@ def test_a_resume_with_another_loss_is_told(tiny_gpt2, tmp_path, caplog, first, 
         changes = dict(changes)
         if "weight" in changes:
             rows = rows.add_column("weight", changes.pop("weight"))
-        return make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, max_steps=2, **SAVES, **changes)
+        return make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, **{"max_steps": 2} | SAVES | changes)
 
     trainer(first).train()
     trainer(first).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
@@ -212,3 +222,23 @@ def test_a_resume_with_another_loss_is_told(tiny_gpt2, tmp_path, caplog, first, 
     trainer(then).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "was written with other settings" in caplog.text
     assert next(iter(then)) in caplog.text
+
+
+def test_a_constant_rate_may_go_on_for_longer(tiny_gpt2, tmp_path, caplog):
+    settings = {"lr_scheduler_type": "constant"} | SAVES
+    make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, max_steps=1, **settings).train()
+    longer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, max_steps=2, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 2
+    assert "was written with other settings" not in caplog.text
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw_torch", "sgd"), ("sgd", "adamw_torch"), ("adafactor", "rmsprop")])
+def test_the_state_of_another_optimizer_is_refused(tiny_gpt2, tmp_path, first, then):
+    def trainer(optim):
+        return make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True, max_steps=2, optim=optim, **SAVES)
+
+    trainer(first).train()
+    resumed = trainer(then)
+    with pytest.raises(ValueError, match=f"has the state of another optimizer than optim='{then}': it lacks"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
