@@ -1,5 +1,6 @@
 """Callbacks of a training: Ctrl-C, and the checks at its start and end."""
 
+import functools
 import os
 import signal
 import threading
@@ -232,4 +233,9 @@ class Calls(TrainerCallback):
 
     def __init__(self, **functions: Callable[[Any], None]):
         for event, function in functions.items():
-            setattr(self, event, lambda args, state, control, call=function, **kwargs: call(state))
+            # Unlike a function, copy.deepcopy copies a partial, and with a trainer the methods to call
+            setattr(self, event, functools.partial(_call_with_state, function))
+
+
+def _call_with_state(function: Callable[[Any], None], args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    function(state)

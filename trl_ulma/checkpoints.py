@@ -32,11 +32,17 @@ _LOSS = (
     *("positive_loss", "negative_loss", "binary_loss", "sft_weight", "beta", "log_z", "log_z_learning_rate"),
     *("length_normalize", "desirable_weight", "undesirable_weight", "label_type", "label_transform", "sft_threshold"),
     *("max_length", "truncation_mode", "assistant_only_loss", "disable_dropout", "precompute_ref_log_probs"),
+    *("system_message", "router_aux_loss_coef"),
 )
 # Settings that the states in a checkpoint replace
 _RESTORED = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # Settings by which the steps to come differ
-_STEPS = ("lr_scheduler_type", "warmup_steps", "max_grad_norm", "optim", "neftune_noise_alpha")
+_STEPS = (
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "max_grad_norm", "optim"),
+    *("optim_args", "optim_target_modules", "neftune_noise_alpha", "bf16", "fp16"),
+)
+# Schedules that do not depend on the number of steps
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 _EFFECTS = {
     "order": "The order of rows is another one now, so some rows of this epoch are skipped or repeated.",
     "loss": "The steps to come minimize another loss than those before.",
@@ -130,6 +136,23 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
     return resume_from_checkpoint
 
 
+def check_optimizer_state(checkpoint: str | Path, optim: str, own: set[str], loaded: Any) -> None:
+    """Raise ValueError if a checkpoint has the state of another kind of optimizer, with which no step can be taken.
+
+    Args:
+        optim: the name of the optimizer.
+        own: the names of its settings before the state was loaded.
+        loaded: the optimizer with the state.
+    """
+    missing = sorted(own.difference(loaded.param_groups[0]))
+    if missing:
+        raise ValueError(
+            f"The checkpoint {checkpoint} has the state of another optimizer than optim={optim!r}: it lacks "
+            f"{', '.join(missing)}. Resume with the optimizer of the checkpoint. To go on with another one, train the "
+            "checkpoint's model anew, and pass as ref_model the model that the training began with."
+        )
+
+
 def stream_position(checkpoint: str | Path, accumulation: int) -> tuple[int, int] | None:
     """(complete passes over a stream, micro-batches of the pass after them) at a checkpoint. None if it is not known.
 
@@ -200,9 +223,12 @@ def conditions_of(args: Any, rows: Any, processes: int) -> dict[str, dict[str, A
     for effect, names in (("loss", _LOSS), ("steps", _STEPS), ("restored", _RESTORED)):
         values = {name: getattr(args, name) for name in names if hasattr(args, name)}
         found[effect] = {
-            name: value if isinstance(value, bool | int | float | None) else str(value)
+            name: value if isinstance(value, bool | int | float | None) else str(getattr(value, "value", value))
             for name, value in values.items()
         }
+    if args.lr_scheduler_type not in _ENDLESS or 0 < args.warmup_steps < 1:
+        length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        found["steps"]["max_steps or num_train_epochs"] = length
     if isinstance(rows, Dataset):
         found["loss"]["sft_mask, weight and log_z of the rows"] = _digest(rows, ("sft_mask", "weight", "log_z"))
     return found

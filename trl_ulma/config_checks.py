@@ -18,7 +18,7 @@ from trl_ulma.labels import LABEL_TYPES, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import check_binary_loss, check_cell
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_of_rewards
-from trl_ulma.presets import apply_preset
+from trl_ulma.presets import apply_preset, follows_from_beta
 from trl_ulma.rows.chat import check_chat
 from trl_ulma.rows.dropped import INVALID_ROWS
 
@@ -33,14 +33,15 @@ PAIRWISE = {
     "use_weighting": "add a weight column to the rows",
     "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
 }
-# Settings that a trainer reads once, when it is created
+# Settings that a trainer reads once, when it is created, or never
 _READ_ONCE = (
+    *PAIRWISE,
     *("label_type", "label_transform", "sft_threshold", "positive_loss", "negative_loss", "preset"),
     *("log_z", "log_z_learning_rate", "share_prompts", "padding_free", "max_length", "truncation_mode"),
     *("pad_to_multiple_of", "pad_token", "assistant_only_loss", "chat", "system_message", "model_init_kwargs"),
     *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha"),
     *("ref_model_sync_steps", "router_aux_loss_coef", "activation_offloading", "use_liger_kernel"),
-    *("per_device_train_batch_size", "bf16", "fp16"),
+    *("per_device_train_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
 )
 # Whole numbers, and their least values
 _WHOLE = {
@@ -63,6 +64,7 @@ _SWITCHES = (
 )
 # Real numbers, and their bounds
 _NUMBERS: dict[str, dict[str, float]] = {
+    "beta": {"above": 0},
     "log_z": {},
     "log_z_learning_rate": {"above": 0},
     "desirable_weight": {"least": 0},
@@ -82,7 +84,7 @@ def check_settings(args: Any) -> None:
         check_parallelism(SimpleNamespace(**sizes))
     _check_pairwise(args)
     _check_choice("label_type", args.label_type, LABEL_TYPES)
-    _check_number("beta", args.beta, above=0)
+    _check_number("beta", args.beta, **_NUMBERS["beta"])  # which presets read
     apply_preset(args, {f.name: f.default for f in fields(args)})
     check_binary_loss(args.binary_loss)
     check_cell(*args.cell)
@@ -90,10 +92,7 @@ def check_settings(args: Any) -> None:
         parse_transform(args.label_transform, args.label_type)
     if isinstance(args.log_z, str) and args.log_z not in LOG_Z_CHOICES:
         raise ValueError(f"log_z must be a number or one of {LOG_Z_CHOICES}; got {args.log_z!r}.")
-    for name, bounds in _NUMBERS.items():
-        value = getattr(args, name, 0.0)  # only ULMA has the last two
-        if not ((name == "log_z" and isinstance(value, str)) or (name == "sft_threshold" and value is None)):
-            _check_number(name, value, **bounds)
+    _check_numbers(args)
     for name, least in _WHOLE.items():
         value = getattr(args, name)
         if value is None or (name == "pad_to_multiple_of" and isinstance(value, str)):  # text, which TRL reads
@@ -155,6 +154,12 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             "used here. Leave it at 0.0; soften the labels in the data: use 0.9 and 0.1 instead of 1 and 0.",
         ),
         (
+            args.bf16_full_eval or args.fp16_full_eval,
+            "bf16_full_eval and fp16_full_eval convert the model itself before an evaluation: the rewards, the weights "
+            "that are saved afterwards, and a later training would be in half precision. Leave them at False. With "
+            "bf16=True or fp16=True, evaluations compute in this format anyway.",
+        ),
+        (
             args.padding_free and args.share_prompts,
             "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
         ),
@@ -205,6 +210,13 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
 
 
+def _check_numbers(args: Any) -> None:
+    for name, bounds in _NUMBERS.items():
+        value = getattr(args, name, 0.0)  # only ULMA has the last two
+        if not ((name == "log_z" and isinstance(value, str)) or (name == "sft_threshold" and value is None)):
+            _check_number(name, value, **bounds)
+
+
 def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or (above is not None and value <= above) or (least is not None and value < least):
@@ -229,11 +241,18 @@ def check_machine(args: Any) -> None:
 
 def read_once(args: Any) -> dict[str, Any]:
     """The settings that a trainer reads once, when it is created, with their values."""
-    return {name: copy.copy(getattr(args, name)) for name in _READ_ONCE if hasattr(args, name)}
+    names = list(_READ_ONCE)
+    if args.log_z in ("prior", "group"):
+        names += ["desirable_weight", "undesirable_weight"]
+    if args.log_z == "group":
+        names += ["binary_loss"]
+    if args.preset is not None and follows_from_beta(args.preset):
+        names += ["beta"]
+    return {name: copy.copy(getattr(args, name)) for name in names if hasattr(args, name)}
 
 
 def check_unchanged(args: Any, before: Mapping[str, Any]) -> None:
-    """Raise ValueError if settings were changed that the trainer has already read, so that the change has no effect.
+    """Raise ValueError if settings were changed that the trainer has already read, or to a value that is not allowed.
 
     Args:
         before: what `read_once` returned when the trainer was created.
@@ -242,13 +261,15 @@ def check_unchanged(args: Any, before: Mapping[str, Any]) -> None:
     changed = [f"{name} from {before[name]!r} to {now[name]!r}" for name in before if now[name] != before[name]]
     if changed:
         raise ValueError(
-            f"The trainer's args were changed after the trainer was created: {'; '.join(changed)}. This would have no "
-            "effect. Create another trainer with these settings."
+            f"The trainer's args were changed after the trainer was created: {'; '.join(changed)}. The trainer has "
+            "read them before, so the change would have no effect, or only a part of it. Create another trainer with "
+            "these settings."
         )
+    _check_numbers(args)
 
 
-def check_batches(args: Any, rows: Any, name: str, size: int) -> None:
-    """Raise ValueError if `dataloader_drop_last` leaves no batch of a dataset.
+def check_batches(args: Any, rows: Any, size: int) -> None:
+    """Raise ValueError if `dataloader_drop_last` leaves no batch of the training rows.
 
     Args:
         rows: prepared rows. Streams are not checked.
@@ -256,7 +277,7 @@ def check_batches(args: Any, rows: Any, name: str, size: int) -> None:
     """
     if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < size:
         raise ValueError(
-            f"dataloader_drop_last=True leaves no rows of the {name} dataset: it has {len(rows)}, and a batch over all "
+            f"dataloader_drop_last=True leaves no rows of the train dataset: it has {len(rows)}, and a batch over all "
             f"processes has {size}. Set it to False, or lower the batch size."
         )
 

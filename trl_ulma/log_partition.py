@@ -68,6 +68,9 @@ class LogPartition:
         """
         return torch.where(continuous, self.log_z[1], self.log_z[0])
 
+    def set_beta(self, beta: float) -> None:
+        """Take over a β that has changed. Choices that know c keep c, and their log Z = c/β changes."""
+
     def observe(self, rows: Observed, continuous: torch.Tensor, prompt_states: torch.Tensor | None = None) -> None:
         """Add the rows of a micro-batch to the sums of the step."""
         found = self.sums_of(rows, continuous, prompt_states)
@@ -147,6 +150,7 @@ class Prior(LogPartition):
         device: torch.device | str = "cpu",
     ):
         super().__init__(0.0, device)
+        self._c = torch.zeros_like(self.log_z)
         for kind in (0, 1):
             rows = (continuous == bool(kind)) & (weight > 0)
             if not rows.any():
@@ -157,7 +161,12 @@ class Prior(LogPartition):
                     f"log_z='prior' needs labels of both classes; the mean label of the compared rows is {mean}. Set "
                     "log_z to a number."
                 )
-            self.log_z[kind] = (mean if kind else math.log(mean / (1 - mean))) / beta
+            self._c[kind] = mean if kind else math.log(mean / (1 - mean))
+        self.set_beta(beta)
+
+    def set_beta(self, beta: float) -> None:
+        """Keep c, which follows from the labels."""
+        self.log_z = self._c / beta
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """log Z of both kinds of labels."""
@@ -241,6 +250,10 @@ class Learned(LogPartition):
         self.weights.grad = torch.zeros_like(self.weights)
         self._adam.step()
         self._adam.state[self.weights]["step"].zero_()
+
+    def set_beta(self, beta: float) -> None:
+        """Keep c, which is what the weights compute."""
+        self.beta = beta
 
     def _features(self, continuous: torch.Tensor, prompt_states: torch.Tensor | None) -> torch.Tensor:
         """`(B, H + 2)`: the direction of the hidden state, and the kind of label as two indicators."""

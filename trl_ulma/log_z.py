@@ -97,15 +97,25 @@ def saved_log_partition(settings: Any, state: str | Path | None, device: Any) ->
     return learned
 
 
-def schedule_rate(optimizer: torch.optim.Optimizer) -> float:
+def schedule_rate(optimizer: torch.optim.Optimizer, schedule: Any = None) -> float:
     """The factor of the learning-rate schedule at this step.
+
+    Args:
+        schedule: the schedule, with or without accelerate's wrapper.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
         >>> schedule_rate(optimizer)
         1.0
+        >>> schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=10)
+        >>> schedule_rate(optimizer)
+        0.04
     """
     group = optimizer.param_groups[0]
+    # OneCycleLR and CyclicLR begin below their peak, which they store here or there
+    peak = getattr(getattr(schedule, "scheduler", schedule), "max_lrs", [group.get("max_lr")])[0]
+    if peak:
+        return float(group["lr"] / peak)
     # torch's schedulers store the initial rate under this key, others do not. It is saved with the optimizer.
     initial = group.setdefault("initial_lr", group["lr"])
     return float(group["lr"] / initial) if initial else 1.0

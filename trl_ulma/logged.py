@@ -23,10 +23,10 @@ class LoggedFigures:
         evaluated: `(N, 3)` implicit reward, label and whether it is continuous, of the rows of the last evaluation.
     """
 
-    def __init__(self, accelerator: Any, beta: float, sft_weight: float):
+    def __init__(self, accelerator: Any, args: Any):
         self.evaluated: np.ndarray = np.empty((0, 3))
         self._accelerator = accelerator
-        self._beta, self._sft_weight = beta, sft_weight
+        self._args = args
         self._sums = RatioSums(accelerator.device)
         self._rows: list[torch.Tensor] = []
         self._told_of_sft = False
@@ -85,13 +85,14 @@ class LoggedFigures:
         sft, preference = found.get("loss/sft"), found.get("loss/preference")
         if self._told_of_sft or sft is None or not preference:
             return
-        ratio = self._sft_weight * sft / preference
+        weight = getattr(self._args, "sft_weight", 1.0)
+        ratio = weight * sft / preference
         if ratio > 10:
             self._told_of_sft = True
-            lower = min(self._beta, 10 * self._sft_weight / ratio)
+            lower = min(self._args.beta, 10 * weight / ratio)
             logger.warning(
                 f"The SFT term dominates: so far a demonstration's loss is {sft:.3g} nats, and the preference loss of "
-                f"a compared row is {preference:.3g}. With sft_weight={self._sft_weight:g} they are {ratio:.0f} to 1. "
+                f"a compared row is {preference:.3g}. With sft_weight={weight:g} they are {ratio:.0f} to 1. "
                 f"Lower sft_weight, for example to {lower:.2g}, if the feedback is to count as much. If nothing is to "
                 "be imitated, use PointwiseDPOTrainer."
             )

@@ -40,6 +40,17 @@ PRESETS = {
 }
 
 
+def follows_from_beta(preset: str) -> bool:
+    """Whether a preset's settings depend on β.
+
+    Example:
+        >>> follows_from_beta("sppo"), follows_from_beta("kto")
+        (True, False)
+    """
+    settings = PRESETS[preset].settings
+    return settings(1.0) != settings(2.0)
+
+
 def apply_preset(config: Any, defaults: dict[str, Any]) -> None:
     """Set what a config's `preset` stands for.
 

@@ -4,11 +4,10 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from trl_ulma import model_card
 from trl_ulma.callbacks import Calls, Interruption, LooksForGradients
 from trl_ulma.checkpoints import (
     WHOLE,
+    check_optimizer_state,
     checkpoint_to_resume,
     conditions_of,
     copy_files,
@@ -43,7 +43,14 @@ from trl_ulma.checkpoints import (
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config_checks import check_batches, check_machine, check_parallelism, check_unchanged, read_once
+from trl_ulma.config_checks import (
+    PAIRWISE,
+    check_batches,
+    check_machine,
+    check_parallelism,
+    check_unchanged,
+    read_once,
+)
 from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import with_origins
 from trl_ulma.judge import Judge
@@ -61,6 +68,7 @@ from trl_ulma.likelihood.reference import (
 )
 from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.likelihood.table import ROW_KEYS
+from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
 from trl_ulma.logged import LoggedFigures, is_logged
@@ -81,10 +89,10 @@ from trl_ulma.training_reference import (
     reference_kind,
 )
 from trl_ulma.versions import (
+    divide_loss_once,
     for_dpo_trainer,
     go_without_auxiliary_loss,
     instance_forward,
-    leave_loss_undivided,
     load_adapter_of,
     loads_remote_code,
     mend_copied_forward,
@@ -130,7 +138,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    loss_is_scaled_for_ga = True
+    # Trainer divides what `compute_loss` returns by the number of micro-batches, also what a subclass adds to it
+    loss_is_scaled_for_ga = False
 
     _tag_names = ["trl", "trl-ulma", "pointwise-dpo"]
     _name = "Pointwise DPO"
@@ -214,7 +223,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             raise
         self.use_liger_kernel = False  # older versions would compute their own loss of pairs with it
         refuse_data_parallel(self)
-        leave_loss_undivided(self)
+        divide_loss_once(self)
         set_auxiliary_loss(self)
         restore_forward(self.model, forward)
         if self.ref_model is not None:
@@ -243,14 +252,16 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
-        self.log_partition = self._new_log_partition()
-        self._figures = LoggedFigures(self.accelerator, self.args.beta, getattr(self.args, "sft_weight", 1.0))
+        self._log_partition = self._new_log_partition()
+        self._figures = LoggedFigures(self.accelerator, self.args)
         self._rows_in_step: torch.Tensor | int | None = None
         self._rows_of_this_step: torch.Tensor | int | None = None
+        self._divided_by = 1
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._resumed_logps: Sequence[float] = ()
         self._read_once = read_once(self.args)
+        self._pairwise = {name: getattr(self, name) for name in PAIRWISE if hasattr(self, name)}
         self._first_ref_model = self.ref_model
         self._stream_position: tuple[int, int] | None = None
         self._is_evaluation_checked = False
@@ -264,7 +275,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                 on_train_end=self._on_train_end,
                 on_epoch_begin=self._on_epoch_begin,
                 on_optimizer_step=self._on_optimizer_step,
-                on_step_end=lambda state: self._checks.after_step(self.model_wrapped, state.global_step),
+                on_step_end=self._on_step_end,
             )
         )
 
@@ -312,7 +323,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             before=lambda: self._precomputing_policy,
         )
 
-    def _new_log_partition(self) -> Any:
+    def _new_log_partition(self) -> LogPartition:
         choice = self.args.log_z
         compared = self._plan.compared(self.train_dataset) if choice == "prior" else None
         # OPT-350m projects its hidden states to another width before the output embeddings
@@ -333,6 +344,12 @@ class PointwiseDPOTrainer(DPOTrainer):
     @beta.setter
     def beta(self, value: float) -> None:
         self._plan.args.beta = value
+
+    @property
+    def log_partition(self) -> LogPartition:
+        """log Z, for β as it is now."""
+        self._log_partition.set_beta(self.args.beta)
+        return self._log_partition
 
     @property
     def has_rewards(self) -> bool:
@@ -392,12 +409,15 @@ class PointwiseDPOTrainer(DPOTrainer):
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
-        leave_loss_undivided(self)  # another trainer's accelerator may have changed the state that all share
+        divide_loss_once(self)  # another trainer's accelerator may have changed the state that all share
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
         if state.global_step > 0:  # of the training that wrote the checkpoint
             self._total_train_tokens = max((log.get("num_tokens", 0) for log in state.log_history), default=0)
         self._check_start(self.model_wrapped, is_training=True)
+
+    def _on_step_end(self, state: Any) -> None:
+        self._checks.after_step(self.model_wrapped, state.global_step)
 
     def _on_train_end(self, state: Any) -> None:
         reopen_trackio(self)
@@ -455,7 +475,6 @@ class PointwiseDPOTrainer(DPOTrainer):
         rows = eval_dataset
         if rows is None or isinstance(rows, str):
             rows = self.eval_dataset if rows is None else self.eval_dataset[rows]
-        check_batches(self.args, rows, key, self._rows_of_all(self.args.eval_batch_size))
         if self._evaluated_rows.get(key) is not rows:
             kept = getattr(self, "_eval_dataloaders", {}).pop(key, None)
             if kept in self.accelerator._dataloaders:  # otherwise its workers would stay
@@ -466,6 +485,9 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
+        if not is_training and self.args.dataloader_drop_last:  # an evaluation counts all rows
+            with self._with_args(dataloader_drop_last=False):
+                return self._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         is_stream = isinstance(dataset, IterableDataset)
         if is_training and self.args.log_z == "group":
             self._train_sampler = self._group_sampler(dataset, batch_size)
@@ -557,7 +579,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _check_changes(self) -> None:
         """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
-        check_unchanged(self.args, self._read_once)
+        self._check_settings()
         if self._is_raw(self.train_dataset):
             raise ValueError(
                 "trainer.train_dataset was replaced by rows that are not prepared, and the trainer has already read "
@@ -574,6 +596,20 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in raw.items()}
         elif held is not None and self._is_raw(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
+
+    def _check_settings(self) -> None:
+        if self.args is not self._plan.args:
+            raise ValueError(
+                "trainer.args was replaced, and the trainer has already read its settings. Set the attributes of "
+                "trainer.args that are to change, or create another trainer with these settings."
+            )
+        check_unchanged(self.args, self._read_once)
+        for name, value in self._pairwise.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"trainer.{name} was changed from {value!r} to {getattr(self, name)!r}. It is a setting of "
+                    f"pairwise losses, which this trainer does not read. Leave it; {PAIRWISE[name]}."
+                )
 
     def _rows_of_all(self, batch_size: int) -> int:
         """The number of rows in a micro-batch over all processes."""
@@ -620,13 +656,16 @@ class PointwiseDPOTrainer(DPOTrainer):
 
         Raises:
             FloatingPointError: if the loss is not finite. The message names the rows.
+            ValueError: if a callback has changed settings in a way that cannot take effect.
         """
+        self._check_settings()
         # For a subclass whose compute_loss calls ours without it
         self._rows_of_this_step = args[2] if len(args) > 2 else kwargs.get("num_items_in_batch")
+        self._divided_by = 1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps
         try:
             loss = super().training_step(*args, **kwargs)
         finally:
-            self._rows_of_this_step = None
+            self._rows_of_this_step, self._divided_by = None, 1
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
             named = functools.partial(with_origins, rows=self._plan.raw_rows)
@@ -637,7 +676,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         # A step that ran out of memory and is retried has not reached this point
         sums = self.log_partition.take_sums()
         if sums is not None:
-            self.log_partition.update(self.accelerator.reduce(sums, "sum"), schedule_rate(self.optimizer))
+            rate = schedule_rate(self.optimizer, self.lr_scheduler)
+            self.log_partition.update(self.accelerator.reduce(sums, "sum"), rate)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._rows_in_step = self._rows_of_this_step if num_items_in_batch is None else num_items_in_batch
@@ -679,8 +719,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._rows_in_step is None:
             loss = found.total / real.sum().clamp(min=1)
         else:
-            # Gradients are averaged over the processes, but the loss is a sum
-            loss = found.total * self.accelerator.num_processes / self._rows_in_step
+            # Gradients are averaged over the processes and micro-batches, but the loss is a sum
+            loss = found.total * (self.accelerator.num_processes * self._divided_by) / self._rows_in_step
         predictions = found.rewards if self._plan.needs_reference else found.policy_logps
         return (loss, {"predictions": predictions.detach(), "label": rows["label"]}) if return_outputs else loss
 
@@ -705,7 +745,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         inputs = self._prepare_inputs(inputs)
         if not self._checks.is_done:
             self._check_start(model)
-        elif not (self._is_evaluation_checked or self.args.bf16_full_eval or self.args.fp16_full_eval):
+        elif not self._is_evaluation_checked:
             self._checks.check_unmoved(model)
         self._is_evaluation_checked = True
         inputs["real"] = is_real(inputs).to(self.accelerator.device)
@@ -781,14 +821,22 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _rewards(self, prepared: Dataset) -> np.ndarray:
         """`(N,)` implicit rewards of prepared rows."""
         compute_metrics, self.compute_metrics = self.compute_metrics, None
-        args, self.args = self.args, copy.copy(self.args)
-        self.args.prediction_loss_only = self.args.dataloader_drop_last = False
-        self.args.eval_do_concat_batches = True
         try:
-            predictions = self.predict(prepared, metric_key_prefix="score").predictions
+            with self._with_args(prediction_loss_only=False, eval_do_concat_batches=True):
+                predictions = self.predict(prepared, metric_key_prefix="score").predictions
         finally:
-            self.compute_metrics, self.args = compute_metrics, args
+            self.compute_metrics = compute_metrics
         return np.asarray(predictions, dtype=np.float64)
+
+    @contextlib.contextmanager
+    def _with_args(self, **settings: Any) -> Iterator[None]:
+        """A context in which settings have other values."""
+        before = {name: getattr(self.args, name) for name in settings}
+        vars(self.args).update(settings)
+        try:
+            yield
+        finally:
+            vars(self.args).update(before)
 
     # Checkpoints, and the files beside the weights
 
@@ -801,11 +849,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
         self._check_changes()
-        check_batches(self.args, self.train_dataset, "train", self._rows_of_all(self._train_batch_size))
-        if self.args.eval_strategy != "no":
-            held = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-            for name, rows in held.items():
-                check_batches(self.args, rows, name, self._rows_of_all(self.args.eval_batch_size))
+        check_batches(self.args, self.train_dataset, self._rows_of_all(self._train_batch_size))
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
         self._resumed_identity = self._stream_position = None
@@ -931,8 +975,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        own = set(self.optimizer.param_groups[0])
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            check_optimizer_state(checkpoint, str(self.args.optim.value), own, self.optimizer)
             load_log_partition(self.log_partition, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

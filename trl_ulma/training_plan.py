@@ -46,6 +46,9 @@ logger = get_logger(__name__)
 # The entries of `model_init_kwargs` that locate a model's configuration
 _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
 
+# Types of adapters that are a part of the cache of keys and values
+_CACHED = ("PREFIX_TUNING", "CARTRIDGE")
+
 NO_REFERENCE = (
     "The {} dataset has rows that are compared with the reference, but no reference was loaded, because no row seen at "
     "the start needed one. (With this loss, these are all rows except demonstrations, or only liked rows.) Pass this "
@@ -195,6 +198,13 @@ def make_plan(
                 "model, pass both to PeftModel.from_pretrained(base, folder, is_trainable=True), and pass the result "
                 "as model."
             )
+        if loading.get("subfolder"):
+            there = f"{model}/{loading['subfolder']}"
+            raise ValueError(
+                f"model_init_kwargs={{'subfolder': {loading['subfolder']!r}}} is not supported, because DPOTrainer "
+                f"looks for the model's config and tokenizer in {model} itself. Pass the folder {there} as model. If "
+                "it is on the Hub, download it first with huggingface_hub.snapshot_download."
+            )
         refuse_pickle(model, loading)
         if "gguf_file" not in loading:
             args.model_init_kwargs = {"use_safetensors": True, **loading}
@@ -214,6 +224,12 @@ def make_plan(
     rules = with_transform(rules, args.label_transform, train_dataset)
     if not isinstance(model, str) and is_peft_model(model):
         peft_config = model.active_peft_config
+    kind = getattr(getattr(peft_config, "peft_type", None), "value", "")
+    if kind in _CACHED and args.gradient_checkpointing:
+        raise ValueError(
+            f"{kind} adapters put their prefix into the cache of keys and values, which gradient checkpointing "
+            "switches off. Set gradient_checkpointing=False, or train another adapter, such as LoRA."
+        )
     positions, vocab_size = _sizes(model, args, peft_config)
     if ref_model is not None:
         other = _sizes(ref_model, args, getattr(ref_model, "active_peft_config", None))
@@ -339,6 +355,9 @@ def _check_collator(collator: Any, rows: Any) -> None:
     name = getattr(collator, "__name__", type(collator).__name__)
     remedy = "Leave out data_collator, or pass a DataCollatorForPointwisePreference or a subclass of it."
     examples = [dict(row) for row in islice(rows, 2)]
+    if isinstance(rows, Dataset):  # two rows that need padding
+        length = np.asarray(rows["length"][:])
+        examples = [dict(rows[int(i)]) for i in (length.argmin(), length.argmax())]
     try:
         batch = collator(examples)
     except (KeyError, TypeError, ValueError) as error:
@@ -351,6 +370,11 @@ def _check_collator(collator: Any, rows: Any) -> None:
     missing = [key for key in needed if key not in batch]
     if missing:
         raise ValueError(f"data_collator is {name}, whose batches lack {', '.join(missing)}. {remedy}")
+    if (batch["attention_mask"].diff(dim=1) > 0).any():
+        raise ValueError(
+            f"data_collator is {name}, whose batches have padding before tokens. Pad on the right, because the "
+            f"positions of tokens are counted from the left. {remedy}"
+        )
 
 
 def _sizes(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> tuple[int | None, int | None]:

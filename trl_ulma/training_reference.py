@@ -13,7 +13,10 @@ from trl.trainer.utils import get_config_model_id
 from trl_ulma.likelihood.proof import check_ref_model
 from trl_ulma.likelihood.reference import ADAPTER, NoReferenceModel, Reference, copy_adapter
 from trl_ulma.likelihood.scorer import Scorer, bare_model
+from trl_ulma.main_process import get_logger
 from trl_ulma.versions import loads_needless_reference, mend_copied_forward
+
+logger = get_logger(__name__)
 
 # Types of adapters that cannot be trained here, and why
 _REFUSED = {
@@ -41,6 +44,13 @@ def check_models(model: Any, ref_model: Any, peft_config: Any = None) -> None:
     kind = getattr(getattr(trained, "peft_type", None), "value", "")
     if kind in _REFUSED:
         raise ValueError(f"{kind} adapters {_REFUSED[kind]}. Train another adapter, such as LoRA.")
+    if kind == "ADALORA":
+        logger.warning(
+            "AdaLoRA trains like LoRA here: Trainer never moves ranks, and the loss lacks AdaLoRA's term for "
+            "orthogonal adapters (orth_reg_weight). To move ranks, pass a callback whose on_optimizer_step calls "
+            "model.base_model.update_and_allocate(state.global_step). Otherwise every rank stays at init_r, as with "
+            "a LoraConfig of that rank."
+        )
     if ref_model is not None:
         check_ref_model(model, ref_model)
         return

@@ -268,19 +268,16 @@ def _without_adapter(model: Any) -> Any:
     return bare.get_base_model() if is_peft_model(bare) else bare
 
 
-def leave_loss_undivided(trainer: Any) -> None:
-    """Keep `Trainer` from dividing the loss by the number of micro-batches in a step, because ours is divided.
+def divide_loss_once(trainer: Any) -> None:
+    """Have `Trainer`, and nothing else, divide each loss by the number of micro-batches in the step.
 
-    transformers before 5.19 does not read `Trainer.loss_is_scaled_for_ga`. It leaves a loss as it is if the trainer has
-    a `compute_loss_func`, which our `compute_loss` does not call. It can go when transformers 5.19 is the oldest.
+    transformers before 5.19 does not read `Trainer.loss_is_scaled_for_ga`. It leaves a loss undivided if the model's
+    forward takes loss arguments, which our `compute_loss` does not pass. It can go when transformers 5.19 is the
+    oldest.
 
-    transformers 5.2 also has accelerate divide each loss, whoever computes it, so that gradients would be too small by
-    the number of micro-batches. Newer versions, 5.15 at the latest, have it divide by 1.
+    transformers 5.2 also has accelerate divide each loss, so that gradients would be too small by the number of
+    micro-batches. Newer versions, 5.15 at the latest, have it divide by 1.
     """
     trainer.accelerator.gradient_accumulation_steps = 1
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
-        trainer.compute_loss_func = _not_called
-
-
-def _not_called(*args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError("The trainer computes its loss itself.")
+        trainer.model_accepts_loss_kwargs = bool(trainer.loss_is_scaled_for_ga)

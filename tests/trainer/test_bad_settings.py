@@ -10,7 +10,7 @@ import torch
 from datasets import DatasetDict, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 from world import make_rows, make_trainer
@@ -448,6 +448,18 @@ def test_what_is_no_tokenizer(processor):
         "processing_class must be a tokenizer, or a processor of images and text; got "
         f"{type(processor).__name__}. To train on text alone, pass the processor's `tokenizer`."
     )
+
+
+def test_a_model_in_a_subfolder(tiny_gpt2, without_weights, tmp_path):
+    shutil.copytree(tiny_gpt2, tmp_path / "models" / "tiny")
+    with pytest.raises(ValueError, match=r"'subfolder': 'tiny'.* is not supported.*Pass the folder .*models/tiny as"):
+        make_trainer(str(tmp_path / "models"), make_rows(4), tmp_path / "out", model_init_kwargs={"subfolder": "tiny"})
+
+
+def test_a_prefix_in_the_cache_and_gradient_checkpointing(tiny_gpt2, without_weights, tmp_path):
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=r"PREFIX_TUNING adapters .*Set gradient_checkpointing=False"):
+        make_trainer(tiny_gpt2, make_rows(4), tmp_path, peft_config=prefix, gradient_checkpointing=True)
 
 
 # The figure by which the best checkpoint is chosen

@@ -236,6 +236,11 @@ CHANGES = {
     "rows": ({"rows": make_rows(12, label=[1.0] * 6 + [0.0] * 6)}, "training rows was 12 (", ORDER),
     "beta": ({"beta": 0.1}, "beta was 0.5 and is 0.1", LOSS),
     "method": ({"negative_loss": "unlearning"}, "negative_loss was pointwise_dpo and is unlearning", LOSS),
+    "length": (
+        {"num_train_epochs": 3},
+        "max_steps or num_train_epochs was 2 epochs and is 3 epochs",
+        "have other learning rates",
+    ),
     "rate": ({"learning_rate": 1e-3}, "learning_rate was 1e-06 and is 0.001", "keeps its own learning_rate"),
 }
 
@@ -263,7 +268,7 @@ def test_a_resume_with_several_changes_is_told_all_of_them(tiny_gpt2, tmp_path, 
         {},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         {"data_seed": 42},
-        {"logging_steps": 5, "num_train_epochs": 3},
+        {"logging_steps": 5},
         {"seed": 7, "ignore_data_skip": True},
     ],
     ids=["nothing", "split", "same-seed", "logging", "not-skipped"],

@@ -706,24 +706,23 @@ def test_beta_may_be_changed_while_training(tiny_gpt2, tmp_path):
 
 
 def test_a_last_batch_that_is_dropped_and_was_the_only_one(tiny_gpt2, tmp_path):
-    settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8}
-    message = r"dataloader_drop_last=True leaves no rows of the {} dataset: it has 3, .* has 8"
-    trainer = make_trainer(tiny_gpt2, make_rows(3), tmp_path, per_device_train_batch_size=8, **settings)
-    with pytest.raises(ValueError, match=message.format("train")):
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
+    trainer = make_trainer(tiny_gpt2, make_rows(3), tmp_path, **settings)
+    with pytest.raises(ValueError, match="dataloader_drop_last=True leaves no rows of the train dataset: it has 3"):
         trainer.train()
-    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, eval_dataset=make_rows(3), **settings)
-    with pytest.raises(ValueError, match=message.format("eval")):
-        trainer.evaluate()
-    assert len(trainer.score(make_rows(3))) == 3
+    assert trainer.state.global_step == 0
 
 
-def test_an_evaluation_set_of_no_batch_is_told_before_training(tiny_gpt2, tmp_path):
-    settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8, "eval_strategy": "steps"}
-    for rows, name in ((make_rows(3), "eval"), ({"a": make_rows(8), "b": make_rows(3)}, "b")):
-        trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, eval_dataset=rows, **settings | STEPS)
-        with pytest.raises(ValueError, match=f"no rows of the {name} dataset"):
-            trainer.train()
-        assert trainer.state.global_step == 0
+def test_no_row_of_an_evaluation_is_dropped(tiny_gpt2, tmp_path):
+    rows = make_rows(11)
+    settings = {"dataloader_drop_last": True, "per_device_eval_batch_size": 8}
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, eval_dataset={"a": rows, "b": make_rows(3)}, **settings)
+    found = trainer.evaluate()
+    assert len(trainer.evaluated) == 3
+    assert len(trainer.predict(rows).predictions) == len(trainer.score(rows)) == 11
+    assert trainer.args.dataloader_drop_last
+    trainer.args.dataloader_drop_last = False
+    assert trainer.evaluate()["eval_a_loss"] == pytest.approx(found["eval_a_loss"])
 
 
 def test_smoothed_labels_of_another_loss():
@@ -755,3 +754,12 @@ def test_steps_without_rows_to_learn_from_may_come_first(tiny_gpt2, tmp_path, ca
     trainer.train()
     assert not torch.equal(weights(trainer.model), before)
     assert not [message for message in caplog.messages if "No gradient has reached" in message]
+
+
+def test_a_deep_copy_of_a_trainer_trains_by_itself(tiny_gpt2, tmp_path):
+    rows = make_rows(8, label=[1.0, 1.0, 1.0, 0.0] * 2)
+    first = make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, log_z="learned_constant", max_steps=1)
+    copied = copy.deepcopy(first)
+    copied.train()
+    assert copied.log_partition.weights.any()
+    assert not first.log_partition.weights.any()

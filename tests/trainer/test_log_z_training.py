@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, TrainerCallback
 from world import make_rows, make_trainer, mixed_rows, weights
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
+from trl_ulma.judge import Judge
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.log_z import mismatched
 
@@ -85,6 +86,76 @@ def test_the_prior_starts_calibrated(tiny_gpt2, tmp_path):
     torch.testing.assert_close(torch.sigmoid(rewards), torch.full((12,), 0.75), atol=1e-5, rtol=0)
 
 
+class Sets(TrainerCallback):
+    """Sets attributes of a trainer, or of its args, after the first step."""
+
+    trainer: PointwiseDPOTrainer
+
+    def __init__(self, *, of_args: bool = True, **values):
+        self.of_args, self.values = of_args, values
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            for name, value in self.values.items():
+                setattr(self.trainer.args if self.of_args else self.trainer, name, value)
+
+
+@pytest.mark.parametrize("choice", ["prior", "learned_constant"])
+def test_log_z_follows_a_beta_that_a_callback_changes(tiny_gpt2, tmp_path, choice):
+    rows = make_rows(12, label=[float(i % 4 > 0) for i in range(12)])
+    sets = Sets(of_args=False, beta=0.1)
+    settings = SETTINGS | {"log_z": choice, "max_steps": 2, "learning_rate": 1e-9, "save_strategy": "steps"}
+    trainer = make_trainer(
+        tiny_gpt2, rows, tmp_path, pointwise=True, callbacks=[sets], save_steps=1, log_z_learning_rate=0.3, **settings
+    )
+    sets.trainer = trainer
+    trainer.train()
+    first, second = column(trainer, "log_z")
+    if choice == "prior":
+        assert first * 0.5 == pytest.approx(math.log(3))
+        assert second * 0.1 == pytest.approx(math.log(3))
+    else:
+        assert (first, second * 0.1) == (0.0, pytest.approx(0.3, rel=0.01))  # after one step of Adam
+    # The file has log Z for the β that is saved beside it, and a resume with the first β returns to c
+    judge = Judge.from_pretrained(tmp_path / "checkpoint-2")
+    rewards = trainer.predict(rows).predictions
+    assert judge.score(rows)["reward"] == pytest.approx(rewards.tolist(), abs=1e-4)
+    resumed = make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, log_z_learning_rate=0.3, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert 0.5 * resumed.log_partition(torch.tensor([False])).item() == pytest.approx(
+        0.1 * trainer.log_partition(torch.tensor([False])).item()
+    )
+
+
+@pytest.mark.parametrize(
+    ("log_z", "sets", "message"),
+    [
+        ("prior", Sets(desirable_weight=2.0), "desirable_weight from 1.0 to 2.0. The trainer has read them before"),
+        ("learned_constant", Sets(log_z="prior"), "log_z from 'learned_constant' to 'prior'"),
+        (0.0, Sets(label_smoothing=0.1), "label_smoothing from 0.0 to 0.1"),
+        (0.0, Sets(of_args=False, label_smoothing=0.1), "trainer.label_smoothing was changed from 0.0 to 0.1"),
+        (0.0, Sets(beta=0.0), "beta must be above 0; got 0.0"),
+        (0.0, Sets(of_args=False, args=PointwiseDPOConfig(".", bf16=False)), "trainer.args was replaced"),
+    ],
+    ids=lambda value: "".join(getattr(value, "values", "")),
+)
+def test_what_cannot_change_in_a_training_is_an_error_in_the_next_step(tiny_gpt2, tmp_path, log_z, sets, message):
+    sets.trainer = make_trainer(
+        tiny_gpt2, make_rows(8), tmp_path, pointwise=True, log_z=log_z, callbacks=[sets], max_steps=3
+    )
+    with pytest.raises(ValueError, match=message):
+        sets.trainer.train()
+    assert sets.trainer.state.global_step == 1
+
+
+def test_a_preset_that_follows_from_beta_keeps_it(tiny_gpt2, tmp_path):
+    rows = make_rows(8, label=[0.1 * i for i in range(8)])
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, preset="sppo", max_steps=3)
+    trainer.beta = 0.2
+    with pytest.raises(ValueError, match=r"beta from 0\.1 to 0\.2"):
+        trainer.train()
+
+
 def test_the_prior_weighs_as_the_loss_does(tiny_gpt2, tmp_path):
     rows = make_rows(12, weight=[3.0 if i % 2 == 0 else 1.0 for i in range(12)])
     trainer = make_trainer(
@@ -148,6 +219,25 @@ def test_the_learned_rate_follows_the_schedule(tiny_gpt2, tmp_path):
         moved.append(trainer.log_partition.weights[0].item())
     assert moved[0] == pytest.approx(0.1, rel=0.02)
     assert moved[1] == pytest.approx(0.055, rel=0.02)  # 0.01·(1 + 0.9 + … + 0.1)
+
+
+@pytest.mark.parametrize("schedule", ["one cycle", "cyclic"])
+def test_the_learned_rate_is_that_of_the_peak_of_a_schedule_that_begins_below(tiny_gpt2, tmp_path, schedule):
+    def make(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+        if schedule == "one cycle":
+            return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-9, total_steps=10)
+        return optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, 1e-11, 1e-9, 4, cycle_momentum=False)
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    rows, tokenizer = make_rows(12, label=[1.0, 1.0, 1.0, 0.0] * 3), AutoTokenizer.from_pretrained(tiny_gpt2)
+    settings = SETTINGS | {"per_device_train_batch_size": 12, "log_z": "learned_constant", "max_steps": 10}
+    own = {"processing_class": tokenizer, "optimizers": make(model)}
+    trainer = make_trainer(model, rows, tmp_path, pointwise=True, **settings, **own)
+    trainer.train()
+    rates = [rate / 1e-9 for rate in column(trainer, "learning_rate")]
+    assert max(rates) == pytest.approx(1.0, rel=0.1)
+    assert trainer.log_partition.weights[0].item() == pytest.approx(0.01 * sum(rates), rel=0.05)
 
 
 def test_the_learned_rate_follows_a_schedule_that_is_not_known_beforehand(tiny_gpt2, tmp_path):

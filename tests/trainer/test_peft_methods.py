@@ -11,6 +11,7 @@ import torch
 from packaging.version import Version
 from peft import get_peft_model
 from references import MOVING, hold, in_memory, load, lora, losses
+from transformers import TrainerCallback
 from world import make_rows, make_trainer
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -134,3 +135,23 @@ def test_an_adapter_of_several_kinds_is_refused(tiny_llama, tmp_path):
     model.add_adapter("other", peft.LoHaConfig(r=4, target_modules=["o_proj"]))
     with pytest.raises(TypeError, match="PeftMixedModel"):
         make_trainer(model, make_rows(6), tmp_path, **MOVING)
+
+
+class MovesRanks(TrainerCallback):
+    """What PEFT's documentation has a training loop do."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.base_model.update_and_allocate(state.global_step)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_adalora_moves_its_ranks_with_the_callback_that_the_warning_names(tiny_llama, tmp_path, caplog, moves):
+    adapter = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=6, **QV
+    )
+    callbacks = [MovesRanks()] if moves else []
+    trainer = make_trainer(tiny_llama, make_rows(8), tmp_path, peft_config=adapter, callbacks=callbacks, max_steps=6)
+    assert "model.base_model.update_and_allocate(state.global_step)" in caplog.text
+    trainer.train()
+    ranks = [int(p.any(1).sum()) for name, p in trainer.model.named_parameters() if "lora_E" in name]
+    assert sum(ranks) == (2 if moves else 4) * len(ranks)

@@ -16,6 +16,7 @@ from world import make_rows, make_trainer
 
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.rows import batches, identity
+from trl_ulma.rows import chat as chats
 from trl_ulma.rows.dataset_labels import with_transform
 from trl_ulma.rows.notes import left_out_of
 from trl_ulma.rows.preparation import Preparation
@@ -181,6 +182,33 @@ def test_a_template_that_prints_the_date_is_cached_for_a_day(monkeypatch):
     key = cache_key(plain)
     monkeypatch.undo()
     assert cache_key(plain) == key
+
+
+PRINTS_DATE = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}Today is {{ date_string }}.{% endif %}" + CHAT_TEMPLATE
+)
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize(
+    ("row", "is_told"),
+    [
+        (CHAT, True),
+        (CHAT | {"chat_template_kwargs": {"date_string": "1 May 2001"}}, False),
+        (CHAT | {"prompt": [SYSTEM, *CHAT["prompt"]]}, False),  # its template only prints the date without one
+        (GOOD, False),
+    ],
+)
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_template_that_prints_the_date_is_told(monkeypatch, row, is_told, is_stream):
+    told = []
+    monkeypatch.setattr(chats.logger, "warning_once", told.append)
+    rows = Dataset.from_list([row] * 2)
+    prepared(make_tokenizer(PRINTS_DATE), rows.to_iterable_dataset() if is_stream else rows)
+    told = [message for message in told if "prints the date of today" in message]
+    assert len(told) == is_told
+    assert not told or "Replace strftime_now('%d %b %Y') in tokenizer.chat_template by" in told[0]
 
 
 @pytest.mark.parametrize("attribute", ["patch_size", "num_additional_image_tokens", "image_token"])

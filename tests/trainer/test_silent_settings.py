@@ -41,6 +41,27 @@ def test_an_overridden_loss_does_not_depend_on_the_accumulation(tiny_gpt2, tmp_p
     assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_what_a_subclass_adds_to_the_loss_is_averaged_over_micro_batches(tiny_gpt2, tmp_path, is_scaled):
+    class Adding(PointwiseDPOTrainer):
+        loss_is_scaled_for_ga = is_scaled
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            count = self.args.gradient_accumulation_steps if is_scaled else 1
+            return loss + 0.5 * model.get_input_embeddings().weight.square().mean() / count
+
+    found = []
+    for accumulation in (1, 4):
+        settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": ROWS // accumulation}
+        args = PointwiseDPOConfig(str(tmp_path), bf16=False, report_to="none", logging_steps=1, max_steps=1, **settings)
+        trainer = Adding(model=tiny_gpt2, args=args, train_dataset=make_rows(ROWS))
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[0][0] > 0.7
+
+
 def test_weights_of_an_adapter_that_the_user_froze_stay_frozen(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True, peft_config=LORA, max_steps=2)
     frozen = {name: p for name, p in trainer.model.named_parameters() if "lora_A" in name}
@@ -84,6 +105,21 @@ def test_a_collator_that_drops_what_the_loss_reads_is_refused(tiny_gpt2, tmp_pat
     rows = make_rows(ROWS).add_column(column, [{"label_type": "continuous"}.get(column, 0.5)] * ROWS)
     with pytest.raises(ValueError, match=f"data_collator is Dropping, whose batches lack {key}"):
         make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, data_collator=Dropping(pad_token_id=0))
+
+
+@pytest.mark.parametrize("rows", [make_rows(ROWS), make_rows(ROWS, completion=[" Yes."] * 7 + [" Of course, Sir."])])
+def test_a_collator_that_pads_on_the_left_is_refused(tiny_gpt2, tmp_path, rows):
+    class Left(DataCollatorForPointwisePreference):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            shifts = (batch["attention_mask"] == 0).sum(1).tolist()
+            for name in ("input_ids", "attention_mask", "completion_mask"):
+                rolled = [torch.roll(row, by) for row, by in zip(batch[name], shifts, strict=True)]
+                batch[name] = torch.stack(rolled)
+            return batch
+
+    with pytest.raises(ValueError, match=r"data_collator is Left, .*padding before tokens\. Pad on the right"):
+        make_trainer(tiny_gpt2, rows, tmp_path, data_collator=Left(pad_token_id=0))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +175,7 @@ def test_an_optimizer_step_moves_what_the_note_says():
     torch.manual_seed(0)
     layer = torch.nn.Linear(64, 64).bfloat16()
     before = layer.weight.detach().clone()
-    args = types.SimpleNamespace(learning_rate=1e-4, bf16_full_eval=False, fp16_full_eval=False)
+    args = types.SimpleNamespace(learning_rate=1e-4)
     (said,) = number_formats.notes(layer, None, args, keeps_float32=False)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-4, weight_decay=0)
     layer(torch.randn(8, 64).bfloat16()).sum().backward()
@@ -147,10 +183,18 @@ def test_an_optimizer_step_moves_what_the_note_says():
     still = (layer.weight == before).float().mean().item()
     share = int(said.split("%")[0].split()[-1]) / 100
     assert 0.5 < share <= still < 0.9  # it counts what certainly stays: between 2⁻⁹ and 2⁻⁸ of a weight, it depends
-    args.bf16_full_eval, args.learning_rate = True, 1.0
+    args.learning_rate = 1.0
     assert number_formats.notes(layer, None, args, keeps_float32=False) == []
-    (said,) = number_formats.notes(layer.float(), None, args, keeps_float32=False)
-    assert said.startswith("bf16_full_eval=True evaluates a model of float32 in bfloat16")
+
+
+@pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_does_not_convert_the_model(tiny_gpt2, tmp_path, setting):
+    with pytest.raises(ValueError, match="convert the model itself before an evaluation"):
+        PointwiseDPOConfig(str(tmp_path), bf16=False, **{setting: True})
+    trainer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True)
+    setattr(trainer.args, setting, True)
+    with pytest.raises(ValueError, match=f"{setting} from False to True"):
+        trainer.evaluate(make_rows(ROWS))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +203,8 @@ def test_an_optimizer_step_moves_what_the_note_says():
         ({}, {"binary_loss": "squared_error"}),
         ({}, {"lr_scheduler_type": "constant"}),
         ({}, {"max_grad_norm": 0.1}),
+        ({}, {"max_steps": 3}),
+        ({}, {"lr_scheduler_kwargs": {"lr_end": 1e-8}, "lr_scheduler_type": "polynomial"}),
         ({"weight": [1.0] * ROWS}, {"weight": [0.5] * ROWS}),
     ],
 )
@@ -168,7 +214,7 @@ def test_a_resume_with_another_loss_is_told(tiny_gpt2, tmp_path, caplog, first, 
         changes = dict(changes)
         if "weight" in changes:
             rows = rows.add_column("weight", changes.pop("weight"))
-        return make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, max_steps=2, **SAVES, **changes)
+        return make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, **{"max_steps": 2} | SAVES | changes)
 
     trainer(first).train()
     trainer(first).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
@@ -176,3 +222,23 @@ def test_a_resume_with_another_loss_is_told(tiny_gpt2, tmp_path, caplog, first, 
     trainer(then).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert "was written with other settings" in caplog.text
     assert next(iter(then)) in caplog.text
+
+
+def test_a_constant_rate_may_go_on_for_longer(tiny_gpt2, tmp_path, caplog):
+    settings = {"lr_scheduler_type": "constant"} | SAVES
+    make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, max_steps=1, **settings).train()
+    longer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, max_steps=2, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 2
+    assert "was written with other settings" not in caplog.text
+
+
+@pytest.mark.parametrize(("first", "then"), [("adamw_torch", "sgd"), ("sgd", "adamw_torch"), ("adafactor", "rmsprop")])
+def test_the_state_of_another_optimizer_is_refused(tiny_gpt2, tmp_path, first, then):
+    def trainer(optim):
+        return make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, pointwise=True, max_steps=2, optim=optim, **SAVES)
+
+    trainer(first).train()
+    resumed = trainer(then)
+    with pytest.raises(ValueError, match=f"has the state of another optimizer than optim='{then}': it lacks"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

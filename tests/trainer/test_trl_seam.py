@@ -72,12 +72,12 @@ def test_rows_with_images_are_not_what_dpo_trainer_calls_vision(tiny_llava, tmp_
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_training_leaves_the_loss_of_a_step_undivided(tiny_gpt2, tmp_path, accumulation):
+def test_training_divides_the_loss_of_a_step_once(tiny_gpt2, tmp_path, accumulation):
     settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation}
     trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, pointwise=True, max_steps=1, **settings)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-4), (
-        "Trainer.training_step divides by the number of micro-batches: see trl_ulma.versions.leave_loss_undivided"
+        "Trainer.training_step does not divide by the number of micro-batches: see trl_ulma.versions.divide_loss_once"
     )
 
 

@@ -61,6 +61,18 @@ def test_the_prior_makes_the_mean_slope_zero_at_the_start():
     assert reward_slope(0.1 * prior(none), label, none).sum().item() == pytest.approx(0)
 
 
+def test_another_beta_keeps_c_and_divides_it_anew():
+    prior = Prior(np.array([1.0, 1.0, 0.0, 1.0]), np.zeros(4, bool), np.ones(4), beta=0.1)
+    learned, mean = Learned(0, beta=0.1, learning_rate=0.1), RunningMean()
+    step(learned, (seen([True] * 3, [0.0] * 3, [-1.0] * 3), BINARY, None))
+    step(mean, (seen([True] * 3, [2.0] * 3), BINARY, None))
+    for estimator, factor in ((prior, 0.5), (learned, 0.5), (mean, 1.0), (LogPartition(0.3), 1.0)):
+        before = estimator(BINARY)
+        estimator.set_beta(0.2)
+        torch.testing.assert_close(estimator(BINARY), factor * before)
+        assert before.all()
+
+
 def test_the_prior_needs_both_classes():
     with pytest.raises(ValueError, match=r"of both classes; the mean label of the compared rows is 1\.0\."):
         Prior(np.ones(3), np.zeros(3, bool), np.ones(3), beta=0.1)

@@ -21,7 +21,7 @@ def notes(model: nn.Module, ref_model: nn.Module | None, args: Any, *, keeps_flo
     Example:
         >>> from types import SimpleNamespace
         >>> model = nn.Linear(9, 9).bfloat16()
-        >>> args = SimpleNamespace(learning_rate=1e-6, bf16_full_eval=False, fp16_full_eval=False)
+        >>> args = SimpleNamespace(learning_rate=1e-6)
         >>> print(notes(model, None, args, keeps_float32=False)[0].split(",")[0])
         The weights are trained in bfloat16
     """
@@ -40,12 +40,6 @@ def notes(model: nn.Module, ref_model: nn.Module | None, args: Any, *, keeps_flo
             f"The model computes in {_name(own)} and its reference in {_name(_dtype(ref_model))}, so rewards are not 0 "
             "before training even if both are the same model. Load both with the same dtype."
         )
-    for name, dtype in (("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)):
-        if getattr(args, name) and own != dtype:
-            found.append(
-                f"{name}=True evaluates a model of {_name(own)} in {_name(dtype)}, so its rewards are not "
-                f"those of training, and an evaluation before training leaves it in {_name(dtype)}. Set it to False."
-            )
     return found
 
 

@@ -1,5 +1,7 @@
 """Rows of plain text as conversations with a user message and an assistant message."""
 
+import datetime
+import re
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -11,6 +13,8 @@ from trl_ulma.data.read_files import SOME_TABLES, TABLES
 logger = logging.get_logger(__name__)
 
 CHAT = ("auto", "true", "false")
+# How a chat template asks for the date of today
+TODAY = "strftime_now"
 
 
 def check_chat(chat: str, system_message: str | None) -> None:
@@ -95,3 +99,22 @@ def with_system_message(prompt: Any, system_message: str) -> Any:
     is_parts = isinstance(prompt[0].get("content"), list)
     content: Any = [{"type": "text", "text": system_message}] if is_parts else system_message
     return [{"role": "system", "content": content}, *prompt]
+
+
+def warn_of_date(template: Any, text: str) -> None:
+    """Log a warning, once, if a conversation contains today's date because its chat template prints it.
+
+    Args:
+        template: the chat template.
+        text: the first row as the template rendered it.
+    """
+    for call, _, how in re.findall(rf"""({TODAY}\(\s*(["'])(.+?)\2\s*\))""", str(template)):
+        today = datetime.datetime.now().strftime(how)
+        if today in text:
+            logger.warning_once(
+                f"The chat template prints the date of today, {today!r}, so the same row has other tokens on another "
+                "day: rows are tokenized again, and a resumed training, an evaluation and a score see other prompts "
+                f"than this one. Replace {call} in tokenizer.chat_template by a fixed date, such as {today!r}, or pass "
+                "the date in each row's chat_template_kwargs if the template reads one, such as date_string."
+            )
+            return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from datasets.fingerprint import Hasher
 from transformers import __version__ as transformers_version
 
+from trl_ulma.rows.chat import TODAY
 from trl_ulma.rows.rendering import processor_of, tokenizer_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def cache_key(how: "Preparation", tokenizer: str) -> str:
     if processor is not None:
         state["processor"] = (type(processor).__name__, processor.to_json_string())
         state["processor's"] = {n: v for n, v in vars(processor).items() if isinstance(v, _PLAIN)}
-    if "strftime_now" in str(template):
+    if TODAY in str(template):
         state["date"] = datetime.date.today().isoformat()  # the template prints the date
     how = replace(how, processing_class=None)  # type: ignore[arg-type]
     versions = (version("trl-ulma"), transformers_version)

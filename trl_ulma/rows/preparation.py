@@ -28,7 +28,7 @@ from trl_ulma.labels import (
     shown,
 )
 from trl_ulma.rows.batches import PreparedBatches, RawBatches
-from trl_ulma.rows.chat import becomes_chat, check_chat
+from trl_ulma.rows.chat import TODAY, becomes_chat, check_chat, warn_of_date
 from trl_ulma.rows.dataset_labels import check_pairs, check_stream, transformed_labels
 from trl_ulma.rows.dropped import INVALID_ROWS, check_stream_has_rows, kept_rows
 from trl_ulma.rows.identity import cache_key, serialized, token_rules
@@ -159,6 +159,11 @@ class Preparation:
             prepared = self._prepare(dataset.select(readable), name, num_proc, np.array(readable), errors, dataset)
         if self.vocab_size is not None and isinstance(prepared, Dataset):
             check_token_ids(prepared, self.vocab_size, name, tokenizer_of(self.processing_class))
+        template = str(self.processing_class.chat_template)
+        if TODAY in template and noted(prepared).get("rules", {}).get("is_chat"):
+            row = first_row(prepared)
+            ids = [*row["prompt_ids"], *row["completion_ids"]]
+            warn_of_date(template, str(tokenizer_of(self.processing_class).decode(ids)))
         return prepared
 
     def _prepare(
