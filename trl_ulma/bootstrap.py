@@ -7,6 +7,11 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+# Of fewer prompts, the bootstrap gives intervals that are too narrow
+ENOUGH_PROMPTS = 30
+# A figure can be undefined in a resample, such as an AUC if all drawn answers are good. The others give the interval if
+# they are at least this share of all
+_DEFINED = 0.95
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,9 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed
     """Return a statistic of rows with its percentile-bootstrap interval.
 
     The bootstrap resamples whole groups, because the rows of a prompt depend on one another. There is no interval in
-    three cases: there are fewer than two groups; the statistic is undefined (NaN) in a resample, such as an AUC if all
-    drawn answers are good; or all resamples give the same value. In the last case, an interval without width would
-    claim too much certainty.
+    three cases: there are fewer than two groups; the statistic is undefined (NaN) in more than 5% of the resamples,
+    such as an AUC if all drawn answers are good; or all resamples give the same value. In the last case, an interval
+    without width would claim too much certainty.
 
     Args:
         statistic: a function of row numbers `(M,)`, which may repeat.
@@ -67,8 +72,9 @@ def bootstrap(statistic: Callable[[np.ndarray], float], groups: np.ndarray, seed
         ],
         float,
     )
-    if np.isnan(figures).any() or np.allclose(figures, value, rtol=1e-9, atol=1e-12):
+    defined = figures[~np.isnan(figures)]
+    if len(defined) < _DEFINED * len(figures) or np.allclose(defined, value, rtol=1e-9, atol=1e-12):
         return Estimate(value, None, None, len(members))
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.percentile(figures, [100 * tail, 100 * (1 - tail)])
+    low, high = np.percentile(defined, [100 * tail, 100 * (1 - tail)])
     return Estimate(value, float(low), float(high), len(members))

@@ -1,6 +1,7 @@
 """Generates answers to prompts with a local model or a server, and caches them in a file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import is_peft_model
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_ulma.evaluation.records import RecordFile, digest
 from trl_ulma.evaluation.refusals import PASSING, Why
@@ -124,13 +125,11 @@ class TransformersGenerator:
         if sampling.temperature > 0:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.inference_mode():
+        with torch.random.fork_rng(devices), torch.inference_mode(), _plain(self.model):
             torch.manual_seed(seed)
             generated = self.model.generate(
                 **inputs,
                 **drawn,
-                num_beams=1,
-                repetition_penalty=1.0,
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self.ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
@@ -236,6 +235,20 @@ def generate(
             seed = int(digest(sampling.seed, batch)[:8], 16)
             generator([by_key[key] for key in todo], sampling, seed, done)
     return [passing.get(key) or _reply(kept.get(key) or {}) for key in keys]
+
+
+@contextmanager
+def _plain(model: Any) -> Iterator[None]:
+    """A context without the model's own settings of `generate`, such as a penalty on repetitions.
+
+    Compared models would differ by them. `generate` takes from them whatever it is not given.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _reply(record: Mapping[str, Any]) -> Reply:

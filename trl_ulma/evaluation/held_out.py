@@ -206,6 +206,7 @@ def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[
     if left_out:
         logger.warning(f"Left out {len(why) - len(kept)} of {len(why)} answers of the {name} dataset. {reasons}")
     rows = Dataset.from_dict({column: [values[i] for i in kept] for column, values in columns.items()})
+    rows.info.builder_name = dataset.info.builder_name  # of CSV, which has no messages
     raw_row = [pair[i] for i in kept]
     if images is None:
         return rows, raw_row, left_out

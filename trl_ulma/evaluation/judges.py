@@ -44,6 +44,16 @@ class Comparison:
     second: str
 
 
+def is_same(comparison: Comparison) -> bool:
+    """Whether both answers are the same, but for whitespace around them.
+
+    Example:
+        >>> is_same(Comparison("Hi", " Hello!", "Hello!"))
+        True
+    """
+    return comparison.first.strip() == comparison.second.strip()
+
+
 class Judge(Protocol):
     """The interface of judges.
 
@@ -78,7 +88,9 @@ def check_criterion(judge: Judge, criterion: str) -> None:
 
 
 class RewardModelJudge:
-    """A judge that compares the scores of a sequence classifier for prompt and answer. Equal scores are a tie.
+    """A judge that compares the scores of a sequence classifier for prompt and answer.
+
+    Equal scores are a tie, and so are equal answers, whose scores can differ by rounding.
 
     The score of a reward model is its only output. The score of a classifier is the log-probability of one label.
 
@@ -164,8 +176,8 @@ class RewardModelJudge:
         prompts = [each.prompt for each in comparisons]
         both = self.scores([*prompts, *prompts], [c.first for c in comparisons] + [c.second for c in comparisons])
         return [
-            Verdict.WIN if first > second else Verdict.LOSE if first < second else Verdict.TIE
-            for first, second in zip(*np.split(both, 2), strict=True)
+            Verdict.TIE if is_same(each) or first == second else Verdict.WIN if first > second else Verdict.LOSE
+            for each, first, second in zip(comparisons, *np.split(both, 2), strict=True)
         ]
 
     def facts(self) -> dict[str, Any]:

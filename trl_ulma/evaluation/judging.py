@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
+from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.held_out import Question, known_comparisons
-from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Comparison, Judge, Verdict, check_criterion
 from trl_ulma.evaluation.llm_judge import LLMJudge, Plan
 from trl_ulma.evaluation.rates import POINTS, counts, difference, mean_points, rates
@@ -27,11 +27,14 @@ _REMEDIES = {
 def is_above_chance(agreement: Estimate | None) -> bool:
     """Return whether the whole interval of a judge's agreement with known labels is above ½. A tie counts half.
 
+    Of fewer than `ENOUGH_PROMPTS` comparisons, it is not known.
+
     Example:
-        >>> is_above_chance(Estimate(0.7, 0.6, 0.8, 100)), is_above_chance(Estimate(0.7, 0.5, 0.9, 10))
+        >>> is_above_chance(Estimate(0.7, 0.6, 0.8, 100)), is_above_chance(Estimate(0.9, 0.6, 1.0, 10))
         (True, False)
     """
-    return agreement is not None and agreement.low is not None and agreement.low > 0.5
+    enough = agreement is not None and agreement.n >= ENOUGH_PROMPTS
+    return agreement is not None and enough and agreement.low is not None and agreement.low > 0.5
 
 
 class Judging:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from trl_ulma.evaluation.judges import CRITERIA, Comparison, Verdict, check_criterion
+from trl_ulma.evaluation.judges import CRITERIA, Comparison, Verdict, check_criterion, is_same
 from trl_ulma.evaluation.records import RecordFile, digest
 from trl_ulma.evaluation.refusals import PASSING, Why
 from trl_ulma.evaluation.server import Refusal, Server
@@ -200,7 +200,7 @@ class LLMJudge:
 
             self.server.each(ask, todo)
         return [
-            Verdict.TIE if _same(comparison) else self._verdict(*replies)
+            Verdict.TIE if is_same(comparison) else self._verdict(*replies)
             for comparison, replies in zip(comparisons, self.replies(comparisons, criterion), strict=True)
         ]
 
@@ -218,7 +218,7 @@ class LLMJudge:
         """
         found = []
         for comparison in comparisons:
-            if _same(comparison):
+            if is_same(comparison):
                 found.append(("tie", "tie"))
                 continue
             straight, turned = (key for key, _ in self._requests([comparison], criterion))
@@ -243,6 +243,7 @@ class LLMJudge:
         records = [self.cache.get(key) or {} for pair in self._comparisons for key in pair]
         tokens = [(self.cache.get(key) or {}).get("tokens", (0, 0)) for key in self._asked]
         judged = [pair for pair in replies if not any(isinstance(reply, Why) for reply in pair)]
+        places = Counter(reply for pair in judged for reply in pair)
         return {
             "kind": "language model",
             "model": self.name,
@@ -254,15 +255,17 @@ class LLMJudge:
             "from_cache": len(self._from_cache),
             "tokens": {"input": sum(each[0] for each in tokens), "output": sum(each[1] for each in tokens)},
             "comparisons": len(replies),
+            "judged": len(judged),
             "orders_disagree": sum(pair not in (("1", "2"), ("2", "1"), ("tie", "tie")) for pair in judged),
-            "replies": {"first": each["1"], "second": each["2"], "tie": each["tie"]},
+            # Of judged comparisons: the replies to half a comparison all favor one place if the other half is missing
+            "replies": {"first": places["1"], "second": places["2"], "tie": places["tie"]},
             "not_judged": {why.value: each[why] for why in Why if each[why]},
         }
 
     def _requests(self, comparisons: Iterable[Comparison], criterion: str) -> Iterator[tuple[str, list[dict]]]:
         """Yield (key, messages) of the requests for comparisons, in both orders."""
         for comparison in comparisons:
-            if not _same(comparison):
+            if not is_same(comparison):
                 for each in (comparison, _turned(comparison)):
                     messages = self._messages(each, criterion)
                     yield self._key(messages), messages
@@ -299,10 +302,6 @@ class LLMJudge:
         if not record["finished"]:
             return Why.CUT  # the last line is not the last word
         return read_verdict(record["reply"]) or Why.UNPARSABLE
-
-
-def _same(comparison: Comparison) -> bool:
-    return comparison.first.strip() == comparison.second.strip()
 
 
 def _turned(comparison: Comparison) -> Comparison:

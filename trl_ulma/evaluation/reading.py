@@ -2,16 +2,19 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from trl_ulma.data.conversations import as_chat, is_transcript
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
+from trl_ulma.data.read_files import TABLES
 from trl_ulma.evaluation.as_trained import AsTrained, as_trained
 from trl_ulma.evaluation.held_out import HeldOut, Question
 from trl_ulma.judge import beyond_training
+from trl_ulma.rows.chat import with_system_message
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import processor_of
 from trl_ulma.saved import load_processing_class
@@ -30,6 +33,7 @@ class Reading:
         center: continuous labels at or above it are good, after the transform. 0 if no labels are continuous.
         own_center: the center on the scale of the rows.
         is_reversed: whether lower labels are better on the scale of the rows.
+        is_chat: whether prompts of plain text become user messages.
     """
 
     held_out: HeldOut
@@ -38,10 +42,18 @@ class Reading:
     center: float
     own_center: float
     is_reversed: bool
+    is_chat: bool
 
     def questions(self, most: int | None, seed: int) -> list[Question]:
         """Prompts with a good answer to compare with, at most so many, which the seed draws."""
-        return self.held_out.questions(most, seed, self.center)
+        found = self.held_out.questions(most, seed, self.center)
+        return [replace(each, prompt=self._as_read(each.prompt)) for each in found]
+
+    def _as_read(self, prompt: Any) -> Any:
+        """A prompt as models read it, which servers and judges see."""
+        if self.is_chat and isinstance(prompt, str):
+            prompt = as_chat([prompt], [""])[0][0]
+        return prompt if self.how.system_message is None else with_system_message(prompt, self.how.system_message)
 
 
 def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -> Reading:
@@ -101,7 +113,18 @@ def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, nam
     held_out = HeldOut.of(rows, name, how.rules, args.invalid_rows, takes_images=True)
     own = held_out.continuous == (how.rules.label_type == "continuous")
     note(beyond_training(held_out.own_label[own], how.rules))
-    return Reading(held_out, part, how, *_centers(held_out, how, note))
+    is_chat = how.chat == "true" or (how.chat == "auto" and _has_chats(args, models, rows))
+    return Reading(held_out, part, how, *_centers(held_out, how, note), is_chat)
+
+
+def _has_chats(args: Namespace, models: Sequence[str], rows: Dataset) -> bool:
+    """Whether `chat="auto"` converts the text of rows to messages, see `trl_ulma.rows.chat.becomes_chat`."""
+    if rows.info.builder_name != TABLES or any(map(is_transcript, filter(None, rows[:1].get("prompt", ())))):
+        return False
+    return all(
+        getattr(load_processing_class(each, trust_remote_code=args.trust_remote_code), "chat_template", None)
+        for each in models
+    )
 
 
 def _centers(held_out: HeldOut, how: AsTrained, note: Note) -> tuple[float, float, bool]:

@@ -27,8 +27,15 @@ PASSING = (Why.FAILED, Why.NOT_ASKED)
 
 # `finish_reason` of incomplete answers, in lower case: OpenAI; Mistral; Google and Zhipu behind gateways
 _AT_LIMIT = ("length", "max_tokens", "max_output_tokens", "model_length")
-_AT_FILTER = ("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "sensitive")
-_AT_FAILURE = ("error", "network_error", "malformed_function_call")
+_AT_FILTER = (
+    *("content_filter", "content_filtered", "refusal", "guardrail_intervened", "sensitive"),
+    *("safety", "recitation", "blocklist", "prohibited_content", "spii", "language"),
+    *("image_safety", "image_prohibited_content", "image_recitation", "image_other", "model_armor"),
+)
+_AT_FAILURE = (
+    *("error", "network_error", "malformed_function_call", "unexpected_tool_call", "too_many_tool_calls"),
+    *("abort", "aborted", "cancelled", "canceled", "timeout", "insufficient_system_resource", "other"),
+)
 
 # Azure and OpenAI; OpenRouter; Alibaba; Google
 _FILTERED = re.compile(

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.document import (
     Bullets,
     Heading,
@@ -24,7 +25,7 @@ from trl_ulma.evaluation.document import (
     to_text,
 )
 from trl_ulma.evaluation.figures import save
-from trl_ulma.evaluation.intervals import Estimate, over_seeds
+from trl_ulma.evaluation.intervals import over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
 from trl_ulma.rows.dropped import reasons_in_words
@@ -188,7 +189,7 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
         name, chance = next(((n, c) for n, c in _CHANCE.items() if n in model["implicit_reward"]), ("", 0.0))
         if name:
             figure = model["implicit_reward"][name]
-            of = f"{_NAMES[name]} {shown(figure)}, on {_of_prompts(model['rows'], figure.n)}"
+            of = f"{_NAMES[name]} {shown(figure)}, on {_of_prompts(model['ranked_rows'], figure.n)}"
             trained_on = model.get("trained_on")
             what = f"its reward ranks {'held-out ' if trained_on == 0 else ''}answers"
             if trained_on:
@@ -217,14 +218,18 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
 # The value of a figure if rewards and labels are independent
 _CHANCE = {"auc": 0.5, "spearman": 0.0}
 _NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
-ENOUGH_PROMPTS = 30
 
 
 def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
     if figure.n < ENOUGH_PROMPTS:
         are = "is" if figure.n == 1 else "are"
         return f"{_counted(figure.n, 'prompt')} {are} too few for a conclusion ({of}). Use {ENOUGH_PROMPTS} or more."
-    if figure.low is None or figure.high is None or figure.low <= chance <= figure.high:
+    if figure.low is None or figure.high is None:
+        return (
+            f"nothing can be concluded: there is no interval, because the figure is the same in all resamples, or "
+            f"undefined in many of them ({of})."
+        )
+    if figure.low <= chance <= figure.high:
         return f"nothing can be concluded: the interval includes {chance:g} ({of})."
     if figure.low > chance:
         return f"{what} better{than} ({of})."
@@ -279,7 +284,7 @@ _SPLIT = {
     "chosen": "chosen",
     "rejected": "rejected",
     "margins": "margin",
-    "accuracies": "accuracy",
+    "accuracies": "accuracy, all rows",
 }
 
 
@@ -440,10 +445,10 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
         decided = replies["first"] + replies["second"]
         parts.append(
             Text(
-                f"Over all criteria, {decided} of the judge's replies name an answer, and "
+                f"Over all criteria, {decided} of the judge's replies to these comparisons name an answer, and "
                 f"{replies['first'] / decided:.1%} of them name the one shown first (50% without a position bias). "
                 "The two orders disagree in "
-                f"{judge['orders_disagree']} of {judge['comparisons']} comparisons, which count as ties."
+                f"{judge['orders_disagree']} of {judge['judged']} comparisons with both verdicts, which count as ties."
             )
         )
     if judge.get("changes"):
@@ -465,6 +470,8 @@ def _agreement_said(agreement: Estimate | None) -> str:
         f"On {agreement.n} of the data's own good and bad answers, the judge agrees with "
         f"{shown(agreement, '.1%')} of the labels (a tie counts half)"
     )
+    if agreement.n < ENOUGH_PROMPTS:
+        return f"{said}, which are too few to show that it is above chance: no ranking is claimed."
     return said + ("." if is_above_chance(agreement) else ", which is not above chance: no ranking is claimed.")
 
 

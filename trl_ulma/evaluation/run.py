@@ -6,7 +6,7 @@ import re
 import sys
 from argparse import Namespace
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,15 @@ class _Run:
         models = [self._model(run, source) for run, (_, source) in zip(self.names, args.model, strict=True)]
         for model in models:
             self._compare_answers(model)
+        if len({model["tokens"] for model in models if "tokens" in model}) > 1:
+            self._note(
+                "The models have different tokenizers, or left out different rows, so their perplexities cannot be "
+                "compared."
+            )
         models += self.likelihoods.befores.values()
         drawings, not_drawn = pictures(models, held_out.own_label, held_out.sft_mask)
         settings = {name: value for name, value in vars(args).items() if value is not None and value != []}
+        settings |= asdict(self.sampling) if self.questions else {}
         labels = Counter(held_out.own_label.tolist())
         facts = {
             "settings": settings,
@@ -192,7 +198,7 @@ class _Run:
         if not (args.examples and args.base) or has_images(self.reading.held_out.rows):
             return []
         self.sampling = replace(self.sampling, max_new_tokens=min(args.max_new_tokens, EXAMPLE_TOKENS))
-        return self.reading.questions(args.examples, args.seed)
+        return self.reading.held_out.questions(args.examples, args.seed, self.reading.center)
 
     def _server(self, model: str, url: str | None, key_variable: str | None) -> Server:
         args = self.args
@@ -367,6 +373,14 @@ class _Run:
                 f"({whys}). They are not judged. --retry_refused asks again."
             )
         unfinished = sum(not reply.text.strip() and bool(reply.reasoning) for reply in replies)
+        cut, empty = told["cut_at_max_new_tokens"], told["empty"] - unfinished
+        if cut and self.answers_all:
+            self._note(
+                f"{cut} of {len(replies)} answers of {run} were cut at {self.sampling.max_new_tokens} tokens, and are "
+                "judged as they are. Raise --max_new_tokens."
+            )
+        if empty and self.answers_all:
+            self._note(f"{empty} of {len(replies)} answers of {run} are empty.")
         if unfinished:
             self._note(
                 f"{unfinished} of {len(replies)} answers of {run} contain only reasoning, which is not judged, so they "

@@ -213,7 +213,7 @@ def _shared_prompts(train: Any, test: Any, name: str) -> str:
 
 def _few_prompts(held_out: int, share: float) -> str:
     """What to do if fewer prompts are held out than an evaluation needs; "" if there are enough."""
-    from trl_ulma.evaluation.report import ENOUGH_PROMPTS
+    from trl_ulma.bootstrap import ENOUGH_PROMPTS
 
     if held_out >= ENOUGH_PROMPTS:
         return ""
