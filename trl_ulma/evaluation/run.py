@@ -41,6 +41,7 @@ from trl_ulma.evaluation.server import Budget, Reply, Server
 from trl_ulma.judge import beyond_training, saved_file
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.table import batching_difference, collator_for, completion_logps, prompt_states
+from trl_ulma.rows.chat import with_system_message
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.notes import left_out_of
 from trl_ulma.rows.preparation import Preparation
@@ -376,6 +377,8 @@ class _Run:
         facts: dict[str, Any] = {"name": run, "source": source, "perplexity": {}, "implicit_reward": {}, "judged": {}}
         if source in self.servers:
             prompts = [question.prompt for question in self.questions]
+            if self.how.system_message is not None:  # the other models read it, too
+                prompts = [with_system_message(prompt, self.how.system_message) for prompt in prompts]
             return facts | self._answers(run, ServerGenerator(self.servers[source]), self.questions, prompts)
         args = self.args
         processing_class = load_processing_class(source, **self.loading)
