@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -263,6 +264,16 @@ def serve_argv(rows, output, server):
     argv = ["evaluate", "--dataset", rows, "--split", "train", "--output", str(output), "--criterion", "helpful"]
     argv += ["--model", "served:m", "--server_url", server.url, "--judge", "llm:j", "--judge_url", server.url]
     return [*argv, "--retries", "0"]
+
+
+def test_a_served_model_reads_the_system_message_of_the_others(adapters, rows, tmp_path, served):
+    shutil.copytree(adapters[0], tmp_path / "kind")
+    SavedSettings(beta=0.1, system_message="Be kind.").write(tmp_path / "kind")
+    argv = [*serve_argv(rows, tmp_path, served), "--model", str(tmp_path / "kind"), "--max_new_tokens", "2"]
+    assert main([*argv, "--num_prompts", "2"]) == 0
+    asked = [each["messages"] for each in served.requests if each["model"] == "m"]
+    assert [[turn["role"] for turn in messages] for messages in asked] == [["system", "user"]] * 2
+    assert {messages[0]["content"] for messages in asked} == {"Be kind."}
 
 
 def facts_in(folder):
