@@ -766,7 +766,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         """Like `Trainer.evaluation_loop`, but every metric is a ratio of sums over the whole dataset."""
         of_table = self._objective.of_table if self.args.log_z == "group" else None
         self._is_evaluation_checked = False
-        compute_metrics = self.compute_metrics
+        compute_metrics: Any = self.compute_metrics
 
         def compute(*args: Any, **kwargs: Any) -> dict[str, Any]:
             return with_own_names(compute_metrics(*args, **kwargs) or {}, metric_key_prefix)
