@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import IntervalStrategy
 
 from trl_ulma.main_process import get_logger
-from trl_ulma.metrics import Ratios, RatioSums, figures, ranking_figures
+from trl_ulma.metrics import EVALUATED, Ratios, RatioSums, figures, ranking_figures
 from trl_ulma.objective import BatchLoss
 
 logger = get_logger(__name__)
@@ -96,6 +96,26 @@ class LoggedFigures:
                 f"Lower sft_weight, for example to {lower:.2g}, if the feedback is to count as much. If nothing is to "
                 "be imitated, use PointwiseDPOTrainer."
             )
+
+
+def with_own_names(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """What `compute_metrics` returned, with other names for those that the trainer's own metrics have.
+
+    Args:
+        prefix: of the evaluation, which names may already begin with.
+
+    Example:
+        >>> with_own_names({"accuracy": 0.5}, "eval")
+        {'accuracy': 0.5}
+    """
+    taken = [name for name in metrics if name.removeprefix(f"{prefix}_") in EVALUATED]
+    new = {name: f"compute_metrics/{name.removeprefix(f'{prefix}_')}" for name in taken}
+    if taken:
+        logger.warning(
+            f"compute_metrics returns {', '.join(taken)}, which the trainer logs itself. Yours is logged as "
+            f"{', '.join(f'{prefix}_{name}' for name in new.values())}. Choose another name to change that."
+        )
+    return {new.get(name, name): value for name, value in metrics.items()}
 
 
 def is_logged(args: Any, state: Any, *, ends_epoch: bool) -> bool:

@@ -71,7 +71,7 @@ from trl_ulma.likelihood.table import ROW_KEYS
 from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
-from trl_ulma.logged import LoggedFigures, is_logged
+from trl_ulma.logged import LoggedFigures, is_logged, with_own_names
 from trl_ulma.main_process import get_logger
 from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
@@ -87,6 +87,7 @@ from trl_ulma.training_reference import (
     model_for_dpo_trainer,
     ref_keeps_base_weights,
     reference_kind,
+    warn_of_unsaved_weights,
 )
 from trl_ulma.versions import (
     divide_loss_once,
@@ -187,6 +188,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
         kind = reference_kind(model, ref_model, args, peft_config, is_needed=plan.needs_reference)
+        if kind != "none" or peft_config is not None:
+            # What training saves refers to the base model and to the reference by their names
+            for held in (ref_model,) if kind == "given" and peft_config is None else (model, ref_model):
+                warn_of_unsaved_weights(held)
         self._reference_kind = kind
         ref_model = model_for_dpo_trainer(kind, model, ref_model, args)
         if not isinstance(model, str) and peft_config is None:
@@ -761,10 +766,19 @@ class PointwiseDPOTrainer(DPOTrainer):
         """Like `Trainer.evaluation_loop`, but every metric is a ratio of sums over the whole dataset."""
         of_table = self._objective.of_table if self.args.log_z == "group" else None
         self._is_evaluation_checked = False
-        with self._figures.of_evaluation(of_table) as found:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-            )
+        compute_metrics: Any = self.compute_metrics
+
+        def compute(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            return with_own_names(compute_metrics(*args, **kwargs) or {}, metric_key_prefix)
+
+        self.compute_metrics = None if compute_metrics is None else compute
+        try:
+            with self._figures.of_evaluation(of_table) as found:
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+                )
+        finally:
+            self.compute_metrics = compute_metrics
         if output.metrics is not None:
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output

@@ -3,10 +3,15 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftMixedModel, PeftType
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import get_config_model_id
 
@@ -72,6 +77,67 @@ def check_models(model: Any, ref_model: Any, peft_config: Any = None) -> None:
             f"The model trains the adapter {', '.join(active)}, but the reference would be a copy of the adapter named "
             "default. Load the adapter under that name (leave out adapter_name), or pass a ref_model."
         )
+
+
+def warn_of_unsaved_weights(model: Any) -> None:
+    """Log a warning if a model in memory has other weights than the model that it is named after.
+
+    What training saves refers to the base of an adapter, and to the reference, by this name. To be quick, only the
+    first row of each weight is compared.
+
+    Args:
+        model: a model, with or without an adapter. Names and None have no weights in memory.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters):
+        return  # such as "pissa", which moves a part of the weights into the adapter
+    bare = bare_model(model)
+    base = bare.get_base_model() if is_peft_model(bare) else bare
+    if getattr(base.config, "quantization_config", None) is not None:
+        return
+    name = get_config_model_id(base.config)
+    own = {key.replace(".base_layer.", "."): weight for key, weight in base.state_dict().items()}
+    other = []
+    for file in _saved_weights(name, getattr(base.config, "_commit_hash", None)):
+        with safe_open(file, "pt") as saved:
+            for key in saved.keys():  # noqa: SIM118 - it is no dict
+                weight = own.get(key, own.get(f"{base.base_model_prefix}.{key}"))
+                if _differs(weight, saved.get_slice(key)):
+                    other.append(key)
+    if other:
+        logger.warning(
+            f"The model in memory has other weights than {name}, which it was loaded from: {other[0]}"
+            + (f" and {len(other) - 1} others" if len(other) > 1 else "")
+            + ". An adapter was merged into it, for example, or it was trained before. What this training saves refers "
+            f"to {name}, so its rewards cannot be computed again, and an adapter would be loaded onto other weights "
+            "than it was trained on. Save this model first (save_pretrained), and pass the model loaded from there."
+        )
+
+
+def _saved_weights(name: str, revision: str | None) -> list[Path]:
+    """The files with the weights of a model that are on this machine, in a folder or in the Hub's cache."""
+    folder = Path(name)
+    if not folder.is_dir():
+        config = (
+            try_to_load_from_cache(name, "config.json", revision=revision) if name.count("/") < 2 and name else None
+        )
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _differs(weight: Any, saved: Any) -> bool:
+    """Whether the first row of a weight differs from that of a saved one by more than a number format does."""
+    if not torch.is_tensor(weight) or isinstance(weight, DTensor) or weight.is_meta or not weight.is_floating_point():
+        return False
+    is_same_kind = saved.get_dtype() in ("F64", "F32", "F16", "BF16") and saved.get_shape() == list(weight.shape)
+    if not is_same_kind or not weight.dim():
+        return False
+    first, then = weight[:1].detach().cpu(), saved[:1]
+    return not any(torch.equal(first.to(dtype), then.to(dtype)) for dtype in (first.dtype, torch.bfloat16, torch.half))
 
 
 def reference_kind(model: Any, ref_model: Any, args: Any, peft_config: Any, *, is_needed: bool) -> str:

@@ -572,6 +572,17 @@ def test_compute_metrics_is_given_rewards_and_labels(tiny_gpt2, tmp_path):
     assert seen[0].label_ids.tolist() == [1.0, 0.0, 1.0, 0.0, 1.0]
 
 
+def test_compute_metrics_with_names_of_the_trainers_own_is_kept_beside_them(tiny_gpt2, tmp_path, caplog):
+    own = {"rewards/auc": 7.0, "eval_loss": 8.0, "mine": 9.0}
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, compute_metrics=lambda prediction: dict(own))
+    found = trainer.evaluate(make_rows(6))
+    assert found["eval_compute_metrics/rewards/auc"] == 7.0
+    assert found["eval_compute_metrics/loss"] == 8.0
+    assert found["eval_mine"] == 9.0
+    assert found["eval_rewards/auc"] <= 1
+    assert "compute_metrics returns rewards/auc, eval_loss, which the trainer logs itself" in caplog.text
+
+
 def test_length_grouping_reads_the_rows_lengths(tiny_gpt2, tmp_path):
     n = 400
     lengths = [" mat" * (1 + 37 * i % 40) for i in range(n)]

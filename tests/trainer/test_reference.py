@@ -24,7 +24,7 @@ from peft import (
 )
 from references import MOVING, ROUNDING, STILL, hold, in_memory, load, lora, losses, own_logps
 from tiny import make_tokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from world import make_rows, make_trainer, weights
 
 # Dropout
@@ -545,3 +545,22 @@ def test_a_trainer_whose_reference_another_one_has_replaced(tiny_llama, tmp_path
     with pytest.raises(ValueError, match=r"(?s)reference has changed since.*another trainer"):
         first.evaluate(rows)
     second.evaluate(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["new", "trained", "full"])
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_weights_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog, is_merged, kind, dtype):
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype).float()
+    if is_merged:
+        model = get_peft_model(model, adapter).merge_and_unload().requires_grad_(True)
+    settings = {"processing_class": AutoTokenizer.from_pretrained(tiny_llama)}
+    if kind == "new":
+        settings["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"])
+    elif kind == "trained":
+        model = get_peft_model(model, adapter)
+    make_trainer(model, make_rows(4), tmp_path, pointwise=True, **settings)
+    told = [message for message in caplog.messages if "The model in memory has other weights than" in message]
+    assert len(told) == is_merged
+    assert not told or "q_proj.weight and 1 others" in told[0]
