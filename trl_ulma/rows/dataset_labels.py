@@ -315,22 +315,24 @@ def contradictions(trained: tuple[Dataset, Any], evaluated: tuple[Dataset, Any],
         trained, evaluated: (prepared rows, the rows that they were prepared from) of the two datasets.
         name: the name of the dataset to evaluate on.
     """
+    answers = [_identities(rows)[1] for rows, _ in (trained, evaluated)]
     found = []
-    for rows, raw in (trained, evaluated):
+    for (rows, raw), own, other in zip((trained, evaluated), answers, reversed(answers), strict=True):
         label = np.asarray(rows["label"][:])
-        before = labels_before(rows, args, raw) if "label" in raw.column_names else None  # pairs have no labels
+        # Pairs have no labels, and prepared rows only those after the transform
+        has_own = "label" in raw.column_names and "prompt_ids" not in raw.column_names
+        before = labels_before(rows, args, raw) if has_own else None
         label = label if before is None else np.where(np.isfinite(before), before, label)
-        keys = zip(_identities(rows)[1].tolist(), is_continuous(rows, args.label_type).tolist(), strict=True)
-        found.append(list(zip(keys, label.tolist(), strict=True)))
-    labels: dict[tuple[int, bool], set[float]] = {key: set() for key, _ in found[1]}
-    for key, label in found[0]:
-        if key in labels:
-            labels[key].add(label)
-    numbers = evaluated[0]["row"][:]
+        kinds, numbers = is_continuous(rows, args.label_type), rows["row"][:]
+        shared = np.flatnonzero(np.isin(own, other)).tolist()
+        found.append([((int(own[i]), bool(kinds[i])), float(label[i]), numbers[i]) for i in shared])
+    labels: dict[tuple[int, bool], set[float]] = {}
+    for key, label, _ in found[0]:
+        labels.setdefault(key, set()).add(label)
     others = [
         f"{origin(evaluated[1], number) or f'row {number}'} ({label:g}, trained on with {min(labels[key]):g})"
-        for (key, label), number in zip(found[1], numbers, strict=True)
-        if labels[key] and label not in labels[key]
+        for key, label, number in found[1]
+        if key in labels and label not in labels[key]
     ]
     if not others:
         return None
