@@ -274,6 +274,23 @@ def test_a_served_model_reads_the_system_message_of_the_others(adapters, rows, t
     asked = [each["messages"] for each in served.requests if each["model"] == "m"]
     assert [[turn["role"] for turn in messages] for messages in asked] == [["system", "user"]] * 2
     assert {messages[0]["content"] for messages in asked} == {"Be kind."}
+    assert (
+        "2 of 2 answers of kind were cut at 2 tokens, and are judged as they are. Raise --max_new_tokens."
+        in (facts_in(tmp_path)["notes"])
+    )
+
+
+def test_a_served_model_reads_rows_of_csv_as_messages(tmp_path, served):
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\n How are you?,I am fine.,1\n", encoding="utf-8")
+    assert main(serve_argv(str(tmp_path / "rows.csv"), tmp_path / "report", served)) == 0
+    asked = [each["messages"] for each in served.requests if each["model"] == "m"]
+    assert asked == [[{"role": "user", "content": "How are you?"}]]
+
+
+def test_csv_of_pairs_is_read_as_messages_like_rows(tmp_path):
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nHow are you?,Fine.,Bad.\n", encoding="utf-8")
+    rows = load_rows(str(tmp_path / "pairs.csv"))["train"]
+    assert HeldOut.of(rows, "test", LabelRules()).rows.info.builder_name == rows.info.builder_name == "csv"
 
 
 def facts_in(folder):

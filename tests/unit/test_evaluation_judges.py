@@ -539,6 +539,13 @@ def test_the_reward_model_judge_prefers_the_higher_score(reward_models, prompt):
     assert judge(asked, "helpful") == [WIN, LOSE, TIE]
 
 
+def test_the_same_answer_twice_is_a_tie_whatever_its_scores(reward_models):
+    judge = RewardModelJudge(reward_models[1], "helpful", batch_size=2)
+    asked = [Comparison("The cat", " sat on the mat.", f" sat on the mat.{' ' * i}") for i in range(4)]
+    assert len(set(judge.scores(["The cat"] * 4, [each.second for each in asked]))) > 1
+    assert judge(asked, "helpful") == [TIE] * 4
+
+
 def test_a_classifier_judges_by_the_label_that_is_named(reward_models):
     good = RewardModelJudge(reward_models[2], "harmless", label="good").scores(["The cat"], [" sat."])[0]
     bad = RewardModelJudge(reward_models[2], "harmless", label="bad").scores(["The cat"], [" sat."])[0]

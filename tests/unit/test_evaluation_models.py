@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trl_ulma import ULMAConfig, ULMATrainer
 from trl_ulma.evaluation.generation import Sampling, ServerGenerator, TransformersGenerator, generate
@@ -169,6 +169,18 @@ def test_greedy_answers_do_not_depend_on_the_batch(generator, prompts, tmp_path)
                 break
         assert reply.text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
         assert reply.finished == (ids[-1] in generator.ends)
+
+
+def test_answers_do_not_depend_on_a_models_own_settings_of_generate(generator, prompts, tmp_path):
+    sampling = Sampling(max_new_tokens=12)
+    plain = generate(generator, prompts, tmp_path / "plain.jsonl", sampling)
+    own = GenerationConfig(no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7], repetition_penalty=5.0, min_length=60)
+    before, generator.model.generation_config = generator.model.generation_config, own
+    try:
+        assert generate(generator, prompts, tmp_path / "own.jsonl", sampling) == plain
+        assert generator.model.generation_config is own
+    finally:
+        generator.model.generation_config = before
 
 
 def test_a_stopped_run_goes_on_and_nothing_is_generated_twice(generator, prompts, tmp_path):

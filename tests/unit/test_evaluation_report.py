@@ -237,6 +237,7 @@ def models_of(rows, strength):
             "name": name,
             "source": "nowhere",
             "rows": rows,
+            "ranked_rows": rows,
             "is_base": name != "tuned",
             "perplexity": {"demonstrations": Estimate(3.14159, 3.0, 3.3, rows)},
             "implicit_reward": continuous_figures(reward, label, prompt),
@@ -281,6 +282,7 @@ def facts_of(rows=200, strength=0.5, judge_points=0.2):
                 "agreement": Estimate(0.8, 0.7, 0.9, 50),
                 "replies": {"first": 60, "second": 40, "tie": 7},
                 "comparisons": 60,
+                "judged": 53,
                 "orders_disagree": 12,
                 "changes": ["temperature is left out"],
             }
@@ -385,6 +387,24 @@ def test_what_can_be_concluded_is_said_first(rows, strength, said):
     assert f"{figure}, on {rows} row{s} of {rows} prompt{s})" in sentence
     parts = report.document({**facts, "pictures": []})
     assert next(part.text for part in parts if isinstance(part, Text) and part.strong) == sentence
+
+
+def test_a_figure_without_an_interval_is_not_said_to_include_chance():
+    facts = facts_of(200, 0.5)
+    facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 200)
+    sentence = report.conclusions(facts)[0]
+    assert sentence.startswith(
+        "tuned: nothing can be concluded: there is no interval, because the figure is the same in"
+    )
+    assert "includes" not in sentence
+
+
+def test_a_judge_is_counted_by_what_it_has_judged():
+    facts = facts_of()
+    facts["judges"][0]["agreement"] = Estimate(1.0, 0.6, 1.0, 6)
+    said = [part.text for part in report.document({**facts, "pictures": []}) if isinstance(part, Text)]
+    assert any("disagree in 12 of 53 comparisons with both verdicts" in text for text in said)
+    assert any("which are too few to show that it is above chance: no ranking is claimed" in text for text in said)
 
 
 def test_the_seen_rows_are_part_of_the_conclusion():

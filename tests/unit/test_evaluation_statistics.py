@@ -85,6 +85,10 @@ def test_no_interval_without_two_prompts_nor_where_a_resample_is_undefined():
     assert bootstrap(lambda rows: 1.0, np.zeros(5), seed=0) == Estimate(1.0, None, None, 1)
     undefined = bootstrap(lambda rows: 1.0 if 0 in rows else float("nan"), np.arange(3), seed=0)
     assert undefined == Estimate(1.0, None, None, 3)
+    # Of a hundred prompts, hardly any resample lacks all of the first five
+    known = np.arange(100) < 5
+    rare = bootstrap(lambda rows: known[rows].mean() if known[rows].any() else float("nan"), np.arange(100), seed=0)
+    assert 0 < rare.low < rare.value == 0.05 < rare.high < 0.15
     with pytest.raises(ValueError, match="The figure of all 2 rows is nan"):
         bootstrap(lambda rows: float("nan"), np.arange(2), seed=0)
 
@@ -98,12 +102,12 @@ def test_no_interval_where_all_resamples_are_alike():
     assert close.low < close.value < close.high
 
 
-def test_a_judge_of_two_agreements_is_not_above_chance():
+def test_a_judge_of_few_agreements_is_not_above_chance():
     assert mean_points([WIN] * 2) == wilson(2, 2)
     assert mean_points([LOSE] * 2) == wilson(0, 2)
     assert mean_points([TIE] * 9) == Estimate(0.5, None, None, 9)
-    above = {n: is_above_chance(mean_points([WIN] * n)) for n in (1, 2, 200)}
-    assert above == {1: False, 2: False, 200: True}
+    above = {n: is_above_chance(mean_points([WIN] * n)) for n in (1, 2, 29, 30, 200)}
+    assert above == {1: False, 2: False, 29: False, 30: True, 200: True}
 
 
 # Perplexity

@@ -171,6 +171,8 @@ def ended(finish_reason: Any) -> tuple[bool, Why | None]:
     Example:
         >>> ended("stop"), ended("MAX_TOKENS"), ended("content_filter")
         ((True, None), (False, None), (True, <Why.FILTERED: 'filtered'>))
+        >>> [ended(reason)[1].value for reason in ("guardrail_intervened", "abort", "IMAGE_SAFETY")]
+        ['filtered', 'failed', 'filtered']
     """
     reason = str(finish_reason).lower()
     about = Why.FILTERED if reason in _AT_FILTER else Why.FAILED if reason in _AT_FAILURE else None
