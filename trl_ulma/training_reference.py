@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftMixedModel, PeftType
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
@@ -120,9 +121,9 @@ def _saved_weights(name: str, revision: str | None) -> list[Path]:
     """The files with the weights of a model that are on this machine, in a folder or in the Hub's cache."""
     folder = Path(name)
     if not folder.is_dir():
-        config = (
-            try_to_load_from_cache(name, "config.json", revision=revision) if name.count("/") < 2 and name else None
-        )
+        config = None
+        with contextlib.suppress(HFValidationError):  # a folder that is gone, or no name at all
+            config = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(config, str):
             return []
         folder = Path(config).parent
