@@ -319,7 +319,9 @@ def contradictions(trained: tuple[Dataset, Any], evaluated: tuple[Dataset, Any],
     found = []
     for (rows, raw), own, other in zip((trained, evaluated), answers, reversed(answers), strict=True):
         label = np.asarray(rows["label"][:])
-        before = labels_before(rows, args, raw) if "label" in raw.column_names else None  # pairs have no labels
+        # Pairs have no labels, and prepared rows only those after the transform
+        has_own = "label" in raw.column_names and "prompt_ids" not in raw.column_names
+        before = labels_before(rows, args, raw) if has_own else None
         label = label if before is None else np.where(np.isfinite(before), before, label)
         kinds, numbers = is_continuous(rows, args.label_type), rows["row"][:]
         shared = np.flatnonzero(np.isin(own, other)).tolist()
