@@ -43,6 +43,18 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
+def label_reports(notebook: nbformat.NotebookNode) -> set[str]:
+    """The lines of all label reports without what the rows decide: numbers, bars, plurals and where a warning wraps."""
+    lines: set[str] = set()
+    for output in outputs(notebook):
+        for report in re.findall(r"Labels of the .*?(?=\n+As JSON)", output.get("text", ""), re.S):
+            report = re.sub(r"\n  (?=\S)", " ", report)
+            report = re.sub(r"[-+]?\d[\d.,–%]*|\b(longer|shorter|more|less)\b|[█▏▎▍▌▋▊▉]+", "#", report)
+            report = re.sub(r"(row|prompt)s", r"\1", report)
+            lines |= {" ".join(line.split(";")[0].split()) for line in report.splitlines()}
+    return lines
+
+
 def test_these_are_all():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(TINY)
 
@@ -52,13 +64,18 @@ def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", python_path())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = read(name)
-    drawn = pictures(notebook)
+    drawn, kept = pictures(notebook), label_reports(notebook)
     cell = parameters(notebook)
     names = set(re.findall(r"^(\w[\w, ]*) =", cell.source, re.M))
     cell.source = f"from pathlib import Path\n\nMODEL = {tiny_llama!r}\n{TINY[name]}"
     assert names == set(re.findall(r"^(\w[\w, ]*) =", cell.source, re.M))
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert pictures(notebook) == drawn > 0
+    # The kept report is in today's words. Other rows may have other warnings.
+    today = label_reports(notebook)
+    begun = {line[:20] for line in today}
+    assert kept
+    assert kept - {line for line in kept if line.startswith("!") and line[:20] not in begun} <= today
     # The SFT loss of an untrained model is so large that the trainer warns about it, and it tells no rows apart
     expected = ["The SFT term dominates", "rows are nearly alike"]
     if Version(transformers.__version__) < Version("5.19"):  # they also align a token that the tokenizer does not have
