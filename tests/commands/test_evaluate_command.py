@@ -143,7 +143,7 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     assert facts["versions"]["trl-ulma"]
 
     text = (report / "report.md").read_text()
-    assert "which is not above chance: no ranking is claimed" in text
+    assert "which are too few to show that it is above chance: no ranking is claimed" in text
     assert "6 prompts are too few for a conclusion from judged answers. Use 200 or more." in text
     assert "**ulma (1): 6 prompts are too few for a conclusion (AUC " in text
     assert "100.0% of them name the one shown first" in text
@@ -475,7 +475,10 @@ def test_a_full_model_is_compared_with_the_model_that_its_training_began_with(ti
     named = json.loads((tmp_path / "named" / "report.json").read_text())["models"]
     assert named[0]["changed"] == tuned["changed"]
     assert named[1]["perplexity"] == base["perplexity"]
-    (note,) = facts["notes"]
+    note, *cut = facts["notes"]
+    assert {each.split(" of ")[2] for each in cut} == {
+        f"{run} were cut at 4 tokens, and are judged as they are. Raise --max_new_tokens." for run in ("tuned",)
+    }
     assert note.startswith(
         "Rows whose prompt was in the training data of the model tuned: 12 of 12. Held out: 0. Figures"
     )
@@ -640,7 +643,9 @@ NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
         (["--bach_size", "3"], "--bach_size is not an option. Did you mean --batch_size?"),
     ],
 )
-def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, message):
+def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("d.jsonl").touch()
     assert message in error_of(capsys, [*NEEDED, *options], code=2)
 
 
@@ -671,10 +676,10 @@ def test_what_is_wrong_is_told_in_one_line_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize("option", ["--model", "--ref_model"])
-def test_a_model_that_is_not_there_is_named_before_all_else(capsys, tiny_llama, tmp_path, option):
+def test_a_model_that_is_not_there_is_named_before_all_else(capsys, tiny_llama, rows, tmp_path, option):
     (tmp_path / "empty").mkdir()
     for wrong in (str(tmp_path / "typo"), str(tmp_path / "empty"), "typo"):
-        argv = ["--model", tiny_llama, option, wrong, "--dataset", "d.jsonl", "--output", str(tmp_path / "report")]
+        argv = ["--model", tiny_llama, option, wrong, "--dataset", rows, "--output", str(tmp_path / "report")]
         said_last = error_of(capsys, argv)
         assert f"{option} {wrong}: its configuration and its tokenizer cannot be loaded (" in said_last
         assert said_last.endswith("Name the folder of a checkpoint or an adapter, or a model on the hub.")
@@ -686,13 +691,15 @@ def test_a_missing_data_set_is_named(capsys, tiny_llama, tmp_path):
     assert "There is no file or folder" in error_of(capsys, argv)
 
 
-def test_a_missing_library_names_the_extra():
+def test_a_missing_library_names_the_extra(tmp_path):
+    (tmp_path / "d.jsonl").touch()
     code = (
         "import importlib.util as u, sys; find = u.find_spec; "
         "u.find_spec = lambda name, *a: None if name == 'openai' else find(name, *a); "
         "from trl_ulma.scripts.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    run = subprocess.run([sys.executable, "-c", code, "evaluate", *NEEDED], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, "evaluate", *NEEDED]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert run.returncode == 1
     assert run.stderr.strip() == (
         "trl-ulma evaluate: error: trl_ulma.evaluation needs openai, which is not installed. Run: pip install "

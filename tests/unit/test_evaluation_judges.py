@@ -650,7 +650,7 @@ def test_pairs_without_an_answer_are_left_out_and_counted(caplog):
 def test_no_ranking_is_claimed_by_a_judge_near_chance(server, tmp_path):
     rows = [
         {"prompt": f"Question {i}", "completion": answer, "label": label}
-        for i in range(12)
+        for i in range(30)
         for answer, label in ((f"{GOOD} {i}", 1.0), (f"{BAD} {i}", 0.0))
     ]
     questions = HeldOut.of(Dataset.from_list(rows), "test", LabelRules()).questions(None, 0)
@@ -667,15 +667,15 @@ def test_no_ranking_is_claimed_by_a_judge_near_chance(server, tmp_path):
         return judging.agreement["m", "helpful"], judging.differences(), notes
 
     agreement, differences, notes = judged(fair, "fair.jsonl")
-    assert (agreement.value, agreement.n) == (1, 12)
+    assert (agreement.value, agreement.n) == (1, 30)
     assert [(each["one"], each["other"], each["points"].value) for each in differences] == [("good", "bad", 0.5)]
     assert notes == []
     agreement, differences, _ = judged(lambda messages: said("VERDICT: 1"), "biased.jsonl")
     assert (agreement.value, differences) == (0.5, [])
     agreement, differences, notes = judged(lambda messages: said("Hm."), "garbage.jsonl")
     assert (agreement, differences) == (None, [])
-    assert notes[0].startswith("12 of 12 comparisons of the data's own answers were not judged (m, helpful; missing")
-    assert "missing replies: 24 unparsable). They count in no rate" in notes[0]
+    assert notes[0].startswith("30 of 30 comparisons of the data's own answers were not judged (m, helpful; missing")
+    assert "missing replies: 60 unparsable). They count in no rate" in notes[0]
     assert notes[0].endswith('The first: "Hm."')
 
 

@@ -325,7 +325,7 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
         assert "m (base)" in section
     assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
     assert "Rows with a continuous label of 3 and above are chosen." in text
-    assert "| model | chosen | rejected | margin | accuracy |" in text
+    assert "| model | chosen | rejected | margin | accuracy, all rows |" in text
     assert "3 refused, 1 cut" in text
     assert "| tuned | the model's answer first | 2 | filtered |" in text
     assert "60.0% of them name the one shown first" in text
@@ -576,7 +576,7 @@ def test_text_is_in_columns_of_letters_of_any_width():
 def test_one_row_is_one_row():
     facts = facts_of(2)
     facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 1)
-    facts["models"][0]["rows"] = facts["data"]["rows"] = facts["data"]["prompts"] = 1
+    facts["models"][0]["ranked_rows"] = facts["data"]["rows"] = facts["data"]["prompts"] = 1
     text = report.in_terminal(facts, 200)
     assert "tuned: 1 prompt is too few for a conclusion (" in text
     assert "correlation 1.000, on 1 row of 1 prompt)." in text
