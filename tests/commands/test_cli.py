@@ -294,6 +294,7 @@ def test_missing_files_are_all_named_before_anything_large_is_imported(tmp_path)
         (["evaluate", "--model", "a=typo/", "--dataset=rating.csv"], ["--model: There is", lost]),
         (["score", "--model", "m", "--ref-model", "./m", "--dataset", "ratings.csv"], ["--ref_model: There is no"]),
         (["prepare", "kto", "--input", "rating.csv"], [lost]),
+        (["ulma", "--resume-from-checkpoint", "out/9"], ["--resume_from_checkpoint: There is no file or folder out/9"]),
     ):
         done = subprocess.run(
             [sys.executable, "-c", code, *words],
@@ -313,7 +314,9 @@ def test_names_on_the_hub_and_files_beside_a_mixture_are_not_looked_for(tmp_path
     (tmp_path / "run.yaml").write_text("datasets: [{path: org/rows}]\ndataset: none.csv\n")
     words = ["--model", "org/m", "--ref_model", "served:a/b/c/d", "--config", str(tmp_path / "run.yaml")]
     assert cli._missing_paths("ulma", words) == []
+    assert cli._missing_paths("env", []) == []
     assert cli._missing_paths("prepare", ["--config", "none.csv", "--dataset", "org/rows"]) == []
+    assert cli._missing_paths("ulma", ["--resume_from_checkpoint", "True", "--columns", "dataset=a.csv"]) == []
 
 
 # What is read from options

@@ -265,7 +265,7 @@ def test_a_file_of_no_family_and_one_with_other_names(raw, capsys):
     assert "  red-team               1 of 1 answers of the first 1 rows can be used" in capsys.readouterr().out
     assert prepare("red-team", argv[1], raw / "out.jsonl", *argv[2:]) == 0
     assert error_of(capsys, "--detect", "--input", raw / "absent.jsonl").startswith(
-        "trl-ulma prepare --detect: error: "
+        "trl-ulma prepare: error: --dataset: There is no file"
     )
 
 

@@ -789,7 +789,7 @@ def test_names_are_made_once():
         ([row("0,5")], r"labels with a comma \('0,5'\)\. Write them with a decimal point and without separators"),
         ([row("1,234.5"), row("2,5")], r"labels with a comma \('1,234\.5', '2,5'\)"),
         ([{"foo": "a"}], "Rows need prompt, completion and label"),
-        ([{"transcript": "a", "rating": 1}], "It looks like red-team data: trl-ulma prepare red-team --input rows"),
+        ([{"transcript": "a", "rating": 1}], "It looks like red-team data: trl-ulma prepare red-team --dataset rows"),
         (
             [{"system": "s", "question": "q", "chosen": "To solve a", "rejected": "To solve b"}],
             "column question would be ignored. .* --columns prompt=question",

@@ -100,7 +100,7 @@ def _method(words: list[str]) -> str | None:
 
 # Option → its setting, of options that name something to read
 _SOURCES = {name: short[2:] for short in ("--model", "--dataset") for name in (short, *SAME[short])}
-_SOURCES |= {"--ref_model": "ref_model", "--input": "dataset"}
+_SOURCES |= {"--ref_model": "ref_model", "--input": "dataset", "--resume_from_checkpoint": "resume_from_checkpoint"}
 
 
 def _missing_paths(command: str, words: list[str]) -> list[str]:
@@ -112,9 +112,11 @@ def _missing_paths(command: str, words: list[str]) -> list[str]:
 
     given: dict[str, list[str]] = {}
     file = None
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words, ""][1:], strict=True):
+        if not word.startswith("--"):
+            continue
         option, equals, value = word.partition("=")
-        option = "--" + option.removeprefix("--").replace("-", "_")
+        option = "--" + option[2:].replace("-", "_")
         value = value if equals else after
         if option in _SOURCES:
             given.setdefault(_SOURCES[option], []).append(value)
@@ -135,7 +137,10 @@ def _missing_paths(command: str, words: list[str]) -> list[str]:
     for setting, value in ((setting, value) for setting, values in given.items() for value in values):
         name = value.partition("=")[2] or value  # `evaluate` takes NAME=MODEL
         paths = [Path(each).expanduser() for each in (name, value)]
-        if looks_local(name) and not name.startswith("served:") and not any(path.exists() for path in paths):
+        is_local = looks_local(name) and not name.startswith("served:")
+        if setting == "resume_from_checkpoint":
+            is_local = name.lower() not in ("true", "false", "none")
+        if is_local and not any(path.exists() for path in paths):
             messages.append(f"--{setting}: {missing(paths[0])}")
     return messages
 
