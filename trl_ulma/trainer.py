@@ -188,10 +188,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         if ref_model is not None and not plan.needs_reference:
             warnings.warn(f"ref_model is not used: with {args.method} no row is compared with it.", stacklevel=2)
         kind = reference_kind(model, ref_model, args, peft_config, is_needed=plan.needs_reference)
-        if kind != "none" or peft_config is not None:
-            # What training saves refers to the base model and to the reference by their names
-            for held in (ref_model,) if kind == "given" and peft_config is None else (model, ref_model):
-                warn_of_unsaved_weights(held)
+        # What training saves refers to the base of an adapter and to the reference by their names
+        is_named = plan.peft_config is not None or kind not in ("none", "given")
+        for held in (model if is_named else None, ref_model if kind == "given" else None):
+            warn_of_unsaved_weights(held)
         self._reference_kind = kind
         ref_model = model_for_dpo_trainer(kind, model, ref_model, args)
         if not isinstance(model, str) and peft_config is None:

@@ -548,7 +548,7 @@ def test_a_trainer_whose_reference_another_one_has_replaced(tiny_llama, tmp_path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["new", "trained", "full"])
+@pytest.mark.parametrize("kind", ["new", "trained", "trained on demonstrations", "full", "given"])
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_weights_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog, is_merged, kind, dtype):
     adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
@@ -558,9 +558,13 @@ def test_weights_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog, i
     settings = {"processing_class": AutoTokenizer.from_pretrained(tiny_llama)}
     if kind == "new":
         settings["peft_config"] = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj"])
-    elif kind == "trained":
+    elif kind.startswith("trained"):
         model = get_peft_model(model, adapter)
-    make_trainer(model, make_rows(4), tmp_path, pointwise=True, **settings)
+    if kind == "given":
+        model, settings["ref_model"] = tiny_llama, model
+    if kind.endswith("demonstrations"):
+        settings |= {"positive_loss": "sft", "negative_loss": "none"}
+    make_trainer(model, make_rows(4), tmp_path, **settings)
     told = [message for message in caplog.messages if "The model in memory has other weights than" in message]
     assert len(told) == is_merged
     assert not told or "q_proj.weight and 1 others" in told[0]
