@@ -590,7 +590,7 @@ def test_help_needs_no_torch():
     assert all(option in run.stdout for option in options)
 
 
-NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
+NEEDED = ["--model", "m", "--dataset", "org/d", "--output", "o"]
 
 
 @pytest.mark.parametrize(
@@ -645,8 +645,8 @@ def test_what_is_wrong_is_told_in_one_line_before_a_model_is_loaded(
 @pytest.mark.parametrize("option", ["--model", "--ref_model"])
 def test_a_model_that_is_not_there_is_named_before_all_else(capsys, tiny_llama, tmp_path, option):
     (tmp_path / "empty").mkdir()
-    for wrong in (str(tmp_path / "typo"), str(tmp_path / "empty"), "typo"):
-        argv = ["--model", tiny_llama, option, wrong, "--dataset", "d.jsonl", "--output", str(tmp_path / "report")]
+    for wrong in (str(tmp_path / "empty"), "typo"):
+        argv = ["--model", tiny_llama, option, wrong, "--dataset", "org/d", "--output", str(tmp_path / "report")]
         said_last = error_of(capsys, argv)
         assert f"{option} {wrong}: its configuration and its tokenizer cannot be loaded (" in said_last
         assert said_last.endswith("Name the folder of a checkpoint or an adapter, or a model on the hub.")
