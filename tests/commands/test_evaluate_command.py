@@ -620,7 +620,7 @@ def test_help_needs_no_torch():
     assert all(option in run.stdout for option in options)
 
 
-NEEDED = ["--model", "m", "--dataset", "d.jsonl", "--output", "o"]
+NEEDED = ["--model", "m", "--dataset", "org/d", "--output", "o"]
 
 
 @pytest.mark.parametrize(
