@@ -61,6 +61,8 @@ from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_l
 from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
 from trl_ulma.likelihood.reference import (
     ADAPTER,
+    COARSE_TOLERANCE,
+    TOLERANCE,
     NoReferenceModel,
     Reference,
     ReferenceIdentity,
@@ -550,6 +552,17 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._precomputed_identity is None:
             # Taken while there is a reference
             self._precomputed_identity = reference.identity(self._precomputing_policy, self._probe_tokens)
+        else:
+            now = reference.fingerprint(self._precomputing_policy, self._probe_tokens)
+            off = self._precomputed_identity.difference(now)
+            is_precise = is_exact(bare_model(self.model), self.accelerator.mixed_precision)
+            if not off <= (TOLERANCE if is_precise else COARSE_TOLERANCE):
+                raise ValueError(
+                    f"The reference has changed by {off:.2g} nats per token since its log-probabilities were "
+                    f"precomputed, so they cannot be computed for the {name} dataset: training, or other code, has "
+                    "changed weights that the reference computes with. Pass this dataset to the trainer as an "
+                    "eval_dataset, or pass a ref_model and set precompute_ref_log_probs=False."
+                )
         # Evaluation datasets can be called "train", too
         is_trained_on = dataset is self.train_dataset and "ref_logps" not in dataset.column_names
         return with_ref_logps(

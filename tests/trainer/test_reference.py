@@ -298,6 +298,33 @@ def test_parameters_outside_the_adapter_are_trained_against_a_reference_that_sta
     assert (found[0][1] - found[1][1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("case", ["all", "ln_f", "adapter"])
+def test_new_rows_are_not_compared_with_a_reference_that_training_has_moved(tiny_gpt2, tmp_path, case):
+    rows = make_rows(6)
+    precomputed = {"precompute_ref_log_probs": True, "eval_dataset": rows}
+    model = tiny_gpt2 if case == "all" else outside_the_adapter(tiny_gpt2, case)
+    config = lora(target_modules=["c_attn"], bias="all") if case == "all" else None
+    trainer = make_trainer(model, rows, tmp_path, peft_config=config, **precomputed, **MOVING)
+    assert trainer.evaluate(rows)["eval_loss"] == trainer.evaluate()["eval_loss"]
+    trainer.train()
+    own = trainer.evaluate()["eval_loss"]
+    if case == "adapter":  # nothing outside it is trained
+        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(own, abs=1e-5)
+        return
+    for ask in (trainer.evaluate, trainer.predict, trainer.score):
+        with pytest.raises(ValueError, match=r"reference has changed by .* for the \w+ dataset: .* as an eval_dataset"):
+            ask(rows)
+
+
+def test_other_code_trains_the_model_whose_reference_is_precomputed(tiny_gpt2, tmp_path):
+    rows, model = make_rows(6), load(tiny_gpt2)
+    trainer = make_trainer(model, rows, tmp_path, precompute_ref_log_probs=True, **MOVING)
+    trainer.evaluate(rows)
+    make_trainer(model, rows, tmp_path / "other", **MOVING).train()
+    with pytest.raises(ValueError, match="reference has changed by"):
+        trainer.evaluate(rows)
+
+
 def test_the_copy_of_an_adapter_has_its_number_format(tiny_llama, tmp_path):
     """Otherwise the reference of an adapter in bfloat16 would be rounded otherwise than the policy."""
     model = get_peft_model(load(tiny_llama), lora(init_lora_weights=False)).to(torch.bfloat16)
