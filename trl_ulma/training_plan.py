@@ -365,7 +365,8 @@ def _check_collator(collator: Any, rows: Any) -> None:
             f"data_collator is {name}, which cannot collate prepared rows ({type(error).__name__}: {error}). {remedy}"
         ) from error
     needed: tuple[str, ...] = ("input_ids", "attention_mask", "completion_mask", "label", "sft_mask")
-    optional = {"label_type": "continuous", "weight": "weight", "log_z": "log_z"}
+    # Fillers are told from other rows by `row`
+    optional = {"label_type": "continuous"} | {name: name for name in ("weight", "log_z", "row", "group")}
     needed += tuple(key for column, key in optional.items() if examples and column in examples[0])
     missing = [key for key in needed if key not in batch]
     if missing:

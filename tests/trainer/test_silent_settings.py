@@ -96,15 +96,22 @@ def test_which_value_of_a_metric_is_best(tmp_path, metric, greater):
     assert PointwiseDPOConfig(str(tmp_path), greater_is_better=not greater, **settings).greater_is_better != greater
 
 
-@pytest.mark.parametrize(("column", "key"), [("weight", "weight"), ("log_z", "log_z"), ("label_type", "continuous")])
+DROPPED = [("weight", "weight"), ("log_z", "log_z"), ("label_type", "continuous"), (None, "row"), (None, "group")]
+
+
+@pytest.mark.parametrize(("column", "key"), DROPPED)
 def test_a_collator_that_drops_what_the_loss_reads_is_refused(tiny_gpt2, tmp_path, column, key):
     class Dropping(DataCollatorForPointwisePreference):
         def __call__(self, examples):
             return {name: value for name, value in super().__call__(examples).items() if name != key}
 
-    rows = make_rows(ROWS).add_column(column, [{"label_type": "continuous"}.get(column, 0.5)] * ROWS)
+    rows, settings = make_rows(ROWS), {}
+    if column is not None:
+        rows = rows.add_column(column, [{"label_type": "continuous"}.get(column, 0.5)] * ROWS)
+    if key == "group":
+        rows, settings = make_rows(ROWS, prompt=["Hi"] * ROWS), {"log_z": "group"}
     with pytest.raises(ValueError, match=f"data_collator is Dropping, whose batches lack {key}"):
-        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, data_collator=Dropping(pad_token_id=0))
+        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, data_collator=Dropping(pad_token_id=0), **settings)
 
 
 @pytest.mark.parametrize("rows", [make_rows(ROWS), make_rows(ROWS, completion=[" Yes."] * 7 + [" Of course, Sir."])])
