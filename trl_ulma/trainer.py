@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import functools
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
 from trl_ulma.rows.images import has_images
+from trl_ulma.rows.notes import note, noted
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in, policy_logps_in
@@ -184,7 +186,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             ref_model=ref_model,
             has_own_metrics=compute_metrics is not None,
         )
+        self._held: list[Any] = []  # the trainer's own datasets, also with precomputed log-probabilities
         self._last_prepared: Any = None
+        self._reference_key = uuid.uuid4().hex
         self._evaluated_rows: dict[str, Any] = {}
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
         if ref_model is not None and not plan.needs_reference:
@@ -257,6 +261,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         # Stop DPOTrainer from precomputing the datasets that it evaluates, because `evaluate` does that here
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
+        self._held = self._datasets_now()
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
         self._log_partition = self._new_log_partition()
@@ -438,19 +443,26 @@ class PointwiseDPOTrainer(DPOTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return dataset if self._is_own(dataset) else self._plan.prepare(dataset, dataset_name)
+        if self._is_own(dataset):
+            return dataset
+        prepared = self._plan.prepare(dataset, dataset_name)
+        if isinstance(dataset, Dataset) and noted(dataset).get("reference") == self._reference_key:
+            # Some of this trainer's own rows, such as with `select`. Preparing them again has removed the column
+            if len(prepared) == len(dataset):
+                return prepared.add_column("ref_logps", dataset["ref_logps"][:])
+        return prepared
 
     def _is_own(self, dataset: Any) -> bool:
         """Whether this trainer has prepared the dataset."""
-        held = getattr(self, "eval_dataset", None)
-        own = [*self._plan.datasets, getattr(self, "train_dataset", None), self._last_prepared]
-        own += held.values() if isinstance(held, dict) else [held]
-        return any(dataset is each for each in own) and not self._is_raw(dataset)
+        return any(dataset is each for each in (*self._plan.datasets, *self._held, self._last_prepared))
+
+    def _datasets_now(self) -> list[Any]:
+        held = self.eval_dataset
+        return [self.train_dataset, *(held.values() if isinstance(held, dict) else [held])]
 
     def _is_raw(self, dataset: Any) -> bool:
         """Whether a dataset that was put in the place of one of the trainer's own has rows that are not prepared."""
-        columns = getattr(dataset, "column_names", None) or ()
-        return "prompt_ids" not in columns and not any(dataset is each for each in self._plan.datasets)
+        return "prompt_ids" not in (getattr(dataset, "column_names", None) or ()) and not self._is_own(dataset)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -565,7 +577,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                 )
         # Evaluation datasets can be called "train", too
         is_trained_on = dataset is self.train_dataset and "ref_logps" not in dataset.column_names
-        return with_ref_logps(
+        made = with_ref_logps(
             dataset,
             self._plan.compared(dataset) if is_trained_on else np.ones(len(dataset), dtype=bool),
             reference=reference,
@@ -577,6 +589,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             num_workers=self.args.dataloader_num_workers,
             what=f"Computing reference log-probabilities of the {name} dataset",
         )
+        note(made, reference=self._reference_key)
+        return made
 
     @functools.cached_property
     def _precomputing_policy(self) -> Any:
@@ -598,11 +612,18 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _check_changes(self) -> None:
         """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
         self._check_settings()
-        if self._is_raw(self.train_dataset):
-            raise ValueError(
-                "trainer.train_dataset was replaced by rows that are not prepared, and the trainer has already read "
-                "its labels. Create another trainer with these rows."
+        if not self._is_own(self.train_dataset):
+            is_raw = self._is_raw(self.train_dataset)
+            rows = (
+                None if is_raw else self._prepare_dataset(self.train_dataset, self.processing_class, self.args, "train")
             )
+            if rows is None or (self._is_precomputed and "ref_logps" not in rows.column_names):
+                whose = "that are not prepared" if is_raw else "of another trainer"
+                raise ValueError(
+                    f"trainer.train_dataset was replaced by rows {whose}, and the trainer has already read its labels. "
+                    "Create another trainer with these rows."
+                )
+            self.train_dataset = rows
         if self.ref_model is not self._first_ref_model:
             raise ValueError(
                 "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
@@ -610,10 +631,11 @@ class PointwiseDPOTrainer(DPOTrainer):
             )
         held = self.eval_dataset
         if isinstance(held, dict):
-            raw = {name: rows for name, rows in held.items() if self._is_raw(rows)}
-            self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in raw.items()}
-        elif held is not None and self._is_raw(held):
+            others = {name: rows for name, rows in held.items() if not self._is_own(rows)}
+            self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in others.items()}
+        elif held is not None and not self._is_own(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
+        self._held = self._datasets_now()
 
     def _check_settings(self) -> None:
         if self.args is not self._plan.args:

@@ -69,6 +69,8 @@ _PASSING = {
     "unended": Value("bool"),
     "odd": Value("string"),
 }
+# Columns that a trainer adds to prepared rows, from its reference and for log_z="group"
+_OF_A_TRAINER = ("ref_logps", "group")
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
 
 
@@ -126,7 +128,7 @@ class Preparation:
 
         If the dataset is already prepared, its labels are checked again, and `sft_mask` is computed again by these
         rules unless the raw rows had one. Rows that are longer than this `max_length` are truncated or left out like
-        raw rows. `ref_logps` is removed, because it comes from the reference of another trainer. If all this changes no
+        raw rows. What a trainer has added to them, `ref_logps` and `group`, is removed. If all this changes no
         row, the dataset itself is returned.
 
         With `keeps_prompts`, rows also have `prompt`, except those of streams and rows with images.
@@ -302,8 +304,9 @@ class Preparation:
                 f"The {name} dataset was prepared with another {' and another '.join(different)} than this trainer "
                 "has, so its token ids do not fit. Pass the raw rows."
             )
-        if "ref_logps" in names:
-            rows = rows.remove_columns("ref_logps")
+        theirs = [column for column in _OF_A_TRAINER if column in names]
+        if theirs:
+            rows = rows.remove_columns(theirs)
         how = self if is_for_training else replace(self, rules=replace(self.rules, need_mask=False, binary_only=False))
         again = PreparedBatches(how, name, rules.get("names_demonstrations", True) or not is_for_training)
         if isinstance(rows, IterableDataset):
@@ -318,7 +321,7 @@ class Preparation:
         made = rows.with_format(None).map(
             again,
             batched=True,
-            features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c != "ref_logps"} | _PASSING),
+            features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c not in _OF_A_TRAINER} | _PASSING),
             desc=f"Checking {name} dataset",
             new_fingerprint=Hasher.hash((rows._fingerprint, name, cache_key(self, tokenizer), *_PASSING)),
         )
@@ -402,7 +405,7 @@ def check_prepared_columns(names: Sequence[str], name: str) -> None:
         >>> check_prepared_columns(sorted(_PREPARED), "train")
     """
     missing = sorted(_PREPARED.difference(names))
-    others = sorted(set(names).difference(_TYPES, ("ref_logps", "prompt")))
+    others = sorted(set(names).difference(_TYPES, _OF_A_TRAINER, ("prompt",)))
     if missing or others:
         wrong = [f"lack the columns {', '.join(missing)}"] if missing else []
         wrong += [f"have other columns, too: {', '.join(others)}"] if others else []
