@@ -144,7 +144,7 @@ class TrainingPlan:
             prepared = prepare(dataset, name, self.args.dataset_num_proc)
         if not self.needs_reference and isinstance(prepared, Dataset) and self.compared(prepared).any():
             raise ValueError(NO_REFERENCE.format(name))
-        check_column(self.args.log_z, prepared, name)
+        check_column(self.args.log_z, prepared, name, self.train_dataset)
         return with_groups(prepared, self.args, self.compared, name)
 
     def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
@@ -250,6 +250,7 @@ def make_plan(
     plan.train_dataset = prepared[0]
     plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)
     for (name, raw), rows in zip(evaluated.items(), prepared[1:], strict=True):
+        check_column(args.log_z, rows, name, plan.train_dataset)
         if isinstance(rows, Dataset) and isinstance(plan.train_dataset, Dataset):
             warning = contradictions((plan.train_dataset, train_dataset), (rows, raw), args, name)
             if warning is not None:

@@ -403,6 +403,28 @@ def test_evaluation_rows_have_the_column_that_training_rows_have(tiny_gpt2, tmp_
         make_trainer(tiny_gpt2, plain, tmp_path, log_z="prior", eval_dataset=rows, pointwise=True)
 
 
+@pytest.mark.parametrize("settings", [{"log_z": 20.0}, {"preset": "sppo"}])
+def test_a_number_and_a_column_contradict_each_other(tiny_gpt2, tmp_path, settings):
+    rows = make_rows(8, log_z=[0.0] * 8)
+    with pytest.raises(ValueError, match=r"log_z=\S+ contradicts the column log_z in the train dataset"):
+        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, **settings)
+
+
+def test_a_column_that_only_training_or_evaluation_rows_have(tiny_gpt2, tmp_path):
+    rows, plain = make_rows(8, log_z=[5.0] * 8), make_rows(8)
+    for train, other, message in (
+        (rows, plain, "The train dataset has a column log_z, but the eval dataset has none"),
+        (plain, rows, "The eval dataset has a column log_z, but the train dataset has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tiny_gpt2, train, tmp_path, pointwise=True, eval_dataset=other)
+        trainer = make_trainer(tiny_gpt2, train, tmp_path, pointwise=True, eval_dataset=train)
+        assert trainer.evaluate()["eval_log_z"] == (5 if train is rows else 0)
+        for ask in (trainer.evaluate, trainer.predict, trainer.score):
+            with pytest.raises(ValueError, match=r"has a column log_z, but the \w+ dataset has none"):
+                ask(other)
+
+
 def test_streams_and_virtual_tokens_are_refused_where_they_do_not_serve(tiny_gpt2, tmp_path):
     stream = make_rows(12).to_iterable_dataset()
     with pytest.raises(ValueError, match="needs the mean label of all rows, which is unknown for a stream"):
