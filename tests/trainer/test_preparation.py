@@ -286,6 +286,11 @@ def test_prepared_rows_of_another_transform_are_refused():
     other = LabelRules("continuous", transform=parse_transform("center:2", "continuous"))
     with pytest.raises(ValueError, match=r"was prepared by a trainer with label_transform=center:3.*Pass the raw"):
         prepared(tokenizer, made, other)
+    with pytest.raises(ValueError, match=r"label_transform=center:3, but this trainer has label_transform=None"):
+        prepared(tokenizer, made, LabelRules("continuous"))
+    raw = prepared(tokenizer, rows, LabelRules("continuous"))
+    with pytest.raises(ValueError, match=r"label_transform=None, but this trainer has label_transform=center:3"):
+        prepared(tokenizer, raw, half)
 
 
 def test_a_trainer_checks_the_prepared_rows_of_another(tiny_gpt2, tmp_path):

@@ -291,10 +291,10 @@ class Preparation:
         # Rows that were prepared for scoring only may have no labels
         is_for_training = rules.get("is_for_training", True)
         transform = str(self.rules.transform)
-        if is_for_training and self.rules.transform is not None and rules.get("transform", transform) != transform:
+        if is_for_training and rules.get("transform", transform) != transform:
             raise ValueError(
                 f"The {name} dataset was prepared by a trainer with label_transform={rules['transform']}, but this "
-                f"trainer has label_transform={transform!r}. Pass the raw rows."
+                f"trainer has label_transform={transform}. Pass the raw rows."
             )
         tokenizer = serialized(self)
         made, own = rules.get("tokens", {}), token_rules(self, not rules.get("is_chat", False), tokenizer)
