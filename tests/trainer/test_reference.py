@@ -571,7 +571,18 @@ def test_a_trainer_whose_reference_another_one_has_replaced(tiny_llama, tmp_path
     second.train()
     with pytest.raises(ValueError, match=r"(?s)reference has changed since.*another trainer"):
         first.evaluate(rows)
+    with pytest.raises(ValueError, match=r"(?s)reference has changed since.*another trainer"):
+        first.train()
     second.evaluate(rows)
+
+
+def test_a_given_reference_that_other_code_trains_before_training(tiny_gpt2, tmp_path):
+    rows, ref_model = make_rows(6), load(tiny_gpt2)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, ref_model=ref_model, **MOVING)
+    trainer.evaluate(rows)
+    make_trainer(ref_model, rows, tmp_path / "other", **MOVING).train()
+    with pytest.raises(ValueError, match="reference has changed since the trainer first used it"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,7 +40,7 @@ class TrainingChecks:
         is_on: bool,
         before: ReferenceIdentity | None = None,
     ):
-        self.is_done = self._has_trained = False
+        self.is_done = self._has_trained = self._is_moving = False
         self.identity: ReferenceIdentity | None = None
         self._proof = proof
         self._collate = collate
@@ -76,6 +76,8 @@ class TrainingChecks:
         Raises:
             ValueError: if a check fails. The message states what is wrong, by how much, and what to do.
         """
+        if self.is_done:
+            self.check_unmoved(policy)
         # A second training continues from the end of the first one
         at_start = at_start and not self._has_trained
         self._has_trained |= is_training
