@@ -316,6 +316,19 @@ def test_new_rows_are_not_compared_with_a_reference_that_training_has_moved(tiny
             ask(rows)
 
 
+def test_a_training_of_biases_resumes_with_the_reference_that_was_precomputed(tiny_gpt2, tmp_path):
+    def make():
+        config = lora(target_modules=["c_attn"], bias="all")
+        settings = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 1}
+        return make_trainer(tiny_gpt2, make_rows(6), tmp_path, peft_config=config, **settings, **MOVING)
+
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
 def test_other_code_trains_the_model_whose_reference_is_precomputed(tiny_gpt2, tmp_path):
     rows, model = make_rows(6), load(tiny_gpt2)
     trainer = make_trainer(model, rows, tmp_path, precompute_ref_log_probs=True, **MOVING)

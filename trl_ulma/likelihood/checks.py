@@ -99,17 +99,17 @@ class TrainingChecks:
                     self._check_precomputed(policy, rows)
                 if is_training:
                     self._proof.check_gradients(policy, batch)
-        if self._before is not None and not self._reference.is_live:
+        if self._before is not None:
             self.identity = self._before
         elif self._reference.kind != "none":
             self.identity = self._reference.identity(policy, self._tokens)
         self._is_moving = is_moving
         if resumed is not None and (self._reference.is_live or self._knows(resumed)):
-            if self._reference.is_live:
+            if self._before is not None and self._knows(resumed):  # training may have moved it since
+                off = resumed.difference(self._before.logps)
+            else:
                 tokens = torch.tensor(resumed.input_ids, device=self._tokens.device)
                 off = resumed.difference(self._reference.fingerprint(policy, tokens))
-            else:
-                off = resumed.difference(self.identity.logps if self.identity is not None else ())
             if not off <= self._proof.tolerance:
                 name = resumed.name or "no name"
                 raise ValueError(
