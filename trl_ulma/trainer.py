@@ -243,8 +243,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             _widen_adapters(self.model)
         has_own_weights = self.is_deepspeed_enabled or self.is_fsdp_enabled or optimizers[0] is not None
         given = self.ref_model if self._reference.kind == "given" else None
-        for note in number_formats.notes(self.model, given, args, keeps_float32=has_own_weights):
-            logger.warning(note)
+        for warning in number_formats.notes(self.model, given, args, keeps_float32=has_own_weights):
+            logger.warning(warning)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         self.args.model_init_kwargs = args.model_init_kwargs
@@ -262,6 +262,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
         self._held = self._datasets_now()
+        self._mixed_precision = self.accelerator.mixed_precision
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
         self._log_partition = self._new_log_partition()
@@ -446,10 +447,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._is_own(dataset):
             return dataset
         prepared = self._plan.prepare(dataset, dataset_name)
-        if isinstance(dataset, Dataset) and noted(dataset).get("reference") == self._reference_key:
+        is_part = isinstance(dataset, Dataset) and noted(dataset).get("reference") == self._reference_key
+        if is_part and len(prepared) == len(dataset):
             # Some of this trainer's own rows, such as with `select`. Preparing them again has removed the column
-            if len(prepared) == len(dataset):
-                return prepared.add_column("ref_logps", dataset["ref_logps"][:])
+            return prepared.add_column("ref_logps", dataset["ref_logps"][:])
         return prepared
 
     def _is_own(self, dataset: Any) -> bool:
@@ -611,6 +612,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _check_changes(self) -> None:
         """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
+        self._use_own_precision()
         self._check_settings()
         if not self._is_own(self.train_dataset):
             is_raw = self._is_raw(self.train_dataset)
@@ -636,6 +638,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         elif held is not None and not self._is_own(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
         self._held = self._datasets_now()
+
+    def _use_own_precision(self) -> None:
+        # accelerate has one state for all trainers, which the last one that was created has set. autocast reads it.
+        self.accelerator.state._mixed_precision = self._mixed_precision
 
     def _check_settings(self) -> None:
         if self.args is not self._plan.args:
@@ -969,6 +975,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         self._use_averaged_weights()
+        self._use_own_precision()
         # Scripts may call this on one process alone, and a forward of DDP is one of all processes
         policy = self.model_wrapped if self._is_sharded else self.model
         if not self._checks.is_done:  # before any training
@@ -1018,7 +1025,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.model,
             label_center=self._plan.label_center,
             is_chat=model_card.trained_on_chat(self._plan),
-            mixed_precision=self.accelerator.mixed_precision,
+            mixed_precision=self._mixed_precision,
             policy_logps=self._policy_logps,
             reference=self._checks.identity or ReferenceIdentity("none"),
         )
