@@ -305,6 +305,19 @@ def test_the_running_mean_is_that_of_the_steps_log_ratios(tiny_gpt2, tmp_path):
     assert abs(expected) > 1e-3
 
 
+def test_rows_of_weight_0_do_not_move_the_running_mean(tiny_gpt2, tmp_path):
+    """It is that of a training on the other rows alone."""
+    rows = make_rows(8, label=[1.0, 0.0, 1.0, 1.0] * 2, weight=[0.0, 1.0] * 4)
+    found = []
+    for given in (rows, rows.select([1, 3, 5, 7])):
+        settings = SETTINGS | {"per_device_train_batch_size": len(given), "log_z": "running_mean", "max_steps": 3}
+        trainer = make_trainer(tiny_gpt2, given, tmp_path, pointwise=True, **settings)
+        trainer.train()
+        found.append(trainer.log_partition(torch.tensor([False])).item())
+    assert abs(found[1]) > 1e-3
+    assert found[0] == pytest.approx(found[1], rel=0.2)
+
+
 def test_mismatched_rows_have_another_prompts_completion():
     rows = [([1, 2], [3, 4]), ([1, 2], [5]), ([6], [7, 8, 9])]
     batch = {name: torch.zeros(3, 4, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")}
