@@ -80,7 +80,7 @@ def test_what_a_part_lacks_is_filled_in_as_trainers_read_it(tmp_path):
     assert found["label_type"][:] == ["binary"] * 2 + ["continuous"] * 2
     assert found["log_z"][:] == [0.5, 0.5, 0, 0]
     for log_z in (0.25, "prior"):
-        with pytest.raises(ValueError, match="has no column log_z, but another part has one. Add it, or leave"):
+        with pytest.raises(ValueError, match=r"has no column log_z, but another part has one\. Add it, or leave"):
             mixture(tmp_path, [{"path": marked}, {"path": plain}], ulma, log_z=log_z, **settings)
 
 

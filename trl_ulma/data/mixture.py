@@ -58,9 +58,9 @@ def load_mixture(
     """Load the parts, one after the other, as the split "train". Also returns warnings.
 
     If some parts lack a column, it is filled in: `weight` with 1, `eos` with True, `log_z` with 0 if the setting is 0,
-    and `label_type` and `sft_mask` according to the settings. If there are pairs and rows of single answers, each pair becomes two rows.
-    Columns that the trainers do not read are dropped. If some parts are text and others are messages, the text of CSV
-    and TSV files becomes messages.
+    and `label_type` and `sft_mask` according to the settings. If there are pairs and rows of single answers, each pair
+    becomes two rows. Columns that the trainers do not read are dropped. If some parts are text and others are messages,
+    the text of CSV and TSV files becomes messages.
 
     Args:
         parts: the parts, each with `path`, the fields of TRL's `DatasetConfig` (`name`, `data_dir`, `data_files`,
