@@ -27,7 +27,7 @@ def make_log_partition(args: Any, train_dataset: Any, compared: Any, hidden_size
         args: the trainer's config.
         train_dataset: prepared rows. `check_labels` must have passed for them.
         compared: `(N,)` bool, the rows that are compared with the reference. Only read for "prior".
-        hidden_size: the size of the hidden states that the policy's output embeddings read.
+        hidden_size: the size of the hidden states that the policy's output embeddings read. Only read for "learned".
         device: the device of the rows.
     """
     choice, beta = args.log_z, args.beta

@@ -339,9 +339,11 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _new_log_partition(self) -> LogPartition:
         choice = self.args.log_z
         compared = self._plan.compared(self.train_dataset) if choice == "prior" else None
-        # OPT-350m projects its hidden states to another width before the output embeddings
-        hidden_size = self.model.config.get_text_config().hidden_size
-        hidden_size = getattr(self.model.get_output_embeddings(), "in_features", hidden_size)
+        hidden_size = 0
+        if choice == "learned":
+            # OPT-350m projects its hidden states to another width before the output embeddings
+            hidden_size = getattr(self.model.get_output_embeddings(), "in_features", None)
+            hidden_size = hidden_size or self.model.config.get_text_config().hidden_size
         if choice == "learned" and getattr(self._plan.peft_config, "is_prompt_learning", False):
             raise ValueError(
                 "log_z='learned' reads the prompt's hidden state, but prompt-learning adapters put virtual tokens "
