@@ -135,6 +135,7 @@ class TrainingPlan:
             chat=self.args.chat,
             system_message=self.args.system_message,
             vocab_size=self.vocab_size,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):

@@ -91,6 +91,7 @@ class Preparation:
         chat: whether rows of plain text become messages: "true", "false", or "auto", see `trl_ulma.rows.chat`.
         system_message: the system message to add to conversations that have none, or None.
         vocab_size: the number of token ids that the model has embeddings for. None if unknown.
+        pad_to_multiple_of: batches are padded to a multiple of this number. The padding has positions, too.
 
     Raises:
         ValueError: if `invalid_rows` or `chat` is unknown.
@@ -108,6 +109,7 @@ class Preparation:
     chat: str = "auto"
     system_message: str | None = None
     vocab_size: int | None = None
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
         check_chat(self.chat, self.system_message)
@@ -346,10 +348,15 @@ class Preparation:
 
     def check_positions(self, tokens: int) -> None:
         """Raise InvalidRow if a row has more tokens than the model can read."""
-        if self.positions is not None and tokens > self.positions:
+        size = self.pad_to_multiple_of or 1
+        padded = tokens + -tokens % size
+        if self.positions is not None and padded > self.positions:
+            longest = self.positions - self.positions % size
+            remedy = f"Set max_length={longest}, or remove the row" if longest else f"Lower pad_to_multiple_of={size}"
             raise InvalidRow(
-                f"has {tokens:,} tokens, but the model only has {self.positions:,} positions. Set "
-                f"max_length={self.positions}, or remove the row.",
+                f"has {tokens:,} tokens"
+                + (f" ({padded:,} with pad_to_multiple_of={size})" if padded > tokens else "")
+                + f", but the model only has {self.positions:,} positions. {remedy}.",
                 "more tokens than the model has positions",
             )
 
