@@ -307,7 +307,9 @@ def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any,
         )
     if isinstance(args, config_class):
         args.check()  # attributes may have been changed since the config was created
-        return copy.copy(args)
+        own = copy.copy(args)
+        own.accelerator_config = copy.deepcopy(args.accelerator_config)  # Trainer writes into it for streams
+        return own
     if isinstance(args, DPOConfig):
         return config_class.from_dpo_config(args)
     if is_kto_config(args):

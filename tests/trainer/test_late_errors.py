@@ -2,6 +2,7 @@
 
 import copy
 import re
+from typing import Any
 
 import accelerate
 import pytest
@@ -510,6 +511,7 @@ USES = {
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "ratings": {"label_type": "continuous", "label_transform": "standardize"},
     "learned": {"log_z": "learned_constant"},
+    "stream": {},
 }
 
 
@@ -519,7 +521,8 @@ def test_the_callers_config_stays_as_it_was(tiny_gpt2, tmp_path, use, trains):
     quiet = {"bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "label_report": False}
     args = ULMAConfig(str(tmp_path), **{"gradient_checkpointing": False} | quiet | STEPS | USES[use])
     before, held = copy.deepcopy(args.to_dict()), copy.deepcopy(args.model_init_kwargs)
-    rows = make_rows(8, sft_mask=[i % 4 == 0 for i in range(8)])
+    rows: Any = make_rows(8, sft_mask=[i % 4 == 0 for i in range(8)])
+    rows = rows.to_iterable_dataset() if use == "stream" else rows
     found = []
     for _ in range(2):
         trainer = ULMATrainer(model=tiny_gpt2, args=args, train_dataset=rows)
