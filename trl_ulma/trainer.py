@@ -394,6 +394,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._probe_tokens,
             is_on=self.args.startup_checks,
             before=self._precomputed_identity,
+            positions=self._plan.positions,
         )
 
     @functools.cached_property
