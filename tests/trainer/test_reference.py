@@ -589,6 +589,14 @@ def test_a_trainer_whose_reference_another_one_has_replaced(tiny_llama, tmp_path
     second.evaluate(rows)
 
 
+def test_an_adapter_that_was_merged_leaves_no_reference(tiny_llama, tmp_path):
+    trainer = make_trainer(load(tiny_llama), make_rows(6), tmp_path, peft_config=lora(), **MOVING)
+    trainer.train()
+    trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    with pytest.raises(ValueError, match="the model has no adapter any more, for example because of merge_and_unload"):
+        trainer.evaluate(make_rows(6))
+
+
 def test_a_given_reference_that_other_code_trains_before_training(tiny_gpt2, tmp_path):
     rows, ref_model = make_rows(6), load(tiny_gpt2)
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, ref_model=ref_model, **MOVING)
