@@ -116,7 +116,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     The loss of an optimizer step is Σ wᵢ·vᵢ·ℓᵢ / N over the N rows of the step. ℓ is the row loss
     (`trl_ulma.losses`), w the row's `weight`, and v its class weight. The loss does not depend on how the rows are
-    split into micro-batches and processes.
+    split into micro-batches and processes, except with `log_z="batch_kl"` and `log_z="group"`.
 
     The trainer is a drop-in replacement for `trl.DPOTrainer` with the same arguments, except for:
 
@@ -602,7 +602,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         return prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Like `DPOTrainer.evaluate`. You can also pass the trainer's own datasets, even after training."""
+        """Like `DPOTrainer.evaluate`. You can also pass the trainer's own datasets, even after training.
+
+        With `precompute_ref_log_probs=True`, the training set only has the log-probabilities of its compared rows. If
+        there are others, pass it as an `eval_dataset` to evaluate it after training.
+        """
         self._check_changes()
         if isinstance(eval_dataset, dict):
             found = {}
@@ -846,7 +850,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         # Trainer's last log has total_flos; an evaluation with the prefix "train" has train_loss, too
         if "loss" in logs or "total_flos" in logs:
             found = self._figures.take()
-            found.pop("loss", None)  # Trainer logs the same value
+            found.pop("loss", None)  # Trainer logs the mean of the steps' losses
             self._total_train_tokens += int(found.pop("num_tokens", 0))
             logs.update(found)
             logs["num_tokens"] = self._total_train_tokens
