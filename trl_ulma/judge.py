@@ -274,7 +274,7 @@ class Judge:
         choice = self.settings.log_z
         if choice == "column" and "log_z" not in names:
             raise ValueError("log_z='column' needs a column log_z in the scored rows, in nats; there is none.")
-        if isinstance(choice, str) and choice != "column" and "log_z" in names:
+        if choice not in (0, "column") and "log_z" in names:
             raise ValueError(
                 f"The scored rows have a column log_z, and the model its own ({choice}). Remove the column."
             )

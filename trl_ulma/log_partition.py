@@ -25,7 +25,8 @@ class Observed(NamedTuple):
     """What an estimator observes of a micro-batch, each `(B,)`.
 
     Attributes:
-        compared: bool, True for rows whose loss contains the implicit reward. Repeated rows are left out.
+        compared: bool, True for rows whose loss contains the implicit reward. Repeated rows and rows of weight 0 are
+            left out.
         log_ratio: log π_θ − log π_ref in nats. NaN if it is unknown.
         slope: ∂ℓ/∂r of the row's loss, including weights.
     """

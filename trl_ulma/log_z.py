@@ -27,7 +27,7 @@ def make_log_partition(args: Any, train_dataset: Any, compared: Any, hidden_size
         args: the trainer's config.
         train_dataset: prepared rows. `check_labels` must have passed for them.
         compared: `(N,)` bool, the rows that are compared with the reference. Only read for "prior".
-        hidden_size: the size of the hidden states that the policy's output embeddings read.
+        hidden_size: the size of the hidden states that the policy's output embeddings read. Only read for "learned".
         device: the device of the rows.
     """
     choice, beta = args.log_z, args.beta
@@ -161,13 +161,16 @@ def mismatched(
     return made, torch.tensor(counts, device=real.device)
 
 
-def check_column(choice: float | str, dataset: Dataset | IterableDataset, name: str) -> None:
+def check_column(
+    choice: float | str, dataset: Dataset | IterableDataset, name: str, trained: Dataset | IterableDataset | None = None
+) -> None:
     """Raise ValueError if a dataset lacks the column that `log_z` reads, or has a column that contradicts `log_z`.
 
     Args:
         choice: `log_z` of the config.
         dataset: prepared rows. A stream is only checked if its columns are known.
         name: the name of the dataset, for messages.
+        trained: the prepared training rows, which have the column if and only if the others do.
     """
     names = dataset.column_names
     has_column = "log_z" in (names or ())
@@ -176,10 +179,17 @@ def check_column(choice: float | str, dataset: Dataset | IterableDataset, name: 
             f"log_z='column' needs a column log_z, in nats, but the {name} dataset has none. Add the column, or set "
             "another log_z."
         )
-    if isinstance(choice, str) and choice != "column" and has_column:
+    if choice not in (0, "column") and has_column:
         raise ValueError(
             f"log_z={choice!r} contradicts the column log_z in the {name} dataset. Remove the column, or set "
             "log_z='column'."
+        )
+    trained_names = names if trained is None else trained.column_names
+    if names and trained_names and has_column != ("log_z" in trained_names):
+        which = ("train", name) if not has_column else (name, "train")
+        raise ValueError(
+            f"The {which[0]} dataset has a column log_z, but the {which[1]} dataset has none, so the same reward would "
+            f"not mean the same in both. Add the column to the {which[1]} dataset, or remove it from the other."
         )
 
 

@@ -119,9 +119,12 @@ def with_own_names(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def is_logged(args: Any, state: Any, *, ends_epoch: bool) -> bool:
-    """Whether the next optimizer step will be logged. The result is the same on all processes."""
-    if args.logging_strategy == IntervalStrategy.EPOCH:
-        return ends_epoch
+    """Whether the next optimizer step will be logged. The result is the same on all processes.
+
+    Logs that a callback asks for are not known here. They lack the metrics that need the reference on all rows.
+    """
     step = state.global_step + 1
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        return ends_epoch or step >= state.max_steps  # the last epoch may end early
     first = args.logging_first_step and step == 1
     return first or (args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0)

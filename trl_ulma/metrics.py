@@ -1,7 +1,7 @@
 """Named metrics from sums and counts.
 
 A figure is a ratio of two sums over rows, whatever micro-batch or process the rows fell into. A figure over no row is
-left out.
+left out. Only the `loss` of a training is Trainer's: the mean of the losses of the steps since the last log.
 
 Figures tell *chosen* rows from *rejected* ones. A row with a binary label is chosen if its label is ½ or above. A row
 with a continuous label, such as a rating, is chosen if its label is at or above the center: the mean of the continuous

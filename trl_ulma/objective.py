@@ -151,7 +151,7 @@ class Objective:
             if aux_loss is not None:
                 ratios["aux_loss"] = (aux_loss.expand_as(weighted), torch.ones_like(weighted))
             slope = reward_slope(rewards, label, continuous, binary_loss=self.args.binary_loss) * weight
-            observed = Observed(found.terms.compared & real, log_ratio, slope)
+            observed = Observed(found.terms.compared & real & (weight > 0), log_ratio, slope)
         return BatchLoss(weighted, rewards, policy_logps, continuous, total, observed, ratios, table)
 
     @torch.no_grad()

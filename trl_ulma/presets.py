@@ -74,9 +74,11 @@ def apply_preset(config: Any, defaults: dict[str, Any]) -> None:
     if contradicting:
         told = ", ".join(f"{name}={value!r}" for name, value in contradicting.items())
         wanted = ", ".join(f"{name}={settings[name]!r}" for name in contradicting)
-        raise ValueError(
-            f"preset={config.preset!r} stands for {wanted}, and the config has {told}. Leave these settings out, or "
-            "leave out the preset."
-        )
+        remedy = "Leave these settings out, or leave out the preset."
+        if follows_from_beta(config.preset):
+            remedy += (
+                f" If you did not set them, beta was changed: create the config with beta={config.beta:g} instead."
+            )
+        raise ValueError(f"preset={config.preset!r} stands for {wanted}, and the config has {told}. {remedy}")
     for name, value in settings.items():
         setattr(config, name, value)

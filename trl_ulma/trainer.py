@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import functools
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_l
 from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
 from trl_ulma.likelihood.reference import (
     ADAPTER,
+    COARSE_TOLERANCE,
+    TOLERANCE,
     NoReferenceModel,
     Reference,
     ReferenceIdentity,
@@ -77,6 +80,7 @@ from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
 from trl_ulma.rows.images import has_images
+from trl_ulma.rows.notes import note, noted
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in, policy_logps_in
@@ -112,7 +116,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     The loss of an optimizer step is Σ wᵢ·vᵢ·ℓᵢ / N over the N rows of the step. ℓ is the row loss
     (`trl_ulma.losses`), w the row's `weight`, and v its class weight. The loss does not depend on how the rows are
-    split into micro-batches and processes.
+    split into micro-batches and processes, except with `log_z="batch_kl"` and `log_z="group"`.
 
     The trainer is a drop-in replacement for `trl.DPOTrainer` with the same arguments, except for:
 
@@ -182,7 +186,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             ref_model=ref_model,
             has_own_metrics=compute_metrics is not None,
         )
+        self._held: list[Any] = []  # the trainer's own datasets, also with precomputed log-probabilities
         self._last_prepared: Any = None
+        self._reference_key = uuid.uuid4().hex
         self._evaluated_rows: dict[str, Any] = {}
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
         if ref_model is not None and not plan.needs_reference:
@@ -237,8 +243,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             _widen_adapters(self.model)
         has_own_weights = self.is_deepspeed_enabled or self.is_fsdp_enabled or optimizers[0] is not None
         given = self.ref_model if self._reference.kind == "given" else None
-        for note in number_formats.notes(self.model, given, args, keeps_float32=has_own_weights):
-            logger.warning(note)
+        for warning in number_formats.notes(self.model, given, args, keeps_float32=has_own_weights):
+            logger.warning(warning)
         check_parallelism(getattr(self.accelerator, "parallelism_config", None))  # of the environment
         self.args.padding_free = args.padding_free
         self.args.model_init_kwargs = args.model_init_kwargs
@@ -255,6 +261,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         # Stop DPOTrainer from precomputing the datasets that it evaluates, because `evaluate` does that here
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
+        self._held = self._datasets_now()
+        self._mixed_precision = self.accelerator.mixed_precision
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
         self._log_partition = self._new_log_partition()
@@ -331,9 +339,11 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _new_log_partition(self) -> LogPartition:
         choice = self.args.log_z
         compared = self._plan.compared(self.train_dataset) if choice == "prior" else None
-        # OPT-350m projects its hidden states to another width before the output embeddings
-        hidden_size = self.model.config.get_text_config().hidden_size
-        hidden_size = getattr(self.model.get_output_embeddings(), "in_features", hidden_size)
+        hidden_size = 0
+        if choice == "learned":
+            # OPT-350m projects its hidden states to another width before the output embeddings
+            hidden_size = getattr(self.model.get_output_embeddings(), "in_features", None)
+            hidden_size = hidden_size or self.model.config.get_text_config().hidden_size
         if choice == "learned" and getattr(self._plan.peft_config, "is_prompt_learning", False):
             raise ValueError(
                 "log_z='learned' reads the prompt's hidden state, but prompt-learning adapters put virtual tokens "
@@ -384,6 +394,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._probe_tokens,
             is_on=self.args.startup_checks,
             before=self._precomputed_identity,
+            positions=self._plan.positions,
         )
 
     @functools.cached_property
@@ -436,19 +447,26 @@ class PointwiseDPOTrainer(DPOTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return dataset if self._is_own(dataset) else self._plan.prepare(dataset, dataset_name)
+        if self._is_own(dataset):
+            return dataset
+        prepared = self._plan.prepare(dataset, dataset_name)
+        is_part = isinstance(dataset, Dataset) and noted(dataset).get("reference") == self._reference_key
+        if is_part and len(prepared) == len(dataset):
+            # Some of this trainer's own rows, such as with `select`. Preparing them again has removed the column
+            return prepared.add_column("ref_logps", dataset["ref_logps"][:])
+        return prepared
 
     def _is_own(self, dataset: Any) -> bool:
         """Whether this trainer has prepared the dataset."""
-        held = getattr(self, "eval_dataset", None)
-        own = [*self._plan.datasets, getattr(self, "train_dataset", None), self._last_prepared]
-        own += held.values() if isinstance(held, dict) else [held]
-        return any(dataset is each for each in own) and not self._is_raw(dataset)
+        return any(dataset is each for each in (*self._plan.datasets, *self._held, self._last_prepared))
+
+    def _datasets_now(self) -> list[Any]:
+        held = self.eval_dataset
+        return [self.train_dataset, *(held.values() if isinstance(held, dict) else [held])]
 
     def _is_raw(self, dataset: Any) -> bool:
         """Whether a dataset that was put in the place of one of the trainer's own has rows that are not prepared."""
-        columns = getattr(dataset, "column_names", None) or ()
-        return "prompt_ids" not in columns and not any(dataset is each for each in self._plan.datasets)
+        return "prompt_ids" not in (getattr(dataset, "column_names", None) or ()) and not self._is_own(dataset)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -550,9 +568,20 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._precomputed_identity is None:
             # Taken while there is a reference
             self._precomputed_identity = reference.identity(self._precomputing_policy, self._probe_tokens)
+        else:
+            now = reference.fingerprint(self._precomputing_policy, self._probe_tokens)
+            off = self._precomputed_identity.difference(now)
+            is_precise = is_exact(bare_model(self.model), self.accelerator.mixed_precision)
+            if not off <= (TOLERANCE if is_precise else COARSE_TOLERANCE):
+                raise ValueError(
+                    f"The reference has changed by {off:.2g} nats per token since its log-probabilities were "
+                    f"precomputed, so they cannot be computed for the {name} dataset: training, or other code, has "
+                    "changed weights that the reference computes with. Pass this dataset to the trainer as an "
+                    "eval_dataset, or pass a ref_model and set precompute_ref_log_probs=False."
+                )
         # Evaluation datasets can be called "train", too
         is_trained_on = dataset is self.train_dataset and "ref_logps" not in dataset.column_names
-        return with_ref_logps(
+        made = with_ref_logps(
             dataset,
             self._plan.compared(dataset) if is_trained_on else np.ones(len(dataset), dtype=bool),
             reference=reference,
@@ -564,6 +593,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             num_workers=self.args.dataloader_num_workers,
             what=f"Computing reference log-probabilities of the {name} dataset",
         )
+        note(made, reference=self._reference_key)
+        return made
 
     @functools.cached_property
     def _precomputing_policy(self) -> Any:
@@ -571,7 +602,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         return prepare_deepspeed(self.model, self.accelerator) if self.is_deepspeed_enabled else self.model
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Like `DPOTrainer.evaluate`. You can also pass the trainer's own datasets, even after training."""
+        """Like `DPOTrainer.evaluate`. You can also pass the trainer's own datasets, even after training.
+
+        With `precompute_ref_log_probs=True`, the training set only has the log-probabilities of its compared rows. If
+        there are others, pass it as an `eval_dataset` to evaluate it after training.
+        """
         self._check_changes()
         if isinstance(eval_dataset, dict):
             found = {}
@@ -584,12 +619,20 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _check_changes(self) -> None:
         """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
+        self._use_own_precision()
         self._check_settings()
-        if self._is_raw(self.train_dataset):
-            raise ValueError(
-                "trainer.train_dataset was replaced by rows that are not prepared, and the trainer has already read "
-                "its labels. Create another trainer with these rows."
+        if not self._is_own(self.train_dataset):
+            is_raw = self._is_raw(self.train_dataset)
+            rows = (
+                None if is_raw else self._prepare_dataset(self.train_dataset, self.processing_class, self.args, "train")
             )
+            if rows is None or (self._is_precomputed and "ref_logps" not in rows.column_names):
+                whose = "that are not prepared" if is_raw else "of another trainer"
+                raise ValueError(
+                    f"trainer.train_dataset was replaced by rows {whose}, and the trainer has already read its labels. "
+                    "Create another trainer with these rows."
+                )
+            self.train_dataset = rows
         if self.ref_model is not self._first_ref_model:
             raise ValueError(
                 "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
@@ -597,10 +640,15 @@ class PointwiseDPOTrainer(DPOTrainer):
             )
         held = self.eval_dataset
         if isinstance(held, dict):
-            raw = {name: rows for name, rows in held.items() if self._is_raw(rows)}
-            self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in raw.items()}
-        elif held is not None and self._is_raw(held):
+            others = {name: rows for name, rows in held.items() if not self._is_own(rows)}
+            self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in others.items()}
+        elif held is not None and not self._is_own(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
+        self._held = self._datasets_now()
+
+    def _use_own_precision(self) -> None:
+        # accelerate has one state for all trainers, which the last one that was created has set. autocast reads it.
+        self.accelerator.state._mixed_precision = self._mixed_precision
 
     def _check_settings(self) -> None:
         if self.args is not self._plan.args:
@@ -802,7 +850,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         # Trainer's last log has total_flos; an evaluation with the prefix "train" has train_loss, too
         if "loss" in logs or "total_flos" in logs:
             found = self._figures.take()
-            found.pop("loss", None)  # Trainer logs the same value
+            found.pop("loss", None)  # Trainer logs the mean of the steps' losses
             self._total_train_tokens += int(found.pop("num_tokens", 0))
             logs.update(found)
             logs["num_tokens"] = self._total_train_tokens
@@ -934,6 +982,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         self._use_averaged_weights()
+        self._use_own_precision()
         # Scripts may call this on one process alone, and a forward of DDP is one of all processes
         policy = self.model_wrapped if self._is_sharded else self.model
         if not self._checks.is_done:  # before any training
@@ -983,7 +1032,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.model,
             label_center=self._plan.label_center,
             is_chat=model_card.trained_on_chat(self._plan),
-            mixed_precision=self.accelerator.mixed_precision,
+            mixed_precision=self._mixed_precision,
             policy_logps=self._policy_logps,
             reference=self._checks.identity or ReferenceIdentity("none"),
         )

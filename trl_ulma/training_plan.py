@@ -135,6 +135,7 @@ class TrainingPlan:
             chat=self.args.chat,
             system_message=self.args.system_message,
             vocab_size=self.vocab_size,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
         with global_then_local_main_first():
             if isinstance(dataset, IterableDataset):
@@ -144,7 +145,7 @@ class TrainingPlan:
             prepared = prepare(dataset, name, self.args.dataset_num_proc)
         if not self.needs_reference and isinstance(prepared, Dataset) and self.compared(prepared).any():
             raise ValueError(NO_REFERENCE.format(name))
-        check_column(self.args.log_z, prepared, name)
+        check_column(self.args.log_z, prepared, name, self.train_dataset)
         return with_groups(prepared, self.args, self.compared, name)
 
     def _may_compare(self, dataset: Dataset | IterableDataset) -> bool:
@@ -250,6 +251,7 @@ def make_plan(
     plan.train_dataset = prepared[0]
     plan.raw_labels = labels_before(plan.train_dataset, args, train_dataset)
     for (name, raw), rows in zip(evaluated.items(), prepared[1:], strict=True):
+        check_column(args.log_z, rows, name, plan.train_dataset)
         if isinstance(rows, Dataset) and isinstance(plan.train_dataset, Dataset):
             warning = contradictions((plan.train_dataset, train_dataset), (rows, raw), args, name)
             if warning is not None:
@@ -305,7 +307,9 @@ def own_config(config_class: type[PointwiseDPOConfig], trainer: str, model: Any,
         )
     if isinstance(args, config_class):
         args.check()  # attributes may have been changed since the config was created
-        return copy.copy(args)
+        own = copy.copy(args)
+        own.accelerator_config = copy.deepcopy(args.accelerator_config)  # Trainer writes into it for streams
+        return own
     if isinstance(args, DPOConfig):
         return config_class.from_dpo_config(args)
     if is_kto_config(args):
@@ -365,7 +369,8 @@ def _check_collator(collator: Any, rows: Any) -> None:
             f"data_collator is {name}, which cannot collate prepared rows ({type(error).__name__}: {error}). {remedy}"
         ) from error
     needed: tuple[str, ...] = ("input_ids", "attention_mask", "completion_mask", "label", "sft_mask")
-    optional = {"label_type": "continuous", "weight": "weight", "log_z": "log_z"}
+    # Fillers are told from other rows by `row`
+    optional = {"label_type": "continuous"} | {name: name for name in ("weight", "log_z", "row", "group")}
     needed += tuple(key for column, key in optional.items() if examples and column in examples[0])
     missing = [key for key in needed if key not in batch]
     if missing:

@@ -74,11 +74,14 @@ def test_parts_of_all_kinds_mix(tmp_path, monkeypatch, streaming):
 def test_what_a_part_lacks_is_filled_in_as_trainers_read_it(tmp_path):
     marked = write(tmp_path / "marked.jsonl", rows("a", [1, 0], sft_mask=False, label_type="binary", log_z=0.5))
     plain = write(tmp_path / "plain.jsonl", rows("b", [0.9, 0.1]))
-    settings = {"label_type": "continuous", "sft_threshold": 0.5, "log_z": 0.25}
+    settings = {"label_type": "continuous", "sft_threshold": 0.5}
     found = mixture(tmp_path, [{"path": marked}, {"path": plain}], ulma, **settings)
     assert found["sft_mask"][:] == [False, False, True, False]
     assert found["label_type"][:] == ["binary"] * 2 + ["continuous"] * 2
-    assert found["log_z"][:] == [0.5, 0.5, 0.25, 0.25]
+    assert found["log_z"][:] == [0.5, 0.5, 0, 0]
+    for log_z in (0.25, "prior"):
+        with pytest.raises(ValueError, match=r"has no column log_z, but another part has one\. Add it, or leave"):
+            mixture(tmp_path, [{"path": marked}, {"path": plain}], ulma, log_z=log_z, **settings)
 
 
 def test_pairs_among_rows_become_rows(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -206,3 +207,18 @@ def test_another_tokenizer_gives_its_own_tokens(tiny_llama, tmp_path, change):
     wanted = ids(TOKENIZERS[change](tiny_llama), "another-cache")
     assert wanted != first
     assert second == wanted
+
+
+def test_two_runs_that_compute_the_same_rows_at_the_same_time(tiny_gpt2, tmp_path, stored_rows, monkeypatch):
+    """The second one writes while the first one does."""
+    save, found = np.save, []
+
+    def write(file, values):
+        save(file, values)
+        if not found:
+            found.append(None)
+            found.append(ref_logps(tiny_gpt2, stored_rows, tmp_path / "second", seed=2))
+
+    monkeypatch.setattr(np, "save", write)
+    first = ref_logps(tiny_gpt2, stored_rows, tmp_path / "first", seed=1)
+    assert first == found[1]

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from typing import Any
 
 import accelerate
 import pytest
@@ -510,6 +511,7 @@ USES = {
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "ratings": {"label_type": "continuous", "label_transform": "standardize"},
     "learned": {"log_z": "learned_constant"},
+    "stream": {},
 }
 
 
@@ -519,7 +521,8 @@ def test_the_callers_config_stays_as_it_was(tiny_gpt2, tmp_path, use, trains):
     quiet = {"bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "label_report": False}
     args = ULMAConfig(str(tmp_path), **{"gradient_checkpointing": False} | quiet | STEPS | USES[use])
     before, held = copy.deepcopy(args.to_dict()), copy.deepcopy(args.model_init_kwargs)
-    rows = make_rows(8, sft_mask=[i % 4 == 0 for i in range(8)])
+    rows: Any = make_rows(8, sft_mask=[i % 4 == 0 for i in range(8)])
+    rows = rows.to_iterable_dataset() if use == "stream" else rows
     found = []
     for _ in range(2):
         trainer = ULMATrainer(model=tiny_gpt2, args=args, train_dataset=rows)
@@ -674,6 +677,41 @@ def test_raw_rows_in_the_place_of_the_evaluation_set(tiny_gpt2, tmp_path, kind, 
     trainer.eval_dataset = {"a": rows} if kind == "dict" else rows
     assert trainer.evaluate()["eval_a_loss" if kind == "dict" else "eval_loss"] == wanted
     assert trainer.evaluate(rows)["eval_loss"] == wanted
+
+
+@pytest.mark.parametrize("kind", ["one", "dict"])
+def test_rows_of_another_trainer_in_the_place_of_the_evaluation_set(tiny_gpt2, tmp_path, kind):
+    """They have the log-probabilities of the other trainer's reference."""
+    rows, moved = make_rows(6), load(tiny_gpt2)
+    with torch.no_grad():
+        moved.get_input_embeddings().weight.mul_(1.5)
+    settings = {"eval_dataset": {"a": rows} if kind == "dict" else rows, "precompute_ref_log_probs": True}
+    other = make_trainer(moved, rows, tmp_path / "other", **settings, **STEPS)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, **settings, **STEPS)
+    wanted = trainer.evaluate()
+    trainer.eval_dataset = other.eval_dataset
+    found = trainer.evaluate()
+    losses = [name for name in wanted if name.endswith("_loss")]
+    assert [found[name] for name in losses] == [wanted[name] for name in losses]
+    trainer.train_dataset = other.train_dataset
+    with pytest.raises(ValueError, match=r"trainer\.train_dataset was replaced by rows of another trainer"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("settings", [{"precompute_ref_log_probs": True}, {"log_z": "group"}], ids=str)
+def test_a_part_of_the_trainers_own_rows_is_evaluated_after_training(tiny_gpt2, tmp_path, settings):
+    rows = make_rows(8, prompt=["Hi"] * 4 + ["Why?"] * 4)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, eval_dataset=rows, **settings, **STEPS)
+    trainer.train()
+    part = trainer.eval_dataset.select(range(4, 8))
+    own = trainer.evaluate(part)["eval_loss"]
+    whole = trainer.evaluate(trainer.eval_dataset)["eval_loss"]
+    other = trainer.evaluate(trainer.eval_dataset.select(range(4)))["eval_loss"]
+    assert own + other == pytest.approx(2 * whole, abs=1e-5)
+    trainer.eval_dataset = part
+    assert trainer.evaluate()["eval_loss"] == own
+    trainer.train_dataset = trainer.train_dataset.select(range(4, 8))
+    trainer.train()
 
 
 def test_a_reference_in_the_place_of_the_first(tiny_gpt2, tmp_path):

@@ -305,6 +305,19 @@ def test_the_running_mean_is_that_of_the_steps_log_ratios(tiny_gpt2, tmp_path):
     assert abs(expected) > 1e-3
 
 
+def test_rows_of_weight_0_do_not_move_the_running_mean(tiny_gpt2, tmp_path):
+    """It is that of a training on the other rows alone."""
+    rows = make_rows(8, label=[1.0, 0.0, 1.0, 1.0] * 2, weight=[0.0, 1.0] * 4)
+    found = []
+    for given in (rows, rows.select([1, 3, 5, 7])):
+        settings = SETTINGS | {"per_device_train_batch_size": len(given), "log_z": "running_mean", "max_steps": 3}
+        trainer = make_trainer(tiny_gpt2, given, tmp_path, pointwise=True, **settings)
+        trainer.train()
+        found.append(trainer.log_partition(torch.tensor([False])).item())
+    assert abs(found[1]) > 1e-3
+    assert found[0] == pytest.approx(found[1], rel=0.2)
+
+
 def test_mismatched_rows_have_another_prompts_completion():
     rows = [([1, 2], [3, 4]), ([1, 2], [5]), ([6], [7, 8, 9])]
     batch = {name: torch.zeros(3, 4, dtype=torch.long) for name in ("input_ids", "attention_mask", "completion_mask")}
@@ -401,6 +414,28 @@ def test_evaluation_rows_have_the_column_that_training_rows_have(tiny_gpt2, tmp_
         trainer.evaluate(stream)
     with pytest.raises(ValueError, match=r"log_z='prior' contradicts the column log_z in the eval dataset"):
         make_trainer(tiny_gpt2, plain, tmp_path, log_z="prior", eval_dataset=rows, pointwise=True)
+
+
+@pytest.mark.parametrize("settings", [{"log_z": 20.0}, {"preset": "sppo"}])
+def test_a_number_and_a_column_contradict_each_other(tiny_gpt2, tmp_path, settings):
+    rows = make_rows(8, log_z=[0.0] * 8)
+    with pytest.raises(ValueError, match=r"log_z=\S+ contradicts the column log_z in the train dataset"):
+        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, **settings)
+
+
+def test_a_column_that_only_training_or_evaluation_rows_have(tiny_gpt2, tmp_path):
+    rows, plain = make_rows(8, log_z=[5.0] * 8), make_rows(8)
+    for train, other, message in (
+        (rows, plain, "The train dataset has a column log_z, but the eval dataset has none"),
+        (plain, rows, "The eval dataset has a column log_z, but the train dataset has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tiny_gpt2, train, tmp_path, pointwise=True, eval_dataset=other)
+        trainer = make_trainer(tiny_gpt2, train, tmp_path, pointwise=True, eval_dataset=train)
+        assert trainer.evaluate()["eval_log_z"] == (5 if train is rows else 0)
+        for ask in (trainer.evaluate, trainer.predict, trainer.score):
+            with pytest.raises(ValueError, match=r"has a column log_z, but the \w+ dataset has none"):
+                ask(other)
 
 
 def test_streams_and_virtual_tokens_are_refused_where_they_do_not_serve(tiny_gpt2, tmp_path):

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from world import make_rows, make_trainer, plain_logps
 
@@ -172,3 +179,45 @@ def test_padding_on_the_left_without_an_attention_mask_is_refused(tiny_llama):
     assert set(forward_arguments(model, {"input_ids": ids, "attention_mask": right})) == {"input_ids"}
     with pytest.raises(ValueError, match="takes no attention_mask"):
         forward_arguments(model, {"input_ids": ids, "attention_mask": left})
+
+
+class Plain(PreTrainedConfig):
+    model_type = "plain"
+
+    def __init__(self, dim=16, vocab_size=384, **kwargs):
+        super().__init__(**kwargs)
+        self.dim, self.vocab_size = dim, vocab_size
+
+
+class Recurrent(PreTrainedModel, GenerationMixin):
+    """Its config has no hidden_size."""
+
+    config_class = Plain
+    _tied_weights_keys = {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = torch.nn.Embedding(config.vocab_size, config.dim)
+        self.layer = torch.nn.GRU(config.dim, config.dim, batch_first=True)
+        self.head = torch.nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return CausalLMOutputWithPast(logits=self.head(self.layer(self.embeddings(input_ids))[0]))
+
+
+@pytest.mark.parametrize("log_z", [0.0, "learned"])
+def test_a_config_without_a_hidden_size(tiny_gpt2, tmp_path, log_z):
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    model = Recurrent(Plain(vocab_size=len(tokenizer)))
+    settings = QUICK | {"pointwise": True, "processing_class": tokenizer, "log_z": log_z}
+    trainer = make_trainer(model, make_rows(8), tmp_path, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)

@@ -1,5 +1,6 @@
 """Number formats, extreme log-ratios, and the shortest and longest completions."""
 
+import json
 import math
 
 import numpy as np
@@ -81,6 +82,20 @@ def test_references_precomputed_in_bf16_are_not_taken_for_those_in_fp32(tiny_gpt
     wanted, _ = plain_logps(tiny_gpt2, make_rows(4))
     assert found[1] == pytest.approx(wanted, rel=1e-5)
     assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("own", ["bf16", "no"])
+def test_the_precision_is_the_trainers_own_also_after_another_was_created(tiny_gpt2, tmp_path, own):
+    def make(is_bf16):
+        return make_trainer(tiny_gpt2, make_rows(4), tmp_path, pointwise=True, bf16=is_bf16, use_cpu=True, max_steps=1)
+
+    trainer = make(own == "bf16")
+    other = make(own != "bf16")
+    for made, precision in ((trainer, own), (other, {"bf16": "no", "no": "bf16"}[own])):
+        made.save_model(str(tmp_path / precision))
+        made.train()
+        assert made.accelerator.mixed_precision == made.saved_settings().mixed_precision == precision
+        assert json.loads((tmp_path / precision / "pointwise.json").read_text())["mixed_precision"] == precision
 
 
 def test_half_precision_weights_give_rewards_in_float32(tiny_gpt2, tmp_path):

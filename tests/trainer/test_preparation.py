@@ -286,6 +286,11 @@ def test_prepared_rows_of_another_transform_are_refused():
     other = LabelRules("continuous", transform=parse_transform("center:2", "continuous"))
     with pytest.raises(ValueError, match=r"was prepared by a trainer with label_transform=center:3.*Pass the raw"):
         prepared(tokenizer, made, other)
+    with pytest.raises(ValueError, match=r"label_transform=center:3, but this trainer has label_transform=None"):
+        prepared(tokenizer, made, LabelRules("continuous"))
+    raw = prepared(tokenizer, rows, LabelRules("continuous"))
+    with pytest.raises(ValueError, match=r"label_transform=None, but this trainer has label_transform=center:3"):
+        prepared(tokenizer, raw, half)
 
 
 def test_a_trainer_checks_the_prepared_rows_of_another(tiny_gpt2, tmp_path):
@@ -712,3 +717,20 @@ def test_empty_prompts_are_counted(streaming, caplog):
     caplog.clear()
     prepared(make_tokenizer(), [{"chosen": "Yes", "rejected": "No"}])
     assert not any("empty prompt" in message for message in caplog.messages)
+
+
+def test_padding_has_positions_too():
+    tokenizer = make_tokenizer()
+    rows = [GOOD, GOOD | {"completion": " yes" * 15}]
+    lengths = prepared(tokenizer, rows)["length"][:]
+    positions = max(lengths)
+    assert positions % 16
+    message = (
+        rf"has {positions} tokens \(\d+ with pad_to_multiple_of=16\), but the model only has {positions} positions"
+    )
+    with pytest.raises(ValueError, match=rf"{message}\. Set max_length={positions // 16 * 16}, or remove"):
+        prepared(tokenizer, rows, positions=positions, pad_to_multiple_of=16)
+    with pytest.raises(ValueError, match="Lower pad_to_multiple_of=128"):
+        prepared(tokenizer, rows, positions=positions, pad_to_multiple_of=128)
+    for how in ({"positions": positions}, {"positions": 128, "pad_to_multiple_of": 16}):
+        assert prepared(tokenizer, rows, **how)["length"][:] == lengths

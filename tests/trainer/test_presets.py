@@ -47,6 +47,16 @@ def test_an_option_that_contradicts_a_preset_is_refused_and_all_are_named():
         PointwiseDPOConfig("out", preset="dpo", **QUIET)
 
 
+def test_a_beta_that_is_changed_after_a_preset_has_read_it():
+    config = PointwiseDPOConfig("out", preset="sppo", beta=0.1, **QUIET)
+    told = r"stands for log_z=2\.5, and the config has log_z=5\.0\. .*beta was changed: create .* with beta=0\.2"
+    with pytest.raises(ValueError, match=told):
+        PointwiseDPOConfig.from_dpo_config(config, beta=0.2)
+    config.beta = 0.2
+    with pytest.raises(ValueError, match=told):
+        config.check()
+
+
 @pytest.mark.parametrize(
     ("settings", "first_loss"),
     [

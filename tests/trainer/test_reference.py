@@ -298,6 +298,46 @@ def test_parameters_outside_the_adapter_are_trained_against_a_reference_that_sta
     assert (found[0][1] - found[1][1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("case", ["all", "ln_f", "adapter"])
+def test_new_rows_are_not_compared_with_a_reference_that_training_has_moved(tiny_gpt2, tmp_path, case):
+    rows = make_rows(6)
+    precomputed = {"precompute_ref_log_probs": True, "eval_dataset": rows}
+    model = tiny_gpt2 if case == "all" else outside_the_adapter(tiny_gpt2, case)
+    config = lora(target_modules=["c_attn"], bias="all") if case == "all" else None
+    trainer = make_trainer(model, rows, tmp_path, peft_config=config, **precomputed, **MOVING)
+    assert trainer.evaluate(rows)["eval_loss"] == trainer.evaluate()["eval_loss"]
+    trainer.train()
+    own = trainer.evaluate()["eval_loss"]
+    if case == "adapter":  # nothing outside it is trained
+        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(own, abs=1e-5)
+        return
+    for ask in (trainer.evaluate, trainer.predict, trainer.score):
+        with pytest.raises(ValueError, match=r"reference has changed by .* for the \w+ dataset: .* as an eval_dataset"):
+            ask(rows)
+
+
+def test_a_training_of_biases_resumes_with_the_reference_that_was_precomputed(tiny_gpt2, tmp_path):
+    def make():
+        config = lora(target_modules=["c_attn"], bias="all")
+        settings = {"precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 1}
+        return make_trainer(tiny_gpt2, make_rows(6), tmp_path, peft_config=config, **settings, **MOVING)
+
+    whole = make()
+    whole.train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
+
+
+def test_other_code_trains_the_model_whose_reference_is_precomputed(tiny_gpt2, tmp_path):
+    rows, model = make_rows(6), load(tiny_gpt2)
+    trainer = make_trainer(model, rows, tmp_path, precompute_ref_log_probs=True, **MOVING)
+    trainer.evaluate(rows)
+    make_trainer(model, rows, tmp_path / "other", **MOVING).train()
+    with pytest.raises(ValueError, match="reference has changed by"):
+        trainer.evaluate(rows)
+
+
 def test_the_copy_of_an_adapter_has_its_number_format(tiny_llama, tmp_path):
     """Otherwise the reference of an adapter in bfloat16 would be rounded otherwise than the policy."""
     model = get_peft_model(load(tiny_llama), lora(init_lora_weights=False)).to(torch.bfloat16)
@@ -544,7 +584,26 @@ def test_a_trainer_whose_reference_another_one_has_replaced(tiny_llama, tmp_path
     second.train()
     with pytest.raises(ValueError, match=r"(?s)reference has changed since.*another trainer"):
         first.evaluate(rows)
+    with pytest.raises(ValueError, match=r"(?s)reference has changed since.*another trainer"):
+        first.train()
     second.evaluate(rows)
+
+
+def test_an_adapter_that_was_merged_leaves_no_reference(tiny_llama, tmp_path):
+    trainer = make_trainer(load(tiny_llama), make_rows(6), tmp_path, peft_config=lora(), **MOVING)
+    trainer.train()
+    trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+    with pytest.raises(ValueError, match="the model has no adapter any more, for example because of merge_and_unload"):
+        trainer.evaluate(make_rows(6))
+
+
+def test_a_given_reference_that_other_code_trains_before_training(tiny_gpt2, tmp_path):
+    rows, ref_model = make_rows(6), load(tiny_gpt2)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, ref_model=ref_model, **MOVING)
+    trainer.evaluate(rows)
+    make_trainer(ref_model, rows, tmp_path / "other", **MOVING).train()
+    with pytest.raises(ValueError, match="reference has changed since the trainer first used it"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

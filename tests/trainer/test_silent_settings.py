@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils.data import WeightedRandomSampler
 from transformers import AutoModelForCausalLM
 from world import make_rows, make_trainer
 
@@ -12,6 +13,7 @@ from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
 from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.layouts import why_not_packed
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
+from trl_ulma.rows.filler import FilledSampler
 from trl_ulma.scripts.options import OptionParser
 
 ROWS = 8
@@ -96,15 +98,22 @@ def test_which_value_of_a_metric_is_best(tmp_path, metric, greater):
     assert PointwiseDPOConfig(str(tmp_path), greater_is_better=not greater, **settings).greater_is_better != greater
 
 
-@pytest.mark.parametrize(("column", "key"), [("weight", "weight"), ("log_z", "log_z"), ("label_type", "continuous")])
+DROPPED = [("weight", "weight"), ("log_z", "log_z"), ("label_type", "continuous"), (None, "row"), (None, "group")]
+
+
+@pytest.mark.parametrize(("column", "key"), DROPPED)
 def test_a_collator_that_drops_what_the_loss_reads_is_refused(tiny_gpt2, tmp_path, column, key):
     class Dropping(DataCollatorForPointwisePreference):
         def __call__(self, examples):
             return {name: value for name, value in super().__call__(examples).items() if name != key}
 
-    rows = make_rows(ROWS).add_column(column, [{"label_type": "continuous"}.get(column, 0.5)] * ROWS)
+    rows, settings = make_rows(ROWS), {}
+    if column is not None:
+        rows = rows.add_column(column, [{"label_type": "continuous"}.get(column, 0.5)] * ROWS)
+    if key == "group":
+        rows, settings = make_rows(ROWS, prompt=["Hi"] * ROWS), {"log_z": "group"}
     with pytest.raises(ValueError, match=f"data_collator is Dropping, whose batches lack {key}"):
-        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, data_collator=Dropping(pad_token_id=0))
+        make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, data_collator=Dropping(pad_token_id=0), **settings)
 
 
 @pytest.mark.parametrize("rows", [make_rows(ROWS), make_rows(ROWS, completion=[" Yes."] * 7 + [" Of course, Sir."])])
@@ -242,3 +251,21 @@ def test_the_state_of_another_optimizer_is_refused(tiny_gpt2, tmp_path, first, t
     resumed = trainer(then)
     with pytest.raises(ValueError, match=f"has the state of another optimizer than optim='{then}': it lacks"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 3}, {"num_train_epochs": 1}], ids=str)
+def test_logs_at_the_end_of_epochs_have_rewards_also_if_the_last_epoch_ends_early(tiny_gpt2, tmp_path, settings):
+    settings = {"logging_strategy": "epoch", "per_device_train_batch_size": 4} | settings
+    trainer = make_trainer(tiny_gpt2, make_rows(16), tmp_path, **settings)
+    trainer.train()
+    (logged,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert {"rewards/chosen", "rewards/rejected", "kl", "log_z"} <= set(logged)
+
+
+@pytest.mark.parametrize("drawn", [5, 8, 11])
+def test_a_sampler_of_another_length_than_the_table_is_filled_up_with_fillers(drawn):
+    """Such as that of a subclass, with several processes."""
+    sampler = FilledSampler(WeightedRandomSampler([1.0] * 8, drawn), rows=8, size=4, seed=0)
+    order = list(sampler)
+    assert len(order) == len(sampler) == drawn + -drawn % 4
+    assert [index >= 8 for index in order] == [False] * drawn + [True] * (-drawn % 4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from world import make_rows, make_trainer, plain_logps, weights
 
@@ -531,3 +531,14 @@ def test_a_resume_of_a_whole_model_keeps_its_reference(tiny_llama, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.equal(weights(unbroken.model), weights(resumed.model))
     assert unbroken.evaluate(make_rows(8))["eval_loss"] == resumed.evaluate(make_rows(8))["eval_loss"]
+
+
+def test_the_rows_of_the_layout_check_fit_into_the_models_positions(tiny_gpt2, tmp_path):
+    """One row's prompt and another's completion are longer than any row."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_gpt2, n_positions=80))
+    rows = make_rows(4, prompt=["How are you? " * 12] * 2 + ["Why?"] * 2, completion=[" No."] * 2 + [" a mat" * 15] * 2)
+    settings = {"share_prompts": True, "per_device_train_batch_size": 4, "pointwise": True, "max_steps": 1}
+    trainer = make_trainer(model, rows, tmp_path, processing_class=AutoTokenizer.from_pretrained(tiny_gpt2), **settings)
+    assert max(trainer.train_dataset["length"]) <= 80
+    trainer.train()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MptConfig
 
 from trl_ulma import ULMAConfig, ULMATrainer
 from trl_ulma.evaluation.generation import Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.server import Reply, Server, ServerError
 from trl_ulma.labels import LabelRules
+from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.table import completion_logps
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import adapter_base, as_reference, check_same_tokens, load_model, load_tokenizer, positions
@@ -96,6 +97,10 @@ def test_an_adapter_without_a_tokenizer_has_its_bases(tiny_llama, adapter):
 
 def test_positions_of_learned_embeddings(tiny_gpt2):
     assert positions(tiny_gpt2) == 512
+
+
+def test_positions_of_a_table_of_biases_by_distance():
+    assert positions_of(MptConfig(max_seq_len=24)) == 24
 
 
 def test_a_broken_weight_is_named_by_row(tiny_gpt2):

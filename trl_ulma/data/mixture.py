@@ -57,10 +57,10 @@ def load_mixture(
 ) -> tuple[DatasetDict | IterableDatasetDict, list[str]]:
     """Load the parts, one after the other, as the split "train". Also returns warnings.
 
-    If some parts lack a column, it is filled in: `weight` with 1, `eos` with True, and `label_type`, `sft_mask` and
-    `log_z` according to the settings. If there are pairs and rows of single answers, each pair becomes two rows.
-    Columns that the trainers do not read are dropped. If some parts are text and others are messages, the text of CSV
-    and TSV files becomes messages.
+    If some parts lack a column, it is filled in: `weight` with 1, `eos` with True, `log_z` with 0 if the setting is 0,
+    and `label_type` and `sft_mask` according to the settings. If there are pairs and rows of single answers, each pair
+    becomes two rows. Columns that the trainers do not read are dropped. If some parts are text and others are messages,
+    the text of CSV and TSV files becomes messages.
 
     Args:
         parts: the parts, each with `path`, the fields of TRL's `DatasetConfig` (`name`, `data_dir`, `data_files`,
@@ -68,7 +68,7 @@ def load_mixture(
             names of columns as in `load_rows`.
         streaming: whether to read rows only when they are needed.
         rules: how to read labels of rows without their own settings.
-        log_z: log Z of rows without their own `log_z`.
+        log_z: the setting `log_z`. Unless it is 0, all parts must have the column `log_z`, or none.
         chat: "auto", "true" or "false", see `trl_ulma.rows.chat`.
 
     Raises:
@@ -331,11 +331,9 @@ class _Part:
         if column == "label_type":
             return label_type
         if column == "log_z":
-            if isinstance(self.log_z, int | float):
-                return self.log_z
-            raise ValueError(
-                f"{self.name} has no column log_z, but another part has one. Add it, or set log_z to a number."
-            )
+            if self.log_z == 0:
+                return 0.0
+            raise ValueError(f"{self.name} has no column log_z, but another part has one. Add it, or leave log_z at 0.")
         if column in TEXTS:
             raise ValueError(
                 f"{self.name} has no column {column}, but another part has one. Convert all parts to the same form."

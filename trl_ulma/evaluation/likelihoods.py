@@ -146,7 +146,7 @@ class Likelihoods:
     def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
         """Note if the scale of the rewards is unknown or another one in training."""
         args = self.args
-        if has_log_z and saved is not None and isinstance(saved.log_z, str) and saved.log_z != "column":
+        if has_log_z and saved is not None and saved.log_z not in (0, "column"):
             self.note(
                 f"{run} has its own log Z ({saved.log_z}), but the column log_z of the rows is used. Remove the column "
                 "to get the rewards of the training."

@@ -27,7 +27,8 @@ class TrainingChecks:
         context: returns the context that forward passes run in, for example mixed precision.
         tokens: `(N, W)` tokens that identify the reference, see `probe_tokens`.
         is_on: whether to run the proof (`startup_checks`).
-        before: the reference's identity, if it was asked before training and released.
+        before: the reference's identity when its log-probabilities were precomputed, if they were.
+        positions: the maximum number of tokens that the model can read. None if there is no limit.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class TrainingChecks:
         *,
         is_on: bool,
         before: ReferenceIdentity | None = None,
+        positions: int | None = None,
     ):
-        self.is_done = self._has_trained = False
+        self.is_done = self._has_trained = self._is_moving = False
         self.identity: ReferenceIdentity | None = None
         self._proof = proof
         self._collate = collate
@@ -48,6 +50,7 @@ class TrainingChecks:
         self._tokens = tokens
         self._is_on = is_on
         self._before = before
+        self._positions = positions
 
     @property
     def _reference(self) -> Reference:
@@ -76,6 +79,8 @@ class TrainingChecks:
         Raises:
             ValueError: if a check fails. The message states what is wrong, by how much, and what to do.
         """
+        if self.is_done:
+            self.check_unmoved(policy)
         # A second training continues from the end of the first one
         at_start = at_start and not self._has_trained
         self._has_trained |= is_training
@@ -90,24 +95,26 @@ class TrainingChecks:
             layout = self._proof.scorer.layout
             laid_out = None
             if layout != "padded":
-                laid_out = self._batch(probe_rows(examples, LONGEST_OF_LAYOUT, same_prompt=layout == "shared"))
+                # One row's prompt and another's completion must not have more tokens than the model has positions
+                longest = min(LONGEST_OF_LAYOUT, (self._positions or 2 * LONGEST_OF_LAYOUT) // 2)
+                laid_out = self._batch(probe_rows(examples, longest, same_prompt=layout == "shared"))
             with self._context():
                 self._proof(policy, batch, laid_out, at_start=at_start, is_training=is_training)
                 if at_start and self._reference.kind != "given":
                     self._check_precomputed(policy, rows)
                 if is_training:
                     self._proof.check_gradients(policy, batch)
-        if self._before is not None and not self._reference.is_live:
+        if self._before is not None:
             self.identity = self._before
         elif self._reference.kind != "none":
             self.identity = self._reference.identity(policy, self._tokens)
         self._is_moving = is_moving
         if resumed is not None and (self._reference.is_live or self._knows(resumed)):
-            if self._reference.is_live:
+            if self._before is not None and self._knows(resumed):  # training may have moved it since
+                off = resumed.difference(self._before.logps)
+            else:
                 tokens = torch.tensor(resumed.input_ids, device=self._tokens.device)
                 off = resumed.difference(self._reference.fingerprint(policy, tokens))
-            else:
-                off = resumed.difference(self.identity.logps if self.identity is not None else ())
             if not off <= self._proof.tolerance:
                 name = resumed.name or "no name"
                 raise ValueError(
@@ -134,7 +141,7 @@ class TrainingChecks:
             )
 
     def _knows(self, resumed: ReferenceIdentity) -> bool:
-        """Whether the reference was asked, before it was released, about the tokens that the checkpoint knows it by."""
+        """Whether the precomputed reference was asked about the tokens that the checkpoint knows it by."""
         before = self._before
         return before is not None and [*map(list, before.input_ids)] == [*map(list, resumed.input_ids)]
 
@@ -167,7 +174,7 @@ class TrainingChecks:
         self.check_unmoved(policy)
 
     def check_unmoved(self, policy: Any) -> None:
-        """Raise ValueError if the reference has changed since the start."""
+        """Raise ValueError if the reference has changed since the start. A precomputed one is not asked."""
         if self.identity is None or not self._reference.is_live or self._is_moving:
             return
         with torch.no_grad(), self._context():

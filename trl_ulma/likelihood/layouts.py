@@ -136,6 +136,8 @@ def positions_of(config: Any) -> int | None:
     read before, so the policy and the reference would have different ones.
     """
     text = config.get_text_config()
+    if text.model_type == "mpt":  # its biases by distance (ALiBi) are a table of this size
+        return text.max_seq_len
     if "dynamic" in {kind.get("rope_type", kind.get("type")) for kind in _rotary_kinds(text)}:
         return text.max_position_embeddings
     return None if getattr(text, "rope_parameters", None) else getattr(text, "max_position_embeddings", None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,9 @@ def check_positions(config: Any, lengths: Sequence[int]) -> None:
 def cache_key(reference: Reference, policy: Any, probe: torch.Tensor, accelerator: Accelerator) -> str:
     """A hash of what the reference's log-probabilities depend on besides the rows.
 
-    It covers weights, config, number formats and layout. Other changes, such as a module that was changed in memory,
-    change the log-probabilities of `probe`, which the hash also covers.
+    It covers weights, config, number formats and layout. It also covers the log-probabilities of `probe`, which most
+    other changes alter, such as a module that was changed in memory. A change that only affects longer sequences than
+    those of `probe` is not noticed.
 
     Args:
         policy: the policy's model, for references that are an adapter on it.
@@ -160,8 +162,9 @@ def precomputed_logps(
     # Processes take batches in turn. Rows that were repeated to fill up the last batches come last.
     values = torch.cat(found)[: len(rows)].numpy()
     if file is not None and accelerator.is_main_process:
-        half = file.with_suffix(".half.npy")
+        # So that an existing file is complete, also if another run computes the same rows at the same time
+        half = file.with_suffix(f".{uuid.uuid4().hex}.half.npy")
         np.save(half, values)
-        os.replace(half, file)  # so that an existing file is always complete
+        os.replace(half, file)
     accelerator.wait_for_everyone()
     return values

@@ -166,6 +166,11 @@ class Reference:
     @contextlib.contextmanager
     def _adapter(self, policy: Any):
         bare = bare_model(policy)
+        if self.kind in ("adapter_off", "adapter") and not is_peft_model(bare):
+            raise ValueError(
+                "The reference is the model with another adapter or with none, but the model has no adapter any more, "
+                "for example because of merge_and_unload. Evaluate before you merge, or pass a ref_model."
+            )
         if self.kind == "adapter_off":
             trainable = [p for p in bare.parameters() if p.requires_grad]
             try:

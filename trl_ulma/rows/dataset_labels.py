@@ -64,7 +64,7 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
     if "prompt_ids" in names:
         raise ValueError(
             f"The train dataset is already prepared, so it lacks the raw labels that "
-            f"label_transform={label_transform!r} reads. Pass the raw rows, or remove label_transform."
+            f"label_transform={label_transform!r} reads. Pass the raw rows."
         )
     if check_columns(names, "train", takes_images=True):
         check_pairs(rules, "train")

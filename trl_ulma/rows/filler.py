@@ -116,11 +116,15 @@ class FilledSampler(Sampler[int]):
             self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return self.rows + -self.rows % self.size
+        drawn = len(self.sampler)
+        return drawn + -drawn % self.size
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.sampler
-        yield from range(self.rows, len(self))
+        drawn = 0
+        for index in self.sampler:
+            yield index
+            drawn += 1  # a subclass's sampler may draw more rows than the table has, or fewer
+        yield from range(self.rows, self.rows + -drawn % self.size)
 
 
 def filled(

@@ -69,6 +69,8 @@ _PASSING = {
     "unended": Value("bool"),
     "odd": Value("string"),
 }
+# Columns that a trainer adds to prepared rows, from its reference and for log_z="group"
+_OF_A_TRAINER = ("ref_logps", "group")
 _PREPARED = {"prompt_ids", "completion_ids", "label", "sft_mask", "row", "length"}
 
 
@@ -89,6 +91,7 @@ class Preparation:
         chat: whether rows of plain text become messages: "true", "false", or "auto", see `trl_ulma.rows.chat`.
         system_message: the system message to add to conversations that have none, or None.
         vocab_size: the number of token ids that the model has embeddings for. None if unknown.
+        pad_to_multiple_of: batches are padded to a multiple of this number. The padding has positions, too.
 
     Raises:
         ValueError: if `invalid_rows` or `chat` is unknown.
@@ -106,6 +109,7 @@ class Preparation:
     chat: str = "auto"
     system_message: str | None = None
     vocab_size: int | None = None
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
         check_chat(self.chat, self.system_message)
@@ -126,7 +130,7 @@ class Preparation:
 
         If the dataset is already prepared, its labels are checked again, and `sft_mask` is computed again by these
         rules unless the raw rows had one. Rows that are longer than this `max_length` are truncated or left out like
-        raw rows. `ref_logps` is removed, because it comes from the reference of another trainer. If all this changes no
+        raw rows. What a trainer has added to them, `ref_logps` and `group`, is removed. If all this changes no
         row, the dataset itself is returned.
 
         With `keeps_prompts`, rows also have `prompt`, except those of streams and rows with images.
@@ -289,10 +293,10 @@ class Preparation:
         # Rows that were prepared for scoring only may have no labels
         is_for_training = rules.get("is_for_training", True)
         transform = str(self.rules.transform)
-        if is_for_training and self.rules.transform is not None and rules.get("transform", transform) != transform:
+        if is_for_training and rules.get("transform", transform) != transform:
             raise ValueError(
                 f"The {name} dataset was prepared by a trainer with label_transform={rules['transform']}, but this "
-                f"trainer has label_transform={transform!r}. Pass the raw rows."
+                f"trainer has label_transform={transform}. Pass the raw rows."
             )
         tokenizer = serialized(self)
         made, own = rules.get("tokens", {}), token_rules(self, not rules.get("is_chat", False), tokenizer)
@@ -302,8 +306,9 @@ class Preparation:
                 f"The {name} dataset was prepared with another {' and another '.join(different)} than this trainer "
                 "has, so its token ids do not fit. Pass the raw rows."
             )
-        if "ref_logps" in names:
-            rows = rows.remove_columns("ref_logps")
+        theirs = [column for column in _OF_A_TRAINER if column in names]
+        if theirs:
+            rows = rows.remove_columns(theirs)
         how = self if is_for_training else replace(self, rules=replace(self.rules, need_mask=False, binary_only=False))
         again = PreparedBatches(how, name, rules.get("names_demonstrations", True) or not is_for_training)
         if isinstance(rows, IterableDataset):
@@ -318,7 +323,7 @@ class Preparation:
         made = rows.with_format(None).map(
             again,
             batched=True,
-            features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c != "ref_logps"} | _PASSING),
+            features=Features({c: _TYPES.get(c, rows.features[c]) for c in names if c not in _OF_A_TRAINER} | _PASSING),
             desc=f"Checking {name} dataset",
             new_fingerprint=Hasher.hash((rows._fingerprint, name, cache_key(self, tokenizer), *_PASSING)),
         )
@@ -343,10 +348,15 @@ class Preparation:
 
     def check_positions(self, tokens: int) -> None:
         """Raise InvalidRow if a row has more tokens than the model can read."""
-        if self.positions is not None and tokens > self.positions:
+        size = self.pad_to_multiple_of or 1
+        padded = tokens + -tokens % size
+        if self.positions is not None and padded > self.positions:
+            longest = self.positions - self.positions % size
+            remedy = f"Set max_length={longest}, or remove the row" if longest else f"Lower pad_to_multiple_of={size}"
             raise InvalidRow(
-                f"has {tokens:,} tokens, but the model only has {self.positions:,} positions. Set "
-                f"max_length={self.positions}, or remove the row.",
+                f"has {tokens:,} tokens"
+                + (f" ({padded:,} with pad_to_multiple_of={size})" if padded > tokens else "")
+                + f", but the model only has {self.positions:,} positions. {remedy}.",
                 "more tokens than the model has positions",
             )
 
@@ -402,7 +412,7 @@ def check_prepared_columns(names: Sequence[str], name: str) -> None:
         >>> check_prepared_columns(sorted(_PREPARED), "train")
     """
     missing = sorted(_PREPARED.difference(names))
-    others = sorted(set(names).difference(_TYPES, ("ref_logps", "prompt")))
+    others = sorted(set(names).difference(_TYPES, _OF_A_TRAINER, ("prompt",)))
     if missing or others:
         wrong = [f"lack the columns {', '.join(missing)}"] if missing else []
         wrong += [f"have other columns, too: {', '.join(others)}"] if others else []
