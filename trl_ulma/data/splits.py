@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import unicodedata
 from collections import defaultdict
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from trl_ulma.data.conversations import said, spelled
 from trl_ulma.data.pairs import pairs_to_rows
 
 
@@ -123,21 +123,10 @@ def canonical(prompt: Any) -> str:
         True
     """
     if isinstance(prompt, list):
-        prompt = [_said(turn) for turn in prompt]
+        prompt = [said(turn) for turn in prompt]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
         turn = prompt[0]
         if turn.get("role") == "user" and isinstance(turn.get("content"), str):
             prompt = turn["content"]
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str, ensure_ascii=False)
-    return unicodedata.normalize("NFC", text.strip())
-
-
-def _said(turn: Any) -> Any:
-    """What a model reads of a message: files of the same conversation can differ in the rest."""
-    if not isinstance(turn, dict):
-        return turn
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
-    calls = {key: turn[key] for key in ("tool_calls",) if turn.get(key)}
-    return {"role": turn.get("role"), "content": content.strip() if isinstance(content, str) else content, **calls}
+    return spelled(text)
