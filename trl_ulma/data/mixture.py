@@ -17,7 +17,7 @@ from datasets import (
     concatenate_datasets,
 )
 
-from trl_ulma.data.columns import READ, TEXTS
+from trl_ulma.data.columns import READ, TEXTS, Truths
 from trl_ulma.data.conversations import as_chat, is_transcript
 from trl_ulma.data.files import check_splits, load_files, load_rows
 from trl_ulma.data.hub import load_hub
@@ -30,6 +30,8 @@ from trl_ulma.labels import LabelRules
 
 # Builders of `datasets`. TRL's mixtures use their names to declare the kind of files.
 _BUILDERS = ("json", "csv", "parquet")
+# The rows of each part in which labels are compared with those of the other parts
+_FIRST_ROWS = 1000
 _OF_PAIRS = (
     "prompt",
     "chosen",
@@ -182,6 +184,13 @@ def _mixed(
     first = {name: next(iter(rows), {}) for name, rows in loaded}
     if all({"prompt_ids", "completion_ids"} <= set(row) for row in first.values()) or len(loaded) == 1:
         return concatenate_datasets([rows for _, rows in loaded])
+    truths = Truths()
+    for name, rows in loaded:
+        there = [column for column in ("label", "label_type") if column in first[name]]
+        for row in islice(rows.select_columns(there) if isinstance(rows, Dataset) else rows, _FIRST_ROWS):
+            truths.add(row)
+    for what in truths.found:
+        warn(f"{what}.")
     prompts = {name: _first_prompt(rows) for name, rows in loaded}
     texts = [name for name, prompt in prompts.items() if isinstance(prompt, str)]
     made_chat: set[str] = set()
