@@ -189,8 +189,8 @@ def as_chat(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list, l
 
 
 def spelled(text: str) -> str:
-    """A text in the spelling that prompts are compared in: Unicode form, and no whitespace around it."""
-    return unicodedata.normalize("NFC", text.strip())
+    r"""A text in the spelling that prompts are compared in: one Unicode form, `\n`, and no whitespace around it."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").strip())
 
 
 def said(turn: Any) -> Any:

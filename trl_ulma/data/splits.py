@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from trl_ulma.data.conversations import said, spelled
+from trl_ulma.data.conversations import is_whole_transcript, said, spelled, split_turns
 from trl_ulma.data.pairs import pairs_to_rows
 
 
@@ -15,8 +16,8 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
     """Split a dataset into "train" and "test" without a prompt in both. About `test_size` of the rows are test rows.
 
     The held-out prompts only depend on `seed` and the prompts themselves, so they are the same on every process and for
-    any order of the rows. Prompts that only differ in surrounding whitespace, Unicode form or further keys of messages
-    are the same. Pairs without a prompt are split by the prompts that are extracted from them.
+    any order of the rows. Prompts that only differ in surrounding whitespace, line ends, Unicode form or further keys
+    of messages are the same, and so are a transcript and its messages. Pairs without a prompt are split by the prompts that are extracted from them.
 
     Args:
         dataset: rows with `prompt` (text or messages), or pairs of `chosen` and `rejected`.
@@ -116,12 +117,21 @@ def _key(prompt: Any) -> str:
 
 
 def canonical(prompt: Any) -> str:
-    """What is the same for two spellings of a prompt: text or one user message, with any whitespace around it.
+    r"""What is the same for two spellings of a prompt: text or one user message, or a transcript or its messages.
+
+    Whitespace around texts and the kind of line ends do not count.
 
     Example:
         >>> canonical("Hi ") == canonical([{"content": "Hi", "role": "user", "name": "Ann"}])
         True
+        >>> canonical("\n\nHuman: Hi\n\nAssistant:") == canonical("Hi")
+        True
     """
+    if isinstance(prompt, str):
+        prompt = spelled(prompt)
+        if is_whole_transcript(prompt):
+            with suppress(ValueError):  # it does not end in an assistant turn, so it stays one text
+                prompt = split_turns(prompt)[0]
     if isinstance(prompt, list):
         prompt = [said(turn) for turn in prompt]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
