@@ -93,8 +93,10 @@ def test_scores_of_langfuse():
     assert labels("langfuse", trace(helpful=[1], tone=["ok"]), score="helpful") == [1.0]
     # The first row decides on the score, and rows that lack it are counted
     assert labels("langfuse", trace(helpful=[1]), trace(tone=["ok"]), trace(helpful=None)) == [
-        1.0, "it has no score helpful", "it has no score helpful",
+        1.0, "it has the score tone, and an earlier answer has helpful: say which with --score",
+        "it has no score helpful",
     ]  # fmt: skip
+    assert labels("langfuse", trace(helpful=[1]), trace(helpful=[1], tone=["ok"])) == [1.0, several]
     assert labels("langfuse", trace(helpful=None)) == ["it has no score"]
     assert labels("langfuse", trace(stars=[5]))[0].startswith("its label is outside [0, 1]")
     assert labels("langfuse", trace(stars=[5]), label_type="continuous") == [5.0]
