@@ -17,7 +17,8 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
 
     The held-out prompts only depend on `seed` and the prompts themselves, so they are the same on every process and for
     any order of the rows. Prompts that only differ in surrounding whitespace, line ends, Unicode form or further keys
-    of messages are the same, and so are a transcript and its messages. Pairs without a prompt are split by the prompts that are extracted from them.
+    of messages are the same, and so are a transcript and its messages. Pairs without a prompt are split by the prompts
+    that are extracted from them.
 
     Args:
         dataset: rows with `prompt` (text or messages), or pairs of `chosen` and `rejected`.
