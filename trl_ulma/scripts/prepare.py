@@ -341,8 +341,10 @@ def _write(rows: "Dataset", file: Path, part: Path) -> None:
     if file.suffix == ".parquet":
         rows.to_parquet(part)
         return
+    from trl_ulma.data.json_rows import json_text
+
     with part.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines.writelines(json_text(row) + "\n" for row in rows)
 
 
 def _accounted(account: "Account") -> dict[str, Any]:
