@@ -10,12 +10,12 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ulma.data.adapters import FAMILIES, LeftOut, Noted, find
+from trl_ulma.data.adapters import FAMILIES, SAME, LeftOut, Noted, find
 from trl_ulma.data.conversations import ASSISTANT, HUMAN, parse_transcript, split_transcript, split_turns
 from trl_ulma.data.convert import SAME_SPEAKER, convert
 from trl_ulma.data.demonstrations import demonstrations
 from trl_ulma.data.files import load_rows
-from trl_ulma.data.hh import NAME_IN_TEXT, PREFIX, SAME, golden_hh, hh
+from trl_ulma.data.hh import NAME_IN_TEXT, PREFIX, golden_hh, hh
 from trl_ulma.data.mix import mix
 from trl_ulma.data.pairs import pairs
 from trl_ulma.data.qa_feedback import (

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, row
+from trl_ulma.data.adapters import LIKED, SAME, Adapter, LeftOut, Outcome, row
 from trl_ulma.data.conversations import (
     as_messages,
     check_repeats,
@@ -14,7 +14,6 @@ from trl_ulma.data.conversations import (
     split_transcript,
     split_turns,
 )
-from trl_ulma.data.hh import SAME
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
