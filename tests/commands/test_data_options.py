@@ -116,6 +116,18 @@ def test_prompts_are_the_same_whatever_else_their_messages_hold():
     assert one == two != three
 
 
+def test_a_transcript_has_the_prompt_of_its_messages_and_line_ends_do_not_count():
+    transcript = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: A\nb"
+    turns = [("user", "Hi"), ("assistant", "Ho"), ("user", "A\nb")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    windows = transcript.replace("\n", "\r\n")
+    crlf = [messages[0], messages[1], {"role": "user", "content": "A\r\nb"}]
+    ends = "\n\nAssistant:"
+    assert len(set(hashes_of([transcript + ends, windows + ends, messages, crlf]))) == 1
+    # A text with the words of a transcript, but without an answer to give, is one text
+    assert len(set(hashes_of([transcript, messages, "Human: Hi", "Hi"]))) == 4
+
+
 @pytest.mark.parametrize("labels", [[1, 2, 3, 4, 5, 5], [-1, 1, 1, -1, 1, 1]])
 def test_ratings_are_not_converted_into_demonstrations_of_the_worst(labels):
     rows = [{"prompt": "Hi", "completion": f"No {i}", "label": label} for i, label in enumerate(labels)]

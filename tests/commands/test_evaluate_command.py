@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -642,9 +641,7 @@ NEEDED = ["--model", "m", "--dataset", "org/d", "--output", "o"]
         (["--bach_size", "3"], "--bach_size is not an option. Did you mean --batch_size?"),
     ],
 )
-def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, tmp_path, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
-    Path("d.jsonl").touch()
+def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, message):
     assert message in error_of(capsys, [*NEEDED, *options], code=2)
 
 
@@ -692,15 +689,14 @@ def test_a_missing_data_set_is_named(capsys, tiny_llama, tmp_path):
     assert "There is no file or folder" in error_of(capsys, argv)
 
 
-def test_a_missing_library_names_the_extra(tmp_path):
-    (tmp_path / "d.jsonl").touch()
+def test_a_missing_library_names_the_extra():
     code = (
         "import importlib.util as u, sys; find = u.find_spec; "
         "u.find_spec = lambda name, *a: None if name == 'openai' else find(name, *a); "
         "from trl_ulma.scripts.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "evaluate", *NEEDED]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.strip() == (
         "trl-ulma evaluate: error: trl_ulma.evaluation needs openai, which is not installed. Run: pip install "

@@ -212,6 +212,7 @@ def test_the_next_command_keeps_the_options_and_can_be_run(tiny_gpt2, tmp_path, 
         ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 1.5}, 1),
         ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 8, "num_train_epochs": 1}, 1),
         ({"per_device_train_batch_size": 3, "max_steps": 4}, 1),
+        ({"per_device_train_batch_size": 3, "num_train_epochs": 1, "dataloader_drop_last": True}, 1),
     ],
 )
 def test_the_steps_are_those_that_training_makes(settings, processes, tiny_llama, ratings, tmp_path, capfd):
@@ -247,6 +248,22 @@ def test_memory_of_weights_gradients_and_optimizer_is_exact(is_adapter, tiny_lla
         assert estimated[name] == sum(tensor.nbytes for tensor in tensors)
     reference = [] if is_adapter else trainer.ref_model.parameters()
     assert estimated["reference"] == sum(tensor.nbytes for tensor in reference)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_weight"),
+    [
+        ("adamw_torch", 4), ("stable_adamw", 4), ("schedule_free_adamw", 4), ("lion_8bit", 1), ("sgd", 0),
+        ("adamw_torch_4bit", 1), ("paged_adamw_8bit", 2), ("rmsprop_bnb_8bit", 1), ("rmsprop", 2), ("muon", 2),
+        ("paged_adamw_32bit", 8), ("paged_lion_32bit", 4), ("ademamix", 12), ("paged_ademamix_8bit", 3),
+        ("adafactor", 0), ("galore_adamw", 0),
+    ],
+)  # fmt: skip
+def test_memory_of_optimizers_of_bfloat16_weights(optimizer, bytes_per_weight):
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    found = estimate_memory(model, tokens=1, optimizer=optimizer)["optimizer"]
+    assert found == bytes_per_weight * model.num_parameters()
 
 
 @pytest.mark.parametrize("width", [64, 256])

@@ -5,7 +5,9 @@ import json
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from trl.scripts.utils import DatasetConfig
 
+from trl_ulma.data.mixture import load_mixture
 from trl_ulma.scripts import check, pointwise_dpo, ulma
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.training import load_splits
@@ -110,6 +112,30 @@ def test_fractions_splits_and_columns(tmp_path):
     assert len(mixture(tmp_path, parts)) == 24
 
 
+def test_fractions_are_of_the_rows_that_pairs_become(tmp_path):
+    pairs = [{"prompt": f"a {i}", "chosen": " yes", "rejected": " no"} for i in range(6)]
+    parts = [
+        {"path": write(tmp_path / "pairs.jsonl", pairs), "fraction": 0.5},
+        {"path": write(tmp_path / "rows.jsonl", rows("b", [1, 0] * 3)), "fraction": 0.5},
+    ]
+    prompts = mixture(tmp_path, parts)["prompt"][:]
+    assert [sum(prompt.startswith(name) for prompt in prompts) for name in "ab"] == [6, 6]
+    assert len(mixture(tmp_path, [parts[0], parts[0]])) == 12
+
+
+def test_a_fraction_of_sorted_rows_has_one_label_and_a_warning(tmp_path):
+    def warnings(labels, fraction=0.5):
+        sorted_rows = DatasetConfig(path=write(tmp_path / "sorted.jsonl", rows("a", labels)), fraction=fraction)
+        few = DatasetConfig(path=write(tmp_path / "few.jsonl", rows("b", [1, 0] * 2)), fraction=0.5)
+        return load_mixture([sorted_rows, few])[1]
+
+    [said] = warnings([1] * 10 + [0] * 10)
+    assert said.endswith(
+        "takes its first 4 of 20 rows, which all have the label 1. The others do not. Shuffle the file."
+    )
+    assert warnings([1, 0] * 10) == warnings([1] * 20) == warnings([1, 0] * 10, fraction=0.125) == []
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_keep_their_mark(tmp_path, streaming):
     table = write(tmp_path / "a.csv", "prompt,completion,label\n Hi , Yes ,1\nWho?,Me,0\n")
@@ -209,6 +235,10 @@ ANSWER = [{"role": "assistant", "content": "Hello!"}]
         (
             [{"path": "a.jsonl", "fraction": 1.0}, {"path": "a.jsonl"}],
             "fraction must be above 0, and either all parts of the mixture or none",
+        ),
+        (
+            [{"path": "a.jsonl", "fraction": 0.99}, {"path": "a.jsonl", "fraction": 0.01}],
+            r"part 2 .*: its fraction is 0\.01 of a mixture of 2 rows, which is none of its 2 rows\. Raise",
         ),
         (
             [{"path": "masked.jsonl"}, {"path": "stars.jsonl"}],

@@ -169,6 +169,7 @@ def test_what_is_wrong_is_said_in_a_line(raw, capsys):
     (raw / "file").write_text("")
     (raw / "bad.jsonl").write_text(json.dumps(RAW["hh"][0]) + "\n{oops}\n")
     (raw / "q.jsonl").write_text(json.dumps({"question": "2 + 2?", "chosen": "It is 4", "rejected": "It is 5"}))
+    (raw / "alpaca.jsonl").write_text('{"instruction": "Hi", "output": "Hello!"}')
     (raw / "one.jsonl").write_text(json.dumps(RAW["demonstrations"][0]))
     (raw / "full").mkdir()
     (raw / "full" / "old.jsonl").write_text("{}")
@@ -191,6 +192,9 @@ def test_what_is_wrong_is_said_in_a_line(raw, capsys):
         (["hh", "--input", hh, "--output", raw / "o", "--test_size", "40"], "--test_size 40 does not do for 40", 1),
         (["demonstrations", "--input", raw / "one.jsonl", "--output", raw / "o"], "two different prompts", 1),
         (["hh", "--input", hh, "--output", out, "--wins"], "--wins is not an option. See trl-ulma prepare hh", 2),
+        (["hh", "--input", hh, "--output", out, "--label_map", "up=1"], "--label_map is not an option. See", 2),
+        (["alpaca", "--input", raw / "alpaca.jsonl", "--output", out, "--label_map", "up=1"],
+         "has no column label that --label_map could map; its columns are instruction, output. Name it", 1),
         (["hh", "--input", hh, "--output", out, "--config", "x"], "is a file, so it has no configurations", 1),
         (["votes", "--input", raw / "votes.jsonl", "--output", out, "--accepted"], "Remove `accepted`.", 1),
         (["hhh", "--input", hh], "trl-ulma prepare: error: hhh is not a family of datasets. Did you mean hh?", 2),

@@ -67,6 +67,19 @@ def test_a_file_of_json_lines_keeps_values_exactly(tmp_path):
     assert found[0]["day"] == "2024-01-02T03:04:05"
 
 
+def test_what_json_lacks_is_written_as_what_it_has(tmp_path):
+    rows = {"label": [1.0, np.nan], "deep": [{"x": [np.nan, 1.0]}, {"x": [np.inf]}]}
+    write(Dataset.from_dict(rows), tmp_path / "scored.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in found] == [1.0, None]
+    assert [row["deep"]["x"] for row in found] == [[None, 1.0], ["inf"]]
+    write(Dataset.from_dict(rows), tmp_path / "scored.csv")
+    with open(tmp_path / "scored.csv", newline="", encoding="utf-8") as file:
+        assert [(row["label"], row["deep"]) for row in csv.DictReader(file)] == [
+            ("1.0", '{"x": [null, 1.0]}'), ("", '{"x": ["inf"]}'),
+        ]  # fmt: skip
+
+
 def test_the_file_that_is_read_is_not_written(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("{}\n")

@@ -10,12 +10,12 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_ulma.data.adapters import FAMILIES, LeftOut, Noted, find
+from trl_ulma.data.adapters import FAMILIES, SAME, LeftOut, Noted, find
 from trl_ulma.data.conversations import ASSISTANT, HUMAN, parse_transcript, split_transcript, split_turns
 from trl_ulma.data.convert import SAME_SPEAKER, convert
 from trl_ulma.data.demonstrations import demonstrations
 from trl_ulma.data.files import load_rows
-from trl_ulma.data.hh import NAME_IN_TEXT, PREFIX, SAME, golden_hh, hh
+from trl_ulma.data.hh import NAME_IN_TEXT, PREFIX, golden_hh, hh
 from trl_ulma.data.mix import mix
 from trl_ulma.data.pairs import pairs
 from trl_ulma.data.qa_feedback import (
@@ -434,6 +434,13 @@ GOOD, BAD = [{"role": "assistant", "content": "Hello!"}], [{"role": "assistant",
         ({"prompt": turns("Hi"), "chosen": "Hello!", "rejected": "Go."}, turns("Hi")),
         ({"chosen": SYSTEM + turns("Hi") + GOOD, "rejected": SYSTEM + turns("Hi") + BAD}, SYSTEM + turns("Hi")),
         ({"prompt": "Hi", "chosen": turns("Hi") + GOOD, "rejected": turns("Hi") + BAD}, turns("Hi")),
+        ({"prompt": " Hi", "chosen": turns("Hi ") + GOOD, "rejected": turns("Hi ") + BAD}, turns("Hi ")),
+        ({"prompt": HI, "chosen": turns("Hi") + GOOD, "rejected": turns("Hi") + BAD}, turns("Hi")),
+        ({"prompt": SYSTEM + turns("Hi"), "chosen": turns("Hi") + GOOD, "rejected": turns("Hi") + BAD},
+         SYSTEM + turns("Hi")),
+        ({"prompt": SYSTEM, "chosen": turns("Hi") + GOOD, "rejected": turns("Hi") + BAD}, SYSTEM + turns("Hi")),
+        ({"prompt": turns("Hi"), "chosen": SYSTEM + turns("Hi") + GOOD, "rejected": SYSTEM + turns("Hi") + BAD},
+         SYSTEM + turns("Hi")),
         ({"chosen": f"{HI} Hello!", "rejected": f"{HI} Go."}, turns("Hi")),
         ({"prompt": HI, "chosen": " Hello!", "rejected": " Go."}, turns("Hi")),
         ({"prompt": HI, "chosen": f"{HI} Hello!", "rejected": f"{HI} Go."}, turns("Hi")),
@@ -489,6 +496,17 @@ def test_pairs_that_are_left_out(change, reasons):
     assert counts(account.left_out) == reasons
     assert account.answers == 4
     assert len(rows) == 4 - sum(reasons.values())
+
+
+@pytest.mark.parametrize("prompt", ["Be kind.", turns("Ho"), [SYSTEM[0] | {"content": "Be cruel."}, *turns("Ho")]])
+@pytest.mark.parametrize("system", [[], SYSTEM])
+def test_conversations_that_do_not_repeat_their_prompt_are_left_out(prompt, system):
+    halves = {"chosen": system + turns("Hi") + GOOD, "rejected": system + turns("Hi") + BAD}
+    if prompt == "Be kind." and system:
+        assert len(list(pairs([halves | {"prompt": prompt}]))) == 2
+    else:
+        why = "it is a whole conversation that does not contain its prompt"
+        assert shape(pairs([halves | {"prompt": prompt}])) == [why] * 2
 
 
 def test_transcripts_that_do_not_repeat_their_prompt_are_left_out():

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 from family_samples import SAMPLES
 
-from trl_ulma.data.adapters import FAMILIES, LeftOut, Noted, find
+from trl_ulma.data.adapters import FAMILIES, SAME, LeftOut, Noted, find
 from trl_ulma.data.convert import convert
 from trl_ulma.data.detect import detected
 from trl_ulma.data.files import load_rows
@@ -355,6 +355,20 @@ def test_summaries():
     assert outcomes("tldr", rated) == [(["News.\n\nTL;DR:"], "Short.", 5.0, False)]
     assert labels("tldr", rated, aspect="coverage") == ["its label is not a number"]
     assert labels("tldr", rated | {"info": None}) == ["its post is not text"]
+
+
+def test_answers_that_are_the_same_are_not_better_and_worse():
+    arena, openai, pku, tldr = (SAMPLES[family](0) for family in ("arena", "openai", "pku-saferlhf", "tldr"))
+    arena["conversation_b"] = arena["conversation_a"]
+    assert labels("arena", arena) == [SAME] * 2
+    assert labels("arena", arena | {"winner": "tie"}) == [0.5] * 2
+    assert labels("openai", openai | {"non_preferred_output": openai["preferred_output"]}) == [SAME] * 2
+    assert labels("pku-saferlhf", pku | {"response_1": pku["response_0"]}, label="better") == [SAME] * 2
+    assert labels("tldr", tldr | {"summaries": tldr["summaries"][:1] * 2}) == [SAME] * 2
+    helpsteer3 = SAMPLES["helpsteer3"](0) | {"response1": "Yes", "response2": "Yes"}
+    assert [labels("helpsteer3", helpsteer3 | {"overall_preference": each}) for each in (2, 0)] == [
+        [SAME] * 2, [0.5] * 2,
+    ]  # fmt: skip
 
 
 def test_pairs_of_stack_exchange():

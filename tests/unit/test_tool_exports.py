@@ -7,6 +7,7 @@ import pytest
 from family_samples import SAMPLES
 from test_data_families import labels, outcomes
 
+from trl_ulma.data.adapters import SAME
 from trl_ulma.data.payloads import messages_in
 from trl_ulma.scripts.prepare import main
 
@@ -93,8 +94,10 @@ def test_scores_of_langfuse():
     assert labels("langfuse", trace(helpful=[1], tone=["ok"]), score="helpful") == [1.0]
     # The first row decides on the score, and rows that lack it are counted
     assert labels("langfuse", trace(helpful=[1]), trace(tone=["ok"]), trace(helpful=None)) == [
-        1.0, "it has no score helpful", "it has no score helpful",
+        1.0, "it has the score tone, and an earlier answer has helpful: say which with --score",
+        "it has no score helpful",
     ]  # fmt: skip
+    assert labels("langfuse", trace(helpful=[1]), trace(helpful=[1], tone=["ok"])) == [1.0, several]
     assert labels("langfuse", trace(helpful=None)) == ["it has no score"]
     assert labels("langfuse", trace(stars=[5]))[0].startswith("its label is outside [0, 1]")
     assert labels("langfuse", trace(stars=[5]), label_type="continuous") == [5.0]
@@ -265,15 +268,18 @@ def test_annotations_of_label_studio():
         (["Hi"], "Hello!", 1.0, False), (["Hi"], "Go.", 0.0, False),
     ]  # fmt: skip
     assert labels("label-studio", left, answer_key="answer2,answer1") == [1.0, 0.0]
-    assert labels("label-studio", annotated(result("pairwise", {"selected": None}), data=data)) == [
-        "it does not say which answer is better"
-    ]
+    assert (
+        labels("label-studio", annotated(result("pairwise", {"selected": None}), data=data))
+        == ["it does not say which answer is better"] * 2
+    )
     more = data | {"note": "So."}
     # The order of the fields says nothing about left and right
     unclear = annotated(result("pairwise", {"selected": "left"}) | {"to_name": "text1,text2"}, data=more)
-    assert labels("label-studio", unclear) == [
-        "it does not say what is left and right: --answer_key LEFT_FIELD,RIGHT_FIELD"
-    ]
+    assert (
+        labels("label-studio", unclear)
+        == ["it does not say what is left and right: --answer_key LEFT_FIELD,RIGHT_FIELD"] * 2
+    )
+    assert labels("label-studio", left | {"data": data | {"answer2": "Hello!"}}) == [SAME] * 2
     assert outcomes("label-studio", unclear, answer_key="answer2,answer1")[0] == (["Hi"], "Go.", 1.0, True)
     for names in ("answer2,answer1", ["answer2", "answer1"]):
         right = result("pairwise", {"selected": "right"}) | {"to_name": names}

@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
+from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.columns import Names, number
 from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_prompt
+from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin, places_of
 from trl_ulma.labels import InvalidRow
 
@@ -660,6 +662,40 @@ def test_labels_that_are_classes_go_by_their_names(tmp_path):
     Dataset.from_dict({"prompt": ["a", "b"], "label": [0, 1]}, features=features).save_to_disk(tmp_path / "turned")
     with pytest.raises(ValueError, match=r"classes good, bad, and .* Map them to numbers: label_map good=…,bad=…"):
         read(tmp_path / "turned")
+
+
+TRUTHS = r"true and false stand among ratings such as 5, and count as 1 and 0\. .* label_type, .*"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_thumbs_among_stars_are_counted_in_a_warning(tmp_path, caplog, streaming):
+    write(tmp_path / "rows" / "thumbs.jsonl", lines([row(True), row(False)]))
+    write(tmp_path / "rows" / "stars.jsonl", lines([row(5), row(1)]))
+    read(tmp_path / "rows", streaming=streaming)
+    [said] = caplog.messages
+    assert re.search(TRUTHS + r" \(2 values\)\.$", said)
+    parts = [DatasetConfig(path=str(tmp_path / "rows" / name)) for name in ("thumbs.jsonl", "stars.jsonl")]
+    [said] = load_mixture(parts, streaming=streaming)[1]
+    assert re.search(TRUTHS, said)
+
+
+def test_thumbs_as_text_among_stars_in_parquet_are_counted_in_a_warning(tmp_path, caplog):
+    Dataset.from_list([row("true"), row("5")]).to_parquet(tmp_path / "rows.parquet")
+    read(tmp_path / "rows.parquet")
+    assert re.search(TRUTHS, caplog.text)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(True), row(0), row(0.5)],
+        [row(5), row(1)],
+        [row(True, label_type="binary"), row(5, label_type="continuous")],
+    ],
+)
+def test_thumbs_that_are_told_apart_from_stars_need_no_warning(tmp_path, caplog, rows):
+    read(write(tmp_path / "rows.jsonl", lines(rows)))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -6,7 +6,7 @@ help, the checks and the report use these. The generator yields a `row` for each
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -67,6 +67,8 @@ FAMILIES = {
 }
 
 
+# Why both answers of a comparison are left out
+SAME = "both halves of its pair are the same"
 # Why an answer with a rating is left out if labels are binary
 OUTSIDE = "its label is outside [0, 1], the range of binary labels: set --label_type continuous"
 
@@ -255,6 +257,27 @@ LABELED = LIKED | {
         "%(default)s)",
     }
 }
+
+
+def compared(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """The answers that are compared with each other, without those that have the same text and other labels.
+
+    Example:
+        >>> compared([labeled("Hi", "Hello!", label) for label in (0, 1)])[0]
+        LeftOut(why='both halves of its pair are the same')
+    """
+    found = list(outcomes)
+    rows = [each for each in found if isinstance(each, dict)]
+    return [
+        LeftOut(SAME)
+        if isinstance(one, dict) and any(_is_same(one, each) and one["label"] != each["label"] for each in rows)
+        else one
+        for one in found
+    ]
+
+
+def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one["prompt"] == other["prompt"] and one["completion"] == other["completion"]
 
 
 def is_number(value: Any) -> bool:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, labeled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, compared, labeled
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.labels import is_messages
 
@@ -43,6 +43,7 @@ def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool 
         if vote == "tie" and ties == "leave_out":
             yield from [LeftOut("its vote is a tie")] * 2
             continue
+        found: list[Outcome] = []
         for half, label in zip("ab", VOTES[vote], strict=True):
             try:
                 conversation = raw[f"conversation_{half}"] if "conversation_a" in raw else _conversation(raw, half)
@@ -50,9 +51,10 @@ def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool 
                     raise ValueError("its conversation is not a list of turns with a role and content")
                 prompt, answer = split_messages(conversation)
             except ValueError as error:
-                yield LeftOut(str(error))
+                found.append(LeftOut(str(error)))
                 continue
-            yield labeled(prompt, answer, label, liked=liked)
+            found.append(labeled(prompt, answer, label, liked=liked))
+        yield from compared(found)
 
 
 def _vote(raw: Mapping[str, Any]) -> str | None:

@@ -280,6 +280,45 @@ def class_labels(names: Sequence[str]) -> list[float]:
     )
 
 
+class Truths:
+    """Finds the labels true and false among ratings. Without a `label_type` in the rows, they count as 1 and 0.
+
+    Attributes:
+        found: a message, and the number of such labels.
+
+    Example:
+        >>> truths = Truths()
+        >>> for label in (True, 5):
+        ...     truths.add({"label": label})
+        >>> list(truths.found.values())
+        [1]
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._rating: int | float | None = None
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Look at one more row."""
+        label = row.get("label")
+        if row.get("label_type") is not None:
+            return
+        if isinstance(label, bool):
+            self._count += 1
+        elif self._rating is None and isinstance(label, int | float) and (label < 0 or label > 1):
+            self._rating = label
+
+    @property
+    def found(self) -> dict[str, int]:
+        """See the class."""
+        if not self._count or self._rating is None:
+            return {}
+        return {
+            f"label: true and false stand among ratings such as {self._rating:g}, and count as 1 and 0. If they are "
+            "likes and dislikes, add a column label_type, with binary for them and continuous for ratings": self._count
+        }
+
+
 def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -> str | None:
     """An error message that lists the labels that `label_map` lacks, or None if it has all.
 

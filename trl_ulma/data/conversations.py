@@ -1,6 +1,7 @@
 r"""Splits transcripts with `\n\nHuman:` and `\n\nAssistant:` turns, plain texts and messages into prompt and answer."""
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -185,3 +186,19 @@ def as_chat(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list, l
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     return [prompt for prompt, _ in made], [completion for _, completion in made]
+
+
+def spelled(text: str) -> str:
+    r"""A text in the spelling that prompts are compared in: one Unicode form, `\n`, and no whitespace around it."""
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").strip())
+
+
+def said(turn: Any) -> Any:
+    """What a model reads of a message: files of the same conversation can differ in the rest."""
+    if not isinstance(turn, Mapping):
+        return turn
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
+    calls = {key: turn[key] for key in ("tool_calls",) if turn.get(key)}
+    return {"role": turn.get("role"), "content": spelled(content) if isinstance(content, str) else content, **calls}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ulma.data.columns import NUMBERS, READ, Names, number, read_row, unknown_label, unknown_labels
+from trl_ulma.data.columns import NUMBERS, READ, Names, Truths, number, read_row, unknown_label, unknown_labels
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
@@ -114,6 +114,7 @@ class FileRows:
         # Where semicolons separate fields: column → its first number such as 1.000, and columns with decimal points
         self._grouped: dict[str, str] = {}
         self._with_points: set[str] = set()
+        truths = Truths()
         for file in self.files:
             self.firsts.append(len(self.lines))
             for line, row in self._rows(file):
@@ -128,6 +129,8 @@ class FileRows:
                     if self.invalid_rows == "drop":
                         continue
                     row |= {"label": None, UNREAD: fault.message}
+                truths.add(row)
+                self.found |= truths.found
                 self.lines.append(line)
                 yield row
         self.check_points()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, labeled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, compared, labeled
 from trl_ulma.data.payloads import messages_in
 
 
@@ -31,8 +31,8 @@ def helpsteer3(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Ite
             yield from [LeftOut(str(error))] * 2
             continue
         second = 0.5 if preference == 0 else float(preference > 0)
-        for name, label in (("response1", 1 - second), ("response2", second)):
-            yield labeled(context, raw[name], label, liked=liked)
+        labels = (("response1", 1 - second), ("response2", second))
+        yield from compared(labeled(context, raw[name], label, liked=liked) for name, label in labels)
 
 
 HELPSTEER3 = Adapter(helpsteer3, needs=(("context", "response1", "response2", "overall_preference"),), options=LIKED)

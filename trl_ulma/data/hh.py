@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, row
+from trl_ulma.data.adapters import LIKED, SAME, Adapter, LeftOut, Noted, Outcome, row
 from trl_ulma.data.conversations import names_in_text, split_turns
 
-SAME = "both halves of its pair are the same"
 PREFIX = "one half of a pair is the beginning of the other: each is split at its own last answer"
 NAME_IN_TEXT = "`Human:` or `Assistant:` within the text of a turn: kept as it is"
 

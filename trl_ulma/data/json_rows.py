@@ -1,6 +1,7 @@
 """Reads JSON files as rows: an array of objects, one object per line, or consecutive objects."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -53,6 +54,30 @@ def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
             raise ValueError(f"is not {encoding.upper()} text: {error}. Save the file as UTF-8.") from error
         except RecursionError as error:
             raise ValueError("contains lists or objects that are nested too deeply. Check its rows.") from error
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON. NaN is null, dates are ISO text, and what else JSON does not have is as Python prints it.
+
+    Example:
+        >>> json_text({"label": float("nan"), "most": [float("inf")]})
+        '{"label": null, "most": ["inf"]}'
+    """
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, default=_as_text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _as_text(value: Any) -> str:
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _is_cut(line: str) -> bool:

@@ -9,6 +9,7 @@ from trl_ulma.data.columns import (
     BOOLS,
     NUMBERS,
     Names,
+    Truths,
     class_labels,
     read_row,
     read_value,
@@ -101,6 +102,12 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         if kind not in ("bool", "int", "long", "float"):
             continue  # trainers raise an error that names the row
         found |= noticed
+        if name == "label":
+            truths = Truths()
+            types = rows["label_type"] if "label_type" in rows.column_names else [None] * len(rows)
+            for value, label_type in zip(values, types, strict=True):
+                truths.add({"label": value, "label_type": label_type})
+            found |= truths.found
         values = [None if value is None else {"bool": bool, "float": float}.get(kind, int)(value) for value in values]
         dtype = {"bool": "bool", "float": "float64"}.get(kind, "int64")
         rows = rows.remove_columns(name).add_column(name, values, feature=Value(dtype))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, labeled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, compared, labeled
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.data.payloads import messages_in
 
@@ -57,6 +57,7 @@ def label_studio(
             if annotation.get("was_cancelled") or annotation.get("skipped"):
                 yield LeftOut("its annotation was skipped")
                 continue
+            kind = ""
             try:
                 kind, value, between = _result(annotation, control)
                 there, prompt_name = _prompt(raw["data"], prompt_key)
@@ -77,9 +78,11 @@ def label_studio(
                         names = between
                     if len(names) != 2 or not there.keys() >= set(names):
                         raise ValueError("it does not say what is left and right: --answer_key LEFT_FIELD,RIGHT_FIELD")
-                    for side, name in zip(_SIDES, names, strict=True):
-                        answer = messages_in(there[name], "assistant")
-                        yield labeled(prompt, answer, float(value["selected"] == side), liked=liked)
+                    answers = [messages_in(there[name], "assistant") for name in names]
+                    yield from compared(
+                        labeled(prompt, answer, float(value["selected"] == side), liked=liked)
+                        for side, answer in zip(_SIDES, answers, strict=True)
+                    )
                     continue
                 if names:
                     if len(names) != 1:
@@ -100,7 +103,7 @@ def label_studio(
                     yield Noted(f"its answer is the field {names[0]}")
                 yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=label_map)
             except ValueError as error:
-                yield LeftOut(str(error))
+                yield from [LeftOut(str(error))] * (2 if kind == "pairwise" else 1)
 
 
 def _result(annotation: Mapping[str, Any], control: str | None) -> tuple[str, Mapping[str, Any], list[str]]:

@@ -39,7 +39,8 @@ def logged(
 
     Args:
         answers: inputs, outputs and scores, or why there are none.
-        score: the name of the score. By default, the only one that an answer has, which must be the same for all.
+        score: the name of the score. By default, the only one that an answer has. Answers that have several, or another
+            one than the first answer with a score, are left out.
         prompt_key: where the question is in an input that is an object.
         answer_key: where the answer is in an output that is an object.
         label_type: the type of the score.
@@ -52,6 +53,7 @@ def logged(
         ([{'role': 'assistant', 'content': 'Hello!'}], 1.0)
     """
     names = Names(label_map=label_map or {})
+    only: str | None = None  # the score that is read if none is named
     for found in answers:
         if isinstance(found, LeftOut):
             yield found
@@ -61,11 +63,15 @@ def logged(
         if score is None and len(there) > 1:
             yield LeftOut(f"it has several scores ({', '.join(there)}): say which with --score")
             continue
-        if score is None and there:
-            [score] = there
-        values = there.get(score or "")
+        own = next(iter(there), None)
+        only = only or own
+        if score is None and own != only and own is not None:
+            yield LeftOut(f"it has the score {own}, and an earlier answer has {only}: say which with --score")
+            continue
+        name = score or only
+        values = there.get(name or "")
         if not values:
-            yield LeftOut(f"it has no score{f' {score}' if score else ''}")
+            yield LeftOut(f"it has no score{f' {name}' if name else ''}")
             continue
         try:
             prompt, answer = messages_in(given, "user", prompt_key), messages_in(reply, "assistant", answer_key)

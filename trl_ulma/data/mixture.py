@@ -17,7 +17,7 @@ from datasets import (
     concatenate_datasets,
 )
 
-from trl_ulma.data.columns import READ, TEXTS
+from trl_ulma.data.columns import READ, TEXTS, Truths
 from trl_ulma.data.conversations import as_chat, is_transcript
 from trl_ulma.data.files import check_splits, load_files, load_rows
 from trl_ulma.data.hub import load_hub
@@ -30,6 +30,8 @@ from trl_ulma.labels import LabelRules
 
 # Builders of `datasets`. TRL's mixtures use their names to declare the kind of files.
 _BUILDERS = ("json", "csv", "parquet")
+# The rows of each part in which labels are compared with those of the other parts
+_FIRST_ROWS = 1000
 _OF_PAIRS = (
     "prompt",
     "chosen",
@@ -97,7 +99,7 @@ def load_mixture(
         except (OSError, ValueError) as error:
             raise type(error if isinstance(error, FileNotFoundError) else ValueError())(f"{name}: {error}") from error
         loaded.append((name, rows))
-    loaded = _taken(parts, loaded, streaming)
+    loaded = _taken(parts, loaded, streaming, said.append)
     mixed = marked(
         _mixed(loaded, rules or LabelRules(), log_z, chat, said.append),
         [rows.info.builder_name in (TABLES, SOME_TABLES) for _, rows in loaded],
@@ -159,8 +161,13 @@ def _split(splits: Mapping[Any, Any], split: str) -> Rows:
     return _together([(dict, rows) for rows in chosen], split)
 
 
-def _taken(parts: Sequence[Any], loaded: list[tuple[str, Rows]], streaming: bool) -> list[tuple[str, Rows]]:
-    """The share of each part according to TRL's `fraction`, in the largest mixture that repeats no row."""
+def _taken(
+    parts: Sequence[Any], loaded: list[tuple[str, Rows]], streaming: bool, warn: Callable[[str], None]
+) -> list[tuple[str, Rows]]:
+    """The first rows of each part, according to TRL's `fraction`, in the largest mixture that repeats no row.
+
+    A pair counts as the two rows that it becomes if there are rows of single answers.
+    """
     fractions = [part.fraction for part in parts if part.fraction is not None]
     if not fractions:
         return loaded
@@ -170,10 +177,25 @@ def _taken(parts: Sequence[Any], loaded: list[tuple[str, Rows]], streaming: bool
             "streaming."
         )
     weights = [fraction / sum(fractions) for fraction in fractions]
-    total = min(len(rows) / weight for (_, rows), weight in zip(loaded, weights, strict=True))
-    return [
-        (name, rows.select(range(round(weight * total)))) for (name, rows), weight in zip(loaded, weights, strict=True)
-    ]
+    paired = ["chosen" in rows.column_names for _, rows in loaded]
+    halves = [2 if is_paired and not all(paired) else 1 for is_paired in paired]
+    total = min(len(rows) * count / weight for (_, rows), count, weight in zip(loaded, halves, weights, strict=True))
+    made = []
+    for (name, rows), count, weight in zip(loaded, halves, weights, strict=True):
+        taken = rows.select(range(round(weight * total / count)))
+        if not len(taken):
+            raise ValueError(
+                f"{name}: its fraction is {weight:.3g} of a mixture of {total:,.0f} rows, which is none of its "
+                f"{len(rows):,} rows. Raise its fraction, or remove the part."
+            )
+        labels = [str(label) for label in rows["label"]] if "label" in rows.column_names else []
+        if len(taken) > 1 and len(set(labels[: len(taken)])) == 1 < len(set(labels)):
+            warn(
+                f"{name}: fraction takes its first {len(taken):,} of {len(rows):,} rows, which all have the label "
+                f"{labels[0]}. The others do not. Shuffle the file."
+            )
+        made.append((name, taken))
+    return made
 
 
 def _mixed(
@@ -182,6 +204,13 @@ def _mixed(
     first = {name: next(iter(rows), {}) for name, rows in loaded}
     if all({"prompt_ids", "completion_ids"} <= set(row) for row in first.values()) or len(loaded) == 1:
         return concatenate_datasets([rows for _, rows in loaded])
+    truths = Truths()
+    for name, rows in loaded:
+        there = [column for column in ("label", "label_type") if column in first[name]]
+        for row in islice(rows.select_columns(there) if isinstance(rows, Dataset) else rows, _FIRST_ROWS):
+            truths.add(row)
+    for what in truths.found:
+        warn(f"{what}.")
     prompts = {name: _first_prompt(rows) for name, rows in loaded}
     texts = [name for name, prompt in prompts.items() if isinstance(prompt, str)]
     made_chat: set[str] = set()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, labeled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, compared, labeled
 from trl_ulma.data.payloads import messages_in
 
 
@@ -22,13 +22,15 @@ def openai(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterato
         [('Hello!', 1.0), ('Go.', 0.0)]
     """
     for raw in rows:
+        found: list[Outcome] = []
         for name, label in (("preferred_output", 1.0), ("non_preferred_output", 0.0)):
             try:
                 prompt, answer = messages_in(raw["input"], "user"), messages_in(raw[name], "assistant")
             except ValueError as error:
-                yield LeftOut(str(error))
+                found.append(LeftOut(str(error)))
                 continue
-            yield labeled(prompt, answer, label, liked=liked)
+            found.append(labeled(prompt, answer, label, liked=liked))
+        yield from compared(found)
 
 
 OPENAI = Adapter(openai, needs=(("input", "preferred_output", "non_preferred_output"),), options=LIKED)

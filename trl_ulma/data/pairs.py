@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, row
+from trl_ulma.data.adapters import LIKED, SAME, Adapter, LeftOut, Outcome, row
 from trl_ulma.data.conversations import (
     as_messages,
     check_repeats,
     is_transcript,
     is_whole_transcript,
+    said,
+    spelled,
     split_transcript,
+    split_turns,
 )
-from trl_ulma.data.hh import SAME
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
@@ -116,8 +118,8 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
 
     Args:
         rows: `chosen` and `rejected`, with or without `prompt`, as texts, transcripts or messages. Halves that are
-            whole conversations are split at their last answer, and do not need a text `prompt`. Pairs of transcripts
-            that do not repeat the `prompt` are left out.
+            whole conversations are split at their last answer, and do not need a `prompt`. System turns that only the
+            `prompt` has are put before them. If they do not repeat the rest of the `prompt`, they are left out.
         liked: chosen answers are liked, and not demonstrations.
 
     Raises:
@@ -159,12 +161,16 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
 def _without_needless_prompt(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a pair without a prompt that the halves repeat. A transcript's prompt is added to the halves.
 
+    So are the system turns of a prompt that only the prompt has.
+
     Raises:
-        ValueError: if both halves are whole transcripts and one of them does not repeat the prompt.
+        ValueError: if both halves are whole conversations and one of them does not repeat the prompt.
     """
     columns = dict(raw)
     prompt, chosen, rejected = columns.get("prompt"), columns["chosen"], columns["rejected"]
     if all(is_messages(half) and half and half[0]["role"] in ASKING_ROLES for half in (chosen, rejected)):
+        if prompt:
+            columns |= {"chosen": _with_prompt(chosen, prompt), "rejected": _with_prompt(rejected, prompt)}
         columns.pop("prompt", None)
     elif "prompt" in columns and is_whole_transcript(chosen) and is_whole_transcript(rejected):
         for half in (chosen, rejected):
@@ -174,6 +180,27 @@ def _without_needless_prompt(raw: Mapping[str, Any]) -> dict[str, Any]:
         columns |= {"chosen": prompt + chosen, "rejected": prompt + rejected}
         del columns["prompt"]
     return columns
+
+
+def _with_prompt(conversation: list[dict[str, Any]], prompt: Any) -> list[dict[str, Any]]:
+    """A whole conversation that repeats its prompt, with the system turns that only the prompt has.
+
+    Raises:
+        ValueError: if it does not repeat its prompt.
+    """
+    there = [said(turn) for turn in conversation]
+    if isinstance(prompt, str) and not is_transcript(prompt):
+        if any(turn["role"] in ASKING_ROLES and turn["content"] == spelled(prompt) for turn in there):
+            return conversation
+    elif isinstance(prompt, str) or is_messages(prompt):
+        turns = split_turns(prompt)[0] if isinstance(prompt, str) else prompt
+        asked = [said(turn) for turn in turns]
+        system = next((place for place, turn in enumerate(asked) if turn["role"] == "user"), len(asked))
+        if any(there[place : place + len(asked)] == asked for place in range(len(there))):
+            return conversation
+        if there[0]["role"] == "user" and there[: len(asked) - system] == asked[system:]:
+            return [*turns[:system], *conversation]
+    raise ValueError("it is a whole conversation that does not contain its prompt")
 
 
 PAIRS = Adapter(pairs, needs=(("chosen", "rejected"),), refuses=("completion", "conversations"), options=LIKED)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, as_number, labeled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_bool, as_number, compared, labeled
 
 # label: the column with the number of the preferred response
 PREFERRED = {"better": "better_response_id", "safer": "safer_response_id"}
@@ -30,15 +30,17 @@ def pku_saferlhf(rows: Iterable[Mapping[str, Any]], *, label: str = "safe", like
         raise ValueError(f"label is {label!r}; it must be one of {LABELS}.")
     for raw in rows:
         preferred = as_number(raw.get(PREFERRED[label])) if label in PREFERRED else None
+        found: list[Outcome] = []
         for number in (0, 1):
             if label == "safe":
                 value = as_bool(raw[f"is_response_{number}_safe"])
             else:
                 value = number == preferred if preferred in (0, 1) else None
             if value is None:
-                yield LeftOut(f"it is not known whether it is {label}")
+                found.append(LeftOut(f"it is not known whether it is {label}"))
                 continue
-            yield labeled(raw["prompt"], raw[f"response_{number}"], value, liked=liked)
+            found.append(labeled(raw["prompt"], raw[f"response_{number}"], value, liked=liked))
+        yield from compared(found)
 
 
 PKU_SAFERLHF = Adapter(

@@ -20,7 +20,7 @@ SEEN, NEW, UNKNOWN = 1, 0, -1
 
 
 def hashes_of(prompts: Iterable[Any]) -> np.ndarray:
-    """`(N,)` uint64. A text has the same hash as the same text as a user message, and a message as its text in parts.
+    """`(N,)` uint64. Spellings of one prompt have the same hash, see `trl_ulma.data.splits.canonical`.
 
     Example:
         >>> one, other = hashes_of(["Hi ", [{"role": "user", "content": "Hi"}]])

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import unicodedata
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from trl_ulma.data.conversations import is_whole_transcript, said, spelled, split_turns
 from trl_ulma.data.pairs import pairs_to_rows
 
 
@@ -15,8 +16,9 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
     """Split a dataset into "train" and "test" without a prompt in both. About `test_size` of the rows are test rows.
 
     The held-out prompts only depend on `seed` and the prompts themselves, so they are the same on every process and for
-    any order of the rows. Prompts that only differ in surrounding whitespace, Unicode form or further keys of messages
-    are the same. Pairs without a prompt are split by the prompts that are extracted from them.
+    any order of the rows. Prompts that only differ in surrounding whitespace, line ends, Unicode form or further keys
+    of messages are the same, and so are a transcript and its messages. Pairs without a prompt are split by the prompts
+    that are extracted from them.
 
     Args:
         dataset: rows with `prompt` (text or messages), or pairs of `chosen` and `rejected`.
@@ -116,28 +118,26 @@ def _key(prompt: Any) -> str:
 
 
 def canonical(prompt: Any) -> str:
-    """What is the same for two spellings of a prompt: text or one user message, with any whitespace around it.
+    r"""What is the same for two spellings of a prompt: text or one user message, or a transcript or its messages.
+
+    Whitespace around texts and the kind of line ends do not count.
 
     Example:
         >>> canonical("Hi ") == canonical([{"content": "Hi", "role": "user", "name": "Ann"}])
         True
+        >>> canonical("\n\nHuman: Hi\n\nAssistant:") == canonical("Hi")
+        True
     """
+    if isinstance(prompt, str):
+        prompt = spelled(prompt)
+        if is_whole_transcript(prompt):
+            with suppress(ValueError):  # it does not end in an assistant turn, so it stays one text
+                prompt = split_turns(prompt)[0]
     if isinstance(prompt, list):
-        prompt = [_said(turn) for turn in prompt]
+        prompt = [said(turn) for turn in prompt]
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
         turn = prompt[0]
         if turn.get("role") == "user" and isinstance(turn.get("content"), str):
             prompt = turn["content"]
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str, ensure_ascii=False)
-    return unicodedata.normalize("NFC", text.strip())
-
-
-def _said(turn: Any) -> Any:
-    """What a model reads of a message: files of the same conversation can differ in the rest."""
-    if not isinstance(turn, dict):
-        return turn
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text") or "") if isinstance(part, dict) else str(part) for part in content)
-    calls = {key: turn[key] for key in ("tool_calls",) if turn.get(key)}
-    return {"role": turn.get("role"), "content": content.strip() if isinstance(content, str) else content, **calls}
+    return spelled(text)

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Noted, Outcome, labeled
-from trl_ulma.data.hh import SAME
+from trl_ulma.data.adapters import LIKED, SAME, Adapter, LeftOut, Noted, Outcome, labeled
 
 AGAIN = "an answer that is in several pairs: each pair adds a row with it"
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, labeled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, compared, labeled
 
 ASPECTS = ("overall", "accuracy", "coverage", "coherence")
 
@@ -45,8 +45,10 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
         elif choice not in range(len(summaries)):
             yield from [LeftOut("its choice is not one of the summaries")] * len(summaries)
         else:
-            for place, summary in enumerate(summaries):
-                yield labeled(prompt, summary.get("text"), place == choice, liked=liked)
+            yield from compared(
+                labeled(prompt, summary.get("text"), place == choice, liked=liked)
+                for place, summary in enumerate(summaries)
+            )
 
 
 def _prompt(info: Any) -> str | None:

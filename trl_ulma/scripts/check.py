@@ -191,7 +191,8 @@ def steps_in_words(start: Any, args: Any, processes: int) -> str:
         parts.append(f"{processes} processes")
     said = f"Each step takes {count(batch, 'row')}: {' × '.join(parts)}. "
     if hasattr(rows, "__len__"):
-        micro = math.ceil(math.ceil(len(rows) / processes) / args.per_device_train_batch_size)
+        micro = len(rows) / (args.per_device_train_batch_size * processes)
+        micro = math.floor(micro) if args.dataloader_drop_last else math.ceil(micro)
         an_epoch = max(math.ceil(micro / args.gradient_accumulation_steps), 1)
         if steps <= 0:
             steps = math.ceil(an_epoch * args.num_train_epochs)

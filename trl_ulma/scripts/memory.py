@@ -9,6 +9,13 @@ import torch
 _KEPT_HIDDEN, _KEPT_INTERMEDIATE = 9, 4
 # Bytes per weight in bitsandbytes: 4 bits and a float32 scale per 64 weights, or 8 bits
 _QUANTIZED = {4: 0.5 + 4 / 64, 8: 1.0}
+# Values that an optimizer keeps per weight, by the beginning of its name. Adam and its relatives keep 2. Those of
+# GaLore, APOLLO, Adafactor and LOMO are small beside the weights.
+_STATES = {
+    **dict.fromkeys(("adafactor", "adalomo", "apollo", "galore", "lomo", "sgd"), 0),
+    **dict.fromkeys(("adagrad", "lion", "muon", "rmsprop", "schedule_free_sgd"), 1),
+    **dict.fromkeys(("ademamix", "grokadamw"), 3),
+}
 
 
 def estimate_memory(
@@ -58,12 +65,13 @@ def estimate_memory(
             trainable += size
             trainable_number += parameter.numel()
         weights += int(parameter.numel() * _QUANTIZED[bits]) if bits and id(parameter) in linear else size
-    if "8bit" in optimizer:
-        state = 2 * trainable_number
-    elif optimizer.startswith(("adam", "paged_adam", "lamb")):
-        state = 2 * trainable
-    else:
-        state = trainable if optimizer.startswith(("lion", "rmsprop", "adagrad")) else 0
+    name = optimizer.removeprefix("paged_")
+    states = next((count for begin, count in _STATES.items() if name.startswith(begin)), 2)
+    quantized = next((size for bits, size in (("4bit", 0.5), ("8bit", 1)) if bits in name), None)
+    # bitsandbytes keeps float32
+    is_float32 = "32bit" in name or "bnb" in name or name.startswith("ademamix")
+    size = quantized or (4 if is_float32 else None)
+    state = int(states * (trainable if size is None else size * trainable_number))
 
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers

@@ -85,7 +85,7 @@ def family_parser(family: str) -> CommandParser:
         required=True,
         help="a folder, for train.parquet and test.parquet; or a .parquet or .jsonl file, for all rows",
     )
-    _add_reading_options(parser)
+    _add_reading_options(parser, maps_labels=_maps_labels(family))
     parser.add_argument(
         "--test_size",
         type=_test_size,
@@ -106,13 +106,21 @@ def family_parser(family: str) -> CommandParser:
     return parser
 
 
-def _add_reading_options(parser: argparse.ArgumentParser) -> None:
+def _maps_labels(family: str) -> bool:
+    """Whether the rows of a family can have labels of their own, in a column `label` or elsewhere."""
+    adapter = find(family)
+    return adapter.maps_labels or adapter.rated == family or any("label" in layout for layout in adapter.needs)
+
+
+def _add_reading_options(parser: argparse.ArgumentParser, *, maps_labels: bool) -> None:
     parser.add_argument(
         "--dataset_config", "--config", dest="config", help="configuration of a dataset that has several"
     )
     parser.add_argument("--split", help="the split to read (default: train, or the only one)")
     parser.add_argument("--columns", help="names of the columns in your data: prompt=question,chosen=better")
-    parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
+    parser.set_defaults(label_map=None)
+    if maps_labels:
+        parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument(
         "--invalid_rows",
         default="error",
@@ -157,7 +165,7 @@ def detect(argv: Sequence[str]) -> int:
     parser.add_argument(
         *INPUT, dest="input", metavar="DATA", required=True, help="a file, a folder, or a name on the Hub"
     )
-    _add_reading_options(parser)
+    _add_reading_options(parser, maps_labels=True)
     add_verbose(parser)
     args = parser.parse_args(argv)
     found: list[Any] = []
@@ -198,6 +206,11 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
             parts[file] = _part(file, args.overwrite)
         maps_labels = find(family).maps_labels
         raw, split = _read(args, maps_labels=not maps_labels)
+        if args.label_map and not maps_labels and "label" not in raw.column_names:
+            raise ValueError(
+                f"{args.input} has no column label that --label_map could map; its columns are "
+                f"{', '.join(raw.column_names)}. Name it: --columns label=…"
+            )
         if family == "pairs":  # whose question may be in a column that is not read
             from trl_ulma.data.files import check_splits
 
@@ -341,8 +354,10 @@ def _write(rows: "Dataset", file: Path, part: Path) -> None:
     if file.suffix == ".parquet":
         rows.to_parquet(part)
         return
+    from trl_ulma.data.json_rows import json_text
+
     with part.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines.writelines(json_text(row) + "\n" for row in rows)
 
 
 def _accounted(account: "Account") -> dict[str, Any]:

@@ -148,6 +148,8 @@ def write(scored: "Dataset", path: Path) -> None:
 
     Files of text do not hold images, which are left out of them with a note.
     """
+    from trl_ulma.data.json_rows import json_text
+
     if path.suffix != ".parquet":
         from datasets import Image
 
@@ -158,24 +160,18 @@ def write(scored: "Dataset", path: Path) -> None:
     if path.suffix == ".csv":
         scored = scored.map(
             lambda row: {
-                name: json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
-                for name, value in row.items()
+                name: json_text(value) if isinstance(value, (dict, list)) else value for name, value in row.items()
             },
             remove_columns=scored.column_names,
         )
     if path.suffix == ".jsonl":  # Dataset.to_json rounds numbers, and writes dates as numbers
         with path.open("w", encoding="utf-8") as file:
             for row in scored:
-                file.write(json.dumps(row, ensure_ascii=False, default=_as_text) + "\n")
+                file.write(json_text(row) + "\n")
     elif path.suffix == ".csv":
         scored.to_csv(str(path))
     else:
         scored.to_parquet(str(path))
-
-
-def _as_text(value: Any) -> str:
-    """Dates and times as ISO text, and what else JSON does not have as Python prints it."""
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
