@@ -89,9 +89,9 @@ class PointwiseDPOConfig(DPOConfig):
             "threshold:0.5". Separate names by commas, and put a name's numbers after a colon. They are fitted on the
             training set and saved with the model.
         label_report: Whether to print a report on the training labels and to write it to output_dir/label_report.json.
-        log_z: log Z(x), which is added to every log-ratio: a number in nats, or a name. Change it if the labels are
-            unbalanced or not centered at 0. With "group", the rows of a prompt in a micro-batch are only compared with
-            each other, and log Z cancels.
+        log_z: log Z(x), which is added to every log-ratio: a number in nats, or a name. With 0, a column log_z takes
+            its place if the rows have one. Change it if the labels are unbalanced or not centered at 0. With "group",
+            the rows of a prompt in a micro-batch are only compared with each other, and log Z cancels.
         log_z_learning_rate: Learning rate of the log_z choices "learned" and "learned_constant", in units of the reward
             per step. It follows the learning-rate schedule.
         length_normalize: Whether to divide every log-probability by the number of completion tokens, as the code of the

@@ -326,11 +326,12 @@ def check_with_data(args: Any, *, needs_reference: bool, has_mask: bool) -> None
         )
 
 
-def check_best_metric(metric: str | None, logged: Mapping[str, Sequence[str]]) -> None:
+def check_best_metric(metric: str | None, logged: Mapping[str, Sequence[str]], *, in_groups: bool = False) -> None:
     """Raise ValueError if no evaluation will log `metric_for_best_model`, before the first evaluation shows it.
 
     Args:
         logged: the name of each evaluated dataset, or "" if there is one, → the figures that it will log.
+        in_groups: whether rewards are compared within a prompt, with log_z="group".
     """
     prefixes = {name: f"{name}_" if name else "" for name in logged}
     known = [prefixes[name] + figure for name, figures in logged.items() for figure in figures]
@@ -339,9 +340,12 @@ def check_best_metric(metric: str | None, logged: Mapping[str, Sequence[str]]) -
         return
     setting = f"metric_for_best_model={metric!r}"
     for name, prefix in prefixes.items():
-        if best.removeprefix(prefix) in NEEDED_ROWS and best.startswith(prefix):
+        figure = best.removeprefix(prefix)
+        if figure in EVALUATED and best.startswith(prefix):
+            among = " among the rows of a prompt, which log_z='group' compares" if in_groups else ""
+            needed = NEEDED_ROWS.get(figure, "several answers")
             raise ValueError(
-                f"{setting} will not be logged: it needs {NEEDED_ROWS[best.removeprefix(prefix)]}, which the "
+                f"{setting} will not be logged: it needs {needed}{among}, which the "
                 f"{name or 'eval'} dataset does not have. It logs {', '.join(prefix + f for f in logged[name])}."
             )
     everything = [prefix + figure for prefix in prefixes.values() for figure in EVALUATED]

@@ -207,9 +207,12 @@ class BatchKL(LogPartition):
     because each micro-batch has its own estimate.
     """
 
+    is_estimated = False
+
     def set_kl(self, total: torch.Tensor, count: torch.Tensor) -> None:
         """Set the estimate from mismatched rows: `total` nats over `count` rows. If `count` is 0, nothing changes."""
         if count > 0:
+            self.is_estimated = True
             self.log_z.fill_(-max(float(total / count), 0.0))
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -166,7 +166,8 @@ class Objective:
 
         Returns:
             The metrics, and `(N, 3)` reward, label and whether the label is continuous. Rewards and continuous labels
-            are centered within the prompt. They are NaN for rows that are not compared with others.
+            are centered within the prompt. For rows that are not compared with others, rewards are NaN and continuous
+            labels are 0.
         """
         rows: Rows = dict(zip(_TABLE, table.unbind(1), strict=True))
         rows |= {"sft_mask": rows["sft_mask"].bool(), "continuous": rows["continuous"].bool()}

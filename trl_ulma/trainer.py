@@ -71,7 +71,7 @@ from trl_ulma.likelihood.reference import (
 )
 from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.likelihood.table import ROW_KEYS
-from trl_ulma.log_partition import LogPartition
+from trl_ulma.log_partition import BatchKL, LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
 from trl_ulma.logged import LoggedFigures, is_logged, with_own_names
@@ -434,6 +434,13 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _on_step_end(self, state: Any) -> None:
         self._checks.after_step(self.model_wrapped, state.global_step)
+        kl = self._log_partition
+        if isinstance(kl, BatchKL) and not kl.is_estimated and state.global_step == min(3, state.max_steps):
+            logger.warning(
+                "log_z='batch_kl' pairs each prompt with the completion of another prompt in its micro-batch, but so "
+                "far every micro-batch had one prompt only, so log Z is still 0. Set a larger "
+                "per_device_train_batch_size, or another log_z."
+            )
 
     def _on_train_end(self, state: Any) -> None:
         reopen_trackio(self)

@@ -269,7 +269,7 @@ def make_plan(
     if args.metric_for_best_model is not None and not has_own_metrics:
         evaluated = plan.eval_dataset if isinstance(plan.eval_dataset, dict) else {"": plan.eval_dataset}
         logged = {name: plan.figures_of(rows) for name, rows in evaluated.items()}
-        check_best_metric(args.metric_for_best_model, logged)
+        check_best_metric(args.metric_for_best_model, logged, in_groups=args.log_z == "group")
     plan.data_collator = data_collator
     _check_padding(tokenizer_of(processing_class), vocab_size)
     if data_collator is not None:

@@ -325,3 +325,25 @@ def test_places_that_remain_empty_are_counted(tiny_gpt2, tmp_path, caplog):
     trainer = make_trainer(tiny_gpt2, group_rows(), tmp_path, **SETTINGS | {"per_device_train_batch_size": 6})
     trainer.get_train_dataloader()
     assert "8 of the 24 places remain empty" in caplog.text
+
+
+@pytest.mark.parametrize("best", ["eval_rewards/auc", "eval_rewards/accuracies", "eval_kl", "eval_loss/preference"])
+def test_a_best_metric_of_rows_that_cannot_be_compared_is_refused_at_the_start(tiny_gpt2, tmp_path, best):
+    alone = group_rows(answers=4).select(range(4))
+    settings = SETTINGS | {"metric_for_best_model": best}
+    with pytest.raises(ValueError, match=f"'{best}' will not be logged: it needs .* among the rows of a prompt, which"):
+        make_trainer(tiny_gpt2, group_rows(), tmp_path, eval_dataset=alone, **settings)
+
+
+@pytest.mark.parametrize("kind", ["thumbs", "stars", "same-stars", "alone"])
+def test_the_figures_that_a_best_metric_may_be_are_those_that_are_logged(tiny_gpt2, tmp_path, other, kind):
+    rows = group_rows()
+    if kind != "thumbs":
+        label = [4.0 if kind == "same-stars" else float(i // 4) for i in range(16)]
+        rows = group_rows(label=label, label_type=["continuous"] * 16)
+    rows = rows.select(range(4)) if kind == "alone" else rows
+    trained = group_rows(label_type=["binary" if kind == "thumbs" else "continuous"] * 16)
+    trainer = make_trainer(tiny_gpt2, trained, tmp_path, ref_model=other, eval_dataset=rows, **SETTINGS)
+    logged = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    wanted = {*trainer._plan.figures_of(trainer.eval_dataset), "runtime", "samples_per_second", "steps_per_second"}
+    assert logged - {"epoch", "model_preparation_time", "rewards/rows"} == wanted - {"aux_loss"}

@@ -366,6 +366,16 @@ def test_the_batch_kl_is_that_of_mismatched_rows(tiny_gpt2, tmp_path):
     assert trainer.log_partition.log_z.tolist() == pytest.approx([-max(kl, 0.0)] * 2, abs=1e-3)
 
 
+@pytest.mark.parametrize("max_steps", [1, 4])
+def test_a_batch_kl_without_two_prompts_in_a_micro_batch_is_told(tiny_gpt2, tmp_path, caplog, max_steps):
+    settings = {"pointwise": True, "log_z": "batch_kl", "max_steps": max_steps} | SETTINGS
+    for prompts in (["Hi"], ["Hi", "Why?"]):
+        caplog.clear()
+        make_trainer(tiny_gpt2, make_rows(8, prompt=prompts * (8 // len(prompts))), tmp_path, **settings).train()
+        told = [message for message in caplog.messages if "every micro-batch had one prompt only" in message]
+        assert len(told) == (len(prompts) == 1)
+
+
 ONE_CLASS = (
     r"log_z='{}' needs compared rows of both classes: all 6 rows that are compared with the reference have the label 0"
 )

@@ -27,7 +27,7 @@ from trl_ulma.labels import (
     transform_labels,
     unread,
 )
-from trl_ulma.losses import Terms, route
+from trl_ulma.losses import Terms, group_means, is_informative, route
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 from trl_ulma.rows.notes import left_out_of
@@ -258,23 +258,38 @@ def evaluated_figures(rows: Dataset, args: Any, center: float, *, has_rewards: b
     """
     label = torch.tensor(rows["label"][:], dtype=torch.float32)
     continuous = torch.from_numpy(is_continuous(rows, args.label_type))
-    chosen = is_chosen(label, continuous, center)
     terms = terms_of(rows, args.label_type, args.cell)
-    positive, ratings = label[~continuous] >= 0.5, label[continuous]
-    has_both = bool(chosen.any()) and not bool(chosen.all())
-    is_there = {
-        "demonstrations that are imitated": terms.imitated.any(),
-        "rows that are unlearned": terms.unlearned.any(),
-        "rows that are compared with the reference": terms.compared.any(),
-        "rows with continuous labels": continuous.any(),
-        "continuous labels that differ": len(ratings.unique()) > 1,
-        "binary labels of ½ and above, and others below ½": positive.any() and not positive.all(),
-        "chosen rows": chosen.any(),
-        "rejected rows": not chosen.all(),
-        "chosen rows and rejected ones": has_both,
+    compared = terms.compared
+    is_there = rewarded = _label_kinds(label, continuous, center)
+    if args.log_z == "group":  # rewards are of rows that are compared within their prompt, and centered there
+        weight = torch.tensor(rows["weight"][:]) if "weight" in rows.column_names else torch.ones(len(label))
+        group = torch.where(compared & (weight > 0), torch.tensor(rows["group"][:]), -1)
+        compared = is_informative(label, group, continuous)
+        centered = torch.where(continuous, label - group_means(label, group, weight), label)
+        rewarded = _label_kinds(centered[compared], continuous[compared], 0.0)
+        has_rewards = has_rewards and bool(compared.any())
+    is_there |= {
+        "demonstrations that are imitated": bool(terms.imitated.any()),
+        "rows that are unlearned": bool(terms.unlearned.any()),
+        "rows that are compared with the reference": bool(compared.any()),
     }
-    found = [name for name in EVALUATED if name not in NEEDED_ROWS or is_there[NEEDED_ROWS[name]]]
-    return [name for name in found if has_rewards or not is_of_rewards(name)]
+    found = [name for name in EVALUATED if has_rewards or not is_of_rewards(name)]
+    needed = {name: NEEDED_ROWS[name] for name in found if name in NEEDED_ROWS}
+    return [n for n in found if n not in needed or (rewarded if is_of_rewards(n) else is_there)[needed[n]]]
+
+
+def _label_kinds(label: torch.Tensor, continuous: torch.Tensor, center: float) -> dict[str, bool]:
+    """Which kinds of rows there are, by the names of `NEEDED_ROWS`."""
+    chosen = is_chosen(label, continuous, center)
+    positive, ratings = label[~continuous] >= 0.5, label[continuous]
+    return {
+        "rows with continuous labels": bool(continuous.any()),
+        "continuous labels that differ": len(ratings.unique()) > 1,
+        "binary labels of ½ and above, and others below ½": bool(positive.any() and not positive.all()),
+        "chosen rows": bool(chosen.any()),
+        "rejected rows": not chosen.all(),
+        "chosen rows and rejected ones": bool(chosen.any() and not chosen.all()),
+    }
 
 
 def are_demonstrations(rows: Dataset, args: Any) -> np.ndarray:
