@@ -5,9 +5,12 @@
     AXOLOTL_PYTHON=axolotl-env/bin/python pytest tests/examples/test_axolotl.py -m slow
 """
 
+import importlib
 import json
 import os
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,10 +21,7 @@ import trl_ulma
 
 PYTHON = os.environ.get("AXOLOTL_PYTHON", "")
 EXAMPLE = Path(trl_ulma.__file__).parents[1] / "examples" / "axolotl" / "run.yaml"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="AXOLOTL_PYTHON does not name a Python that has axolotl"),
-]
+IS_THERE = pytest.mark.skipif(not PYTHON, reason="AXOLOTL_PYTHON does not name a Python that has axolotl")
 
 
 def axolotl(folder: Path, model: str, rows: list[dict], **settings) -> subprocess.CompletedProcess:
@@ -53,6 +53,8 @@ def logs(folder: Path) -> list[dict]:
 PAIRS = [{"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No."} for i in range(12)]
 
 
+@pytest.mark.slow
+@IS_THERE
 @pytest.mark.parametrize("trainer", ["ULMATrainer", "PointwiseDPOTrainer"])
 @pytest.mark.parametrize("kind", ["rows", "pairs"])
 def test_axolotl_trains_with_our_trainers_and_settings(tiny_llama, tmp_path, trainer, kind):
@@ -78,9 +80,35 @@ def test_axolotl_trains_with_our_trainers_and_settings(tiny_llama, tmp_path, tra
     assert "0.3" in json.dumps(settings)  # β
 
 
+@pytest.mark.slow
+@IS_THERE
 def test_an_unknown_setting_is_refused_before_anything_is_loaded(tiny_llama, tmp_path):
     done = axolotl(tmp_path, tiny_llama, PAIRS, pointwise={"sft_wieght": 0.5})
     assert done.returncode != 0
-    assert "'sft_wieght' is no setting of ULMAConfig or PointwiseDPOConfig. Did you mean 'sft_weight'?" in (
-        done.stdout + done.stderr
-    )
+    assert "ULMAConfig does not have 'sft_wieght' (did you mean 'sft_weight'?)" in (done.stdout + done.stderr)
+
+
+def test_settings_that_the_config_of_the_trainer_lacks_are_refused(monkeypatch):
+    base = types.ModuleType("axolotl.integrations.base")  # all that the plugin imports of axolotl
+    base.BasePlugin = type("BasePlugin", (), {})
+    for name in ("axolotl", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    monkeypatch.delitem(sys.modules, "trl_ulma.integrations.axolotl", raising=False)
+    plugin = importlib.import_module("trl_ulma.integrations.axolotl")
+    monkeypatch.delitem(sys.modules, plugin.__name__)
+
+    def register(trainer, settings):
+        plugin.PointwisePlugin().register({"trainer_cls": f"{plugin.__name__}.{trainer}", "pointwise": settings})
+        return plugin._SETTINGS
+
+    assert register("ULMATrainer", {"sft_weight": 0.5}) == {"sft_weight": 0.5}
+    assert register("PointwiseDPOTrainer", {"log_z": 1.0}) == {"log_z": 1.0}
+    assert register("PointwiseDPOTrainer", None) == {}
+    with pytest.raises(
+        ValueError,
+        match=r"PointwiseDPOConfig does not have 'sft_weight' \(only ULMAConfig does\), 'bata' \(did you mean 'beta'",
+    ):
+        register("PointwiseDPOTrainer", {"sft_weight": 0.5, "bata": 1})
+    with pytest.raises(ValueError, match=r"pointwise is \['x'\]; it must be a mapping of settings"):
+        register("ULMATrainer", ["x"])

@@ -16,6 +16,7 @@ rows to the trainer, which reads `prompt`, `completion` and `label`, or pairs. Î
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -48,15 +49,22 @@ class PointwisePlugin(BasePlugin):
         """Take over the settings.
 
         Raises:
-            ValueError: for a setting that no config has.
+            ValueError: for settings that the config of the trainer does not have.
         """
-        settings = dict(cfg.get("pointwise") or {})
-        known = [f.name for f in fields(trl_ulma.ULMAConfig)]
+        settings = cfg.get("pointwise") or {}
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"pointwise is {settings!r}; it must be a mapping of settings, such as log_z: prior.")
+        is_pointwise = str(cfg.get("trainer_cls")).endswith(f".{PointwiseDPOTrainer.__name__}")
+        config = trl_ulma.PointwiseDPOConfig if is_pointwise else trl_ulma.ULMAConfig
+        known, of_ulma = ([f.name for f in fields(each)] for each in (config, trl_ulma.ULMAConfig))
+        unknown = []
         for name in settings:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                meant = f" Did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"pointwise: {name!r} is no setting of ULMAConfig or PointwiseDPOConfig.{meant}")
+                close = difflib.get_close_matches(str(name), known, 1)
+                hint = " (only ULMAConfig does)" if name in of_ulma else ""
+                unknown.append(repr(name) + (hint or (f" (did you mean {close[0]!r}?)" if close else "")))
+        if unknown:
+            raise ValueError(f"pointwise: {config.__name__} does not have {', '.join(unknown)}. Remove or rename this.")
         _SETTINGS.clear()
         _SETTINGS.update(settings)
 
