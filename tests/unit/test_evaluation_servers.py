@@ -555,3 +555,15 @@ def test_conversations_are_shown_with_their_calls_and_without_reasoning():
     assert answer_text(" Hello") == " Hello"
     assert split_reasoning("<reasoning>a</reasoning> b") == ("a", "b")
     assert split_reasoning("a</think>b", is_open=True) == ("a", "b")
+
+
+def test_a_tag_without_an_end_is_reasoning_only_if_the_text_was_cut():
+    html = "<thinking> is a tag in HTML. Use it."
+    assert split_reasoning(html) == ("", html)
+    assert answer_text(html) == answer_text([{"role": "assistant", "content": html}]) == html
+    assert split_reasoning("<think>Hm", is_cut=True) == split_reasoning("<think>Hm", is_open=True) == ("Hm", "")
+    assert split_reasoning("<think>a</think><think>b", is_cut=True) == ("a\n\nb", "")
+    server = Server("m", "http://localhost:1/v1", timeout=1)
+    for reason, expected in (("stop", ("", html)), ("length", (html.removeprefix("<thinking>").strip(), ""))):
+        reply = server._reply(html, "", {"finish_reason": reason}, {})
+        assert (reply.reasoning, reply.text) == expected

@@ -138,7 +138,7 @@ class TransformersGenerator:
             end = next((i for i, token in enumerate(ids) if token in self.ends), None)
             written = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
             is_open = self.text_of(prompts[place][-8:]).rstrip().endswith("<think>")
-            reasoning, text = split_reasoning(written, is_open=is_open)
+            reasoning, text = split_reasoning(written, is_open=is_open, is_cut=end is None)
             done(place, Reply(show_calls(text), end is not None, reasoning))
 
 

@@ -60,6 +60,18 @@ _NAMED = re.compile(
 )
 # A line without the word VERDICT is only a verdict if it contains nothing else
 _BARE = re.compile(r"[\W_]*(?:answer[\s_]+|boxed\{)?(1|2|tie)[\W_]*", re.IGNORECASE)
+# How the rest of the line takes a verdict back. A reason may name the other answer, too: "1, because 2 is rude".
+_TAKES_BACK = re.compile(
+    r"\b(?:or|but|actually|wait|rather|however|instead|verdict)\b|\b(?:1|2|first|second|one|two)\s+(?:answer\s+|one\s+)?"
+    r"is\s+(?:better|more)\b",
+    re.IGNORECASE,
+)
+# The answers that it can name. "one" and "two" alone are also other words.
+_MENTIONS = {
+    "1": re.compile(r"\b(?:1|first|answer one)\b", re.IGNORECASE),
+    "2": re.compile(r"\b(?:2|second|answer two)\b", re.IGNORECASE),
+    "tie": re.compile(r"\btie\b", re.IGNORECASE),
+}
 _SAME = {"first": "1", "one": "1", "second": "2", "two": "2", "neither": "tie"}
 
 
@@ -67,13 +79,16 @@ def read_verdict(text: str) -> str | None:
     """The verdict in a reply: "1", "2" or "tie". None if there is no verdict, or several.
 
     That is the line that begins with "VERDICT", wherever it stands; of several, they must agree. Without one, the last
-    line can be the verdict alone. A reply can also be JSON with a key "verdict". Digits can be those of any language.
+    line can be the verdict alone. A reason may follow in the line if it does not take the verdict back. A reply can
+    also be JSON with a key "verdict". Digits can be those of any language.
 
     Example:
         >>> read_verdict("VERDICT: 2"), read_verdict("**Tie**"), read_verdict("I like 1 better than 2.")
         ('2', 'tie', None)
         >>> read_verdict("VERDICT: 1 (the first answer)"), read_verdict("VERDICT: 1 or 2")
         ('1', None)
+        >>> read_verdict("VERDICT: 1, but the second is kinder"), read_verdict("VERDICT: TIE, as 1 is like 2")
+        (None, 'tie')
         >>> read_verdict('{"reason": "1 is rude", "verdict": 2}'), read_verdict("VERDICT: ٢")
         ('2', '2')
     """
@@ -84,8 +99,18 @@ def read_verdict(text: str) -> str | None:
     lines = [line.strip() for line in text.strip().splitlines()]
     named = [line for line in lines if re.match(r"[\W_]*(?:(?:my|the|final)\s+)*verdict\b", line, re.IGNORECASE)]
     found = [_NAMED.fullmatch(line) for line in named] or [_BARE.fullmatch(line) for line in lines[-1:]]
-    said = {_SAME.get(each[1].lower(), each[1].lower()) if each else None for each in found}
+    said = {_verdict_in_line(each) if each else None for each in found}
     return said.pop() if len(said) == 1 else None
+
+
+def _verdict_in_line(found: re.Match[str]) -> str | None:
+    """The verdict of a line, or None if the rest of the line takes it back in favor of another answer."""
+    verdict = _SAME.get(found[1].lower(), found[1].lower())
+    if not _TAKES_BACK.search(found.string, found.end(1)):
+        return verdict
+    others = {name for name, named in _MENTIONS.items() if named.search(found.string, found.end(1))} - {verdict}
+    # What ties can be named, but both of it
+    return verdict if not others or (verdict == "tie" and len(others) == 2) else None
 
 
 def _verdict_in_json(text: str) -> str | None:

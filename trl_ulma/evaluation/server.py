@@ -376,10 +376,10 @@ class Server:
         return error
 
     def _reply(self, text: str, thought: str, choice: Any, answer: Any, calls: Iterable[Any] = ()) -> Reply:
-        within, text = split_reasoning(text)
+        finished, about = ended(choice.get("finish_reason"))
+        within, text = split_reasoning(text, is_cut=not finished)
         usage = answer.get("usage")
         counted = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-        finished, about = ended(choice.get("finish_reason"))
         return Reply(
             self.without_key("\n\n".join(filter(None, (show_calls(text), calls_text([*calls]))))),
             finished,

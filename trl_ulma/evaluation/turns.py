@@ -14,30 +14,34 @@ _TAGS += (("[THINK]", "[/THINK]"),)
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
-def split_reasoning(text: str, *, is_open: bool = False) -> tuple[str, str]:
+def split_reasoning(text: str, *, is_open: bool = False, is_cut: bool = False) -> tuple[str, str]:
     """Returns (reasoning, answer) of a generated text. The answer follows the reasoning block at its start.
 
-    If the block has no end, because the answer was cut off, all of the text is reasoning. If it has no beginning, the
-    prompt opened it, as some chat templates do.
+    If the block has no end because the text was cut off, all of the text is reasoning. In a whole text, such a tag is
+    part of the answer. If the block has no beginning, the prompt opened it, as some chat templates do.
 
     Args:
         text: the generated text.
         is_open: whether the prompt ends with the start of a reasoning block.
+        is_cut: whether the text was cut off, so that the end of a block can be missing.
 
     Example:
         >>> split_reasoning("<think>Two and two.</think>\\n\\n4")
         ('Two and two.', '4')
         >>> split_reasoning("Two and two.\\n</think>\\n4"), split_reasoning("Write </think>4.")
         (('Two and two.', '4'), ('', 'Write </think>4.'))
-        >>> split_reasoning("<think>Hm, hm"), split_reasoning("Hm, hm", is_open=True)
+        >>> split_reasoning("<think>Hm, hm", is_cut=True), split_reasoning("Hm, hm", is_open=True)
         (('Hm, hm', ''), ('Hm, hm', ''))
+        >>> split_reasoning("<thinking> is a tag.")
+        ('', '<thinking> is a tag.')
     """
     start = text.lstrip()
     for begin, end in _TAGS:
         if start.startswith(begin) or is_open:
             reasoning, found, answer = start.removeprefix(begin).partition(end)
-            if found or start.startswith(begin):
-                more, answer = split_reasoning(answer.lstrip()) if found else ("", "")  # some think in several blocks
+            if found or (start.startswith(begin) and (is_cut or is_open)):
+                # Some think in several blocks
+                more, answer = split_reasoning(answer.lstrip(), is_cut=is_cut) if found else ("", "")
                 return "\n\n".join(filter(None, (reasoning.strip(), more))), answer
         # A tag inside a line is part of the answer
         elif (reasoning := text.partition(f"\n{end}"))[1] and begin not in reasoning[0]:
