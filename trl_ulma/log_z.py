@@ -108,7 +108,7 @@ def schedule_rate(optimizer: torch.optim.Optimizer, schedule: Any = None) -> flo
         >>> schedule_rate(optimizer)
         1.0
         >>> schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=10)
-        >>> schedule_rate(optimizer)
+        >>> round(schedule_rate(optimizer), 9)
         0.04
     """
     group = optimizer.param_groups[0]

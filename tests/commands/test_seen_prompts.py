@@ -33,7 +33,7 @@ def test_pairs_without_prompts_are_known_by_the_prompts_in_them(tmp_path):
     start = "\n\nHuman: Hi\n\nAssistant:"
     pairs = Dataset.from_dict({"chosen": [f"{start} Hello!"], "rejected": [f"{start} Go."]})
     seen_prompts.save(seen_prompts.training_hashes(pairs, [0, 0]), tmp_path)
-    assert seen_prompts.seen([start, "Hi"], str(tmp_path / FILE)).tolist() == [SEEN, NEW]
+    assert seen_prompts.seen([start, "Hi", "Ho"], str(tmp_path / FILE)).tolist() == [SEEN, SEEN, NEW]
 
 
 def test_of_very_many_prompts_some_are_unknown_and_none_is_called_new(tmp_path, monkeypatch):

@@ -250,7 +250,7 @@ def test_evaluate_and_predict_take_raw_rows_after_training(tiny_gpt2, tmp_path, 
         tiny_gpt2, make_rows(8), tmp_path, max_steps=2, peft_config=LORA, precompute_ref_log_probs=precompute
     )
     trainer.train()
-    raw = mixed_rows(6)
+    raw = mixed_rows(6).remove_columns("log_z")
     assert np.isfinite(trainer.evaluate(raw)["eval_loss"])
     assert trainer.predict(raw).predictions.shape == (6,)
 
