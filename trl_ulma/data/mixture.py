@@ -207,6 +207,7 @@ def _mixed(
     truths = Truths()
     for name, rows in loaded:
         there = [column for column in ("label", "label_type") if column in first[name]]
+        row: Any
         for row in islice(rows.select_columns(there) if isinstance(rows, Dataset) else rows, _FIRST_ROWS):
             truths.add(row)
     for what in truths.found:
