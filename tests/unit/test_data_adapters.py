@@ -710,6 +710,10 @@ def test_a_mixture_takes_whole_prompts_once_and_says_what_it_made():
     assert {json.dumps(p) for p in other["prompt"]} != {json.dumps(p) for p in mixture.rows["prompt"]}
 
 
+def test_nearly_all_of_a_small_part_is_all_of_it():
+    assert len(mix({"a": part("a", 4)}, {"a": 0.99}, seed=0).rows) == len(part("a", 4))
+
+
 @pytest.mark.parametrize(
     ("change", "fractions", "message"),
     [

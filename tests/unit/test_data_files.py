@@ -522,6 +522,13 @@ def test_a_prompt_with_most_of_the_rows_stays_in_training():
         assert len(split_by_prompt(rows, test_size=0.05, seed=seed)["test"]) == 5
 
 
+def test_a_split_without_training_rows_is_an_error():
+    rows = Dataset.from_dict({"prompt": [f"p{i}" for i in range(100)]})
+    with pytest.raises(ValueError, match=r"test_split_size 0\.999 leaves none of the 100 rows to train on"):
+        split_by_prompt(rows, test_size=0.999, seed=0)
+    assert len(split_by_prompt(rows, test_size=0.99, seed=0)["train"]) == 1
+
+
 def test_the_seed_matters():
     rows = Dataset.from_dict({"prompt": [f"p{i}" for i in range(100)]})
     sides = [tuple(split_by_prompt(rows, test_size=0.1, seed=seed)["test"]["prompt"]) for seed in (0, 0, 1)]

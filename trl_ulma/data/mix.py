@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset, concatenate_datasets
 
-from trl_ulma.data.files import split_by_prompt
+from trl_ulma.data.splits import rows_of_prompts
 from trl_ulma.labels import LabelRules, read_labels
 
 COLUMNS = ("prompt", "completion", "label", "sft_mask", "label_type")
@@ -82,7 +82,7 @@ def mix(parts: Mapping[str, Dataset], fractions: Mapping[str, float], *, seed: i
         text = ", ".join(name for name, is_text in kinds.items() if is_text)
         raise ValueError(f"Prompts are text in {text}, but messages elsewhere. Convert all parts to the same form.")
     taken = {
-        name: rows if fractions[name] == 1 else split_by_prompt(rows, test_size=fractions[name], seed=seed)["test"]
+        name: rows if fractions[name] == 1 else rows.select(rows_of_prompts(rows, test_size=fractions[name], seed=seed))
         for name, rows in whole.items()
     }
     features = next(iter(taken.values())).features

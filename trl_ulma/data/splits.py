@@ -35,6 +35,23 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
         >>> len(splits["train"]), len(splits["test"])
         (3, 1)
     """
+    test = rows_of_prompts(dataset, test_size=test_size, seed=seed)
+    held_out = set(test)
+    train = [row for row in range(len(dataset)) if row not in held_out]
+    if not train:
+        raise ValueError(
+            f"test_split_size {test_size:g} leaves none of the {len(dataset):,} rows to train on. Lower it."
+        )
+    return DatasetDict({"train": dataset.select(train), "test": dataset.select(test)})
+
+
+def rows_of_prompts(dataset: Dataset, *, test_size: float, seed: int) -> list[int]:
+    """The sorted numbers of the test rows of `split_by_prompt`, which can be all rows.
+
+    Example:
+        >>> rows_of_prompts(Dataset.from_dict({"prompt": ["a", "b", "a"]}), test_size=0.99, seed=0)
+        [0, 1, 2]
+    """
     whole = test_size >= 1
     if not (0 < test_size < 1 or (whole and test_size == int(test_size) and test_size < len(dataset))):
         raise ValueError(
@@ -58,9 +75,7 @@ def split_by_prompt(dataset: Dataset, *, test_size: float, seed: int) -> Dataset
             test += groups[prompt]
     if not test:
         test = groups[min(groups, key=lambda prompt: (len(groups[prompt]), rank(prompt)))]
-    held_out = set(test)
-    train = [row for row in range(len(dataset)) if row not in held_out]
-    return DatasetDict({"train": dataset.select(train), "test": dataset.select(sorted(test))})
+    return sorted(test)
 
 
 def count_prompts(dataset: Dataset) -> int:
