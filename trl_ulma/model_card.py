@@ -191,7 +191,7 @@ def _data_in_words(plan: Any) -> str:
     rows, *evaluated = plan.datasets
     said = f"{_count(len(rows), 'row')} of one answer each" if isinstance(rows, Dataset) else "A stream of rows"
     held_out = sum(len(each) for each in evaluated if isinstance(each, Dataset))
-    return said + (f"; evaluated on {held_out:,} others." if held_out else ".")
+    return said + (f"; evaluated on {_count(held_out, 'row')}." if held_out else ".")
 
 
 def _count(count: int, noun: str) -> str:

@@ -134,7 +134,7 @@ def test_the_card_says_what_was_done(tiny_gpt2, tmp_path):
     for said in (
         "# Model Card for tuned",
         "trained with ULMA",
-        "12 rows of one answer each; evaluated on 6 others.",
+        "12 rows of one answer each; evaluated on 6 rows.",
         "Labels of the train dataset: 12 rows",
         "These are the figures of the last evaluation, step 1.",
         f"| `eval_loss` | {loss:.4g} |",
