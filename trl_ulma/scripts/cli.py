@@ -93,7 +93,7 @@ def help_text() -> str:
 
 def _method(words: list[str]) -> str | None:
     """The training command in `check --method`, or None."""
-    named = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--method"]
+    named = [after for word, after in zip(words, [*words, ""][1:], strict=True) if word == "--method"]
     named += [word.partition("=")[2] for word in words if word.startswith("--method=")]
     return named[-1] if named and named[-1] in LAUNCHED else None
 
