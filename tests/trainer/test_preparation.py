@@ -673,7 +673,7 @@ def test_completions_that_begin_with_their_prompt_are_counted(is_chat, streaming
         logging.Logger.warning_once.cache_clear()
         made = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
         list(prepared(make_tokenizer(CHAT_TEMPLATE), made))
-        return "has a completion that begins with its prompt" in caplog.text
+        return "a completion that begins with its prompt" in caplog.text
 
     question = "What is the capital of France?"
     repeated = (f"{question} ", f"{question}\nParis.")
@@ -707,13 +707,14 @@ def test_tools_that_the_template_leaves_out_are_counted(caplog):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_empty_prompts_are_counted(streaming, caplog):
+    logging.Logger.warning_once.cache_clear()
     rows = [GOOD, GOOD | {"prompt": " "}, GOOD | {"prompt": "", "label": 0.0}]
-    made = IterableDataset.from_generator(lambda: iter(rows)) if streaming else Dataset.from_list(rows)
+    made = IterableDataset.from_generator(lambda: iter(rows * 700)) if streaming else Dataset.from_list(rows)
     list(prepared(make_tokenizer(), made))
     said = "2 of 3 rows of the train dataset have an empty prompt: rows 1, 2. Check the column prompt."
     if streaming:
-        said = "Row 1 of the train dataset has an empty prompt."
-    assert any(message.startswith(said) for message in caplog.messages)
+        said = "The train dataset, a stream, has rows with an empty prompt. Check the column prompt."
+    assert sum(message.startswith(said) for message in caplog.messages) == 1
     caplog.clear()
     prepared(make_tokenizer(), [{"chosen": "Yes", "rejected": "No"}])
     assert not any("empty prompt" in message for message in caplog.messages)

@@ -85,7 +85,7 @@ def test_no_interval_without_two_prompts_nor_where_a_resample_is_undefined():
     assert bootstrap(lambda rows: 1.0, np.zeros(5), seed=0) == Estimate(1.0, None, None, 1)
     undefined = bootstrap(lambda rows: 1.0 if 0 in rows else float("nan"), np.arange(3), seed=0)
     assert undefined == Estimate(1.0, None, None, 3)
-    # Of a hundred prompts, hardly any resample lacks all of the first five
+    # Nearly all resamples of a hundred prompts contain one of the first five
     known = np.arange(100) < 5
     rare = bootstrap(lambda rows: known[rows].mean() if known[rows].any() else float("nan"), np.arange(100), seed=0)
     assert 0 < rare.low < rare.value == 0.05 < rare.high < 0.15

@@ -59,7 +59,7 @@ def _rating(answer: Mapping[str, Any], aspect: str) -> Any:
 
 
 def _mean(answer: Mapping[str, Any]) -> float | None:
-    """The mean of the aspects, as it is stored or from the aspects."""
+    """The mean of the aspects: the stored one, or else that of their ratings."""
     stored = as_number(answer.get(OVERALL["fine-grained"]))
     found = [number for aspect in ASPECTS if (number := as_number(_rating(answer, aspect))) is not None]
     return stored if stored is not None else sum(found) / len(found) if found else None

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from trl_ulma.data.conversations import as_chat, is_transcript
+from trl_ulma.data.conversations import as_chat
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.read_files import TABLES
 from trl_ulma.evaluation.as_trained import AsTrained, as_trained
 from trl_ulma.evaluation.held_out import HeldOut, Question
 from trl_ulma.judge import beyond_training
-from trl_ulma.rows.chat import with_system_message
+from trl_ulma.rows.chat import table_kind, with_system_message
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import processor_of
 from trl_ulma.saved import load_processing_class
@@ -119,7 +119,7 @@ def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, nam
 
 def _has_chats(args: Namespace, models: Sequence[str], rows: Dataset) -> bool:
     """Whether `chat="auto"` converts the text of rows to messages, see `trl_ulma.rows.chat.becomes_chat`."""
-    if rows.info.builder_name != TABLES or any(map(is_transcript, filter(None, rows[:1].get("prompt", ())))):
+    if table_kind(rows, next(iter(rows["prompt"]), None) if "prompt" in rows.column_names else None) != TABLES:
         return False
     return all(
         getattr(load_processing_class(each, trust_remote_code=args.trust_remote_code), "chat_template", None)

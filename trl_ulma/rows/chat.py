@@ -57,7 +57,7 @@ def becomes_chat(
             f"chat=True converts each prompt to a user message, but the {name} dataset has no prompts. Add a column "
             "prompt, or set chat=False."
         )
-    kind = raw.info.builder_name if prompt and not is_transcript(prompt) else None
+    kind = table_kind(raw, prompt)
     if chat == "auto" and has_template and kind == SOME_TABLES:
         raise ValueError(
             f"A part of the {name} dataset comes from CSV or TSV, and its text would become messages. The text of its "
@@ -83,6 +83,22 @@ def becomes_chat(
             "true) to convert the text to messages, or chat=False to train on the plain text without this warning."
         )
     return False
+
+
+def table_kind(raw: Dataset | IterableDataset, prompt: Any) -> str | None:
+    """`TABLES` or `SOME_TABLES` if all or some of the rows are plain text of CSV and TSV files. None for others.
+
+    Args:
+        prompt: the first prompt, or None for pairs without prompts.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": ["Hi"]})
+        >>> rows.info.builder_name = TABLES
+        >>> table_kind(rows, "Hi"), table_kind(rows, None), table_kind(Dataset.from_dict({}), "Hi")
+        ('csv', None, None)
+    """
+    is_plain = isinstance(prompt, str) and prompt and not is_transcript(prompt)
+    return raw.info.builder_name if is_plain and raw.info.builder_name in (TABLES, SOME_TABLES) else None
 
 
 def with_system_message(prompt: Any, system_message: str) -> Any:

@@ -84,9 +84,7 @@ def kept_of(
     if invalid_rows == "error":
         refuse_invalid([error for error in invalid if error is not None], None, name)
     is_kept = []
-    found: set[str] = set()
-    marks = zip(numbers, encoded["left_out"], invalid, encoded["unended"], encoded["odd"], strict=True)
-    for row, reason, error, unended, odd in marks:
+    for row, reason, error, unended in zip(numbers, encoded["left_out"], invalid, encoded["unended"], strict=True):
         is_kept.append(reason is None and error is None)
         if error is not None:
             logger.warning(
@@ -99,13 +97,10 @@ def kept_of(
                 f"{UNENDED.format('answers')} (This warning is shown once; it may apply to other rows of the {name} "
                 "dataset.)"
             )
-        for kind in odd.split() if is_kept[-1] and odd else ():
-            what, remedy, share = _ODD[kind]
-            if kind not in found and sum(kind in (each or "") for each in encoded["odd"]) >= share * len(numbers):
-                found.add(kind)
-                logger.warning_once(
-                    f"Row {row} of the {name} dataset has {what}. {remedy} (It may apply to other rows, too.)"
-                )
+    for kind, (what, remedy, share) in _ODD.items():
+        odd = sum(kept and kind in (each or "") for kept, each in zip(is_kept, encoded["odd"], strict=True))
+        if odd and odd >= share * sum(is_kept):
+            logger.warning_once(f"The {name} dataset, a stream, has rows with {what}. {remedy} (This is logged once.)")
     return {
         column: [value for value, kept in zip(values, is_kept, strict=True) if kept]
         for column, values in encoded.items()
