@@ -10,8 +10,9 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import IntervalStrategy
 
 from trl_ulma.main_process import get_logger
-from trl_ulma.metrics import EVALUATED, Ratios, RatioSums, figures, ranking_figures
+from trl_ulma.metrics import EVALUATED, Ratios, RatioSums, figures
 from trl_ulma.objective import BatchLoss
+from trl_ulma.ranking import ranking_figures
 
 logger = get_logger(__name__)
 

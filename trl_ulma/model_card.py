@@ -8,12 +8,12 @@ import importlib
 import importlib.resources
 import json
 import textwrap
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -24,7 +24,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from trl_ulma.bootstrap import bootstrap
 from trl_ulma.labels import render_report
-from trl_ulma.metrics import ranking_figures
+from trl_ulma.ranking import RANKING_FIGURES
 from trl_ulma.rows.notes import noted
 
 # (positive_loss, negative_loss): the method's name in the paper
@@ -228,7 +228,7 @@ def _intervals(evaluated: np.ndarray, rows: Any) -> dict[str, str]:
 
 
 def bootstrap_intervals(evaluated: np.ndarray, group: np.ndarray) -> dict[str, str]:
-    """95% intervals of `trl_ulma.metrics.ranking_figures`, from the bootstrap of `trl-ulma evaluate` with its seed.
+    """95% intervals of `trl_ulma.ranking.RANKING_FIGURES`, from the bootstrap of `trl-ulma evaluate` with its seed.
 
     A figure that a resample leaves undefined, or that is the same in all of them, has no interval.
 
@@ -237,19 +237,13 @@ def bootstrap_intervals(evaluated: np.ndarray, group: np.ndarray) -> dict[str, s
         group: `(N,)` number of each row's prompt.
     """
     said = {}
-    continuous = evaluated[:, 2].astype(bool)
-    for rows in (~continuous, continuous):
-        values = torch.as_tensor(evaluated[rows])
-
-        def figures(drawn: Any, values: torch.Tensor = values) -> dict[str, float]:
-            reward, label, is_continuous = values[drawn].unbind(1)
-            return ranking_figures(reward, label, is_continuous.bool())
-
-        for name, value in figures(slice(None)).items():
-            if np.isfinite(value):
-                found = bootstrap(lambda drawn, of=name: figures(drawn).get(of, float("nan")), group[rows], seed=0)
-                if found.low is not None:
-                    said[name] = f"{found.low:.3g} to {found.high:.3g}"
+    for name, (of_continuous, figure) in RANKING_FIGURES.items():
+        rows = ~np.isnan(evaluated[:, 0]) & (evaluated[:, 2].astype(bool) == of_continuous)
+        of_rows = partial(figure, evaluated[rows, 0], evaluated[rows, 1])
+        if rows.any() and np.isfinite(of_rows()):
+            found = bootstrap(of_rows, group[rows], seed=0)
+            if found.low is not None:
+                said[name] = f"{found.low:.3g} to {found.high:.3g}"
     return said
 
 

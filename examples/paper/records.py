@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from grid import SWEEPS
 
-from trl_ulma.evaluation.intervals import Estimate, bootstrap, over_seeds, wilson
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, over_seeds, ratio_of, wilson
 from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.rates import POINTS
 
@@ -220,7 +220,7 @@ def _gained_over_prompts(better: Sequence[Group], worse: Sequence[Group], judge:
     if not common:
         return None
     values = np.array([[each[unit] for each in points] for unit in common]) @ sign
-    return bootstrap(lambda rows: values[rows].mean(), np.arange(len(values)), 0)
+    return bootstrap(mean_of(values), np.arange(len(values)), 0)
 
 
 def _saved_over_prompts(better: Sequence[Group], worse: Sequence[Group]) -> Estimate | None:
@@ -234,7 +234,7 @@ def _saved_over_prompts(better: Sequence[Group], worse: Sequence[Group]) -> Esti
     prompts = [(unit[0], found[0][unit][2]) for unit in common]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     of_prompt = np.array([number[prompt] for prompt in prompts])
-    return bootstrap(lambda rows: saved[rows].sum() / tokens[rows].sum(), of_prompt, 0)
+    return bootstrap(ratio_of(saved, tokens), of_prompt, 0)
 
 
 def judges_of(found: Mapping[str, Group]) -> Sequence[str]:

@@ -12,11 +12,12 @@ from trl_ulma.evaluation.implicit_reward import (
     continuous_figures,
     implicit_reward,
 )
-from trl_ulma.evaluation.intervals import Estimate, bootstrap, over_seeds, wilson
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, over_seeds, wilson
 from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.rates import counts, difference, mean_points, rates
+from trl_ulma.ranking import auc, pearson, spearman
 
 WIN, TIE, LOSE, UNPARSABLE = Verdict.WIN, Verdict.TIE, Verdict.LOSE, Verdict.UNPARSABLE
 RNG = np.random.default_rng(0)
@@ -55,50 +56,82 @@ def test_students_interval_over_three_seeds():
 
 def test_the_bootstrap_of_a_mean_is_near_the_normal_interval():
     values = RNG.normal(5, 2, 400)
-    found = bootstrap(lambda rows: values[rows].mean(), np.arange(400), seed=0)
+    found = bootstrap(mean_of(values), np.arange(400), seed=0)
     half = 1.96 * values.std() / 20
     assert found.low == pytest.approx(values.mean() - half, abs=0.03)
     assert found.high == pytest.approx(values.mean() + half, abs=0.03)
-    assert found == bootstrap(lambda rows: values[rows].mean(), np.arange(400), seed=0)
-    assert found != bootstrap(lambda rows: values[rows].mean(), np.arange(400), seed=1)
+    assert found == bootstrap(mean_of(values), np.arange(400), seed=0)
+    assert found != bootstrap(mean_of(values), np.arange(400), seed=1)
 
 
 def test_prompts_of_different_sizes_keep_all_their_rows():
-    found = bootstrap(lambda rows: len(rows), np.array([7, 3, 7]), seed=0)
+    found = bootstrap(lambda copies: copies.sum(-1), np.array([7, 3, 7]), seed=0)
     assert (found.value, found.low, found.high) == (3.0, 2.0, 4.0)
 
 
 def test_the_bootstrap_draws_whole_prompts():
     # Ten copies of a prompt's row say no more than one: by row, the interval would be √10 narrower
     values = np.repeat(RNG.normal(size=100), 10)
-    of = lambda rows: values[rows].mean()  # noqa: E731
+    of = mean_of(values)
     copies, once = bootstrap(of, np.repeat(np.arange(100), 10), seed=0), bootstrap(of, np.arange(1000), seed=0)
     assert copies.n == 100
     assert (copies.high - copies.low) / (once.high - once.low) == pytest.approx(10**0.5, rel=0.1)
     # and rows of one prompt need not stand side by side
     order = RNG.permutation(1000)
-    shuffled = bootstrap(lambda rows: values[order][rows].mean(), np.repeat(np.arange(100), 10)[order], seed=0)
+    shuffled = bootstrap(mean_of(values[order]), np.repeat(np.arange(100), 10)[order], seed=0)
     assert (shuffled.low, shuffled.high) == pytest.approx((copies.low, copies.high))
 
 
+def _mean_if_any(known, copies):
+    share = mean_of(known.astype(float))(copies)
+    return np.where(share > 0, share, np.nan)
+
+
+def test_figures_of_many_resamples_are_those_of_each():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, 50).astype(float), rng.integers(0, 5, 50).astype(float)
+    assert auc(a, b > 2) == pytest.approx(roc_auc_score(b > 2, a))
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b)[0])
+    assert pearson(a, b) == pytest.approx(stats.pearsonr(a, b)[0])
+    copies = rng.multinomial(50, np.full(50, 1 / 50), size=20).astype(float)
+    for i, drawn in enumerate(np.repeat(np.arange(50), each.astype(int)) for each in copies):
+        assert auc(a, b > 2, copies)[i] == pytest.approx(roc_auc_score(b[drawn] > 2, a[drawn]))
+        assert spearman(a, b, copies)[i] == pytest.approx(stats.spearmanr(a[drawn], b[drawn])[0])
+        assert pearson(a, b, copies)[i] == pytest.approx(stats.pearsonr(a[drawn], b[drawn])[0])
+    # undefined where all that was drawn is alike, whatever the other rows are
+    alike = np.where(a == a[0], copies, 0)
+    alike[:, 0] += 1
+    assert np.isnan(spearman(a, b, alike)).all()
+    assert np.isnan(pearson(0.1 * a, b, alike)).all()
+    assert np.isnan(auc(b, a == a[0], alike)).all()
+
+
+def test_a_large_dataset_is_drawn_in_parts_as_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    values, groups = rng.normal(size=500), rng.integers(0, 101, 500)
+    at_once = bootstrap(mean_of(values), groups, seed=0)
+    monkeypatch.setattr("trl_ulma.bootstrap._AT_ONCE", 500 * 7)
+    assert bootstrap(mean_of(values), groups, seed=0) == at_once
+
+
 def test_no_interval_without_two_prompts_nor_where_a_resample_is_undefined():
-    assert bootstrap(lambda rows: 1.0, np.zeros(5), seed=0) == Estimate(1.0, None, None, 1)
-    undefined = bootstrap(lambda rows: 1.0 if 0 in rows else float("nan"), np.arange(3), seed=0)
+    assert bootstrap(mean_of(np.ones(5)), np.zeros(5), seed=0) == Estimate(1.0, None, None, 1)
+    undefined = bootstrap(lambda copies: np.where(copies[..., 0] > 0, 1.0, np.nan), np.arange(3), seed=0)
     assert undefined == Estimate(1.0, None, None, 3)
     # Nearly all resamples of a hundred prompts contain one of the first five
     known = np.arange(100) < 5
-    rare = bootstrap(lambda rows: known[rows].mean() if known[rows].any() else float("nan"), np.arange(100), seed=0)
+    rare = bootstrap(lambda copies: _mean_if_any(known, copies), np.arange(100), seed=0)
     assert 0 < rare.low < rare.value == 0.05 < rare.high < 0.15
     with pytest.raises(ValueError, match="The figure of all 2 rows is nan"):
-        bootstrap(lambda rows: float("nan"), np.arange(2), seed=0)
+        bootstrap(mean_of(np.full(2, np.nan)), np.arange(2), seed=0)
 
 
 def test_no_interval_where_all_resamples_are_alike():
-    found = bootstrap(lambda rows: 0.1 + 1e-17 * rows[0], np.arange(30), seed=0)  # but for rounding
+    found = bootstrap(lambda copies: 0.1 + 1e-17 * (copies[..., 0] - 1), np.arange(30), seed=0)  # but for rounding
     assert found == Estimate(0.1, None, None, 30)
     assert perplexity(np.full(3, -2.0), np.full(3, 4), np.arange(3)).low is None
     assert binary_figures(np.array([5.0, -5.0] * 4), np.array([1.0, 0.0] * 4), np.arange(8))["accuracy"].low is None
-    close = bootstrap(lambda rows: (1 + 1e-6 * rows).mean(), np.arange(30), seed=0)
+    close = bootstrap(mean_of(1 + 1e-6 * np.arange(30)), np.arange(30), seed=0)
     assert close.low < close.value < close.high
 
 

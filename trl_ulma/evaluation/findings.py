@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from trl_ulma.evaluation.implicit_reward import BINS, calibration_curve
-from trl_ulma.evaluation.intervals import Estimate, bootstrap
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of
 from trl_ulma.evaluation.turns import answer_text, as_text
 from trl_ulma.judge import judged
 from trl_ulma.labels import LabelRules
@@ -57,8 +57,8 @@ def on_own_scale(
         place = np.searchsorted(edges[1:-1], label)
         groups = [place == each for each in range(BINS) if (place == each).any()]
     return {
-        "error": bootstrap(lambda rows: wrong[rows].mean(), prompt, seed),
-        "error_of_mean": bootstrap(lambda rows: of_mean[rows].mean(), prompt, seed),
+        "error": bootstrap(mean_of(wrong), prompt, seed),
+        "error_of_mean": bootstrap(mean_of(of_mean), prompt, seed),
         "by_label": [
             {
                 "label": float(label[rows].mean()),
@@ -185,4 +185,4 @@ def shortened(text: str, most: int = _LONGEST) -> str:
 
 
 def _mean(values: np.ndarray, prompt: np.ndarray, seed: int) -> Estimate:
-    return bootstrap(lambda rows: values[rows].mean(), prompt, seed)
+    return bootstrap(mean_of(values), prompt, seed)

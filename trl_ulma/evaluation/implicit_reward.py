@@ -1,17 +1,19 @@
 """Measures the implicit reward on held-out rows: ranking, calibration, correlation.
 
-The trainers log the same AUC and correlations, from `trl_ulma.metrics`.
+The trainers log the same AUC and correlations, from `trl_ulma.ranking`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import expit
 
-from trl_ulma.evaluation.intervals import Estimate, bootstrap
-from trl_ulma.metrics import auc, is_chosen, pearson, spearman
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, ratio_of
+from trl_ulma.metrics import is_chosen
+from trl_ulma.ranking import auc, pearson, spearman
 
 BINS = 10
 
@@ -106,13 +108,12 @@ def binary_figures(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *
     good = label >= 0.5
     right = np.where(rewards == 0, 0.5, (rewards > 0) == good)
     squares = (expit(rewards) - label) ** 2
-    ranked, is_good = torch.from_numpy(rewards), torch.from_numpy(good)
     found = {
-        "accuracy": bootstrap(lambda rows: right[rows].mean(), prompt, seed),
-        "brier": bootstrap(lambda rows: squares[rows].mean(), prompt, seed),
+        "accuracy": bootstrap(mean_of(right), prompt, seed),
+        "brier": bootstrap(mean_of(squares), prompt, seed),
     }
     if good.any() and not good.all():
-        found = {"auc": bootstrap(lambda rows: _number(auc(ranked[rows], is_good[rows])), prompt, seed), **found}
+        found = {"auc": bootstrap(partial(auc, rewards, good), prompt, seed), **found}
     return found
 
 
@@ -140,14 +141,13 @@ def continuous_figures(
     _check(rewards, label, prompt)
 
     squares = (rewards - label) ** 2
-    one, other = torch.from_numpy(rewards), torch.from_numpy(label)
     found = {}
     if np.ptp(rewards) > 0 and np.ptp(label) > 0:
         found = {
-            name: bootstrap(lambda rows, of=of: _number(of(one[rows], other[rows])), prompt, seed)
+            name: bootstrap(partial(of, rewards, label), prompt, seed)
             for name, of in (("spearman", spearman), ("pearson", pearson))
         }
-    return {**found, "mse": bootstrap(lambda rows: squares[rows].mean(), prompt, seed)}
+    return {**found, "mse": bootstrap(mean_of(squares), prompt, seed)}
 
 
 def split_figures(
@@ -182,23 +182,15 @@ def split_figures(
     chosen = is_chosen(torch.tensor(label, dtype=torch.float32), torch.from_numpy(continuous), center).numpy()
     side = np.where(continuous, center, 0.0)
     right = np.where(rewards == side, 0.5, (rewards > side) == chosen)
-
-    def mean(of: np.ndarray, rows: np.ndarray) -> float:
-        return float(rewards[rows][of[rows]].mean()) if of[rows].any() else float("nan")
-
+    good, bad = (ratio_of(rewards * side, side.astype(float)) for side in (chosen, ~chosen))
     found = {}
     if chosen.any():
-        found["chosen"] = bootstrap(lambda rows: mean(chosen, rows), prompt, seed)
+        found["chosen"] = bootstrap(good, prompt, seed)
     if not chosen.all():
-        found["rejected"] = bootstrap(lambda rows: mean(~chosen, rows), prompt, seed)
+        found["rejected"] = bootstrap(bad, prompt, seed)
     if len(found) == 2:
-        found["margins"] = bootstrap(lambda rows: mean(chosen, rows) - mean(~chosen, rows), prompt, seed)
-    return {**found, "accuracies": bootstrap(lambda rows: right[rows].mean(), prompt, seed)}
-
-
-def _number(value: float | None) -> float:
-    """Return the value, or NaN if it is undefined in a resample."""
-    return float("nan") if value is None else value
+        found["margins"] = bootstrap(lambda copies: good(copies) - bad(copies), prompt, seed)
+    return {**found, "accuracies": bootstrap(mean_of(right), prompt, seed)}
 
 
 def _check(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> None:

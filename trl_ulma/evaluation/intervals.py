@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from trl_ulma.bootstrap import CONFIDENCE, Estimate, bootstrap
+from trl_ulma.bootstrap import CONFIDENCE, Estimate, bootstrap, mean_of, ratio_of
 
-__all__ = ["Estimate", "bootstrap", "over_seeds", "wilson"]
+__all__ = ["Estimate", "bootstrap", "mean_of", "over_seeds", "ratio_of", "wilson"]
 
 
 def wilson(count: int, n: int) -> Estimate:

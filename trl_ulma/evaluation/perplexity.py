@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from trl_ulma.evaluation.intervals import Estimate, bootstrap
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, ratio_of
 
 
 def perplexity(logps: np.ndarray, tokens: np.ndarray, prompt: np.ndarray, *, seed: int = 0) -> Estimate:
@@ -30,4 +30,5 @@ def perplexity(logps: np.ndarray, tokens: np.ndarray, prompt: np.ndarray, *, see
         )
     if tokens.size == 0 or (tokens < 1).any():
         raise ValueError("Perplexity needs a row at least, and a token in every row.")
-    return bootstrap(lambda rows: np.exp(-logps[rows].sum() / tokens[rows].sum()), prompt, seed)
+    rate = ratio_of(-logps, tokens)
+    return bootstrap(lambda copies: np.exp(rate(copies)), prompt, seed)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from trl_ulma.evaluation.intervals import Estimate, bootstrap, wilson
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, wilson
 from trl_ulma.evaluation.judges import Verdict
 
 Prompt = TypeVar("Prompt", bound=Hashable)
@@ -62,7 +62,7 @@ def mean_points(verdicts: Sequence[Verdict], *, seed: int = 0) -> Estimate | Non
         return None
     if (points == points[0]).all() and points[0] != POINTS[Verdict.TIE]:
         return wilson(int(points.sum()), len(points))
-    return bootstrap(lambda rows: points[rows].mean(), np.arange(len(points)), seed)
+    return bootstrap(mean_of(points), np.arange(len(points)), seed)
 
 
 def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *, seed: int = 0) -> Estimate | None:
@@ -86,4 +86,4 @@ def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *
     if not common:
         return None
     gained = np.array([POINTS[one[prompt]] - POINTS[other[prompt]] for prompt in common])
-    return bootstrap(lambda rows: gained[rows].mean(), np.arange(len(gained)), seed)
+    return bootstrap(mean_of(gained), np.arange(len(gained)), seed)

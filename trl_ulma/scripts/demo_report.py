@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from transformers import TrainerCallback
 
-from trl_ulma.metrics import auc
+from trl_ulma.ranking import auc
 
 RESAMPLES = 2000
 KINDS = ("demonstration", "liked", "4–5 stars", "1–2 stars", "disliked")
@@ -74,8 +73,8 @@ def _kind(row: dict[str, Any]) -> int:
 
 
 def _auc(score: np.ndarray, good: np.ndarray) -> float:
-    value = auc(torch.from_numpy(score), torch.from_numpy(good))
-    if value is None:
+    value = float(auc(score, good))
+    if np.isnan(value):
         raise ValueError("The AUC needs a good and a bad answer.")
     return value
 
