@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def train(
 
     Args:
         method: one of `METHODS`.
-        beta: β; None for SFT, which has none.
+        beta: β. SFT has none: here it is the share of the steps that SFT takes, and None is all of them.
         feedback: what it learns from.
         reference: the model that training begins with; it stays as it is.
         tokenizer: its tokenizer.
@@ -113,6 +113,8 @@ def train(
             next method with the same rows.
     """
     recipe = recipe or Recipe()
+    if METHODS[method].kind == "sft" and beta is not None:
+        recipe, beta = replace(recipe, steps=round(beta * recipe.steps)), None
     with tempfile.TemporaryDirectory() as folder, _quiet():
         set_seed(seed)
         trainer = _trainer(METHODS[method], beta, feedback, reference, tokenizer, seed, recipe, folder, rows_folder)

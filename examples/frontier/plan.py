@@ -15,8 +15,8 @@ FIRST_OF_DEMONSTRATIONS = ("ulma-thumbs-beta", "sft", "thumbs-prior")
 FIRST_SEEDS = 5
 # Then method after method, these first
 _NEXT = ("kto", "ulma-ratings-beta", "sft", "bco", "ulma-thumbs-beta", "qrpo")
-# Two each: one that ends between 0.5 and 1.5 nats, and one that ends beyond
-_BETAS = {"kto": (0.5, 0.2), "qrpo": (0.03, 0.01), "sft": (None,)}
+# Two each: one that ends between 0.5 and 1.5 nats, and one that ends beyond. SFT has shares of the steps instead
+_BETAS = {"kto": (0.5, 0.2), "qrpo": (0.03, 0.01), "sft": (0.25, None)}
 BETAS: dict[str, tuple[float | None, ...]] = {
     name: _BETAS.get(name, (0.3, 0.1) if method.continuous else (0.2, 0.1)) for name, method in METHODS.items()
 }

@@ -147,7 +147,8 @@ def frontier_table(records: Records, reward: str, regime: str, named: Sequence[s
             stored = [each for cell, each in records.of.items() if _is(cell, reward, regime, method, beta)]
             if stored:
                 kl, earned = (np.mean([np.mean(each[name]) for each in stored]) for name in ("kl", reward))
-                sweep.append(f"{'' if beta is None else f'{beta:g} → '}{kl:.2f}, {earned:.2f}")
+                of = f"{beta or 1:g} of the steps" if METHODS[method].kind == "sft" else f"{beta:g}"
+                sweep.append(f"{of} → {kl:.2f}, {earned:.2f}")
                 language.append([np.mean([each[name] for each in stored]) for name in ("perplexity", "different")])
         cells = [shown([at(points, budget) for points in own.values()]) for budget in BUDGETS]
         last = [f"{language[-1][0]:.1f}", f"{language[-1][1]:.2f}"] if language else ["–", "–"]
@@ -265,7 +266,7 @@ reference. It answers "Write one simple sentence about …"; its answers are rat
 method learns from the same answers for {steps} steps of 16 rows, with LoRA of rank {rank} and a learning rate of
 {rate:g} (linear decay). What is measured is the true reward of fresh answers to 64 held-out prompts ({answers}
 answers to each), and their KL(π ‖ π_ref). The reward at a KL is read off the line through a method's β over √KL, which
-begins at the reference.
+begins at the reference. SFT has no β; its line goes through trainings of a quarter of the steps and of all.
 
 Brackets are 95 % t-intervals over seeds. Each seed has its own prompts, answers, noise, adapters and order of rows, and
 differences are taken within seeds. The intervals are not corrected for the number of comparisons. Ratings, pairs and

@@ -464,6 +464,23 @@ def test_methods_differ_in_what_their_name_says(method, trainer, settings, pool,
         assert rows["label"][:] == feedback.thumb.tolist()
 
 
+def test_sft_is_swept_over_its_steps(pool, tiny_llama, monkeypatch):
+    reference, tokenizer = pools.load_reference(tiny_llama)
+    given: dict[str, Any] = {}
+
+    def caught(**arguments: Any) -> None:
+        given.update(arguments)
+        raise Given
+
+    monkeypatch.setattr(contenders, "ULMATrainer", caught)
+    taken = []
+    for share in plan.BETAS["sft"]:
+        with pytest.raises(Given):
+            train("sft", share, draw("ratings", "sentiment", 0, pool), reference, tokenizer, seed=5)
+        taken.append((given["args"].max_steps, given["args"].beta))
+    assert taken == [(15, 0.1), (60, 0.1)]  # β is the default, which SFT does not read
+
+
 def test_kto_gives_both_classes_the_same_weight(pool, tiny_llama, monkeypatch):
     reference, tokenizer = pools.load_reference(tiny_llama)
     given: dict[str, Any] = {}
@@ -576,12 +593,12 @@ def test_the_plan_begins_with_what_settles_most_seed_by_seed():
     assert {(cell.reward, cell.regime) for cell in first} == {("sentiment", "ratings")}
     assert [cell.seed for cell in first] == [seed for seed in range(5) for _ in range(6)]
     assert {cell.method for cell in first} == set(plan.FIRST)
-    # Of each seed, ULMA and thumbs at two β, and SFT, which has none
-    second = cells[30:45]
+    # Of each seed, ULMA and thumbs at two β, and SFT of two lengths
+    second = cells[30:48]
     assert {(cell.reward, cell.regime) for cell in second} == {("sentiment", "demonstrations")}
-    assert [cell.seed for cell in second] == [seed for seed in range(3) for _ in range(5)]
+    assert [cell.seed for cell in second] == [seed for seed in range(3) for _ in range(6)]
     assert {cell.method for cell in second} == set(plan.FIRST_OF_DEMONSTRATIONS)
-    third = cells[45:51]
+    third = cells[48:54]
     assert {(cell.regime, cell.method) for cell in third} == {("ratings", "rounds")}
     assert {cell.method for cell in cells if (cell.reward, cell.regime) == plan.PARTS[0]} == set(METHODS)
     for regime in REGIMES:
