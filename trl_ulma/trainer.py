@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import functools
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,7 +57,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
-from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_logps
+from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, known_ref_logps, read_of, with_ref_logps
 from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
 from trl_ulma.likelihood.reference import (
     ADAPTER,
@@ -73,14 +72,13 @@ from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
 from trl_ulma.likelihood.table import ROW_KEYS
 from trl_ulma.log_partition import BatchKL, LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
-from trl_ulma.log_z import load_log_partition, make_log_partition, save_log_partition, schedule_rate
+from trl_ulma.log_z import check_labels, load_log_partition, make_log_partition, save_log_partition, schedule_rate
 from trl_ulma.logged import LoggedFigures, is_logged, with_own_names
 from trl_ulma.main_process import get_logger
 from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
 from trl_ulma.rows.dataset_labels import show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
 from trl_ulma.rows.images import has_images
-from trl_ulma.rows.notes import note, noted
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in, policy_logps_in
@@ -188,7 +186,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
         self._held: list[Any] = []  # the trainer's own datasets, also with precomputed log-probabilities
         self._last_prepared: Any = None
-        self._reference_key = uuid.uuid4().hex
+        self._first_held: list[Any] = []
         self._evaluated_rows: dict[str, Any] = {}
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
         if ref_model is not None and not plan.needs_reference:
@@ -261,7 +259,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         # Stop DPOTrainer from precomputing the datasets that it evaluates, because `evaluate` does that here
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
-        self._held = self._datasets_now()
+        self._held = self._first_held = self._datasets_now()
         self._mixed_precision = self.accelerator.mixed_precision
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
@@ -457,10 +455,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._is_own(dataset):
             return dataset
         prepared = self._plan.prepare(dataset, dataset_name)
-        is_part = isinstance(dataset, Dataset) and noted(dataset).get("reference") == self._reference_key
-        if is_part and len(prepared) == len(dataset):
-            # Some of this trainer's own rows, such as with `select`. Preparing them again has removed the column
-            return prepared.add_column("ref_logps", dataset["ref_logps"][:])
+        if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names:
+            # They may be some of this trainer's own rows, such as with `select`. Preparing has removed the column
+            known = known_ref_logps(prepared, (*self._first_held, *self._held, self._last_prepared))
+            return prepared if known is None else prepared.add_column("ref_logps", known)
         return prepared
 
     def _is_own(self, dataset: Any) -> bool:
@@ -588,7 +586,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                 )
         # Evaluation datasets can be called "train", too
         is_trained_on = dataset is self.train_dataset and "ref_logps" not in dataset.column_names
-        made = with_ref_logps(
+        return with_ref_logps(
             dataset,
             self._plan.compared(dataset) if is_trained_on else np.ones(len(dataset), dtype=bool),
             reference=reference,
@@ -600,8 +598,6 @@ class PointwiseDPOTrainer(DPOTrainer):
             num_workers=self.args.dataloader_num_workers,
             what=f"Computing reference log-probabilities of the {name} dataset",
         )
-        note(made, reference=self._reference_key)
-        return made
 
     @functools.cached_property
     def _precomputing_policy(self) -> Any:
@@ -629,17 +625,20 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._use_own_precision()
         self._check_settings()
         if not self._is_own(self.train_dataset):
-            is_raw = self._is_raw(self.train_dataset)
-            rows = (
-                None if is_raw else self._prepare_dataset(self.train_dataset, self.processing_class, self.args, "train")
-            )
-            if rows is None or (self._is_precomputed and "ref_logps" not in rows.column_names):
-                whose = "that are not prepared" if is_raw else "of another trainer"
+            whose = "that are not prepared"
+            if not self._is_raw(self.train_dataset):
+                self.train_dataset = self._prepare_dataset(
+                    self.train_dataset, self.processing_class, self.args, "train"
+                )
+                whose = self._strangers(self.train_dataset)
+            if whose:
                 raise ValueError(
                     f"trainer.train_dataset was replaced by rows {whose}, and the trainer has already read its labels. "
                     "Create another trainer with these rows."
                 )
-            self.train_dataset = rows
+            if self.args.log_z == "prior":
+                check_labels(self.args, self.train_dataset, self._plan.compared)
+                self._log_partition = self._new_log_partition()  # from the labels of these rows
         if self.ref_model is not self._first_ref_model:
             raise ValueError(
                 "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
@@ -652,6 +651,19 @@ class PointwiseDPOTrainer(DPOTrainer):
         elif held is not None and not self._is_own(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
         self._held = self._datasets_now()
+
+    def _strangers(self, rows: Any) -> str:
+        """Which prepared rows are not among those of the training set, in the words of an error; "" if all are."""
+        planned = self._plan.train_dataset
+        if not isinstance(planned, Dataset):
+            return ""  # the rows of a stream are not known
+        if not isinstance(rows, Dataset):
+            return "of a stream"
+        own = set(read_of(planned))
+        other = [row for row, read in zip(rows["row"], read_of(rows), strict=True) if read not in own]
+        if not other:
+            return ""
+        return f"of another trainer, or with other tokens ({len(other):,} of {len(rows):,}, such as row {other[0]})"
 
     def _use_own_precision(self) -> None:
         # accelerate has one state for all trainers, which the last one that was created has set. autocast reads it.

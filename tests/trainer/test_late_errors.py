@@ -656,11 +656,13 @@ def test_raw_rows_in_the_place_of_the_training_set(tiny_gpt2, tmp_path):
         trainer.train()
 
 
-def test_a_part_of_the_training_set_in_its_place(tiny_gpt2, tmp_path):
+@pytest.mark.parametrize("log_z", [0.0, "prior"])
+def test_a_part_of_the_training_set_in_its_place(tiny_gpt2, tmp_path, log_z):
     rows = make_rows(8)
-    part = make_trainer(tiny_gpt2, rows, tmp_path / "part", **STEPS)
-    part.train_dataset = part.train_dataset.select(range(6))
-    made = make_trainer(tiny_gpt2, rows.select(range(6)), tmp_path / "made", **STEPS)
+    settings = {"pointwise": True, "log_z": log_z, **STEPS}
+    part = make_trainer(tiny_gpt2, rows, tmp_path / "part", **settings)
+    part.train_dataset = part.train_dataset.select(range(5))
+    made = make_trainer(tiny_gpt2, rows.select(range(5)), tmp_path / "made", **settings)
     for trainer in (part, made):
         trainer.train()
     assert torch.equal(weights(part.model), weights(made.model))
@@ -686,6 +688,7 @@ def test_rows_of_another_trainer_in_the_place_of_the_evaluation_set(tiny_gpt2, t
     with torch.no_grad():
         moved.get_input_embeddings().weight.mul_(1.5)
     settings = {"eval_dataset": {"a": rows} if kind == "dict" else rows, "precompute_ref_log_probs": True}
+    settings["pointwise"] = True
     other = make_trainer(moved, rows, tmp_path / "other", **settings, **STEPS)
     trainer = make_trainer(tiny_gpt2, rows, tmp_path, **settings, **STEPS)
     wanted = trainer.evaluate()
@@ -693,9 +696,45 @@ def test_rows_of_another_trainer_in_the_place_of_the_evaluation_set(tiny_gpt2, t
     found = trainer.evaluate()
     losses = [name for name in wanted if name.endswith("_loss")]
     assert [found[name] for name in losses] == [wanted[name] for name in losses]
+    own = trainer.train_dataset["ref_logps"][:]
     trainer.train_dataset = other.train_dataset
-    with pytest.raises(ValueError, match=r"trainer\.train_dataset was replaced by rows of another trainer"):
+    trainer.train()
+    assert trainer.train_dataset["ref_logps"][:] == own
+
+
+def backwards(row):
+    return {"completion_ids": row["completion_ids"][::-1]}
+
+
+OTHER_ROWS = {
+    "more": lambda rows, more: more,
+    "changed": lambda rows, more: rows.map(lambda row: backwards(row) if row["row"] == 5 else {}),
+    "stream": lambda rows, more: rows.to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("others", OTHER_ROWS)
+@pytest.mark.parametrize("precompute", [False, True])
+def test_rows_that_the_trainer_has_not_read_in_the_place_of_the_training_set(tiny_gpt2, tmp_path, precompute, others):
+    settings = {"precompute_ref_log_probs": precompute, **STEPS}
+    more = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings).train_dataset
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **settings)
+    trainer.train_dataset = OTHER_ROWS[others](trainer.train_dataset, more)
+    which = {"more": r"2 of 8, such as row 6", "changed": r"1 of 6, such as row 5", "stream": "of a stream"}[others]
+    with pytest.raises(ValueError, match=rf"trainer\.train_dataset was replaced by rows .*{which}.*another trainer"):
         trainer.train()
+
+
+def test_changed_rows_to_evaluate_are_not_compared_with_what_they_were(tiny_gpt2, tmp_path):
+    settings = {"eval_dataset": make_rows(4), "pointwise": True, "precompute_ref_log_probs": True, **STEPS}
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **settings)
+    trainer.eval_dataset = trainer.eval_dataset.map(backwards)
+    # The model as it is before training is its reference
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0.693147, abs=1e-4)
+    trainer.train()
+    trainer.eval_dataset = trainer.eval_dataset.map(lambda row: {"completion_ids": row["completion_ids"][:-1]})
+    with pytest.raises(ValueError, match="the reference no longer exists after training has begun"):
+        trainer.evaluate()
 
 
 @pytest.mark.parametrize("settings", [{"precompute_ref_log_probs": True}, {"log_z": "group"}], ids=str)

@@ -3,9 +3,9 @@
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import bare_model
 from trl_ulma.likelihood.table import forward_inputs
 
+# The columns of prepared rows that a model's forward reads
+_READ = ("prompt_ids", "completion_ids", "completion_mask", "prompt_text", "prompt_images")
+
 
 def has_ref_logps(rows: Dataset) -> bool:
     """Whether log π_ref is known for every row.
@@ -33,6 +36,34 @@ def has_ref_logps(rows: Dataset) -> bool:
         False
     """
     return "ref_logps" in rows.column_names and not np.isnan(rows["ref_logps"][:]).any()
+
+
+def read_of(rows: Dataset) -> list[bytes]:
+    """A hash for each prepared row of what a model reads of it: its tokens, which of them are scored, and its images.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt_ids": [[5], [5]], "completion_ids": [[6], [7]], "label": [1.0, 1.0]})
+        >>> len(set(read_of(rows)))
+        2
+    """
+    columns = rows.select_columns([name for name in _READ if name in rows.column_names]).with_format(None)
+    return [hashlib.blake2b(repr([row.get(name) for name in _READ]).encode()).digest() for row in columns]
+
+
+def known_ref_logps(rows: Dataset, known: Iterable[Any]) -> list[float] | None:
+    """log π_ref of prepared rows, as it was computed for the same tokens in other datasets. None if any is unknown.
+
+    Args:
+        known: datasets. Only those with a column `ref_logps` are read.
+    """
+    table: dict[bytes, float] = {}
+    for each in known:
+        if isinstance(each, Dataset) and "ref_logps" in each.column_names:
+            for read, logps in zip(read_of(each), each["ref_logps"][:], strict=True):
+                if np.isnan(table.get(read, np.nan)):  # rows that are not compared in training may be in an evaluation
+                    table[read] = logps
+    found = [table.get(read) for read in read_of(rows)]
+    return None if None in found else cast("list[float]", found)
 
 
 def with_ref_logps(rows: Dataset, asked: np.ndarray, **asking: Any) -> Dataset:
