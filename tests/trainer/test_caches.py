@@ -1,6 +1,7 @@
 """A cached value is used only if everything that it depends on is unchanged."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,21 @@ def test_another_given_reference_with_the_same_weights(tiny_llama, tmp_path, sto
     assert found[0] != pytest.approx(found[1], abs=1e-2)
 
 
+def test_another_attention_of_long_rows_with_the_same_weights(tiny_llama, tmp_path, stored_rows):
+    """What other code changes in memory is not in the config, and the rows that identify a reference are short."""
+    found = []
+    for scale in (1.0, 2.0):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+
+        def scaled(_, inputs, scale=scale):
+            far = torch.arange(inputs[0].size(1)) >= 8
+            return (inputs[0] * torch.where(far, scale, 1.0)[:, None],)
+
+        model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(scaled)
+        found.append(ref_logps(model, stored_rows, tmp_path))
+    assert found[0] != pytest.approx(found[1], abs=1e-2)
+
+
 class WithoutTheEnd(DataCollatorForPointwisePreference):
     """Leaves out the last token of each row."""
 
@@ -134,6 +150,17 @@ def test_another_collator(tiny_llama, tmp_path, stored_rows, kind):
     collator = short if kind == "class" else lambda examples: short(examples)
     found.append(ref_logps(tiny_llama, stored_rows, tmp_path, data_collator=collator))
     assert found[0] != pytest.approx(found[1], abs=1e-2)
+
+
+def test_what_a_killed_process_wrote_half_is_removed(tiny_llama, tmp_path, stored_rows):
+    folder = Path(stored_rows.cache_files[0]["filename"]).parent
+    old, new = folder / "cache-1.2.half.npy", folder / "cache-1.3.half.npy"
+    for file in (old, new):
+        file.touch()
+    day_before = old.stat().st_mtime - 86_400
+    os.utime(old, (day_before, day_before))
+    ref_logps(tiny_llama, stored_rows, tmp_path)
+    assert list(folder.glob("*.half.npy")) == [new]  # another process may be writing it
 
 
 def test_the_same_once_more_is_read_from_the_cache(tiny_llama, tmp_path, stored_rows):

@@ -1,7 +1,9 @@
 """log π_ref of a whole table, computed once and cached with a key that covers everything it depends on."""
 
+import contextlib
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +29,9 @@ from trl_ulma.likelihood.table import forward_inputs
 # The columns of prepared rows that a model's forward reads
 _READ = ("prompt_ids", "completion_ids", "completion_mask", "prompt_text", "prompt_images")
 
+# The end of the name of a file that is being written, and the seconds after which its process must have been killed
+_HALF, _LONGEST_WRITE = ".half.npy", 3600
+
 
 def has_ref_logps(rows: Dataset) -> bool:
     """Whether log π_ref is known for every row.
@@ -46,7 +51,7 @@ def read_of(rows: Dataset) -> list[bytes]:
         >>> len(set(read_of(rows)))
         2
     """
-    columns = rows.select_columns([name for name in _READ if name in rows.column_names]).with_format(None)
+    columns: Any = rows.select_columns([name for name in _READ if name in rows.column_names]).with_format(None)
     return [hashlib.blake2b(repr([row.get(name) for name in _READ]).encode()).digest() for row in columns]
 
 
@@ -114,8 +119,7 @@ def cache_key(reference: Reference, policy: Any, probe: torch.Tensor, accelerato
     """A hash of what the reference's log-probabilities depend on besides the rows.
 
     It covers weights, config, number formats and layout. It also covers the log-probabilities of `probe`, which most
-    other changes alter, such as a module that was changed in memory. A change that only affects longer sequences than
-    those of `probe` is not noticed.
+    other changes alter, such as a module that was changed in memory.
 
     Args:
         policy: the policy's model, for references that are an adapter on it.
@@ -171,8 +175,11 @@ def precomputed_logps(
     """
     file = None
     if rows.cache_files:
+        # What was changed in memory, such as a window of the attention, may only affect long rows
+        longest = collate([rows[int(np.argmax(rows["length"][:]))]])
+        on_device = {name: value.to(accelerator.device) for name, value in forward_inputs(longest).items()}
         # Collators can truncate rows or change their tokens
-        everything = Hasher.hash((rows._fingerprint, key, collate))
+        everything = Hasher.hash((rows._fingerprint, key, collate, reference.logps(policy, on_device).tolist()))
         file = Path(rows._get_cache_file_path(everything)).with_suffix(".npy")
         # One process reads for all, because processes may have different file systems
         has = accelerator.is_main_process and file.exists()
@@ -194,8 +201,15 @@ def precomputed_logps(
     values = torch.cat(found)[: len(rows)].numpy()
     if file is not None and accelerator.is_main_process:
         # So that an existing file is complete, also if another run computes the same rows at the same time
-        half = file.with_suffix(f".{uuid.uuid4().hex}.half.npy")
-        np.save(half, values)
-        os.replace(half, file)
+        half = file.with_suffix(f".{uuid.uuid4().hex}{_HALF}")
+        try:
+            np.save(half, values)
+            os.replace(half, file)
+        finally:
+            half.unlink(missing_ok=True)
+        for other in file.parent.glob(f"*{_HALF}"):
+            with contextlib.suppress(OSError):  # another process may have finished it or removed it
+                if time.time() - other.stat().st_mtime > _LONGEST_WRITE:
+                    other.unlink()
     accelerator.wait_for_everyone()
     return values
