@@ -32,7 +32,7 @@ from trl_ulma.likelihood.reference import (
     ReferenceIdentity,
     plain_batch,
 )
-from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
+from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact, rounds_float32
 from trl_ulma.rows.rendering import own_processing_class, tokenizer_of
 
 logger = logging.get_logger(__name__)
@@ -67,6 +67,7 @@ class SavedSettings:
         sft_threshold: continuous labels of this and above, after the transform, are demonstrations; or None.
         dtype: of the weights while training, as "float32"; or None, if it is not known.
         mixed_precision: "no", "bf16" or "fp16"; or None, if it is not known.
+        rounds_float32: whether the device rounded the factors of float32 products in training, such as to TF32.
         quantization: of the model that an adapter was trained on, as its config has it; or None.
         policy_logps: log-probabilities of the reference's `input_ids` under this model, one sum per sequence, in nats.
         reference: what the model was compared with; or None, if it is not known.
@@ -87,6 +88,7 @@ class SavedSettings:
     sft_threshold: float | None = None
     dtype: str | None = None
     mixed_precision: str | None = None
+    rounds_float32: bool = False
     quantization: Mapping[str, Any] | None = None
     policy_logps: Sequence[float] = ()
     reference: ReferenceIdentity | None = None
@@ -121,6 +123,7 @@ class SavedSettings:
             sft_threshold=rules.sft_threshold,
             dtype=str(bare_model(model).dtype).removeprefix("torch."),
             mixed_precision=mixed_precision,
+            rounds_float32=rounds_float32(bare_model(model).device.type),
             quantization=quantization_of(model),
             policy_logps=policy_logps,
             reference=reference,
@@ -366,7 +369,7 @@ def load_reference(
         known = {"name": identity.name, "revision": identity.revision}
         found = Reference("copy" if kind == "copy" else "given", scorer, model, autocast=autocast, **known)
     if settings is not None and identity is not None and identity.logps:
-        off = _difference(found, policy, identity, settings.mixed_precision)
+        off = _difference(found, policy, identity, settings)
         name = identity.name or "a model without a name"
         said = (
             f"{source} was trained against another reference ({identity.kind}, {name}): the log-probabilities of the "
@@ -466,12 +469,13 @@ def batching_note(source: str, settings: SavedSettings | None, model: Any, beta:
     )
 
 
-def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, mixed_precision: str | None) -> float:
+def _difference(reference: Reference, policy: Any, identity: ReferenceIdentity, settings: SavedSettings) -> float:
     """The difference between a reference and the one in training, in nats per token. 0 if rounding explains it."""
     model = policy if reference.model is None else reference.model
     ids = torch.tensor(identity.input_ids, device=model.device)
     off = identity.difference(reference.fingerprint(policy, ids))
-    return 0.0 if off <= (TOLERANCE if is_exact(model, mixed_precision) else COARSE_TOLERANCE) else off
+    exact = is_exact(model, settings.mixed_precision) and not settings.rounds_float32
+    return 0.0 if off <= (TOLERANCE if exact else COARSE_TOLERANCE) else off
 
 
 @contextlib.contextmanager

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
+from trl_ulma.judge import Judge
+from trl_ulma.likelihood.scorer import is_exact, rounds_float32
 from trl_ulma.losses import grid_loss, route
 
 FORMATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -96,6 +98,38 @@ def test_the_precision_is_the_trainers_own_also_after_another_was_created(tiny_g
         made.train()
         assert made.accelerator.mixed_precision == made.saved_settings().mixed_precision == precision
         assert json.loads((tmp_path / precision / "pointwise.json").read_text())["mixed_precision"] == precision
+
+
+@pytest.fixture
+def rounded():
+    """Products of float32 are rounded, as TF32 does on a GPU."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_rounded_products_are_not_taken_for_exact_ones(tiny_gpt2, rounded):
+    assert rounds_float32("cuda") and rounds_float32("cpu")
+    model = GPT2LMHeadModel.from_pretrained(tiny_gpt2)
+    assert not is_exact(model, "no")
+    assert is_exact(model.double(), "no")
+    torch.set_float32_matmul_precision("highest")
+    assert is_exact(model.float(), "no")
+
+
+def test_a_training_with_rounded_products_is_recognized_without(tiny_gpt2, tmp_path, rounded):
+    trainer = make_trainer(tiny_gpt2, make_rows(4), tmp_path / "model", max_steps=1, learning_rate=1e-12)
+    trainer.train()
+    trainer.save_model()
+    torch.set_float32_matmul_precision("highest")
+    file = tmp_path / "model" / "pointwise.json"
+    settings = json.loads(file.read_text())
+    settings["reference"]["logps"] = [logps + 0.1 for logps in settings["reference"]["logps"]]  # of 7 tokens
+    file.write_text(json.dumps(settings))
+    Judge.from_pretrained(str(tmp_path / "model"))
+    file.write_text(json.dumps(settings | {"rounds_float32": False}))
+    with pytest.raises(ValueError, match="was trained against another reference"):
+        Judge.from_pretrained(str(tmp_path / "model"))
 
 
 def test_half_precision_weights_give_rewards_in_float32(tiny_gpt2, tmp_path):

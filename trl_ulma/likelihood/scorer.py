@@ -192,7 +192,24 @@ def without_adapter(model: Any) -> Any:
 def is_exact(model: Any, mixed_precision: str | None) -> bool:
     """Whether forward passes of a model compute in float32 or better. Products of quantized weights are rounded."""
     is_quantized = getattr(model.config, "quantization_config", None) is not None
-    return mixed_precision in (None, "no") and model.dtype in (torch.float32, torch.float64) and not is_quantized
+    is_wide = model.dtype == torch.float64 or (model.dtype == torch.float32 and not rounds_float32(model.device.type))
+    return mixed_precision in (None, "no") and is_wide and not is_quantized
+
+
+def rounds_float32(device: str) -> bool:
+    """Whether a type of device rounds the factors of float32 products, such as to TF32 or bfloat16.
+
+    `tf32=True`, `torch_compile=True` and `torch.set_float32_matmul_precision` switch it on.
+
+    Example:
+        >>> rounds_float32("cuda")
+        False
+    """
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device)
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:  # torch before 2.9; later ones raise an error for the older question if the newer was used
+        return backend is not None and torch.get_float32_matmul_precision() != "highest"
+    return precision not in ("none", "ieee")
 
 
 def mask_dtype(model: Any) -> torch.dtype | None:
