@@ -89,15 +89,10 @@ def trace(**more):
 
 def test_scores_of_langfuse():
     assert labels("langfuse", trace(helpful=[1]), trace(helpful=[0], tags=[])) == [1.0, 0.0]
-    several = "it has several scores (helpful, tone): say which with --score"
-    assert labels("langfuse", trace(helpful=[1], tone=["ok"])) == [several]
     assert labels("langfuse", trace(helpful=[1], tone=["ok"]), score="helpful") == [1.0]
-    # The first row decides on the score, and rows that lack it are counted
-    assert labels("langfuse", trace(helpful=[1]), trace(tone=["ok"]), trace(helpful=None)) == [
-        1.0, "it has the score tone, and an earlier answer has helpful: say which with --score",
-        "it has no score helpful",
+    assert labels("langfuse", trace(helpful=[1]), trace(tone=["ok"]), score="helpful") == [
+        1.0, "it has no score helpful",
     ]  # fmt: skip
-    assert labels("langfuse", trace(helpful=[1]), trace(helpful=[1], tone=["ok"])) == [1.0, several]
     assert labels("langfuse", trace(helpful=None)) == ["it has no score"]
     assert labels("langfuse", trace(stars=[5]))[0].startswith("its label is outside [0, 1]")
     assert labels("langfuse", trace(stars=[5]), label_type="continuous") == [5.0]
@@ -128,6 +123,34 @@ def test_scores_of_langfuse():
     assert labels("langfuse", trace(helpful=[1], input=[HI, TOOL])) == [
         "one of its turns contains more than text, such as tool calls or images"
     ]
+
+
+def test_which_of_several_scores_is_the_label_is_not_decided_by_the_order_of_the_rows():
+    several = r"scores of several names: helpful \(2 answers\), tone \(1 answer\)\. Set --score to the one to read"
+    for rows in ([trace(helpful=[1]), trace(helpful=[1], tone=[5])], [trace(helpful=[1], tone=[5]), trace(helpful=[1])]):
+        with pytest.raises(ValueError, match=several):
+            labels("langfuse", *rows)
+    with pytest.raises(ValueError, match=r"helpful \(1 answer\), tone \(1 answer\)"):
+        labels("langfuse", trace(helpful=[1]), trace(tone=[1]))
+    stats = {"feedback_stats": {name: {"n": 1, "avg": 1.0} for name in ("up", "latency")}}
+    with pytest.raises(ValueError, match=r"up \(1 answer\), latency \(1 answer\)"):
+        labels("langsmith", {"inputs": {"question": "Hi"}, "outputs": {"output": "Hello!"}} | stats)
+
+    good, stars = result("choices", {"choices": ["1"]}), result("rating", {"rating": 4}, "stars")
+    for rows in ([annotated(good, stars)], [annotated(stars), annotated(good)]):
+        with pytest.raises(ValueError, match=r"controls of several names: .*stars \(1 answer\).* Set --control to"):
+            labels("label-studio", *rows)
+    with pytest.raises(ValueError, match=r"fields with the answer of several names: answer \(1 answer\), model \("):
+        labels("label-studio", annotated(good), annotated(good, data={"prompt": "Hi", "model": "m"}))
+
+
+def test_detection_says_which_option_is_missing(tmp_path, capsys):
+    rows = [trace(helpful=[1]), trace(tone=["ok"])]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["--detect", "--input", str(tmp_path / "traces.jsonl")]) == 1
+    found = capsys.readouterr().out.splitlines()[1:]
+    assert len(found) == 1
+    assert found[0].startswith("  langfuse               has these columns, but: The answers have scores of several")
 
 
 def test_lists_of_langfuse_that_are_no_scores():
@@ -250,7 +273,6 @@ def test_annotations_of_label_studio():
     assert labels("label-studio", annotated(good), label_map={"good": 1, "bad": 0}) == [1.0]
     assert labels("label-studio", annotated(stars), label_type="continuous") == [4.0]
     both = annotated(good, stars)
-    assert labels("label-studio", both) == ["it has several controls (it, stars): say which with --control"]
     assert labels("label-studio", both, control="stars", label_type="continuous") == [4.0]
     assert labels("label-studio", both, control="tone") == ["its annotation has 0 results of tone, not 1"]
     assert labels("label-studio", annotated(stars, was_cancelled=True)) == ["its annotation was skipped"]
@@ -307,9 +329,6 @@ def test_fields_of_label_studio():
     assert labels("label-studio", annotated(good, data={"prompt": "Hi", "answer": "", "model": "m"})) == [
         "its answer can be in answer or model: name one field with --answer_key"
     ]
-    assert labels("label-studio", annotated(good), annotated(good, data={"prompt": "Hi", "model": "m"})) == [
-        1.0, "its answer is in model, not in answer: name a field with --answer_key",
-    ]  # fmt: skip
     # The answer can be the last message
     talk = {"messages": [HI, HELLO]}
     assert outcomes("label-studio", annotated(good, data=talk)) == [(["Hi"], "Hello!", 1.0, True)]

@@ -280,6 +280,22 @@ def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one["prompt"] == other["prompt"] and one["completion"] == other["completion"]
 
 
+def refuse_several(names: Mapping[str, int], what: str, flag: str) -> None:
+    """Raise ValueError if the answers of a dataset have several names of something of which only one is read.
+
+    Args:
+        names: name → number of answers.
+        what: what has these names, in the plural.
+        flag: the option that says which one is read.
+
+    Example:
+        >>> refuse_several({"helpful": 2}, "scores", "--score")
+    """
+    if len(names) > 1:
+        each = ", ".join(f"{name} ({count:,} answer{'s' * (count > 1)})" for name, count in names.items())
+        raise ValueError(f"The answers have {what} of several names: {each}. Set {flag} to the one to read.")
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is an int or a float, and not a bool or text.
 

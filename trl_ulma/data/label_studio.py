@@ -1,9 +1,10 @@
 """Label Studio: its JSON export of tasks with annotations."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, compared, labeled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, compared, labeled, refuse_several
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.data.payloads import messages_in
 
@@ -27,16 +28,18 @@ def label_studio(
 
     Args:
         rows: `data`, the fields of a task, and `annotations`.
-        control: the `from_name` of the control to read. By default, the only one of these kinds. A written text beside
-            an answer can be a comment, so it is only read if this names it.
+        control: the `from_name` of the control to read. By default, the only one of these kinds that the annotations
+            have. A written text beside an answer can be a comment, so it is only read if this names it.
         prompt_key: the field with the prompt. By default, the first of prompt, instruction, question, input, dialogue
             and messages.
         answer_key: the field with the answer, or two, the left one and the right one, for comparisons. By default, the
-            only other field with text or a list, which must be the same for all tasks, and for comparisons the two
-            that the result names.
+            only other field with text or a list, and for comparisons the two that the result names.
         label_type: the type of ratings and choices.
         liked: answers with the binary label 1 are not demonstrations.
         label_map: choice → number.
+
+    Raises:
+        ValueError: after the last task, if several controls or fields could be read and none is named.
 
     Example:
         >>> result = {"from_name": "stars", "type": "rating", "value": {"rating": 4}}
@@ -45,7 +48,8 @@ def label_studio(
         >>> outcome["completion"], outcome["label"]
         ([{'role': 'assistant', 'content': 'Hello!'}], 4.0)
     """
-    usual: str | None = None
+    controls: Counter[str] = Counter()
+    fields: Counter[str] = Counter()
     for raw in rows:
         annotations = raw["annotations"]
         if not isinstance(annotations, list) or not all(isinstance(each, Mapping) for each in annotations):
@@ -59,7 +63,10 @@ def label_studio(
                 continue
             kind = ""
             try:
-                kind, value, between = _result(annotation, control)
+                results = annotation.get("result")
+                results = [each for each in results if isinstance(each, Mapping)] if isinstance(results, list) else []
+                controls.update({str(each.get("from_name")) for each in results if each.get("type") in _KINDS})
+                kind, value, between = _result(results, control)
                 there, prompt_name = _prompt(raw["data"], prompt_key)
                 prompt = messages_in(there[prompt_name], "user")
                 names = [name.strip() for name in answer_key.split(",")] if answer_key else [*there][1:]
@@ -87,9 +94,7 @@ def label_studio(
                 if names:
                     if len(names) != 1:
                         raise ValueError(f"its answer can be in {' or '.join(names)}: name one field with --answer_key")
-                    usual = usual or names[0]
-                    if names[0] != usual:
-                        raise ValueError(f"its answer is in {names[0]}, not in {usual}: name a field with --answer_key")
+                    fields[names[0]] += 1
                     answer = messages_in(there[names[0]], "assistant")
                 else:
                     prompt, answer = split_messages(prompt)
@@ -104,19 +109,15 @@ def label_studio(
                 yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=label_map)
             except ValueError as error:
                 yield from [LeftOut(str(error))] * (2 if kind == "pairwise" else 1)
+    if control is None:
+        refuse_several(controls, "controls", "--control")
+    refuse_several(fields, "fields with the answer", "--answer_key")
 
 
-def _result(annotation: Mapping[str, Any], control: str | None) -> tuple[str, Mapping[str, Any], list[str]]:
+def _result(results: list[Mapping[str, Any]], control: str | None) -> tuple[str, Mapping[str, Any], list[str]]:
     """The kind and value of the result to read, and the names of what it is about."""
-    results = annotation.get("result")
-    results = [each for each in results if isinstance(each, Mapping)] if isinstance(results, list) else []
-    if control is not None:
-        found = [each for each in results if each.get("from_name") == control]
-    else:
-        found = [each for each in results if each.get("type") in _KINDS]
-    names = sorted({str(each.get("from_name")) for each in found})
-    if len(names) > 1:
-        raise ValueError(f"it has several controls ({', '.join(names)}): say which with --control")
+    key, values = ("type", _KINDS) if control is None else ("from_name", (control,))
+    found = [each for each in results if each.get(key) in values]
     if not found and results and control is None:
         kinds = ", ".join(sorted({str(each.get("type")) for each in results}))
         raise ValueError(f"its annotation has no {', '.join(_KINDS)}, but {kinds}")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, LeftOut, Noted, Outcome, as_label, labeled
+from trl_ulma.data.adapters import LABELED, LeftOut, Noted, Outcome, as_label, labeled, refuse_several
 from trl_ulma.data.columns import Names
 from trl_ulma.data.payloads import REASONED, Unclear, is_json_object, messages_in, text_key, without_reasoning
 from trl_ulma.labels import ASKING_ROLES
@@ -39,13 +39,15 @@ def logged(
 
     Args:
         answers: inputs, outputs and scores, or why there are none.
-        score: the name of the score. By default, the only one that an answer has. Answers that have several, or another
-            one than the first answer with a score, are left out.
+        score: the name of the score. By default, the only one that the answers have.
         prompt_key: where the question is in an input that is an object.
         answer_key: where the answer is in an output that is an object.
         label_type: the type of the score.
         liked: answers with the binary label 1 are not demonstrations.
         label_map: score, as text → number.
+
+    Raises:
+        ValueError: after the last answer, if no score is named and the answers have several.
 
     Example:
         >>> [outcome] = logged([("Hi", "Hello!", {"helpful": [1]})])
@@ -53,22 +55,15 @@ def logged(
         ([{'role': 'assistant', 'content': 'Hello!'}], 1.0)
     """
     names = Names(label_map=label_map or {})
-    only: str | None = None  # the score that is read if none is named
+    scored: Counter[str] = Counter()
     for found in answers:
         if isinstance(found, LeftOut):
             yield found
             continue
         given, reply, scores = found
         there = {name: values for name, values in scores.items() if values}
-        if score is None and len(there) > 1:
-            yield LeftOut(f"it has several scores ({', '.join(there)}): say which with --score")
-            continue
-        own = next(iter(there), None)
-        only = only or own
-        if score is None and own != only and own is not None:
-            yield LeftOut(f"it has the score {own}, and an earlier answer has {only}: say which with --score")
-            continue
-        name = score or only
+        scored.update(there.keys())
+        name = score or next(iter(there), None)
         values = there.get(name or "")
         if not values:
             yield LeftOut(f"it has no score{f' {name}' if name else ''}")
@@ -104,6 +99,8 @@ def logged(
             yield Noted(AVERAGED)
         mapped = label_map if len(values) == 1 else None
         yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=mapped)
+    if score is None:
+        refuse_several(scored, "scores", "--score")
 
 
 def _last(prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> tuple[list, list]:

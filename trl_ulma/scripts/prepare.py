@@ -182,12 +182,11 @@ def detect(argv: Sequence[str]) -> int:
         return code
     print(f"{args.input}, split {splits[0]}:")
     for each in found:
-        print(
-            f"  {each.family:<22} {each.kept:,} of {each.answers:,} answers of the first {each.rows:,} rows can be used"
-        )
+        usable = f"{each.kept:,} of {each.answers:,} answers of the first {each.rows:,} rows can be used"
+        print(f"  {each.family:<22} {f'has these columns, but: {each.problem}' if each.problem else usable}")
     if not found:
         print("  no family reads it")
-    return 0 if found else 1
+    return 0 if any(each.kept for each in found) else 1
 
 
 def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
