@@ -127,7 +127,8 @@ def test_scores_of_langfuse():
 
 def test_which_of_several_scores_is_the_label_is_not_decided_by_the_order_of_the_rows():
     several = r"scores of several names: helpful \(2 answers\), tone \(1 answer\)\. Set --score to the one to read"
-    for rows in ([trace(helpful=[1]), trace(helpful=[1], tone=[5])], [trace(helpful=[1], tone=[5]), trace(helpful=[1])]):
+    one, both = trace(helpful=[1]), trace(helpful=[1], tone=[5])
+    for rows in ([one, both], [both, one]):
         with pytest.raises(ValueError, match=several):
             labels("langfuse", *rows)
     with pytest.raises(ValueError, match=r"helpful \(1 answer\), tone \(1 answer\)"):
