@@ -679,10 +679,56 @@ def test_thumbs_among_stars_are_counted_in_a_warning(tmp_path, caplog, streaming
     assert re.search(TRUTHS, said)
 
 
-def test_thumbs_as_text_among_stars_in_parquet_are_counted_in_a_warning(tmp_path, caplog):
+@pytest.mark.parametrize("late", ["thumbs", "stars"])
+def test_late_thumbs_among_stars_are_found(tmp_path, caplog, late):
+    many, few = ([row(5), row(1)] * 600, [row(True)]) if late == "thumbs" else ([row(True)] * 1200, [row(5)])
+    stream = read(write(tmp_path / "rows.jsonl", lines(many + few)), streaming=True)
+    assert not caplog.messages
+    for _ in range(2):
+        assert len(list(stream)) == 1201
+    [said] = caplog.messages
+    assert re.search(rf"rows.jsonl, line 1201: label: {TRUTHS}$", said)
+
+    caplog.clear()
+
+    def named(name, rows):
+        return DatasetConfig(path=str(write(tmp_path / name, lines(rows))))
+
+    [said] = load_mixture([named("a.jsonl", many), named("b.jsonl", few)])[1]
+    assert re.search(TRUTHS, said)
+    mixed, said = load_mixture([named("a.jsonl", many), named("b.jsonl", many[:1100] + few)], streaming=True)
+    assert not said
+    assert len(list(mixed["train"])) == 2301
+    assert any(re.search(rf"part 2 of .*b.jsonl\), row 1100: label: {TRUTHS}", each) for each in caplog.messages)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_0_and_1_beside_a_file_of_ratings_is_found(tmp_path, caplog, streaming):
+    write(tmp_path / "rows" / "stars.jsonl", lines([row(5), row(1)] * 20))
+    write(tmp_path / "rows" / "thumbs.jsonl", lines([row(0), row(1), row(1)] * 7))
+    list(read(tmp_path / "rows", streaming=streaming))
+    [said] = caplog.messages
+    found = r"label: .*thumbs\.jsonl.* has only 0 and 1, beside ratings such as 5 elsewhere\. .* label_type"
+    assert re.search(found, said)
+    parts = [DatasetConfig(path=str(tmp_path / "rows" / name)) for name in ("thumbs.jsonl", "stars.jsonl")]
+    [said] = load_mixture(parts, streaming=streaming)[1]
+    assert re.search(found, said)
+
+
+def test_ratings_of_which_a_few_are_only_0_and_1_need_no_warning(tmp_path, caplog):
+    write(tmp_path / "rows" / "a.jsonl", lines([row(4), row(1)] * 20))
+    write(tmp_path / "rows" / "b.jsonl", lines([row(0), row(1)]))
+    write(tmp_path / "rows" / "c.jsonl", lines([row(1)] * 30))
+    read(tmp_path / "rows")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_thumbs_as_text_among_stars_in_parquet_are_counted_in_a_warning(tmp_path, caplog, streaming):
     Dataset.from_list([row("true"), row("5")]).to_parquet(tmp_path / "rows.parquet")
-    read(tmp_path / "rows.parquet")
+    assert [each["label"] for each in read(tmp_path / "rows.parquet", streaming=streaming)] == [1, 5]
     assert re.search(TRUTHS, caplog.text)
+    assert "label: numbers that are stored as text are converted to numbers" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
 from trl_ulma.data.unread import UNREAD, Unread
@@ -281,10 +282,12 @@ def class_labels(names: Sequence[str]) -> list[float]:
 
 
 class Truths:
-    """Finds the labels true and false among ratings. Without a `label_type` in the rows, they count as 1 and 0.
+    """Finds thumbs among ratings, if the rows have no `label_type`: labels true and false, which count as 1 and 0, and
+    files with only 0 and 1 beside files with ratings.
 
     Attributes:
-        found: a message, and the number of such labels.
+        found: messages about labels true and false, and the number of such labels.
+        sources: messages about files with only 0 and 1, and the number of their labels.
 
     Example:
         >>> truths = Truths()
@@ -294,19 +297,25 @@ class Truths:
         [1]
     """
 
+    _ENOUGH = 20  # ratings of a file can be 0 and 1 by chance
+
     def __init__(self) -> None:
         self._count = 0
         self._rating: int | float | None = None
+        # source → the number of its labels 0, of 1, and of others
+        self._numbers: dict[str, list[int]] = {}
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Look at one more row."""
+    def add(self, row: Mapping[str, Any], source: str = "") -> None:
+        """Look at one more row of a file."""
         label = row.get("label")
         if row.get("label_type") is not None:
             return
         if isinstance(label, bool):
             self._count += 1
-        elif self._rating is None and isinstance(label, int | float) and (label < 0 or label > 1):
-            self._rating = label
+        elif isinstance(label, int | float):
+            self._numbers.setdefault(source, [0, 0, 0])[0 if label == 0 else 1 if label == 1 else 2] += 1
+            if self._rating is None and (label < 0 or label > 1):
+                self._rating = label
 
     @property
     def found(self) -> dict[str, int]:
@@ -316,6 +325,18 @@ class Truths:
         return {
             f"label: true and false stand among ratings such as {self._rating:g}, and count as 1 and 0. If they are "
             "likes and dislikes, add a column label_type, with binary for them and continuous for ratings": self._count
+        }
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """See the class."""
+        if self._rating is None:
+            return {}
+        return {
+            f"label: {source} has only 0 and 1, beside ratings such as {self._rating:g} elsewhere. If they are likes and "
+            "dislikes, add a column label_type, with binary for them and continuous for ratings": zeros + ones
+            for source, (zeros, ones, others) in self._numbers.items()
+            if zeros and ones and not others and zeros + ones >= self._ENOUGH
         }
 
 
@@ -385,3 +406,9 @@ def say(found: Mapping[str, int], where: str) -> None:
         return
     for what, count in found.items():
         logger.warning(f"{where}: {what}{f' ({count:,} values)' if count > 1 else ''}.")
+
+
+@cache
+def say_once(what: str, where: str) -> None:
+    """Log a finding that is met while a stream is read, once per process."""
+    say({what: 1}, where)

@@ -129,10 +129,11 @@ class FileRows:
                     if self.invalid_rows == "drop":
                         continue
                     row |= {"label": None, UNREAD: fault.message}
-                truths.add(row)
+                truths.add(row, str(file))
                 self.found |= truths.found
                 self.lines.append(line)
                 yield row
+        self.found |= truths.sources
         self.check_points()
         self.check()
 

@@ -14,6 +14,7 @@ from trl_ulma.data.columns import (
     read_row,
     read_value,
     say,
+    say_once,
     unknown_label,
     unknown_labels,
 )
@@ -33,16 +34,20 @@ class _Read:
 
     def __init__(self, names: Names, where: str, classes: list[Any] | None):
         self.names, self.where, self.classes = names, where, classes
+        self.truths = Truths()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unknown: Counter[str] = Counter()
         theirs = self.names.columns.get("label", "label")
         if self.classes is not None and isinstance(row[theirs], int):  # a number below 0 is no class
             row = row | {theirs: self.classes[row[theirs]] if row[theirs] >= 0 else None}
-        row = read_row(row, self.names, unknown, lambda what: None, delimiter=None)
+        row = read_row(row, self.names, unknown, lambda what: say_once(what, self.where), delimiter=None)
         problem = unknown_labels(unknown, self.names.label_map, self.where)
         if problem:
             raise ValueError(problem)
+        self.truths.add(row)
+        for what in self.truths.found:
+            say_once(what, self.where)
         return row
 
 

@@ -17,7 +17,7 @@ from datasets import (
     concatenate_datasets,
 )
 
-from trl_ulma.data.columns import READ, TEXTS, Truths
+from trl_ulma.data.columns import READ, TEXTS, Truths, say_once
 from trl_ulma.data.conversations import as_chat, is_transcript
 from trl_ulma.data.files import check_splits, load_files, load_rows
 from trl_ulma.data.hub import load_hub
@@ -30,7 +30,7 @@ from trl_ulma.labels import LabelRules
 
 # Builders of `datasets`. TRL's mixtures use their names to declare the kind of files.
 _BUILDERS = ("json", "csv", "parquet")
-# The rows of each part in which labels are compared with those of the other parts
+# The rows of each part of a stream in which labels are compared with those of the other parts before training
 _FIRST_ROWS = 1000
 _OF_PAIRS = (
     "prompt",
@@ -207,10 +207,15 @@ def _mixed(
     truths = Truths()
     for name, rows in loaded:
         there = [column for column in ("label", "label_type") if column in first[name]]
-        row: Any
-        for row in islice(rows.select_columns(there) if isinstance(rows, Dataset) else rows, _FIRST_ROWS):
-            truths.add(row)
-    for what in truths.found:
+        if isinstance(rows, Dataset):
+            columns = [rows.with_format(None)[column][:] for column in there]
+            labels = [dict(zip(there, values, strict=True)) for values in zip(*columns, strict=True)]
+        else:  # the other rows of a stream are looked at when they are read
+            labels = islice(rows, _FIRST_ROWS)
+        for row in labels:
+            truths.add(row, name)
+    found = truths.found | truths.sources
+    for what in found:
         warn(f"{what}.")
     prompts = {name: _first_prompt(rows) for name, rows in loaded}
     texts = [name for name, prompt in prompts.items() if isinstance(prompt, str)]
@@ -248,7 +253,8 @@ def _mixed(
     rows_of = [(_Part(name, set(first[name]), columns, rules, log_z, name in made_chat), rows) for name, rows in loaded]
     if isinstance(loaded[0][1], IterableDataset):
         # `concatenate_datasets` would assume that all rows have the types of the first rows
-        stream = IterableDataset.from_generator(_chained, gen_kwargs={"rows_of": tuple(rows_of)})
+        given = {"rows_of": tuple(rows_of), "known": frozenset(found)}
+        stream = IterableDataset.from_generator(_chained_stream, gen_kwargs=given)
         note_places(stream, partial(_chained_places, [rows for _, rows in loaded]))
         return stream
     alike = {str(sorted(rows.features.items())) for _, rows in loaded}
@@ -278,6 +284,20 @@ def _chained(rows_of: Sequence[tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
     for part, rows in rows_of:
         for row in rows.with_format(None):
             yield part(row)
+
+
+def _chained_stream(rows_of: Sequence[tuple[Any, Any]], known: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """Like `_chained`. Thumbs among ratings are logged when they are met, except those of the first rows."""
+    truths = Truths()
+    for part, rows in rows_of:
+        for number, row in enumerate(rows):
+            truths.add(row, part.name)
+            for what in truths.found.keys() - known:
+                say_once(what, f"{part.name}, row {number}")
+                known |= {what}
+            yield part(row)
+    for what in truths.sources.keys() - known:
+        say_once(what, "the mixture")
 
 
 def _chained_places(parts: Sequence[Rows]) -> Iterator[str | None]:

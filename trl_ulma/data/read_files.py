@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from trl_ulma.data.columns import Names, say
+from trl_ulma.data.columns import Names, say, say_once
 from trl_ulma.data.file_rows import FileRows, suffix_of, unit_of
 from trl_ulma.data.known_types import renamed
 from trl_ulma.data.origins import Origins, note_places
@@ -47,7 +47,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
         reader.check()
         say(reader.found, reader.where)
         given = {"files": files, "names": names, "invalid_rows": invalid_rows}
-        stream = IterableDataset.from_generator(_stream, gen_kwargs=given)
+        stream = IterableDataset.from_generator(_stream, gen_kwargs=given | {"known": frozenset(reader.found)})
         note_places(stream, partial(_places, **given))
         return _marked(stream, files)
     about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -84,10 +84,15 @@ def marked(rows: Any, are_tables: Sequence[bool]) -> Any:
     return rows
 
 
-def _stream(files: list[Path], names: Names, invalid_rows: str) -> Iterator[dict[str, Any]]:
+def _stream(files: list[Path], names: Names, invalid_rows: str, known: frozenset[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a stream. Findings are logged when they are met, except those that are `known` from the first rows."""
     reader, said = FileRows(files, names, invalid_rows), 0
     for row in chain(reader(), [None]):
         reader.check()
+        if len(reader.found) > len(known):
+            for what in reader.found.keys() - known:
+                say_once(what, reader.where if row is None else reader.place(len(reader.lines) - 1))
+            known |= reader.found.keys()
         if invalid_rows == "drop":
             for line in reader.unread[said:]:
                 logger.warning(f"Left out a row that cannot be read. {list_unread([line])}")
