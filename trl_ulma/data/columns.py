@@ -333,8 +333,8 @@ class Truths:
         if self._rating is None:
             return {}
         return {
-            f"label: {source} has only 0 and 1, beside ratings such as {self._rating:g} elsewhere. If they are likes and "
-            "dislikes, add a column label_type, with binary for them and continuous for ratings": zeros + ones
+            f"label: {source} has only 0 and 1, beside ratings such as {self._rating:g} elsewhere. If they are likes "
+            "and dislikes, add a column label_type, with binary for them and continuous for ratings": zeros + ones
             for source, (zeros, ones, others) in self._numbers.items()
             if zeros and ones and not others and zeros + ones >= self._ENOUGH
         }

@@ -85,7 +85,7 @@ def marked(rows: Any, are_tables: Sequence[bool]) -> Any:
 
 
 def _stream(files: list[Path], names: Names, invalid_rows: str, known: frozenset[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a stream. Findings are logged when they are met, except those that are `known` from the first rows."""
+    """The rows of a stream. Findings are logged when they are met, except those `known` from the first rows."""
     reader, said = FileRows(files, names, invalid_rows), 0
     for row in chain(reader(), [None]):
         reader.check()
