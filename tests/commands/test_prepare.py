@@ -218,6 +218,43 @@ def test_a_broken_file_in_a_folder(raw, capsys):
     assert f"{raw / 'data' / 'train.parquet'} cannot be read as parquet: Parquet file size is 4 bytes" in line
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        (
+            "hh",
+            ("--columns", "label=chosen"),
+            "--columns names label, which hh does not read. It reads chosen, rejected.",
+        ),
+        ("pairs", ("--columns", "answer=chosen"), "--columns names answer, which pairs does not read."),
+        ("beavertails", ("--columns", "label=is_safe"), "Rated answers are the families kto and messages."),
+        ("kto", ("--label_type", "continuous", "--liked"), "liked is for answers with the binary label 1, but all"),
+        ("open-webui", ("--feedback", "rating", "--liked"), "liked is for answers with the binary label 1, but all"),
+        ("tldr", ("--aspect", "coherence"), "The summaries are compared, and not rated by aspects. Remove the aspect"),
+    ],
+)
+def test_an_option_that_would_not_be_used_is_refused(raw, capsys, family, options, message):
+    assert message in error_of(capsys, family, "--input", raw / f"{family}.jsonl", "--output", raw / "out", *options)
+    assert not (raw / "out").exists()
+
+
+def test_a_seed_without_a_test_part_is_refused(raw, capsys):
+    for output, *options in (("out.jsonl",), ("out", "--test_size", "0")):
+        assert prepare("hh", raw / "hh.jsonl", raw / output, *options) == 0
+        capsys.readouterr()
+        assert prepare("hh", raw / "hh.jsonl", raw / output, *options, "--seed", 1, "--overwrite") == 2
+        assert "--seed chooses the test part, but there is none" in capsys.readouterr().err
+
+
+def test_optional_columns_can_be_named(raw):
+    rows = [{"instruction": f"{i}?", "output": "Yes", "more": f"So {i}.", "stars": i % 2} for i in range(20)]
+    (raw / "rows.json").write_text(json.dumps(rows))
+    names = ("--columns", "input=more,label=stars")
+    assert prepare("alpaca", raw / "rows.json", raw / "out.jsonl", *names) == 0
+    first = json.loads((raw / "out.jsonl").read_text().splitlines()[0])
+    assert (first["label"], first["prompt"][0]["content"].endswith("So 0.")) == (0.0, True)
+
+
 def test_overwriting_replaces_the_parts(raw):
     assert prepare("hh", raw / "hh.jsonl", raw / "out") == 0
     assert prepare("pairs", raw / "pairs.jsonl", raw / "out") == 1

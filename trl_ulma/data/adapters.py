@@ -109,6 +109,7 @@ class Adapter:
         options: command-line flag → the arguments of argparse's `add_argument`.
         rated: the family that reads the same data with a column `label`, if `read` makes answers without one
             demonstrations. "" if not.
+        also: columns that `read` uses if they are there. None if it uses all columns.
         maps_labels: whether `read` takes `label_map`, label → number, because its labels are not in a column `label`.
     """
 
@@ -117,6 +118,7 @@ class Adapter:
     refuses: tuple[str, ...] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rated: str = ""
+    also: tuple[str, ...] | None = ()
     maps_labels: bool = False
 
     def reads(self, columns: Any) -> bool:
@@ -128,6 +130,18 @@ class Adapter:
         """
         there = set(columns)
         return any(there.issuperset(layout) for layout in self.needs) and there.isdisjoint(self.refuses)
+
+    def unused(self, columns: Iterable[str]) -> list[str]:
+        """Those of these columns that `read` does not use.
+
+        Example:
+            >>> find("alpaca").unused(["instruction", "input", "stars"])
+            ['stars']
+        """
+        if self.also is None:
+            return []
+        used = {*self.also, *(name for layout in self.needs for name in layout)}
+        return [name for name in columns if name not in used]
 
 
 def find(family: str) -> Adapter:

@@ -44,4 +44,5 @@ ALPACA = Adapter(
     refuses=("completions", "chosen"),
     options=LABELED,
     rated="alpaca",
+    also=("input", "context", "history", "system", "label", "kto_tag"),
 )

@@ -146,6 +146,11 @@ def convert(
             "the low ratings would stay, and count as likes. Set --label_type continuous. For thumbs of −1 and 1, set "
             "--label_map=-1=0,1=1."
         )
+    if options.get("liked") and parts and all("binary" not in part.unique("label_type") for part in parts):
+        raise ValueError(
+            "liked is for answers with the binary label 1, but all labels are continuous, and their answers are no "
+            "demonstrations. Remove liked (on the command line --liked)."
+        )
     if not parts:
         raise ValueError(
             f"None of the {account.rows_in:,} raw rows could be converted: {reasons(account)}. Check that this is "

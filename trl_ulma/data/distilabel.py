@@ -32,4 +32,4 @@ def distilabel(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
             yield labeled(prompt, answer, rating, label_type="continuous")
 
 
-DISTILABEL = Adapter(distilabel, needs=(("instruction", "generations", "ratings"),))
+DISTILABEL = Adapter(distilabel, needs=(("instruction", "generations", "ratings"),), also=("system_prompt",))

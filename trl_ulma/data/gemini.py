@@ -38,4 +38,4 @@ def gemini(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
             yield labeled(prompt, answer, each.get("score"), label_type=label_type, liked=liked)
 
 
-GEMINI = Adapter(gemini, needs=(("contents", "completions"),), options=LABELED)
+GEMINI = Adapter(gemini, needs=(("contents", "completions"),), options=LABELED, also=None)

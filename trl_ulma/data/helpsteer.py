@@ -39,6 +39,7 @@ def helpsteer(rows: Iterable[Mapping[str, Any]], *, aspect: str = "helpfulness")
 HELPSTEER = Adapter(
     helpsteer,
     needs=(("prompt", "response", "helpfulness", "correctness"),),
+    also=ASPECTS,
     options={
         "--aspect": {"choices": ASPECTS, "default": "helpfulness", "help": "the rating to use (default: %(default)s)"},
     },

@@ -50,6 +50,7 @@ def label_studio(
     """
     controls: Counter[str] = Counter()
     fields: Counter[str] = Counter()
+    kinds: set[str] = set()
     for raw in rows:
         annotations = raw["annotations"]
         if not isinstance(annotations, list) or not all(isinstance(each, Mapping) for each in annotations):
@@ -67,6 +68,7 @@ def label_studio(
                 results = [each for each in results if isinstance(each, Mapping)] if isinstance(results, list) else []
                 controls.update({str(each.get("from_name")) for each in results if each.get("type") in _KINDS})
                 kind, value, between = _result(results, control)
+                kinds.add(kind)
                 there, prompt_name = _prompt(raw["data"], prompt_key)
                 prompt = messages_in(there[prompt_name], "user")
                 names = [name.strip() for name in answer_key.split(",")] if answer_key else [*there][1:]
@@ -112,6 +114,11 @@ def label_studio(
     if control is None:
         refuse_several(controls, "controls", "--control")
     refuse_several(fields, "fields with the answer", "--answer_key")
+    if kinds and kinds <= {"pairwise", "textarea"} and (label_map or label_type != "binary"):
+        raise ValueError(
+            "The annotations are comparisons or written answers, whose labels are binary. Remove --label_type and "
+            "--label_map, which are for ratings, numbers and choices."
+        )
 
 
 def _result(results: list[Mapping[str, Any]], control: str | None) -> tuple[str, Mapping[str, Any], list[str]]:

@@ -73,5 +73,6 @@ LANGFUSE = Adapter(
     needs=tuple(("input", "output", name) for name in ("timestamp", "startTime", "start_time", "traceId", "scores")),
     refuses=("prompt", "completion", "instruction"),
     options=OPTIONS,
+    also=None,
     maps_labels=True,
 )

@@ -97,6 +97,7 @@ def _quality(labels: Any) -> Any:
 OASST = Adapter(
     oasst,
     needs=(("message_tree_id", "prompt"), ("message_id", "parent_id", "text", "role")),
+    also=("rank", "labels", "deleted", "review_result"),
     options={
         "--label": {
             "choices": LABELS,

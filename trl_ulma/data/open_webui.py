@@ -120,6 +120,7 @@ def _branch(raw: Mapping[str, Any]) -> tuple[list[dict[str, str]], list[Noted]]:
 OPEN_WEBUI = Adapter(
     open_webui,
     needs=(("data", "meta", "snapshot"),),
+    also=("details",),
     options=LIKED
     | {
         "--feedback": {

@@ -203,4 +203,10 @@ def _with_prompt(conversation: list[dict[str, Any]], prompt: Any) -> list[dict[s
     raise ValueError("it is a whole conversation that does not contain its prompt")
 
 
-PAIRS = Adapter(pairs, needs=(("chosen", "rejected"),), refuses=("completion", "conversations"), options=LIKED)
+PAIRS = Adapter(
+    pairs,
+    needs=(("chosen", "rejected"),),
+    refuses=("completion", "conversations"),
+    options=LIKED,
+    also=("prompt", *_ALONG),
+)

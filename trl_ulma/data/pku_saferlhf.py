@@ -46,6 +46,7 @@ def pku_saferlhf(rows: Iterable[Mapping[str, Any]], *, label: str = "safe", like
 PKU_SAFERLHF = Adapter(
     pku_saferlhf,
     needs=(("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"),),
+    also=tuple(PREFERRED.values()),
     options=LIKED
     | {
         "--label": {

@@ -106,6 +106,7 @@ def _wins(preference: list[int]) -> dict[int, float]:
 QA_FEEDBACK = Adapter(
     qa_feedback,
     needs=(("question", "passages", "prediction 1", "feedback"),),
+    also=("preference", *(f"prediction {number}" for number in PREDICTIONS)),
     options={
         "--passages": {
             "choices": PASSAGES,

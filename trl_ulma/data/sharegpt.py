@@ -86,4 +86,10 @@ def as_turns(turns: Any) -> list[dict[str, Any]]:
     return found
 
 
-SHAREGPT = Adapter(sharegpt, needs=(("conversations",),), options=LABELED, rated="sharegpt")
+SHAREGPT = Adapter(
+    sharegpt,
+    needs=(("conversations",),),
+    options=LABELED,
+    rated="sharegpt",
+    also=("system", "chosen", "rejected", "label", "kto_tag"),
+)

@@ -27,6 +27,8 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
         raise ValueError(f"aspect is {aspect!r}; it must be one of {ASPECTS}.")
     for raw in rows:
         is_rated = "summaries" not in raw
+        if not is_rated and aspect != "overall":
+            raise ValueError(f"The summaries are compared, and not rated by aspects. Remove the aspect {aspect!r}.")
         prompt = _prompt(raw["info"])
         if is_rated:
             summary = raw["summary"] if isinstance(raw["summary"], Mapping) else {}

@@ -46,5 +46,6 @@ def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterat
 WEBGPT = Adapter(
     webgpt,
     needs=(("question", "answer_0", "answer_1", "score_0", "score_1"),),
+    also=("quotes_0", "quotes_1"),
     options={"--quotes": {"action": "store_true", "help": "put the quotes that an answer cites before the question"}},
 )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PROG = "trl-ulma prepare"
 INPUT = ("--dataset", "--input")
 TEST_SIZE = 0.1
+SEED = 42
 
 
 def help_text() -> str:
@@ -91,7 +92,7 @@ def family_parser(family: str) -> CommandParser:
         type=_test_size,
         help=f"size of the test part, split by prompt: a fraction, a number of rows, or 0 (default: {TEST_SIZE})",
     )
-    parser.add_argument("--seed", type=int, default=42, help="random seed of the test part (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help=f"random seed of the test part (default: {SEED})")
     parser.add_argument(
         "--alternating",
         action="store_true",
@@ -197,6 +198,7 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
         ValueError: where it is not of this family, or the output cannot be written.
     """
     files = _files(args)
+    _check_columns(family, args)
     folders = _absent_folders([*files.values(), *([args.report] if args.report else [])])
     written = [*files.values(), *([args.report] if args.report else [])]
     parts: dict[Path, Path] = {}
@@ -262,6 +264,19 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
+def _check_columns(family: str, args: argparse.Namespace) -> None:
+    from trl_ulma.data.columns import Names
+
+    adapter = find(family)
+    unused = adapter.unused(Names.of(args.columns, None).columns)
+    if unused:
+        used = dict.fromkeys([*(name for layout in adapter.needs for name in layout), *(adapter.also or ())])
+        label = " Rated answers are the families kto and messages." if "label" in unused else ""
+        raise ValueError(
+            f"--columns names {', '.join(unused)}, which {family} does not read. It reads {', '.join(used)}.{label}"
+        )
+
+
 def _absent_folders(files: Sequence[Path]) -> list[Path]:
     """The folders that are made for the files, the innermost first."""
     folders = {folder for file in files for folder in file.absolute().parents if not folder.exists()}
@@ -274,6 +289,7 @@ def _files(args: argparse.Namespace) -> dict[str, Path]:
     if output.suffix in (".parquet", ".jsonl") and not output.is_dir():
         if args.test_size:
             raise ValueError(f"--output {output} is one file, which has no test part. Name a folder instead.")
+        _check_seed(args)
         return {"all": output}
     if output.suffix and not (output.is_dir() or args.output.endswith("/")):
         raise ValueError(
@@ -282,6 +298,10 @@ def _files(args: argparse.Namespace) -> dict[str, Path]:
         )
     if args.test_size is None:
         args.test_size = TEST_SIZE
+    if not args.test_size:
+        _check_seed(args)
+    elif args.seed is None:
+        args.seed = SEED
     files = {name: output / f"{name}.parquet" for name in (("train", "test") if args.test_size else ("train",))}
     if args.report and args.report.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"--report {args.report} lies in the folder of --output, where it would be read as data.")
@@ -295,6 +315,11 @@ def _files(args: argparse.Namespace) -> dict[str, Path]:
                 "folder, or remove it."
             )
     return files
+
+
+def _check_seed(args: argparse.Namespace) -> None:
+    if args.seed is not None:
+        raise ValueError("--seed chooses the test part, but there is none. Remove it.")
 
 
 def _part(file: Path, overwrite: bool) -> Path:
