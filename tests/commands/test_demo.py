@@ -189,7 +189,7 @@ def test_tiny_demo(tmp_path, capsys, caplog):
 
     threads = torch.get_num_threads()
     folder = tmp_path / "demo"
-    assert demo.main(["--tiny", "--output_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]) == 0
+    assert demo.main(["--tiny", "--output_dir", str(folder)]) == 0
     assert "The SFT term dominates" not in caplog.text  # a setting of the demo, which its user cannot change
     assert torch.get_num_threads() == threads
     report, again = check_outputs(folder, capsys.readouterr().out)
@@ -214,3 +214,9 @@ def test_real_demo_raises_the_auc_and_lowers_the_perplexity_of_good_answers(tmp_
     assert excludes_zero(figures["mean_logp_auc"]["change"], 1)
     assert excludes_zero(figures["good_perplexity"]["change"], -1)
     assert excludes_zero(figures["bad_log_ratio"]["change"], -1)
+
+
+def test_the_folder_of_a_download_without_a_download_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--tiny", "--cache_dir", "cache"])
+    assert "--tiny downloads none. Leave it out." in capsys.readouterr().err

@@ -630,11 +630,21 @@ NEEDED = ["--model", "m", "--dataset", "org/d", "--output", "o"]
         (["--judge", "llm:"], "'llm:' is no judge"),
         (["--judge", "profanity", "--judge", "profanity"], "a --judge is given twice"),
         (["--model", "m"], "a --model is given twice; each run needs a folder of its own"),
-        (["--judge_label", "good"], "--judge_label needs a reward:CHECKPOINT judge, and there is none"),
-        (["--judge_url", f"http://u:{PLANTED}@h/v1"], "--judge_url needs an llm:MODEL judge, and there is none."),
-        (["--judge", "profanity", "--key_variable", "K"], "--key_variable needs an llm:MODEL judge, and there is none"),
-        (["--server_url", f"http://u:{PLANTED}@h/v1"], "--server_url needs a served:MODEL model, and there is none."),
-        (["--server_key_variable", "K"], "--server_key_variable needs a served:MODEL model, and there is none."),
+        (["--judge_label", "good"], "--judge_label needs a reward:CHECKPOINT judge, which is not given"),
+        (["--judge_url", f"http://u:{PLANTED}@h/v1"], "--judge_url needs an llm:MODEL judge, which is not given."),
+        (
+            ["--judge", "profanity", "--key_variable", "K"],
+            "--key_variable needs an llm:MODEL judge, which is not given",
+        ),
+        (["--server_url", f"http://u:{PLANTED}@h/v1"], "--server_url needs a served:MODEL model, which is not given."),
+        (["--server_key_variable", "K"], "--server_key_variable needs a served:MODEL model, which is not given."),
+        (["--criterion", "helpful"], "--criterion needs a judge, which is not given. Leave it out."),
+        (["--judge", "profanity", "--judge_max_tokens", "99"], "--judge_max_tokens needs an llm:MODEL judge"),
+        (["--judge", "profanity", "--retry_refused"], "--retry_refused needs an llm:MODEL judge or a served:MODEL"),
+        (["--num_prompts", "3"], "--num_prompts needs a judge, --generate or a served:MODEL model"),
+        (["--no-base", "--temperature", "1"], "--temperature needs a judge, --generate, or --examples with --base"),
+        (["--no-base", "--examples", "5"], "--examples needs --base"),
+        (["--generate", "--top_p", "0.5"], "--top_p needs --temperature above 0"),
         (["--judge", "reward:r"], "a reward model has one criterion, which its authors say: give --criterion once"),
         (["--beta", "0"], "0 must be above 0"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
@@ -644,6 +654,11 @@ NEEDED = ["--model", "m", "--dataset", "org/d", "--output", "o"]
 )
 def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, message):
     assert message in error_of(capsys, [*NEEDED, *options], code=2)
+
+
+def test_options_of_implicit_rewards_need_a_model_that_is_not_served(capsys):
+    argv = ["--model", "served:m", *NEEDED[2:], "--beta", "0.2"]
+    assert "--beta needs a model that is not served" in error_of(capsys, argv, code=2)
 
 
 @pytest.mark.parametrize(

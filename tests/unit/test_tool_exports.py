@@ -292,7 +292,7 @@ def test_annotations_of_label_studio():
     ]  # fmt: skip
     assert labels("label-studio", left, answer_key="answer2,answer1") == [1.0, 0.0]
     for unused in ({"label_type": "continuous"}, {"label_map": {"left": 1}}):
-        with pytest.raises(ValueError, match="whose labels are binary. Remove --label_type and --label_map"):
+        with pytest.raises(ValueError, match=r"whose labels are binary\. Remove --label_type and --label_map"):
             labels("label-studio", left, **unused)
     assert (
         labels("label-studio", annotated(result("pairwise", {"selected": None}), data=data))

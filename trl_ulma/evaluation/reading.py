@@ -76,6 +76,8 @@ def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -
         invalid_rows="mark",
     )
     split = args.split or "test"
+    if vars(args).pop("chose_part", False) and split in splits:
+        note(f"{args.dataset} has the split {split!r}: --test_split_size and --split_seed are not used.")
     found = split if split in splits else "train"
     for each in check_splits({found: splits[found]} if found in splits else {}, args.dataset):
         note(each)

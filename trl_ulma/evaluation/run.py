@@ -43,8 +43,8 @@ from trl_ulma.saved import (
 
 SERVED = "served:"
 _ENOUGH_JUDGED = 200  # prompts
-# Length limit in tokens of the few answers that are shown if no others are generated
-EXAMPLE_TOKENS = 128
+# Length limit in tokens of answers, and of the few that are shown if no others are generated
+ANSWER_TOKENS, EXAMPLE_TOKENS = 256, 128
 _MOST_LABELS = 100
 # How many of the rows that were left out the report names
 _LISTED = 5
@@ -80,7 +80,7 @@ class _Run:
         self.args = args
         self.notes: list[str] = []
         self.loading = {"trust_remote_code": args.trust_remote_code}
-        self.sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+        self.sampling = Sampling(args.max_new_tokens or ANSWER_TOKENS, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])
         files = [_file_name(name) for name in self.names]
         if alike := [name for name, file in zip(self.names, files, strict=True) if files.count(file) > 1]:
@@ -197,7 +197,7 @@ class _Run:
         args = self.args
         if not (args.examples and args.base) or has_images(self.reading.held_out.rows):
             return []
-        self.sampling = replace(self.sampling, max_new_tokens=min(args.max_new_tokens, EXAMPLE_TOKENS))
+        self.sampling = replace(self.sampling, max_new_tokens=args.max_new_tokens or EXAMPLE_TOKENS)
         return self.reading.held_out.questions(args.examples, args.seed, self.reading.center)
 
     def _server(self, model: str, url: str | None, key_variable: str | None) -> Server:
@@ -250,7 +250,7 @@ class _Run:
         ]
         told += [
             f"Model {source.removeprefix(SERVED)}: at most {len(self.questions):,} requests, with at most "
-            f"{args.max_new_tokens:,} output tokens each."
+            f"{self.sampling.max_new_tokens:,} output tokens each."
             for source in self.servers
         ]
         if told and args.max_requests is not None:

@@ -80,19 +80,25 @@ def make_parser(prog: str = "trl-ulma demo") -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache_dir",
         type=Path,
-        default=Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "trl-ulma").expanduser(),
-        help="folder of the downloaded model (default: %(default)s)",
+        help=f"folder of the downloaded model (default: {_cache()})",
     )
     return parser
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "trl-ulma").expanduser()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.tiny and args.cache_dir is not None:
+        parser.error("--cache_dir is the folder of the downloaded model, and --tiny downloads none. Leave it out.")
     # Waiting threads sleep. By default they are busy, which can take ten times as long if other programs use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
     try:
-        run(args.tiny, args.output_dir, args.seed, args.cache_dir)
+        run(args.tiny, args.output_dir, args.seed, args.cache_dir or _cache())
     except DemoError as problem:
         print(f"trl-ulma demo: error: {problem}", file=sys.stderr)
         return 1

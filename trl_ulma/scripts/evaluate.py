@@ -128,7 +128,11 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     answers.add_argument(
         "--num_prompts", type=_positive(int), default=200, help="the most prompts to answer (default: 200)"
     )
-    answers.add_argument("--max_new_tokens", type=_positive(int), default=256, help="longest answer (default: 256)")
+    answers.add_argument(
+        "--max_new_tokens",
+        type=_positive(int),
+        help="longest answer (default: 256, or 128 if only --examples are generated)",
+    )
     answers.add_argument(
         "--temperature",
         type=float,
@@ -202,19 +206,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a --model is given twice; each run needs a folder of its own.")
     if len(set(args.judge)) < len(args.judge):
         parser.error("a --judge is given twice.")
-    if args.judge_label and not any(kind == "reward" for kind, _ in args.judge):
-        parser.error("--judge_label needs a reward:CHECKPOINT judge, and there is none.")
-    of_servers = {
-        "an llm:MODEL judge": (any(kind == "llm" for kind, _ in args.judge), ("judge_url", "key_variable")),
-        "a served:MODEL model": (
-            any(source.startswith("served:") for source in sources),
-            ("server_url", "server_key_variable"),
+    kinds = {kind for kind, _ in args.judge}
+    served = [source for source in sources if source.startswith("served:")]
+    is_judged = bool(args.judge or args.generate or served)
+    for what, is_there, options in (
+        ("a judge", bool(kinds), ("criterion",)),
+        ("a reward:CHECKPOINT judge", "reward" in kinds, ("judge_label",)),
+        (
+            "an llm:MODEL judge",
+            "llm" in kinds,
+            ("judge_url", "key_variable", "judge_cache", "judge_max_tokens", "judge_temperature"),
         ),
-    }
-    for what, (is_there, options) in of_servers.items():
+        ("a served:MODEL model", bool(served), ("server_url", "server_key_variable")),
+        (
+            "an llm:MODEL judge or a served:MODEL model",
+            "llm" in kinds or bool(served),
+            ("timeout", "retries", "concurrency", "max_requests", "retry_refused"),
+        ),
+        ("a judge, --generate or a served:MODEL model", is_judged, ("num_prompts",)),
+        (
+            "a judge, --generate, or --examples with --base",
+            is_judged or (args.examples > 0 and args.base),
+            ("max_new_tokens", "temperature"),
+        ),
+        ("--base", args.base or not args.examples or (is_judged and len(sources) > 1), ("examples",)),
+        ("--temperature above 0", args.temperature > 0, ("top_p",)),
+        (
+            "a model that is not served",
+            len(served) < len(sources),
+            ("ref_model", "beta", "log_z", "max_length", "truncation_mode", "dtype"),
+        ),
+    ):
         for option in options:
-            if getattr(args, option) and not is_there:
-                parser.error(f"--{option} needs {what}, and there is none. Leave it out.")
+            if not is_there and getattr(args, option) != parser.get_default(option):
+                parser.error(f"--{option} needs {what}, which is not given. Leave it out.")
     if any(kind == "reward" for kind, _ in args.judge) and len(args.criterion or ()) != 1:
         parser.error("a reward model has one criterion, which its authors say: give --criterion once.")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
@@ -223,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trl_ulma.evaluation.report import in_terminal
         from trl_ulma.evaluation.run import run
 
-        if note := fill(args, [source for source in sources if not source.startswith("served:")]):
+        args.chose_part = args.test_split_size is not None or args.split_seed is not None
+        if note := fill(args, [source for source in sources if source not in served]):
             print(note, file=sys.stderr)
         print(in_terminal(run(args), min(terminal_width(), 100)))
 
