@@ -38,16 +38,22 @@ def file(tmp_path):
 def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys):
     command = ["--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "no", "--max_length", "64"]
     assert check.main(command) == 1
-    said = capsys.readouterr().err
+    shown, said = capsys.readouterr()
+    assert "Some rows are invalid. All others are shown first." in shown
+    assert "Labels of the train dataset: 2 rows" in shown
+    assert "Rows as the model sees them" in shown
+    assert "Ready." not in shown
     assert "error: 3 of 5 rows of the train dataset are invalid:" in said
     for line in (2, 3, 5):
-        assert f"  {file}, line {line}: " in said
+        assert said.count(f"{file}, line {line}") == 1
     assert "line 2: label is None;" in said  # JSON has null, and no empty cells
     assert "Prompt: 'What is this?'" in said
     assert "1 × label is missing; 1 × completion is empty; 1 × label outside [0, 1]" in said
 
     assert check.main([*command, "--invalid_rows", "drop"]) == 0
     shown = capsys.readouterr().out
+    assert "Ready." in shown
+    assert "invalid." not in shown
     assert "Labels of the train dataset: 2 rows" in shown
     assert "left out" in shown
     assert "invalid: label is missing (1 row)" in shown
@@ -57,13 +63,14 @@ def test_training_counts_what_check_lists(tiny_gpt2, file, tmp_path, capsys, cap
     words = ["--model", tiny_gpt2, "--dataset", file, "--max_length", "64", "--invalid_rows", "drop", "--max_steps=1"]
     words += ["--output", str(tmp_path / "out"), "--report_to", "none"]
     pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
-    kinds = "label is missing (1 row); completion is empty (1 row); label outside [0, 1] (1 row)"
-    command = "`trl-ulma check --method pointwise-dpo` with the same options"
-    counted = f"Left out 3 of 5 rows of the train dataset. Reasons: {kinds}. {command} lists the invalid rows."
-    assert counted in caplog.messages
+    kinds = (("label is missing", 2), ("completion is empty", 3), ("label outside [0, 1]", 5))
+    reasons = "; ".join(f"{kind} (1 row: {file}, line {line})" for kind, line in kinds)
+    command = "`trl-ulma check --method pointwise-dpo`"
+    counted = f"{reasons}. {command} lists all invalid rows with --invalid_rows error."
+    assert f"Left out 3 of 5 rows of the train dataset. Reasons: {counted}" in caplog.messages
     said = capsys.readouterr().out
     assert "Labels of the train dataset: 2 rows, 1 prompt\nbinary labels: 2 rows, mean 0.5" in said
-    assert f"The whole report: {tmp_path / 'out' / 'label_report.json'}, or {command}." in said
+    assert f"The whole report: {tmp_path / 'out' / 'label_report.json'}, or {command} with the same options." in said
     assert "answers per prompt" not in said
     assert "! Better answers are longer" in said
 
@@ -71,6 +78,30 @@ def test_training_counts_what_check_lists(tiny_gpt2, file, tmp_path, capsys, cap
     pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
     assert "answers per prompt" in capsys.readouterr().out
     assert f"  {file}, line 2: label is None;" in caplog.text
+
+
+def test_errors_of_settings_and_ratings_do_not_hide_invalid_rows(tiny_gpt2, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    command = ["--model", tiny_gpt2, "--dataset", str(path), "--max_length", "64", "--eval_strategy", "no"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    # The rows that are valid cannot be compared within their prompt
+    assert check.main([*command, "--method", "pointwise-dpo", "--log_z", "group"]) == 1
+    assert "error: 3 of 5 rows of the train dataset are invalid:" in capsys.readouterr().err
+    path.write_text("".join(json.dumps(GOOD | {"label": stars}) + "\n" for stars in (1, 3, 4, 5)))
+    assert check.main(command) == 1
+    shown, said = capsys.readouterr()
+    assert "Labels of the train dataset" not in shown
+    assert "error: 3 of 4 rows of the train dataset are invalid:" in said
+    assert "--label_type continuous" in said
+
+
+def test_more_than_twenty_invalid_rows_have_their_lines(tiny_gpt2, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:1], *[ROWS[1]] * 23, ROWS[3]]))
+    assert check.main(["--model", tiny_gpt2, "--dataset", str(path), "--eval_strategy", "no"]) == 1
+    said = capsys.readouterr().err
+    assert f"  {path}, line 21: " in said
+    assert f"  … and 3 more: {path}, lines 22, 23, 24." in said
 
 
 def test_check_shows_what_becomes_of_text_and_what_is_scored(tiny_llama, tmp_path, capsys):
@@ -108,7 +139,7 @@ def test_evaluation_leaves_invalid_rows_out(caplog):
     held_out = HeldOut.of(rows, "test", LabelRules(), "drop")
     assert np.array_equal(held_out.label, [1.0, 0.0])
     assert len(held_out.rows) == len(held_out.prompt) == 2
-    assert caplog.messages[0].startswith("Left out 3 of 5 rows, which are invalid.\n3 of 5 rows of the test dataset")
+    assert caplog.messages[0].startswith("Left out 3 of 5 rows of the test dataset. They are invalid.\n3 of 5 rows of")
     with pytest.raises(ValueError, match=r"^3 of 3 rows"):
         HeldOut.of(rows.select([1, 2, 4]), "test", LabelRules(), "drop")
 
@@ -155,7 +186,12 @@ def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path,
         said = capsys.readouterr().err
         for what in WRONG:
             assert what in said, command
+        caplog.clear()
         assert main([command, *words]) == 0  # as in training
+        (counted,) = [each for each in caplog.messages if each.startswith("Left out")]
+        assert f"a row that cannot be read (2 rows, such as {ragged}, line 3)" in counted
+        assert counted.endswith(f"`trl-ulma {command}` lists all invalid rows with --invalid_rows error.")
+        assert "\n" not in counted
     assert sorted(json.loads(line)["row"] for line in Path(scored).read_text().splitlines()) == [0, 4]
 
 

@@ -27,8 +27,8 @@ from trl_ulma.labels import (
     refuse_invalid,
     unread,
 )
-from trl_ulma.rows.dataset_labels import check_pairs, own_labels, prompt_keys, transformed_labels
-from trl_ulma.rows.dropped import reasons_in_words
+from trl_ulma.rows.dataset_labels import SHOWN_BY, check_pairs, own_labels, prompt_keys, transformed_labels
+from trl_ulma.rows.dropped import lists_invalid, reasons_in_words
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 
 logger = logging.get_logger(__name__)
@@ -127,8 +127,11 @@ class HeldOut:
             errors = located([(raw_row[row], invalid[row]) for row in sorted(invalid)], dataset)
             if invalid_rows == "error" or len(errors) == len(rows):
                 refuse_invalid(errors, len(rows), name)
-            listed = list_invalid(errors, len(rows), name)
-            logger.warning(f"Left out {len(errors)} of {len(rows)} rows, which are invalid.\n{listed}")
+            if (command := SHOWN_BY.get()) is None:
+                listed = f"They are invalid.\n{list_invalid(errors, len(rows), name)}"
+            else:
+                listed = f"{reasons_in_words(Counter(), errors=errors)} {lists_invalid(command)}"
+            logger.warning(f"Left out {len(errors)} of {len(rows)} rows of the {name} dataset. {listed}")
             left_out.update(f"invalid: {error.kind}" for error in errors)
             kept = [row for row in range(len(rows)) if row not in invalid]
             rows = rows.select(kept)

@@ -1,7 +1,8 @@
 """The labels of a whole dataset: fits and applies transforms, and writes the label report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import pairwise
@@ -34,12 +35,22 @@ from trl_ulma.rows.notes import left_out_of
 
 # The file that is written to the output folder
 REPORT_FILE = "label_report.json"
-# The command that shows the whole label report and all invalid rows, so that this process only logs their numbers.
-# None if there is none, as in a script.
+# The command that shows the whole label report and lists all invalid rows, so that this process only logs their
+# numbers. None if there is none, as in a script.
 SHOWN_BY: ContextVar[str | None] = ContextVar("SHOWN_BY", default=None)
 _LABELS = ("label", "label_type")
 # Rows that a warning names
 _LISTED = 5
+
+
+@contextmanager
+def shown_by(command: str | None) -> Iterator[None]:
+    """Set `SHOWN_BY` meanwhile."""
+    token = SHOWN_BY.set(command)
+    try:
+        yield
+    finally:
+        SHOWN_BY.reset(token)
 
 
 def with_transform(rules: LabelRules, label_transform: str | None, train_dataset: Any) -> LabelRules:

@@ -3,13 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from trl_ulma.data.origins import located, with_origins
-from trl_ulma.labels import InvalidRow, list_invalid, look_like_ratings, one_class, refuse_invalid
+from trl_ulma.labels import InvalidRow, InvalidRows, list_invalid, look_like_ratings, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import SHOWN_BY, is_continuous
 from trl_ulma.rows.notes import note
 from trl_ulma.rows.rendering import NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL
@@ -18,6 +19,8 @@ logger = logging.get_logger(__name__)
 
 INVALID_ROWS = ("error", "drop")
 INVALID = "it is invalid"
+# Collects the errors of datasets that also have valid rows, so that a command can show these first. None raises them
+COLLECTED: ContextVar[list[InvalidRows] | None] = ContextVar("COLLECTED", default=None)
 # Odd rows that a warning names
 _NAMED = 5
 # What is odd about a row that is kept: what it has, what to do, and the least share of rows for a warning
@@ -114,15 +117,36 @@ UNENDED = (
 )
 
 
-def reasons_in_words(counts: Counter[str], unit: str = "row") -> str:
+def reasons_in_words(counts: Counter[str], unit: str = "row", errors: Sequence[InvalidRow] = ()) -> str:
     """How many rows were left out for which reason.
+
+    Args:
+        counts: reason → number of rows.
+        unit: what is counted.
+        errors: of invalid rows, which are counted by kind, with the first row of each kind.
 
     Example:
         >>> reasons_in_words(Counter({"it is invalid": 3, "its answer is empty": 1}))
         'Reasons: it is invalid (3 rows); its answer is empty (1 row).'
+        >>> error = InvalidRow("is None; set it.", "label is missing", "label")
+        >>> reasons_in_words(Counter(), errors=[error.at(3, "train"), error.at(5, "train")])
+        'Reason: label is missing (2 rows, such as row 3).'
     """
-    found = [f"{reason} ({count:,} {unit}{'' if count == 1 else 's'})" for reason, count in counts.most_common()]
+    counts = counts + Counter(error.kind for error in errors)
+    first: dict[str, str] = {}
+    for error in errors:
+        such_as = ": " if counts[error.kind] == 1 else ", such as "
+        first.setdefault(error.kind, f"{such_as}{error.origin or f'row {error.row}'}")
+    found = [
+        f"{reason} ({count:,} {unit}{'' if count == 1 else 's'}{first.get(reason, '')})"
+        for reason, count in counts.most_common()
+    ]
     return f"Reason{'' if len(found) == 1 else 's'}: {'; '.join(found)}."
+
+
+def lists_invalid(command: str) -> str:
+    """A sentence on how a command lists all invalid rows."""
+    return f"`{command}` lists all invalid rows with --invalid_rows error."
 
 
 def check_stream_has_rows(stream: IterableDataset, name: str) -> None:
@@ -159,9 +183,18 @@ def kept_rows(
     errors = located([(row, unpacked(text)) for row, text in rows_of if text is not None], raw)
     errors = [*unreadable, *errors]
     total = len(reasons) + len(unreadable)
-    if invalid_rows == "error" or look_like_ratings(errors, total):
-        refuse_invalid(errors, total, name)
     is_kept = [reason is None and text is None for reason, text in zip(reasons, invalid, strict=True)]
+    are_ratings = look_like_ratings(errors, total)
+    kinds = Counter(error.kind for error in errors)
+    if invalid_rows == "error" or are_ratings:
+        try:
+            refuse_invalid(errors, total, name)
+        except InvalidRows as problem:
+            collected = COLLECTED.get()
+            if collected is None or are_ratings or not any(is_kept):
+                raise
+            collected.append(problem)
+            errors = []
     counts = Counter(r for r, text in zip(reasons, invalid, strict=True) if r is not None and text is None)
     if errors:
         counts[INVALID] = len(errors)
@@ -173,12 +206,12 @@ def kept_rows(
             + ("Raise max_length." if PROMPT_FILLS in counts else "Check the rows.")
             + listed
         )
-    kinds = Counter(error.kind for error in errors)
     if counts:
+        left_out = sum(counts.values())
         if errors and (command := SHOWN_BY.get()) is not None:
-            why = reasons_in_words(counts - Counter({INVALID: len(errors)}) + kinds)
-            listed = f" `{command}` with the same options lists the invalid rows."
-        logger.warning(f"Left out {sum(counts.values())} of {total} rows of the {name} dataset. {why}{listed}")
+            del counts[INVALID]
+            why, listed = reasons_in_words(counts, errors=errors), f" {lists_invalid(command)}"
+        logger.warning(f"Left out {left_out} of {total} rows of the {name} dataset. {why}{listed}")
     if not all(is_kept):
         encoded = encoded.select([i for i, kept in enumerate(is_kept) if kept])
     cut = sum(encoded["cut"][:])

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.command_line import CommandParser, attempt
+from trl_ulma.scripts.command_line import CommandParser, attempt, is_verbose
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -91,8 +91,9 @@ def check(
     from trl import get_peft_config
 
     import trl_ulma
-    from trl_ulma.labels import render_report
-    from trl_ulma.rows.dataset_labels import report_labels
+    from trl_ulma.labels import InvalidRows, render_report
+    from trl_ulma.rows.dataset_labels import report_labels, shown_by
+    from trl_ulma.rows.dropped import COLLECTED
     from trl_ulma.scripts.training import check_model, load_splits, loading, no_bars_in_files, small_learning_rate
 
     no_bars_in_files()
@@ -103,9 +104,21 @@ def check(
     training_args.model_init_kwargs = loading(training_args, model_args)
     check_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     peft_config = get_peft_config(model_args)
-    start = getattr(trl_ulma, trainer).dry_run(
-        model_args.model_name_or_path, training_args, train_dataset, eval_dataset, peft_config=peft_config
-    )
+    invalid: list[InvalidRows] = []
+    token = COLLECTED.set(invalid)
+    try:
+        with shown_by(None if is_verbose() else PROG):
+            start = getattr(trl_ulma, trainer).dry_run(
+                model_args.model_name_or_path, training_args, train_dataset, eval_dataset, peft_config=peft_config
+            )
+    except ValueError as problem:
+        if not invalid:
+            raise
+        raise InvalidRows.joined([*invalid, *([problem] if isinstance(problem, InvalidRows) else [])]) from problem
+    finally:
+        COLLECTED.reset(token)
+    if invalid:
+        console.print("Some rows are invalid. All others are shown first.\n")
     rows = start.train_dataset
     if not hasattr(rows, "__len__"):
         console.print("The rows are a stream. They are checked as they are read, and have no label report.")
@@ -122,6 +135,10 @@ def check(
     console.print("\n" + memory_in_words(start, training_args, model_args, peft_config), markup=False)
     if note := small_learning_rate(training_args, model_args):
         console.print("\n" + note, markup=False)
+    if invalid:
+        console.print()
+        sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
+        raise InvalidRows.joined(invalid)
 
 
 _LEGEND = {True: "with the scored part in color", False: "with the scored part between ⟦ and ⟧"}

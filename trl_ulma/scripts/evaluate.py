@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, is_verbose, terminal_width
 from trl_ulma.scripts.data_options import fill
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
@@ -247,11 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     def evaluate() -> None:
         from trl_ulma.evaluation.report import in_terminal
         from trl_ulma.evaluation.run import run
+        from trl_ulma.rows.dataset_labels import shown_by
 
         args.chose_part = args.test_split_size is not None or args.split_seed is not None
         if note := fill(args, [source for source in sources if source not in served]):
             print(note, file=sys.stderr)
-        print(in_terminal(run(args), min(terminal_width(), 100)))
+        with shown_by(None if is_verbose() else parser.prog):
+            print(in_terminal(run(args), min(terminal_width(), 100)))
 
     if code := attempt(parser, evaluate):
         return code

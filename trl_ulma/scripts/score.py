@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, is_verbose, terminal_width
 from trl_ulma.scripts.data_options import fill
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> str:
     from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.data.splits import prompts_of
     from trl_ulma.judge import Judge, saved_file, without_label
+    from trl_ulma.rows.dataset_labels import shown_by
 
     if note := fill(args, [args.model]):
         print(note, file=sys.stderr)
@@ -129,7 +130,8 @@ def run(args: argparse.Namespace) -> str:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    scored = judge.score(rows, invalid_rows=args.invalid_rows)
+    with shown_by(None if is_verbose() else "trl-ulma score"):
+        scored = judge.score(rows, invalid_rows=args.invalid_rows)
     order = args.sort or ("surprise" if is_labeled else "row")
     if order != "row":
         scored = scored.sort(order, reverse=True)

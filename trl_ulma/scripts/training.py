@@ -17,7 +17,7 @@ from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.seen_prompts import hashes_of
 from trl_ulma.data.splits import count_prompts, prompts_of
 from trl_ulma.labels import LabelRules, parse_transform
-from trl_ulma.rows.dataset_labels import SHOWN_BY
+from trl_ulma.rows.dataset_labels import shown_by
 from trl_ulma.scripts import data_options
 from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
 from trl_ulma.scripts.options import OptionParser
@@ -323,15 +323,13 @@ def train(
             checkpoint has been saved.
     """
     settings = (script_args, training_args, model_args, dataset_args)
-    shown_by = SHOWN_BY.set(None if is_verbose() else _CHECKS.get(prog))
     try:
-        _train(trainer_class, *settings)
+        with shown_by(None if is_verbose() else _CHECKS.get(prog)):
+            _train(trainer_class, *settings)
     except Exception as problem:
         if not is_refusal(problem):
             raise
         _refuse(problem, prog, [f"--{field.name}" for each in settings for field in dataclasses.fields(each)])
-    finally:
-        SHOWN_BY.reset(shown_by)
 
 
 def small_learning_rate(training_args: Any, model_args: Any) -> str:
