@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from world import make_rows, make_trainer
 
 from trl_ulma.data.pairs import pairs_to_rows, split_answer, split_transcript
-from trl_ulma.labels import LabelRules
+from trl_ulma.labels import LabelRules, read_labels
 from trl_ulma.rows.preparation import Preparation
 
 GOOD = {"prompt": "Hi", "completion": " Hello!", "label": 1}
@@ -114,12 +114,12 @@ def without(row: dict, *names: str) -> dict:
 LABELS = {
     "a string": (
         two(label=("1", "0")),
-        "Row 0 of the train dataset: label is '1', a str; it must be a number or a bool.",
+        "Row 0 of the train dataset: label is the text '1'; it must be a number, true or false.",
     ),
-    "None": (two(label=(1, None)), f"{AT}: label is None; it must be a number or a bool."),
+    "None": (two(label=(1, None)), f"{AT}: label is None; it must be a number, true or false."),
     "only None": (
         two(label=(None, None)),
-        "Row 0 of the train dataset: label is None; it must be a number or a bool.",
+        "Row 0 of the train dataset: label is None; it must be a number, true or false.",
     ),
     "NaN": (
         two(label=(1.0, float("nan"))),
@@ -147,23 +147,23 @@ LABELS = {
     ),
     "a dict": (
         two(label=({"stars": 1}, {"stars": 2})),
-        "Row 0 of the train dataset: label is {'stars': 1}, a dict; it must be a number or a bool.",
+        "Row 0 of the train dataset: label is {'stars': 1}, a dict; it must be a number, true or false.",
     ),
     "bytes": (
         two(label=(b"1", b"0")),
-        "Row 0 of the train dataset: label is b'1', a bytes; it must be a number or a bool.",
+        "Row 0 of the train dataset: label is b'1', a bytes; it must be a number, true or false.",
     ),
     "a decimal": (
         two(label=(decimal.Decimal("0.5"), decimal.Decimal("0.5"))),
-        "Row 0 of the train dataset: label is Decimal('0.5'), a Decimal; it must be a number or a bool.",
+        "Row 0 of the train dataset: label is Decimal('0.5'), a Decimal; it must be a number, true or false.",
     ),
     "a date": (
         two(label=(datetime.date(2024, 1, 2), datetime.date(2024, 1, 2))),
-        "Row 0 of the train dataset: label is datetime.date(2024, 1, 2), a date; it must be a number or a bool.",
+        "Row 0 of the train dataset: label is datetime.date(2024, 1, 2), a date; it must be a number, true or false.",
     ),
     "a long string": (
         two(label=("very " * 100, "")),
-        f"Row 0 of the train dataset: label is '{('very ' * 100)[:59]}…, a str; it must be a number or a bool.",
+        f"Row 0 of the train dataset: label is the text '{('very ' * 100)[:59]}…; it must be a number, true or false.",
     ),
     "mask of ints": (
         two(sft_mask=(1, 0)),
@@ -186,7 +186,7 @@ LABELS = {
     ),
     "weight of text": (
         two(weight=("1", "2")),
-        "Row 0 of the train dataset: weight is '1', a str; it must be a number.",
+        "Row 0 of the train dataset: weight is the text '1'; it must be a number.",
     ),
     "weight None": (two(weight=(1, None)), f"{AT}: weight is None; it must be a number."),
     "all weights 0": (
@@ -219,6 +219,31 @@ LABELS = {
         f'{AT}: label is 3.0, outside [0, 1]. Rescale it, or set label_type="continuous".',
     ),
 }
+
+
+FIRST = " Write one number in all rows, such as the first one."
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("4 stars", " Did you mean 4?"),
+        ("4,5 Sterne", " Did you mean 4.5?"),
+        ("3.5⭐", " Did you mean 3.5?"),
+        (" Five", " Did you mean 5?"),
+        ("4/5", FIRST),
+        ("4.5 out of 5 stars", FIRST),
+        ("1.000 points", ""),  # a thousand, or one
+        ("4k", ""),
+        ("N/A", ""),
+        ("good", ""),
+    ],
+)
+def test_errors_suggest_a_number_if_it_is_certain(text, hint):
+    with pytest.raises(ValueError) as error:
+        read_labels({"label": [text]}, [0], "train", LabelRules("continuous"))
+    found = f"Row 0 of the train dataset: label is the text {text!r}; it must be a number, true or false."
+    assert str(error.value).splitlines()[0] == found + hint
 
 
 @pytest.mark.parametrize(("rows", "message"), LABELS.values(), ids=LABELS)
@@ -334,7 +359,7 @@ COLUMNS = {
     ),
     "a row of a stream that lacks a column": (
         stream(*[GOOD] * 5, without(GOOD, "label"), GOOD),
-        "Row 5 of the train dataset: label is None; it must be a number or a bool.",
+        "Row 5 of the train dataset: label is None; it must be a number, true or false.",
     ),
 }
 
@@ -505,11 +530,11 @@ ONLY_IN_STREAMS = {
     ),
     "a tensor": (
         [GOOD, GOOD | {"label": torch.tensor(1.0)}],
-        f"{AT}: label is tensor(1.), a Tensor; it must be a number or a bool.",
+        f"{AT}: label is tensor(1.), a Tensor; it must be a number, true or false.",
     ),
     "a complex label": (
         [GOOD, GOOD | {"label": np.complex64(1)}],
-        f"{AT}: label is (1+0j), a complex; it must be a number or a bool.",
+        f"{AT}: label is (1+0j), a complex; it must be a number, true or false.",
     ),
     "infinite in float16": (
         [GOOD, GOOD | {"label": np.float16("inf")}],

@@ -191,7 +191,7 @@ def test_a_wrong_setting_is_refused_by_the_config(tmp_path):
             "center",
             "Row 5 of the train dataset: label is nan; it must be finite",
         ),
-        ({"label": ["1"] * 6}, "lower_is_better", "Row 0 of the train dataset: label is '1', a str"),
+        ({"label": ["1"] * 6}, "lower_is_better", "Row 0 of the train dataset: label is the text '1'"),
         ({"label_type": ["binary"] * 6, "label": [1] * 6}, "center", "no row of the train dataset has this type"),
         ({"label_type": [None] * 6}, "lower_is_better", "label_type is None; it must be one of"),
     ],

@@ -366,7 +366,7 @@ def test_all_prepared_rows_that_were_changed_are_listed_at_once_or_dropped(tiny_
         ("completion_ids", ["5", "6"], r"column completion_ids .*lists of whole numbers; it holds list<.*string"),
         ("completion_ids", [5.0, 6.0], r"column completion_ids .*it holds list<.*double"),
         ("prompt_ids", "5 6", r"column prompt_ids .*it holds string"),
-        ("label", "good", r"label is 'good', a str"),
+        ("label", "good", r"label is the text 'good'"),
         ("sft_mask", "yes", r"sft_mask"),
     ],
     ids=["text", "floats", "string", "label", "sft_mask"],

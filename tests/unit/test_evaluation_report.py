@@ -514,7 +514,7 @@ def test_rows_that_were_left_out_are_counted_and_the_first_are_named(tmp_path):
     facts = facts_of()
     facts["data"] |= {
         "left_out": {"invalid: stars is empty": 2},
-        "invalid_rows": ["answers.csv, line 161: stars is empty; it must be a number or a bool."],
+        "invalid_rows": ["answers.csv, line 161: stars is empty; it must be a number, true or false."],
     }
     facts["models"][0] |= {
         "left_out": 1,
@@ -525,7 +525,7 @@ def test_rows_that_were_left_out_are_counted_and_the_first_are_named(tmp_path):
     text = (tmp_path / "report.md").read_text()
     for part in (
         "2 rows were left out. Reason: invalid: stars is empty (2 rows).",
-        "- answers.csv, line 161: stars is empty; it must be a number or a bool.",
+        "- answers.csv, line 161: stars is empty; it must be a number, true or false.",
         "tuned: 1 row was left out. Reason: its prompt alone fills max_length (1 row). The first: answers.csv, line 9.",
     ):
         assert f"\n\n{part}\n\n" in text

@@ -247,7 +247,7 @@ def test_a_label_that_is_wrong_after_the_transform_says_so():
         ),
         (
             {"label": [1, 2], "trials": [1, "2"]},
-            "Row 6 of the train dataset: trials is '2', a str; it must be a number",
+            "Row 6 of the train dataset: trials is the text '2'; it must be a number",
         ),
         (
             {"label": [1, 3], "trials": [1, 2]},

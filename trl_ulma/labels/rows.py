@@ -21,6 +21,11 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 # Numbers with decimal commas, thousands separators or percent signs
 _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
+# Numbers with a unit, and ratings such as 4/5. With three decimals, a number can be a thousand
+_UNIT = r"(stars?|points?|pts?\.?|sterne?|punkte?|étoiles?|estrellas?|stell[ae]|puntos?|punti|[★⭐]\ufe0f?)"
+_OF_UNITS = re.compile(rf"([+-]?\d+([.,]\d\d?)?)\s*{_UNIT}", re.IGNORECASE)
+_OUT_OF = re.compile(rf"\d+([.,]\d+)?\s*(/|of|out of|von|sur|de|su)\s*\d+([.,]\d+)?\s*{_UNIT}?", re.IGNORECASE)
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # A number with one decimal comma. The comma of 1,234 may separate thousands
 DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
 
@@ -281,12 +286,11 @@ def _number(value: Any, name: str) -> float:
         raise InvalidRow(f"is a list of {len(value)}; it must be one number per row.", f"{name} is a list", name)
     if not isinstance(value, bool | int | float):
         found = "None" if value is None else f"{shown(value)}, a {type(value).__name__}"
-        text = value.strip() if isinstance(value, str) else ""
-        meant = f" Did you mean {text.replace(',', '.')}?" if DECIMAL_COMMA.fullmatch(text) else ""
-        form = " Write it as in 0.5 or 1234, with a decimal point and without separators."
+        if isinstance(value, str):
+            found = f"the text {shown(value)}"
         raise InvalidRow(
-            f"is {found}; it must be a number{' or a bool' if name == 'label' else ''}.{meant}"
-            + (form if _OTHER_FORM.fullmatch(text) else ""),
+            f"is {found}; it must be a number{', true or false' if name == 'label' else ''}."
+            + (_hint(value.strip()) if isinstance(value, str) else ""),
             f"{name} is {'missing' if value is None else 'no number'}",
             name,
         )
@@ -298,6 +302,25 @@ def _number(value: Any, name: str) -> float:
             name,
         )
     return float(value)
+
+
+def _hint(text: str) -> str:
+    """Return what a text was probably meant as and how to write it, or "" if neither is known.
+
+    Example:
+        >>> _hint("4 stars"), _hint("Five"), _hint("good")
+        (' Did you mean 4?', ' Did you mean 5?', '')
+    """
+    number = _OF_UNITS.fullmatch(text)
+    meant = str(_WORDS.index(text.lower())) if text.lower() in _WORDS else number[1] if number else text
+    if DECIMAL_COMMA.fullmatch(meant):
+        meant = meant.replace(",", ".")
+    hint = f" Did you mean {meant}?" if meant != text else ""
+    if _OUT_OF.fullmatch(text):
+        hint += " Write one number in all rows, such as the first one."
+    if _OTHER_FORM.fullmatch(text):
+        hint += " Write it as in 0.5 or 1234, with a decimal point and without separators."
+    return hint
 
 
 def check_texts(prompt: Any, completion: Any, *, takes_images: bool = False) -> None:
