@@ -590,7 +590,8 @@ def test_a_mixture_is_split_by_prompt_with_the_seed(tmp_path, pairs):
         "the mixture has no test split: 8 of its 40 rows are held out for evaluation, by prompt (seed 42); 32 rows are "
         "trained on.",
         "The held-out rows have 4 prompts, too few to conclude anything from an evaluation. Rate answers to more "
-        "prompts: 30 held-out ones are enough.",
+        "prompts: 30 held-out ones are enough. With about 60 prompts, 40 more than now, --test_split_size 0.5 "
+        "holds out so many.",
     ]
 
 
@@ -601,7 +602,8 @@ def test_a_mixture_is_split_by_prompt_with_the_seed(tmp_path, pairs):
         (300, ""),
         (290, "have 29 prompts, too few .* Hold out more \\(--test_split_size 0.15\\), or rate answers to more"),
         (70, "have 7 prompts, too few .* Hold out more \\(--test_split_size 0.45\\), or rate answers to more"),
-        (40, "have 4 prompts, too few .* Rate answers to more prompts: 30 held-out ones are enough"),
+        (60, "have 6 prompts, too few .* Hold out more \\(--test_split_size 0.5\\), or rate answers to more"),
+        (50, "have 5 prompts, too few .* With about 60 prompts, 10 more than now, --test_split_size 0.5 holds"),
     ],
 )
 def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, advice):
@@ -611,6 +613,9 @@ def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, ad
     held_out, said = load_splits(*settings_of("--dataset_name", str(file), "--do_eval"))[1:]
     assert len(set(held_out["prompt"])) == prompts // 10
     assert re.search(advice, said)
+    if size := re.search(r"--test_split_size (0\.\d+)\)(?= or|, or)", said):
+        words = ["--dataset_name", str(file), "--do_eval", "--test_split_size", size[1]]
+        assert "too few" not in load_splits(*settings_of(*words))[2]
     assert ("too few" in said) == bool(advice)
 
 

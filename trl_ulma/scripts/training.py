@@ -15,11 +15,11 @@ from datasets import Dataset, disable_progress_bars
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.seen_prompts import hashes_of
-from trl_ulma.data.splits import count_prompts, prompts_of
+from trl_ulma.data.splits import count_prompts, prompts_of, rows_of_prompts
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.rows.dataset_labels import shown_by
 from trl_ulma.scripts import data_options
-from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose
+from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose, logging_as_options
 from trl_ulma.scripts.options import OptionParser
 
 # The exit code after Ctrl-C
@@ -182,7 +182,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     for other in ("validation", "valid", "dev", "eval"):
         if other in splits:
             said += f" Its split {other!r} is not used; --dataset_test_split {other} evaluates on it."
-    said += _few_prompts(count_prompts(halves["test"]), len(halves["test"]) / len(train))
+    said += _few_prompts(train, halves["test"], training_args.seed)
     return halves["train"], halves["test"], said
 
 
@@ -211,18 +211,31 @@ def _shared_prompts(train: Any, test: Any, name: str) -> str:
     )
 
 
-def _few_prompts(held_out: int, share: float) -> str:
-    """What to do if fewer prompts are held out than an evaluation needs; "" if there are enough."""
+def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
+    """What to do if fewer prompts are held out than an evaluation needs; "" if there are enough.
+
+    Args:
+        rows: all rows.
+        test: those that are held out.
+        seed: the seed of the split.
+    """
     from trl_ulma.bootstrap import ENOUGH_PROMPTS
 
+    held_out = count_prompts(test)
     if held_out >= ENOUGH_PROMPTS:
         return ""
-    enough = math.ceil(20 * share * ENOUGH_PROMPTS / held_out) / 20
-    more = f"Hold out more (--test_split_size {enough:g}), or rate" if enough <= 0.5 else "Rate"
     prompts = f"{held_out} prompt{'' if held_out == 1 else 's'}"
+    said = f"\nThe held-out rows have {prompts}, too few to conclude anything from an evaluation."
+    enough = f"{ENOUGH_PROMPTS} held-out ones are enough."
+    for size in range(math.ceil(20 * len(test) / len(rows) * ENOUGH_PROMPTS / held_out), 11):  # in steps of 1/20
+        found = rows_of_prompts(rows, test_size=size / 20, seed=seed)
+        if count_prompts(rows.select(found)) >= ENOUGH_PROMPTS:
+            return f"{said} Hold out more (--test_split_size {size / 20:g}), or rate answers to more prompts: {enough}"
+    total = count_prompts(rows)
+    missing = max(2 * ENOUGH_PROMPTS - total, 1)
     return (
-        f"\nThe held-out rows have {prompts}, too few to conclude anything from an evaluation. {more} answers to more "
-        f"prompts: {ENOUGH_PROMPTS} held-out ones are enough."
+        f"{said} Rate answers to more prompts: {enough} With about {total + missing} prompts, {missing} more "
+        "than now, --test_split_size 0.5 holds out so many."
     )
 
 
