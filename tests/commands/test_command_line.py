@@ -17,7 +17,7 @@ from trl import DPOConfig
 from trl_ulma import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.scripts import check, demo, evaluate, pointwise_dpo, prepare, score, ulma
 from trl_ulma.scripts.cli import main
-from trl_ulma.scripts.command_line import VERBOSE, CommandParser, as_options, is_refusal
+from trl_ulma.scripts.command_line import VERBOSE, CommandParser, as_options, attempt, is_refusal
 from trl_ulma.scripts.help_page import GROUPS, help_page
 from trl_ulma.scripts.options import DataArguments
 
@@ -333,6 +333,21 @@ def test_what_is_raised_on_purpose_is_told_from_bugs():
 def test_messages_are_in_the_spelling_of_the_command_line(message, said):
     options = ["--max_length", "--label_transform", "--label_type", "--system_message", "-h"]
     assert as_options(message, options) == said
+
+
+def test_log_messages_of_a_command_are_in_that_spelling_too(capsys):
+    parser = CommandParser(prog="trl-ulma x")
+    parser.add_argument("--max_length")
+
+    def log() -> None:
+        for name in ("trl_ulma.rows", "transformers"):
+            about = {"name": name, "levelno": logging.WARNING, "msg": "Set max_length=%d.", "args": (3,)}
+            logging.lastResort.handle(logging.makeLogRecord(about))
+
+    assert attempt(parser, log) == 0
+    assert capsys.readouterr().err == "Set --max_length 3.\nSet max_length=3.\n"
+    log()  # outside of a command
+    assert capsys.readouterr().err == "Set max_length=3.\nSet max_length=3.\n"
 
 
 def test_verbose_shows_tracebacks(tmp_path, capsys):

@@ -41,6 +41,7 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     shown, said = capsys.readouterr()
     assert "Some rows are invalid. All others are shown first." in shown
     assert "Labels of the train dataset: 2 rows" in shown
+    assert "--length_normalize True" in shown
     assert "Rows as the model sees them" in shown
     assert "Ready." not in shown
     assert "error: 3 of 5 rows of the train dataset are invalid:" in said
@@ -73,6 +74,7 @@ def test_training_counts_what_check_lists(tiny_gpt2, file, tmp_path, capsys, cap
     assert f"The whole report: {tmp_path / 'out' / 'label_report.json'}, or {command} with the same options." in said
     assert "answers per prompt" not in said
     assert "! Better answers are longer" in said
+    assert "--length_normalize True" in said
 
     monkeypatch.setenv(VERBOSE, "1")
     pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
@@ -151,7 +153,7 @@ Who are you?,A bot.,maybe
 Why?
 Where?,Here.,0
 """
-WRONG = ("line 3 has 4 fields, but 3 columns", "line 4: label is 'maybe'", "line 5 has 1 field, but 3 columns")
+WRONG = ("line 3 has 4 fields, but 3 columns", "line 4: label is the text 'maybe'", "line 5 has 1 field, but 3 columns")
 
 
 @pytest.fixture

@@ -156,7 +156,8 @@ def test_decimal_commas_are_numbers_where_semicolons_separate_the_fields(tmp_pat
     table.write_text('prompt;completion;stars\nHi;Yo;4,5\nHi;"Ho; ho";-0,5\nHi;Hu;3\n')
     rows = load_rows(str(table), columns="label=stars")["train"]
     assert rows["label"][:] == [4.5, -0.5, 3.0]
-    assert "decimal commas are read as decimal points, because semicolons separate the fields (2 values)" in caplog.text
+    said = "stars: decimal commas are read as decimal points, because semicolons separate the fields (2 values)"
+    assert said in caplog.text
     table.write_text("prompt;completion;label\nHi;Yo;1,234\nHi;Ho;2,5\n")  # 1.234 or 1234
     assert load_rows(str(table))["train"]["label"][:] == ["1,234", 2.5]
 

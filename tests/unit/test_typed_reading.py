@@ -725,10 +725,16 @@ def test_ratings_of_which_a_few_are_only_0_and_1_need_no_warning(tmp_path, caplo
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_thumbs_as_text_among_stars_in_parquet_are_counted_in_a_warning(tmp_path, caplog, streaming):
-    Dataset.from_list([row("true"), row("5")]).to_parquet(tmp_path / "rows.parquet")
+    rows = Dataset.from_list([row("true"), row("5")])
+    rows.to_parquet(tmp_path / "rows.parquet")
     assert [each["label"] for each in read(tmp_path / "rows.parquet", streaming=streaming)] == [1, 5]
-    assert re.search(TRUTHS, caplog.text)
-    assert "label: numbers that are stored as text are converted to numbers" in caplog.text
+    assert re.search("label: " + TRUTHS, caplog.text)
+    caplog.clear()
+    rows.rename_column("label", "stars").to_parquet(tmp_path / "rows.parquet")
+    list(read(tmp_path / "rows.parquet", columns="label=stars", streaming=streaming))
+    assert re.search("stars: " + TRUTHS, caplog.text)
+    assert "stars: numbers that are stored as text" in caplog.text
+    assert "label: " not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def number(text: str) -> bool | int | float | None:
     return float(text)
 
 
-def read_value(name: str, value: Any, notice: Notice, *, delimiter: str | None = None) -> Any:
+def read_value(
+    name: str, value: Any, notice: Notice, *, delimiter: str | None = None, theirs: str | None = None
+) -> Any:
     """A value of a column, converted to the type that trainers read.
 
     Values that cannot be converted are returned unchanged, and trainers raise an error for them.
@@ -65,6 +67,7 @@ def read_value(name: str, value: Any, notice: Notice, *, delimiter: str | None =
         value: the value in the file.
         notice: called with a message if the value was converted.
         delimiter: of the CSV file that the value is a field of, or None. CSV files store all values as text.
+        theirs: the name of the column in the file, for messages; None if it is the same.
 
     Example:
         >>> read_value("label", "4", print)
@@ -76,27 +79,27 @@ def read_value(name: str, value: Any, notice: Notice, *, delimiter: str | None =
         label: decimal commas are read as decimal points, because semicolons separate the fields
         4.5
     """
-    is_cell = delimiter is not None
+    is_cell, theirs = delimiter is not None, theirs or name
     if is_cell and value == "" and name in (*NUMBERS, *OTHERS):
         return None
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
         found = parsed_list(value)
         # An answer can be a list of other objects, as text
         if found is not None and (is_messages(found) or (is_cell and name not in TEXTS)):
-            notice(f"{name}: lists that are stored as text are converted to lists")
+            notice(f"{theirs}: lists that are stored as text are converted to lists")
             return found
     if name in NUMBERS or name in BOOLS:
         if isinstance(value, str):
             found = number(value)
             if found is None and delimiter == ";" and DECIMAL_COMMA.fullmatch(value.strip()):
-                notice(f"{name}: decimal commas are read as decimal points, because semicolons separate the fields")
+                notice(f"{theirs}: decimal commas are read as decimal points, because semicolons separate the fields")
                 found = float(value.replace(",", "."))
             if found is not None:
                 if not is_cell:
-                    notice(f"{name}: numbers that are stored as text are converted to numbers")
+                    notice(f"{theirs}: numbers that are stored as text are converted to numbers")
                 value = found
         elif isinstance(value, int) and abs(value) >= 2**63 and value.bit_length() < _FLOAT_BITS:
-            notice(f"{name}: whole numbers of more than 64 bits are rounded to floats")
+            notice(f"{theirs}: whole numbers of more than 64 bits are rounded to floats")
             value = float(value)
         elif isinstance(value, Decimal):
             value = int(value) if value == value.to_integral_value() else float(value)
@@ -285,6 +288,9 @@ class Truths:
     """Finds thumbs among ratings, if the rows have no `label_type`: labels true and false, which count as 1 and 0, and
     files with only 0 and 1 beside files with ratings.
 
+    Args:
+        column: the name of the column in the file, for the message.
+
     Attributes:
         found: messages about labels true and false, and the number of such labels.
         sources: messages about files with only 0 and 1, and the number of their labels.
@@ -299,7 +305,8 @@ class Truths:
 
     _ENOUGH = 20  # ratings of a file can be 0 and 1 by chance
 
-    def __init__(self) -> None:
+    def __init__(self, column: str = "label") -> None:
+        self.column = column
         self._count = 0
         self._rating: int | float | None = None
         # source → the number of its labels 0, of 1, and of others
@@ -323,8 +330,9 @@ class Truths:
         if not self._count or self._rating is None:
             return {}
         return {
-            f"label: true and false stand among ratings such as {self._rating:g}, and count as 1 and 0. If they are "
-            "likes and dislikes, add a column label_type, with binary for them and continuous for ratings": self._count
+            f"{self.column}: true and false stand among ratings such as {self._rating:g}, and count as 1 and 0. If "
+            "they are likes and dislikes, add a column label_type, with binary for them and continuous for "
+            "ratings": self._count
         }
 
     @property
@@ -333,8 +341,8 @@ class Truths:
         if self._rating is None:
             return {}
         return {
-            f"label: {source} has only 0 and 1, beside ratings such as {self._rating:g} elsewhere. If they are likes "
-            "and dislikes, add a column label_type, with binary for them and continuous for ratings": zeros + ones
+            f"{self.column}: {source} has only 0 and 1, beside ratings such as {self._rating:g} elsewhere. If they are "
+            "likes and dislikes, add a column label_type, with binary for them and continuous for ratings": zeros + ones
             for source, (zeros, ones, others) in self._numbers.items()
             if zeros and ones and not others and zeros + ones >= self._ENOUGH
         }
@@ -391,7 +399,9 @@ def read_row(
     if "label" in row:
         row["label"] = names.label(row["label"], unknown)
     return {
-        name: read_value(name, value, notice, delimiter=delimiter) if name in _ODD else value
+        name: read_value(name, value, notice, delimiter=delimiter, theirs=names.columns.get(name))
+        if name in _ODD
+        else value
         for name, value in row.items()
     }
 

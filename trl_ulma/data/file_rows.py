@@ -114,7 +114,7 @@ class FileRows:
         # Where semicolons separate fields: column → its first number such as 1.000, and columns with decimal points
         self._grouped: dict[str, str] = {}
         self._with_points: set[str] = set()
-        truths = Truths()
+        truths = Truths(self.names.columns.get("label", "label"))
         for file in self.files:
             self.firsts.append(len(self.lines))
             for line, row in self._rows(file):

@@ -100,7 +100,8 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
                 if own and invalid_rows != "error":
                     values[row], marks[row] = None, unknown_label(next(iter(own))).message
         noticed: Counter[str] = Counter()
-        values = [read_value(name, value, lambda what: noticed.update([what])) for value in values]  # noqa: B023
+        theirs = names.columns.get(name, name)
+        values = [read_value(name, value, lambda what: noticed.update([what]), theirs=theirs) for value in values]  # noqa: B023
         kind = "null"
         for value in values:
             kind = joined(kind, kind_of(value), is_number=True)
@@ -108,7 +109,7 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
             continue  # trainers raise an error that names the row
         found |= noticed
         if name == "label":
-            truths = Truths()
+            truths = Truths(theirs)
             types = rows["label_type"] if "label_type" in rows.column_names else [None] * len(rows)
             for value, label_type in zip(values, types, strict=True):
                 truths.add({"label": value, "label_type": label_type})

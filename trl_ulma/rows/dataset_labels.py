@@ -1,7 +1,7 @@
 """The labels of a whole dataset: fits and applies transforms, and writes the label report."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -38,19 +38,22 @@ REPORT_FILE = "label_report.json"
 # The command that shows the whole label report and lists all invalid rows, so that this process only logs their
 # numbers. None if there is none, as in a script.
 SHOWN_BY: ContextVar[str | None] = ContextVar("SHOWN_BY", default=None)
+# How a command spells the settings in a text that is printed
+SPELLING: ContextVar[Callable[[str], str]] = ContextVar("SPELLING", default=str)
 _LABELS = ("label", "label_type")
 # Rows that a warning names
 _LISTED = 5
 
 
 @contextmanager
-def shown_by(command: str | None) -> Iterator[None]:
-    """Set `SHOWN_BY` meanwhile."""
-    token = SHOWN_BY.set(command)
+def shown_by(command: str | None, spelling: Callable[[str], str] = str) -> Iterator[None]:
+    """Set `SHOWN_BY` and `SPELLING` meanwhile."""
+    tokens = SHOWN_BY.set(command), SPELLING.set(spelling)
     try:
         yield
     finally:
-        SHOWN_BY.reset(token)
+        SHOWN_BY.reset(tokens[0])
+        SPELLING.reset(tokens[1])
 
 
 def with_transform(rules: LabelRules, label_transform: str | None, train_dataset: Any) -> LabelRules:
@@ -452,7 +455,8 @@ def show_report(
     whole = f"As JSON: {folder / REPORT_FILE}"
     if command is not None:
         whole = f"The whole report: {folder / REPORT_FILE}, or `{command}` with the same options."
-    print(f"\n{render_report(report, in_short=command is not None)}\n\n{whole}\n", flush=True)
+    text = SPELLING.get()(render_report(report, in_short=command is not None))
+    print(f"\n{text}\n\n{whole}\n", flush=True)
     return report
 
 

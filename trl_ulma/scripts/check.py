@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.command_line import CommandParser, attempt, is_verbose
+from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, is_verbose
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     following = following_command(chosen.method, words, has_output=training_args.output_dir != DEFAULT_OUTPUT)
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
-        code = attempt(parser, lambda: check(METHODS[chosen.method], processes, *settings))
+        code = attempt(parser, lambda: check(METHODS[chosen.method], processes, parser, *settings))
     if code == 0:
         print(f"\nReady. To train:\n\n    {following}")
     return code
@@ -79,9 +79,15 @@ def following_command(method: str, words: Sequence[str], *, has_output: bool) ->
 
 
 def check(
-    trainer: str, processes: int, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
+    trainer: str, processes: int, parser: Any, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
 ) -> None:
     """Print what is known before a model is loaded.
+
+    Args:
+        trainer: the name of the trainer's class.
+        processes: the number of processes.
+        parser: the parser of the command.
+        script_args, training_args, model_args, dataset_args: the results of the parser.
 
     Raises:
         ValueError: if rows or settings are invalid.

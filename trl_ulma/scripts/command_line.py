@@ -1,6 +1,7 @@
 """Option names, one-line errors and log filters for all commands. Imports no large library."""
 
 import argparse
+import contextlib
 import difflib
 import dis
 import logging
@@ -10,7 +11,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 # Options with the same name in all commands, and their other names in TRL
@@ -267,10 +268,40 @@ def refuse(problem: BaseException, parser: argparse.ArgumentParser) -> None:
     print(f"{parser.prog}: error: {as_options(str(problem), parser._option_string_actions)}", file=sys.stderr)
 
 
+class _Spelling(logging.Filter):
+    """Shows the messages of this package in command-line spelling."""
+
+    def __init__(self, options: Collection[str]):
+        super().__init__()
+        self.options = options
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the message of a record. Every record is shown."""
+        if record.name.split(".")[0] == "trl_ulma":
+            record.msg, record.args = as_options(record.getMessage(), self.options), None
+        return True
+
+
+@contextlib.contextmanager
+def logging_as_options(options: Collection[str]) -> Iterator[None]:
+    """Meanwhile, show log messages of this package as `as_options` spells them.
+
+    A command sets up no log handlers, so Python's handler of last resort shows its messages.
+    """
+    spelling = _Spelling(options)
+    handler: Any = logging.lastResort
+    handler.addFilter(spelling)
+    try:
+        yield
+    finally:
+        handler.removeFilter(spelling)
+
+
 def attempt(parser: argparse.ArgumentParser, work: Callable[[], Any]) -> int:
     """Call `work`. Returns the exit code: 1 if it raised an error for which `is_refusal` is true."""
     try:
-        work()
+        with logging_as_options(parser._option_string_actions):
+            work()
     except Exception as problem:
         if not is_refusal(problem):
             raise

@@ -336,13 +336,15 @@ def train(
             checkpoint has been saved.
     """
     settings = (script_args, training_args, model_args, dataset_args)
+    options = [f"--{field.name}" for each in settings for field in dataclasses.fields(each)]
+    command = None if is_verbose() else _CHECKS.get(prog)
     try:
-        with shown_by(None if is_verbose() else _CHECKS.get(prog)):
+        with logging_as_options(options), shown_by(command, lambda text: as_options(text, options)):
             _train(trainer_class, *settings)
     except Exception as problem:
         if not is_refusal(problem):
             raise
-        _refuse(problem, prog, [f"--{field.name}" for each in settings for field in dataclasses.fields(each)])
+        _refuse(problem, prog, options)
 
 
 def small_learning_rate(training_args: Any, model_args: Any) -> str:
