@@ -22,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 from trl_ulma.checkpoints import refuse_pickle
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.config_checks import check_best_metric, check_with_data
-from trl_ulma.labels import InvalidRows, LabelRules
+from trl_ulma.labels import InvalidRows, LabelRules, contradictions_in_words
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.table import collator_for
 from trl_ulma.log_z import check_column, check_groups, check_labels, with_groups
@@ -33,6 +33,7 @@ from trl_ulma.rows.dataset_labels import (
     evaluated_figures,
     label_center,
     labels_before,
+    repeats_of,
     terms_of,
     with_transform,
 )
@@ -256,6 +257,9 @@ def make_plan(
             warning = contradictions((plan.train_dataset, train_dataset), (rows, raw), args, name)
             if warning is not None:
                 logger.warning(warning)
+        if isinstance(rows, Dataset):
+            for warning in contradictions_in_words(repeats_of(rows, args, raw)):
+                logger.warning(f"The {name} dataset: {warning}")
     if isinstance(eval_dataset, dict):
         plan.eval_dataset = dict(zip(evaluated, prepared[1:], strict=True))
     elif eval_dataset is not None:

@@ -1,6 +1,7 @@
 """Rows are named by the file and line that the user sees in an editor, whichever part of a split they are in."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,3 +129,21 @@ def test_check_names_the_line_of_a_label_far_outside_the_others(tiny_gpt2, tmp_p
     assert check.main([*argv, "--label_transform", "standardize", "--eval_strategy", "no", "--bf16", "false"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "which are between 1 and 5: 55 (stars.csv, line 9)." in said
+
+
+def test_check_names_repeated_and_contradicting_held_out_rows(tiny_gpt2, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    folder, file = Path("rows"), "rows/test.csv"
+    folder.mkdir()
+    text = "prompt,completion,label\n" + "".join(f"{each}\n" for each in ("Why?,So.,5", "Why?,No.,1"))
+    (folder / "train.csv").write_text(text)
+    Path(file).write_text(text.replace("Why", "Who") + "Who?,So.,4\nWho?,No.,1\n")
+    argv = ["--method", "pointwise-dpo", "--model", tiny_gpt2, "--dataset", "rows", "--bf16", "false"]
+    argv += ["--label_type", "continuous", "--label_transform", "standardize", "--eval_strategy", "epoch"]
+    assert check.main(argv) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The eval dataset: 4 rows repeated 1 row: " in said
+    assert f"{file}, line 3 and line 5 contradicting 2 rows" in said
+    (warned,) = [message for message in caplog.messages if "contradict" in message]
+    assert warned.startswith("The eval dataset: 2 rows contradict one another: the same prompt and completion with")
+    assert f"{file}, line 2 (5) and line 4 (4). This is expected" in warned

@@ -248,7 +248,7 @@ def test_the_report_is_of_the_rows_that_are_trained_on(tiny_gpt2, tmp_path, caps
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "label_report.json").read_text())
     assert report["binary"]["classes"] == {"1": 3, "between": 1, "0": 1}
-    assert (report["prompts"]["count"], report["repeated"], report["contradicting"]) == (3, 1, 2)
+    assert (report["prompts"]["count"], report["repeated"], report["contradicting"]) == (3, 0, 2)
     assert report["weight"]["demonstrations"] == 5 / 8
     assert [each["tokens"] for each in report["binary"]["histogram"]] == [3, 3, pytest.approx(10 / 3, rel=1e-5)]
     assert shown.count("Labels of the train dataset: 5 rows, 3 prompts") == 1

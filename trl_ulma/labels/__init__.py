@@ -9,7 +9,7 @@ from trl_ulma.labels.invalid_rows import (
     refuse_invalid,
     unread,
 )
-from trl_ulma.labels.report import label_report, render_report
+from trl_ulma.labels.report import contradictions_in_words, label_report, render_repeats, render_report, repeats
 from trl_ulma.labels.rows import (
     ASKING_ROLES,
     DECIMAL_COMMA,
@@ -39,6 +39,7 @@ __all__ = [
     "LabelTransform",
     "check_columns",
     "check_texts",
+    "contradictions_in_words",
     "is_empty",
     "is_messages",
     "label_report",
@@ -49,7 +50,9 @@ __all__ = [
     "raw_labels",
     "read_labels",
     "refuse_invalid",
+    "render_repeats",
     "render_report",
+    "repeats",
     "shown",
     "start_of",
     "transform_labels",

@@ -82,9 +82,7 @@ def label_report(
         - for continuous labels, `targets`: |u| in nats, where u = (z − c)/β with c = β·log Z is the log-ratio at
           which the loss is 0;
         - `weight`: its distribution, the share of the demonstrations, and Kish's effective number of rows;
-        - `repeated`: rows that have the same prompt and completion as an earlier row; `repeated_rows`, the names of the
-          first of them, each with the row that it repeats; `contradicting`: rows that have the same prompt and
-          completion as another row, and a different label of the same type;
+        - the results of `repeats`;
         - `prompts`: how many there are, the mean and the largest number of answers per prompt, and `with_answers`, the
           number of prompts by number of answers;
         - `warnings`: sentences.
@@ -143,7 +141,8 @@ def label_report(
         )
     report["weight"] = _weights(weights, weight is not None, sft_mask)
     own = label if raw is None else np.where(np.isfinite(raw), raw, label)
-    report.update(_repeats(label, own, continuous, answer, named, warnings))
+    report.update(repeats(label, own, continuous, answer, named))
+    warnings += contradictions_in_words(report)
     report["prompts"] = _prompts(prompt)
     report["warnings"] = warnings
     return report
@@ -266,15 +265,21 @@ def _weights(weights: np.ndarray, is_given: bool, sft_mask: np.ndarray) -> dict[
     }
 
 
-def _repeats(
-    label: np.ndarray,
-    own: np.ndarray,
-    continuous: np.ndarray,
-    answer: np.ndarray,
-    named: Callable[[int], str],
-    warnings: list[str],
+def repeats(
+    label: np.ndarray, own: np.ndarray, continuous: np.ndarray, answer: np.ndarray, named: Callable[[int], str]
 ) -> dict[str, Any]:
-    """Return counts of repeated and contradicting rows, and the first repeated ones. `own` are the labels to show."""
+    """Return counts and names of rows with the same prompt and completion. Each row is in at most one of the counts.
+
+    Args:
+        label, continuous, answer, named: as in `label_report`.
+        own: `(N,)` labels to show.
+
+    Returns:
+        - `contradicting`: rows that have the same prompt and completion as another row, and a different label of the
+          same type; `contradicting_rows`, the names and labels of the first pairs of them;
+        - `repeated`: the other rows that have the same prompt and completion as an earlier row; `repeated_rows`, the
+          names of the first of them, each with the row that it repeats.
+    """
     # After sorting by answer, type and label, contradicting rows form a run in which the label changes
     order = np.lexsort((label, continuous, answer))
     starts = np.r_[True, (np.diff(answer[order]) != 0) | (np.diff(continuous[order]) != 0)]
@@ -282,30 +287,38 @@ def _repeats(
     first = np.flatnonzero(starts)
     last = np.r_[first[1:], len(label)] - 1
     differs = label[order[first]] != label[order[last]]
-    contradicting = int(differs[run].sum())
-    if contradicting:
-        pairs = {}
-        earliest = np.minimum.reduceat(order, first)
-        for one in np.sort(earliest[differs])[:_NAMED]:
-            alike = (answer == answer[one]) & (continuous == continuous[one])
-            other = np.flatnonzero(alike & (label != label[one]))[0]
-            two = _pair(named, (int(one), f" ({own[one]:g})"), (int(other), f" ({own[other]:g})"))
-            pairs.setdefault((named(int(one)), named(int(other))), two)
-        listed, more = "; ".join([*pairs.values()][:_LISTED]), "; …" if len(pairs) > _LISTED else ""
-        warnings.append(
-            f"{contradicting:,} rows contradict one another: the same prompt and completion with different labels, "
-            f"{listed}{more}. This is expected for votes by several people. Otherwise a label is wrong."
-        )
+    contradicts = np.zeros(len(label), dtype=bool)
+    contradicts[order] = differs[run]
+    pairs: dict[tuple[str, str], str] = {}
+    earliest = np.minimum.reduceat(order, first)
+    for one in np.sort(earliest[differs])[:_NAMED]:
+        alike = (answer == answer[one]) & (continuous == continuous[one])
+        other = np.flatnonzero(alike & (label != label[one]))[0]
+        two = _pair(named, (int(one), f" ({own[one]:g})"), (int(other), f" ({own[other]:g})"))
+        pairs.setdefault((named(int(one)), named(int(other))), two)
     _, first_of, inverse = np.unique(answer, return_index=True, return_inverse=True)
     earlier = first_of[inverse]
-    repeated = np.flatnonzero(earlier != np.arange(len(answer)))
+    repeated = np.flatnonzero((earlier != np.arange(len(answer))) & ~contradicts)
     return {
         "repeated": len(repeated),
         "repeated_rows": [
             *dict.fromkeys(_pair(named, (int(earlier[row]), ""), (int(row), "")) for row in repeated[:_NAMED])
         ],
-        "contradicting": contradicting,
+        "contradicting": int(contradicts.sum()),
+        "contradicting_rows": [*pairs.values()],
     }
+
+
+def contradictions_in_words(found: Mapping[str, Any]) -> list[str]:
+    """Return a warning if `repeats` has found contradicting rows."""
+    if not found["contradicting"]:
+        return []
+    pairs = found["contradicting_rows"]
+    listed, more = "; ".join(pairs[:_LISTED]), "; …" if len(pairs) > _LISTED else ""
+    return [
+        f"{found['contradicting']:,} rows contradict one another: the same prompt and completion with different "
+        f"labels, {listed}{more}. This is expected for votes by several people. Otherwise a label is wrong."
+    ]
 
 
 def _pair(named: Callable[[int], str], one: tuple[int, str], other: tuple[int, str]) -> str:
@@ -402,11 +415,7 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
     numbers = prompts["with_answers"].items()
     by_number = ", ".join(f"{_count(count, 'prompt')} with {number}" for number, count in numbers)
     facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
-    facts["repeated"] = _count(report["repeated"], "row")
-    if report["repeated"]:
-        more = "; …" if len(report["repeated_rows"]) > _LISTED else ""
-        facts["repeated"] += f": {'; '.join(report['repeated_rows'][:_LISTED])}{more}"
-    facts["contradicting"] = _count(report["contradicting"], "row")
+    facts |= _repeats_in_words(report)
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
         facts["balanced with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
@@ -414,10 +423,31 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
         facts["left out"] = "; ".join(
             f"{reason} ({_count(count, 'row')})" for reason, count in report["left_out"].items()
         )
-    lines.append("")
-    for fact, text in facts.items():
-        lines += textwrap.wrap(f"{fact:<19} {text}", _WIDTH, subsequent_indent=" " * 20)
-    return "\n".join(lines + _render_warnings(report))
+    return "\n".join([*lines, "", *_render_facts(facts), *_render_warnings(report)])
+
+
+def render_repeats(found: Mapping[str, Any], name: str, rows: int) -> str:
+    """Return the result of `repeats` as text, at most 80 columns wide.
+
+    Args:
+        found: the result.
+        name: name of the dataset.
+        rows: number of its rows.
+    """
+    return "\n".join([f"The {name} dataset: {_count(rows, 'row')}", *_render_facts(_repeats_in_words(found))])
+
+
+def _repeats_in_words(found: Mapping[str, Any]) -> dict[str, str]:
+    repeated = _count(found["repeated"], "row")
+    if found["repeated"]:
+        more = "; …" if len(found["repeated_rows"]) > _LISTED else ""
+        repeated += f": {'; '.join(found['repeated_rows'][:_LISTED])}{more}"
+    return {"repeated": repeated, "contradicting": _count(found["contradicting"], "row")}
+
+
+def _render_facts(facts: Mapping[str, str]) -> list[str]:
+    wrapped = (textwrap.wrap(f"{fact:<19} {text}", _WIDTH, subsequent_indent=" " * 20) for fact, text in facts.items())
+    return [line for lines in wrapped for line in lines]
 
 
 def _render_warnings(report: Mapping[str, Any]) -> list[str]:

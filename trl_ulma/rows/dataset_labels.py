@@ -25,6 +25,7 @@ from trl_ulma.labels import (
     raw_labels,
     refuse_invalid,
     render_report,
+    repeats,
     transform_labels,
     unread,
 )
@@ -347,11 +348,7 @@ def contradictions(trained: tuple[Dataset, Any], evaluated: tuple[Dataset, Any],
     answers = [_identities(rows)[1] for rows, _ in (trained, evaluated)]
     found = []
     for (rows, raw), own, other in zip((trained, evaluated), answers, reversed(answers), strict=True):
-        label = np.asarray(rows["label"][:])
-        # Pairs have no labels, and prepared rows only those after the transform
-        has_own = "label" in raw.column_names and "prompt_ids" not in raw.column_names
-        before = labels_before(rows, args, raw) if has_own else None
-        label = label if before is None else np.where(np.isfinite(before), before, label)
+        label = _labels_to_show(rows, args, raw)
         kinds, numbers = is_continuous(rows, args.label_type), rows["row"][:]
         shared = np.flatnonzero(np.isin(own, other)).tolist()
         found.append([((int(own[i]), bool(kinds[i])), float(label[i]), numbers[i]) for i in shared])
@@ -374,6 +371,35 @@ def contradictions(trained: tuple[Dataset, Any], evaluated: tuple[Dataset, Any],
     )
 
 
+def _labels_to_show(rows: Dataset, args: Any, raw: Any) -> np.ndarray:
+    """`(N,)` labels of prepared rows, before the label transform if they have been transformed."""
+    label = np.asarray(rows["label"][:])
+    # Pairs have no labels, and prepared rows only those after the transform
+    has_own = "label" in raw.column_names and "prompt_ids" not in raw.column_names
+    before = labels_before(rows, args, raw) if has_own else None
+    return label if before is None else np.where(np.isfinite(before), before, label)
+
+
+def repeats_of(rows: Dataset, args: Any, raw: Any) -> dict[str, Any]:
+    """The repeated and contradicting rows of prepared rows, see `trl_ulma.labels.repeats`.
+
+    Args:
+        raw: the rows that they were prepared from.
+    """
+    label, own, kinds = (
+        np.asarray(rows["label"][:]),
+        _labels_to_show(rows, args, raw),
+        is_continuous(rows, args.label_type),
+    )
+    return repeats(label, own, kinds, _identities(rows)[1], _named(rows, raw))
+
+
+def _named(rows: Dataset, raw: Any) -> Callable[[int], str]:
+    """A function that returns the name of the prepared row at a position."""
+    numbers = rows["row"]
+    return lambda place: origin(raw, numbers[place]) or f"row {numbers[place]}"
+
+
 def report_labels(
     rows: Dataset, args: Any, raw: np.ndarray | None = None, transform: Any = None, raw_rows: Any = None
 ) -> dict[str, Any]:
@@ -386,7 +412,6 @@ def report_labels(
         raw_rows: the rows that they were prepared from, whose files and lines warnings name.
     """
     continuous = is_continuous(rows, args.label_type)
-    numbers = rows["row"]
     log_z = None if isinstance(args.log_z, str) else args.log_z
     if "log_z" in rows.column_names:
         log_z = np.asarray(rows["log_z"][:])
@@ -407,7 +432,7 @@ def report_labels(
         raw=raw,
         transform=None if transform is None else str(transform),
         groups_lengths=args.train_sampling_strategy == "group_by_length",
-        named=lambda place: origin(raw_rows, numbers[place]) or f"row {numbers[place]}",
+        named=_named(rows, raw_rows),
     )
     report["warnings"] += _threshold_warnings(rows, args, continuous, raw_rows)
     left_out = left_out_of(rows)

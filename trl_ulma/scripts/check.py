@@ -97,8 +97,8 @@ def check(
     from trl import get_peft_config
 
     import trl_ulma
-    from trl_ulma.labels import InvalidRows, render_report
-    from trl_ulma.rows.dataset_labels import report_labels, shown_by
+    from trl_ulma.labels import InvalidRows, render_repeats, render_report
+    from trl_ulma.rows.dataset_labels import repeats_of, report_labels, shown_by
     from trl_ulma.rows.dropped import COLLECTED
     from trl_ulma.scripts.training import check_model, load_splits, loading, no_bars_in_files, small_learning_rate
 
@@ -129,10 +129,12 @@ def check(
     if not hasattr(rows, "__len__"):
         console.print("The rows are a stream. They are checked as they are read, and have no label report.")
     else:
-        console.print(
-            render_report(report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)),
-            markup=False,
-        )
+        report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
+        console.print(as_options(render_report(report), parser._option_string_actions), markup=False)
+    if hasattr(start.eval_dataset, "__len__"):
+        found = repeats_of(start.eval_dataset, training_args, eval_dataset)
+        if found["repeated"] or found["contradicting"]:
+            console.print("\n" + render_repeats(found, "eval", len(start.eval_dataset)), markup=False)
     console.print(f"\nRows as the model sees them, {_LEGEND[console.is_terminal]}:", markup=False)
     for title, text in rows_shown(start, training_args, in_color=console.is_terminal):
         console.print(f"\n{title}", markup=False)
