@@ -168,12 +168,13 @@ class FewFigures(PrinterCallback):
 
 
 class FewFiguresAboveBar(ProgressCallback):
-    """The same, above a progress bar."""
+    """The same, above the progress bar of a training. An evaluation after the training has none."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print a line."""
-        if state.is_world_process_zero and logs and self.training_bar is not None:
-            self.training_bar.write(in_words(logs, state, args.metric_for_best_model))
+        if state.is_world_process_zero and logs:
+            say = print if self.training_bar is None else self.training_bar.write
+            say(in_words(logs, state, args.metric_for_best_model))
 
 
 def print_few_figures(trainer: Any) -> None:

@@ -378,6 +378,8 @@ def warn(category, module):
 for module in ("transformers.training_args", "trl_ulma.config"):
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warn(category, module)
+from tqdm.auto import tqdm
+list(tqdm(range(3)))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = found.stderr
@@ -387,6 +389,15 @@ for module in ("transformers.training_args", "trl_ulma.config"):
     for category, number in (("FutureWarning", 1), ("DeprecationWarning", 1), ("UserWarning", 2)):
         assert said.count(f"{category}: from") == number, said
     assert "FutureWarning: from trl_ulma.config" in said
+    assert "%|" not in said  # no progress bars in files
+
+
+def test_the_first_step_is_logged_unless_it_is_switched_off():
+    words = ["--model", "m", "--dataset", "d", "--bf16", "false"]
+    assert pointwise_dpo.make_parser().parse_settings(words)[1].logging_first_step
+    assert (
+        not pointwise_dpo.make_parser().parse_settings([*words, "--logging_first_step", "false"])[1].logging_first_step
+    )
 
 
 def test_silence_is_for_commands_and_not_for_the_library():

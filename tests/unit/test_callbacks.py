@@ -67,3 +67,10 @@ def test_the_first_time_left_does_not_contain_evaluations():
     state.global_step = 1
     callback.on_step_end(SimpleNamespace(eval_strategy="epoch"), state, None)
     assert lines[-1].endswith("seconds left, and the time of evaluations.")
+
+
+def test_an_evaluation_after_the_training_is_shown_without_a_bar(capsys):
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=3)
+    callback = callbacks.FewFiguresAboveBar()
+    callback.on_log(SimpleNamespace(metric_for_best_model=None), state, None, logs={"eval_loss": 0.5})
+    assert capsys.readouterr().out == "Evaluation at step 3 of 3: eval_loss 0.5\n"

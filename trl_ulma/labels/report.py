@@ -475,8 +475,8 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
         targets = found["targets"]
         without = "" if targets["log_z_is_known"] else ", without log Z"
         lines += [
-            f"{'':<20}targets |z − c|/β in nats{without}:",
-            f"{'':<20}rms {targets['rms']:.3g}, median {targets['median']:.3g}, greatest {targets['max']:.3g}",
+            f"{'':<20}targets |z − c|/β, nats for log π to move{without}:",
+            f"{'':<20}root mean square {targets['rms']:.3g}, median {targets['median']:.3g}, most {targets['max']:.3g}",
         ]
     return [line.rstrip() for line in lines]
 

@@ -36,7 +36,8 @@ def batches(
     # The token at padding positions makes no difference
     collate = collate or DataCollatorForPointwisePreference(pad_token_id=0)
     by_length = np.argsort(-np.asarray(rows["length"][:]), kind="stable").tolist()
-    with tqdm(total=len(rows), desc=what, unit="row", disable=what is None) as bar:
+    # Not disable=False, because the environment can switch bars off
+    with tqdm(total=len(rows), desc=what, unit="row", **({"disable": True} if what is None else {})) as bar:
         for start in range(0, len(rows), batch_size):
             numbers = by_length[start : start + batch_size]
             batch = collate([rows[i] for i in numbers])

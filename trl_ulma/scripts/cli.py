@@ -122,7 +122,10 @@ def _missing_paths(command: str, words: list[str]) -> list[str]:
             given.setdefault(_SOURCES[option], []).append(value)
         elif option == "--config" and command in WITH_HELP_PAGE:
             file = Path(value)
-    if file is not None and file.is_file():
+    messages = []
+    if file is not None and not file.exists() and sum(word.split("=")[0] == "--config" for word in words) == 1:
+        messages.append(f"--config: {missing(file)}")
+    elif file is not None and file.is_file():
         import yaml
 
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # which the parser reports
@@ -133,7 +136,6 @@ def _missing_paths(command: str, words: list[str]) -> list[str]:
             for name, value in found.items():
                 if (short := _SOURCES.get(f"--{name}")) and isinstance(value, str):
                     given.setdefault(short, [value])
-    messages = []
     for setting, value in ((setting, value) for setting, values in given.items() for value in values):
         name = value.partition("=")[2] or value  # `evaluate` takes NAME=MODEL
         paths = [Path(each).expanduser() for each in (name, value)]
@@ -183,7 +185,7 @@ def _run(argv: list[str] | None) -> int:
     if "--verbose" not in rest and (lost := _missing_paths(name, rest)):
         for line in lost:
             print(f"trl-ulma {name}: error: {line}", file=sys.stderr)
-        return 1
+        return 2 if lost[0].startswith("--config: ") else 1  # without the file, the options are not known
     module = COMMANDS[name][0]
     try:
         if name not in LAUNCHED:

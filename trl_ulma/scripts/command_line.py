@@ -339,8 +339,11 @@ def be_quiet() -> None:
     """Hide messages of other libraries that users of a command cannot act on, unless --verbose is set.
 
     These are deprecations, which concern the authors of code, and the messages in `_NOISE`. Messages of this package,
-    and other libraries' warnings about the model, the rows or the settings, are shown.
+    and other libraries' warnings about the model, the rows or the settings, are shown. If stderr is no terminal,
+    progress bars are hidden, too, because in a file each would be many lines.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read once, when tqdm is loaded
     if is_verbose():
         return
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):

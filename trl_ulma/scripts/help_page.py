@@ -142,7 +142,7 @@ GROUPS: dict[str, list[Option]] = {
         ),
         Option("--bf16", "BOOL", "compute in bfloat16 (default: yes, if the device supports it)"),
         Option("--seed", "N", "random seed", "42"),
-        Option("--logging_steps", "N", "steps between log lines", "10"),
+        Option("--logging_steps", "N", "steps between log lines, after that of the first step", "10"),
         Option("--report_to", "NAME", "tracker: tensorboard, trackio, wandb", "none"),
         Option("--save_strategy", "{no,steps,epoch,best}", "when checkpoints are saved", "steps"),
         Option("--save_steps", "N", "steps between checkpoints", "500"),

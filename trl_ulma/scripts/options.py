@@ -101,6 +101,7 @@ class OptionParser(TrlParser):
             allow_abbrev=False,
             formatter_class=_Formatter,
         )
+        self.set_defaults(logging_first_step=True)  # the others can be minutes away
         self.command, self.method = command, method
         hints = {name: hint for each in types for name, hint in get_type_hints(each).items()}
         # A bool has two actions, --flag and --no_flag. The first one takes a value.
