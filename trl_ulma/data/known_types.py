@@ -34,7 +34,7 @@ class _Read:
 
     def __init__(self, names: Names, where: str, classes: list[Any] | None):
         self.names, self.where, self.classes = names, where, classes
-        self.truths = Truths()
+        self.truths = Truths(names.columns.get("label", "label"))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unknown: Counter[str] = Counter()
