@@ -5,11 +5,11 @@ import json
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
-from trl.scripts.utils import DatasetConfig
 
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.scripts import check, pointwise_dpo, ulma
 from trl_ulma.scripts.cli import main
+from trl_ulma.scripts.options import PartConfig
 from trl_ulma.scripts.training import load_splits
 
 
@@ -125,8 +125,8 @@ def test_fractions_are_of_the_rows_that_pairs_become(tmp_path):
 
 def test_a_fraction_of_sorted_rows_has_one_label_and_a_warning(tmp_path):
     def warnings(labels, fraction=0.5):
-        sorted_rows = DatasetConfig(path=write(tmp_path / "sorted.jsonl", rows("a", labels)), fraction=fraction)
-        few = DatasetConfig(path=write(tmp_path / "few.jsonl", rows("b", [1, 0] * 2)), fraction=0.5)
+        sorted_rows = PartConfig(path=write(tmp_path / "sorted.jsonl", rows("a", labels)), fraction=fraction)
+        few = PartConfig(path=write(tmp_path / "few.jsonl", rows("b", [1, 0] * 2)), fraction=0.5)
         return load_mixture([sorted_rows, few])[1]
 
     [said] = warnings([1] * 10 + [0] * 10)

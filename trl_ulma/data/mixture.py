@@ -168,7 +168,8 @@ def _taken(
 
     A pair counts as the two rows that it becomes if there are rows of single answers.
     """
-    fractions = [part.fraction for part in parts if part.fraction is not None]
+    # TRL before 1.9 does not have it
+    fractions = [fraction for part in parts if (fraction := getattr(part, "fraction", None)) is not None]
     if not fractions:
         return loaded
     if len(fractions) < len(parts) or streaming or any(fraction <= 0 for fraction in fractions):
