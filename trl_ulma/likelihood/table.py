@@ -37,7 +37,7 @@ def batches(
     collate = collate or DataCollatorForPointwisePreference(pad_token_id=0)
     by_length = np.argsort(-np.asarray(rows["length"][:]), kind="stable").tolist()
     # Not disable=False, because the environment can switch bars off
-    hidden: dict[str, Any] = {"disable": True} if what is None else {}
+    hidden: Any = {"disable": True} if what is None else {}
     with tqdm(total=len(rows), desc=what, unit="row", **hidden) as bar:
         for start in range(0, len(rows), batch_size):
             numbers = by_length[start : start + batch_size]
