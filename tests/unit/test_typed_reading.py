@@ -890,6 +890,13 @@ def test_what_fits_is_proposed(tmp_path, rows, message, streaming):
         check_splits(splits, "rows.jsonl")
 
 
+def test_what_is_proposed_keeps_the_columns_that_are_named_already(tmp_path):
+    file = write(tmp_path / "rows.jsonl", lines([{"question": "q", "response": "r", "noten": 4}]))
+    message = r"found noten, question, response\. .*: --columns prompt=question,completion=response,label=noten$"
+    with pytest.raises(ValueError, match=message):
+        check_splits(load_rows(file, columns="label=noten"), "rows.jsonl", columns="label=noten")
+
+
 def test_a_number_too_large_for_a_label_is_shown_briefly(tmp_path):
     splits = load_rows(write(tmp_path / "rows.jsonl", lines([row(10**400)])))
     with pytest.raises(ValueError, match=r"labels that are words \('10{39}…'\)\. .* WORD=NUMBER"):

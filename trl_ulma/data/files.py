@@ -117,18 +117,30 @@ def _check_files(files: list[Path]) -> None:
             )
 
 
-def check_splits(splits: Mapping[str, Any], name: str, *, needs_label: bool = True) -> list[str]:
+def check_splits(
+    splits: Mapping[str, Any],
+    name: str,
+    *,
+    needs_label: bool = True,
+    columns: str | Mapping[str, str] | None = None,
+) -> list[str]:
     """Check that the first rows of each split are valid for training. Returns warnings about ignored columns.
+
+    Args:
+        splits: the results of `load_rows`.
+        name: the name of the dataset.
+        needs_label, columns: as for `load_rows`.
 
     Raises:
         ValueError: see `trl_ulma.data.readable.check_readable`.
     """
     said: dict[str, None] = {}
+    given = Names.of(columns, None).columns
     for rows in splits.values():
         first = list(rows.take(20)) if isinstance(rows, IterableDataset) else rows.with_format(None)[:200]
         if isinstance(first, list):
             first = {
                 column: [row.get(column) for row in first] for column in dict.fromkeys(c for r in first for c in r)
             }
-        said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label))
+        said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label, given=given))
     return list(said)

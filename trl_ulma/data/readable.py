@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from types import MappingProxyType
 from typing import Any
 
 from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, parsed_list
@@ -133,13 +134,20 @@ def _has_messages(text: str) -> bool:
     return text.rstrip().endswith("}]") and _PRINTED.search(text) is not None
 
 
-def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_label: bool = True) -> list[str]:
+def check_readable(
+    columns: Mapping[str, Sequence[Any]],
+    where: str,
+    *,
+    needs_label: bool = True,
+    given: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Check that rows have the columns that trainers read. Returns warnings about ignored columns.
 
     Args:
         columns: name → the values of a few rows.
         where: the name of the dataset.
         needs_label: whether rows of single answers need a label.
+        given: column that trainers read → its name in the data, as far as `--columns` gives it.
 
     Raises:
         ValueError: if a column is missing, if most labels are words, or if pairs have a question that would be ignored.
@@ -165,17 +173,18 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
         raise ValueError(f"{where} has only one row, {whole}")
     if missing:
         raise ValueError(
-            f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found {', '.join(names)}. "
-            + (_proposal(likely) if set(missing) <= set(likely) or not families else "")
+            f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found "
+            f"{', '.join(given.get(name, name) for name in names)}. "
+            + (_proposal(likely, given) if set(missing) <= set(likely) or not families else "")
             + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
                f"trl-ulma prepare {families[0]} --dataset {where} --output FOLDER")
         )  # fmt: skip
     for name in TEXTS:
         if any(isinstance(value, str) and _has_messages(value) for value in columns.get(name, ())):
             raise ValueError(
-                f"{where} has lists of messages that are stored as text in the column {name}. Convert them with "
-                "json.loads, or write the rows to a JSON lines file, in which they are read as lists. (The text of "
-                "NumPy arrays, which pandas writes to CSV files, cannot be converted.)"
+                f"{where} has lists of messages that are stored as text in the column {given.get(name, name)}. Convert "
+                "them with json.loads, or write the rows to a JSON lines file, in which they are read as lists. (The "
+                "text of NumPy arrays, which pandas writes to CSV files, cannot be converted.)"
             )
     labels = [value for value in columns.get("label", ()) if value is not None]
     words = [value for value in labels if isinstance(value, str)]
@@ -199,7 +208,7 @@ def check_readable(columns: Mapping[str, Sequence[Any]], where: str, *, needs_la
     if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
         raise ValueError(
             f"{where} has pairs without a prompt, and its column {likely['prompt']} would be ignored. If it is the "
-            f"prompt, set --columns {_quoted('prompt=' + likely['prompt'])}. If not, remove the column."
+            f"prompt, set --columns {_as_option({'prompt': likely['prompt'], **given})}. If not, remove the column."
         )
     unread = [
         name for name in names if name.lower() in ("system", "system_prompt") and _may_be("prompt", columns[name])
@@ -305,7 +314,12 @@ def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
     return any(isinstance(half, str) and not is_transcript(half) for half in halves)
 
 
-def _proposal(likely: Mapping[str, str]) -> str:
+def _as_option(columns: Mapping[str, str]) -> str:
+    """The value for `--columns`, in the order of `READ`."""
+    return _quoted(",".join(f"{ours}={columns[ours]}" for ours in dict.fromkeys((*READ, *columns)) if ours in columns))
+
+
+def _proposal(likely: Mapping[str, str], given: Mapping[str, str]) -> str:
     if not likely:
         return (
             "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
@@ -313,8 +327,8 @@ def _proposal(likely: Mapping[str, str]) -> str:
         )
     (first, theirs), *others = likely.items()
     said = _and([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
-    named = _quoted(",".join(f"{ours}={column}" for ours, column in likely.items()))
-    return f"{said}: --columns {named}" + (f".{hint}" if (hint := direction(likely.get("label", ""))) else "")
+    hint = direction(likely.get("label", ""))
+    return f"{said}: --columns {_as_option({**likely, **given})}" + (f".{hint}" if hint else "")
 
 
 def _and(names: Sequence[str]) -> str:

@@ -79,7 +79,8 @@ def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -
     if vars(args).pop("chose_part", False) and split in splits:
         note(f"{args.dataset} has the split {split!r}: --test_split_size and --split_seed are not used.")
     found = split if split in splits else "train"
-    for each in check_splits({found: splits[found]} if found in splits else {}, args.dataset):
+    of_split = {found: splits[found]} if found in splits else {}
+    for each in check_splits(of_split, args.dataset, columns=args.columns):
         note(each)
     if found in splits and has_images(splits[found]):
         _check_images(args, models, answers)

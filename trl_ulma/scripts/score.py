@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> str:
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {args.split!r}, but {there}. Set --split to one of them.")
     rows = splits[args.split]
-    for note in check_splits({args.split: rows}, args.dataset, needs_label=False):
+    for note in check_splits({args.split: rows}, args.dataset, needs_label=False, columns=args.columns):
         print(note, file=sys.stderr)
     theirs = Names.of(args.columns, None).columns.get("label")
     if theirs is not None and "label" not in rows.column_names:

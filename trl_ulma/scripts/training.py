@@ -148,7 +148,8 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         )
         notes = []
         if isinstance(training_args, PointwiseDPOConfig):  # examples/paper trains on prompts, too
-            notes = check_splits({split: splits[split] for split in (train_split, test_split) if split in splits}, name)
+            read = {split: splits[split] for split in (train_split, test_split) if split in splits}
+            notes = check_splits(read, name, columns=script_args.columns)
     said += "".join(f"{note}\n" for note in notes)
     there = ", ".join(map(str, splits))
     if train_split not in splits:
