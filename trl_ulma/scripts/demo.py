@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.fetch and args.tiny:
         parser.error("--fetch downloads a model, and --tiny needs none. Give one of them.")
+    if args.fetch and (args.output_dir, args.seed) != (parser.get_default("output_dir"), parser.get_default("seed")):
+        parser.error("--fetch trains nothing, so --output and --seed have no effect. Leave them out.")
     if args.tiny and args.cache_dir is not None:
         parser.error("--cache_dir is the folder of the downloaded model, and --tiny downloads none. Leave it out.")
     # Waiting threads sleep. By default they are busy, which can take ten times as long if other programs use the cores.
