@@ -157,7 +157,21 @@ def reference_kind(model: Any, ref_model: Any, args: Any, peft_config: Any, *, i
 
 
 def model_for_dpo_trainer(kind: str, model: Any, ref_model: Any, args: Any) -> Any:
-    """The `ref_model` to pass to `DPOTrainer`. With None, it makes the reference itself."""
+    """The `ref_model` to pass to `DPOTrainer`. With None, it makes the reference itself.
+
+    Raises:
+        ValueError: if log π_ref is to be precomputed with weights that are offloaded, which DPOTrainer cannot read.
+    """
+    reference = model if ref_model is None else ref_model
+    if (
+        args.precompute_ref_log_probs
+        and not isinstance(reference, str)
+        and any(p.is_meta for p in reference.parameters())
+    ):
+        raise ValueError(
+            "precompute_ref_log_probs=True reads all weights of the reference, but the device_map offloads some of "
+            "them to the CPU or to disk. Load the model without device_map, or set precompute_ref_log_probs=False."
+        )
     if kind == "none" or (kind == "copy" and _is_peft(model)):
         return NoReferenceModel()
     if kind != "copy":

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback
@@ -10,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from world import make_rows, make_trainer, plain_logps, weights
 
 from trl_ulma import ULMAConfig
+from trl_ulma.likelihood.head import _score_chunk
 from trl_ulma.likelihood.reference import plain_batch
 from trl_ulma.likelihood.scorer import Scorer
 
@@ -19,6 +21,13 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 
 def load(folder: str, cls: type = AutoModelForCausalLM):
     return cls.from_pretrained(folder)
+
+
+def offloaded(folder: str, out, *parts: str) -> nn.Module:
+    """A Llama of two layers, of which these parts are on disk until their forward runs."""
+    every = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+    places: dict = {name: "disk" if name in parts else "cpu" for name in every}
+    return dispatch_model(load(folder), places, main_device="cpu", offload_dir=str(out), force_hooks=True)
 
 
 # The setting
@@ -542,3 +551,34 @@ def test_the_rows_of_the_layout_check_fit_into_the_models_positions(tiny_gpt2, t
     trainer = make_trainer(model, rows, tmp_path, processing_class=AutoTokenizer.from_pretrained(tiny_gpt2), **settings)
     assert max(trainer.train_dataset["length"]) <= 80
     trainer.train()
+
+
+# Models that a device_map spreads
+
+
+@pytest.mark.parametrize("settings", [{}, {"peft_config": LORA}], ids=["full", "lora"])
+def test_weights_that_are_trained_cannot_be_offloaded(tiny_llama, tmp_path, settings):
+    model = offloaded(tiny_llama, tmp_path / "disk", "model.layers.1")
+    with pytest.raises(ValueError, match=r"device_map offloads weights .*\(.*layers\.1.*, \d+ in total\)"):
+        make_trainer(model, make_rows(8), tmp_path, **QUICK, **settings).train()
+
+
+def test_an_adapter_below_offloaded_layers_trains_as_it_does_without(tiny_llama, tmp_path):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM")
+    found = []
+    for parts in ((), ("model.layers.1", "lm_head")):
+        model = offloaded(tiny_llama, tmp_path / "disk", *parts)
+        trainer = make_trainer(model, make_rows(8), tmp_path, peft_config=adapter, **QUICK)
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert torch.equal(*found)
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs=True reads all weights .*device_map offloads"):
+        make_trainer(model, make_rows(8), tmp_path, precompute_ref_log_probs=True, peft_config=adapter, **QUICK)
+
+
+def test_a_head_on_another_device_than_the_hidden_states():
+    """What a device_map does with embeddings that are tied to the first layer."""
+    head = nn.Linear(4, 7, device="meta")
+    targets = torch.tensor([1, 2])
+    found = _score_chunk(lambda states: head(states.to("meta")), None, torch.zeros(2, 4), targets, statistics=True)
+    assert all(values.is_meta for values in found)

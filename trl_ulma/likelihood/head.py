@@ -352,7 +352,7 @@ class CompactHead:
         states = hidden.flatten(0, 1)[places.to(hidden.device)]
         if wanted.first is not None:
             self._states = states.detach()[wanted.first.to(hidden.device)]
-        self._scores = self._in_chunks(states, wanted.targets.to(hidden.device), wanted.statistics)
+        self._scores = self._in_chunks(states, wanted.targets, wanted.statistics)
         return self._scores.log_probs[None, :, None]
 
     def _in_chunks(self, states: torch.Tensor, targets: torch.Tensor, statistics: bool) -> TokenScores:
@@ -476,4 +476,5 @@ def _sample(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
 def _score_chunk(
     project: Any, logit_map: LogitMap | None, states: torch.Tensor, targets: torch.Tensor, statistics: bool
 ) -> TokenScores:
-    return token_scores(project(states), targets, logit_map, statistics=statistics)
+    projections = project(states)  # on another device than the states, if a device_map puts the head there
+    return token_scores(projections, targets.to(projections.device), logit_map, statistics=statistics)

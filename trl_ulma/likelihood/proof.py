@@ -54,6 +54,14 @@ def check_trainable(model: Any, reference: str) -> None:
             else "Set requires_grad=True on the parameters to train, or pass a peft_config"
         )
         raise ValueError(f"The model has no trainable parameters, so training would not change it. {remedy}.")
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta and len(places) > 1]
+    if offloaded:
+        raise ValueError(
+            "The model's device_map offloads weights to the CPU or to disk, where trainable parameters cannot be "
+            f"trained ({offloaded[0]}, {len(offloaded)} in total). Load the model without device_map, or quantized, or "
+            "only train an adapter on layers that are not offloaded."
+        )
     outside = outside_adapter(model) if reference in ("adapter_off", "adapter") else []
     if outside:
         names = ", ".join(outside[:3]) + (f" and {len(outside) - 3} others" if len(outside) > 3 else "")

@@ -114,6 +114,8 @@ class Scorer:
             statistics=statistics,
         )
         log_probs, entropy, mean_logits, is_top1 = _dense(scores, rows, columns, batch["input_ids"])
+        # A device_map can put the head on another device than the batch
+        states, aux_loss = (None if x is None else x.to(batch["input_ids"].device) for x in (states, aux_loss))
         return Likelihood(log_probs, entropy, mean_logits, is_top1, states, aux_loss)
 
     def _laid_out(self, bare: Any, batch: Batch) -> Layout:
@@ -218,9 +220,9 @@ def mask_dtype(model: Any) -> torch.dtype | None:
 
 
 def _dense(scores: TokenScores, rows: torch.Tensor, columns: torch.Tensor, ids: torch.Tensor) -> Any:
-    rows, columns = rows.to(scores.log_probs.device), columns.to(scores.log_probs.device)
-    shape = ids[:, 1:].shape
-    return [None if values is None else values.new_zeros(shape).index_put((rows, columns), values) for values in scores]
+    shape, place = ids[:, 1:].shape, (rows, columns)
+    moved = [None if values is None else values.to(ids.device) for values in scores]
+    return [None if values is None else values.new_zeros(shape).index_put(place, values) for values in moved]
 
 
 def _keep_gradients(model: Any) -> None:
