@@ -12,6 +12,7 @@ is a demonstration makes no difference.
 - `rewards/margins`: `rewards/chosen` − `rewards/rejected`.
 - `rewards/accuracies`: the share of rows whose reward is on the side of their label. Rewards are compared with 0 for
   binary labels, because σ(0) = ½, and with the center for continuous ones, because the reward predicts the label.
+  A binary label of exactly ½, such as of a tie, is on no side: neither this figure nor `rewards/auc` counts its row.
 - `rewards/mean`, `rewards/mse`: of rows with continuous labels, the mean reward and the mean of (z − r)².
 """
 
@@ -56,7 +57,8 @@ NEEDED_ROWS = {
     "rewards/mse": "rows with continuous labels",
     "rewards/pearson": "continuous labels that differ",
     "rewards/spearman": "continuous labels that differ",
-    "rewards/auc": "binary labels of ½ and above, and others below ½",
+    "rewards/accuracies": "labels other than ½",
+    "rewards/auc": "binary labels above ½, and others below ½",
     **dict.fromkeys(("rewards/chosen", "logps/chosen", "logits/chosen", "mean_token_accuracy"), "chosen rows"),
     **dict.fromkeys(("rewards/rejected", "logps/rejected", "logits/rejected"), "rejected rows"),
     "rewards/margins": "chosen rows and rejected ones",
@@ -116,6 +118,17 @@ def is_chosen(label: torch.Tensor, continuous: torch.Tensor, center: float = 0.0
     return torch.where(continuous, label >= center, label >= 0.5)
 
 
+def is_sided(label: torch.Tensor, continuous: torch.Tensor) -> torch.Tensor:
+    """`(B,)` bool: whether a row counts in accuracies and AUC, see the module's docstring.
+
+    Example:
+        >>> import torch
+        >>> is_sided(torch.tensor([0.5, 0.6, 0.5]), torch.tensor([False, False, True]))
+        tensor([False,  True,  True])
+    """
+    return continuous | (label != 0.5)
+
+
 def reward_ratios(
     rewards: torch.Tensor,
     log_ratio: torch.Tensor,
@@ -152,11 +165,12 @@ def reward_ratios(
         [3.35, 3.5, 3.2, 0.3, 0.5]
     """
     known = ~rewards.isnan()
+    sided = is_sided(label, continuous)
     right = (torch.where(continuous, rewards > center, rewards > 0) == chosen).to(rewards.dtype)
     return {
         "rewards/chosen": masked(rewards, known & chosen),
         "rewards/rejected": masked(rewards, known & ~chosen),
-        "rewards/accuracies": masked(right, known),
+        "rewards/accuracies": masked(right, known & sided),
         "rewards/mean": masked(rewards, known & continuous),
         "rewards/mse": masked((label - rewards) ** 2, known & continuous),
         "kl": masked(log_ratio, known),

@@ -237,8 +237,8 @@ def bootstrap_intervals(evaluated: np.ndarray, group: np.ndarray) -> dict[str, s
         group: `(N,)` number of each row's prompt.
     """
     said = {}
-    for name, (of_continuous, figure) in RANKING_FIGURES.items():
-        rows = ~np.isnan(evaluated[:, 0]) & (evaluated[:, 2].astype(bool) == of_continuous)
+    for name, (of_kind, figure) in RANKING_FIGURES.items():
+        rows = ~np.isnan(evaluated[:, 0]) & of_kind(evaluated[:, 1], evaluated[:, 2].astype(bool))
         of_rows = partial(figure, evaluated[rows, 0], evaluated[rows, 1])
         if rows.any() and np.isfinite(of_rows()):
             found = bootstrap(of_rows, group[rows], seed=0)

@@ -78,18 +78,26 @@ def _ranks(values: np.ndarray, copies: np.ndarray) -> np.ndarray:
     return rank[..., value]
 
 
-# (whether it is of rows with continuous labels, or of those with binary ones; the figure of rewards, labels and copies)
-RANKING_FIGURES: dict[str, tuple[bool, Callable[..., np.ndarray]]] = {
-    "rewards/auc": (False, lambda reward, label, copies=None: auc(reward, label >= 0.5, copies)),
-    "rewards/pearson": (True, pearson),
-    "rewards/spearman": (True, spearman),
+def _binary(label: np.ndarray, continuous: np.ndarray) -> np.ndarray:
+    return ~continuous & (label != 0.5)
+
+
+def _continuous(label: np.ndarray, continuous: np.ndarray) -> np.ndarray:
+    return continuous
+
+
+# (which rows it is of, from labels and whether they are continuous; the figure of rewards, labels and copies)
+RANKING_FIGURES: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
+    "rewards/auc": (_binary, lambda reward, label, copies=None: auc(reward, label > 0.5, copies)),
+    "rewards/pearson": (_continuous, pearson),
+    "rewards/spearman": (_continuous, spearman),
 }
 
 
 def ranking_figures(rewards: torch.Tensor, label: torch.Tensor, continuous: torch.Tensor) -> dict[str, float]:
     """Metrics that need all rows at once: `rewards/auc` for binary labels, correlations for continuous labels.
 
-    A figure that is undefined is missing.
+    Rows with a binary label of ½ have no part in the AUC. A figure that is undefined is missing.
 
     Args:
         rewards: `(N,)` r. NaN if unknown.
@@ -98,8 +106,8 @@ def ranking_figures(rewards: torch.Tensor, label: torch.Tensor, continuous: torc
     """
     reward, labels, is_continuous = (each.double().cpu().numpy() for each in (rewards, label, continuous))
     found = {}
-    for name, (of_continuous, figure) in RANKING_FIGURES.items():
-        rows = ~np.isnan(reward) & (is_continuous.astype(bool) == of_continuous)
+    for name, (of_kind, figure) in RANKING_FIGURES.items():
+        rows = ~np.isnan(reward) & of_kind(labels, is_continuous.astype(bool))
         if rows.any():
             found[name] = float(figure(reward[rows], labels[rows]))
     return {name: value for name, value in found.items() if not np.isnan(value)}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from sklearn import calibration as sklearn_calibration
 from sklearn.metrics import brier_score_loss, roc_auc_score
@@ -11,13 +12,15 @@ from trl_ulma.evaluation.implicit_reward import (
     calibration_curve,
     continuous_figures,
     implicit_reward,
+    split_figures,
 )
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, over_seeds, wilson
 from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.rates import counts, difference, mean_points, rates
-from trl_ulma.ranking import auc, pearson, spearman
+from trl_ulma.metrics import is_chosen, reward_ratios
+from trl_ulma.ranking import auc, pearson, ranking_figures, spearman
 
 WIN, TIE, LOSE, UNPARSABLE = Verdict.WIN, Verdict.TIE, Verdict.LOSE, Verdict.UNPARSABLE
 RNG = np.random.default_rng(0)
@@ -207,6 +210,23 @@ def test_soft_labels_have_a_brier_score_and_one_class_has_no_auc():
     found = binary_figures(np.zeros(2), np.array([0.75, 0.5]), np.arange(2))
     assert found["brier"].value == pytest.approx((0.25**2 + 0) / 2)
     assert "auc" not in found
+
+
+def test_a_label_of_a_half_is_on_no_side():
+    """A tie is neither right nor wrong, and scikit-learn has no AUC of it."""
+    rewards, label = np.array([2.0, 0.5, -1.0, 1.0, 3.0, -3.0]), np.array([1.0, 0.75, 0.0, 0.25, 0.5, 0.5])
+    sided, continuous, prompt = label != 0.5, np.zeros(6, bool), np.arange(6)
+    auc, accuracy = roc_auc_score(label[sided] > 0.5, rewards[sided]), 3 / 4
+    found = binary_figures(rewards, label, prompt)
+    assert (found["auc"].value, found["accuracy"].value) == (auc, accuracy)
+    assert split_figures(rewards, label, continuous, prompt, 0.0)["accuracies"].value == accuracy
+    logged = [torch.from_numpy(each) for each in (rewards, label, continuous)]
+    assert ranking_figures(*logged) == {"rewards/auc": auc}
+    chosen = is_chosen(logged[1], logged[2])
+    of, rows = reward_ratios(logged[0], logged[0], logged[0], logged[1], chosen, logged[2])["rewards/accuracies"]
+    assert float(of.sum() / rows.sum()) == accuracy
+    assert set(binary_figures(rewards[4:], label[4:], prompt[4:])) == {"brier"}
+    assert "accuracies" not in split_figures(rewards[4:], label[4:], continuous[4:], prompt[4:], 0.0)
 
 
 def test_continuous_figures_by_hand():

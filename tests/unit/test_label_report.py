@@ -168,6 +168,13 @@ def test_answers_per_prompt():
     assert report["with_answers"] == {"1": 1, "2": 1, "3–4": 1, "5–8": 1, "17 or more": 1}
 
 
+def test_labels_of_a_half_are_counted():
+    assert "undecided 2 rows with a label of ½, which accuracy and AUC leave out" in " ".join(
+        render_report(report_of([1, 0, 0.5, 0.5])).split()
+    )
+    assert "undecided" not in render_report(report_of([1, 0, 0.4]))
+
+
 def test_class_weights_balance_the_classes_and_keep_the_whole():
     label, weight = np.array([1, 1, 1, 0, 0.5]), np.array([2.0, 1.0, 4.0, 1.0, 1.0])
     report = report_of(label, weight=weight)

@@ -12,7 +12,7 @@ import torch
 from scipy.special import expit
 
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, ratio_of
-from trl_ulma.metrics import is_chosen
+from trl_ulma.metrics import is_chosen, is_sided
 from trl_ulma.ranking import auc, pearson, spearman
 
 BINS = 10
@@ -83,10 +83,10 @@ def calibration_curve(probability: np.ndarray, label: np.ndarray) -> list[Calibr
 def binary_figures(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *, seed: int = 0) -> dict[str, Estimate]:
     """Return `auc`, `accuracy` and `brier` of rows with binary or soft labels, with bootstrap intervals by prompt.
 
-    `auc` is the probability that an answer with a label of ½ or above has a higher reward than one with a label below
-    ½. It is missing if there is only one of these classes. `accuracy` is the share of rows whose reward has the sign of
-    its label; a reward of 0 counts half. `brier` is the mean of (σ(r) − z)², because P(z = 1) = σ(r). 0 is best, and a
-    constant prediction of ½ gets ¼.
+    `auc` is the probability that an answer with a label above ½ has a higher reward than one with a label below ½. It
+    is missing if there is only one of these classes. `accuracy` is the share of rows whose reward has the sign of its
+    label; a reward of 0 counts half. Rows with a label of exactly ½ are in neither. `brier` is the mean of (σ(r) − z)²,
+    because P(z = 1) = σ(r). 0 is best, and a constant prediction of ½ gets ¼.
 
     Args:
         rewards: `(N,)` r.
@@ -105,16 +105,16 @@ def binary_figures(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray, *
     _check(rewards, label, prompt)
     if ((label < 0) | (label > 1)).any():
         raise ValueError('Binary figures need labels in [0, 1]. Set label_type="continuous" for others.')
-    good = label >= 0.5
-    right = np.where(rewards == 0, 0.5, (rewards > 0) == good)
+    sided = label != 0.5
+    of_sided, good, where = rewards[sided], label[sided] > 0.5, prompt[sided]
+    right = np.where(of_sided == 0, 0.5, (of_sided > 0) == good)
     squares = (expit(rewards) - label) ** 2
-    found = {
-        "accuracy": bootstrap(mean_of(right), prompt, seed),
-        "brier": bootstrap(mean_of(squares), prompt, seed),
-    }
+    found = {}
     if good.any() and not good.all():
-        found = {"auc": bootstrap(partial(auc, rewards, good), prompt, seed), **found}
-    return found
+        found["auc"] = bootstrap(partial(auc, of_sided, good), where, seed)
+    if sided.any():
+        found["accuracy"] = bootstrap(mean_of(right), where, seed)
+    return {**found, "brier": bootstrap(mean_of(squares), prompt, seed)}
 
 
 def continuous_figures(
@@ -190,7 +190,10 @@ def split_figures(
         found["rejected"] = bootstrap(bad, prompt, seed)
     if len(found) == 2:
         found["margins"] = bootstrap(lambda copies: good(copies) - bad(copies), prompt, seed)
-    return {**found, "accuracies": bootstrap(mean_of(right), prompt, seed)}
+    sided = is_sided(torch.from_numpy(label), torch.from_numpy(continuous)).numpy()
+    if sided.any():
+        found["accuracies"] = bootstrap(mean_of(right[sided]), prompt[sided], seed)
+    return found
 
 
 def _check(rewards: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> None:

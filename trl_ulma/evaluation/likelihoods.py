@@ -197,7 +197,7 @@ class Likelihoods:
                 for name, estimate in of(rewards[which], label[which], prompt[which], seed=seed).items()
             }
         }
-        found["ranked_rows"] = int((~continuous).sum() or continuous.sum())
+        found["ranked_rows"] = int((~continuous & (label != 0.5)).sum() or continuous.sum())
         found["split"] = split_figures(rewards, label, continuous, prompt, self.reading.center, seed=seed)
         if not continuous.all():
             found["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])

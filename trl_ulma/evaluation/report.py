@@ -297,7 +297,7 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list
     center = data.get("label_center")
     higher = "below" if data.get("is_reversed") else "above"
     which = (
-        "Rows with a label of ½ and above are chosen."
+        "Rows with a label of ½ and above are chosen. Accuracy and AUC leave out rows with a label of exactly ½."
         if center is None
         else f"Rows with a continuous label of {center:g} and {higher} are chosen."
     )

@@ -77,7 +77,8 @@ def label_report(
           either is constant;
         - `raw`, for rows with a label transform: `transform`; `mean`, `std` and `histogram` of the labels before it, as
           above; each bin also has `learned_low` and `learned_high`, the range of its labels after the transform;
-        - for binary labels, `class_weights`: values of `desirable_weight` and `undesirable_weight` that balance the
+        - for binary labels, `undecided`, the rows with a label of ½, which accuracy and AUC leave out; and
+          `class_weights`: values of `desirable_weight` and `undesirable_weight` that balance the
           classes and keep the total weight; None if there is one class;
         - for continuous labels, `targets`: |u| in nats, where u = (z − c)/β with c = β·log Z is the log-ratio at
           which the loss is 0;
@@ -113,6 +114,7 @@ def label_report(
                 _warn_of_outliers(own, np.flatnonzero(rows), named, warnings)
     if "binary" in report:
         rows = ~continuous
+        report["binary"]["undecided"] = int((label[rows] == 0.5).sum())
         report["binary"]["class_weights"] = _class_weights(weights[rows], label[rows] >= 0.5, class_weights, warnings)
         of_reward = np.where(rows & (~sft_mask if compared is None else compared), weights, 0)
         good = class_weights[0] * of_reward[label >= 0.5].sum()
@@ -416,6 +418,9 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
     by_number = ", ".join(f"{_count(count, 'prompt')} with {number}" for number, count in numbers)
     facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts |= _repeats_in_words(report)
+    undecided = report.get("binary", {}).get("undecided")
+    if undecided:
+        facts["undecided"] = f"{_count(undecided, 'row')} with a label of ½, which accuracy and AUC leave out"
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
         facts["balanced with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())

@@ -30,7 +30,7 @@ from trl_ulma.labels import (
     unread,
 )
 from trl_ulma.losses import Terms, group_means, is_informative, route
-from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards
+from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards, is_sided
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 from trl_ulma.rows.notes import left_out_of
 
@@ -296,11 +296,13 @@ def evaluated_figures(rows: Dataset, args: Any, center: float, *, has_rewards: b
 def _label_kinds(label: torch.Tensor, continuous: torch.Tensor, center: float) -> dict[str, bool]:
     """Which kinds of rows there are, by the names of `NEEDED_ROWS`."""
     chosen = is_chosen(label, continuous, center)
-    positive, ratings = label[~continuous] >= 0.5, label[continuous]
+    sided = is_sided(label, continuous)
+    positive, ratings = label[~continuous & sided] > 0.5, label[continuous]
     return {
         "rows with continuous labels": bool(continuous.any()),
         "continuous labels that differ": len(ratings.unique()) > 1,
-        "binary labels of ½ and above, and others below ½": bool(positive.any() and not positive.all()),
+        "labels other than ½": bool(sided.any()),
+        "binary labels above ½, and others below ½": bool(positive.any() and not positive.all()),
         "chosen rows": bool(chosen.any()),
         "rejected rows": not chosen.all(),
         "chosen rows and rejected ones": bool(chosen.any() and not chosen.all()),
