@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch.utils.data import SequentialSampler
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -491,6 +492,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         if strategy == "group_by_length" and isinstance(sampler, LengthGroupedSampler):
             return LengthSampler(sampler, self._order_seed)
         return sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        # With train_sampling_strategy="group_by_length", Trainer returns predictions in another order than the rows'
+        is_alone = has_length(eval_dataset) and self.accelerator.num_processes == 1
+        return SequentialSampler(eval_dataset) if is_alone else None
 
     @property
     def _order_seed(self) -> int:

@@ -109,6 +109,18 @@ def test_labels_masks_and_weights_change_no_reward(tiny_gpt2, tmp_path):
     assert trainer.score(flagged)["sft_mask"][:] == [True] * 6
 
 
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+def test_rewards_are_in_the_order_of_the_rows(tiny_gpt2, tmp_path, strategy):
+    """Trainer sorts rows by length to evaluate them, too."""
+    rows = make_rows(9)
+    trainer = judge_of(tiny_gpt2, rows, tmp_path, beta=1.0, train_sampling_strategy=strategy)
+    wanted = plain_logps(tiny_gpt2, rows, trainer.model)[0] - plain_logps(tiny_gpt2, rows)[0]
+    assert trainer.score(rows)["reward"][:] == pytest.approx(wanted, abs=1e-3)
+    found = trainer.predict(rows)
+    assert found.predictions == pytest.approx(wanted, abs=1e-3)
+    assert found.label_ids.tolist() == rows["label"][:]
+
+
 def test_rows_without_tokens_are_left_out_and_the_others_keep_their_numbers(tiny_gpt2, tmp_path, capture):
     trainer = judge_of(tiny_gpt2, make_rows(4), tmp_path, max_length=24)
     rows = make_rows(3, prompt=["Why?", "x y z " * 20, "Why?"], completion=[" a", " b", " c"])

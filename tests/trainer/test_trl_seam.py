@@ -32,6 +32,7 @@ def parameters(function) -> list[str]:
         (DPOTrainer, "_set_signature_columns_if_needed", ["self"]),
         (Trainer, "get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
         (Trainer, "_get_train_sampler", ["self", "train_dataset"]),
+        (Trainer, "_get_eval_sampler", ["self", "eval_dataset"]),
         (Trainer, "_push_from_checkpoint", ["self", "checkpoint_folder"]),
         (Trainer, "predict", ["self", "test_dataset", "ignore_keys", "metric_key_prefix"]),
         (data_utils, "prepare_multimodal_messages", ["messages", "images"]),
