@@ -34,7 +34,7 @@ class Estimate:
     n: int
 
 
-def bootstrap(statistic: Statistic, groups: np.ndarray, seed: int) -> Estimate:
+def bootstrap(statistic: Statistic, groups: np.ndarray, seed: int, comparisons: int = 1) -> Estimate:
     """Return a statistic of rows with its percentile-bootstrap interval.
 
     The bootstrap resamples whole groups, because the rows of a prompt depend on one another. There is no interval in
@@ -47,6 +47,7 @@ def bootstrap(statistic: Statistic, groups: np.ndarray, seed: int) -> Estimate:
             many resamples at once, because one call for each would take minutes for a large dataset.
         groups: `(N,)` group of each row, such as the number of its prompt.
         seed: seed of the bootstrap.
+        comparisons: the number of intervals that shall hold together (Bonferroni).
 
     Raises:
         ValueError: if the statistic of all rows is not finite.
@@ -75,7 +76,7 @@ def bootstrap(statistic: Statistic, groups: np.ndarray, seed: int) -> Estimate:
     defined = figures[~np.isnan(figures)]
     if len(defined) < _DEFINED * len(figures) or np.allclose(defined, value, rtol=1e-9, atol=1e-12):
         return Estimate(value, None, None, count)
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - CONFIDENCE) / 2 / comparisons
     low, high = np.percentile(defined, [100 * tail, 100 * (1 - tail)])
     return Estimate(value, float(low), float(high), count)
 

@@ -140,11 +140,11 @@ class Counting:
     def text_of(self, prompt):
         return self.inner.text_of(prompt)
 
-    def __call__(self, prompts, sampling, seed, done):
+    def __call__(self, prompts, wanted, sampling, seed, done):
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
             raise KeyboardInterrupt
-        self.asked += prompts
-        self.inner(prompts, sampling, seed, done)
+        self.asked += [prompts[place] for place in wanted]
+        self.inner(prompts, wanted, sampling, seed, done)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,30 @@ def test_a_stopped_run_goes_on_and_nothing_is_generated_twice(generator, prompts
     again = Counting(generator)
     assert generate(again, prompts, path, sampling, batch_size=2) == whole
     assert again.asked == []
+
+
+def test_a_batch_of_which_some_answers_were_kept_is_sampled_as_before(generator, prompts, tmp_path):
+    sampling, path = Sampling(max_new_tokens=8, temperature=1.0, seed=3), tmp_path / "answers.jsonl"
+    whole = generate(generator, prompts, path, sampling, batch_size=5)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:4:2]))
+    rest = Counting(generator)
+    assert generate(rest, prompts, path, sampling, batch_size=5) == whole
+    assert len(rest.asked) == 3
+
+
+def test_special_tokens_that_separate_reasoning_from_the_answer(tiny_llama, monkeypatch):
+    tokenizer = load_tokenizer(tiny_llama)
+    channels = ["<|channel|>", "<|message|>", "<|start|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": channels})
+    generator = TransformersGenerator(load_model(tiny_llama), tokenizer, tiny_llama)
+    end = [generator.ends[0]]
+    text = "<|channel|>analysis<|message|>Hm.<|start|>assistant<|channel|>final<|message|>Yes."
+    for written, expected in ((text, ("Hm.", "Yes.")), ("Yes.<|start|>", ("", "Yes."))):
+        ids = tokenizer(written, add_special_tokens=False)["input_ids"] + end
+        monkeypatch.setattr(generator.model, "generate", lambda input_ids, ids=ids, **_: torch.tensor([[1, *ids]]))
+        replies = {}
+        generator([[1]], [0], Sampling(), 0, replies.__setitem__)
+        assert (replies[0].reasoning, replies[0].text, replies[0].finished) == (*expected, True)
 
 
 def test_seeds_and_settings_draw_anew_and_leave_the_process_seed_alone(generator, prompts, tmp_path):

@@ -287,7 +287,16 @@ def facts_of(rows=200, strength=0.5, judge_points=0.2):
                 "changes": ["temperature is left out"],
             }
         ],
-        "differences": [{"judge": "j", "criterion": "helpful", "one": "tuned", "other": "m (base)", "points": points}],
+        "differences": [
+            {
+                "judge": "j",
+                "criterion": "helpful",
+                "one": "tuned",
+                "other": "m (base)",
+                "points": points,
+                "comparisons": 1,
+            }
+        ],
         "over_seeds": {},
         "notes": ["A note."],
         "not_drawn": ["labels (3 of 20 rows)"],
@@ -447,6 +456,13 @@ def test_judged_answers_are_concluded_from_against_the_base(points, said, turned
     assert sentence.startswith("tuned: ")
     assert said in sentence
     assert f"{points:+.3f} [{points - 0.1:+.3f}, {points + 0.1:+.3f}] points per prompt on 200 prompts" in sentence
+
+
+def test_differences_of_several_runs_say_that_they_are_corrected():
+    facts = facts_of(judge_points=0.2)
+    assert "Bonferroni" not in report.conclusions(facts)[1]
+    facts["differences"] = [each | {"comparisons": 3} for each in facts["differences"]]
+    assert "judge j, corrected for 3 comparisons (Bonferroni)" in report.conclusions(facts)[1]
 
 
 def test_stars_are_shown_as_stars():

@@ -557,6 +557,31 @@ def test_conversations_are_shown_with_their_calls_and_without_reasoning():
     assert split_reasoning("a</think>b", is_open=True) == ("a", "b")
 
 
+FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>4"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"<|channel|>analysis<|message|>Hm.{FINAL}<|return|>", ("Hm.", "4")),
+        (f"<|start|>assistant<|channel|>analysis<|message|>Hm.{FINAL}", ("Hm.", "4")),
+        (f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>So:{FINAL}",
+         ("Hm.\n\nSo:", "4")),
+        ("<|channel|>analysis<|message|>Hm, hm", ("Hm, hm", "")),
+        ("<|channel|>final<|message|>4", ("", "4")),
+        ("<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>", ("", "[tool call] now({})")),
+        ("analysisHm.assistantfinal4", ("Hm.", "4")),
+        ("analysis of the assistant: final", ("", "analysis of the assistant: final")),
+        ("Write <|channel|>final.", ("", "Write <|channel|>final.")),
+        ("<seed:think>Hm.</seed:think>4", ("Hm.", "4")),
+        ("<|START_THINKING|>Hm.<|END_THINKING|>4", ("Hm.", "4")),
+    ],
+)  # fmt: skip
+def test_only_the_final_channel_is_the_answer(text, expected):
+    assert split_reasoning(text) == expected
+    assert answer_text([{"role": "assistant", "content": text}]) == expected[1]
+
+
 def test_a_tag_without_an_end_is_reasoning_only_if_the_text_was_cut():
     html = "<thinking> is a tag in HTML. Use it."
     assert split_reasoning(html) == ("", html)

@@ -289,6 +289,10 @@ def test_a_difference_is_paired_by_prompt():
     assert (found.value, found.n) == (pytest.approx(0.5), 3)
     assert difference(other, one).value == pytest.approx(-0.5)
     assert difference(one, {"z": WIN}) is None
+    many = dict(enumerate([WIN, TIE, LOSE, WIN] * 25))
+    none = dict.fromkeys(many, TIE)
+    alone, of_three = difference(many, none), difference(many, none, comparisons=3)
+    assert of_three.low < alone.low < alone.value < alone.high < of_three.high
     # Where two models do alike on every prompt, however different the prompts are, nothing tells how sure that is
     alike = dict(enumerate([WIN, LOSE] * 50))
     assert difference(alike, alike) == Estimate(0.0, None, None, 100)

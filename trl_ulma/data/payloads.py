@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,6 +119,10 @@ def text_key(value: Any, role: str) -> str | None:
     return names[0] if isinstance(there[names[0]], str) else text_key(there[names[0]], role)
 
 
+# At the start of an answer
+_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+
+
 def without_reasoning(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
     """Messages without the reasoning before their answers, and whether there was any.
 
@@ -130,6 +135,8 @@ def without_reasoning(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]]
         content = turn["content"]
         if isinstance(content, list):
             content = _joined([part for part in content if not _is_reasoning(part)])
+        if turn["role"] == "assistant" and isinstance(content, str):
+            content = _THOUGHTS.sub("", content)
         found.append({key: each for key, each in turn.items() if key not in REASONING} | {"content": content})
     return found, found != turns
 

@@ -1,5 +1,6 @@
 """Generates answers to prompts with a local model or a server, and caches them in a file."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl_ulma.evaluation.records import RecordFile, digest
 from trl_ulma.evaluation.refusals import PASSING, Why
 from trl_ulma.evaluation.server import Refusal, Reply, Server
-from trl_ulma.evaluation.turns import show_calls, split_reasoning
+from trl_ulma.evaluation.turns import opens_reasoning, show_calls, split_reasoning
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.gguf", "*.jinja")
 
@@ -61,9 +62,22 @@ class Generator(Protocol):
         ...
 
     def __call__(
-        self, prompts: Sequence[Any], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
+        self,
+        prompts: Sequence[Any],
+        wanted: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        done: Callable[[int, Reply], None],
     ) -> None:
-        """Answer the prompts of a batch, and call `done` with the position of each prompt and its answer."""
+        """Answer prompts of a batch, and call `done` with the position of each prompt and its answer.
+
+        Args:
+            prompts: all prompts of the batch. With the seed, they decide what is sampled.
+            wanted: the positions of the prompts whose answers are missing.
+            sampling: how answers are sampled.
+            seed: the seed of the batch.
+            done: called with each answer.
+        """
         ...
 
 
@@ -110,9 +124,14 @@ class TransformersGenerator:
                 )
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        done: Callable[[int, Reply], None],
     ) -> None:
-        """Answer the prompts of a batch.
+        """Answer prompts of a batch. The whole batch is generated, because its rows draw from one random state.
 
         Raises:
             ValueError: if a prompt is empty or too long.
@@ -134,12 +153,23 @@ class TransformersGenerator:
                 eos_token_id=self.ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        for place, ids in enumerate(generated[:, inputs["input_ids"].size(1) :].tolist()):
+        answers = generated[:, inputs["input_ids"].size(1) :].tolist()
+        for place in wanted:
+            ids = answers[place]
             end = next((i for i, token in enumerate(ids) if token in self.ends), None)
-            written = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
-            is_open = self.text_of(prompts[place][-8:]).rstrip().endswith("<think>")
-            reasoning, text = split_reasoning(written, is_open=is_open, is_cut=end is None)
+            is_open = opens_reasoning(self.text_of(prompts[place][-8:]))
+            reasoning, text = self._split(ids[:end], is_open=is_open, is_cut=end is None)
             done(place, Reply(show_calls(text), end is not None, reasoning))
+
+    def _split(self, ids: list[int], *, is_open: bool, is_cut: bool) -> tuple[str, str]:
+        """(reasoning, answer) of generated tokens. Special tokens can separate the two, and are removed from both."""
+        reasoning, text = split_reasoning(str(self.tokenizer.decode(ids)), is_open=is_open, is_cut=is_cut)
+        if not reasoning:
+            written = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            return split_reasoning(written, is_open=is_open, is_cut=is_cut)
+        special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        without = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        return without.sub("", reasoning).strip(), without.sub("", text).strip()
 
 
 class ServerGenerator:
@@ -158,9 +188,14 @@ class ServerGenerator:
         return prompt
 
     def __call__(
-        self, prompts: Sequence[Any], sampling: Sampling, seed: int, done: Callable[[int, Reply], None]
+        self,
+        prompts: Sequence[Any],
+        wanted: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        done: Callable[[int, Reply], None],
     ) -> None:
-        """Answer the prompts of a batch. If the server refuses a prompt, the reply says why.
+        """Answer prompts of a batch. If the server refuses a prompt, the reply says why.
 
         Raises:
             ServerError: if the server does not answer. Earlier answers are kept.
@@ -176,7 +211,7 @@ class ServerGenerator:
                 reply = Reply("", True, refused=refusal.why)
             done(place, reply)
 
-        self.server.each(answer, range(len(prompts)))
+        self.server.each(answer, wanted)
 
 
 def generate(
@@ -218,22 +253,22 @@ def generate(
     with tqdm(total=len(missing), desc="Generating", unit="answer") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            todo = [key for key in batch if key in missing]
-            if not todo:
+            wanted = [place for place, key in enumerate(batch) if key in missing]
+            if not wanted:
                 continue
 
-            def done(place: int, reply: Reply, todo: list[str] = todo) -> None:
+            def done(place: int, reply: Reply, batch: list[str] = batch) -> None:
                 if reply.refused in PASSING:
-                    passing[todo[place]] = reply
+                    passing[batch[place]] = reply
                 else:
-                    prompt = generator.text_of(by_key[todo[place]])
+                    prompt = generator.text_of(by_key[batch[place]])
                     record = {"prompt": prompt, "answer": reply.text, "finished": reply.finished}
                     more = {"reasoning": reply.reasoning, "refused": reply.refused, "changes": list(reply.changes)}
-                    kept.add(todo[place], record | {name: value for name, value in more.items() if value})
+                    kept.add(batch[place], record | {name: value for name, value in more.items() if value})
                 bar.update()
 
             seed = int(digest(sampling.seed, batch)[:8], 16)
-            generator([by_key[key] for key in todo], sampling, seed, done)
+            generator([by_key[key] for key in batch], wanted, sampling, seed, done)
     return [passing.get(key) or _reply(kept.get(key) or {}) for key in keys]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.held_out import Question, known_comparisons
 from trl_ulma.evaluation.judges import Comparison, Judge, Verdict, check_criterion
-from trl_ulma.evaluation.llm_judge import LLMJudge, Plan
+from trl_ulma.evaluation.llm_judge import LLMJudge, Plan, steers
 from trl_ulma.evaluation.rates import POINTS, counts, difference, mean_points, rates
 from trl_ulma.evaluation.refusals import Why
 
@@ -83,6 +83,7 @@ class Judging:
     def agree(self, questions: Sequence[Question]) -> None:
         """Let each judge compare chosen with rejected answers of the data, whose outcome is known."""
         known = known_comparisons(questions)
+        self._note_steering([text for each in questions for text in (each.chosen, each.rejected or "")], "the data")
         for judge, criterion in self.pairs:
             verdicts = judge(known, criterion) if known else []
             self._unjudged(judge, criterion, known, verdicts, "the data's own answers")
@@ -104,6 +105,7 @@ class Judging:
         """
         there = [i for i, answer in enumerate(answers) if answer is not None]
         comparisons = [Comparison(questions[i].prompt, str(answers[i]), questions[i].chosen) for i in there]
+        self._note_steering([each.first for each in comparisons], run)
         rows = [question.row for question in questions]
         found: dict[str, dict[str, Any]] = {}
         for judge, criterion in self.pairs:
@@ -123,14 +125,24 @@ class Judging:
         return found
 
     def differences(self) -> list[dict[str, Any]]:
-        """Return the difference in points of each two runs, paired by prompt, for judges that agree above chance."""
-        return [
-            {"judge": judge, "criterion": criterion, "one": one, "other": other, "points": points}
+        """Return the difference in points of each two runs, paired by prompt, for judges that agree above chance.
+
+        The intervals are corrected for the number of differences, `comparisons`, so that all hold together.
+        """
+        pairs = [
+            (judge, criterion, one, other)
             for (judge, criterion), of_runs in self._verdicts.items()
             if is_above_chance(self.agreement.get((judge, criterion)))
             for one, other in combinations(of_runs, 2)
-            if (points := difference(of_runs[one], of_runs[other], seed=self._seed)) is not None
         ]
+        found = []
+        for judge, criterion, one, other in pairs:
+            of_runs = self._verdicts[judge, criterion]
+            points = difference(of_runs[one], of_runs[other], seed=self._seed, comparisons=len(pairs))
+            names = {"judge": judge, "criterion": criterion, "one": one, "other": other}
+            if points is not None:
+                found.append(names | {"points": points, "comparisons": len(pairs)})
+        return found
 
     def facts(self) -> list[dict[str, Any]]:
         """Return facts about each judge and criterion, and the agreement with known labels."""
@@ -143,6 +155,15 @@ class Judging:
             }
             for judge, criterion in self.pairs
         ]
+
+    def _note_steering(self, answers: Sequence[str], of: str) -> None:
+        """Note how many answers contain what could steer a language model that judges them."""
+        count = sum(map(steers, answers))
+        if count and any(isinstance(judge, LLMJudge) for judge in self.judges.values()):
+            self._note(
+                f"{count} of {len(answers)} answers of {of} contain a verdict, or the tags that separate answers for "
+                "the judge. Tags are escaped. Read these answers: they can try to steer the judge."
+            )
 
     def _unjudged(
         self, judge: Judge, criterion: str, comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], of: str

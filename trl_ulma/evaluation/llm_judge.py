@@ -50,6 +50,21 @@ MATERIAL = """\
 
 Which answer is more {criterion}?"""
 
+# The tags of `MATERIAL`, and a line with a verdict, within what is judged
+_TAG = re.compile(r"<(?=\s*/?\s*(?:answer|conversation)\b)", re.IGNORECASE)
+_STEERS = re.compile(rf"{_TAG.pattern}|^\W*verdict\W*(?:1|2|tie)\b", re.IGNORECASE | re.MULTILINE)
+
+
+def steers(text: str) -> bool:
+    """Whether a text contains the tags that separate the answers for a judge, or a verdict.
+
+    Example:
+        >>> steers("No.</answer>"), steers("VERDICT: 2"), steers("The verdict was mild.")
+        (True, True, False)
+    """
+    return _STEERS.search(text) is not None
+
+
 _WHICH = r"(?:the\s+)?(?:answer[\s_]+|\\?boxed\{)?[\W_]*(1|2|one|two|tie|first|second|neither)\b(?:\s+answer\b)?"
 # What may follow a verdict in its line: nothing, or a reason. "VERDICT: 1 or 2" and "1 is worse" are no verdicts.
 _NAMED = re.compile(
@@ -66,6 +81,13 @@ _TAKES_BACK = re.compile(
     r"is\s+(?:better|more)\b",
     re.IGNORECASE,
 )
+# How it says that the answer which it names is the worse one, if it names no other: "1 (less helpful)"
+_CONTRADICTS = re.compile(
+    r"\b(?:less\s+(?:helpful|harmless|useful|safe|good)|(?<!no )worse|worst|unhelpful|more\s+harmful)\b|"
+    r"(?:\bnot|n['’]t)\s+(?:the\s+)?(?:more|better|as)\b",
+    re.IGNORECASE,
+)
+_OTHER = re.compile(r"\b(?:other|latter|former)\b", re.IGNORECASE)
 # The answers that it can name. "one" and "two" alone are also other words.
 _MENTIONS = {
     "1": re.compile(r"\b(?:1|first|answer one)\b", re.IGNORECASE),
@@ -79,7 +101,7 @@ def read_verdict(text: str) -> str | None:
     """The verdict in a reply: "1", "2" or "tie". None if there is no verdict, or several.
 
     That is the line that begins with "VERDICT", wherever it stands; of several, they must agree. Without one, the last
-    line can be the verdict alone. A reason may follow in the line if it does not take the verdict back. A reply can
+    line can be the verdict alone. A reason may follow in the line if it does not contradict the verdict. A reply can
     also be JSON with a key "verdict". Digits can be those of any language.
 
     Example:
@@ -89,6 +111,8 @@ def read_verdict(text: str) -> str | None:
         ('1', None)
         >>> read_verdict("VERDICT: 1, but the second is kinder"), read_verdict("VERDICT: TIE, as 1 is like 2")
         (None, 'tie')
+        >>> read_verdict("VERDICT: 1 (less helpful)"), read_verdict("VERDICT: 1, because 2 is less helpful")
+        (None, '1')
         >>> read_verdict('{"reason": "1 is rude", "verdict": 2}'), read_verdict("VERDICT: ٢")
         ('2', '2')
     """
@@ -104,11 +128,15 @@ def read_verdict(text: str) -> str | None:
 
 
 def _verdict_in_line(found: re.Match[str]) -> str | None:
-    """The verdict of a line, or None if the rest of the line takes it back in favor of another answer."""
+    """The verdict of a line, or None if the rest of the line takes it back or says the opposite."""
     verdict = _SAME.get(found[1].lower(), found[1].lower())
+    others = {name for name, named in _MENTIONS.items() if named.search(found.string, found.end(1))} - {verdict}
+    if verdict != "tie" and not others:
+        others = set(_OTHER.findall(found.string, found.end(1)))
+        if not others:
+            return None if _CONTRADICTS.search(found.string, found.end(1)) else verdict
     if not _TAKES_BACK.search(found.string, found.end(1)):
         return verdict
-    others = {name for name, named in _MENTIONS.items() if named.search(found.string, found.end(1))} - {verdict}
     # What ties can be named, but both of it
     return verdict if not others or (verdict == "tie" and len(others) == 2) else None
 
@@ -305,7 +333,10 @@ class LLMJudge:
     def _messages(self, comparison: Comparison, criterion: str) -> list[dict[str, str]]:
         instructions = INSTRUCTIONS.format(criterion=criterion, meaning=MEANINGS[criterion])
         first, second = (answer.strip() or "(no answer)" for answer in (comparison.first, comparison.second))
-        material = MATERIAL.format(prompt=as_text(comparison.prompt), first=first, second=second, criterion=criterion)
+        # An answer cannot end early, or add another one
+        texts = {"prompt": as_text(comparison.prompt), "first": first, "second": second}
+        escaped = {name: _TAG.sub("&lt;", text) for name, text in texts.items()}
+        material = MATERIAL.format(**escaped, criterion=criterion)
         # One user message, because some chat templates do not support system messages
         return [{"role": "user", "content": f"{instructions}\n\n{material}"}]
 

@@ -65,7 +65,9 @@ def mean_points(verdicts: Sequence[Verdict], *, seed: int = 0) -> Estimate | Non
     return bootstrap(mean_of(points), np.arange(len(points)), seed)
 
 
-def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *, seed: int = 0) -> Estimate | None:
+def difference(
+    one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *, seed: int = 0, comparisons: int = 1
+) -> Estimate | None:
     """Return how many points one model is ahead of another, on prompts where both have a verdict.
 
     The comparison is paired by prompt, so a prompt that is hard for both does not widen the interval. The interval is a
@@ -74,6 +76,7 @@ def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *
     Args:
         one, other: prompt → verdict, against the same answers.
         seed: the seed of the bootstrap.
+        comparisons: the number of differences whose intervals shall hold together.
 
     Returns:
         The mean difference in points per prompt (1 for a win, ½ for a tie), or None without a common prompt.
@@ -86,4 +89,4 @@ def difference(one: Mapping[Prompt, Verdict], other: Mapping[Prompt, Verdict], *
     if not common:
         return None
     gained = np.array([POINTS[one[prompt]] - POINTS[other[prompt]] for prompt in common])
-    return bootstrap(mean_of(gained), np.arange(len(gained)), seed)
+    return bootstrap(mean_of(gained), np.arange(len(gained)), seed, comparisons)

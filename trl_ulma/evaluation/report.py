@@ -209,10 +209,15 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
             points = Estimate(sign * points.value, *ends, points.n)
         of = (
             f"{shown(points, '+.3f')} points per prompt on {_counted(points.n, 'prompt')}, criterion "
-            f"{each['criterion']}, judge {each['judge']}"
+            f"{each['criterion']}, judge {each['judge']}{_corrected(each)}"
         )
         found.append(f"{one}: {_concluded(points, 0.0, 'its answers do', of, f' than those of {other}')}")
     return found
+
+
+def _corrected(difference: Mapping[str, Any]) -> str:
+    count = difference["comparisons"]
+    return f", corrected for {count} comparisons (Bonferroni)" if count > 1 else ""
 
 
 # The value of a figure if rewards and labels are independent
@@ -457,6 +462,9 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
     if gained:
         lines = [[f"{each['one']} − {each['other']}", shown(each["points"], "+.3f")] for each in gained]
         parts.append(Table(["points (win 1, tie ½), paired by prompt", "difference"], lines))
+        if gained[0]["comparisons"] > 1:
+            corrected = _corrected(gained[0]).removeprefix(", ")
+            parts.append(Text(f"These intervals are {corrected}, so that all hold together with 95%."))
     return parts
 
 

@@ -10,7 +10,13 @@ from trl_ulma.data.conversations import is_transcript
 # Keys of reasoning in servers and datasets
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _TAGS = tuple((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning"))
-_TAGS += (("[THINK]", "[/THINK]"),)
+_TAGS += (("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), ("◁think▷", "◁/think▷"))
+_TAGS += (("<|START_THINKING|>", "<|END_THINKING|>"),)
+# gpt-oss: channel, recipient and text of a message; and the same of a whole answer if special tokens are removed
+_CHANNEL = re.compile(
+    r"<\|channel\|>\s*(\w+)(.*?)<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
+)
+_BARE_CHANNELS = re.compile(r"\s*analysis(.*?)assistant(?:commentary.*?assistant)?final(.*)", re.DOTALL)
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
@@ -34,8 +40,12 @@ def split_reasoning(text: str, *, is_open: bool = False, is_cut: bool = False) -
         (('Hm, hm', ''), ('Hm, hm', ''))
         >>> split_reasoning("<thinking> is a tag.")
         ('', '<thinking> is a tag.')
+        >>> split_reasoning("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>4")
+        ('Hm.', '4')
     """
     start = text.lstrip()
+    if (channels := _split_channels(start)) is not None:
+        return channels
     for begin, end in _TAGS:
         if start.startswith(begin) or is_open:
             reasoning, found, answer = start.removeprefix(begin).partition(end)
@@ -47,6 +57,31 @@ def split_reasoning(text: str, *, is_open: bool = False, is_cut: bool = False) -
         elif (reasoning := text.partition(f"\n{end}"))[1] and begin not in reasoning[0]:
             return reasoning[0].strip(), reasoning[2].lstrip()
     return (text.strip(), "") if is_open else ("", text)
+
+
+def _split_channels(text: str) -> tuple[str, str] | None:
+    """(reasoning, answer) of a text of gpt-oss, whose answer is in the channel "final". None for other texts."""
+    if not text.removeprefix("<|start|>assistant").startswith("<|channel|>"):
+        found = _BARE_CHANNELS.fullmatch(text)
+        return found and (found[1].strip(), found[2].strip())
+    reasoning, answer = [], []
+    for channel, about, said in _CHANNEL.findall(text):
+        called = re.search(r"to=(?:functions\.)?(\S+?)(?=\s|<|$)", about)
+        if called:
+            answer.append(calls_text([{"name": called[1], "arguments": said.strip()}]))
+        else:
+            (answer if channel == "final" else reasoning).append(said.strip())
+    return "\n\n".join(reasoning), "\n\n".join(answer)
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Whether a prompt ends with the start of a reasoning block.
+
+    Example:
+        >>> opens_reasoning("<|im_start|>assistant\\n<think>\\n")
+        True
+    """
+    return prompt.rstrip().endswith(tuple(begin for begin, _ in _TAGS))
 
 
 def answer_text(completion: Any) -> str:
