@@ -332,6 +332,18 @@ def test_ranks():
     assert labels("nectar", raw) == [-1.0, "its rank is not a number", -3.0]
 
 
+def test_equal_answers_with_different_scores_are_left_out():
+    turn = {"role": "model", "parts": [{"text": "Yes"}]}
+    for score, expected in ((0.0, [SAME] * 2), (1.0, [1.0] * 2)):
+        answers = [{"score": each, "completion": turn} for each in (1.0, score)]
+        assert labels("gemini", SAMPLES["gemini"](1) | {"completions": answers}) == expected
+    same = {"answer_0": "Yes", "answer_1": "Yes"}
+    assert labels("webgpt", SAMPLES["webgpt"](1) | same) == [SAME] * 2
+    assert labels("webgpt", SAMPLES["webgpt"](1) | same | {"score_0": 0.0, "score_1": 0.0}) == [0.0] * 2
+    ranked = [{"answer": text, "rank": rank} for text, rank in (("Yes", 1), ("No", 2), ("Yes", 3))]
+    assert labels("nectar", {"prompt": "Hi", "answers": ranked}) == [SAME, -2.0, SAME]
+
+
 def test_webgpt():
     raw = SAMPLES["webgpt"](1)
     assert outcomes("webgpt", raw) == [

@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, compared, labeled
 from trl_ulma.data.payloads import messages_in
 
 
 def gemini(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
-    """One row per completion, with its score as the label.
+    """One row per completion, with its score as the label. Equal completions with different scores are left out.
 
     Args:
         rows: `contents` (turns with `role` and `parts`), `completions` (each with a `score` and a `completion`, which
@@ -28,14 +28,16 @@ def gemini(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         if not isinstance(answers, list) or not all(isinstance(each, Mapping) for each in answers):
             yield LeftOut("its completions are not a list of objects with `score` and `completion`")
             continue
+        found: list[Outcome] = []
         request = {name: value for name, value in raw.items() if name != "completions"}
         for each in answers:
             try:
                 prompt, answer = messages_in(request, "user"), messages_in(each.get("completion"), "assistant")
             except ValueError as error:
-                yield LeftOut(str(error))
+                found.append(LeftOut(str(error)))
                 continue
-            yield labeled(prompt, answer, each.get("score"), label_type=label_type, liked=liked)
+            found.append(labeled(prompt, answer, each.get("score"), label_type=label_type, liked=liked))
+        yield from compared(found)
 
 
 GEMINI = Adapter(gemini, needs=(("contents", "completions"),), options=LABELED, also=None)

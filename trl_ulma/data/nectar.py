@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, labeled
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, compared, labeled
 from trl_ulma.data.conversations import ASSISTANT, is_transcript, parse_transcript
 
 
@@ -34,12 +34,14 @@ def nectar(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
             except ValueError as error:
                 yield from [LeftOut(str(error))] * len(answers)
                 continue
+        found: list[Outcome] = []
         for answer in answers:
             rank = as_number(answer.get("rank")) if isinstance(answer, Mapping) else None
             if rank is None:
-                yield LeftOut("its rank is not a number")
+                found.append(LeftOut("its rank is not a number"))
                 continue
-            yield labeled(prompt, answer.get("answer"), 0.0 - rank, label_type="continuous")
+            found.append(labeled(prompt, answer.get("answer"), 0.0 - rank, label_type="continuous"))
+        yield from compared(found)
 
 
 NECTAR = Adapter(nectar, needs=(("prompt", "answers"),), refuses=("question",))

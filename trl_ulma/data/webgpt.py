@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, labeled
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, compared, labeled
 
 NO_QUOTES = "its answer has no quotes"
 
 
 def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterator[Outcome]:
     """Two rows per question, with the score from −1 to 1 as a continuous label. 0 is a tie.
+    Equal answers with different scores are left out.
 
     Args:
         rows: `question` (text, or an object with `full_text`), `answer_0`, `answer_1`, `score_0`, `score_1`, and for
@@ -25,10 +26,11 @@ def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterat
         question = raw["question"]
         if isinstance(question, Mapping):
             question = question.get("full_text")
+        answers: list[Outcome] = []
         for number in (0, 1):
             prompt = question
             if not isinstance(prompt, str):
-                yield LeftOut("its question is not text")
+                answers.append(LeftOut("its question is not text"))
                 continue
             if quotes:
                 try:
@@ -36,11 +38,12 @@ def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterat
                     pairs = list(zip(found["title"], found["extract"], strict=True))
                     prompt = "\n\n".join([*(f"{title}\n{extract}" for title, extract in pairs), prompt])
                 except (KeyError, TypeError, ValueError):
-                    yield LeftOut("its quotes are not lists of titles and extracts")
+                    answers.append(LeftOut("its quotes are not lists of titles and extracts"))
                     continue
                 if not pairs:
-                    yield Noted(NO_QUOTES)
-            yield labeled(prompt, raw[f"answer_{number}"], raw[f"score_{number}"], label_type="continuous")
+                    answers.append(Noted(NO_QUOTES))
+            answers.append(labeled(prompt, raw[f"answer_{number}"], raw[f"score_{number}"], label_type="continuous"))
+        yield from compared(answers)
 
 
 WEBGPT = Adapter(
