@@ -12,7 +12,7 @@ from trl_ulma.data.adapters import FAMILIES, OUTSIDE, Adapter, LeftOut, Noted, f
 from trl_ulma.data.readable import direction, proposed, rating_of, whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
-from trl_ulma.labels import is_empty
+from trl_ulma.labels import are_ratings, is_empty
 
 _TURN = {"role": Value("string"), "content": Value("string")}
 _MESSAGES = List(_TURN)
@@ -140,7 +140,7 @@ def convert(
         parts.append(_dataset(chunk, keys))
     outside = account.left_out[OUTSIDE].count if OUTSIDE in account.left_out else 0
     answers = account.rows_out + sum(each.count for each in account.left_out.values())
-    if outside > 1 and 10 * outside > answers:  # fewer can be mistakes
+    if are_ratings(outside, answers):
         raise ValueError(
             f"{outside:,} of {answers:,} answers have labels outside [0, 1], as ratings have. If these were left out, "
             "the low ratings would stay, and count as likes. Set --label_type continuous. For thumbs of −1 and 1, set "

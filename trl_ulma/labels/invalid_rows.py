@@ -227,14 +227,25 @@ def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -
 
 
 def look_like_ratings(found: Sequence[InvalidRow], total: int | None) -> bool:
-    """Return whether three rows or more, and over a quarter of all, have labels that need label_type="continuous".
-
-    Fewer can be mistakes. If ratings were left out because they are outside [0, 1], the low ones would stay.
+    """Return whether so many rows have labels that need label_type="continuous" that these are no mistakes.
 
     Example:
         >>> rating = InvalidRow(f"is 5.0, outside [0, 1]. {NOT_BINARY}", "label outside [0, 1]", "label")
-        >>> look_like_ratings([rating] * 3, 11), look_like_ratings([rating] * 3, 12)
+        >>> look_like_ratings([rating] * 3, 29), look_like_ratings([rating] * 3, 30)
         (True, False)
     """
     ratings = sum(each.fault.endswith(NOT_BINARY) for each in found)
-    return total is not None and ratings >= 3 and 4 * ratings > total
+    return total is not None and are_ratings(ratings, total)
+
+
+def are_ratings(outside: int, total: int) -> bool:
+    """Return whether three labels or more, and over a tenth of all, are outside [0, 1].
+
+    Fewer can be mistakes. If ratings were left out because they are outside [0, 1], the low ones would stay, and count
+    as likes.
+
+    Example:
+        >>> are_ratings(3, 29), are_ratings(2, 4)
+        (True, False)
+    """
+    return outside >= 3 and 10 * outside > total
