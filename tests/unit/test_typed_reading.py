@@ -217,6 +217,18 @@ def test_text_is_text(tmp_path, text):
     assert found[1] == {"prompt": "x", "completion": "", "chosen": "", "rejected": ""}
 
 
+def test_errors_of_a_spreadsheet_are_counted(tmp_path, caplog):
+    text = "prompt,completion,label\nHi,#NAME?,1\nHo,#NAME?,0\nHu,#1,1\n#REF!,No,−1\n"
+    rows = read(write(tmp_path / "rows.csv", text))
+    assert rows["completion"][:] == ["#NAME?", "#NAME?", "#1", "No"]
+    assert rows["label"][:] == [1, 0, 1, -1]  # with a Unicode minus
+    found = "cells that are errors of a spreadsheet, such as"
+    assert [each.partition("rows.csv: ")[2] for each in caplog.messages] == [
+        f"completion: {found} #NAME?, are read as text. Restore them (2 values).",
+        f"prompt: {found} #REF!, are read as text. Restore them.",
+    ]
+
+
 def test_cells_that_say_nothing_and_cells_that_are_lists(tmp_path):
     chat = [{"role": "user", "content": "Hi"}]
     text = io.StringIO()

@@ -28,6 +28,8 @@ READ = (*TEXTS, *NUMBERS, *OTHERS)
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+# What spreadsheets write in place of a cell that they could not compute. #NAME? can have been an answer such as "- Yes"
+_SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|CALC!|GETTING_DATA)")
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
@@ -45,7 +47,7 @@ def number(text: str) -> bool | int | float | None:
         >>> number("4"), number(" 0.5"), number("True"), number("4 stars"), number("nan")
         (4, 0.5, True, None, None)
     """
-    text = text.strip()
+    text = text.strip().replace("\N{MINUS SIGN}", "-")
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if _NUMBER.fullmatch(text) is None:
@@ -82,6 +84,10 @@ def read_value(
     is_cell, theirs = delimiter is not None, theirs or name
     if is_cell and value == "" and name in (*NUMBERS, *OTHERS):
         return None
+    if is_cell and name in TEXTS and isinstance(value, str) and _SHEET_ERROR.fullmatch(value.strip()):
+        notice(
+            f"{name}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
+        )
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
         found = parsed_list(value)
         # An answer can be a list of other objects, as text
