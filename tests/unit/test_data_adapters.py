@@ -14,10 +14,10 @@ from trl_ulma.data.adapters import FAMILIES, SAME, LeftOut, Noted, find
 from trl_ulma.data.conversations import ASSISTANT, HUMAN, parse_transcript, split_transcript, split_turns
 from trl_ulma.data.convert import SAME_SPEAKER, convert
 from trl_ulma.data.demonstrations import demonstrations
-from trl_ulma.data.files import load_rows
+from trl_ulma.data.files import check_splits, load_rows
 from trl_ulma.data.hh import NAME_IN_TEXT, PREFIX, golden_hh, hh
 from trl_ulma.data.mix import mix
-from trl_ulma.data.pairs import pairs
+from trl_ulma.data.pairs import WORSE, pairs
 from trl_ulma.data.qa_feedback import (
     CHANGES_NOTHING,
     NO_CORRECTION,
@@ -474,6 +474,17 @@ def test_columns_of_pairs_that_go_along():
     assert shape(pairs([{"prompt": "Hi", "chosen": "A", "rejected": "B"}], liked=True))[0] == ("A", 1.0, False)
     with pytest.raises(ValueError, match="The pairs have an `sft_mask`"):
         list(pairs([raw], liked=True))
+
+
+def test_pairs_whose_scores_say_the_opposite_are_counted():
+    pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}
+    both = ((5, 1), (2, 2), (1, 5), (None, 1))
+    scored = [pair | {"score_chosen": one, "score_rejected": other} for one, other in both]
+    _, account = convert("pairs", Dataset.from_list(scored))
+    assert counts(account.noted) == {WORSE: 1}
+    [said] = check_splits({"train": Dataset.from_list(scored)}, "pairs.jsonl")
+    assert said.startswith("pairs.jsonl: 1 of its first 4 pairs have a score_chosen below their score_rejected")
+    assert not check_splits({"train": Dataset.from_list(scored[:2])}, "pairs.jsonl")
 
 
 @pytest.mark.parametrize(

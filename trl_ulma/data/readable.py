@@ -219,9 +219,26 @@ def check_readable(
             for name in names
             if name not in READ and any(isinstance(value, str) and " " in value.strip() for value in columns[name])
         ]
-    if not unread:
-        return []
-    return [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored."]
+    said = [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored."] if unread else []
+    scores = [columns.get(name, ()) for name in ("score_chosen", "score_rejected")]
+    worse = sum(is_worse(*pair) for pair in zip(*scores, strict=False)) if is_paired else 0
+    if worse:
+        said.append(
+            f"{where}: {worse} of its first {len(scores[0])} pairs have a score_chosen below their score_rejected, so "
+            "their chosen answer is not the better one. Swap or remove them, unless lower scores are better."
+        )
+    return said
+
+
+def is_worse(chosen: Any, rejected: Any) -> bool:
+    """Whether the score of a chosen answer is below that of the rejected one.
+
+    Example:
+        >>> is_worse(1.0, 2), is_worse(2, 2), is_worse(None, 2)
+        (True, False, False)
+    """
+    is_known = all(isinstance(score, int | float) for score in (chosen, rejected))
+    return is_known and chosen < rejected
 
 
 # Common words for good and bad labels
