@@ -229,6 +229,48 @@ def test_errors_of_a_spreadsheet_are_counted(tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize(("name", "mark"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_a_quote_that_swallows_rows_is_counted(tmp_path, caplog, name, mark):
+    head, whole = f"prompt{mark}completion{mark}label\n", f"x{mark}y{mark}1\n"
+    swallowed = f'"Hi{mark}Hello{mark}1\nBye"{mark}Ciao{mark}0\n'
+    read(write(tmp_path / name, head + whole + swallowed + swallowed))
+    found = f"{name}: a field in quotes contains the end of a row, as in line 3: a quote is missing (2 values)."
+    assert [each.partition(str(tmp_path))[2].removeprefix("/") for each in caplog.messages] == [found]
+    caplog.clear()
+    written = f'"One{mark} two:\n1. Yes{mark} 2"{mark}"No\n{mark}3"{mark}1\n'
+    read(write(tmp_path / f"good-{name}", head + whole + written))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_texts_that_were_decoded_wrongly_are_counted(tmp_path, caplog, name):
+    texts = ["caf\ufffd", "cafÃ©", "donâ€™t", "café", "SÃO Paulo", "10 € â"]
+    if name == "rows.csv":
+        text = "prompt,completion,label\n" + "".join(f"Hi,{each},1\n" for each in texts)
+    else:
+        text = lines([row(1, completion=each) for each in texts])
+    assert read(write(tmp_path / name, text))["completion"][:] == texts
+    [said] = caplog.messages
+    assert "completion: texts were decoded wrongly before" in said
+    assert said.endswith("(3 values).")
+
+
+def test_a_blank_cell_is_empty(tmp_path):
+    rows = read(write(tmp_path / "rows.csv", "prompt,completion,label,weight\na,b, ,\u00a0\nc,d,1,2\n"))
+    assert (rows["label"][:], rows["weight"][:]) == ([None, 1], [None, 2])
+
+
+def test_a_misspelled_column_is_named(tmp_path):
+    rows = [row(1, weights=2, **{"sft-mask": True, "Label_Type": "binary", "note": "x"})]
+    assert check_splits(load_rows(write(tmp_path / "rows.jsonl", lines(rows))), "rows.jsonl") == [
+        f"rows.jsonl: the column {name} is ignored. If it is {meant}, set --columns {meant}={name}."
+        for name, meant in (("weights", "weight"), ("sft-mask", "sft_mask"), ("Label_Type", "label_type"))
+    ]
+    assert not check_splits(
+        load_rows(write(tmp_path / "good.jsonl", lines([row(1, weight=2, weights=3)]))), "good.jsonl"
+    )
+
+
 def test_cells_that_say_nothing_and_cells_that_are_lists(tmp_path):
     chat = [{"role": "user", "content": "Hi"}]
     text = io.StringIO()

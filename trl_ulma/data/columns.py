@@ -30,6 +30,8 @@ CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "convers
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # What spreadsheets write in place of a cell that they could not compute. #NAME? can have been an answer such as "- Yes"
 _SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|CALC!|GETTING_DATA)")
+# The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
+_MOJIBAKE = re.compile(r"\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
@@ -82,11 +84,16 @@ def read_value(
         4.5
     """
     is_cell, theirs = delimiter is not None, theirs or name
-    if is_cell and value == "" and name in (*NUMBERS, *OTHERS):
+    if is_cell and isinstance(value, str) and not value.strip() and name in (*NUMBERS, *OTHERS):
         return None
+    if name in TEXTS and isinstance(value, str) and not value.isascii() and _MOJIBAKE.search(value):
+        notice(
+            f"{theirs}: texts were decoded wrongly before, because they contain characters such as � or Ã©. Export them "
+            "again as UTF-8"
+        )
     if is_cell and name in TEXTS and isinstance(value, str) and _SHEET_ERROR.fullmatch(value.strip()):
         notice(
-            f"{name}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
+            f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
         )
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
         found = parsed_list(value)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 
+from trl_ulma.data.columns import number
 from trl_ulma.data.encodings import encoding_of, opened_text
 from trl_ulma.data.unread import Unread
 
@@ -56,6 +57,7 @@ def csv_rows(
 
             reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
             names: list[str] = []
+            swallowing = 0  # the first line in which a field seems to contain another row
             for fields in reader:
                 start, line = line, reader.line_num + 1
                 # A single carriage return ends all lines of a file, or is part of a field without quotes
@@ -74,6 +76,9 @@ def csv_rows(
                         if delimiter != ("\t" if ".tsv" in path.name.lower() else ","):
                             notice(f"the fields are separated by {DELIMITERS[delimiter]}")
                     continue
+                if notice is not None and _swallows(fields, len(names), delimiter):
+                    swallowing = swallowing or start
+                    notice(f"a field in quotes contains the end of a row, as in line {swallowing}: a quote is missing")
                 if len(fields) == len(names):
                     yield start, dict(zip(names, fields, strict=True))
                 else:
@@ -148,6 +153,16 @@ def _names(fields: list[str], line: int, known: Collection[str], notice: Callabl
 def _name(field: str) -> str:
     """The name of a column without spaces and invisible characters around it."""
     return field.strip(f"{string.whitespace}\N{NO-BREAK SPACE}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}")
+
+
+def _swallows(fields: list[str], columns: int, delimiter: str) -> bool:
+    """Whether a field with line breaks looks like the rest of a row whose last field is a number, and the next row."""
+    for place, field in enumerate(fields):
+        first, is_more, _ = field.partition("\n")
+        parts = first.split(delimiter) if is_more else []
+        if len(parts) > 1 and place + len(parts) == columns and number(parts[-1]) is not None:
+            return True
+    return False
 
 
 def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> Unread:

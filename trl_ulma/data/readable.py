@@ -220,6 +220,11 @@ def check_readable(
             if name not in READ and any(isinstance(value, str) and " " in value.strip() for value in columns[name])
         ]
     said = [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored."] if unread else []
+    said += [
+        f"{where}: the column {name} is ignored. If it is {meant}, set --columns {_quoted(f'{meant}={name}')}."
+        for name in names
+        if name not in READ and (meant := _MISSPELT.get(re.sub(r"[^a-z]", "", name.lower()))) and meant not in names
+    ]
     scores = [columns.get(name, ()) for name in ("score_chosen", "score_rejected")]
     worse = sum(is_worse(*pair) for pair in zip(*scores, strict=False)) if is_paired else 0
     if worse:
@@ -228,6 +233,14 @@ def check_readable(
             "their chosen answer is not the better one. Swap or remove them, unless lower scores are better."
         )
     return said
+
+
+# Names of optional columns without their punctuation, also in the plural
+_MISSPELT = {
+    name.replace("_", "") + plural: name
+    for name in ("weight", "log_z", "trials", "sft_mask", "label_type", "eos", "tools")
+    for plural in ("", "s")
+}
 
 
 def is_worse(chosen: Any, rejected: Any) -> bool:
