@@ -88,8 +88,8 @@ def read_value(
         return None
     if name in TEXTS and isinstance(value, str) and not value.isascii() and _MOJIBAKE.search(value):
         notice(
-            f"{theirs}: texts were decoded wrongly before, because they contain characters such as � or Ã©. Export them "
-            "again as UTF-8"
+            f"{theirs}: texts were decoded wrongly before, because they contain characters such as � or Ã©. Export "
+            "them again as UTF-8"
         )
     if is_cell and name in TEXTS and isinstance(value, str) and _SHEET_ERROR.fullmatch(value.strip()):
         notice(
