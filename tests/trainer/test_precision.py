@@ -218,3 +218,15 @@ def test_a_nan_loss_ends_the_run_though_it_would_be_left_out_of_the_logs(tiny_gp
     with pytest.raises(FloatingPointError, match=r"loss of step 2 is nan. Rows of the train dataset .*: \[5, 7\]\."):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_weights_that_the_last_step_makes_nan_end_the_run(tiny_gpt2, tmp_path):
+    """The loss is that of before the step. In float16, Adam's epsilon is 0."""
+    settings = {
+        "model_init_kwargs": {"dtype": "float16"},
+        "learning_rate": 1e-2,
+        "optim": "adamw_torch",
+        "max_steps": 1,
+    }
+    with pytest.raises(FloatingPointError, match="The last step has made the model's log-probabilities NaN"):
+        make_trainer(tiny_gpt2, make_rows(4), tmp_path, **settings).train()

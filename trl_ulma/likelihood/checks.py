@@ -168,8 +168,15 @@ class TrainingChecks:
             self.end(policy)
 
     def end(self, policy: Any) -> None:
-        """Raise ValueError if the reference, or the way from hidden states to logits, has changed since the start."""
+        """Raise ValueError if the reference, or the way from hidden states to logits, has changed since the start, and
+        FloatingPointError if the weights are not finite. The loss of the last step was that before its update."""
         with torch.no_grad(), self._context():
+            if not self._proof.policy_logps(policy, plain_batch(self._tokens)).isfinite().all():
+                raise FloatingPointError(
+                    "The last step has made the model's log-probabilities NaN or infinite. Lower learning_rate, load "
+                    "the model with dtype='float32' (bf16=True or fp16=True still computes in half precision), or "
+                    "train on from an earlier checkpoint."
+                )
             self._proof.scorer.check_map(policy, plain_batch(self._tokens))
         self.check_unmoved(policy)
 
