@@ -582,3 +582,15 @@ def test_a_head_on_another_device_than_the_hidden_states():
     targets = torch.tensor([1, 2])
     found = _score_chunk(lambda states: head(states.to("meta")), None, torch.zeros(2, 4), targets, statistics=True)
     assert all(values.is_meta for values in found)
+
+
+class Resizes(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            model.resize_token_embeddings(400)
+
+
+def test_output_embeddings_that_are_replaced_in_training(tiny_llama, tmp_path):
+    trainer = make_trainer(tiny_llama, make_rows(8), tmp_path, callbacks=[Resizes()], **QUICK)
+    with pytest.raises(ValueError, match=r"output embeddings of LlamaForCausalLM were replaced .*before you create"):
+        trainer.train()

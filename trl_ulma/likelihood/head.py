@@ -224,8 +224,18 @@ class CompactHead:
 
     @property
     def head(self) -> Any:
-        """The output embeddings of the model."""
-        return self._head()
+        """The output embeddings of the model.
+
+        Raises:
+            ValueError: if the model has others by now.
+        """
+        head = self._head()
+        if head is None:
+            raise ValueError(
+                f"The output embeddings of {type(self.model).__name__} were replaced after the model was first scored, "
+                "as resize_token_embeddings does. Change the model before you create the trainer."
+            )
+        return head
 
     def __call__(
         self,
