@@ -456,8 +456,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._is_own(dataset):
             return dataset
         prepared = self._plan.prepare(dataset, dataset_name)
-        if isinstance(dataset, Dataset) and "prompt_ids" in dataset.column_names:
-            # They may be some of this trainer's own rows, such as with `select`. Preparing has removed the column
+        if isinstance(prepared, Dataset):
+            # They may be some of this trainer's own rows, such as with `select`
             known = known_ref_logps(prepared, (*self._first_held, *self._held, self._last_prepared))
             return prepared if known is None else prepared.add_column("ref_logps", known)
         return prepared

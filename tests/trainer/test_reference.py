@@ -298,6 +298,10 @@ def test_parameters_outside_the_adapter_are_trained_against_a_reference_that_sta
     assert (found[0][1] - found[1][1]).abs().max() < 1e-4
 
 
+def with_other_prompts(rows):
+    return rows.map(lambda row: {"prompt": f"New: {row['prompt']}"})
+
+
 @pytest.mark.parametrize("case", ["all", "ln_f", "adapter"])
 def test_new_rows_are_not_compared_with_a_reference_that_training_has_moved(tiny_gpt2, tmp_path, case):
     rows = make_rows(6)
@@ -308,12 +312,14 @@ def test_new_rows_are_not_compared_with_a_reference_that_training_has_moved(tiny
     assert trainer.evaluate(rows)["eval_loss"] == trainer.evaluate()["eval_loss"]
     trainer.train()
     own = trainer.evaluate()["eval_loss"]
-    if case == "adapter":  # nothing outside it is trained
-        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(own, abs=1e-5)
-        return
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(own, abs=1e-5)  # known from before the training
+    new = with_other_prompts(rows)
     for ask in (trainer.evaluate, trainer.predict, trainer.score):
+        if case == "adapter":  # nothing outside it is trained
+            ask(new)
+            continue
         with pytest.raises(ValueError, match=r"reference has changed by .* for the \w+ dataset: .* as an eval_dataset"):
-            ask(rows)
+            ask(new)
 
 
 def test_a_training_of_biases_resumes_with_the_reference_that_was_precomputed(tiny_gpt2, tmp_path):
@@ -335,7 +341,7 @@ def test_other_code_trains_the_model_whose_reference_is_precomputed(tiny_gpt2, t
     trainer.evaluate(rows)
     make_trainer(model, rows, tmp_path / "other", **MOVING).train()
     with pytest.raises(ValueError, match="reference has changed by"):
-        trainer.evaluate(rows)
+        trainer.evaluate(with_other_prompts(rows))
 
 
 def test_the_copy_of_an_adapter_has_its_number_format(tiny_llama, tmp_path):

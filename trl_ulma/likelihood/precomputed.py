@@ -67,7 +67,7 @@ def known_ref_logps(rows: Dataset, known: Iterable[Any]) -> list[float] | None:
             for read, logps in zip(read_of(each), each["ref_logps"][:], strict=True):
                 if np.isnan(table.get(read, np.nan)):  # rows that are not compared in training may be in an evaluation
                     table[read] = logps
-    found = [table.get(read) for read in read_of(rows)]
+    found = [table.get(read) for read in read_of(rows)] if table else [None]
     return None if None in found else cast("list[float]", found)
 
 
