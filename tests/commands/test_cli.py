@@ -623,6 +623,20 @@ def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, ad
     assert ("too few" in said) == bool(advice)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_more_prompts_are_asked_for_only_if_half_of_them_are_too_few(tmp_path, seed):
+    # Prompts of one to ten rows: the held-out rows can be few prompts by chance
+    rows = [{"prompt": f"{i}", "completion": f"{k}", "label": k % 2} for i in range(62) for k in range(1 + i * i % 11)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--dataset_name", str(file), "--do_eval", "--seed", str(seed)]
+    said = load_splits(*settings_of(*words))[2]
+    assert "too few" in said
+    size = re.search(r"--test_split_size (0\.\d+)\)(?= or|, or)", said)
+    again = load_splits(*settings_of(*words, "--test_split_size", size[1] if size else "0.5"))[2]
+    assert ("too few" in again) == (size is None)
+
+
 def test_a_streamed_mixture_has_nothing_to_split(tmp_path, pairs):
     mixture = {"datasets": [{"path": "json", "data_files": pairs}], "streaming": True, "max_steps": 1}
     train, evaluation, _ = load_splits(*settings_of("--config", as_yaml(tmp_path, mixture)))

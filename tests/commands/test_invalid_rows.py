@@ -194,7 +194,9 @@ def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path,
         assert f"a row that cannot be read (2 rows, such as {ragged}, line 3)" in counted
         assert counted.endswith(f"`trl-ulma {command}` lists all invalid rows with --invalid_rows error.")
         assert "\n" not in counted
-    assert sorted(json.loads(line)["row"] for line in Path(scored).read_text().splitlines()) == [0, 4]
+    written = [json.loads(line) for line in Path(scored).read_text().splitlines()]
+    assert sorted(row["row"] for row in written) == [0, 4]
+    assert "unread_line" not in written[0]
 
 
 def test_labels_that_label_map_lacks_are_invalid_rows(tiny_gpt2, ragged, capsys):

@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> str:
     from trl_ulma.data.columns import Names
     from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.data.splits import prompts_of
+    from trl_ulma.data.unread import UNREAD
     from trl_ulma.judge import Judge, saved_file, without_label
     from trl_ulma.rows.dataset_labels import shown_by
 
@@ -132,6 +133,8 @@ def run(args: argparse.Namespace) -> str:
     )
     with shown_by(None if is_verbose() else "trl-ulma score"):
         scored = judge.score(rows, invalid_rows=args.invalid_rows)
+    if UNREAD in scored.column_names:  # the rows that it is about are left out
+        scored = scored.remove_columns(UNREAD)
     order = args.sort or ("surprise" if is_labeled else "row")
     if order != "row":
         scored = scored.sort(order, reverse=True)

@@ -228,7 +228,7 @@ def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
     prompts = f"{held_out} prompt{'' if held_out == 1 else 's'}"
     said = f"\nThe held-out rows have {prompts}, too few to conclude anything from an evaluation."
     enough = f"{ENOUGH_PROMPTS} held-out ones are enough."
-    for size in range(math.ceil(20 * len(test) / len(rows) * ENOUGH_PROMPTS / held_out), 11):  # in steps of 1/20
+    for size in range(math.floor(20 * len(test) / len(rows)) + 1, 11):  # in steps of 1/20
         found = rows_of_prompts(rows, test_size=size / 20, seed=seed)
         if count_prompts(rows.select(found)) >= ENOUGH_PROMPTS:
             return f"{said} Hold out more (--test_split_size {size / 20:g}), or rate answers to more prompts: {enough}"
