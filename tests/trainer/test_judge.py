@@ -196,7 +196,7 @@ def test_no_label_at_all_is_as_without_the_column(tiny_gpt2, tmp_path):
     scored = trainer.score(make_rows(3, label=[None] * 3))
     assert scored["label"][:] == [None] * 3
     assert "surprise" not in scored.column_names
-    with pytest.raises(ValueError, match="Row 2 of the scored dataset: label is 'up'"):
+    with pytest.raises(ValueError, match="Row 2 of the scored dataset: label is the text 'up'"):
         trainer.score(make_rows(3, label=["up", None, "up"]))
 
 
