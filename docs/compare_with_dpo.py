@@ -26,7 +26,7 @@ from trl import DPOConfig, DPOTrainer
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
 from trl_ulma.evaluation.figures import training_curves
-from trl_ulma.evaluation.intervals import bootstrap
+from trl_ulma.evaluation.intervals import bootstrap, mean_of
 from trl_ulma.scripts.demo import LORA, load_rows
 from trl_ulma.scripts.demo_models import completion_logps, fetch_checkpoint
 
@@ -139,7 +139,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 def interval(values: np.ndarray, digits: int) -> str:
     """The mean of a value per question and its 95% interval."""
-    found = bootstrap(lambda rows: float(values[rows].mean()), np.arange(len(values)), seed=0)
+    found = bootstrap(mean_of(values), np.arange(len(values)), seed=0)
     value, low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in (found.value, found.low, found.high))
     return f"{value} [{low}, {high}]"
 

