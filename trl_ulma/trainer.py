@@ -58,7 +58,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
-from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, known_ref_logps, read_of, with_ref_logps
+from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, input_hashes, known_ref_logps, with_ref_logps
 from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
 from trl_ulma.likelihood.reference import (
     ADAPTER,
@@ -665,8 +665,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             return ""  # the rows of a stream are not known
         if not isinstance(rows, Dataset):
             return "of a stream"
-        own = set(read_of(planned))
-        other = [row for row, read in zip(rows["row"], read_of(rows), strict=True) if read not in own]
+        own = set(input_hashes(planned))
+        other = [row for row, read in zip(rows["row"], input_hashes(rows), strict=True) if read not in own]
         if not other:
             return ""
         return f"of another trainer, or with other tokens ({len(other):,} of {len(rows):,}, such as row {other[0]})"

@@ -408,6 +408,18 @@ class Given(Exception):
     """Raised in place of a trainer: what it was given."""
 
 
+def catch(monkeypatch, trainer: str) -> dict[str, Any]:
+    """Where the arguments of the trainer will be, which raises `Given` in place of training."""
+    given: dict[str, Any] = {}
+
+    def caught(**arguments: Any) -> None:
+        given.update(arguments)
+        raise Given
+
+    monkeypatch.setattr(contenders, trainer, caught)
+    return given
+
+
 @pytest.mark.parametrize(
     ("method", "trainer", "settings"),
     [
@@ -434,13 +446,7 @@ class Given(Exception):
 def test_methods_differ_in_what_their_name_says(method, trainer, settings, pool, tiny_llama, monkeypatch):
     reference, tokenizer = pools.load_reference(tiny_llama)
     feedback = draw("ratings", "sentiment", 0, pool)
-    given: dict[str, Any] = {}
-
-    def caught(**arguments: Any) -> None:
-        given.update(arguments)
-        raise Given
-
-    monkeypatch.setattr(contenders, trainer, caught)
+    given = catch(monkeypatch, trainer)
     with pytest.raises(Given):
         train(method, None if method == "sft" else 0.1, feedback, reference, tokenizer, seed=5)
     args, rows = given["args"], given["train_dataset"]
@@ -466,13 +472,7 @@ def test_methods_differ_in_what_their_name_says(method, trainer, settings, pool,
 
 def test_sft_is_swept_over_its_steps(pool, tiny_llama, monkeypatch):
     reference, tokenizer = pools.load_reference(tiny_llama)
-    given: dict[str, Any] = {}
-
-    def caught(**arguments: Any) -> None:
-        given.update(arguments)
-        raise Given
-
-    monkeypatch.setattr(contenders, "ULMATrainer", caught)
+    given = catch(monkeypatch, "ULMATrainer")
     taken = []
     for share in plan.BETAS["sft"]:
         with pytest.raises(Given):
@@ -483,13 +483,7 @@ def test_sft_is_swept_over_its_steps(pool, tiny_llama, monkeypatch):
 
 def test_kto_gives_both_classes_the_same_weight(pool, tiny_llama, monkeypatch):
     reference, tokenizer = pools.load_reference(tiny_llama)
-    given: dict[str, Any] = {}
-
-    def caught(**arguments: Any) -> None:
-        given.update(arguments)
-        raise Given
-
-    monkeypatch.setattr(contenders, "KTOTrainer", caught)
+    given = catch(monkeypatch, "KTOTrainer")
     with pytest.raises(Given):
         train("kto", 0.1, draw("nine likes", "sentiment", 0, pool), reference, tokenizer, seed=0)
     labels = given["train_dataset"]["label"][:]

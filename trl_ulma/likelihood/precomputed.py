@@ -27,7 +27,7 @@ from trl_ulma.likelihood.scorer import bare_model
 from trl_ulma.likelihood.table import forward_inputs
 
 # The columns of prepared rows that a model's forward reads
-_READ = ("prompt_ids", "completion_ids", "completion_mask", "prompt_text", "prompt_images")
+_INPUTS = ("prompt_ids", "completion_ids", "completion_mask", "prompt_text", "prompt_images")
 
 # The end of the name of a file that is being written, and the seconds after which its process must have been killed
 _HALF, _LONGEST_WRITE = ".half.npy", 3600
@@ -43,20 +43,20 @@ def has_ref_logps(rows: Dataset) -> bool:
     return "ref_logps" in rows.column_names and not np.isnan(rows["ref_logps"][:]).any()
 
 
-def read_of(rows: Dataset) -> list[bytes]:
+def input_hashes(rows: Dataset) -> list[bytes]:
     """A hash for each prepared row of what a model reads of it: its tokens, which of them are scored, and its images.
 
     Example:
         >>> rows = Dataset.from_dict({"prompt_ids": [[5], [5]], "completion_ids": [[6], [7]], "label": [1.0, 1.0]})
-        >>> len(set(read_of(rows)))
+        >>> len(set(input_hashes(rows)))
         2
     """
-    columns: Any = rows.select_columns([name for name in _READ if name in rows.column_names]).with_format(None)
-    return [hashlib.blake2b(repr([row.get(name) for name in _READ]).encode()).digest() for row in columns]
+    columns: Any = rows.select_columns([name for name in _INPUTS if name in rows.column_names]).with_format(None)
+    return [hashlib.blake2b(repr([row.get(name) for name in _INPUTS]).encode()).digest() for row in columns]
 
 
 def known_ref_logps(rows: Dataset, known: Iterable[Any]) -> list[float] | None:
-    """log π_ref of prepared rows, as it was computed for the same tokens in other datasets. None if any is unknown.
+    """The log π_ref that other datasets have for the same tokens, for each prepared row. None if any is unknown.
 
     Args:
         known: datasets. Only those with a column `ref_logps` are read.
@@ -64,10 +64,10 @@ def known_ref_logps(rows: Dataset, known: Iterable[Any]) -> list[float] | None:
     table: dict[bytes, float] = {}
     for each in known:
         if isinstance(each, Dataset) and "ref_logps" in each.column_names:
-            for read, logps in zip(read_of(each), each["ref_logps"][:], strict=True):
+            for read, logps in zip(input_hashes(each), each["ref_logps"][:], strict=True):
                 if np.isnan(table.get(read, np.nan)):  # rows that are not compared in training may be in an evaluation
                     table[read] = logps
-    found = [table.get(read) for read in read_of(rows)] if table else [None]
+    found = [table.get(read) for read in input_hashes(rows)] if table else [None]
     return None if None in found else cast("list[float]", found)
 
 
