@@ -15,11 +15,11 @@ FIRST_OF_DEMONSTRATIONS = ("ulma-thumbs-beta", "sft", "thumbs-prior")
 FIRST_SEEDS = 5
 # Then method after method, these first
 _NEXT = ("kto", "ulma-ratings-beta", "sft", "bco", "ulma-thumbs-beta", "qrpo")
-# Two each: one that ends between 0.5 and 1.5 nats, and one that ends beyond. SFT has shares of the steps instead
-_BETAS = {"kto": (0.5, 0.2), "qrpo": (0.03, 0.01), "sft": (0.25, None)}
-BETAS: dict[str, tuple[float | None, ...]] = {
-    name: _BETAS.get(name, (0.3, 0.1) if method.continuous else (0.2, 0.1)) for name, method in METHODS.items()
-}
+# Each ends beyond 0.5 nats, most beyond 1. SFT has shares of the steps instead; all of them end at 8 nats
+_BETAS: dict[str, tuple[float | None, ...]] = {"kto": (0.2,), "qrpo": (0.01,), "sft": (0.25, None)}
+# The first comparison has a second β. Its points lie on the line through the first β's and the reference, in the root
+# of KL: other comparisons do without
+_SECOND_BETA = {"ratings-prior": 0.3, "dpo": 0.2, "thumbs-prior": 0.2}
 # (reward, regime): the parts that are reported one by one, each only when it is whole
 PARTS = (
     ("sentiment", "ratings"),
@@ -82,8 +82,14 @@ def seeds_of(reward: str, regime: str, method: str) -> range:
     return range(FIRST_SEEDS if (reward, regime) == PARTS[0] and method in FIRST else SEEDS)
 
 
+def betas_of(reward: str, regime: str, method: str) -> tuple[float | None, ...]:
+    """The β of a method in a part, the largest first."""
+    betas = _BETAS.get(method, (0.1,))
+    return (_SECOND_BETA[method], *betas) if (reward, regime) == PARTS[0] and method in FIRST else betas
+
+
 def part(reward: str, regime: str) -> Iterator[Cell]:
-    """The cells of a part: the first methods seed by seed, then the others, method by method."""
+    """The cells of a part: those of its first methods, then method after method."""
     begin = first(regime)
     yield from _tier(reward, regime, begin)
     for method in methods(regime):
@@ -92,12 +98,11 @@ def part(reward: str, regime: str) -> Iterator[Cell]:
 
 
 def _tier(reward: str, regime: str, tier: list[str]) -> Iterator[Cell]:
-    for seed in seeds_of(reward, regime, tier[0]):
-        for place in range(max(len(BETAS[method]) for method in tier)):
+    betas = {method: betas_of(reward, regime, method)[::-1] for method in tier}
+    for place in range(max(map(len, betas.values()))):
+        for seed in seeds_of(reward, regime, tier[0]):
             for method in tier:
-                # The smallest β first, so that a seed that is not whole yet says something of every method
-                betas = BETAS[method][::-1][place : place + 1]
-                yield from (Cell(reward, regime, method, beta, seed) for beta in betas)
+                yield from (Cell(reward, regime, method, beta, seed) for beta in betas[method][place : place + 1])
 
 
 def cells() -> Iterator[Cell]:

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from contenders import METHODS, Method
-from plan import BETAS, PARTS, Cell, first, methods, part, seeds_of
+from plan import PARTS, Cell, betas_of, first, methods, part, seeds_of
 from pool import TEMPERATURE
 from regimes import REGIMES
 from scipy import stats
@@ -81,7 +81,8 @@ class Records:
         found: Curves = defaultdict(dict)
         for method in methods(regime):
             for seed in seeds_of(reward, regime, method):
-                own = [self.of.get(Cell(reward, regime, method, beta, seed)) for beta in BETAS[method]]
+                betas = betas_of(reward, regime, method)
+                own = [self.of.get(Cell(reward, regime, method, beta, seed)) for beta in betas]
                 points = [(np.mean(each["kl"]), np.mean(each[reward])) for each in own if each is not None]
                 if len(points) == len(own):
                     found[method][seed] = np.array([start, *sorted(points)])
@@ -143,7 +144,7 @@ def frontier_table(records: Records, reward: str, regime: str, named: Sequence[s
     for method in named:
         own = curves.get(method, {})
         sweep, language = [], []
-        for beta in BETAS[method]:
+        for beta in betas_of(reward, regime, method):
             stored = [each for cell, each in records.of.items() if _is(cell, reward, regime, method, beta)]
             if stored:
                 kl, earned = (np.mean([np.mean(each[name]) for each in stored]) for name in ("kl", reward))
@@ -174,6 +175,19 @@ def question_table(records: Records, reward: str, regime: str, named: Sequence[s
             cells.append(f"{shown(values, '+')}: {verdict(values)}" if values else "not measured")
         lines.append(f"| {question} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def bends(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:
+    """How far the points of larger β are from the lines through those of the smallest β and the reference."""
+    found = []
+    for method, seeds in records.curves(reward, regime).items():
+        if method in named and METHODS[method].kind != "sft" and all(len(points) == 3 for points in seeds.values()):
+            lines = [(points[1, 1], at(points[[0, 2]], points[1, 0])) for points in seeds.values()]
+            found.append(f"{METHODS[method].name} {shown([own - line for own, line in lines if line], '+')}")
+    if not found:
+        return ""
+    listed = "; ".join(found)
+    return f"What the larger β earns, less what the line through the reference and the smaller β says: {listed}.\n"
 
 
 def conclusions(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:
@@ -234,7 +248,7 @@ def picture(records: Records, reward: str, regime: str, named: Sequence[str], pa
         if method not in named:
             continue
         means = [(0.0, start)]
-        for beta in BETAS[method]:
+        for beta in betas_of(reward, regime, method):
             stored = [each for cell, each in records.of.items() if _is(cell, reward, regime, method, beta)]
             if stored:
                 points = np.array([(np.mean(each["kl"]), np.mean(each[reward])) for each in stored])
@@ -266,7 +280,8 @@ reference. It answers "Write one simple sentence about …"; its answers are rat
 method learns from the same answers for {steps} steps of 16 rows, with LoRA of rank {rank} and a learning rate of
 {rate:g} (linear decay). What is measured is the true reward of fresh answers to 64 held-out prompts ({answers}
 answers to each), and their KL(π ‖ π_ref). The reward at a KL is read off the line through a method's β over √KL, which
-begins at the reference. SFT has no β; its line goes through trainings of a quarter of the steps and of all.
+begins at the reference. Only the first comparison has two β: its points lie on such a line. SFT has no β; its line
+goes through trainings of a quarter of the steps and of all.
 
 Brackets are 95 % t-intervals over seeds. Each seed has its own prompts, answers, noise, adapters and order of rows, and
 differences are taken within seeds. The intervals are not corrected for the number of comparisons. Ratings, pairs and
@@ -337,6 +352,7 @@ def page(records: Records, pictures: Path | None, *, only_whole: bool) -> str:
             "",
             question_table(records, reward, regime, named),
             "",
+            bends(records, reward, regime, named),
         ]
         if pictures is not None:
             name = f"frontier-{number + 1}.png"

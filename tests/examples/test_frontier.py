@@ -474,7 +474,7 @@ def test_sft_is_swept_over_its_steps(pool, tiny_llama, monkeypatch):
     reference, tokenizer = pools.load_reference(tiny_llama)
     given = catch(monkeypatch, "ULMATrainer")
     taken = []
-    for share in plan.BETAS["sft"]:
+    for share in plan.betas_of("sentiment", "ratings", "sft"):
         with pytest.raises(Given):
             train("sft", share, draw("ratings", "sentiment", 0, pool), reference, tokenizer, seed=5)
         taken.append((given["args"].max_steps, given["args"].beta))
@@ -497,7 +497,7 @@ def test_every_method_trains_and_leaves_the_reference_alone(method, pool, tiny_l
     reference, tokenizer = pools.load_reference(tiny_llama)
     weights = {name: value.clone() for name, value in reference.state_dict().items()}
     feedback = small(draw("ratings", "sentiment", 0, pool), 64)
-    beta = plan.BETAS[method][-1]
+    beta = plan.betas_of("sentiment", "ratings", method)[-1]
     recipe = Recipe(steps=6, learning_rate=3e-3)
     model, loss = train(
         method, beta, feedback, reference, tokenizer, seed=0, recipe=recipe, rows_folder=tmp_path / "rows"
@@ -579,20 +579,21 @@ def test_a_policy_whose_answers_do_not_end_is_said(pool, tiny_llama, monkeypatch
 # The plan and the runs
 
 
-def test_the_plan_begins_with_what_settles_most_seed_by_seed():
+def test_the_plan_begins_with_what_settles_most():
     cells = list(plan.cells())
     assert len({cell.name for cell in cells}) == len(set(cells)) == len(cells)
     assert set(cells) == {cell for each in plan.PARTS for cell in plan.part(*each)}
     first = cells[:30]
     assert {(cell.reward, cell.regime) for cell in first} == {("sentiment", "ratings")}
-    assert [cell.seed for cell in first] == [seed for seed in range(5) for _ in range(6)]
+    assert [cell.seed for cell in first] == [seed for _ in range(2) for seed in range(5) for _ in range(3)]
     assert {cell.method for cell in first} == set(plan.FIRST)
-    # Of each seed, ULMA and thumbs at two β, and SFT of two lengths
-    second = cells[30:48]
+    # ULMA, thumbs and SFT seed by seed, then SFT of a quarter of the steps
+    second = cells[30:42]
     assert {(cell.reward, cell.regime) for cell in second} == {("sentiment", "demonstrations")}
-    assert [cell.seed for cell in second] == [seed for seed in range(3) for _ in range(6)]
+    assert [cell.seed for cell in second] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 1, 2]
     assert {cell.method for cell in second} == set(plan.FIRST_OF_DEMONSTRATIONS)
-    third = cells[48:54]
+    assert {(cell.method, cell.beta) for cell in second[9:]} == {("sft", 0.25)}
+    third = cells[42:45]
     assert {(cell.regime, cell.method) for cell in third} == {("ratings", "rounds")}
     assert {cell.method for cell in cells if (cell.reward, cell.regime) == plan.PARTS[0]} == set(METHODS)
     for regime in REGIMES:
@@ -659,11 +660,12 @@ def test_options_that_name_nothing_are_refused(folder, monkeypatch, capsys, opti
 
 
 def records(folder: Path, gains: dict[str, float], cells: list[plan.Cell]) -> Path:
-    """Made-up records: reward is 1 + the method's gain × KL, plus a seed's own part; KL is 0.1/β or 1.5."""
+    """Made-up records: reward is 1 + the method's gain × KL, plus a seed's own part; KL is 1 at the smallest β."""
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for cell in cells:
-        kl = 2.5 if cell.beta is None else 0.1 / cell.beta
+        smallest = plan.betas_of(cell.reward, cell.regime, cell.method)[-1]
+        kl = smallest / cell.beta if smallest and cell.beta else 2.5 * (cell.beta or 1)
         reward = 1 + gains.get(cell.method, 0.3) * kl + 0.05 * cell.seed * kl + 0.002 * random.standard_normal()
         record = {
             **cell.fields(),
@@ -685,7 +687,7 @@ def of_part(reward: str, regime: str) -> int:
 
 def test_the_reports_digits_are_the_records(tmp_path):
     cells = list(plan.part("sentiment", "ratings"))
-    gains = {"ratings-prior": 0.7, "dpo": 0.5, "thumbs-prior": 0.8, "thumbs-learned": 0.8}
+    gains = {"ratings-prior": 0.7, "dpo": 0.5, "thumbs-prior": 0.8, "thumbs-learned": 0.8 * 0.5**0.5}
     found = report.Records(records(tmp_path, gains, cells))
     page = report.page(found, tmp_path, only_whole=True)
     assert (tmp_path / "frontier-1.png").stat().st_size > 10_000
@@ -695,7 +697,7 @@ def test_the_reports_digits_are_the_records(tmp_path):
 
     def earned(method: str, seed: int, budget: float) -> float:
         points = [(0.0, 1.0)]
-        for beta in plan.BETAS[method]:
+        for beta in plan.betas_of("sentiment", "ratings", method):
             record = json.loads((tmp_path / "cells" / f"sentiment_ratings_{method}_{beta:g}_{seed}.json").read_text())
             points.append((sum(record["kl"]) / 2, sum(record["sentiment"]) / 2))
         kl, reward = np.array(sorted(points)).T
@@ -713,6 +715,8 @@ def test_the_reports_digits_are_the_records(tmp_path):
     mean = np.mean(differences)
     (line,) = [line for line in page.splitlines() if line.startswith("| ratings against pairs |")]
     assert f"| {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]: better |" in line
+    bends = [earned("dpo", seed, 0.5) - 1 - 0.5**0.5 * (earned("dpo", seed, 1.0) - 1) for seed in range(5)]
+    assert f"DPO (TRL), pairs {np.mean(bends):+.2f} [" in page
     assert "not reached" in page  # DPO's and KTO's β end at 1 nat
     (at_half,) = [line for line in page.splitlines() if line.startswith("- **At 0.5 nats**")]
     tied, behind = at_half.split("Behind it:")
@@ -743,7 +747,7 @@ def test_a_part_with_a_missing_cell_is_named_and_not_published(tmp_path, monkeyp
         for line in page.splitlines()
         if line.startswith(f"| length | ratings | 5 of {of_part('length', 'ratings')} |")
     ]
-    assert {"ratings-prior (4)", "dpo (4)", "thumbs-prior (5)", "qrpo (6)"} < set(re.split(r" \| |, ", line))
+    assert {"ratings-prior (1)", "dpo (1)", "thumbs-prior (2)", "qrpo (3)"} < set(re.split(r" \| |, ", line))
     assert f"| sentiment | offset | 0 of {of_part('sentiment', 'offset')} | all |" in page
 
 
