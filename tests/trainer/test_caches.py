@@ -212,6 +212,20 @@ TOKENIZERS = {
 }
 
 
+def test_other_code_prepares_anew(tiny_llama, tmp_path, monkeypatch):
+    make_rows(6).to_json(tmp_path / "rows.jsonl")
+
+    def files() -> set[str]:
+        rows = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+        prepared = make_trainer(tiny_llama, rows, tmp_path, **STILL).train_dataset
+        return {file["filename"] for file in prepared.cache_files}
+
+    first = files()
+    assert files() == first
+    monkeypatch.setattr("trl_ulma.rows.identity.code_hash", lambda: "other")
+    assert not files() & first
+
+
 @pytest.mark.parametrize("change", TOKENIZERS)
 def test_another_tokenizer_gives_its_own_tokens(tiny_llama, tmp_path, change):
     texts = make_rows(6)

@@ -162,6 +162,17 @@ def test_decimal_commas_are_numbers_where_semicolons_separate_the_fields(tmp_pat
     assert load_rows(str(table))["train"]["label"][:] == ["1,234", 2.5]
 
 
+def test_labels_with_a_unit_or_in_words_are_numbers(tmp_path, caplog):
+    table = write(tmp_path / "stars.csv", HEAD + 'Hi,Yo,4 stars\nHi,Ho,"3,5 Stars"\nHi,Hu, Two\nHi,Ha,1\nHi,He,4/5\n')
+    assert [row["label"] for row in read(table)] == [4, 3.5, 2, 1, "4/5"]
+    assert "label: numbers with a unit, such as '4 stars', are read as numbers (2 values)" in caplog.text
+    assert "label: numbers in words, such as 'four', are read as numbers" in caplog.text
+    lines = [json.dumps({"prompt": "Hi", "completion": "Yo", "label": label, "weight": "1"}) for label in ("5⭐", "one")]
+    assert [row["label"] for row in read(write(tmp_path / "stars.jsonl", "\n".join(lines) + "\n"))] == [5, 1]
+    thousand = write(tmp_path / "points.csv", f"{HEAD}Hi,Yo,1.000 points\nHi,Ho,1\n")
+    assert [row["label"] for row in read(thousand)] == ["1.000 points", 1]  # a thousand, or one
+
+
 def test_whole_numbers_beyond_64_bits(tmp_path, caplog):
     path = write(tmp_path / "a.jsonl", LINE + LINE.replace(": 1}", ": 12345678901234567890123}"))
     assert [row["label"] for row in read(path)] == [1.0, 12345678901234567890123.0]

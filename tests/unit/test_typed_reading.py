@@ -19,10 +19,12 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concatenate_datasets
 from trl.scripts.utils import DatasetConfig
 
+import trl_ulma
 from trl_ulma.data.columns import Names, number
 from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin, places_of
+from trl_ulma.data.read_files import code_hash
 from trl_ulma.labels import InvalidRow
 
 
@@ -581,6 +583,22 @@ def test_a_second_start_reads_what_the_first_wrote(tmp_path):
     write(path, "prompt,label\na,1\nb,0\n")
     assert len(read(path)) == 2
     assert read(path, columns="prompt=label,label=prompt")["prompt"][:] == ["1", "0"]
+
+
+def test_a_start_with_other_code_reads_anew(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.csv", "prompt,label\na,1\n")
+    first = read(path)
+    assert code_hash() == code_hash(Path(trl_ulma.__file__).parent)
+    write(tmp_path / "code" / "a.py", "x = 1\n")
+    write(tmp_path / "code" / "b" / "c.py", "x = 1\n")
+    hashes = {code_hash.__wrapped__(tmp_path / "code")}
+    write(tmp_path / "code" / "b" / "c.py", "x = 2\n")
+    hashes.add(code_hash.__wrapped__(tmp_path / "code"))
+    (tmp_path / "code" / "b" / "c.py").rename(tmp_path / "code" / "c.py")
+    hashes.add(code_hash.__wrapped__(tmp_path / "code"))
+    assert len(hashes) == 3
+    monkeypatch.setattr("trl_ulma.data.read_files.code_hash", hashes.pop)
+    assert read(path)._fingerprint != first._fingerprint
 
 
 def test_files_of_a_folder_that_are_in_no_split_are_named(tmp_path, caplog):

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from trl_ulma.data.unread import UNREAD, Unread
-from trl_ulma.labels import DECIMAL_COMMA, is_messages
+from trl_ulma.labels import DECIMAL_COMMA, is_messages, worded_number
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
 NUMBERS = ("label", "weight", "log_z", "trials")
@@ -82,6 +82,9 @@ def read_value(
         >>> read_value("label", "4,5", print, delimiter=";")
         label: decimal commas are read as decimal points, because semicolons separate the fields
         4.5
+        >>> read_value("label", "5 Stars", print)
+        label: numbers with a unit, such as '4 stars', are read as numbers
+        5
     """
     is_cell, theirs = delimiter is not None, theirs or name
     if is_cell and isinstance(value, str) and not value.strip() and name in (*NUMBERS, *OTHERS):
@@ -107,10 +110,14 @@ def read_value(
             if found is None and delimiter == ";" and DECIMAL_COMMA.fullmatch(value.strip()):
                 notice(f"{theirs}: decimal commas are read as decimal points, because semicolons separate the fields")
                 found = float(value.replace(",", "."))
-            if found is not None:
+            if found is None and name == "label" and (named := worded_number(value)):
+                example = f"with a unit, such as '4 {named[1]}'" if named[1] else "in words, such as 'four'"
+                notice(f"{theirs}: numbers {example}, are read as numbers")
+                found = number(named[0])
+            elif found is not None:
                 if not is_cell:
                     notice(f"{theirs}: numbers that are stored as text are converted to numbers")
-                value = found
+            value = value if found is None else found
         elif isinstance(value, int) and abs(value) >= 2**63 and value.bit_length() < _FLOAT_BITS:
             notice(f"{theirs}: whole numbers of more than 64 bits are rounded to floats")
             value = float(value)

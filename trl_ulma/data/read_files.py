@@ -1,11 +1,11 @@
 """Reads files as one split of a dataset, with types that fit all rows."""
 
+import hashlib
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
-from importlib.metadata import version
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
         note_places(stream, partial(_places, **given))
         return _marked(stream, files)
     about = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = [version("trl-ulma"), about, [*names.columns.items()], [*names.label_map.items()], invalid_rows]
+    key = [code_hash(), about, [*names.columns.items()], [*names.label_map.items()], invalid_rows]
     key += [] if names.needs_label else ["needs no label"]
     other: Counter[str] = Counter()
     rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
@@ -64,6 +64,15 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     units, columns = [unit_of(file) for file in files], [names.columns] * len(files)
     Origins([str(file) for file in files], units, source, lines, columns).save(rows)
     return _marked(rows, files)
+
+
+@cache
+def code_hash(folder: Path = Path(__file__).parents[1]) -> str:
+    """A hash of the package's code, which cached rows depend on: a checkout can change without a new version."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def as_splits(splits: Any, streaming: bool) -> DatasetDict | IterableDatasetDict:

@@ -23,6 +23,7 @@ from trl_ulma.labels.rows import (
     raw_labels,
     read_labels,
     transform_labels,
+    worded_number,
 )
 from trl_ulma.labels.texts import is_empty, is_messages, shown, start_of
 from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transform
@@ -59,4 +60,5 @@ __all__ = [
     "start_of",
     "transform_labels",
     "unread",
+    "worded_number",
 ]

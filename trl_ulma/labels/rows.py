@@ -304,6 +304,20 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
+def worded_number(text: str) -> tuple[str, str] | None:
+    """Return the number that a text names, as it is written with a decimal point, and its unit ("" for a word).
+
+    Example:
+        >>> worded_number("4,5 Stars"), worded_number("Five"), worded_number("good"), worded_number("1,234 stars")
+        (('4.5', 'stars'), ('5', ''), None, None)
+    """
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return str(_WORDS.index(text.lower())), ""
+    found = _OF_UNITS.fullmatch(text)
+    return (found[1].replace(",", "."), found[3].lower()) if found else None
+
+
 def _hint(text: str) -> str:
     """Return what a text was probably meant as and how to write it, or "" if neither is known.
 
@@ -311,10 +325,8 @@ def _hint(text: str) -> str:
         >>> _hint("4 stars"), _hint("Five"), _hint("good")
         (' Did you mean 4?', ' Did you mean 5?', '')
     """
-    number = _OF_UNITS.fullmatch(text)
-    meant = str(_WORDS.index(text.lower())) if text.lower() in _WORDS else number[1] if number else text
-    if DECIMAL_COMMA.fullmatch(meant):
-        meant = meant.replace(",", ".")
+    named = worded_number(text)
+    meant = named[0] if named else text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text
     hint = f" Did you mean {meant}?" if meant != text else ""
     if _OUT_OF.fullmatch(text):
         hint += " Write one number in all rows, such as the first one."

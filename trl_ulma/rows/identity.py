@@ -7,12 +7,12 @@ import datetime
 import hashlib
 import json
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from datasets.fingerprint import Hasher
 from transformers import __version__ as transformers_version
 
+from trl_ulma.data.read_files import code_hash
 from trl_ulma.rows.chat import TODAY
 from trl_ulma.rows.rendering import processor_of, tokenizer_of
 
@@ -82,5 +82,5 @@ def cache_key(how: "Preparation", tokenizer: str) -> str:
     if TODAY in str(template):
         state["date"] = datetime.date.today().isoformat()  # the template prints the date
     how = replace(how, processing_class=None)  # type: ignore[arg-type]
-    versions = (version("trl-ulma"), transformers_version)
+    versions = (code_hash(), transformers_version)
     return Hasher.hash((sorted(state), [state[name] for name in sorted(state)], str(template), how, versions))
