@@ -167,8 +167,8 @@ def test_labels_with_a_unit_or_in_words_are_numbers(tmp_path, caplog):
     assert [row["label"] for row in read(table)] == [4, 3.5, 2, 1, "4/5"]
     assert "label: numbers with a unit, such as '4 stars', are read as numbers (2 values)" in caplog.text
     assert "label: numbers in words, such as 'four', are read as numbers" in caplog.text
-    lines = [json.dumps({"prompt": "Hi", "completion": "Yo", "label": label, "weight": "1"}) for label in ("5⭐", "one")]
-    assert [row["label"] for row in read(write(tmp_path / "stars.jsonl", "\n".join(lines) + "\n"))] == [5, 1]
+    lines = "".join(LINE.replace(": 1}", f': "{label}"}}') for label in ("5⭐", "one"))
+    assert [row["label"] for row in read(write(tmp_path / "stars.jsonl", lines))] == [5, 1]
     thousand = write(tmp_path / "points.csv", f"{HEAD}Hi,Yo,1.000 points\nHi,Ho,1\n")
     assert [row["label"] for row in read(thousand)] == ["1.000 points", 1]  # a thousand, or one
 

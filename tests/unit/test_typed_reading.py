@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -588,7 +589,7 @@ def test_a_second_start_reads_what_the_first_wrote(tmp_path):
 def test_a_start_with_other_code_reads_anew(tmp_path, monkeypatch):
     path = write(tmp_path / "rows.csv", "prompt,label\na,1\n")
     first = read(path)
-    assert code_hash() == code_hash(Path(trl_ulma.__file__).parent)
+    assert code_hash() == code_hash(Path(next(iter(trl_ulma.__path__))))
     write(tmp_path / "code" / "a.py", "x = 1\n")
     write(tmp_path / "code" / "b" / "c.py", "x = 1\n")
     hashes = {code_hash.__wrapped__(tmp_path / "code")}

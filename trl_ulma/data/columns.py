@@ -114,9 +114,8 @@ def read_value(
                 example = f"with a unit, such as '4 {named[1]}'" if named[1] else "in words, such as 'four'"
                 notice(f"{theirs}: numbers {example}, are read as numbers")
                 found = number(named[0])
-            elif found is not None:
-                if not is_cell:
-                    notice(f"{theirs}: numbers that are stored as text are converted to numbers")
+            elif found is not None and not is_cell:
+                notice(f"{theirs}: numbers that are stored as text are converted to numbers")
             value = value if found is None else found
         elif isinstance(value, int) and abs(value) >= 2**63 and value.bit_length() < _FLOAT_BITS:
             notice(f"{theirs}: whole numbers of more than 64 bits are rounded to floats")
