@@ -125,6 +125,24 @@ class InvalidRows(ValueError):
         error.found, error.total, error.remedy = found, total, remedy
         return error
 
+    def with_command(self, command: str) -> "InvalidRows":
+        """This error, with the command that leaves the rows out as its remedy, if they may be left out.
+
+        Example:
+            >>> error = InvalidRow("is None; set it.", "k", "label").at(3, "train")
+            >>> print(InvalidRows.of([error], 10, "train", _FIX).with_command("trl-ulma ulma --model m"))
+            Row 3 of the train dataset: label is None; set it.
+            Fix these rows, or leave them out:
+            <BLANKLINE>
+                trl-ulma ulma --model m --invalid_rows drop
+        """
+        if self.remedy != _FIX:
+            return self
+        remedy = f"Fix these rows, or leave them out:\n\n    {command} --invalid_rows drop"
+        made = InvalidRows(str(self).removesuffix(self.remedy) + remedy)
+        made.found, made.total, made.remedy = self.found, self.total, remedy
+        return made
+
     @classmethod
     def joined(cls, errors: Sequence["InvalidRows"]) -> "InvalidRows":
         """One error for several datasets.

@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     following = following_command(chosen.method, words, has_output=training_args.output_dir != DEFAULT_OUTPUT)
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
-        code = attempt(parser, lambda: check(METHODS[chosen.method], processes, parser, *settings))
-    if code == 0:
-        print(f"\nReady. To train:\n\n    {following}")
-    return code
+        return attempt(parser, lambda: check(METHODS[chosen.method], following, processes, parser, *settings))
 
 
 def following_command(method: str, words: Sequence[str], *, has_output: bool) -> str:
@@ -79,12 +76,20 @@ def following_command(method: str, words: Sequence[str], *, has_output: bool) ->
 
 
 def check(
-    trainer: str, processes: int, parser: Any, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
+    trainer: str,
+    following: str,
+    processes: int,
+    parser: Any,
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: Any,
 ) -> None:
     """Print what is known before a model is loaded.
 
     Args:
         trainer: the name of the trainer's class.
+        following: the command that trains.
         processes: the number of processes.
         parser: the parser of the command.
         script_args, training_args, model_args, dataset_args: the results of the parser.
@@ -146,7 +151,8 @@ def check(
     if invalid:
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
-        raise InvalidRows.joined(invalid)
+        raise InvalidRows.joined(invalid).with_command(following)
+    print(f"\nReady. To train:\n\n    {following}")
 
 
 _LEGEND = {True: "with the scored part in color", False: "with the scored part between ⟦ and ⟧"}
