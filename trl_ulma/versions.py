@@ -238,12 +238,16 @@ def mend_copied_forward(model: Any) -> None:
         _forget_forward(model)
 
 
+# Functions that TRL sets as a forward and that call the one they found: the second before TRL 1.14, by `SFTTrainer`
+_PATCHES = ("_fused_forward", "_chunked_ce_forward")
+
+
 def _fused(forward: Any) -> Any:
     """TRL's function within a forward, also below what accelerate wraps it in for mixed precision; None without it."""
     function = getattr(forward, "__func__", forward)
     while function is not None:
         code = getattr(function, "__code__", None)
-        if code is not None and code.co_name == "_fused_forward":
+        if code is not None and code.co_name in _PATCHES:
             return function
         function = getattr(function, "__wrapped__", None)
     return None
