@@ -608,6 +608,20 @@ def test_a_reward_model_refuses_what_it_cannot_read(reward_models):
         judge.scores(["a"], ["b"])
 
 
+def test_answers_that_a_reward_model_cannot_read_are_not_judged_and_the_others_are(reward_models):
+    judge, notes = RewardModelJudge(reward_models[1], "helpful"), []
+    questions = [Question(f"Question {row}?", row, GOOD, BAD) for row in range(4)]
+    judging = Judging([judge], None, seed=0, note=notes.append)
+    [found] = judging.judge("run", questions, ["a", "b" * 200, "c", f"{GOOD} "])[reward_models[1]].values()
+    assert (found["counts"]["too long"], found["rates"]["tie"].n) == (1, 3)
+    [note] = notes
+    assert note.startswith("1 of 4 comparisons of run were not judged (helpful). ")
+    assert "reads 128 tokens, and the longest answer with its prompt has 2" in note
+    assert "(the prompt begins 'Question 1?'). They count in no rate and no agreement. Take a judge that" in note
+    with pytest.raises(ValueError, match=r"2 of 3 comparisons cannot be judged\. .* reads 128 .* Take a judge that reads"):
+        judge([Comparison("x" * 200, "a", "b"), Comparison("x", "a", "b" * 200), Comparison("x", "a", "b")], "helpful")
+
+
 def test_a_roberta_reads_fewer_tokens_than_it_has_positions(tiny_llama, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     config = RobertaConfig(

@@ -11,15 +11,18 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_ulma.evaluation.turns import as_text
+from trl_ulma.labels.texts import start_of
 
 CRITERIA = ("helpful", "harmless")
+# A reward model that cannot read more than this share of the comparisons is an error
+_MOST_TOO_LONG = 0.5
 
 
 class Verdict(StrEnum):
     """The result of the first answer against the second, or why there is none.
 
     UNPARSABLE: the judge's reply is not a verdict. CUT: the reply reached the token limit. REFUSED: there is no reply,
-    or no answer to judge, because a server refused or failed.
+    or no answer to judge, because a server refused or failed. TOO_LONG: a reward model cannot read one of the answers.
     """
 
     WIN = "win"
@@ -28,6 +31,7 @@ class Verdict(StrEnum):
     UNPARSABLE = "unparsable"
     CUT = "cut"
     REFUSED = "refused"
+    TOO_LONG = "too long"
 
 
 @dataclass(frozen=True)
@@ -148,13 +152,15 @@ class RewardModelJudge:
             ValueError: if an answer is longer than the model can read, or if a score is not finite.
         """
         ids = [self._encode(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        most = self._positions()
         longest = max(range(len(ids)), key=lambda i: len(ids[i]), default=0)
-        if ids and len(ids[longest]) > most:
+        if ids and len(ids[longest]) > self._positions():
             raise ValueError(
-                f"Comparison {longest} has {len(ids[longest])} tokens for {self.name}, which reads {most:,}. Leave "
-                "long prompts out, or use another judge."
+                f"Comparison {longest} has {len(ids[longest])} tokens for {self.name}, which reads "
+                f"{self._positions():,}. Leave long prompts out, or use another judge."
             )
+        return self._scores(ids)
+
+    def _scores(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
         found = np.zeros(len(ids))
         by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         with torch.inference_mode(), tqdm(total=len(ids), desc="Scoring answers", unit="answer") as bar:
@@ -171,14 +177,34 @@ class RewardModelJudge:
         return found
 
     def __call__(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
-        """Return a verdict on each comparison."""
+        """Return a verdict on each comparison.
+
+        Raises:
+            ValueError: if the model cannot read most of the comparisons, or if a score is not finite.
+        """
         check_criterion(self, criterion)
-        prompts = [each.prompt for each in comparisons]
-        both = self.scores([*prompts, *prompts], [c.first for c in comparisons] + [c.second for c in comparisons])
-        return [
-            Verdict.TIE if is_same(each) or first == second else Verdict.WIN if first > second else Verdict.LOSE
-            for each, first, second in zip(comparisons, *np.split(both, 2), strict=True)
-        ]
+        ids = self._both(comparisons)
+        too_long = {i for i, pair in enumerate(ids) if max(map(len, pair)) > self._positions()}
+        if len(too_long) > _MOST_TOO_LONG * len(comparisons):
+            raise ValueError(
+                f"{len(too_long)} of {len(comparisons)} comparisons cannot be judged. {self.too_long(comparisons)} "
+                "Take a judge that reads more, or rows with shorter texts."
+            )
+        read = [i for i in range(len(comparisons)) if i not in too_long]
+        scores = self._scores([ids[i][place] for place in (0, 1) for i in read])
+        found = [Verdict.TOO_LONG] * len(comparisons)
+        for i, first, second in zip(read, *np.split(scores, 2), strict=True):
+            found[i] = Verdict.TIE if first == second else Verdict.WIN if first > second else Verdict.LOSE
+        return [Verdict.TIE if is_same(c) else verdict for c, verdict in zip(comparisons, found, strict=True)]
+
+    def too_long(self, comparisons: Sequence[Comparison]) -> str:
+        """Return a sentence on the length of comparisons, the longest of which the model cannot read."""
+        lengths = [max(map(len, pair)) for pair in self._both(comparisons)]
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        return (
+            f"{self.name} reads {self._positions():,} tokens, and the longest answer with its prompt has "
+            f"{lengths[longest]:,} (the prompt begins {start_of(comparisons[longest].prompt)!r})."
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return the checkpoint and the label of good answers."""
@@ -195,6 +221,9 @@ class RewardModelJudge:
         tables = (each for name, each in self.model.named_modules() if name.endswith("position_embeddings"))
         padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
         return min(most, positions - padding - 1)
+
+    def _both(self, comparisons: Sequence[Comparison]) -> list[list[list[int]]]:
+        return [[self._encode(each.prompt, answer) for answer in (each.first, each.second)] for each in comparisons]
 
     def _encode(self, prompt: Any, answer: str) -> list[int]:
         if not isinstance(prompt, str):

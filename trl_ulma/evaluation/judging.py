@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.held_out import Question, known_comparisons
-from trl_ulma.evaluation.judges import Comparison, Judge, Verdict, check_criterion
+from trl_ulma.evaluation.judges import Comparison, Judge, RewardModelJudge, Verdict, check_criterion
 from trl_ulma.evaluation.llm_judge import LLMJudge, Plan, steers
 from trl_ulma.evaluation.rates import POINTS, counts, difference, mean_points, rates
 from trl_ulma.evaluation.refusals import Why
@@ -170,6 +170,13 @@ class Judging:
     ) -> dict[str, dict[str, int]]:
         """Return why replies are missing, by the position of the first answer, and note it with a remedy."""
         missing = sum(verdict not in POINTS for verdict in verdicts)
+        if missing and isinstance(judge, RewardModelJudge):
+            unread = [each for each, verdict in zip(comparisons, verdicts, strict=True) if verdict not in POINTS]
+            self._note(
+                f"{missing} of {len(verdicts)} comparisons of {of} were not judged ({criterion}). "
+                f"{judge.too_long(unread)} They count in no rate and no agreement. "
+                f"{_REMEDIES[Why.TOO_LONG].capitalize()}."
+            )
         if not missing or not isinstance(judge, LLMJudge):
             return {}
         replies = zip(*judge.replies(comparisons, criterion), strict=True)
