@@ -243,6 +243,32 @@ def test_an_overall_score_of_10_that_was_a_1_in_ultrafeedback():
     assert read(9, 1.25) == (9.0, [])
 
 
+def test_ratings_off_the_scale_of_a_family_are_left_out_and_many_are_an_error():
+    def why(low, high):
+        return [f"its label is outside [{low}, {high}], the scale of this rating"]
+
+    helpsteer, webgpt, oasst = (SAMPLES[family](0) for family in ("helpsteer", "webgpt", "oasst"))
+    assert labels("helpsteer", *(helpsteer | {"helpfulness": each} for each in (5, "-1", 4))) == why(0, 4) * 2 + [4.0]
+    assert labels("webgpt", webgpt | {"score_0": 2.0})[:1] == why(-1, 1)
+    answer = {"response": "Yes", "overall_score": 11, "fine-grained_score": 5.5}
+    answer |= {"annotations": {"honesty": {"Rating": "0"}}}
+    rated = {"instruction": "Hi", "completions": [answer]}
+    assert labels("ultrafeedback", rated) == why(1, 10)
+    for aspect in ("fine-grained", "honesty"):
+        assert labels("ultrafeedback", rated, aspect=aspect) == why(1, 5)
+    rated = {"info": {"article": "News."}, "summary": {"text": "Short.", "axes": {"overall": 8}}, "worker": "w"}
+    assert labels("tldr", rated) == why(1, 7)
+    oasst["prompt"]["replies"][0]["labels"]["quality"]["value"] = 4
+    assert labels("oasst", oasst)[0] == why(0, 1)[0]
+
+    raw = [helpsteer | {"prompt": f"{i}?", "helpfulness": i % 10} for i in range(100)]
+    with pytest.raises(
+        ValueError, match=r"50 of 100 answers .* outside \[0, 4\], .* \(first in raw row 5\)\. .*one end"
+    ):
+        convert("helpsteer", Dataset.from_list(raw))
+    assert len(convert("helpsteer", Dataset.from_list(raw[:5] * 8 + raw[5:6]))[0]) == 40
+
+
 def flattened(message, parent=None, labels_as_lists=True):
     labels = message["labels"]
     if labels_as_lists:

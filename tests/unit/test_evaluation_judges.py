@@ -618,7 +618,9 @@ def test_answers_that_a_reward_model_cannot_read_are_not_judged_and_the_others_a
     assert note.startswith("1 of 4 comparisons of run were not judged (helpful). ")
     assert "reads 128 tokens, and the longest answer with its prompt has 2" in note
     assert "(the prompt begins 'Question 1?'). They count in no rate and no agreement. Take a judge that" in note
-    with pytest.raises(ValueError, match=r"2 of 3 comparisons cannot be judged\. .* reads 128 .* Take a judge that reads"):
+    with pytest.raises(
+        ValueError, match=r"2 of 3 comparisons cannot be judged\. .* reads 128 .* Take a judge that reads"
+    ):
         judge([Comparison("x" * 200, "a", "b"), Comparison("x", "a", "b" * 200), Comparison("x", "a", "b")], "helpful")
 
 

@@ -209,6 +209,10 @@ def test_feedback_of_open_webui():
     assert outcomes("open-webui", raw, feedback="rating", liked=True) == [(["1?"], "Yes", 2.0, False)]
     assert labels("open-webui", SAMPLES["open-webui"](2)) == [0.0]
     assert labels("open-webui", raw | {"data": {"rating": 0}}, raw | {"data": {}}) == [0.5, "it has no thumb"]
+    assert labels("open-webui", raw | {"data": {"rating": 4}}) == ["its thumb is not −1, 0 or 1"]
+    assert labels("open-webui", raw | {"data": {"details": {"rating": 11}}}, feedback="rating") == [
+        "its label is outside [1, 10], the scale of this rating"
+    ]
     assert labels("open-webui", raw | {"data": None}, feedback="rating") == ["it has no rating"]
     with pytest.raises(ValueError, match="feedback is 'stars'"):
         labels("open-webui", raw, feedback="stars")

@@ -69,8 +69,10 @@ FAMILIES = {
 
 # Why both answers of a comparison are left out
 SAME = "both halves of its pair are the same"
+# How the reason begins why an answer is left out whose label is not on the scale of its family
+OFF_SCALE = "its label is outside"
 # Why an answer with a rating is left out if labels are binary
-OUTSIDE = "its label is outside [0, 1], the range of binary labels: set --label_type continuous"
+OUTSIDE = f"{OFF_SCALE} [0, 1], the range of binary labels: set --label_type continuous"
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ def labeled(
     label_type: str = "binary",
     liked: bool = False,
     label_map: Mapping[str, Any] | None = None,
+    scale: tuple[float, float] | None = None,
 ) -> "Outcome":
     """A pointwise row with the label of the data, or the reason why there is none.
 
@@ -230,6 +233,7 @@ def labeled(
         label_type: the type of the label. Answers with the binary label 1 are demonstrations.
         liked: answers with the binary label 1 are not demonstrations.
         label_map: label, as text → number.
+        scale: the lowest and the highest rating, if the family has a fixed scale.
 
     Example:
         >>> labeled("Hi", "Hello!", "up")
@@ -247,6 +251,8 @@ def labeled(
     value = as_label(label)
     if value is None:
         return LeftOut("its label is not a number")
+    if scale is not None and not scale[0] <= value <= scale[1]:
+        return LeftOut(f"{OFF_SCALE} [{scale[0]:g}, {scale[1]:g}], the scale of this rating")
     if label_type == "binary" and not 0 <= value <= 1:
         return LeftOut(OUTSIDE)
     try:

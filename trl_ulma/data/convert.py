@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
-from trl_ulma.data.adapters import FAMILIES, OUTSIDE, Adapter, LeftOut, Noted, find, is_number
+from trl_ulma.data.adapters import FAMILIES, OFF_SCALE, OUTSIDE, Adapter, LeftOut, Noted, find, is_number
 from trl_ulma.data.readable import direction, proposed, rating_of, whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
@@ -146,6 +146,13 @@ def convert(
             "the low ratings would stay, and count as likes. Set --label_type continuous. For thumbs of −1 and 1, set "
             "--label_map=-1=0,1=1."
         )
+    for why, found in account.left_out.items():
+        if why.startswith(OFF_SCALE) and are_ratings(found.count, answers):
+            raise ValueError(
+                f"{found.count:,} of {answers:,} answers are left out because {why} (first in raw row "
+                f"{found.first_row}). They would be missing at one end of the scale. Convert the ratings to the scale "
+                f"of {family} data."
+            )
     if options.get("liked") and parts and all("binary" not in part.unique("label_type") for part in parts):
         raise ValueError(
             "liked is for answers with the binary label 1, but all labels are continuous, and their answers are no "

@@ -33,7 +33,7 @@ def helpsteer(rows: Iterable[Mapping[str, Any]], *, aspect: str = "helpfulness")
         prompt = [{"role": "user", "content": first}]
         for role, text in zip(marked[::2], marked[1::2], strict=True):
             prompt.append({"role": role.lower(), "content": text})
-        yield labeled(prompt, raw["response"], raw.get(aspect), label_type="continuous")
+        yield labeled(prompt, raw["response"], raw.get(aspect), label_type="continuous", scale=(0, 4))
 
 
 HELPSTEER = Adapter(

@@ -77,10 +77,9 @@ def _row(before: list[dict[str, Any]], message: Mapping[str, Any], label: str) -
     value = as_number(value)
     if value is None:
         return LeftOut(f"it has no {label}")
-    is_rank = label == "rank"
-    return labeled(
-        before, message["text"], 0 - value if is_rank else value, label_type="continuous" if is_rank else "binary"
-    )
+    if label == "rank":
+        return labeled(before, message["text"], 0 - value, label_type="continuous")
+    return labeled(before, message["text"], value, scale=(0, 1))
 
 
 def _quality(labels: Any) -> Any:

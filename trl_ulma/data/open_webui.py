@@ -45,14 +45,17 @@ def open_webui(
         data = data if isinstance(data, Mapping) else {}
         if feedback == "thumbs":
             thumb = as_number(data.get("rating"))
-            label = None if thumb is None else 0.5 + 0.5 * ((thumb > 0) - (thumb < 0))
+            if thumb not in (None, -1, 0, 1):
+                yield LeftOut("its thumb is not −1, 0 or 1")
+                continue
+            label = None if thumb is None else 0.5 + 0.5 * thumb
         else:
             label = next((each["rating"] for each in _rated(data.get("details"), raw.get("details"))), None)
         if label is None:
             yield LeftOut("it has no rating" if feedback == "rating" else "it has no thumb")
             continue
-        kind = "binary" if feedback == "thumbs" else "continuous"
-        yield labeled(turns[:-1], turns[-1:], label, label_type=kind, liked=liked)
+        kind, scale = ("binary", None) if feedback == "thumbs" else ("continuous", (1, 10))
+        yield labeled(turns[:-1], turns[-1:], label, label_type=kind, liked=liked, scale=scale)
 
 
 def _rated(*values: Any) -> list[Mapping[str, Any]]:

@@ -37,7 +37,7 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
                 continue
             axes = summary.get("axes")
             rating = axes.get(aspect) if isinstance(axes, Mapping) else None
-            yield labeled(prompt, summary.get("text"), rating, label_type="continuous")
+            yield labeled(prompt, summary.get("text"), rating, label_type="continuous", scale=(1, 7))
             continue
         summaries, choice = raw["summaries"], as_number(raw["choice"])
         if not isinstance(summaries, list) or not all(isinstance(each, Mapping) for each in summaries):

@@ -49,7 +49,8 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
                 if mean is not None and mean < 4:
                     yield Noted(TEN_IS_ONE if mean <= 2 else TEN_MAY_BE_ONE)
                     rating = 1 if mean <= 2 else rating
-            yield labeled(raw["instruction"], answer.get("response"), rating, label_type="continuous")
+            scale = (1, 10 if aspect == "overall" else 5)
+            yield labeled(raw["instruction"], answer.get("response"), rating, label_type="continuous", scale=scale)
 
 
 def _rating(answer: Mapping[str, Any], aspect: str) -> Any:

@@ -42,7 +42,8 @@ def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterat
                     continue
                 if not pairs:
                     answers.append(Noted(NO_QUOTES))
-            answers.append(labeled(prompt, raw[f"answer_{number}"], raw[f"score_{number}"], label_type="continuous"))
+            answer, score = raw[f"answer_{number}"], raw[f"score_{number}"]
+            answers.append(labeled(prompt, answer, score, label_type="continuous", scale=(-1, 1)))
         yield from compared(answers)
 
 
