@@ -1,11 +1,14 @@
 """Files as spreadsheets, pandas, R, JavaScript and survey tools write them."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 
 import pytest
+from datasets import Dataset
 
 from trl_ulma.data.files import check_splits, load_rows
 from trl_ulma.data.mixture import load_mixture
@@ -49,6 +52,9 @@ def read(path, **options):
         ("a.csv", HEAD + "Hi,Yo,thumbs_up\nHi,Ho,👎🏽\n", r"--label_map thumbs_up=1,👎🏽=0$"),
         ("a.csv", HEAD + 'Hi,Yo,"Yes, it\'s $5"\n', r"--label_map 'Yes, it'\"'\"'s \$5=NUMBER'$"),
         ("a.csv", "Your question,answer,rating\nHi,Yo,1\n", r'--columns "prompt=Your question,completion=answer,'),
+        ("a.csv", bz2.compress((HEAD + "Hi,Yo,1\n").encode()), r"is a bzip2 file\. Unpack it"),
+        ("a.csv", lzma.compress((HEAD + "Hi,Yo,1\n").encode()), r"is an xz file\. Unpack it"),
+        ("a.csv", "\n <!DOCTYPE HTML><html>Log in</html>", r"is an HTML page, .* Download the file itself"),
         # JSON
         ("a.jsonl", LINE.strip() + ",\n" + LINE, r"line 1, .*: there is text after the object\. Write one object per"),
         ("a.json", json.dumps({"data": [ROW, ROW]}), r"whose `data` is a list of 2 objects\..* jq \.data"),
@@ -62,6 +68,34 @@ def read(path, **options):
 def test_errors_that_say_what_to_do(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path / name, text))
+
+
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.csv.gz", "a.parquet", "folder/train.parquet"])
+def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / name, LFS)
+    for options in ({}, {"invalid_rows": "drop"}, {"streaming": True}):
+        with pytest.raises(ValueError, match=r"is a pointer of Git LFS, which .* Run git lfs pull in its folder"):
+            load_rows(tmp_path / name.partition("/")[0], **options)
+    write(tmp_path / name, "/annex/objects/SHA256E-s12345--0.csv\n")
+    with pytest.raises(ValueError, match=r"is a pointer of git-annex, .* Run git annex get \."):
+        load_rows(tmp_path / name)
+
+
+def test_files_that_are_not_downloaded_in_saved_datasets_and_behind_links(tmp_path):
+    Dataset.from_list([ROW]).save_to_disk(tmp_path / "saved")
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    write(arrow, LFS)
+    with pytest.raises(ValueError, match=r"\.arrow is a pointer of Git LFS"):
+        load_rows(tmp_path / "saved")
+    (tmp_path / "a.csv").symlink_to(".git/annex/objects/SHA256E-s12345--0.csv")
+    with pytest.raises(
+        FileNotFoundError, match=r"is a link to \.git/annex/objects/.*, which does not .* git annex get"
+    ):
+        load_rows(tmp_path / "a.csv")
 
 
 def test_the_mark_of_a_line_is_no_column_of_the_file(tmp_path):

@@ -24,6 +24,11 @@ _NO_TEXT = (
     (b"\xd0\xcf\x11\xe0", "an Excel file. Save the sheet as CSV."),
     (b"\x1f\x8b", "a gzip file. Add .gz to its name."),
     (b"PAR1", "a Parquet file. Name it .parquet."),
+    (b"BZh", "a bzip2 file. Unpack it."),
+    (b"\xfd7zXZ\x00", "an xz file. Unpack it."),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file. Unpack it."),
+    (b"<!doctype html", "an HTML page, such as one that asks you to log in. Download the file itself."),
+    (b"<html", "an HTML page, such as one that asks you to log in. Download the file itself."),
 )
 # Letters outside ASCII stand alone or in pairs in Western languages, but make up whole words in other scripts
 _LETTERS = re.compile("[\udca1-\udcff]")
@@ -51,7 +56,7 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
     with opened(path) as file:
         head = file.read(_CHUNK)
         for start, remedy in _NO_TEXT:
-            if head.startswith(start):
+            if head.startswith(start) or (start[:1] == b"<" and head.lstrip().lower().startswith(start)):
                 raise ValueError(f"is {remedy}")
         for mark, encoding in _MARKS:
             if head.startswith(mark):

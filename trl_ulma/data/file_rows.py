@@ -38,6 +38,11 @@ OTHER_FILES: dict[str, str] = {
     ".zst": _ARCHIVE,
     ".arrow": " Name the folder that save_to_disk wrote.",
 }
+# The start of a file that stands for another one, the tool that wrote it, and the command that gets the other one
+_POINTERS = (
+    (b"version https://git-lfs.github.com/spec/", "Git LFS", "git lfs pull"),
+    (b"/annex/objects/", "git-annex", "git annex get ."),
+)
 # What is done with lines that cannot be read
 UNREAD_LINES = ("error", "drop", "mark")
 _BATCH = 1000
@@ -72,8 +77,24 @@ def looks_local(name: str) -> bool:
     return is_path or name.endswith((*KINDS, ".gz"))
 
 
+def check_downloaded(file: Path) -> None:
+    """Raise ValueError if a file is only the pointer that Git LFS or git-annex puts into its place."""
+    with file.open("rb") as opened:
+        start = opened.read(200)
+    for sign, tool, remedy in _POINTERS:
+        if start.startswith(sign):
+            raise ValueError(
+                f"{file} is a pointer of {tool}, which stands for the file and does not contain its rows. Run {remedy} "
+                "in its folder to download it."
+            )
+
+
 def missing(path: Path) -> str:
     """An error message for a `path` that does not exist, with the most similar names that exist."""
+    if path.is_symlink():
+        target = os.readlink(path)
+        remedy = "Run git annex get." if "annex" in target else "Copy the file itself."
+        return f"{path} is a link to {target}, which does not exist. {remedy}"
     name, folder = path.name, path.parent
     while not folder.is_dir():
         name, folder = folder.name, folder.parent

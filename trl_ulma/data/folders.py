@@ -20,7 +20,7 @@ from huggingface_hub.repocard import metadata_load
 
 from trl_ulma.data.columns import READ, Names, say
 from trl_ulma.data.csv_rows import DELIMITERS
-from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, suffix_of
+from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, check_downloaded, suffix_of
 from trl_ulma.data.known_types import renamed_splits
 from trl_ulma.data.read_files import UNREADABLE, as_splits, read_files
 
@@ -240,6 +240,7 @@ def _check_saved(path: Path) -> None:
         state = path / split / "state.json"
         for file in json.loads(state.read_text())["_data_files"] if state.exists() else []:
             _check_inside(path, path / split / file["filename"], f"{state.relative_to(path)}")
+            check_downloaded(path / split / file["filename"])
 
 
 def _check_all_inside(folder: Path, named: Mapping[str, Sequence[str]], named_by: str) -> None:

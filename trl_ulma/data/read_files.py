@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetGenerationError
 
 from trl_ulma.data.columns import Names, say, say_once
-from trl_ulma.data.file_rows import FileRows, suffix_of, unit_of
+from trl_ulma.data.file_rows import FileRows, check_downloaded, suffix_of, unit_of
 from trl_ulma.data.known_types import renamed
 from trl_ulma.data.origins import Origins, note_places
 from trl_ulma.data.tables import as_dataset
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: str) -> Dataset | IterableDataset:
     """The rows of files, one after the other. For the arguments, see `trl_ulma.data.files.load_rows`."""
+    for file in files:
+        check_downloaded(file)
     if all(suffix_of(file) == ".parquet" for file in files):
         rows = _read_parquet(files, streaming)
         if rows is not None:
