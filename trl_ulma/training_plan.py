@@ -33,6 +33,7 @@ from trl_ulma.rows.dataset_labels import (
     evaluated_figures,
     label_center,
     labels_before,
+    outliers_of,
     repeats_of,
     terms_of,
     with_transform,
@@ -258,7 +259,10 @@ def make_plan(
             if warning is not None:
                 logger.warning(warning)
         if isinstance(rows, Dataset):
-            for warning in contradictions_in_words(repeats_of(rows, args, raw)):
+            trained = (plan.train_dataset, train_dataset)
+            for warning in contradictions_in_words(repeats_of(rows, args, raw)) + outliers_of(
+                trained, (rows, raw), args
+            ):
                 logger.warning(f"The {name} dataset: {warning}")
     if isinstance(eval_dataset, dict):
         plan.eval_dataset = dict(zip(evaluated, prepared[1:], strict=True))

@@ -131,6 +131,27 @@ def test_check_names_the_line_of_a_label_far_outside_the_others(tiny_gpt2, tmp_p
     assert "which are between 1 and 5: 55 (stars.csv, line 9)." in said
 
 
+def test_check_names_a_held_out_label_far_outside_the_others(tiny_gpt2, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("rows").mkdir()
+    for name, extra in (("train", ["Who 7?,So.,66"]), ("test", ["Who?,So.,-44", "Who?,No.,5"])):
+        rows = [f"{name} {i}?,answer {i},{i % 5 + 1}" for i in range(20 if name == "train" else 2)]
+        (Path("rows") / f"{name}.csv").write_text("\n".join(["prompt,completion,label", *rows, *extra, ""]))
+    argv = ["--method", "pointwise-dpo", "--model", tiny_gpt2, "--dataset", "rows", "--bf16", "false"]
+    argv += ["--eval_strategy", "epoch"]
+    for settings in (
+        ["continuous", "--label_transform", "standardize"],
+        ["binary", "--label_transform", "threshold:4"],
+    ):
+        caplog.clear()
+        assert check.main([*argv, "--label_type", *settings]) == 0
+        (warned,) = [message for message in caplog.messages if "far outside" in message]
+        assert warned.startswith(
+            "The eval dataset: 1 label is far outside the others, which are between 1 and 5: -44 ("
+        )
+        assert "rows/test.csv, line 4)." in warned
+
+
 def test_check_names_repeated_and_contradicting_held_out_rows(tiny_gpt2, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     folder, file = Path("rows"), "rows/test.csv"

@@ -10,7 +10,14 @@ from trl_ulma.labels.invalid_rows import (
     refuse_invalid,
     unread,
 )
-from trl_ulma.labels.report import contradictions_in_words, label_report, render_repeats, render_report, repeats
+from trl_ulma.labels.report import (
+    contradictions_in_words,
+    label_report,
+    outliers_in_words,
+    render_repeats,
+    render_report,
+    repeats,
+)
 from trl_ulma.labels.rows import (
     ASKING_ROLES,
     DECIMAL_COMMA,
@@ -49,6 +56,7 @@ __all__ = [
     "list_invalid",
     "look_like_ratings",
     "one_class",
+    "outliers_in_words",
     "parse_transform",
     "raw_labels",
     "read_labels",

@@ -111,7 +111,7 @@ def label_report(
                 report[name]["raw"] = _before(raw[rows], label[rows], weights[rows], tokens[rows], transform or "")
             # Numbers of votes have long tails
             if (own is raw or name == "continuous") and not (transform or "").startswith("votes"):
-                _warn_of_outliers(own, np.flatnonzero(rows), named, warnings)
+                warnings += outliers_in_words(own, np.flatnonzero(rows), named)
     if "binary" in report:
         rows = ~continuous
         report["binary"]["undecided"] = int((label[rows] == 0.5).sum())
@@ -177,18 +177,29 @@ def _of_type(
     }
 
 
-def _warn_of_outliers(label: np.ndarray, rows: np.ndarray, named: Callable[[int], str], warnings: list[str]) -> None:
+def outliers_in_words(
+    label: np.ndarray, rows: np.ndarray, named: Callable[[int], str], among: int | None = None
+) -> list[str]:
+    """Return a warning if labels are far outside the others.
+
+    Args:
+        label: `(N,)` labels.
+        rows: ascending positions of the labels to compare.
+        named: returns the name of the row at a position.
+        among: if given, only the first so many of the N rows are named.
+    """
     far = rows[outliers(label[rows])]
-    if not len(far):
-        return
     others = np.delete(label[rows], np.searchsorted(rows, far))
+    far = far[far < (len(label) if among is None else among)]
+    if not len(far):
+        return []
     listed = ", ".join(f"{label[row]:g} ({named(int(row))})" for row in far[:_LISTED])
     more = f", and {len(far) - _LISTED:,} more" if len(far) > _LISTED else ""
     are = "1 label is" if len(far) == 1 else f"{len(far):,} labels are"
-    warnings.append(
+    return [
         f"{are} far outside the others, which are between {others.min():g} and {others.max():g}: {listed}{more}. Check "
         "for typing mistakes."
-    )
+    ]
 
 
 def _before(

@@ -21,6 +21,7 @@ from trl_ulma.labels import (
     check_columns,
     check_texts,
     label_report,
+    outliers_in_words,
     parse_transform,
     raw_labels,
     refuse_invalid,
@@ -394,6 +395,27 @@ def repeats_of(rows: Dataset, args: Any, raw: Any) -> dict[str, Any]:
         is_continuous(rows, args.label_type),
     )
     return repeats(label, own, kinds, _identities(rows)[1], _named(rows, raw))
+
+
+def outliers_of(trained: tuple[Any, Any], evaluated: tuple[Dataset, Any], args: Any) -> list[str]:
+    """Warnings about labels of rows to evaluate on that are far outside those of all rows.
+
+    Args:
+        trained, evaluated: as in `contradictions`; the rows to train on can be a stream, which is not read.
+    """
+    if (args.label_transform or "").startswith("votes"):  # numbers of votes have long tails
+        return []
+    parts = [evaluated, *([trained] if isinstance(trained[0], Dataset) else [])]
+    label = np.concatenate([_labels_to_show(rows, args, raw) for rows, raw in parts])
+    continuous = np.concatenate([is_continuous(rows, args.label_type) for rows, _ in parts])
+    types = [True] if args.label_transform is None or args.label_type == "continuous" else [True, False]
+    return [
+        warning
+        for kind in types
+        for warning in outliers_in_words(
+            label, np.flatnonzero(continuous == kind), _named(*evaluated), among=len(evaluated[0])
+        )
+    ]
 
 
 def _named(rows: Dataset, raw: Any) -> Callable[[int], str]:
