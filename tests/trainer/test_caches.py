@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, Gemm
 from world import make_rows, make_trainer
 
 from trl_ulma import DataCollatorForPointwisePreference
+from trl_ulma.labels import LabelRules
+from trl_ulma.rows.preparation import Preparation
 
 STILL = {"max_steps": 1, "learning_rate": 1e-12, "per_device_train_batch_size": 8, "beta": 1.0, "pointwise": True}
 
@@ -179,6 +181,21 @@ def test_the_same_once_more_is_read_from_the_cache(tiny_llama, tmp_path, stored_
 
 
 # Tokens
+
+
+def test_rows_are_tokenized_once_whatever_becomes_of_invalid_ones(tiny_llama, tmp_path):
+    good = {"prompt": "Why?", "completion": " So.", "label": 1.0}
+    lines = [json.dumps(good | {"label": label}) for label in (1.0, 0.0, 7.0)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(ValueError, match="label is 7"):
+        Preparation(tokenizer, LabelRules())(rows, "train")
+    folder = Path(rows.cache_files[0]["filename"]).parent
+    tokenized = set(folder.iterdir())
+    assert Preparation(tokenizer, LabelRules(), invalid_rows="drop")(rows, "train")["label"][:] == [1.0, 0.0]
+    assert set(folder.iterdir()) == tokenized
+
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"

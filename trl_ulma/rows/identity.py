@@ -81,6 +81,7 @@ def cache_key(how: "Preparation", tokenizer: str) -> str:
         state["processor's"] = {n: v for n, v in vars(processor).items() if isinstance(v, _PLAIN)}
     if TODAY in str(template):
         state["date"] = datetime.date.today().isoformat()  # the template prints the date
-    how = replace(how, processing_class=None)  # type: ignore[arg-type]
+    # Invalid rows are marked in the cached result, and dropped or listed after that
+    how = replace(how, processing_class=None, invalid_rows="error")  # type: ignore[arg-type]
     versions = (code_hash(), transformers_version)
     return Hasher.hash((sorted(state), [state[name] for name in sorted(state)], str(template), how, versions))
