@@ -215,7 +215,11 @@ ANSWER = [{"role": "assistant", "content": "Hello!"}]
         ([{"path": "a.jsonl"}, {"path": "ragged.csv"}], r"part 2 .*ragged\.csv\): .* has 4 fields in line 2"),
         (
             [{"path": "a.jsonl"}, {"path": "words.csv"}],
-            r"part 2 .* labels that are words \('up'\)\. .*--label_map up=1",
+            r"part 2 .* labels that are words \('up'\)\. .*: label_map: up=1",
+        ),
+        (
+            [{"path": "a.jsonl"}, {"path": "named.csv", "columns": {"prompt": "question"}}],
+            r"part 2 .*; found question, answer, stars\. .*: columns: prompt=question,completion=answer,label=stars$",
         ),
         ([{"path": "a.jsonl", "split": "tests"}], r"part 1 .*: it has no split 'tests'; its splits are train"),
         (
@@ -253,6 +257,7 @@ def test_an_error_names_the_part(tmp_path, parts, message, monkeypatch):
     write(tmp_path / "a.jsonl", rows("a", [1, 0]))
     write(tmp_path / "ragged.csv", "prompt,completion,label\na,b,c,1\n")
     write(tmp_path / "words.csv", "prompt,completion,label\na,b,up\n")
+    write(tmp_path / "named.csv", "question,answer,stars\na,b,1\n")
     write(tmp_path / "chat.jsonl", [{"prompt": MESSAGES, "completion": MESSAGES, "label": 1}])
     write(tmp_path / "masked.jsonl", rows("a", [1], sft_mask=True, label_type="binary"))
     write(tmp_path / "stars.jsonl", rows("a", [4.5], label_type="continuous"))

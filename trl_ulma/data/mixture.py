@@ -95,9 +95,12 @@ def load_mixture(
                     shown = ", ".join(name for name in there if name != UNREAD)
                     raise ValueError(f"it has no column {', '.join(absent)}; its columns are {shown}")
                 rows = rows.remove_columns([name for name in there if name not in (*part.columns, UNREAD)])
-            said += [note for note in check_splits({"": rows}, str(part.path)) if note not in said]
+            renamed = None if isinstance(part.columns, list) else part.columns
+            notes = check_splits({"": rows}, str(part.path), columns=renamed)
+            said += [each for each in map(_in_entry, notes) if each not in said]
         except (OSError, ValueError) as error:
-            raise type(error if isinstance(error, FileNotFoundError) else ValueError())(f"{name}: {error}") from error
+            kind = type(error if isinstance(error, FileNotFoundError) else ValueError())
+            raise kind(f"{name}: {_in_entry(str(error))}") from error
         loaded.append((name, rows))
     loaded = _taken(parts, loaded, streaming, said.append)
     mixed = marked(
@@ -105,6 +108,11 @@ def load_mixture(
         [rows.info.builder_name in (TABLES, SOME_TABLES) for _, rows in loaded],
     )
     return (IterableDatasetDict if streaming else DatasetDict)({"train": mixed}), said
+
+
+def _in_entry(message: str) -> str:
+    """A message that proposes options, with their spelling in the entry of a part, where a mixture reads them."""
+    return message.replace("--columns ", "columns: ").replace("--label_map ", "label_map: ")
 
 
 def _load(part: Any, streaming: bool) -> Rows:
