@@ -118,6 +118,7 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     )
     assert first["implicit_reward"]["auc"]["value"] == pytest.approx(roc_auc_score(label, rewards))
     assert first["implicit_reward"]["auc"]["n"] == 6
+    assert first["length_alone"]["auc"]["value"] == pytest.approx(roc_auc_score(label, count))
     assert sum(each["rows"] for each in first["calibration"]) == 12
 
     # The judge always says "1": whatever it is shown, its two orders disagree, which is a tie, and it ranks nothing

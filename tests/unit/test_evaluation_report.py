@@ -303,6 +303,18 @@ def facts_of(rows=200, strength=0.5, judge_points=0.2):
     }
 
 
+def test_length_alone_is_a_row_of_the_table_of_rewards_and_one_per_tokenizer():
+    facts = facts_of()
+    for model in facts["models"]:
+        model["length_alone"] = {"spearman": Estimate(0.25, 0.125, 0.375, 200)}
+    text = to_markdown(report.document(facts | {"pictures": []}))
+    assert text.count("| length alone") == 1
+    assert "| length alone | 0.250 [0.125, 0.375] |" in text
+    assert "length alone: the same if answers are ranked by their number of tokens" in text
+    facts["models"][1]["length_alone"] = {"spearman": Estimate(0.5, 0.4, 0.6, 200)}
+    assert "| length alone, m (base) | 0.500 [" in to_markdown(report.document(facts | {"pictures": []}))
+
+
 def test_tables_are_the_records_digit_for_digit(tmp_path):
     facts = facts_of()
     drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))

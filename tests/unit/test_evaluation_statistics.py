@@ -12,6 +12,7 @@ from trl_ulma.evaluation.implicit_reward import (
     calibration_curve,
     continuous_figures,
     implicit_reward,
+    length_figures,
     split_figures,
 )
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, over_seeds, wilson
@@ -194,6 +195,18 @@ def test_binary_figures_by_hand():
     assert turned["accuracy"].value == 1.5 / 4
 
 
+def test_length_alone_ranks_as_the_libraries_say():
+    tokens, label = RNG.integers(1, 30, 300), RNG.integers(0, 3, 300) / 2
+    continuous = np.arange(300) % 3 == 0
+    found = length_figures(tokens, label, continuous, np.arange(300) // 2)
+    sided = ~continuous & (label != 0.5)
+    assert found["auc"].value == pytest.approx(roc_auc_score(label[sided], tokens[sided]))
+    assert found["spearman"].value == pytest.approx(stats.spearmanr(tokens[continuous], label[continuous])[0])
+    assert found["auc"].low < found["auc"].value < found["auc"].high
+    assert length_figures(np.full(300, 7), label, continuous, np.arange(300)) == {}
+    assert length_figures(tokens, np.ones(300), continuous, np.arange(300)) == {}
+
+
 def test_figures_are_the_libraries():
     rewards, label = RNG.normal(size=200).round(1), RNG.integers(0, 2, 200).astype(float)
     found = binary_figures(rewards, label, np.arange(200))
@@ -275,7 +288,8 @@ def test_rates_leave_what_could_not_be_parsed_out():
         {"win": 0.5, "tie": 0.3, "lose": 0.2, "win_or_tie": 0.8}
     )
     assert found["win"] == wilson(5, 10)
-    assert counts(verdicts) == {"win": 5, "tie": 3, "lose": 2, "unparsable": 7, "cut": 0, "refused": 0}
+    missing = {"unparsable": 7, "cut": 0, "refused": 0, "too long": 0}
+    assert counts(verdicts) == {"win": 5, "tie": 3, "lose": 2} | missing
     assert rates([*verdicts, Verdict.CUT, Verdict.REFUSED]) == found
     assert mean_points(verdicts).value == pytest.approx(0.65)
     assert rates([UNPARSABLE]) == {}

@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, ratio_of
 from trl_ulma.metrics import is_chosen, is_sided
-from trl_ulma.ranking import auc, pearson, spearman
+from trl_ulma.ranking import RANKING_FIGURES, auc, pearson, spearman
 
 BINS = 10
 
@@ -193,6 +193,36 @@ def split_figures(
     sided = is_sided(torch.from_numpy(label), torch.from_numpy(continuous)).numpy()
     if sided.any():
         found["accuracies"] = bootstrap(mean_of(right[sided]), prompt[sided], seed)
+    return found
+
+
+def length_figures(
+    tokens: np.ndarray, label: np.ndarray, continuous: np.ndarray, prompt: np.ndarray, *, seed: int = 0
+) -> dict[str, Estimate]:
+    """Return `auc` and `spearman` of the answers' lengths in the place of rewards, with intervals by prompt.
+
+    A model that has learned no more than length ranks as well as these figures, or as their opposite if shorter answers
+    are better. They are missing if they are undefined, or if all answers have one length.
+
+    Args:
+        tokens: `(N,)` number of tokens of each completion.
+        label: `(N,)` z.
+        continuous: `(N,)` bool.
+        prompt: `(N,)` numbers of the prompts.
+        seed: seed of the bootstrap.
+
+    Example:
+        >>> binary, prompt = np.zeros(3, dtype=bool), np.arange(3)
+        >>> length_figures(np.array([7, 9, 2]), np.array([1.0, 0.0, 0.0]), binary, prompt)["auc"].value
+        0.5
+    """
+    found = {}
+    for name in ("auc", "spearman"):
+        of_kind, figure = RANKING_FIGURES[f"rewards/{name}"]
+        rows = of_kind(label, continuous)
+        of = partial(figure, tokens[rows].astype(float), label[rows])
+        if len(np.unique(tokens[rows])) > 1 and np.isfinite(of()):
+            found[name] = bootstrap(of, prompt[rows], seed)
     return found
 
 

@@ -21,6 +21,7 @@ from trl_ulma.evaluation.implicit_reward import (
     calibration_curve,
     continuous_figures,
     implicit_reward,
+    length_figures,
     split_figures,
 )
 from trl_ulma.evaluation.perplexity import perplexity
@@ -110,6 +111,7 @@ class Likelihoods:
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
         facts |= self._of_rewards(rewards, raw)
+        facts["length_alone"] = length_figures(tokens, label, continuous, prompt, seed=args.seed)
         self._write(run, raw, held_out.own_label[raw], rewards)
         facts["surprises"] = surprises(
             rewards, label, held_out.own_label[raw], continuous, how.rules, held_out.rows, raw, held_out.places

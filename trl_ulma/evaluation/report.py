@@ -134,7 +134,9 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
         ".2f",
         names={} if data["demonstrations"] else {"other answers": "all answers"},
     )
-    parts += _figures("Implicit reward", models, "implicit_reward", ".3f", meanings=_meanings(models))
+    parts += _figures(
+        "Implicit reward", [*models, *_by_length(models)], "implicit_reward", ".3f", meanings=_meanings(models)
+    )
     parts += _split(models, data)
     parts += _own_scale(models)
     parts += _calibration(models)
@@ -276,12 +278,31 @@ _MEANINGS = {
 }
 
 
+# The name of the row that ranks answers by their length
+_LENGTH = "length alone"
+
+
 def _meanings(models: Sequence[Mapping[str, Any]]) -> str:
     """An explanation of the figures of rewards, and why a model before training has few."""
     there = {name for model in models for name in model["implicit_reward"]}
     said = [meaning for name, meaning in _MEANINGS.items() if name in there]
+    if any(model.get("length_alone") for model in models):
+        said.append(
+            f"{_LENGTH}: the same if answers are ranked by their number of tokens, the longest first, which a model "
+            "should do better than"
+        )
     base = " A model before training has the reward 0 for every answer, which ranks nothing."
     return f"{'; '.join(said)}.{base if any(model.get('is_base') for model in models) else ''}"
+
+
+def _by_length(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the table that rank answers by their length: one, unless tokenizers differ."""
+    found: list[dict[str, Any]] = []
+    for model in models:
+        figures = model.get("length_alone")
+        if figures and all(figures != each["implicit_reward"] for each in found):
+            found.append({"name": _LENGTH if not found else f"{_LENGTH}, {model['name']}", "implicit_reward": figures})
+    return found
 
 
 # Figure → the name of its column, in the order of columns
