@@ -28,8 +28,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
     parser = CommandParser(
         prog=prog,
         usage=f"{prog} --model [NAME=]MODEL --dataset DATA --output FOLDER [options]",
-        description="Measure perplexity and implicit rewards on held-out rows, compare the rewards with what the length "
-        "of an answer alone would rank, and judge generated answers.",
+        description="Measure perplexity and implicit rewards on held-out rows, compare the rewards with what length "
+        "alone would rank, and judge generated answers.",
     )
     add_verbose(parser)
     what = parser.add_argument_group("models and data")
