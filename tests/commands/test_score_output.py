@@ -157,6 +157,20 @@ def judge(label_type="binary", transform=None, labels=(1.0, 2.0, 4.0)):
     return Judge(settings, make_tokenizer(), lambda rows: np.full(len(rows), 0.5))
 
 
+def test_what_a_row_does_not_have_is_not_written(tmp_path):
+    rows = make_rows(2, label=[1.0, 4.0], note=["", None])
+    scored = judge("continuous").score(rows)
+    for name in ("s.jsonl", "s.csv", "s.parquet"):
+        write(scored, tmp_path / name)
+        assert "probability" not in load_rows(tmp_path / name)["train"].column_names
+    mixed = judge().score(make_rows(2, label=[1.0, 4.0], label_type=["binary", "continuous"], note=["", None]))
+    write(mixed, tmp_path / "s.jsonl")
+    one, other = map(json.loads, (tmp_path / "s.jsonl").read_text().splitlines())
+    assert one["probability"] == pytest.approx(0.6224593)
+    assert "probability" not in other
+    assert other["note"] is None  # as in the row
+
+
 def test_errors_do_not_advise_options_that_score_does_not_have():
     with pytest.raises(ValueError, match=r"Row 1 of the scored dataset: label is 4.0, outside \[0, 1\]") as caught:
         judge().score(make_rows(2, label=[1.0, 4.0]))

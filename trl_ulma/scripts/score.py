@@ -3,8 +3,9 @@ r"""Score rows with a trained model: rank answers, find labels that are wrong, f
     trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl
     trl-ulma score --model adapter-folder --dataset answers.csv --output scored.csv
 
-Each row is written with `reward`, `probability` and `predicted_label`. If rows have labels, `surprise` is written too,
-and the most surprising rows come first. Rows without a label among them come last, with no `surprise`.
+Each row is written with `reward`, `probability` (for binary labels) and `predicted_label`. If rows have labels,
+`surprise` is written too, and the most surprising rows come first. Rows without a label among them come last, with no
+`surprise`.
 
 The model is compared with the reference that training wrote down; `--ref_model` names another place where it is. β,
 log Z, the label transform, the number format and the quantization are those saved with the model (`pointwise.json`).
@@ -151,10 +152,14 @@ def run(args: argparse.Namespace) -> str:
 def write(scored: "Dataset", path: Path) -> None:
     """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it.
 
-    Files of text do not hold images, which are left out of them with a note.
+    What a row does not have, such as the probability of a continuous label, is left out: in JSON lines of each row,
+    and elsewhere if no row has it. Files of text do not hold images, which are left out of them with a note.
     """
     from trl_ulma.data.json_rows import json_text
+    from trl_ulma.judge import COLUMNS
 
+    own = [name for name in COLUMNS if name in scored.column_names]
+    scored = scored.remove_columns([name for name in own if all(value is None for value in scored[name][:])])
     if path.suffix != ".parquet":
         from datasets import Image
 
@@ -172,7 +177,8 @@ def write(scored: "Dataset", path: Path) -> None:
     if path.suffix == ".jsonl":  # Dataset.to_json rounds numbers, and writes dates as numbers
         with path.open("w", encoding="utf-8") as file:
             for row in scored:
-                file.write(json_text(row) + "\n")
+                there = {name: value for name, value in row.items() if name not in COLUMNS or value is not None}
+                file.write(json_text(there) + "\n")
     elif path.suffix == ".csv":
         scored.to_csv(str(path))
     else:
