@@ -557,7 +557,7 @@ def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(ti
     assert (data["rows"], data["split"]) == (4, "0.34 of train by prompt, seed 42")
 
 
-def test_the_report_names_the_rows_that_were_left_out(tiny_llama, tmp_path, monkeypatch):
+def test_the_report_names_the_rows_that_were_left_out(tiny_llama, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     lines = [
         "Why?,Because.,5",
@@ -574,6 +574,10 @@ def test_the_report_names_the_rows_that_were_left_out(tiny_llama, tmp_path, monk
     assert main([*argv, "--split", "train", "--invalid_rows", "drop"]) == 0
     record = json.loads((tmp_path / "report" / "report.json").read_text())
     data, (model,) = record["data"], record["models"]
+    assert [each.split(". ")[0] for each in caplog.messages if each.startswith("Left out")] == [
+        "Left out 2 of 6 rows of the train dataset",
+        "Left out 1 of 4 rows of the train dataset",
+    ]
     assert (data["rows"], model["rows"], model["left_out"]) == (4, 3, 1)
     assert data["left_out"] == {"invalid: stars is empty": 1, "invalid: reply is empty": 1}
     text = (tmp_path / "report" / "report.md").read_text()

@@ -28,6 +28,7 @@ class Reading:
 
     Attributes:
         held_out: the rows.
+        name: their name in messages.
         split: the name of their split, or a description of the part of one.
         how: the rules for labels and for the length of sequences.
         center: continuous labels at or above it are good, after the transform. 0 if no labels are continuous.
@@ -37,6 +38,7 @@ class Reading:
     """
 
     held_out: HeldOut
+    name: str
     split: str
     how: AsTrained
     center: float
@@ -117,7 +119,7 @@ def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, nam
     own = held_out.continuous == (how.rules.label_type == "continuous")
     note(beyond_training(held_out.own_label[own], how.rules))
     is_chat = how.chat == "true" or (how.chat == "auto" and _has_chats(args, models, rows))
-    return Reading(held_out, part, how, *_centers(held_out, how, note), is_chat)
+    return Reading(held_out, name, part, how, *_centers(held_out, how, note), is_chat)
 
 
 def _has_chats(args: Namespace, models: Sequence[str], rows: Dataset) -> bool:

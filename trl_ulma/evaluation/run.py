@@ -286,7 +286,7 @@ class _Run:
             chat=how.chat,
             system_message=how.system_message,
         )
-        rows: Any = prepare(self.reading.held_out.rows, "test")
+        rows: Any = prepare(self.reading.held_out.rows, self.reading.name)
         missing = np.setdiff1d(np.arange(len(self.reading.held_out.rows)), rows["row"][:])
         facts["left_out"] = len(missing)
         facts["left_out_reasons"] = left_out_of(rows)
