@@ -281,6 +281,11 @@ def test_annotations_of_label_studio():
     assert labels("label-studio", both, control="stars", label_type="continuous") == [4.0]
     assert labels("label-studio", both, control="tone") == ["its annotation has 0 results of tone, not 1"]
     assert labels("label-studio", annotated(stars, was_cancelled=True)) == ["its annotation was skipped"]
+    rejected, accepted = ({"accepted": each} for each in (False, True))
+    for review in ({"reviews": [accepted, rejected]}, {"last_action": "rejected", "reviews": []}):
+        assert labels("label-studio", annotated(stars, **review)) == ["its annotation was rejected in review"]
+    for review in ({"reviews": [rejected, accepted]}, {"last_action": "updated", "reviews": [rejected]}):
+        assert labels("label-studio", annotated(stars, **review), label_type="continuous") == [4.0]
     assert labels("label-studio", annotated()) == ["its annotation has 0 results, not 1"]
     assert labels("label-studio", annotated() | {"annotations": []}) == ["it has no annotation"]
     # Each annotator is a row

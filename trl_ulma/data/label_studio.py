@@ -62,6 +62,9 @@ def label_studio(
             if annotation.get("was_cancelled") or annotation.get("skipped"):
                 yield LeftOut("its annotation was skipped")
                 continue
+            if _is_rejected(annotation):
+                yield LeftOut("its annotation was rejected in review")
+                continue
             kind = ""
             try:
                 results = annotation.get("result")
@@ -119,6 +122,19 @@ def label_studio(
             "The annotations are comparisons or written answers, whose labels are binary. Remove --label_type and "
             "--label_map, which are for ratings, numbers and choices."
         )
+
+
+def _is_rejected(annotation: Mapping[str, Any]) -> bool:
+    """Whether a reviewer has rejected an annotation, and nobody has changed it since."""
+    if annotation.get("last_action") is not None:
+        return annotation["last_action"] == "rejected"
+    reviews = annotation.get("reviews")
+    return (
+        isinstance(reviews, list)
+        and bool(reviews)
+        and isinstance(reviews[-1], Mapping)
+        and (reviews[-1].get("accepted") is False)
+    )
 
 
 def _result(results: list[Mapping[str, Any]], control: str | None) -> tuple[str, Mapping[str, Any], list[str]]:
