@@ -1,7 +1,10 @@
 """Prompts and completions: what they are, and how errors show them."""
 
+import re
 from typing import Any
 
+# Anything but whitespace and characters without a shape, such as zero-width spaces
+_VISIBLE = re.compile(r"[^\s\x00\u00ad\u200b-\u200f\u2060\ufeff]")
 _PROMPT_SHOWN = 60  # characters
 
 
@@ -21,17 +24,17 @@ def is_messages(value: Any) -> bool:
 
 
 def is_empty(completion: Any) -> bool:
-    """Return whether a completion (text or messages) has no content.
+    """Return whether a completion (text or messages) has no content that can be seen.
 
     Example:
         >>> is_empty("  "), is_empty([{"role": "assistant", "content": "Hello!"}])
         (True, False)
     """
     if isinstance(completion, str):
-        return not completion.strip()
+        return _VISIBLE.search(completion) is None
     said = (turn.get(key) for turn in completion for key in ("content", "tool_calls", "thinking", "reasoning_content"))
     return not any(
-        value.strip() if isinstance(value, str) else isinstance(value, list | dict) and value for value in said
+        _VISIBLE.search(value) if isinstance(value, str) else isinstance(value, list | dict) and value for value in said
     )
 
 
