@@ -367,7 +367,7 @@ BAD: dict[str, list[dict]] = {
     "label outside [0, 1]": [GOOD | {"label": 1.5}, GOOD | {"label": -1.0}],  # three could be ratings
     "prompt is missing": [GOOD | {"prompt": None}],
     "completion is missing": [GOOD | {"completion": None}],
-    "completion is empty": [GOOD | {"completion": " "}],
+    "completion is empty": [GOOD | {"completion": " "}, GOOD | {"completion": "\u200b\ufeff\n"}],
     "weight below 0": [GOOD | {"weight": -1.0}],
     "weight is not finite in float32": [GOOD | {"weight": NAN}],
     "sft_mask is no bool": [GOOD | {"sft_mask": None}],
@@ -680,6 +680,22 @@ def test_completions_that_begin_with_their_prompt_are_counted(is_chat, streaming
     assert found([("Hi", "Hi there"), (question, "Paris."), repeated])
     assert not found([("Hi", "Hi there"), (question, "Paris.")])
     assert not found([*((question, f"It is {i}.") for i in range(20)), repeated])  # a few answers may do so
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_completions_that_json_or_python_printed_are_counted(is_chat, caplog):
+    def found(*answers):
+        rows = [asked("Hi", each) if is_chat else {"prompt": "Hi", "completion": each} for each in answers]
+        rows = [{**row, "label": i % 2} for i, row in enumerate(rows)]
+        caplog.clear()
+        prepared(make_tokenizer(CHAT_TEMPLATE), Dataset.from_list(rows))
+        return "a completion in quotes, or with" in caplog.text
+
+    texts = ["Yes.", "It's\nfine."]
+    for printed in (map(json.dumps, texts), map(repr, texts), (str(each.encode()) for each in texts), [r"a\nb"] * 2):
+        assert found(*printed)
+    assert not found(*texts, '"Yes," he said, "now."', 'print("a\\n")\n')
+    assert not found('"Yes."', *texts, "No.")  # some answers may be in quotes
 
 
 def test_special_tokens_in_messages_are_counted(caplog):

@@ -13,7 +13,7 @@ from trl_ulma.data.origins import located, with_origins
 from trl_ulma.labels import InvalidRow, InvalidRows, list_invalid, look_like_ratings, one_class, refuse_invalid
 from trl_ulma.rows.dataset_labels import SHOWN_BY, is_continuous
 from trl_ulma.rows.notes import note
-from trl_ulma.rows.rendering import NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL
+from trl_ulma.rows.rendering import ESCAPED, NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL
 
 logger = logging.get_logger(__name__)
 
@@ -29,6 +29,12 @@ _ODD = {
     UNASKED: ("an empty prompt", "Check the column prompt.", 0.0),
     # A few answers may begin with the question
     REPEATED: ("a completion that begins with its prompt", "If prompts are part of the completions, remove them.", 0.1),
+    # A few answers may be in quotes
+    ESCAPED: (
+        r"a completion in quotes, or with \n in the place of line breaks",
+        "They look like the output of json.dumps or repr. If they are, write the texts themselves.",
+        0.5,
+    ),
     SPECIAL: (
         "a special token, such as EOS or an end-of-turn token, in the text of a message",
         "The tokenizer reads it as the token itself. Remove it from the text, or set "

@@ -27,13 +27,15 @@ PROMPT_FILLS = "its prompt alone fills max_length"
 NO_TURNS = "its assistant turns cannot be found in the output of the chat template; see assistant_only_loss"
 CUT_OFF = "max_length cuts off all of its assistant tokens"
 # What can be odd about a row that is kept
-REPEATED, SPECIAL, NO_TOOLS = "repeated", "special", "no_tools"
+REPEATED, SPECIAL, NO_TOOLS, ESCAPED = "repeated", "special", "no_tools", "escaped"
 NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion is a single token"
 
 # Roles that chat templates know by convention. A template names any other one that it supports.
 _USUAL = frozenset(("system", "developer", "user", "assistant", "tool", "function", "ipython"))
 # Characters of a prompt that a completion does not begin with by chance
 _REPEATED = 20
+# A text in the quotes of JSON or Python, or bytes
+_PRINTED = re.compile(r"""b?(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')""")
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -172,7 +174,7 @@ class Encoder:
             whole += self._end
         if not _is_unicode(whole):
             raise _no_unicode()
-        odd = (REPEATED,) if _repeats(prompt, completion) else ()
+        odd = (*([REPEATED] if _repeats(prompt, completion) else []), *([ESCAPED] if _is_escaped(completion) else []))
         return Rendered(*(self._apart(prompt, whole) if self.has_images else (prompt, whole)), odd=odd)
 
     def _render_messages(self, columns: Mapping[str, list], i: int, images: int) -> Rendered:
@@ -227,6 +229,8 @@ class Encoder:
         contents = [turn.get("content") for turn in messages]
         if first and _repeats(contents[first - 1], contents[first]):
             yield REPEATED
+        if _is_escaped(contents[first]):
+            yield ESCAPED
         is_read = self.processor is None and not self.tokenizer.split_special_tokens
         if is_read and any(self._special.search(content) for content in contents if isinstance(content, str)):
             yield SPECIAL
@@ -480,6 +484,18 @@ def _repeats(prompt: Any, completion: Any) -> bool:
     if not isinstance(prompt, str) or not isinstance(completion, str):
         return False
     return len(prompt.strip()) >= _REPEATED and completion.lstrip().startswith(prompt.strip())
+
+
+def _is_escaped(completion: Any) -> bool:
+    r"""Whether a text looks like the output of `json.dumps`, `repr` or `str(bytes)`: in quotes, or with \n for lines.
+
+    Example:
+        >>> [_is_escaped(text) for text in ('"Yes."', "b'Yes.'", r"One\nTwo", '"Yes," he said. "Now."')]
+        [True, True, True, False]
+    """
+    if not isinstance(completion, str):
+        return False
+    return ("\\n" in completion and "\n" not in completion) or _PRINTED.fullmatch(completion.strip()) is not None
 
 
 def _no_unicode() -> InvalidRow:
