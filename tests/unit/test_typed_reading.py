@@ -232,6 +232,20 @@ def test_errors_of_a_spreadsheet_are_counted(tmp_path, caplog):
     ]
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_texts_that_were_missing_values_of_pandas_are_counted(tmp_path, caplog, name):
+    values = (("Hi", "nan", 1), ("Ho", "nan", 0), ("<NA>", "NaN, not a number", 1))
+    keys = ("prompt", "completion", "label")
+    lines = "".join(json.dumps(dict(zip(keys, each, strict=True))) + "\n" for each in values)
+    table = "prompt,completion,label\n" + "".join(f'{one},"{other}",{label}\n' for one, other, label in values)
+    rows = read(write(tmp_path / name, table if name.endswith("csv") else lines))
+    assert rows["completion"][:] == ["nan", "nan", "NaN, not a number"]
+    assert [each.partition(f"{name}: ")[2] for each in caplog.messages] == [
+        "completion: texts that are only nan, as pandas prints a missing value. Remove these rows (2 values).",
+        "prompt: texts that are only <NA>, as pandas prints a missing value. Remove these rows.",
+    ]
+
+
 @pytest.mark.parametrize(("name", "mark"), [("rows.csv", ","), ("rows.tsv", "\t")])
 def test_a_quote_that_swallows_rows_is_counted(tmp_path, caplog, name, mark):
     head, whole = f"prompt{mark}completion{mark}label\n", f"x{mark}y{mark}1\n"

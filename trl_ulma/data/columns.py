@@ -33,6 +33,7 @@ _SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|
 # The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
 _MOJIBAKE = re.compile(r"\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
+_MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
@@ -98,6 +99,8 @@ def read_value(
         notice(
             f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
         )
+    if name in TEXTS and value in _MISSING:
+        notice(f"{theirs}: texts that are only {value}, as pandas prints a missing value. Remove these rows")
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
         found = parsed_list(value)
         # An answer can be a list of other objects, as text
