@@ -476,6 +476,13 @@ def test_columns_of_pairs_that_go_along():
         list(pairs([raw], liked=True))
 
 
+def test_the_label_of_a_pair_is_ignored_with_a_note():
+    pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}
+    [said] = check_splits({"train": Dataset.from_list([pair | {"label": 0}])}, "pairs.jsonl")
+    assert said.startswith("pairs.jsonl: the column label is ignored, because of each pair the chosen answer is good")
+    assert check_splits({"train": Dataset.from_list([pair | {"label": None}])}, "pairs.jsonl") == []
+
+
 def test_pairs_whose_scores_say_the_opposite_are_counted():
     pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}
     both = ((5, 1), (2, 2), (1, 5), (None, 1))

@@ -225,6 +225,11 @@ def check_readable(
         for name in names
         if name not in READ and (meant := _MISSPELT.get(re.sub(r"[^a-z]", "", name.lower()))) and meant not in names
     ]
+    if is_paired and "label" in names and any(value is not None for value in columns["label"]):
+        said.append(
+            f"{where}: the column {given.get('label', 'label')} is ignored, because of each pair the chosen answer is "
+            "good and the rejected one bad. If it says which answer is better, swap the answers accordingly."
+        )
     scores = [columns.get(name, ()) for name in ("score_chosen", "score_rejected")]
     worse = sum(is_worse(*pair) for pair in zip(*scores, strict=False)) if is_paired else 0
     if worse:
