@@ -243,6 +243,17 @@ def test_an_overall_score_of_10_that_was_a_1_in_ultrafeedback():
     assert read(9, 1.25) == (9.0, [])
 
 
+def test_a_missing_rating_of_a_parquet_file_is_no_rating_off_the_scale():
+    """pandas and Parquet have NaN for it."""
+    nan, no = float("nan"), "its label is not a number"
+    assert labels("kto", {"prompt": "Hi", "completion": "Yes", "label": nan}) == [no]
+    assert labels("helpsteer", SAMPLES["helpsteer"](0) | {"helpfulness": nan}) == [no]
+    assert labels("webgpt", SAMPLES["webgpt"](0) | {"score_0": nan})[0] == no
+    raw = [SAMPLES["helpsteer"](0) | {"prompt": f"{i}?", "helpfulness": nan if i % 2 else 3.0} for i in range(20)]
+    _, account = convert("helpsteer", Dataset.from_list(raw))
+    assert (account.rows_out, account.left_out[no].count) == (10, 10)
+
+
 def test_ratings_off_the_scale_of_a_family_are_left_out_and_many_are_an_error():
     def why(low, high):
         return [f"its label is outside [{low}, {high}], the scale of this rating"]
@@ -355,7 +366,9 @@ def test_ranks():
     raw = SAMPLES["nectar"](0) | {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: "}
     assert outcomes("nectar", raw)[0][0] == ["Hi", "Hello!", "Bye"]
     raw["answers"][1] = {"answer": "Yes", "rank": None}
-    assert labels("nectar", raw) == [-1.0, "its rank is not a number", -3.0]
+    assert labels("nectar", raw) == [-1.0, "its rank is not a number from 1 on", -3.0]
+    raw["answers"][1]["rank"] = 0
+    assert labels("nectar", raw) == [-1.0, "its rank is not a number from 1 on", -3.0]
 
 
 def test_equal_answers_with_different_scores_are_left_out():

@@ -5,6 +5,7 @@ help, the checks and the report use these. The generator yields a `row` for each
 `LeftOut` for each other answer, so that every answer is accounted for.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -181,14 +182,14 @@ def row(
 
 
 def as_number(value: Any) -> int | float | None:
-    """A value, or its text, as a number. None if it is not a number. (All values in CSV files are text.)
+    """A value, or its text, as a number. None if it is not a finite number. (All values in CSV files are text.)
 
     Example:
-        >>> as_number(4), as_number("0.5"), as_number(True), as_number("N/A")
-        (4, 0.5, None, None)
+        >>> as_number(4), as_number("0.5"), as_number(True), as_number("N/A"), as_number(float("nan"))
+        (4, 0.5, None, None, None)
     """
     found = number(value) if isinstance(value, str) else value
-    return found if is_number(found) else None
+    return found if is_number(found) and math.isfinite(found) else None
 
 
 def as_bool(value: Any) -> bool | None:

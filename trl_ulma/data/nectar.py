@@ -37,8 +37,8 @@ def nectar(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
         found: list[Outcome] = []
         for answer in answers:
             rank = as_number(answer.get("rank")) if isinstance(answer, Mapping) else None
-            if rank is None:
-                found.append(LeftOut("its rank is not a number"))
+            if rank is None or rank < 1:
+                found.append(LeftOut("its rank is not a number from 1 on"))
                 continue
             found.append(labeled(prompt, answer.get("answer"), 0.0 - rank, label_type="continuous"))
         yield from compared(found)

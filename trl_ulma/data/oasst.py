@@ -75,7 +75,7 @@ def _row(before: list[dict[str, Any]], message: Mapping[str, Any], label: str) -
         return LeftOut("its text, or that of a message before it, is not text")
     value = message.get("rank") if label == "rank" else _quality(message.get("labels"))
     value = as_number(value)
-    if value is None:
+    if value is None or (label == "rank" and value < 0):
         return LeftOut(f"it has no {label}")
     if label == "rank":
         return labeled(before, message["text"], 0 - value, label_type="continuous")
