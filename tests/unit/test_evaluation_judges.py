@@ -613,15 +613,43 @@ def test_answers_that_a_reward_model_cannot_read_are_not_judged_and_the_others_a
     questions = [Question(f"Question {row}?", row, GOOD, BAD) for row in range(4)]
     judging = Judging([judge], None, seed=0, note=notes.append)
     [found] = judging.judge("run", questions, ["a", "b" * 200, "c", f"{GOOD} "])[reward_models[1]].values()
-    assert (found["counts"]["too long"], found["rates"]["tie"].n) == (1, 3)
+    assert (found["counts"]["unread"], found["rates"]["tie"].n) == (1, 3)
     [note] = notes
-    assert note.startswith("1 of 4 comparisons of run were not judged (helpful). ")
-    assert "reads 128 tokens, and the longest answer with its prompt has 2" in note
-    assert "(the prompt begins 'Question 1?'). They count in no rate and no agreement. Take a judge that" in note
-    with pytest.raises(
-        ValueError, match=r"2 of 3 comparisons cannot be judged\. .* reads 128 .* Take a judge that reads"
-    ):
+    assert note.startswith(
+        "1 of 4 comparisons of run were not judged (helpful). They count in no rate and no agreement."
+    )
+    assert "The first, whose prompt begins 'Question 1?': it has 2" in note
+    assert note.endswith("reads 128. Take a judge that reads them, or rows with other texts.")
+    with pytest.raises(ValueError, match=r"2 of 3 comparisons cannot be judged\. The first.* reads 128\. Take a judge"):
         judge([Comparison("x" * 200, "a", "b"), Comparison("x", "a", "b" * 200), Comparison("x", "a", "b")], "helpful")
+
+
+def test_conversations_that_the_template_of_a_reward_model_refuses_are_not_judged(reward_models):
+    judge = RewardModelJudge(reward_models[1], "helpful")
+    judge.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}"
+        "{% endfor %}"
+    )
+    chats = [[{"role": role, "content": "Be kind."}, {"role": "user", "content": "Hi"}] for role in ("user", "system")]
+    asked = [Comparison(chat, GOOD, BAD) for chat in chats]
+    assert [verdict in (WIN, LOSE) for verdict in judge(asked, "helpful")] == [True, False]
+    assert "'Hi': the chat template of" in judge.why_unread(asked)
+    assert "fails on it (TemplateError: no system)." in judge.why_unread(asked)
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_a_note_says_if_a_reward_model_reads_the_prompts_in_another_form(reward_models, is_text, template):
+    judge, notes = RewardModelJudge(reward_models[1], "helpful"), []
+    judge.tokenizer.chat_template = template
+    prompt = "Hi" if is_text else [{"role": "user", "content": "Hi"}]
+    Judging([judge], None, seed=0, note=notes.append).agree([Question(prompt, 0, GOOD, BAD)])
+    said = (
+        "has a chat template, and the prompts are text"
+        if template
+        else "has no chat template, and the prompts are conv"
+    )
+    assert [said in note for note in notes] == ([True] if is_text == (template is not None) else [])
 
 
 def test_a_roberta_reads_fewer_tokens_than_it_has_positions(tiny_llama, tmp_path):

@@ -288,7 +288,7 @@ def test_rates_leave_what_could_not_be_parsed_out():
         {"win": 0.5, "tie": 0.3, "lose": 0.2, "win_or_tie": 0.8}
     )
     assert found["win"] == wilson(5, 10)
-    missing = {"unparsable": 7, "cut": 0, "refused": 0, "too long": 0}
+    missing = {"unparsable": 7, "cut": 0, "refused": 0, "unread": 0}
     assert counts(verdicts) == {"win": 5, "tie": 3, "lose": 2} | missing
     assert rates([*verdicts, Verdict.CUT, Verdict.REFUSED]) == found
     assert mean_points(verdicts).value == pytest.approx(0.65)

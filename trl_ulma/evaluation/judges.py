@@ -14,15 +14,17 @@ from trl_ulma.evaluation.turns import as_text
 from trl_ulma.labels.texts import start_of
 
 CRITERIA = ("helpful", "harmless")
+# What to do about comparisons that a reward model cannot read
+UNREAD_REMEDY = "Take a judge that reads them, or rows with other texts."
 # A reward model that cannot read more than this share of the comparisons is an error
-_MOST_TOO_LONG = 0.5
+_MOST_UNREAD = 0.5
 
 
 class Verdict(StrEnum):
     """The result of the first answer against the second, or why there is none.
 
     UNPARSABLE: the judge's reply is not a verdict. CUT: the reply reached the token limit. REFUSED: there is no reply,
-    or no answer to judge, because a server refused or failed. TOO_LONG: a reward model cannot read one of the answers.
+    or no answer to judge, because a server refused or failed. UNREAD: a reward model cannot read one of the answers.
     """
 
     WIN = "win"
@@ -31,7 +33,7 @@ class Verdict(StrEnum):
     UNPARSABLE = "unparsable"
     CUT = "cut"
     REFUSED = "refused"
-    TOO_LONG = "too long"
+    UNREAD = "unread"
 
 
 @dataclass(frozen=True)
@@ -183,28 +185,24 @@ class RewardModelJudge:
             ValueError: if the model cannot read most of the comparisons, or if a score is not finite.
         """
         check_criterion(self, criterion)
-        ids = self._both(comparisons)
-        too_long = {i for i, pair in enumerate(ids) if max(map(len, pair)) > self._positions()}
-        if len(too_long) > _MOST_TOO_LONG * len(comparisons):
+        ids, unread = self._both(comparisons)
+        if len(unread) > _MOST_UNREAD * len(comparisons):
             raise ValueError(
-                f"{len(too_long)} of {len(comparisons)} comparisons cannot be judged. {self.too_long(comparisons)} "
-                "Take a judge that reads more, or rows with shorter texts."
+                f"{len(unread)} of {len(comparisons)} comparisons cannot be judged. {self.why_unread(comparisons)} "
+                f"{UNREAD_REMEDY}"
             )
-        read = [i for i in range(len(comparisons)) if i not in too_long]
+        read = [i for i in range(len(comparisons)) if i not in unread]
         scores = self._scores([ids[i][place] for place in (0, 1) for i in read])
-        found = [Verdict.TOO_LONG] * len(comparisons)
+        found = [Verdict.UNREAD] * len(comparisons)
         for i, first, second in zip(read, *np.split(scores, 2), strict=True):
             found[i] = Verdict.TIE if first == second else Verdict.WIN if first > second else Verdict.LOSE
         return [Verdict.TIE if is_same(c) else verdict for c, verdict in zip(comparisons, found, strict=True)]
 
-    def too_long(self, comparisons: Sequence[Comparison]) -> str:
-        """Return a sentence on the length of comparisons, the longest of which the model cannot read."""
-        lengths = [max(map(len, pair)) for pair in self._both(comparisons)]
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        return (
-            f"{self.name} reads {self._positions():,} tokens, and the longest answer with its prompt has "
-            f"{lengths[longest]:,} (the prompt begins {start_of(comparisons[longest].prompt)!r})."
-        )
+    def why_unread(self, comparisons: Sequence[Comparison]) -> str:
+        """Return a sentence on the first comparison that the model cannot read. "" if it can read all."""
+        _, unread = self._both(comparisons)
+        found = [f"The first, whose prompt begins {start_of(comparisons[i].prompt)!r}: {unread[i]}." for i in unread]
+        return found[0] if found else ""
 
     def facts(self) -> dict[str, Any]:
         """Return the checkpoint and the label of good answers."""
@@ -222,8 +220,22 @@ class RewardModelJudge:
         padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
         return min(most, positions - padding - 1)
 
-    def _both(self, comparisons: Sequence[Comparison]) -> list[list[list[int]]]:
-        return [[self._encode(each.prompt, answer) for answer in (each.first, each.second)] for each in comparisons]
+    def _both(self, comparisons: Sequence[Comparison]) -> tuple[list[list[list[int]]], dict[int, str]]:
+        """Returns (tokens of both answers of each comparison, why those that the model cannot read are unread)."""
+        found: list[list[list[int]]] = []
+        unread: dict[int, str] = {}
+        most = self._positions()
+        for i, each in enumerate(comparisons):
+            try:
+                found.append([self._encode(each.prompt, answer) for answer in (each.first, each.second)])
+            except Exception as error:  # chat templates can raise any exception, such as for a system message
+                found.append([])
+                unread[i] = f"the chat template of {self.name} fails on it ({type(error).__name__}: {error})"
+                continue
+            longest = max(map(len, found[-1]))
+            if longest > most:
+                unread[i] = f"it has {longest:,} tokens, and {self.name} reads {most:,}"
+        return found, unread
 
     def _encode(self, prompt: Any, answer: str) -> list[int]:
         if not isinstance(prompt, str):

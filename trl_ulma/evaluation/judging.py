@@ -7,7 +7,7 @@ from typing import Any
 
 from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.held_out import Question, known_comparisons
-from trl_ulma.evaluation.judges import Comparison, Judge, RewardModelJudge, Verdict, check_criterion
+from trl_ulma.evaluation.judges import UNREAD_REMEDY, Comparison, Judge, RewardModelJudge, Verdict, check_criterion
 from trl_ulma.evaluation.llm_judge import LLMJudge, Plan, steers
 from trl_ulma.evaluation.rates import POINTS, counts, difference, mean_points, rates
 from trl_ulma.evaluation.refusals import Why
@@ -84,6 +84,9 @@ class Judging:
         """Let each judge compare chosen with rejected answers of the data, whose outcome is known."""
         known = known_comparisons(questions)
         self._note_steering([text for each in questions for text in (each.chosen, each.rejected or "")], "the data")
+        for judge in self.judges.values():
+            if isinstance(judge, RewardModelJudge) and questions:
+                self._note_template(judge, isinstance(questions[0].prompt, str))
         for judge, criterion in self.pairs:
             verdicts = judge(known, criterion) if known else []
             self._unjudged(judge, criterion, known, verdicts, "the data's own answers")
@@ -165,17 +168,29 @@ class Judging:
                 "the judge. Tags are escaped. Read these answers: they can try to steer the judge."
             )
 
+    def _note_template(self, judge: RewardModelJudge, is_text: bool) -> None:
+        """Note if a reward model may read other texts than in its training."""
+        has_template = judge.tokenizer.chat_template is not None
+        if has_template == is_text:
+            has, are = (
+                ("a", "text, which it reads without the template")
+                if is_text
+                else ("no", "conversations, which it reads as text with the names of the speakers")
+            )
+            self._note(
+                f"{judge.name} has {has} chat template, and the prompts are {are}. If it was trained otherwise, do not "
+                "trust its verdicts; its agreement with known labels shows it."
+            )
+
     def _unjudged(
         self, judge: Judge, criterion: str, comparisons: Sequence[Comparison], verdicts: Sequence[Verdict], of: str
     ) -> dict[str, dict[str, int]]:
         """Return why replies are missing, by the position of the first answer, and note it with a remedy."""
         missing = sum(verdict not in POINTS for verdict in verdicts)
         if missing and isinstance(judge, RewardModelJudge):
-            unread = [each for each, verdict in zip(comparisons, verdicts, strict=True) if verdict not in POINTS]
             self._note(
-                f"{missing} of {len(verdicts)} comparisons of {of} were not judged ({criterion}). "
-                f"{judge.too_long(unread)} They count in no rate and no agreement. "
-                f"{_REMEDIES[Why.TOO_LONG].capitalize()}."
+                f"{missing} of {len(verdicts)} comparisons of {of} were not judged ({criterion}). They count in no "
+                f"rate and no agreement. {judge.why_unread(comparisons)} {UNREAD_REMEDY}"
             )
         if not missing or not isinstance(judge, LLMJudge):
             return {}

@@ -20,7 +20,7 @@ def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
 
     Example:
         >>> counts([Verdict.WIN, Verdict.WIN, Verdict.UNPARSABLE])
-        {'win': 2, 'tie': 0, 'lose': 0, 'unparsable': 1, 'cut': 0, 'refused': 0, 'too long': 0}
+        {'win': 2, 'tie': 0, 'lose': 0, 'unparsable': 1, 'cut': 0, 'refused': 0, 'unread': 0}
     """
     found = Counter(verdicts)
     return {verdict.value: found[verdict] for verdict in Verdict}

@@ -448,7 +448,7 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
             continue
         shares = [shown(found["rates"].get(verdict), ".1%") for verdict in ("win", "tie", "lose", "win_or_tie")]
         unjudged = {
-            why: found["counts"][why] for why in ("refused", "cut", "unparsable", "too long") if found["counts"][why]
+            why: found["counts"][why] for why in ("refused", "cut", "unparsable", "unread") if found["counts"][why]
         }
         told = f" ({', '.join(f'{count} {why}' for why, count in unjudged.items())})" if unjudged else ""
         rows.append([model["name"], *shares, f"{sum(unjudged.values())}{told}"])
