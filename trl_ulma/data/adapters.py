@@ -188,7 +188,7 @@ def as_number(value: Any) -> int | float | None:
         >>> as_number(4), as_number("0.5"), as_number(True), as_number("N/A"), as_number(float("nan"))
         (4, 0.5, None, None, None)
     """
-    found = number(value) if isinstance(value, str) else value
+    found: Any = number(value) if isinstance(value, str) else value
     return found if is_number(found) and math.isfinite(found) else None
 
 

@@ -175,6 +175,7 @@ def write(scored: "Dataset", path: Path) -> None:
             remove_columns=scored.column_names,
         )
     if path.suffix == ".jsonl":  # Dataset.to_json rounds numbers, and writes dates as numbers
+        row: Any
         with path.open("w", encoding="utf-8") as file:
             for row in scored:
                 there = {name: value for name, value in row.items() if name not in COLUMNS or value is not None}
