@@ -730,6 +730,17 @@ def test_pairs_without_an_answer_are_left_out_and_counted(caplog):
         HeldOut.of(Dataset.from_list([{"chosen": ends, "rejected": ends}]), "test", LabelRules())
 
 
+def test_pairs_of_the_same_answer_are_left_out_as_in_training(caplog):
+    pairs = [{"prompt": "Hi", "chosen": each, "rejected": "Go."} for each in ("Hello!", "Go.")]
+    logging.getLogger("transformers").propagate = True
+    assert HeldOut.of(Dataset.from_list(pairs), "test", LabelRules()).rows["completion"][:] == ["Hello!", "Go."]
+    assert "Left out 2 of 4 answers of the test dataset. Reason: chosen and rejected are the same (2 answers)." in (
+        caplog.text
+    )
+    with pytest.raises(ValueError, match="completion is None"):
+        HeldOut.of(Dataset.from_list([*pairs, {"prompt": "Hi"}]), "test", LabelRules())
+
+
 def test_no_ranking_is_claimed_by_a_judge_near_chance(server, tmp_path):
     rows = [
         {"prompt": f"Question {i}", "completion": answer, "label": label}

@@ -27,6 +27,7 @@ from trl_ulma.labels import (
     refuse_invalid,
     unread,
 )
+from trl_ulma.rows.batches import SAME_ANSWERS
 from trl_ulma.rows.dataset_labels import SHOWN_BY, check_pairs, own_labels, prompt_keys, transformed_labels
 from trl_ulma.rows.dropped import lists_invalid, reasons_in_words
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
@@ -201,6 +202,10 @@ def _one_answer_a_row(dataset: Dataset, name: str, takes_images: bool) -> tuple[
     texts = dataset.remove_columns(images) if images is not None else dataset
     columns = pairs_to_rows(texts.with_format(None)[:])
     why, pair = columns.pop("left_out"), columns.pop("pair")
+    answers = list(zip(columns["prompt"], columns["completion"], strict=True))
+    for i in range(0, len(answers), 2):  # as in training
+        if answers[i] == answers[i + 1] and answers[i][1] is not None and why[i] is None:
+            why[i] = why[i + 1] = SAME_ANSWERS
     kept = [i for i, reason in enumerate(why) if reason is None]
     left_out = Counter(reason for reason in why if reason is not None)
     reasons = reasons_in_words(left_out, "answer")
