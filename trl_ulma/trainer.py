@@ -105,6 +105,7 @@ from trl_ulma.versions import (
     reopen_trackio,
     restore_forward,
     set_auxiliary_loss,
+    takes_adapted_head,
 )
 
 logger = get_logger(__name__)
@@ -210,7 +211,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         theirs, further = for_dpo_trainer(args, model, quantization_config)
         copying = ref_keeps_base_weights(model) if kind == "adapter" else contextlib.nullcontext()
         try:
-            with copying, loads_remote_code():
+            with copying, loads_remote_code(), takes_adapted_head():
                 super().__init__(
                     model=model,
                     ref_model=ref_model,

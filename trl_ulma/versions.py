@@ -113,6 +113,23 @@ def loads_remote_code() -> Iterator[None]:
         dpo_trainer.create_model_from_path = create
 
 
+@contextlib.contextmanager
+def takes_adapted_head() -> Iterator[None]:
+    """A context in which `DPOTrainer` accepts an adapter on the output embeddings.
+
+    TRL refuses it from 1.14 on, because its fused LM head reads `lm_head.weight` and passes the adapter over. These
+    trainers call the output embeddings, and with them the adapter. It can go when TRL's head does the same.
+    """
+    layer = getattr(dpo_trainer, "BaseTunerLayer", None)
+    if layer is not None:
+        dpo_trainer.BaseTunerLayer = ()  # no object is an instance of an empty tuple of classes
+    try:
+        yield
+    finally:
+        if layer is not None:
+            dpo_trainer.BaseTunerLayer = layer
+
+
 def set_auxiliary_loss(trainer: Any) -> None:
     """Set what a mixture of experts' load-balancing loss weighs: the config's coefficient, or else the model's.
 
