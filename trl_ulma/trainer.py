@@ -456,10 +456,14 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if self._is_own(dataset):
             return dataset
+        held = (*self._first_held, *self._held, self._last_prepared)
+        stored = isinstance(dataset, Dataset) and {"prompt_ids", "ref_logps"} <= set(dataset.column_names)
+        if stored and dataset.format["type"] != "custom" and known_ref_logps(dataset, held) is not None:
+            dataset = dataset.remove_columns("ref_logps")
         prepared = self._plan.prepare(dataset, dataset_name)
         if isinstance(prepared, Dataset):
             # They may be some of this trainer's own rows, such as with `select`
-            known = known_ref_logps(prepared, (*self._first_held, *self._held, self._last_prepared))
+            known = known_ref_logps(prepared, held)
             return prepared if known is None else prepared.add_column("ref_logps", known)
         return prepared
 
@@ -806,6 +810,12 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _ref_logps(self, model: Any, inputs: dict, rows: dict, asked: Any) -> torch.Tensor:
         """`(B,)` log π_ref in nats, summed over tokens. NaN for rows that the reference did not run on."""
         if "ref_logps" in rows:
+            if not self._is_precomputed:
+                raise ValueError(
+                    "The batch has ref_logps, which the data_collator or a transform of the rows adds, but with "
+                    "precompute_ref_log_probs=False the trainer runs the reference itself. Leave ref_logps out of the "
+                    "batch. To compare with another reference, pass it as ref_model."
+                )
             return rows["ref_logps"]
         if self._is_precomputed:
             raise ValueError(

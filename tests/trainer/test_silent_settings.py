@@ -156,7 +156,65 @@ def test_one_target_module_is_a_name_and_not_a_pattern():
 def test_log_probabilities_that_trl_stored_are_not_passed_over_in_silence(tiny_gpt2, tmp_path, caplog):
     rows = make_rows(ROWS).add_column("ref_chosen_logps", [-1.0] * ROWS)
     make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True)
-    assert "has ref_chosen_logps, which are not read. Set precompute_ref_log_probs=True" in caplog.text
+    assert "has ref_chosen_logps, which are not read" in caplog.text
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_log_probabilities_from_elsewhere_are_not_read_and_this_is_told(
+    tiny_gpt2, tmp_path, caplog, prepared, precompute
+):
+    rows = make_rows(ROWS)
+    if prepared:
+        rows = make_trainer(tiny_gpt2, rows, tmp_path / "first", pointwise=True).train_dataset
+    assert "ref_logps" not in caplog.text
+    rows = rows.add_column("ref_logps", [-3.0] * ROWS)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, precompute_ref_log_probs=precompute, max_steps=1)
+    assert "The train dataset has ref_logps, which are not read" in caplog.text
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_precomputed_log_probabilities_that_were_edited_are_counted(tiny_gpt2, tmp_path, caplog):
+    rows = make_rows(ROWS)
+    settings = {"pointwise": True, "precompute_ref_log_probs": True, "eval_dataset": rows, "max_steps": 1}
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, **settings)
+    trainer.evaluate(trainer.eval_dataset.select(range(4)))
+    assert "ref_logps" not in caplog.text
+    edited = trainer.train_dataset.map(lambda row: {"ref_logps": -3.0} if row["row"] in (2, 5) else {})
+    trainer.train_dataset = edited
+    trainer.train()
+    assert f"In 2 of {ROWS} rows, such as row 2, the column ref_logps differs" in caplog.text
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+class WithRefLogps(DataCollatorForPointwisePreference):
+    """Puts log-probabilities of its own into the batches."""
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        batch["ref_logps"] = torch.full_like(batch["label"], -3.0)
+        return batch
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("precompute", [False, True])
+def test_a_collator_that_adds_log_probabilities_of_a_reference_is_refused(tiny_gpt2, tmp_path, precompute, given):
+    settings = {"pointwise": True, "precompute_ref_log_probs": precompute, "max_steps": 1}
+    if given:
+        settings["ref_model"] = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    trainer = make_trainer(
+        tiny_gpt2, make_rows(ROWS), tmp_path, data_collator=WithRefLogps(pad_token_id=0), **settings
+    )
+    with pytest.raises(ValueError, match="data_collator changes ref_logps" if precompute else "The batch has ref_logps"):
+        trainer.train()
+
+
+def test_a_transform_cannot_bring_along_the_log_probabilities_of_another_reference(tiny_gpt2, tmp_path):
+    settings = {"pointwise": True, "precompute_ref_log_probs": True}
+    rows = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, **settings).train_dataset
+    with pytest.raises(ValueError, match="The train dataset has a transform and a column ref_logps"):
+        make_trainer(tiny_gpt2, rows.with_transform(lambda batch: batch), tmp_path, **settings)
 
 
 def test_attention_that_depends_on_the_place_in_a_packed_sequence_is_not_packed():

@@ -100,7 +100,7 @@ class TrainingChecks:
                 laid_out = self._batch(probe_rows(examples, longest, same_prompt=layout == "shared"))
             with self._context():
                 self._proof(policy, batch, laid_out, at_start=at_start, is_training=is_training)
-                if at_start and self._reference.kind != "given":
+                if at_start:
                     self._check_precomputed(policy, rows)
                 if is_training:
                     self._proof.check_gradients(policy, batch)
@@ -201,7 +201,8 @@ class TrainingChecks:
         self._is_moving = True
 
     def _check_precomputed(self, policy: Any, rows: Any) -> None:
-        """Raise ValueError if the column `ref_logps` differs from the policy's log-probabilities before training."""
+        """Raise ValueError if the column `ref_logps` differs from the policy's log-probabilities before training, or
+        from the batch that the rows are collated to."""
         if not isinstance(rows, Dataset) or "ref_logps" not in rows.column_names:
             return
         known = np.flatnonzero(~np.isnan(np.asarray(rows.select(range(min(len(rows), 64)))["ref_logps"][:])))
@@ -209,6 +210,15 @@ class TrainingChecks:
             batch = self._collate([rows[int(i)] for i in known[:2]])
             if "ref_logps" not in batch:
                 return  # the user's collator drops the column; computing the loss raises an error for that
+            column = torch.tensor([rows[int(i)]["ref_logps"] for i in known[:2]])
+            if not torch.allclose(batch["ref_logps"].cpu().to(column), column):
+                raise ValueError(
+                    "The data_collator changes ref_logps, the reference's precomputed log-probabilities: it makes "
+                    f"{batch['ref_logps'].tolist()} of {column.tolist()}. Leave them as they are. To compare with "
+                    "another reference, pass it as ref_model."
+                )
+            if self._reference.kind == "given":
+                return
             found = self._proof.policy_logps(policy, forward_inputs(batch))
             tokens = batch["completion_mask"][:, 1:].sum(1)
             self._proof.check_reference(policy, found, batch["ref_logps"], tokens)

@@ -25,6 +25,9 @@ from trl_ulma.likelihood.layouts import length_that_changes_positions
 from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import bare_model
 from trl_ulma.likelihood.table import forward_inputs
+from trl_ulma.main_process import get_logger
+
+logger = get_logger(__name__)
 
 # The columns of prepared rows that a model's forward reads
 _INPUTS = ("prompt_ids", "completion_ids", "completion_mask", "prompt_text", "prompt_images")
@@ -58,17 +61,32 @@ def input_hashes(rows: Dataset) -> list[bytes]:
 def known_ref_logps(rows: Dataset, known: Iterable[Any]) -> list[float] | None:
     """The log π_ref that other datasets have for the same tokens, for each prepared row. None if any is unknown.
 
+    Logs a warning if the rows have other values in a column `ref_logps` of their own, for example edited ones.
+
     Args:
         known: datasets. Only those with a column `ref_logps` are read.
     """
-    table: dict[bytes, float] = {}
+    table: dict[bytes, list[float]] = {}
     for each in known:
         if isinstance(each, Dataset) and "ref_logps" in each.column_names:
-            for read, logps in zip(input_hashes(each), each["ref_logps"][:], strict=True):
-                if np.isnan(table.get(read, np.nan)):  # rows that are not compared in training may be in an evaluation
-                    table[read] = logps
+            for read, logps in zip(input_hashes(each), each.with_format(None)["ref_logps"][:], strict=True):
+                table.setdefault(read, []).append(logps)
     found = [table.get(read) for read in input_hashes(rows)] if table else [None]
-    return None if None in found else cast("list[float]", found)
+    if None in found:
+        return None
+    every = cast("list[list[float]]", found)
+    if "ref_logps" in rows.column_names:
+        given = np.asarray(rows.with_format(None)["ref_logps"][:], dtype=np.float64)
+        other = [i for i, values in enumerate(every) if not np.isclose(given[i], values, equal_nan=True).any()]
+        if other:
+            logger.warning(
+                f"In {len(other):,} of {len(rows):,} rows, such as row {rows['row'][other[0]]}, the column ref_logps "
+                f"differs from the log-probability that this trainer's reference has computed for the same tokens "
+                f"({given[other[0]]:.6g}, computed {every[other[0]][0]:.6g}). The computed values are used. To compare "
+                "with another reference, create a trainer with that ref_model."
+            )
+    # Rows that are not compared in training may be in an evaluation
+    return [next((value for value in values if not np.isnan(value)), np.nan) for values in every]
 
 
 def with_ref_logps(rows: Dataset, asked: np.ndarray, **asking: Any) -> Dataset:

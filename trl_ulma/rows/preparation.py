@@ -194,7 +194,14 @@ class Preparation:
         names = list(first)
         if set(names) >= {"prompt_ids", "completion_ids"} and not {"prompt", "completion"} <= set(names):
             check_prepared_columns(names, name)
-            return dataset if is_transformed else self._again(dataset, names, name)
+            if not is_transformed:
+                return self._again(dataset, names, name)
+            if "ref_logps" in names:
+                raise ValueError(
+                    f"The {name} dataset has a transform and a column ref_logps, which another trainer's reference may "
+                    "have computed. Remove the column (remove_columns) before you set the transform."
+                )
+            return dataset
         paired = check_columns(names, name, takes_images=processor_of(self.processing_class) is not None)
         images = image_column(names, name)
         if images is not None:
@@ -205,12 +212,7 @@ class Preparation:
             if column in names:
                 logger.warning(f"The {name} dataset is paired, so its column `{column}` is ignored.")
         self._check_classes(raw, name)
-        stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in names]
-        if stored:
-            logger.warning(
-                f"The {name} dataset has {' and '.join(stored)}, which are not read. Set precompute_ref_log_probs=True "
-                "to have the reference run once, before training."
-            )
+        _warn_of_stored_logps(names, name)
         if paired:
             check_pairs(self.rules, name)
         prompt = _first_prompt(raw, first)
@@ -306,6 +308,7 @@ class Preparation:
                 f"The {name} dataset was prepared with another {' and another '.join(different)} than this trainer "
                 "has, so its token ids do not fit. Pass the raw rows."
             )
+        _warn_of_stored_logps(names, name)
         theirs = [column for column in _OF_A_TRAINER if column in names]
         if theirs:
             rows = rows.remove_columns(theirs)
@@ -419,6 +422,15 @@ def check_prepared_columns(names: Sequence[str], name: str) -> None:
         raise ValueError(
             f"The rows of the {name} dataset are prepared (they have prompt_ids and completion_ids), but "
             f"{' and '.join(wrong)}. Pass the raw rows, or the prepared rows with their columns as they were."
+        )
+
+
+def _warn_of_stored_logps(names: Sequence[str], name: str) -> None:
+    stored = [column for column in ("ref_chosen_logps", "ref_rejected_logps", "ref_logps") if column in names]
+    if stored:
+        logger.warning(
+            f"The {name} dataset has {' and '.join(stored)}, which are not read: the trainer runs its own reference "
+            "(once, before training, if precompute_ref_log_probs=True)."
         )
 
 
