@@ -67,6 +67,8 @@ from trl_ulma.likelihood.reference import (
     NoReferenceModel,
     Reference,
     ReferenceIdentity,
+    active_adapters,
+    is_without_adapter,
     plan_references,
 )
 from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
@@ -276,6 +278,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._read_once = read_once(self.args)
         self._pairwise = {name: getattr(self, name) for name in PAIRWISE if hasattr(self, name)}
         self._first_ref_model = self.ref_model
+        self._first_adapters = active_adapters(self.model)
         self._stream_position: tuple[int, int] | None = None
         self._is_evaluation_checked = False
         self._train_sampler: Any = None
@@ -687,6 +690,14 @@ class PointwiseDPOTrainer(DPOTrainer):
                 "trainer.args that are to change, or create another trainer with these settings."
             )
         check_unchanged(self.args, self._read_once)
+        now, first = active_adapters(self.model), self._first_adapters
+        if now != first:
+            raise ValueError(
+                f"The model now computes with the adapter {', '.join(now) or 'of no name'} instead of "
+                f"{', '.join(first) or 'none'}, with which the trainer was created: other code, such as a callback, has "
+                "made another adapter active, so losses and rewards would be those of that adapter. Call "
+                f"model.set_adapter({first[0] if len(first) == 1 else first!r}) again, or create another trainer."
+            )
         for name, value in self._pairwise.items():
             if getattr(self, name) != value:
                 raise ValueError(
@@ -742,6 +753,12 @@ class PointwiseDPOTrainer(DPOTrainer):
             ValueError: if a callback has changed settings in a way that cannot take effect.
         """
         self._check_settings()
+        if is_without_adapter(self.model):
+            raise ValueError(
+                "The adapter is switched off or merged into the model in the middle of a training, for example by a "
+                "callback that generates text, so the step would not train it. Undo this before the step: call "
+                "model.base_model.enable_adapter_layers() or model.unmerge_adapter()."
+            )
         # For a subclass whose compute_loss calls ours without it
         self._rows_of_this_step = args[2] if len(args) > 2 else kwargs.get("num_items_in_batch")
         self._divided_by = 1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps

@@ -604,6 +604,58 @@ def test_an_adapter_that_takes_no_part_is_refused_or_trained(tiny_llama, tmp_pat
         assert not torch.equal(weights(model), before)
 
 
+class Does(TrainerCallback):
+    """Does something to the model before the second step."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.what(model)
+
+
+def with_two_adapters(folder: str, kind: str) -> Any:
+    model = load(folder)
+    if kind == "transformers":
+        model.add_adapter(LORA, "default")
+        model.add_adapter(LoraConfig(target_modules=["o_proj"], init_lora_weights=False), "other")
+    else:
+        model = get_peft_model(model, LORA)
+        model.add_adapter("other", LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
+    model.set_adapter("default")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["peft", "transformers"])
+def test_another_adapter_that_is_made_active(tiny_llama, tmp_path, kind):
+    wanted = r"computes with the adapter other instead of default.*model\.set_adapter\('default'\)"
+    callback = Does(lambda model: model.set_adapter("other"))
+    model = with_two_adapters(tiny_llama, kind)
+    trainer = make_trainer(model, make_rows(6), tmp_path, callbacks=[callback], startup_checks=False, **STEPS)
+    with pytest.raises(ValueError, match=wanted):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    for call in (trainer.train, lambda: trainer.evaluate(make_rows(2)), lambda: trainer.score(make_rows(2))):
+        with pytest.raises(ValueError, match=wanted):
+            call()
+    model.set_adapter("default")
+    trainer.evaluate(make_rows(2))
+
+
+@pytest.mark.parametrize("how", ["merged", "switched-off"])
+def test_an_adapter_that_a_callback_takes_out_of_the_model(tiny_llama, tmp_path, how):
+    take_out = {
+        "merged": lambda model: model.merge_adapter(),
+        "switched-off": lambda model: model.base_model.disable_adapter_layers(),
+    }[how]
+    callback = Does(take_out)
+    trainer = make_trainer(tiny_llama, make_rows(6), tmp_path, callbacks=[callback], peft_config=LORA, **STEPS)
+    with pytest.raises(ValueError, match="switched off or merged into the model in the middle of a training"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_a_forward_without_gradients(tiny_llama, tmp_path):
     model = load(tiny_llama)
     model.lm_head.requires_grad_(False)

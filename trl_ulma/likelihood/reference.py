@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
@@ -271,6 +272,31 @@ def copy_adapter(model: Any) -> None:
                     tensors[other].copy_(value)
                     # PEFT creates adapters in float32, and in another number format the reference would round otherwise
                     tensors[other].data = tensors[other].data.to(value.dtype)
+
+
+def active_adapters(model: Any) -> list[str]:
+    """The names of the adapters that a model computes with unless they are switched off; [] if it has none.
+
+    Example:
+        >>> active_adapters(nn.Linear(1, 1))
+        []
+    """
+    bare = bare_model(model)
+    if is_peft_model(bare):
+        return list(bare.active_adapters)
+    # Adapters that transformers has added, without a PeftModel
+    return list(bare.active_adapters()) if getattr(bare, "_hf_peft_config_loaded", False) else []
+
+
+def is_without_adapter(model: Any) -> bool:
+    """Whether a model's adapters are switched off, or merged into the weights below them.
+
+    Example:
+        >>> is_without_adapter(nn.Linear(1, 1))
+        False
+    """
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return layer is not None and (layer.disable_adapters or layer.merged)
 
 
 def outside_adapter(model: nn.Module) -> list[str]:
