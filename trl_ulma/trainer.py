@@ -79,7 +79,7 @@ from trl_ulma.log_z import check_labels, load_log_partition, make_log_partition,
 from trl_ulma.logged import LoggedFigures, is_logged, with_own_names
 from trl_ulma.main_process import get_logger
 from trl_ulma.objective import Objective, mismatched_sums, refuse_not_finite
-from trl_ulma.rows.dataset_labels import show_report
+from trl_ulma.rows.dataset_labels import labels_before, show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import tokenizer_of
@@ -264,6 +264,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
         self._held = self._first_held = self._datasets_now()
+        self._first_rows = plan.train_dataset
         self._mixed_precision = self.accelerator.mixed_precision
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
@@ -650,9 +651,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                     f"trainer.train_dataset was replaced by rows {whose}, and the trainer has already read its labels. "
                     "Create another trainer with these rows."
                 )
-            if self.args.log_z == "prior":
-                check_labels(self.args, self.train_dataset, self._plan.compared)
-                self._log_partition = self._new_log_partition()  # from the labels of these rows
+            self._read_labels_again()
         if self.ref_model is not self._first_ref_model:
             raise ValueError(
                 "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
@@ -668,16 +667,39 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _strangers(self, rows: Any) -> str:
         """Which prepared rows are not among those of the training set, in the words of an error; "" if all are."""
-        planned = self._plan.train_dataset
-        if not isinstance(planned, Dataset):
+        if not isinstance(self._first_rows, Dataset):
             return ""  # the rows of a stream are not known
         if not isinstance(rows, Dataset):
             return "of a stream"
-        own = set(input_hashes(planned))
-        other = [row for row, read in zip(rows["row"], input_hashes(rows), strict=True) if read not in own]
+        own = set(self._as_read(self._first_rows))
+        other = [row for row, read in zip(rows["row"], self._as_read(rows), strict=True) if read not in own]
         if not other:
             return ""
-        return f"of another trainer, or with other tokens ({len(other):,} of {len(rows):,}, such as row {other[0]})"
+        which = f"({len(other):,} of {len(rows):,}, such as row {other[0]})"
+        return f"of another trainer, or with other tokens, labels or weights {which}"
+
+    @staticmethod
+    def _as_read(rows: Dataset) -> list[tuple[Any, ...]]:
+        """What is read of each prepared row: its tokens, and the columns that say how it is learned from."""
+        plain = rows.with_format(None)
+        names = ("label", "sft_mask", "label_type", "log_z", "weight")
+        columns = [plain[name][:] if name in rows.column_names else [None] * len(rows) for name in names]
+        return list(zip(input_hashes(rows), *columns, strict=True))
+
+    def _read_labels_again(self) -> None:
+        """Let what depends on the labels of the training set be that of a part that was put in its place."""
+        plan, rows = self._plan, self.train_dataset
+        if not isinstance(rows, Dataset):
+            return
+        check_labels(self.args, rows, plan.compared)
+        plan.train_dataset = rows
+        vars(plan).pop("label_center", None)
+        self._objective.center = plan.label_center
+        plan.raw_labels = labels_before(rows, self.args, plan.raw_rows)
+        self._label_report = show_report(rows, self.args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
+        vars(self).pop("_training_prompts", None)
+        if self.args.log_z == "prior":
+            self._log_partition = self._new_log_partition()
 
     def _use_own_precision(self) -> None:
         # accelerate has one state for all trainers, which the last one that was created has set. autocast reads it.

@@ -708,16 +708,19 @@ def test_raw_rows_in_the_place_of_the_training_set(tiny_gpt2, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("log_z", [0.0, "prior"])
-def test_a_part_of_the_training_set_in_its_place(tiny_gpt2, tmp_path, log_z):
-    rows = make_rows(8)
-    settings = {"pointwise": True, "log_z": log_z, **STEPS}
+@pytest.mark.parametrize("settings", [{}, {"log_z": "prior"}, {"label_type": "continuous"}], ids=str)
+def test_a_part_of_the_training_set_in_its_place(tiny_gpt2, tmp_path, settings):
+    rows = make_rows(8, label=[0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    settings = {"pointwise": True, **STEPS, **settings}
     part = make_trainer(tiny_gpt2, rows, tmp_path / "part", **settings)
     part.train_dataset = part.train_dataset.select(range(5))
     made = make_trainer(tiny_gpt2, rows.select(range(5)), tmp_path / "made", **settings)
     for trainer in (part, made):
         trainer.train()
+        trainer.save_model()
     assert torch.equal(weights(part.model), weights(made.model))
+    for file in ("label_report.json", "pointwise.json"):
+        assert (tmp_path / "part" / file).read_text() == (tmp_path / "made" / file).read_text()
 
 
 @pytest.mark.parametrize("kind", ["one", "dict", "none-before"])
@@ -761,18 +764,23 @@ def backwards(row):
 OTHER_ROWS = {
     "more": lambda rows, more: more,
     "changed": lambda rows, more: rows.map(lambda row: backwards(row) if row["row"] == 5 else {}),
+    "relabeled": lambda rows, more: rows.map(lambda row: {"label": 1 - row["label"]} if row["row"] == 5 else {}),
+    "demonstrations": lambda rows, more: rows.map(lambda row: {"sft_mask": row["row"] == 5 or row["sft_mask"]}),
+    "weighted": lambda rows, more: rows.add_column("weight", [0.5] * 6),
     "stream": lambda rows, more: rows.to_iterable_dataset(),
 }
+FOUND = {"more": r"2 of 8, such as row 6", "weighted": r"6 of 6, such as row 0", "stream": "of a stream"}
 
 
 @pytest.mark.parametrize("others", OTHER_ROWS)
 @pytest.mark.parametrize("precompute", [False, True])
 def test_rows_that_the_trainer_has_not_read_in_the_place_of_the_training_set(tiny_gpt2, tmp_path, precompute, others):
     settings = {"precompute_ref_log_probs": precompute, **STEPS}
-    more = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings).train_dataset
-    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **settings)
+    rows = make_rows(8, label=[1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0], sft_mask=[True] + 7 * [False])
+    more = make_trainer(tiny_gpt2, rows, tmp_path, **settings).train_dataset
+    trainer = make_trainer(tiny_gpt2, rows.select(range(6)), tmp_path, **settings)
     trainer.train_dataset = OTHER_ROWS[others](trainer.train_dataset, more)
-    which = {"more": r"2 of 8, such as row 6", "changed": r"1 of 6, such as row 5", "stream": "of a stream"}[others]
+    which = FOUND.get(others, r"1 of 6, such as row 5")
     with pytest.raises(ValueError, match=rf"trainer\.train_dataset was replaced by rows .*{which}.*another trainer"):
         trainer.train()
 
