@@ -716,8 +716,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         if now != first:
             raise ValueError(
                 f"The model now computes with the adapter {', '.join(now) or 'of no name'} instead of "
-                f"{', '.join(first) or 'none'}, with which the trainer was created: other code, such as a callback, has "
-                "made another adapter active, so losses and rewards would be those of that adapter. Call "
+                f"{', '.join(first) or 'none'}, with which the trainer was created. Other code, such as a callback, "
+                "has made another adapter active, so losses and rewards would be those of that adapter. Call "
                 f"model.set_adapter({first[0] if len(first) == 1 else first!r}) again, or create another trainer."
             )
         for name, value in self._pairwise.items():
