@@ -1030,6 +1030,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         position = super()._init_training_state(*args, **kwargs)
         return self._stream_position or position
 
+    def _finalize_training(self, *args, **kwargs):
+        # Trainer would add this process's loss of the steps since the last log to `train_loss`
+        self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         note_best_checkpoint(self, folder)

@@ -24,10 +24,12 @@ import split_run
 import torch
 from forks import HAS_FSDP2, free_port, python_path, run_processes
 from safetensors.torch import load_file
+from transformers import Trainer
 
 TOLERANCE = 1e-5
 SECONDS = 400  # for all runs of a kind of processes
 ROWS_IN_STEP = 8
+HAS_FINALIZE = hasattr(Trainer, "_finalize_training")
 WHOLE = ("one", f"{ROWS_IN_STEP}x1")
 SENTENCE = "the cat sat on mat how are you today fine thank please write a short letter to my landlord"
 
@@ -77,11 +79,13 @@ SETTINGS = {
     "pointwise DPO, continuous labels": Setting(
         "one 1x8, ddp 1x4", {"label_type": "continuous", "learning_rate": 0.1}, run={"method": "pointwise"}
     ),
-    # Rows four by four, in order: in "4x1" one process has all demonstrations. Every other step is not logged, and asks
-    # the reference for the rows only whose loss contains it. The last step is logged: `train_loss` of transformers has
-    # only one process's loss of steps that are not.
+    # Rows four by four, in order: in "4x1" one process has all demonstrations. Two of three steps are not logged, and
+    # ask the reference for the rows only whose loss contains it. The last step is not logged, and counts in
+    # `train_loss`. Older versions of transformers only count one process's loss of it.
     "one process has all demonstrations": Setting(
-        "ddp 4x1, fsdp2 4x1", {"train_sampling_strategy": "sequential", "logging_steps": 2} | TWICE, ("four by four",)
+        "ddp 4x1, fsdp2 4x1",
+        {"train_sampling_strategy": "sequential", "logging_steps": 3 if HAS_FINALIZE else 2} | TWICE,
+        ("four by four",),
     ),
     # Rows are grouped by the rows of one process's step, and 37 rows make the same groups for 8 and for 4 of them
     "grouped by length": Setting("one 2x4, ddp 2x2, fsdp2 2x2", {"train_sampling_strategy": "group_by_length"}),
