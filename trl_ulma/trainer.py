@@ -1003,7 +1003,11 @@ class PointwiseDPOTrainer(DPOTrainer):
             if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
                 self._stream_position = stream_position(resume, self.args.gradient_accumulation_steps)
         with self.interruption:
-            result = super().train(resume, *args, **kwargs)
+            try:
+                result = super().train(resume, *args, **kwargs)
+            finally:  # Trainer leaves it on the model if training ends with an error
+                if getattr(self, "neftune_hook_handle", None) is not None:
+                    self.neftune_hook_handle.remove()
             if self.interruption.agree() and not self.args.load_best_model_at_end:
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 if not (folder / WHOLE).exists():

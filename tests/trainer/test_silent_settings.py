@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch.utils.data import WeightedRandomSampler
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
@@ -214,6 +214,21 @@ def test_a_transform_cannot_bring_along_the_log_probabilities_of_another_referen
     rows = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, **settings).train_dataset
     with pytest.raises(ValueError, match="The train dataset has a transform and a column ref_logps"):
         make_trainer(tiny_gpt2, rows.with_transform(lambda batch: batch), tmp_path, **settings)
+
+
+class Fails(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        raise RuntimeError("stopped")
+
+
+def test_noise_of_embeddings_ends_with_a_training_that_fails(tiny_gpt2, tmp_path):
+    """Otherwise the next training of this model has it twice, and one without `neftune_noise_alpha` has it, too."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    settings = {"neftune_noise_alpha": 5.0, "max_steps": 2, "callbacks": [Fails()]}
+    trainer = make_trainer(model, make_rows(ROWS), tmp_path, pointwise=True, **settings)
+    with pytest.raises(RuntimeError, match="stopped"):
+        trainer.train()
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_attention_that_depends_on_the_place_in_a_packed_sequence_is_not_packed():
