@@ -38,9 +38,14 @@ def check_models(model: Any, ref_model: Any, peft_config: Any = None) -> None:
     """Raise an error if a trainer's models cannot be policy and reference.
 
     Raises:
-        TypeError: if the reference is not a model.
+        TypeError: if the policy or the reference is not a model.
         ValueError: if the models cannot be policy and reference.
     """
+    if not isinstance(model, str | torch.nn.Module):
+        raise TypeError(
+            f"model must be a causal language model, or its name or folder as a string; got {type(model).__name__}. "
+            "The trainer takes no model_init."
+        )
     if isinstance(model, PeftMixedModel):
         raise TypeError(
             "model is a PeftMixedModel, whose adapters of several kinds cannot be switched off for the reference. Use "
