@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -986,6 +987,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
         self._check_changes()
+        for optimizer in (self.optimizer, getattr(self.optimizer, "optimizer", None)):
+            _step_itself(optimizer)
         check_batches(self.args, self.train_dataset, self._rows_of_all(self._train_batch_size))
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
@@ -1196,6 +1199,19 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
+
+
+def _step_itself(optimizer: Any) -> None:
+    """Have the optimizer of a deep copy of a trained trainer step its own weights.
+
+    A schedule wraps its optimizer's `step`, or that of accelerate's wrapper. In a copy, the wrapper still steps the original's optimizer, so the copy
+    would not learn.
+    """
+    step = vars(optimizer).get("step") if optimizer is not None else None
+    if hasattr(step, "_wrapped_by_lr_sched"):
+        owner = inspect.getclosurevars(step).nonlocals.get("opt_ref", lambda: optimizer)()
+        if owner is not optimizer:
+            del optimizer.step
 
 
 def _widen_adapters(model: Any) -> None:

@@ -893,10 +893,22 @@ def test_steps_without_rows_to_learn_from_may_come_first(tiny_gpt2, tmp_path, ca
     assert not [message for message in caplog.messages if "No gradient has reached" in message]
 
 
-def test_a_deep_copy_of_a_trainer_trains_by_itself(tiny_gpt2, tmp_path):
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_deep_copy_of_a_trainer_trains_by_itself(tiny_gpt2, tmp_path, is_trained):
     rows = make_rows(8, label=[1.0, 1.0, 1.0, 0.0] * 2)
     first = make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True, log_z="learned_constant", max_steps=1)
+    if is_trained:
+        first.train()
+    log_z, before = first.log_partition.weights.clone(), weights(first.model)
     copied = copy.deepcopy(first)
     copied.train()
-    assert copied.log_partition.weights.any()
-    assert not first.log_partition.weights.any()
+    assert torch.equal(first.log_partition.weights, log_z)
+    assert not torch.equal(copied.log_partition.weights, log_z)
+    assert torch.equal(weights(first.model), before)
+    assert not torch.equal(weights(copied.model), before)
+
+
+@pytest.mark.parametrize("model", [None, 3])
+def test_what_is_no_model(tmp_path, model):
+    with pytest.raises(TypeError, match=f"model must be a causal language model.*got {type(model).__name__}"):
+        make_trainer(model, make_rows(4), tmp_path)
