@@ -1204,8 +1204,8 @@ class ULMATrainer(PointwiseDPOTrainer):
 def _step_itself(optimizer: Any) -> None:
     """Have the optimizer of a deep copy of a trained trainer step its own weights.
 
-    A schedule wraps its optimizer's `step`, or that of accelerate's wrapper. In a copy, the wrapper still steps the original's optimizer, so the copy
-    would not learn.
+    A schedule wraps its optimizer's `step`, or that of accelerate's wrapper. In a copy, the wrapped one still steps the
+    original's optimizer, so the copy would not learn.
     """
     step = vars(optimizer).get("step") if optimizer is not None else None
     if hasattr(step, "_wrapped_by_lr_sched"):

@@ -41,7 +41,8 @@ def check_models(model: Any, ref_model: Any, peft_config: Any = None) -> None:
         TypeError: if the policy or the reference is not a model.
         ValueError: if the models cannot be policy and reference.
     """
-    if not isinstance(model, str | torch.nn.Module):
+    kinds: Any = (str, torch.nn.Module)
+    if not isinstance(model, kinds):
         raise TypeError(
             f"model must be a causal language model, or its name or folder as a string; got {type(model).__name__}. "
             "The trainer takes no model_init."
