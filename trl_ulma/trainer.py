@@ -714,9 +714,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             )
         check_unchanged(self.args, self._read_once)
         now, first = active_adapters(self.model), self._first_adapters
-        if now != first:
+        if now and now != first:  # the reference raises an error for a model that has no adapter any more
             raise ValueError(
-                f"The model now computes with the adapter {', '.join(now) or 'of no name'} instead of "
+                f"The model now computes with the adapter {', '.join(now)} instead of "
                 f"{', '.join(first) or 'none'}, with which the trainer was created. Other code, such as a callback, "
                 "has made another adapter active, so losses and rewards would be those of that adapter. Call "
                 f"model.set_adapter({first[0] if len(first) == 1 else first!r}) again, or create another trainer."
