@@ -101,12 +101,14 @@ from trl_ulma.versions import (
     go_without_auxiliary_loss,
     instance_forward,
     load_adapter_of,
+    loads_on_all_processes,
     loads_remote_code,
     mend_copied_forward,
     note_best_checkpoint,
     refuse_data_parallel,
     reopen_trackio,
     restore_forward,
+    send_weights,
     set_auxiliary_loss,
     takes_adapted_head,
 )
@@ -202,6 +204,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         for held in (model if is_named else None, ref_model if kind == "given" else None):
             warn_of_unsaved_weights(held)
         self._reference_kind = kind
+        send_weights(model if kind == "copy" else None, ref_model)
         ref_model = model_for_dpo_trainer(kind, model, ref_model, args)
         if not isinstance(model, str) and peft_config is None:
             check_trainable(model, "none" if args.precompute_ref_log_probs else kind)
@@ -214,7 +217,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         theirs, further = for_dpo_trainer(args, model, quantization_config)
         copying = ref_keeps_base_weights(model) if kind == "adapter" else contextlib.nullcontext()
         try:
-            with copying, loads_remote_code(), takes_adapted_head():
+            with copying, loads_remote_code(), takes_adapted_head(), loads_on_all_processes():
                 super().__init__(
                     model=model,
                     ref_model=ref_model,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import trl
 from accelerate import PartialState
@@ -31,6 +32,7 @@ logger = get_logger(__name__)
 
 # TRL before 1.3 loads a reference model even if precompute_ref_log_probs is set, and keeps it
 _LOADS_PRECOMPUTED = Version(trl.__version__) < Version("1.3")
+_LEAVES_ZEROS = Version(transformers.__version__) < Version("5.23")
 _LOADS_ALL_ADAPTERS = Version(transformers.__version__) >= Version("5.23")
 # TRL 1.7 has added the argument `quantization_config`; older ones read it from `model_init_kwargs`
 TAKES_QUANTIZATION = "quantization_config" in inspect.signature(DPOTrainer.__init__).parameters
@@ -128,6 +130,48 @@ def takes_adapted_head() -> Iterator[None]:
     finally:
         if layer is not None:
             dpo_trainer.BaseTunerLayer = layer
+
+
+def _loads_on_first_process_only() -> bool:
+    """Whether transformers gives models zeros for weights on all processes but the first of each node.
+
+    Before 5.23 it does, with `fsdp_cpu_ram_efficient_loading`. accelerate sends the first process's weights to the
+    others when it shards the policy, but TRL does not when it shards a reference with FSDP2. It can go when 5.23 is the
+    oldest.
+    """
+    wanted = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    is_on = all(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in wanted)
+    return _LEAVES_ZEROS and is_on and os.environ.get("FSDP_VERSION") == "2"
+
+
+@contextlib.contextmanager
+def loads_on_all_processes() -> Iterator[None]:
+    """A context in which models are loaded with their weights on all processes, so that a reference is right."""
+    if not _loads_on_first_process_only():
+        yield
+        return
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before, os.environ[name] = os.environ[name], "false"
+    try:
+        yield
+    finally:
+        os.environ[name] = before
+
+
+def send_weights(*models: Any) -> None:
+    """Give all processes the first one's weights of models in memory, which may be zeros on the others.
+
+    Args:
+        *models: models, or their names, which are left out.
+    """
+    if not _loads_on_first_process_only():
+        return
+    device = PartialState().device
+    for model in models:
+        for weight in model.state_dict().values() if hasattr(model, "state_dict") else ():
+            sent = weight.detach().to(device)
+            torch.distributed.broadcast(sent, src=0)
+            weight.detach().copy_(sent)
 
 
 def set_auxiliary_loss(trainer: Any) -> None:
