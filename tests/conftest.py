@@ -12,12 +12,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read once, when trackio is imported, which any trainer may do
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
+import hypothesis
 import pytest
 import torch
 from tiny import CHAT_TEMPLATE, make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from trl_ulma.scripts.command_line import VERBOSE
+
+# A busy machine is no fault of a test
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -156,6 +156,8 @@ BROKEN = {
     "granitemoehybrid-scaling": ("5.15", "a config without layer types cannot be built"),
     "zamba": ("5.15", "it needs kernels for GPUs"),
     "zamba2": ("5.15", "it has no rotary embeddings"),
+    "modernbert-decoder": ("5.19", "its configuration cannot be without a BOS token"),
+    "roformer": ("5.19", "its log-probabilities depend on later tokens"),
 }
 
 

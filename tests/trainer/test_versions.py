@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import trl
 from accelerate.hooks import ModelHook, add_hook_to_module
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -50,6 +51,10 @@ def test_copies_of_models_that_other_trainers_have_patched_run_their_own_weights
     again.train()
 
 
+@pytest.mark.skipif(
+    "1.14" <= trl.__version__ < "1.16",
+    reason=f"the SFTTrainer of TRL {trl.__version__} needs Triton",
+)
 def test_copies_are_mended_below_what_accelerate_wraps_a_forward_in(tiny_gpt2, tmp_path):
     rows = Dataset.from_list([{"text": "Hi there. How are you?"}] * 4)
     settings = {"report_to": "none", "bf16": True, "max_steps": 1, "use_cpu": True, "save_strategy": "no"}

@@ -157,8 +157,9 @@ LIMITS = (
     ("transformers", "5.19", "Dbrx, Doge and GraniteMoe are trained without their load-balancing loss"),
     ("transformers", "5.19", "the log-probabilities of Doge depend on padding"),
     ("peft", "0.20", "an adapter with target_parameters cannot be trained on without a ref_model"),
+    ("trl", "1.15", "an adapter with target_parameters may need a ref_model to be trained on"),
     ("accelerate", "1.6", "there is no FSDP2, and accelerate launch runs FSDP1 instead"),
-    ("accelerate", "1.13", "a training of several processes on CPUs cannot be resumed"),
+    ("transformers", "5.19", "a training of several processes on CPUs cannot be resumed"),
 )
 
 
