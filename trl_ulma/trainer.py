@@ -255,10 +255,11 @@ class PointwiseDPOTrainer(DPOTrainer):
         self.args.padding_free = args.padding_free
         self.args.model_init_kwargs = args.model_init_kwargs
         plan.args = self.args
-        if isinstance(self.ref_model, NoReferenceModel):
+        # TRL before 1.3 keeps a reference that it has loaded to precompute all rows, under FSDP
+        if isinstance(self.ref_model, NoReferenceModel) or (kind == "copy" and args.precompute_ref_log_probs):
             self.ref_model = None
         if self.ref_model is None:
-            self._reference.model = None  # DPOTrainer drops its reference once it has precomputed all rows
+            self._reference.model = None
         if args.disable_dropout:
             switch_off_noise(self.model)
         self._check_trainable()
