@@ -37,9 +37,10 @@ def test_this_environment_is_said_and_works(capsys):
 
 def test_what_does_not_work_with_older_versions_is_said():
     found = env.limits({"transformers": "5.16.1", "peft": "0.20.0", "accelerate": None})
-    assert [line.split(":")[0] for line in found] == ["transformers 5.16.1"] * 2
+    assert [line.split(":")[0] for line in found] == ["transformers 5.16.1"] * 3
     assert "Doge" in found[0]
-    assert len(env.limits({"transformers": "5.2.0", "peft": "0.18.0", "accelerate": "1.4.0"})) == len(env.LIMITS)
+    oldest = {"trl": "0.29.0", "transformers": "5.2.0", "peft": "0.18.0", "accelerate": "1.4.0"}
+    assert len(env.limits(oldest)) == len(env.LIMITS)
     assert env.limits({name: "99" for name, _, _ in env.LIMITS}) == []
 
 

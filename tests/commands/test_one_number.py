@@ -357,7 +357,7 @@ def test_what_cannot_be_done_with_images_is_refused_before_a_model_is_loaded(
 def test_pairs_with_images_are_numbered_by_prompt_and_image(tiny_llava):
     rows = image_rows(4, counts=(1,), prompt=[[{"role": "user", "content": "What is this?"}]] * 4)
     rows = rows.rename_column("completion", "chosen").remove_columns("label")
-    rows = rows.add_column("rejected", [[{"role": "assistant", "content": "No."}]] * 4)
+    rows = rows.add_column("rejected", [[{"role": "assistant", "content": "Never."}]] * 4)
     held_out = HeldOut.of(rows, "test", LabelRules(), takes_images=True)
     assert held_out.label.tolist() == [1.0, 0.0] * 4
     assert [held_out.prompt.tolist().count(number) for number in range(4)] == [2] * 4

