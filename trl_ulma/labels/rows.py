@@ -305,7 +305,10 @@ def _number(value: Any, name: str) -> float:
 
 
 def worded_number(text: str) -> tuple[str, str] | None:
-    """Return the number that a text names, as it is written with a decimal point, and its unit ("" for a word).
+    """Read a number with a unit, such as `4 stars`, or the word for a number. Return None for other texts.
+
+    Returns:
+        The number as text, with a decimal point, and its unit, which is "" for a word.
 
     Example:
         >>> worded_number("4,5 Stars"), worded_number("Five"), worded_number("good"), worded_number("1,234 stars")
