@@ -315,6 +315,24 @@ def test_length_alone_is_a_row_of_the_table_of_rewards_and_one_per_tokenizer():
     assert "| length alone, m (base) | 0.500 [" in to_markdown(report.document(facts | {"pictures": []}))
 
 
+@pytest.mark.parametrize(("learned", "is_told"), [(0.1, True), (1.0, False), (4.0, False), (0.0, False)])
+def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(learned, is_told):
+    random = np.random.default_rng(0)
+    stars, prompt = random.integers(1, 6, 120).astype(float), np.arange(120) // 2
+    rules = LabelRules("continuous", transform=parse_transform("standardize:3,2", "continuous"))
+    reward = learned * (rules.transform.apply(stars) + random.normal(0, 0.2, 120))
+    facts = facts_of()
+    facts["models"][0]["own_scale"] = on_own_scale(reward, stars, np.ones(120, bool), prompt, rules)
+    text = to_markdown(report.document(facts | {"pictures": []}))
+    assert (
+        "The predictions of tuned are too close to one another: where they differ by 1, labels differ by 9." in text
+    ) == is_told
+    # A model that cannot know the labels is right to predict nearly the mean
+    noise = on_own_scale(np.full(120, 0.1) + random.normal(0, 0.01, 120), stars, np.ones(120, bool), prompt, rules)
+    facts["models"][0]["own_scale"] = noise
+    assert "too close to one another" not in to_markdown(report.document(facts | {"pictures": []}))
+
+
 def test_tables_are_the_records_digit_for_digit(tmp_path):
     facts = facts_of()
     drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
@@ -489,6 +507,7 @@ def test_stars_are_shown_as_stars():
     half = on_own_scale(np.zeros(3), stars, continuous, prompt, rules)  # a reward that says nothing is the mean
     assert [each["predicted"].value for each in half["by_label"]] == [3, 3, 3]
     assert half["error_of_mean"].value == pytest.approx(np.abs(stars - stars.mean()).mean())
+    assert (half["slope"], found["slope"].value) == (None, pytest.approx(1))
     # Stars that no training row had are stars, too, though the transform takes them for the last that it knows
     ranks = LabelRules("continuous", transform=parse_transform("quantile", "continuous").fit(np.arange(1.0, 5.0)))
     rows = make_rows(4, label=[0, 1, 2, 9], label_type=["continuous"] * 3 + ["binary"])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from trl_ulma.evaluation.implicit_reward import BINS, calibration_curve
-from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of
+from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, ratio_of
 from trl_ulma.evaluation.turns import answer_text, as_text
 from trl_ulma.judge import judged
 from trl_ulma.labels import LabelRules
@@ -37,18 +37,22 @@ def on_own_scale(
 
     Returns:
         `error`, the mean absolute difference of predicted and given labels; `error_of_mean`, the same if the mean label
-        of these rows were predicted for every row; `by_label`, for each label (or each tenth of many distinct labels)
-        the number of rows, their mean label and the mean prediction; `calibration`, bins of rows with similar
-        predictions.
+        of these rows were predicted for every row; `slope`, how much more the labels of rows differ than their
+        predictions (least squares; None if all predictions are the same); `by_label`, for each label (or each tenth of
+        many distinct labels) the number of rows, their mean label and the mean prediction; `calibration`, bins of rows
+        with similar predictions.
 
     Example:
         >>> found = on_own_scale(np.array([0.0, 2.0]), np.array([0.0, 1.0]), np.ones(2, bool), np.arange(2),
         ...                      LabelRules("continuous"))
         >>> found["error"].value, found["error_of_mean"].value, [each["predicted"].value for each in found["by_label"]]
         (0.5, 0.5, [0.0, 2.0])
+        >>> found["slope"].value
+        0.5
     """
     predicted = judged(reward, label, continuous, rules)["predicted_label"]
     wrong, of_mean = np.abs(predicted - label), np.abs(label.mean() - label)
+    apart = predicted - predicted.mean()
     values = np.unique(label)
     if len(values) <= BINS:
         groups = [label == value for value in values]
@@ -59,6 +63,9 @@ def on_own_scale(
     return {
         "error": bootstrap(mean_of(wrong), prompt, seed),
         "error_of_mean": bootstrap(mean_of(of_mean), prompt, seed),
+        "slope": None
+        if np.allclose(apart, 0)
+        else bootstrap(ratio_of(apart * (label - label.mean()), apart**2), prompt, seed),
         "by_label": [
             {
                 "label": float(label[rows].mean()),

@@ -280,6 +280,8 @@ _MEANINGS = {
 
 # The name of the row that ranks answers by their length
 _LENGTH = "length alone"
+# Predictions are too close to one another if labels differ this many times as much
+_TOO_CLOSE = 2
 
 
 def _meanings(models: Sequence[Mapping[str, Any]]) -> str:
@@ -363,6 +365,15 @@ def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
             "The mean label that the rewards predict for rows of each label. A perfect model predicts the label itself."
         ),
         Table(["label", "rows", *scales], rows),
+        *(
+            Text(
+                f"The predictions of {name} are too close to one another: where they differ by 1, labels differ by "
+                f"{shown(scale['slope'], '.1f')}. Their order can be right all the same. Train longer, or with a "
+                "higher learning rate, to learn the values."
+            )
+            for name, scale in scales.items()
+            if scale["slope"] is not None and (scale["slope"].low or 0) > _TOO_CLOSE
+        ),
         Text("How far predicted labels are from the true ones on average, and how far the mean of all labels is."),
         Table(["model", "mean error", "error if every row got the mean label"], errors),
     ]
