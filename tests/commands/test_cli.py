@@ -18,7 +18,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset, DatasetDict
-from forks import HAS_FSDP2, python_path, start
+from forks import HAS_FSDP2, python_path
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -52,9 +52,10 @@ def error_of(capsys, argv) -> str:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What `accelerate launch` would have been given."""
+    """What `accelerate launch` would have been given, on a machine with two GPUs."""
     calls = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", calls.append)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     return calls
 
 
@@ -459,13 +460,34 @@ def test_each_command_launches_its_module(launched, command):
     assert importlib.import_module(module) is SCRIPTS[command]
 
 
+@pytest.mark.parametrize("command", SCRIPTS)
+@pytest.mark.parametrize("reason", ["nothing", "an option", "a file", "two GPUs"])
+def test_a_training_without_a_reason_for_a_launch_runs_in_the_commands_process(
+    launched, monkeypatch, tmp_path, command, reason
+):
+    """`accelerate launch` would import everything again, and allow one CPU thread."""
+    ran = []
+    monkeypatch.setattr(SCRIPTS[command], "main", lambda *settings: ran.append(settings))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2 if reason == "two GPUs" else 1)
+    file = tmp_path / "default_config.yaml"
+    monkeypatch.setattr("accelerate.commands.config.default_config_file", str(file))
+    if reason == "a file":
+        file.write_text("num_processes: 1\n")
+    option = ["--num_processes", "1"] if reason == "an option" else []
+    assert main([command, *NEEDED, *option, "--beta", "0.3"]) == 0
+    assert (len(ran), len(launched)) == ((1, 0) if reason == "nothing" else (0, 1))
+    for script_args, training_args, model_args, _ in ran:
+        assert [model_args.model_name_or_path, script_args.dataset_name] == NEEDED[1::2]
+        assert training_args.beta == 0.3
+
+
 @pytest.mark.parametrize(("stop", "code"), [(1, 1), (7, 7), ("text", 1)])
 def test_the_launch_exit_code_is_returned(monkeypatch, stop, code):
     def fail(args):
         raise SystemExit(stop)
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
-    assert main(["ulma", *NEEDED]) == code
+    assert main(["ulma", *NEEDED, "--num_processes", "1"]) == code
 
 
 def test_a_folder_of_the_package_name_does_not_hide_the_package(monkeypatch, tmp_path):
@@ -482,7 +504,7 @@ def test_a_folder_of_the_package_name_does_not_hide_the_package(monkeypatch, tmp
         found.append(subprocess.run(command, capture_output=True, text=True, check=False))
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", run)
-    assert main(["ulma", *NEEDED]) == 0
+    assert main(["ulma", *NEEDED, "--num_processes", "1"]) == 0
     assert (found[0].stdout, found[0].stderr) == (f"trl-ulma {__version__}\n", "")
     assert "PYTHONSAFEPATH" not in os.environ
 
@@ -494,7 +516,7 @@ def test_a_failing_process_among_many_is_told_without_a_traceback(monkeypatch, c
         raise ChildFailedError("trl_ulma.scripts.ulma", {0: ProcessFailure(0, 123, 5, "/nowhere")})
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
-    assert main(["ulma", *NEEDED]) == 5
+    assert main(["ulma", *NEEDED, "--num_processes", "2"]) == 5
     assert "trl_ulma.scripts.ulma FAILED" in capsys.readouterr().err
 
 
@@ -664,7 +686,7 @@ def launch(*argv):
 
 @dataclass
 class WholeRuns:
-    """Two launches: a run from a YAML file, and its resumption with `--verbose`."""
+    """A run from a YAML file in the command's process, and its resumption by `accelerate launch` with `--verbose`."""
 
     out: Path
     rows: Path
@@ -695,12 +717,11 @@ def whole_runs(tmp_path_factory, tiny_llama) -> WholeRuns:
             "eval_steps": 2,
             "per_device_train_batch_size": 4,
             "report_to": "none",
-            "num_processes": 1,
-            "cpu": True,
         },
     )
     quiet = launch("ulma", "--config", file)
     more = ["--max_steps", "3", "--resume_from_checkpoint", "true", "--save_steps=1", "--verbose"]
+    more += ["--num_processes", "1", "--cpu"]
     return WholeRuns(out, rows, quiet, launch("ulma", "--config", file, *more))
 
 
@@ -756,18 +777,16 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_and_no_model(tmp_path, tiny_gpt2, p
     options = ["--model_name_or_path", tiny_gpt2, "--dataset_name", pairs, "--output_dir", str(out)]
     options += ["--max_steps", "100000", "--logging_steps", "1", "--save_strategy", "no", "--report_to", "none"]
     printed = tmp_path / "printed"
-
-    def command() -> None:
-        os.setsid()
-        sys.exit(main(["ulma", *options]))
-
-    process = start(command, printed, printed, {})
-    while not (printed.exists() and ": loss " in printed.read_text()):  # until a step is done
-        assert process.exitcode is None, printed.read_text()
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    process.join()
-    assert process.exitcode == 130
+    command = [sys.executable, "-m", "trl_ulma", "ulma", *options]
+    with (
+        printed.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True) as process,
+    ):
+        while ": loss " not in printed.read_text():  # until a step is done
+            assert process.poll() is None, printed.read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.returncode == 130
     said = printed.read_text()
     assert "Traceback" not in said
     assert "Interrupted: saving step" in said

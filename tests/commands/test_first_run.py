@@ -89,9 +89,10 @@ def test_good_combinations_are_not_complained_about():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What `accelerate launch` would have been given."""
+    """What `accelerate launch` would have been given, on a machine with two GPUs."""
     calls = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", calls.append)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     return calls
 
 

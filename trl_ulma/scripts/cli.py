@@ -62,7 +62,7 @@ COMMANDS = {
     ),
 }
 
-# The commands that `accelerate launch` starts, on one or several processes. The others run in this process.
+# The commands that `accelerate launch` can start on several processes. The others run in this process.
 LAUNCHED = ("ulma", "pointwise-dpo")
 # The commands whose --help is in `help_page`, because their parsers import TRL, which takes seconds
 WITH_HELP_PAGE = (*LAUNCHED, "check")

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from importlib import import_module
 from typing import Any, NoReturn
 
 from datasets import Dataset, disable_progress_bars
@@ -31,8 +32,11 @@ _CHECKS = {"trl-ulma ulma": "trl-ulma check", "trl-ulma pointwise-dpo": "trl-ulm
 
 
 def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
-    """Run the module of a training script with `accelerate launch`. Returns its exit code."""
+    """Run the module of a training script: in this process, or with `accelerate launch`. Returns its exit code."""
     launch_options, script_options = parser.parse_for_launch(argv)
+    if not _needs_launcher(launch_options):
+        import_module(module).main(*parser.parse_settings(script_options))
+        return 0
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -80,6 +84,18 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
         else:
             os.environ["PYTHONSAFEPATH"] = safe_path
     return 0
+
+
+def _needs_launcher(launch_options: list[str]) -> bool:
+    """Whether `accelerate launch` has anything to do.
+
+    If not, the training runs in this process. Another one would import everything again, which takes seconds and half a
+    gigabyte, and `accelerate launch` would give it one CPU thread.
+    """
+    import torch
+    from accelerate.commands.config import default_config_file
+
+    return bool(launch_options) or os.path.isfile(default_config_file) or torch.accelerator.device_count() > 1
 
 
 def check_fsdp_version(args: Any) -> None:
