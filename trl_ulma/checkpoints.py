@@ -136,6 +136,27 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
     return resume_from_checkpoint
 
 
+@contextmanager
+def other_shapes_explained(checkpoint: str | Path) -> Iterator[None]:
+    """A context for loading a checkpoint's weights. If their shapes are not those of the model, the error says so.
+
+    Raises:
+        ValueError: if the shapes differ. The message names a weight, and what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        weight = re.search(r"size mismatch for ([^:\n]+): .*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", str(error))
+        if weight is None:
+            raise
+        name, there, here = weight.groups()
+        raise ValueError(
+            f"The checkpoint {checkpoint} does not fit the model: {name} has the shape {there} in the checkpoint and "
+            f"{here} in the model. Resume with the model of the checkpoint and, for an adapter, with its settings, "
+            "such as the rank of LoRA."
+        ) from error
+
+
 def check_optimizer_state(checkpoint: str | Path, optim: str, own: set[str], loaded: Any) -> None:
     """Raise ValueError if a checkpoint has the state of another kind of optimizer, with which no step can be taken.
 

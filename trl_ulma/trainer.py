@@ -38,6 +38,7 @@ from trl_ulma.checkpoints import (
     conditions_of,
     copy_files,
     mark_whole,
+    other_shapes_explained,
     stream_position,
     warn_of_other_conditions,
     warn_of_other_place,
@@ -662,6 +663,12 @@ class PointwiseDPOTrainer(DPOTrainer):
                 "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
                 "another trainer with this ref_model."
             )
+        for rows in self._datasets_now():
+            if self._is_own(rows) and isinstance(rows, Dataset) and rows.format["type"] == "custom":
+                raise ValueError(
+                    "A transform was set on rows that the trainer has already read and checked (set_transform). Set it "
+                    "on the raw rows, and create another trainer with them."
+                )
         held = self.eval_dataset
         if isinstance(held, dict):
             others = {name: rows for name, rows in held.items() if not self._is_own(rows)}
@@ -1136,7 +1143,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             load_log_partition(self.log_partition, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with other_shapes_explained(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:  # its checkpoints hold all adapters in one file
             load_adapter_of(resume_from_checkpoint, self.model)
 

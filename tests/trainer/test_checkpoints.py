@@ -289,6 +289,24 @@ def test_a_split_that_changes_groups_of_lengths_is_told(tiny_gpt2, tmp_path, cap
     assert "per_device_train_batch_size was 2 and is 1" in told
 
 
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_a_checkpoint_of_another_shape_is_named_with_what_to_do(tiny_gpt2, tmp_path, is_adapter):
+    def trainer_of(size):
+        model, settings = AutoModelForCausalLM.from_pretrained(tiny_gpt2), {}
+        if is_adapter:
+            settings["peft_config"] = LoraConfig(r=size, task_type="CAUSAL_LM")
+        else:
+            model.resize_token_embeddings(model.config.vocab_size + size)
+        return make_trainer(model, make_rows(8), tmp_path, max_steps=2, save_steps=1, save_strategy="steps", **settings)
+
+    trainer_of(2).train()
+    fault = (
+        r"The checkpoint \S+checkpoint-2 does not fit the model: \S+ has the shape \[\d+, \d+\] in the checkpoint and "
+    )
+    with pytest.raises(ValueError, match=fault + r"\[\d+, \d+\] in the model. Resume with the model of the checkpoint"):
+        trainer_of(4).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_without_states_is_told(tiny_gpt2, tmp_path, caplog):
     run(tiny_gpt2, tmp_path, save_only_model=True)
     assert "no states" not in caplog.text

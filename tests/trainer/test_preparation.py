@@ -278,6 +278,21 @@ def test_demonstrations_that_the_raw_rows_name_stay():
     assert prepared(tokenizer, made, LabelRules("continuous", 0.6))["sft_mask"][:] == [False, True]
 
 
+@pytest.mark.parametrize("column", ["sft_mask", "label"])
+def test_demonstrations_that_are_found_again_in_edited_rows_are_counted(column, caplog):
+    tokenizer, rules = make_tokenizer(), LabelRules("continuous", 0.7)
+    made = prepared(tokenizer, [GOOD | {"label": label} for label in (0.9, 0.7, 0.3)], rules)
+    assert prepared(tokenizer, made, rules) is made
+    edited = made.map(lambda row: {column: [not row["sft_mask"], 1 - row["label"]][column == "label"]})
+    assert not caplog.text
+    again = prepared(tokenizer, edited, rules)
+    assert again["sft_mask"][:] == [label >= 0.7 for label in edited["label"]]
+    assert "sft_mask of 3 rows (such as row 0) of the train dataset is computed again from the labels" in caplog.text
+    caplog.clear()
+    prepared(tokenizer, edited, LabelRules("continuous", 0.6))  # other settings find others
+    assert "computed again" not in caplog.text
+
+
 def test_prepared_rows_of_another_transform_are_refused():
     tokenizer, rows = make_tokenizer(), [GOOD | {"label": 4.0}, GOOD | {"label": 2.0}]
     half = LabelRules("continuous", transform=parse_transform("center:3", "continuous"))

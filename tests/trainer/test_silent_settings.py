@@ -216,6 +216,15 @@ def test_a_transform_cannot_bring_along_the_log_probabilities_of_another_referen
         make_trainer(tiny_gpt2, rows.with_transform(lambda batch: batch), tmp_path, **settings)
 
 
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_a_transform_that_is_set_on_rows_that_were_checked_is_refused(tiny_gpt2, tmp_path, which):
+    trainer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, eval_dataset=make_rows(ROWS), max_steps=1)
+    getattr(trainer, which).set_transform(lambda batch: batch | {"label": [1 - label for label in batch["label"]]})
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"A transform was set on rows .* Set it on the raw rows"):
+            run()
+
+
 class Fails(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         raise RuntimeError("stopped")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import get_worker_info
+from transformers.utils import logging
 
 from trl_ulma.data.conversations import as_chat
 from trl_ulma.data.origins import StreamOrigins
@@ -29,6 +30,8 @@ from trl_ulma.rows.token_ids import token_faults
 
 if TYPE_CHECKING:
     from trl_ulma.rows.preparation import Preparation
+
+logger = logging.get_logger(__name__)
 
 SAME_ANSWERS = "chosen and rejected are the same"
 
@@ -250,6 +253,19 @@ class PreparedBatches:
         kept = kept_of({**batch, **self(batch)}, self.name, self.how.invalid_rows, batch["row"])
         self.how.check_batch(kept, kept["row"], self.name)
         return kept
+
+    def warn_of_edited_masks(self, columns: Mapping[str, list]) -> None:
+        """Warn if `sft_mask` is computed again for rows whose labels or masks were changed since they were prepared."""
+        if self.names_demonstrations:
+            return
+        masks = zip(columns["row"], columns["sft_mask"], self._labels(columns)[0]["sft_mask"], strict=True)
+        edited = [row for row, was, now in masks if was != now]
+        if edited:
+            rows = f"{len(edited):,} row{'s' if len(edited) > 1 else ''} (such as row {edited[0]})"
+            logger.warning(
+                f"sft_mask of {rows} of the {self.name} dataset is computed again from the labels, because the rows "
+                "that it was prepared from had none. To choose demonstrations yourself, pass raw rows with sft_mask."
+            )
 
     def changes(self, columns: Mapping[str, list]) -> bool:
         """Whether any row with these columns would be changed or left out."""

@@ -249,6 +249,7 @@ class Preparation:
         rules = {
             "transform": str(self.rules.transform),
             "names_demonstrations": "sft_mask" in names,
+            "demonstrations": self._marks_demonstrations,
             "is_for_training": self.is_for_training,
             "is_chat": not is_text,
             "tokens": token_rules(self, is_text, tokenizer),
@@ -320,6 +321,8 @@ class Preparation:
             check_stream_has_rows(stream, name)
             return stream
         columns = {c: rows[c][:] for c in ("label", "sft_mask", "row", "length", *OPTIONAL_COLUMNS) if c in names}
+        if rules.get("demonstrations") == self._marks_demonstrations:
+            again.warn_of_edited_masks(columns)
         faults = faults_of(rows, self.vocab_size, name, tokenizer_of(self.processing_class))
         if not (faults or again.changes(columns) or _is_stale(rows)):
             return rows
@@ -332,6 +335,11 @@ class Preparation:
         )
         note(made, rules=rules)
         return kept_rows(made, name, self.rules.label_type if self.is_for_training else None, self.invalid_rows)
+
+    @property
+    def _marks_demonstrations(self) -> list[Any]:
+        """What decides which rows are demonstrations if the raw rows do not say it."""
+        return [self.rules.label_type, self.rules.sft_threshold]
 
     @staticmethod
     def _check_classes(raw: Dataset | IterableDataset, name: str) -> None:
