@@ -259,6 +259,32 @@ def test_a_quote_that_swallows_rows_is_counted(tmp_path, caplog, name, mark):
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("encoding", ["mac_roman", "cp850", "cp437"])
+def test_encodings_of_old_macs_and_of_dos_are_not_taken_for_cp1252(tmp_path, encoding):
+    text = "prompt,completion,label\nHi,Yes,1\nMüssen wir gehen?,Natürlich gefällt es mir nicht,1\n"
+    with pytest.raises(
+        ValueError, match=r"rows\.csv is not UTF-8 text: byte 0x\w\w in line 3\. Save the file as UTF-8"
+    ):
+        csv_file(tmp_path / "rows.csv", text, encoding)
+    # What Windows writes is read as it was
+    for good in ("Müssen", "Don’t “go” – 10€…", "C’est un cœur", "Žižek, Škoda, Božo", "L'été où", "naïve"):
+        found = csv_file(tmp_path / "good.csv", f'prompt,completion,label\n"{good}",Yes,1\n', "cp1252")
+        assert found["prompt"][:] == [good]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+@pytest.mark.parametrize("control", ["\x00", "\x1b"])
+def test_control_characters_in_texts_are_counted(tmp_path, caplog, name, control):
+    texts = [f"a{control}b", f"{control}c", "a\tb\u200b"]
+    if name == "rows.csv":
+        text = "prompt,completion,label\n" + "".join(f"Hi,{each},1\n" for each in texts)
+    else:
+        text = lines([row(1, completion=each) for each in texts])
+    assert read(write(tmp_path / name, text))["completion"][:] == texts
+    [said] = caplog.messages
+    assert f"completion: texts contain control characters, such as {control!r}. Remove them (2 values)" in said
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
 def test_texts_that_were_decoded_wrongly_are_counted(tmp_path, caplog, name):
     texts = ["caf\ufffd", "cafÃ©", "donâ€™t", "café", "SÃO Paulo", "10 € â"]

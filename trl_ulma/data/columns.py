@@ -32,6 +32,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|CALC!|GETTING_DATA)")
 # The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
 _MOJIBAKE = re.compile(r"\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
 _MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
@@ -95,6 +96,8 @@ def read_value(
             f"{theirs}: texts were decoded wrongly before, because they contain characters such as � or Ã©. Export "
             "them again as UTF-8"
         )
+    if name in TEXTS and isinstance(value, str) and (control := _CONTROL.search(value)):
+        notice(f"{theirs}: texts contain control characters, such as {control[0]!r}. Remove them")
     if is_cell and name in TEXTS and isinstance(value, str) and _SHEET_ERROR.fullmatch(value.strip()):
         notice(
             f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"

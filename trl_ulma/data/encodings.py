@@ -33,6 +33,10 @@ _NO_TEXT = (
 # Letters outside ASCII stand alone or in pairs in Western languages, but make up whole words in other scripts
 _LETTERS = re.compile("[\udca1-\udcff]")
 _FOREIGN = re.compile("[\udca1-\udcff]{4,}")
+# Between two small letters, cp1252 has a small letter. In the encodings of old Macs and of DOS, it is one of the other
+# bytes, which are signs or capitals in cp1252.
+_SMALL = re.compile("[a-z][\udcdf-\udcff][a-z]")
+_NOT_SMALL = re.compile("[a-z][\udc80-\udc84\udc86-\udc90\udc98\udc99\udc9b\udc9d\udc9f][a-z]")
 
 
 def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
@@ -67,7 +71,7 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
         # A byte that is not UTF-8 becomes a lone surrogate. Any other character above 127 has several bytes.
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         strange, is_utf8_elsewhere, lines = None, False, 1
-        letters = foreign = 0
+        letters = foreign = small = not_small = 0
         chunk = head
         while True:
             text = decoder.decode(chunk, final=not chunk)
@@ -81,6 +85,8 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
                 if strange is not None:
                     letters += len(_LETTERS.findall(text))
                     foreign += sum(map(len, _FOREIGN.findall(text)))
+                    small += len(_SMALL.findall(text))
+                    not_small += len(_NOT_SMALL.findall(text))
                 is_utf8_elsewhere = is_utf8_elsewhere or any(c > "\x7f" and not "\udc80" <= c <= "\udcff" for c in text)
             elif strange is None:
                 lines += text.count("\n")
@@ -89,7 +95,7 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
             chunk = file.read(_CHUNK)
     if strange is None:
         return "utf-8"
-    if is_utf8_elsewhere or not takes_cp1252 or 2 * foreign > letters:
+    if is_utf8_elsewhere or not takes_cp1252 or 2 * foreign > letters or not_small > small:
         raise ValueError(f"is not UTF-8 text: byte 0x{strange[0]:02x} in line {strange[1]}. Save the file as UTF-8.")
     return "cp1252"
 
