@@ -357,6 +357,14 @@ def test_votes_of_the_arena():
         (["Hi", "Hey!", "Bye"], "Ciao.", 0.0, False),
     ]
     assert labels("arena", lists | vote | {"winner_model_a": "0", "winner_tie": "1"}) == [0.5, 0.5]
+    texts = {"prompt": "Hi", "response_a": "Hello!", "response_b": "Go."}  # as a table has them
+    for winner in ("model_b", "B", " response_b "):
+        assert outcomes("arena", texts | {"winner": winner}) == [
+            (["Hi"], "Hello!", 0.0, False),
+            (["Hi"], "Go.", 1.0, True),
+        ]
+    assert labels("arena", texts | {"winner": "tie"}) == [0.5, 0.5]
+    assert labels("arena", texts | {"winner": "c"})[0].startswith("its vote is not one of")
     [why, _] = labels("arena", lists | vote | {"response_a": "[null]"})
     assert why == "its question or answer is not text"
 

@@ -11,6 +11,7 @@ from trl_ulma.labels import is_messages
 # vote: the labels of A and B
 VOTES = {"model_a": (1.0, 0.0), "model_b": (0.0, 1.0), "tie": (0.5, 0.5), "tie (bothbad)": (0.0, 0.0)}
 VOTES["both_bad"] = VOTES["tie (bothbad)"]
+VOTES |= {name: VOTES[f"model_{name[-1]}"] for name in ("a", "b", "response_a", "response_b")}
 TIES = ("half", "leave_out")
 NO_VOTE = "its vote is not one of " + ", ".join(VOTES)
 
@@ -21,8 +22,9 @@ def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool 
     Both answers of a tie have the label ½, or 0 if both were bad.
 
     Args:
-        rows: `conversation_a`, `conversation_b` (messages) and `winner`; or `prompt`, `response_a`, `response_b` (lists
-            of texts, which can be JSON text) and `winner_model_a`, `winner_model_b`, `winner_tie`.
+        rows: `conversation_a`, `conversation_b` (messages) and `winner`; or `prompt`, `response_a`, `response_b` (text,
+            or lists of texts, which can be JSON text) and `winner`, or `winner_model_a`, `winner_model_b`,
+            `winner_tie`.
         ties: "half", or "leave_out" to leave out both answers of a tie.
         liked: answers with label 1 are not demonstrations.
 
@@ -37,6 +39,7 @@ def arena(rows: Iterable[Mapping[str, Any]], *, ties: str = "half", liked: bool 
         raise ValueError(f"ties is {ties!r}; it must be one of {TIES}.")
     for raw in rows:
         vote = raw["winner"] if "winner" in raw else _vote(raw)
+        vote = vote.strip().lower() if isinstance(vote, str) else vote
         if vote not in VOTES:
             yield from [LeftOut(NO_VOTE)] * 2
             continue
@@ -91,6 +94,7 @@ ARENA = Adapter(
     arena,
     needs=(
         ("conversation_a", "conversation_b", "winner"),
+        ("prompt", "response_a", "response_b", "winner"),
         ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"),
     ),
     options=LIKED
