@@ -327,6 +327,8 @@ def test_the_picture_shows_both_scales():
     (legend,) = both.legends
     assert [text.get_text() for text in legend.get_texts()] == ["demonstrations (5)", "other rows (3)"]
     assert len(label_histogram(raw, raw > 3).axes) == 1
+    assert label_histogram(raw, raw > 3).legends
+    assert not label_histogram(raw, raw > 9).legends  # no row is a demonstration, so that there is one kind
 
 
 STARS = [1, 2, 3, 4, 5, 4, 3, 5, 1, 2, 4, 5]

@@ -208,7 +208,7 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
 
 @_drawn
 def label_histogram(label: np.ndarray, is_demonstration: np.ndarray, *, raw: np.ndarray | None = None) -> Figure:
-    """Draw how often each label occurs, separately for demonstrations and other rows.
+    """Draw how often each label occurs, separately for demonstrations, if there are any, and other rows.
 
     Args:
         label: `(N,)`.
@@ -234,7 +234,7 @@ def label_histogram(label: np.ndarray, is_demonstration: np.ndarray, *, raw: np.
         _quiet(before)
         _draw_labels(axes, label, is_demonstration, named=True)
     x_label, y_label = ("label", "rows") if raw is None else ("label that is learned", "")
-    _finish(figure, axes, x_label, y_label, "Labels", legend=True)
+    _finish(figure, axes, x_label, y_label, "Labels", legend=bool(is_demonstration.any()))
     return figure
 
 
