@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, Json, Value
 from transformers.utils import logging
 
 from trl_ulma.data.origins import origins, with_origins
@@ -365,13 +365,20 @@ def _with_neutral_labels(rows: Dataset, missing: np.ndarray, label_type: str) ->
 
     They are given the other type than the settings', for which there is no transform to read it.
     """
+    feature: Any = rows.features["label"]
+    is_mixed = isinstance(feature, Json)  # such as a text among numbers
     labels, types = rows.with_format(None)["label"][:], _types_of(rows, label_type)
-    if any(isinstance(label, str | list | dict) for label in labels):
+    if not is_mixed and any(isinstance(label, str | list | dict) for label in labels):
         return rows  # which are invalid
     other = next(each for each in LABEL_TYPES if each != label_type)
-    labels = [_NEUTRAL if is_none else float(label) for label, is_none in zip(labels, missing, strict=True)]
+    labels = [_NEUTRAL if is_none else label for label, is_none in zip(labels, missing, strict=True)]
     types = [other if is_none else each for each, is_none in zip(types, missing, strict=True)]
-    return _replaced(_replaced(rows, "label", labels), "label_type", types)
+    if is_mixed:
+        written = [feature.encode_example(label) for label in labels]
+        rows = rows.remove_columns("label").add_column("label", written, feature=feature)
+    else:
+        rows = _replaced(rows, "label", list(map(float, labels)))
+    return _replaced(rows, "label_type", types)
 
 
 def _types_of(rows: Dataset, label_type: str) -> list[str]:

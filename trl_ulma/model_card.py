@@ -105,6 +105,7 @@ def write(
             paper_title=paper["title"],
             paper_id=paper["id"],
             is_adapter=is_adapter,
+            as_trained=as_trained(model),
             takes_images=takes_images,
             is_chat=is_chat,
             messages=json.dumps(_messages(args.system_message, takes_images), ensure_ascii=False),
@@ -129,6 +130,18 @@ def write(
             comet_url=get_comet_experiment_url(),
         )
     card.save(file)
+
+
+def as_trained(model: Any) -> str:
+    """The argument of `from_pretrained` that loads an adapter's base in the number format of the training, from a comma
+    on; "" if there is none.
+
+    Without it, the base has the format of its checkpoint, often bfloat16, in which rewards differ. Other models are
+    saved in the format of the training, and a quantized base is quantized again as its settings say.
+    """
+    if not is_peft_model(model) or getattr(model, "is_quantized", False):
+        return ""
+    return f', dtype="{str(model.dtype).removeprefix("torch.")}"'
 
 
 def trained_on_chat(plan: Any) -> bool:

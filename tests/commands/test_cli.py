@@ -741,7 +741,7 @@ def test_a_run_from_yaml_with_lora_and_its_resumption(whole_runs):
     # The run evaluates at its last step. That is not repeated, and printed once.
     assert run.stdout.count("Evaluation at step 2 of 2: eval_loss") == 1
     assert f"The model is in {out}. Load it with:\n    from peft import AutoPeftModelForCausalLM\n" in run.stdout
-    assert f'model = AutoPeftModelForCausalLM.from_pretrained("{out}")' in run.stdout
+    assert f'model = AutoPeftModelForCausalLM.from_pretrained("{out}", dtype="float32")' in run.stdout
     assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
     AutoPeftModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)

@@ -1,7 +1,6 @@
 """Later commands read a dataset as the training of their model did."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -58,13 +57,31 @@ def test_options_that_are_given_win(trained, tmp_path, capsys):
     assert f"is read as in training: --columns {COLUMNS}\n" in capsys.readouterr().err
 
 
-def test_another_dataset_is_not_read_as_the_training_one(trained, tmp_path, capsys):
-    model, file = trained
-    other = shutil.copy(file, tmp_path / "other.csv")
-    assert main(["score", "--model", str(model), "--dataset", str(other), "--output", str(tmp_path / "o.csv")]) == 1
-    said = capsys.readouterr().err
-    assert "as in training" not in said
-    assert "lacks the columns" in said
+@pytest.mark.parametrize(
+    ("columns", "is_read"),
+    [
+        ("question,reply", True),  # to be scored
+        ("question,reply,stars,rater", True),
+        ("prompt,completion,stars", True),  # by our own names
+        ("query,answer,stars", False),
+        ("question,reply,prompt", False),
+    ],
+)
+def test_another_file_is_read_by_the_names_of_the_training_if_it_has_them(
+    trained, tmp_path, capsys, caplog, columns, is_read
+):
+    model, _ = trained
+    file = tmp_path / "other.csv"
+    cells = ["Why?", "because", "4", "me"][: columns.count(",") + 1]
+    file.write_text(f"{columns.replace(',', ';')}\n{';'.join(cells)}\n")
+    code = main(["score", "--model", str(model), "--dataset", str(file), "--output", str(tmp_path / "o.csv")])
+    said = capsys.readouterr()
+    assert code == (0 if is_read else 1)
+    assert ("lacks the column" in said.err) == (not is_read)
+    has_names = is_read and columns.startswith("question")
+    assert (f"{file} is read as in training: --columns {COLUMNS}\n" in said.err) == has_names
+    assert ("holds 1 scored row" in said.out) == is_read
+    assert caplog.text.count("fields are separated") == 1  # also where it is looked at first
 
 
 def test_a_file_without_the_column_of_labels_is_scored_with_a_notice(trained, tmp_path, capsys):

@@ -491,7 +491,15 @@ def test_rows_without_a_label_come_last_and_are_counted(tiny_gpt2, tmp_path, tau
     assert "row 1:" not in out
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?, No.,\n")
     assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
-    assert "holds 1 scored rows; 0 of 1 were left out.\n" in capsys.readouterr().out
+    assert "holds 1 scored row; 0 of 1 were left out.\n" in capsys.readouterr().out
+    # A text among the numbers is invalid, and a row without a label is not
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?, No.,N/A\nHow?, Go away.,\nWhat?, Paris.,1\n")
+    assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 1
+    assert "rows.csv, line 2: label is the text 'N/A'" in (said := capsys.readouterr().err)
+    assert "line 3" not in said
+    assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl"), "--invalid_rows", "drop"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [(row["label"], "surprise" in row) for row in found] == [(1, True), (None, False)]
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):

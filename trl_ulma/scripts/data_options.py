@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ def save(folder: str, script_args: Any, training_args: Any, dataset_args: Any) -
 def fill(args: argparse.Namespace, models: Sequence[str]) -> str | None:
     """Set the options that are None as in training, if the models were trained on this dataset, else to `DEFAULTS`.
 
+    The names of columns and labels are also those of the training if another file has these columns.
+
     Args:
         args: the options of a command; those of `DEFAULTS` that it has are set.
         models: the models that the command names.
@@ -48,9 +51,13 @@ def fill(args: argparse.Namespace, models: Sequence[str]) -> str | None:
         A note on the options that are as in training. None if there are none.
     """
     options = {name: default for name, default in DEFAULTS.items() if hasattr(args, name)}
-    saved = [_saved(model, args.dataset) for model in models]
-    known = [each for each in saved if each is not None]
+    saved = [each for each in map(_saved, models) if each is not None]
+    known = [each for each in saved if each.get("dataset") == _known_as(args.dataset)]
     note, trained = None, {}
+    if not known and getattr(args, "columns", "") is None and Path(args.dataset).exists():
+        names = [{name: each.get(name) for name in ("columns", "label_map")} for each in saved]
+        if names and all(each == names[0] for each in names) and _has_columns(args.dataset, names[0]["columns"]):
+            known = [names[0]]
     if known and all(each == known[0] for each in known):
         missing = {name for name in options if getattr(args, name) is None}
         trained = {name: known[0][name] for name in options if name in missing and known[0].get(name) is not None}
@@ -66,18 +73,34 @@ def fill(args: argparse.Namespace, models: Sequence[str]) -> str | None:
     return note
 
 
-def _saved(model: str, dataset: str) -> dict[str, Any] | None:
-    """How a model's training read this dataset. None if it was trained on another one, or if it is not known."""
+def _saved(model: str) -> dict[str, Any] | None:
+    """How a model's training read its dataset. None if it is not known."""
     from trl_ulma.judge import saved_file
 
     try:
         file = saved_file(model, FILE)
     except (OSError, ValueError):  # a misspelt folder; loading the model says so
         return None
-    if file is None:
-        return None
-    found = json.loads(Path(file).read_text(encoding="utf-8"))
-    return found if found.get("dataset") == _known_as(dataset) else None
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _has_columns(dataset: str, columns: str | None) -> bool:
+    """Whether a file or folder has the columns that a training's prompts and answers were in, and none by our names."""
+    from trl_ulma.data.columns import TEXTS, Names
+    from trl_ulma.data.files import load_rows
+
+    named = {ours: theirs for ours, theirs in Names.of(columns, None).columns.items() if ours in TEXTS}
+    logger = logging.getLogger("trl_ulma.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what is found in the file is logged when all of it is read
+    try:
+        splits: Any = load_rows(dataset, streaming=True, invalid_rows="mark", needs_label=False)
+        there = [set(next(iter(rows), ())) for rows in splits.values()]
+    except (OSError, TypeError, ValueError):  # which reading it says
+        return False
+    finally:
+        logger.setLevel(level)
+    return bool(named) and all(each.issuperset(named.values()) and each.isdisjoint(named) for each in there)
 
 
 def _as_text(names: Any) -> str | None:

@@ -193,6 +193,7 @@ def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
     answers, unit = (2 * len(rows), "answers") if is_paired else (len(rows), "rows")
     of = f" of {len(rows):,} pairs" if is_paired else ""
     left_out = f"{answers - len(scored):,} of {answers:,}"
+    unit = unit.removesuffix("s") if len(scored) == 1 else unit
     message = f"{path} holds {len(scored):,} scored {unit}{of}{said}; {left_out} were left out."
     unlabeled = sum(each is None for each in scored["surprise"][:]) if "surprise" in scored.column_names else 0
     if unlabeled:

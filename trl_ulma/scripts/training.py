@@ -424,6 +424,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from trl import get_peft_config, get_quantization_config
 
     from trl_ulma.callbacks import TimeLeft, print_few_figures
+    from trl_ulma.model_card import as_trained
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
 
@@ -480,7 +481,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     say(
         f"The model is in {folder}. Load it with:\n"
         f"    from {library} import {loader}\n"
-        f'    model = {loader}.from_pretrained("{folder}")'
+        f'    model = {loader}.from_pretrained("{folder}"{as_trained(trainer.model)})'
     )
     if is_pointwise and not dataset_args.datasets:
         say(_next_commands(folder, script_args.dataset_name, held_out=eval_dataset is not None))
