@@ -46,6 +46,8 @@ _NEUTRAL = 0.5
 _NO_REWARD = 1e-6
 # The predictions are alike if 90% of them span at most this share of what 90% of the labels span; without labels, of 1
 _ALIKE, _SCALE = 0.1, 1.0
+# They are too close to one another if labels differ this many times as much, in so many rows at least
+_TOO_CLOSE, _ENOUGH = 2.0, 30
 COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
 
 
@@ -309,7 +311,8 @@ def beyond_training(label: np.ndarray, rules: LabelRules) -> str | None:
 
 
 def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -> str | None:
-    """A warning if a model hardly tells rows apart. None if it does, or if there are fewer than two rows.
+    """A warning if a model hardly tells rows apart, or if its predictions are too close to one another. None if not, or
+    if there are fewer than two rows.
 
     Args:
         reward: `(N,)` implicit rewards.
@@ -337,7 +340,16 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
     else:
         least, greatest = np.quantile(label, [0.05, 0.95])
         if greatest == least or high - low > _ALIKE * (greatest - least):
-            return None
+            apart = predicted - predicted.mean()
+            slope = float(apart @ label) / max(float(apart @ apart), np.finfo(float).tiny)
+            if greatest == least or rows < _ENOUGH or slope < _TOO_CLOSE:
+                return None
+            return (
+                f"The predicted labels of the {rows:,} rows are too close to one another: where they differ by 1, "
+                f"labels differ by {slope:.1f}. Their order can be right all the same, but the most surprising labels "
+                "are mostly the lowest and the highest, and few are mistakes. Train longer, or with a higher learning "
+                "rate, to learn the values."
+            )
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     return (
         f"The predicted labels of the {rows:,} rows are nearly alike: 90% of them are between {low:.3g} and {high:.3g}"

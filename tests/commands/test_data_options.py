@@ -36,7 +36,7 @@ def test_an_evaluation_takes_the_rows_that_training_held_out(trained, tmp_path, 
     )
     assert "trained on" not in said  # no row of these
     data = json.loads((tmp_path / "report.json").read_text())["data"]
-    assert data["split"] == "0.5 of train by prompt, seed 5"
+    assert data["split"] == "0.5 of its rows, by prompt, seed 5"
     assert data["rows"] + sum(data["left_out"].values()) == 12
 
 

@@ -550,11 +550,11 @@ def test_without_a_test_split_the_rows_that_training_would_hold_out_are_taken(ti
     assert main(["evaluate", *argv]) == 0
     said_of_rows = capsys.readouterr().err
     assert (
-        "no test split, so 2 of its 6 rows are selected (0.34 of train by prompt, seed 42). --split train evaluates"
+        "no test split, so 2 of its 6 rows are selected (0.34 of its rows, by prompt, seed 42). --split train evaluates"
         in said_of_rows
     )
     data = json.loads((tmp_path / "report.json").read_text())["data"]
-    assert (data["rows"], data["split"]) == (4, "0.34 of train by prompt, seed 42")
+    assert (data["rows"], data["split"]) == (4, "0.34 of its rows, by prompt, seed 42")
 
 
 def test_the_report_names_the_rows_that_were_left_out(tiny_llama, tmp_path, monkeypatch, caplog):

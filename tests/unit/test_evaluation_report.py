@@ -26,7 +26,7 @@ from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.pictures import pictures, training_log
 from trl_ulma.evaluation.rates import counts, rates
-from trl_ulma.judge import beyond_training
+from trl_ulma.judge import alike, beyond_training
 from trl_ulma.labels import LabelRules, parse_transform
 
 SHARES = rates([Verdict.WIN] * 50 + [Verdict.TIE] * 30 + [Verdict.LOSE] * 20)
@@ -324,13 +324,26 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     facts = facts_of()
     facts["models"][0]["own_scale"] = on_own_scale(reward, stars, np.ones(120, bool), prompt, rules)
     text = to_markdown(report.document(facts | {"pictures": []}))
-    assert (
-        "The predictions of tuned are too close to one another: where they differ by 1, labels differ by 9." in text
-    ) == is_told
+    told = "The predictions of tuned are too close to one another: where they differ by 1, labels differ by 9."
+    assert (told in text) == is_told
+    assert ("mostly the lowest and the highest labels, and few are mistakes" in text) == is_told
+    assert ("Check these labels for mistakes first" in text) == (not is_told)
     # A model that cannot know the labels is right to predict nearly the mean
     noise = on_own_scale(np.full(120, 0.1) + random.normal(0, 0.01, 120), stars, np.ones(120, bool), prompt, rules)
     facts["models"][0]["own_scale"] = noise
     assert "too close to one another" not in to_markdown(report.document(facts | {"pictures": []}))
+
+
+@pytest.mark.parametrize(("learned", "rows", "is_told"), [(0.3, 60, True), (0.3, 20, False), (1.0, 60, False)])
+def test_scores_that_are_too_close_to_one_another_are_told(learned, rows, is_told):
+    random = np.random.default_rng(0)
+    stars = random.integers(1, 6, rows).astype(float)
+    predicted = 3 + learned * (stars - 3) + random.normal(0, 0.05, rows)
+    said = alike(predicted - 3, predicted, stars)
+    assert (said is not None) == is_told
+    slope = f"where they differ by 1, labels differ by {np.polyfit(predicted, stars, 1)[0]:.1f}."
+    assert said is None or f"too close to one another: {slope}" in said
+    assert alike(predicted - 3, predicted, random.permutation(stars)) is None  # the mean is the best to predict then
 
 
 def test_tables_are_the_records_digit_for_digit(tmp_path):

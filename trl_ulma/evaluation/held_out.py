@@ -29,7 +29,7 @@ from trl_ulma.labels import (
 )
 from trl_ulma.rows.batches import SAME_ANSWERS
 from trl_ulma.rows.dataset_labels import SHOWN_BY, check_pairs, own_labels, prompt_keys, transformed_labels
-from trl_ulma.rows.dropped import lists_invalid, reasons_in_words
+from trl_ulma.rows.dropped import in_short, reasons_in_words
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 
 logger = logging.get_logger(__name__)
@@ -131,7 +131,7 @@ class HeldOut:
             if (command := SHOWN_BY.get()) is None:
                 listed = f"They are invalid.\n{list_invalid(errors, len(rows), name)}"
             else:
-                listed = f"{reasons_in_words(Counter(), errors=errors)} {lists_invalid(command)}"
+                listed = in_short(errors, command)
             logger.warning(f"Left out {len(errors)} of {len(rows)} rows of the {name} dataset. {listed}")
             left_out.update(f"invalid: {error.kind}" for error in errors)
             kept = [row for row in range(len(rows)) if row not in invalid]

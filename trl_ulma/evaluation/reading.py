@@ -92,7 +92,7 @@ def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
     rows: Dataset = splits["train"]
-    part = f"{args.test_split_size:g} of train by prompt, seed {args.split_seed}"
+    part = f"{args.test_split_size:g} of its rows, by prompt, seed {args.split_seed}"
     held_out = split_by_prompt(rows, test_size=args.test_split_size, seed=args.split_seed)["test"]
     note(
         f"{args.dataset} has no test split, so {len(held_out):,} of its {len(rows):,} rows are selected ({part}). "

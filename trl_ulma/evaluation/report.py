@@ -332,11 +332,18 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list
     return [
         Heading("Rewards of chosen and rejected rows"),
         Text(
-            f"{which} Accuracy is the share of rows whose reward is on the side of their label. Training logs these "
-            "figures as rewards/chosen, rejected, margins and accuracies."
+            f"{which} Accuracy is the share of rows whose reward is on the side of their label. A reward between the "
+            "sides, such as 0 before training, counts as half. Training logs these figures as rewards/chosen, "
+            "rejected, margins and accuracies, but counts a reward between the sides as that of a rejected row."
         ),
         Table(["model", *(_SPLIT[name] for name in columns)], rows),
     ]
+
+
+def _is_too_close(scale: Mapping[str, Any] | None) -> bool:
+    """Whether predicted labels are too close to one another, even at the lower end of the interval."""
+    slope = (scale or {}).get("slope")
+    return slope is not None and (slope.low or 0) > _TOO_CLOSE
 
 
 def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
@@ -372,7 +379,7 @@ def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
                 "higher learning rate, to learn the values."
             )
             for name, scale in scales.items()
-            if scale["slope"] is not None and (scale["slope"].low or 0) > _TOO_CLOSE
+            if _is_too_close(scale)
         ),
         Text("How far predicted labels are from the true ones on average, and how far the mean of all labels is."),
         Table(["model", "mean error", "error if every row got the mean label"], errors),
@@ -417,7 +424,12 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
     return [
         Heading(f"The most surprising labels, for the model {model['name']}"),
         Text(
-            "Check these labels for mistakes first."
+            (
+                "The predictions are too close to one another, so these are mostly the lowest and the highest labels, "
+                "and few are mistakes."
+                if _is_too_close(model.get("own_scale"))
+                else "Check these labels for mistakes first."
+            )
             + (
                 ""
                 if all(each["file_line"] for each in model["surprises"])

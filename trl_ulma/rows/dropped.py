@@ -150,9 +150,17 @@ def reasons_in_words(counts: Counter[str], unit: str = "row", errors: Sequence[I
     return f"Reason{'' if len(found) == 1 else 's'}: {'; '.join(found)}."
 
 
-def lists_invalid(command: str) -> str:
-    """A sentence on how a command lists all invalid rows."""
-    return f"`{command}` lists all invalid rows with --invalid_rows error."
+def in_short(errors: Sequence[InvalidRow], command: str, counts: Counter[str] | None = None) -> str:
+    """How many rows were left out for which reason, and, unless all invalid rows are named, how a command lists them.
+
+    Args:
+        errors: of invalid rows.
+        counts: of the other rows that were left out, see `reasons_in_words`.
+    """
+    said = reasons_in_words(counts or Counter(), errors=errors)
+    if max(Counter(error.kind for error in errors).values()) == 1:
+        return said
+    return f"{said} `{command}` lists all invalid rows with --invalid_rows error."
 
 
 def check_stream_has_rows(stream: IterableDataset, name: str) -> None:
@@ -216,7 +224,7 @@ def kept_rows(
         left_out = sum(counts.values())
         if errors and (command := SHOWN_BY.get()) is not None:
             del counts[INVALID]
-            why, listed = reasons_in_words(counts, errors=errors), f" {lists_invalid(command)}"
+            why, listed = in_short(errors, command, counts), ""
         logger.warning(f"Left out {left_out} of {total} rows of the {name} dataset. {why}{listed}")
     if not all(is_kept):
         encoded = encoded.select([i for i, kept in enumerate(is_kept) if kept])
