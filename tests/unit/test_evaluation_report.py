@@ -334,6 +334,16 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     assert "too close to one another" not in to_markdown(report.document(facts | {"pictures": []}))
 
 
+def test_noise_of_a_correlation_does_not_fill_its_axis():
+    logs = [{"step": step, "eval_rewards/spearman": 0.73 + 0.001 * (step % 3), "loss": 0.73} for step in range(9)]
+    spearman, loss = figures.training_curves({"run": logs}, ["eval_rewards/spearman", "loss"]).axes
+    assert np.diff(spearman.get_ylim()) == pytest.approx(0.2)
+    assert np.mean(spearman.get_ylim()) == pytest.approx(0.731)
+    assert np.diff(loss.get_ylim()) < 0.2
+    wide = [{"step": step, "rewards/auc": step / 10} for step in range(9)]
+    assert np.diff(figures.training_curves({"run": wide}, ["rewards/auc"]).axes[0].get_ylim()) > 0.8
+
+
 @pytest.mark.parametrize(("learned", "rows", "is_told"), [(0.3, 60, True), (0.3, 20, False), (1.0, 60, False)])
 def test_scores_that_are_too_close_to_one_another_are_told(learned, rows, is_told):
     random = np.random.default_rng(0)

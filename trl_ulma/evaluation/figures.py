@@ -30,6 +30,8 @@ _DARK = {
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 _GRID, _GRID_DARK, _GUIDE = "#E6E6E6", "#3A3E46", "#8A8A8A"
+# Figures between -1 and 1, whose axis spans this much at least, so that noise does not look like a collapse
+_AT_MOST_1, _LEAST_RANGE = ("accuracies", "auc", "pearson", "spearman"), 0.2
 VERDICT_STYLES = {
     "win": {"color": "#0072B2", "hatch": "", "text": "white"},
     "tie": {"color": "#E6E6E6", "hatch": "..", "text": "black"},
@@ -192,6 +194,10 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
             style = _line_style(i)
             every = max(1, len(points) // 8)
             axes.plot(*zip(*points, strict=True), label=run, linewidth=1.6, markersize=5, markevery=every, **style)
+        if metric.rpartition("/")[2] in _AT_MOST_1:
+            low, high = axes.get_ylim()
+            wider = max(_LEAST_RANGE - (high - low), 0) / 2
+            axes.set_ylim(low - wider, high + wider)
         axes.set_title(metric, loc="left", size=10)
         axes.set_xlabel("step", size=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
