@@ -653,6 +653,16 @@ def test_one_row_is_one_row():
     assert "1 row of 1 prompt from d (test). Brackets" in text
 
 
+def test_the_terminal_shows_what_the_data_and_the_judges_make_of_interest():
+    facts = facts_of()
+    assert "Perplexity" not in report.in_terminal(facts)  # nothing is imitated
+    assert "## Perplexity" in to_markdown(report.document(facts | {"pictures": []}))
+    assert "95% intervals (bootstrap over prompts, Wilson for shares)." in report.in_terminal(facts, 200)
+    facts["judges"], facts["data"]["demonstrations"] = [], 3
+    assert "Perplexity" in report.in_terminal(facts)
+    assert "95% intervals (bootstrap over prompts)." in report.in_terminal(facts, 200)
+
+
 def test_answers_that_training_did_not_change_are_shown_last():
     found = changed(["a", "b", "c", "d"], ["1", "2", None, "4"], ["1", "x", "y", "z"], list("efgh"), 3)
     assert [(each["prompt"], each["after"]) for each in found["examples"]] == [("b", "x"), ("d", "z"), ("a", "1")]

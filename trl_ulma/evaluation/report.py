@@ -79,8 +79,8 @@ def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) 
 def in_terminal(facts: Mapping[str, Any], width: int = 80) -> str:
     """Return the report as text for a terminal.
 
-    Notes are left out, because they were printed when they came up. Single rows and answers, pictures, settings and
-    versions are in `report.html`.
+    Notes are left out, because they were printed when they came up. Single rows and answers, pictures, settings,
+    versions and the perplexity of answers that are not imitated are in `report.html`.
     """
     return to_text(document(facts, is_short=True), width)
 
@@ -116,24 +116,28 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     names = [model["name"] for model in models if not model.get("is_base")]
     parts: list[Part] = [Heading(f"Evaluation of {', '.join(names)}", 1)]
     parts += [Text(sentence, strong=True) for sentence in conclusions(facts)]
+    methods = ["bootstrap over prompts"]
+    methods += ["Wilson for shares"] if facts["judges"] else []
+    methods += ["Student's t over seeds"] if facts["over_seeds"] else []
     parts.append(
         Text(
             f"{_of_prompts(data['rows'], data['prompts'])} from {data['dataset']} ({data['split']})"
             + (f"; {data['demonstrations']:,} of them are demonstrations" if data["demonstrations"] else "")
-            + ". Brackets hold 95% intervals: bootstrap over prompts, Wilson for shares, Student's t over seeds."
+            + f". Brackets hold 95% intervals ({', '.join(methods)})."
         )
     )
     if not is_short:
         parts += _left_out(data, models)
     if facts["notes"] and not is_short:
         parts.append(Bullets(facts["notes"]))
-    parts += _figures(
-        "Perplexity of the given answers (lower is better for answers to be imitated)",
-        models,
-        "perplexity",
-        ".2f",
-        names={} if data["demonstrations"] else {"other answers": "all answers"},
-    )
+    if data["demonstrations"] or not is_short:  # what is only compared need not become more likely
+        parts += _figures(
+            "Perplexity of the given answers (lower is better for answers to be imitated)",
+            models,
+            "perplexity",
+            ".2f",
+            names={} if data["demonstrations"] else {"other answers": "all answers"},
+        )
     parts += _figures(
         "Implicit reward", [*models, *_by_length(models)], "implicit_reward", ".3f", meanings=_meanings(models)
     )
