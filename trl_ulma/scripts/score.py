@@ -57,7 +57,7 @@ def make_parser(prog: str = "trl-ulma score") -> argparse.ArgumentParser:
     parser.add_argument(
         "--columns",
         help="names of the columns in your data: prompt=question,completion=response "
-        "(default for this and --label_map: as in training, if it read the same dataset)",
+        "(default for this and --label_map: as in training, if the file has these columns)",
     )
     parser.add_argument("--label_map", help="numbers for labels that are words: up=1,down=0")
     parser.add_argument(
