@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, load_dataset
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForSequenceClassification
+from world import trains_with_trl
 
 PAPER = Path(__file__).resolve().parents[2] / "examples" / "paper"
 sys.path.append(str(PAPER))
@@ -374,6 +375,7 @@ def dry(tmp_path_factory):
     return folder
 
 
+@trains_with_trl
 def test_two_steps_of_a_cell_are_stored_with_all_that_the_tables_need(dry):
     found = record(dry, "small/hh/ulma/seed-0")
     measured = found["measured"]
@@ -400,6 +402,7 @@ def test_two_steps_of_a_cell_are_stored_with_all_that_the_tables_need(dry):
     assert {"spearman", "mse"} <= set(pointwise["measured"]["implicit_reward"])
 
 
+@trains_with_trl
 def test_what_is_finished_is_not_run_again_but_a_judge_can_come_later(dry, tmp_path, capsys):
     folder = shutil.copytree(dry, tmp_path / "run")
     shutil.rmtree(folder / "work" / "cells")
@@ -422,6 +425,7 @@ def test_what_is_finished_is_not_run_again_but_a_judge_can_come_later(dry, tmp_p
     assert "was made with another stages. Choose another --output." in capsys.readouterr().err
 
 
+@trains_with_trl
 def test_a_judge_learns_from_pairs_that_the_run_has_not_seen(dry, tiny, raw, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(dry, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
@@ -478,6 +482,7 @@ def test_a_judge_learns_from_pairs_that_the_run_has_not_seen(dry, tiny, raw, tmp
     assert "so what the judge may not see is not known" in capsys.readouterr().err
 
 
+@trains_with_trl
 @pytest.mark.parametrize(("method", "stage"), [("ulma", "1-ulma"), ("dpo", "1-dpo")])
 def test_training_goes_on_from_the_last_whole_checkpoint(method, stage, dry, tmp_path):
     folder = shutil.copytree(dry, tmp_path / "run")
@@ -497,6 +502,7 @@ def test_training_goes_on_from_the_last_whole_checkpoint(method, stage, dry, tmp
     assert found["trained"][0]["steps"] == 2
 
 
+@trains_with_trl
 def test_a_cell_that_fails_leaves_the_others_their_turn(dry, tmp_path, capsys):
     folder = shutil.copytree(dry, tmp_path / "run")
     shutil.rmtree(folder / "work" / "cells")

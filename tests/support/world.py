@@ -3,12 +3,18 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
 
+# These versions compute the LM head of their own trainers with Triton, which CPUs do not have
+NEEDS_TRITON = Version("1.14") <= Version(trl.__version__) < Version("1.16")
+trains_with_trl = pytest.mark.skipif(NEEDS_TRITON, reason=f"the trainers of TRL {trl.__version__} need Triton")
 PROMPTS = ("How are you?", "What is the capital of France?", "Please write a short letter.", "The cat sat", "Why?")
 ANSWERS = (" I am fine, thank you!", " Paris.", " No. Go away.", " on the mat.", " Of course, here it is: Dear Sir,")
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
-from world import ANSWERS, PROMPTS, make_trainer, plain_logps, weights
+from world import ANSWERS, PROMPTS, make_trainer, plain_logps, trains_with_trl, weights
 
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 from trl_ulma.rows.sampler import GroupSampler
@@ -165,6 +165,7 @@ def test_the_first_step_is_that_of_the_oracle(tiny_gpt2, tmp_path, other):
     assert log["log_z"] == pytest.approx(-(policy - ref).mean(), rel=1e-3)
 
 
+@trains_with_trl
 def test_on_pairs_it_is_dpo(tiny_gpt2, tmp_path, other):
     """The weights after three steps are those of TRL's DPO, whose loss is per pair instead of per row.
 

@@ -7,7 +7,16 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOTrainer
-from world import binary_rows, first_step_loss, make_rows, make_trainer, mixed_rows, plain_logps, weights
+from world import (
+    binary_rows,
+    first_step_loss,
+    make_rows,
+    make_trainer,
+    mixed_rows,
+    plain_logps,
+    trains_with_trl,
+    weights,
+)
 
 from trl_ulma import DataCollatorForPointwisePreference
 
@@ -205,6 +214,7 @@ def test_ulma_without_demonstrations_is_pointwise_dpo(tiny_gpt2, tmp_path):
     )
 
 
+@trains_with_trl
 def test_the_pointwise_loss_on_pairs_is_half_of_bco_pair(tiny_gpt2, tmp_path):
     from datasets import Dataset
     from trl import DPOConfig

@@ -4,17 +4,13 @@ import copy
 
 import pytest
 import torch
-import trl
 from accelerate.hooks import ModelHook, add_hook_to_module
 from datasets import Dataset
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from world import make_rows, make_trainer, plain_logps
+from world import NEEDS_TRITON, make_rows, make_trainer, plain_logps, trains_with_trl
 
-# The fused LM head of TRL's own trainers
-NEEDS_TRITON = Version("1.14") <= Version(trl.__version__) < Version("1.16")
 ROWS = make_rows(6)
 PAIRS = [{"prompt": "Hi", "chosen": " Yes.", "rejected": " No."}] * 4
 
@@ -55,7 +51,7 @@ def test_copies_of_models_that_other_trainers_have_patched_run_their_own_weights
     again.train()
 
 
-@pytest.mark.skipif(NEEDS_TRITON, reason=f"the trainers of TRL {trl.__version__} need Triton")
+@trains_with_trl
 def test_copies_are_mended_below_what_accelerate_wraps_a_forward_in(tiny_gpt2, tmp_path):
     rows = Dataset.from_list([{"text": "Hi there. How are you?"}] * 4)
     settings = {"report_to": "none", "bf16": True, "max_steps": 1, "use_cpu": True, "save_strategy": "no"}
