@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from forks import run_script
 from transformers import AutoModelForCausalLM
+from world import trains_with_trl
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
 
@@ -16,6 +17,7 @@ def run(script: str, *options: str, folder: Path) -> str:
     return done.stdout
 
 
+@trains_with_trl
 def test_methods_take_turns_and_the_report_has_their_ratios(tiny_gpt2, tmp_path):
     methods = ["dpo", "kto", "ulma", "pointwise-dpo-shared", "ulma-shared-precomputed", "floor", "floor-shared"]
     options = ["--model", tiny_gpt2, "--method", ",".join(methods), "--rows", "8", "--rounds", "2", "--no_memory"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers.utils import logging
+from world import trains_with_trl
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -39,6 +40,7 @@ def run(compare, capsys):
     torch.set_num_threads(threads)
 
 
+@trains_with_trl
 def test_the_trainers_are_compared_once_and_reported(tiny_llama, tmp_path, compare, run, capsys):
     arguments = ["--model", tiny_llama, "--output", tmp_path, "--seeds", "1", "--pairs"]
     printed = run(*arguments, 4)

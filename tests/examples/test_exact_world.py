@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import trl
+from world import trains_with_trl
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "exact_world"
 sys.path.insert(0, str(FOLDER))
@@ -308,6 +309,7 @@ def test_one_answer_a_prompt_is_learned_from_where_prompts_share(log_z):
 # The scripts
 
 
+@trains_with_trl
 def test_a_run_resumes(tmp_path, monkeypatch, capsys):
     def more(cells: int) -> list[dict]:
         options = ["--only", "frontier", "--cells", str(cells), "--results", str(tmp_path)]

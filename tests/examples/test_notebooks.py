@@ -9,6 +9,7 @@ import transformers
 from forks import python_path
 from nbclient import NotebookClient
 from packaging.version import Version
+from world import trains_with_trl
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 # What the cell tagged "parameters" is replaced by, besides MODEL
@@ -59,7 +60,9 @@ def test_these_are_all():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(TINY)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=trains_with_trl if each == "from_dpo_to_ulma" else ()) for each in TINY]
+)
 def test_a_notebook_runs_with_a_tiny_model(name, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", python_path())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
