@@ -123,6 +123,22 @@ def test_columns_that_nothing_reads_never_matter(tmp_path, values):
     )
 
 
+@pytest.mark.parametrize("odd", [float("nan"), 0.1234567890123456, 2**70, [float("nan")]])
+@pytest.mark.parametrize("column", ["completion", "label"])
+def test_one_odd_value_does_not_make_text_of_the_others(tmp_path, column, odd):
+    turns = [{"role": "user", "content": "Hi"}]
+    rows = [row(1), row("good"), row(5) | {"completion": turns}, row(1) | {column: odd}]
+    found = read(write(tmp_path / "rows.jsonl", lines(rows)))
+    assert found[column][:3] == [each[column] for each in rows[:3]]
+    assert not isinstance(found[column][3], str)
+
+
+def test_bytes_among_texts_are_no_text(tmp_path):
+    for name, prompt in (("a", pa.array(["p"])), ("b", pa.array([b"p"]))):
+        pq.write_table(pa.table({"prompt": prompt, "completion": ["c"], "label": [1]}), tmp_path / f"{name}.parquet")
+    assert read(tmp_path)["prompt"][:] == ["p", {"bytes": "b'p'"}]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_numbers_truth_values_and_marks(tmp_path, streaming):
     rows = [row("4", weight=1, sft_mask=1, log_z="-0.5"), row(" 0.5", weight="2", sft_mask="false", log_z=0)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,13 +14,14 @@ from datasets import Dataset, Features, Json, List, Value, config
 from datasets.features.features import generate_from_arrow_type
 from filelock import FileLock
 
-from trl_ulma.data.columns import NUMBERS
+from trl_ulma.data.columns import BOOLS, NUMBERS, TEXTS
 
 # A kind describes how values of a column are stored: a word such as "string", ("list", kind), ("object", {key: kind}),
 # or an Arrow type that JSON lacks. "int" is exact as a float, "long" is not. "json" is any value, stored as JSON.
 Kind = Any
 _EXACT = 2**53
 _INT64 = 2**63
+_LONG_NUMBER = re.compile(r"\d{19}")
 # An object with more keys than this is stored as a dictionary instead of a table, and so is what is nested deeper
 _MOST_KEYS = 100
 _DEEPEST = 50
@@ -155,14 +157,29 @@ def typed(rows: Rows, place: Callable[[int], str], warn: Callable[[str], None]) 
     for row in rows() if unsure else ():
         for column in [each for each in unsure if not _is_kept_by_json(row.get(each))]:
             unsure.remove(column)
-            kinds[column] = "text"
-            warn(f"{column}: values of several kinds are stored as JSON text")
+            if column in (*TEXTS, *NUMBERS, *BOOLS):  # JSON text would be taken for what it is the text of
+                warn(f"{column}: values of several kinds are stored as JSON, which rounds some numbers and lacks NaN")
+            else:
+                kinds[column] = "text"
+                warn(f"{column}: values of several kinds are stored as JSON text")
     return kinds
+
+
+def _as_json(value: Any) -> str:
+    """A value as JSON that `Json` reads. What JSON lacks becomes an object with the name of its type, and no text."""
+    text = json.dumps(value, ensure_ascii=False, default=lambda each: {type(each).__name__: str(each)})
+    if not _LONG_NUMBER.search(text):
+        return text
+    return json.dumps(json.loads(text, parse_int=_in_64_bits), ensure_ascii=False)
+
+
+def _in_64_bits(digits: str) -> int | float:
+    return int(digits) if -_INT64 <= int(digits) < 2 * _INT64 else float(digits)
 
 
 def _array(values: list[Any], kind: Kind, type_: pa.DataType, is_number: bool) -> pa.Array:
     if kind == "json":
-        texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+        texts = [None if value is None else _as_json(value) for value in values]
         return pa.ExtensionArray.from_storage(type_, pa.array(texts, type_.storage_type))
     if kind == "text":
         values = [
