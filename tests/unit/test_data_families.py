@@ -229,6 +229,26 @@ def test_a_rating_beside_demonstrations_is_noted(family, raw, other):
     assert not convert(family, Dataset.from_list([raw | {"id": 7, "score_count": 9}]))[1].noted
 
 
+@pytest.mark.parametrize(
+    ("family", "raw"),
+    [
+        ("kto", {"prompt": "Hi", "completion": "Hello!", "label": 1}),
+        ("messages", {"messages": [USER, GOOD], "label": 1}),
+        ("stack-exchange-paired", {"question": "Hi", "response_j": "Hello!", "response_k": "Go."}),
+    ],
+)
+def test_columns_that_mean_something_and_are_not_read_are_noted(family, raw):
+    empty = {"system": "", "tools": None, "weight": None, "sft_mask": None, "source": "web"}
+    full = {"system": "Be brief.", "tools": "[]", "weight": 0.0, "sft_mask": False, "source": "web"}
+    _, account = convert(family, Dataset.from_list([raw | empty, raw | full]))
+    names = ("system", "tools", "weight", "sft_mask")
+    assert {what: (found.count, found.first_row) for what, found in account.noted.items() if "column" in what} == {
+        f"its column `{name}` is not read, and is not in the rows": (1, 1) for name in names
+    }
+    alpaca = {"instruction": "Hi", "output": "Hello!", "system": "Be brief."}
+    assert not convert("alpaca", Dataset.from_list([alpaca]))[1].noted
+
+
 def test_an_overall_score_of_10_that_was_a_1_in_ultrafeedback():
     def read(score, mean, *aspects):
         names = ("honesty", "helpfulness")[: len(aspects)]

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 
 from trl_ulma.data.adapters import FAMILIES, OFF_SCALE, OUTSIDE, Adapter, LeftOut, Noted, find, is_number
+from trl_ulma.data.columns import OTHERS
 from trl_ulma.data.readable import direction, proposed, rating_of, whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
@@ -28,6 +29,8 @@ FEATURES = {
 }
 SAME_SPEAKER = "two consecutive turns of the same speaker, which some chat templates do not support"
 _CHUNK = 10_000
+# Columns without which a row means something else
+_MEANT = frozenset((*OTHERS, "weight", "log_z", "trials", "system", "system_prompt")) - {UNREAD}
 
 
 @dataclass
@@ -99,6 +102,7 @@ def convert(
         raise ValueError("The dataset contains no rows. Pass at least one row.")
     _check_columns(family, adapter, first, stream)
     unread = _unread_rating(adapter, first)
+    lost = [name for name in adapter.unused(first) if name in _MEANT]
 
     def counted() -> Iterator[Mapping[str, Any]]:
         for raw in chain([first], stream):
@@ -108,6 +112,8 @@ def convert(
             else:
                 if unread and raw.get(unread[0]) is not None:
                     account.add(account.noted, unread[1])
+                for name in (each for each in lost if raw.get(each) not in (None, "", [], {})):
+                    account.add(account.noted, f"its column `{name}` is not read, and is not in the rows")
                 yield {name: value for name, value in raw.items() if name != UNREAD}
 
     parts: list[Dataset] = []
