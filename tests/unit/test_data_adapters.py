@@ -691,7 +691,7 @@ def test_label_types_are_counted_apart():
 
 
 def test_many_labels_are_binned():
-    raw = {"question": "?", "answers": [{"text": "a", "score": n} for n in range(101)]}
+    raw = {"question": "?", "answers": [{"text": f"a{n}", "score": n} for n in range(101)]}
     rows, _ = convert("votes", Dataset.from_list([raw]), label="votes")
     bins = summarize(rows)["labels"]["continuous"]
     assert [each["rows"] for each in bins] == [10] * 9 + [11]

@@ -384,6 +384,9 @@ def test_votes_of_the_arena():
             (["Hi"], "Go.", 1.0, True),
         ]
     assert labels("arena", texts | {"winner": "tie"}) == [0.5, 0.5]
+    listed = outcomes("arena", texts | {"response_a": '["red"]', "response_b": '["red", "blue"]', "winner": "tie"})
+    assert [answer for _, answer, *_ in listed] == ['["red"]', '["red", "blue"]']
+    assert labels("arena", lists | vote | {"prompt": "[]"})[0].endswith("different numbers of questions and answers")
     assert labels("arena", texts | {"winner": "c"})[0].startswith("its vote is not one of")
     [why, _] = labels("arena", lists | vote | {"response_a": "[null]"})
     assert why == "its question or answer is not text"
@@ -409,6 +412,15 @@ def test_equal_answers_with_different_scores_are_left_out():
     assert labels("webgpt", SAMPLES["webgpt"](1) | same | {"score_0": 0.0, "score_1": 0.0}) == [0.0] * 2
     ranked = [{"answer": text, "rank": rank} for text, rank in (("Yes", 1), ("No", 2), ("Yes", 3))]
     assert labels("nectar", {"prompt": "Hi", "answers": ranked}) == [SAME, -2.0, SAME]
+    texts = ["Yes", "No", "Yes"]
+    rated = {"instruction": "Hi", "generations": texts, "ratings": [5, 2, 1]}
+    assert labels("distilabel", rated) == labels("distilabel", rated | {"ratings": [5, 2, 4]}) == [SAME, 2.0, SAME]
+    completions = [{"response": text, "overall_score": score} for text, score in zip(texts, (9, 2, 3), strict=True)]
+    assert labels("ultrafeedback", {"instruction": "Hi", "completions": completions}) == [SAME, 2.0, SAME]
+    voted = [{"text": text, "score": score} for text, score in zip(texts, (7, 1, 7), strict=True)]
+    assert labels("votes", {"question": "Hi", "answers": voted}) == [3.0, 1.0, 3.0]
+    voted.append({"text": "No", "score": -1})
+    assert labels("votes", {"question": "Hi", "answers": voted}) == [3.0, SAME, 3.0, SAME]
 
 
 def test_webgpt():

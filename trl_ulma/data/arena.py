@@ -67,7 +67,9 @@ def _vote(raw: Mapping[str, Any]) -> str | None:
 
 
 def _conversation(raw: Mapping[str, Any], half: str) -> list[dict[str, str]]:
-    questions, answers = _texts(raw["prompt"]), _texts(raw[f"response_{half}"])
+    questions, answers = _texts(raw["prompt"]), raw[f"response_{half}"]
+    # The answer to a question that is no list can itself be a list, as JSON
+    answers = [answers] if [raw["prompt"]] == questions and isinstance(answers, str) else _texts(answers)
     if len(questions) != len(answers):
         raise ValueError("its conversation has different numbers of questions and answers")
     turns = zip(questions, answers, strict=True)

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, labeled
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, compared, labeled
 
 
 def distilabel(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-    """One row per generation, with its rating as a continuous label.
+    """One row per generation, with its rating as a continuous label. Equal generations with different ratings are left
+    out.
 
     Args:
         rows: `instruction` (text or messages), `generations` (a list of texts) and `ratings` (a list of numbers, of the
@@ -28,8 +29,10 @@ def distilabel(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
         if raw.get("system_prompt"):
             asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             prompt = [{"role": "system", "content": raw["system_prompt"]}, *asked]
-        for answer, rating in zip(answers, ratings, strict=True):
-            yield labeled(prompt, answer, rating, label_type="continuous")
+        yield from compared(
+            labeled(prompt, answer, rating, label_type="continuous")
+            for answer, rating in zip(answers, ratings, strict=True)
+        )
 
 
 DISTILABEL = Adapter(distilabel, needs=(("instruction", "generations", "ratings"),), also=("system_prompt",))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, as_number, labeled
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, as_number, compared, labeled
 
 OVERALL = {"overall": "overall_score", "fine-grained": "fine-grained_score"}
 ASPECTS = ("instruction_following", "truthfulness", "honesty", "helpfulness")
@@ -39,18 +39,21 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
         if not isinstance(answers, list) or not answers:
             yield LeftOut("its instruction has no completions")
             continue
+        found: list[Outcome] = []
         for answer in answers:
             if not isinstance(answer, Mapping):
-                yield LeftOut("its completion is not an object with a `response`")
+                found.append(LeftOut("its completion is not an object with a `response`"))
                 continue
             rating = answer.get(OVERALL[aspect]) if aspect in OVERALL else _rating(answer, aspect)
             if aspect == "overall" and as_number(rating) == 10:
                 mean = _mean(answer)
                 if mean is not None and mean < 4:
-                    yield Noted(TEN_IS_ONE if mean <= 2 else TEN_MAY_BE_ONE)
+                    found.append(Noted(TEN_IS_ONE if mean <= 2 else TEN_MAY_BE_ONE))
                     rating = 1 if mean <= 2 else rating
             scale = (1, 10 if aspect == "overall" else 5)
-            yield labeled(raw["instruction"], answer.get("response"), rating, label_type="continuous", scale=scale)
+            text = answer.get("response")
+            found.append(labeled(raw["instruction"], text, rating, label_type="continuous", scale=scale))
+        yield from compared(found)
 
 
 def _rating(answer: Mapping[str, Any], aspect: str) -> Any:

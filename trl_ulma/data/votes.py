@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, row
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, compared, row
 
 LABELS = ("log", "votes")
 NOT_A_NUMBER = "its votes are not a number"
@@ -51,9 +51,10 @@ def _stack_exchange(raw: Mapping[str, Any], label: str, accepted: bool) -> Itera
     if not isinstance(answers, list) or not answers:
         yield LeftOut("its question has no answers")
         return
+    found: list[Outcome] = []
     for answer in answers:
         if not isinstance(answer, Mapping):
-            yield LeftOut("its answer is not an object with `text` and `pm_score` or `score`")
+            found.append(LeftOut("its answer is not an object with `text` and `pm_score` or `score`"))
             continue
         value = answer.get("score")
         if label == "votes" and value is None and answer.get("pm_score") is not None:
@@ -64,7 +65,9 @@ def _stack_exchange(raw: Mapping[str, Any], label: str, accepted: bool) -> Itera
             raise ValueError("The answers have no information on accepted answers (`selected`). Remove `accepted`.")
         if label == "log":
             value = answer["pm_score"] if answer.get("pm_score") is not None else _log(value)
-        yield _row(raw["question"], answer.get("text"), value, demonstration=accepted and answer["selected"] is True)
+        is_accepted = accepted and answer["selected"] is True
+        found.append(_row(raw["question"], answer.get("text"), value, demonstration=is_accepted))
+    yield from compared(found)
 
 
 def _shp(raw: Mapping[str, Any], label: str, seen: set[int]) -> Iterator[Outcome]:
