@@ -22,7 +22,7 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str] | Unread]]:
     r"""Yield (line that the row begins in, column → text of the field), according to RFC 4180.
 
-    If a row has more or fewer fields than the first line, the error is yielded instead.
+    If a row has more or fewer fields than the first line, or is a header again, the error is yielded instead.
 
     The encoding and the delimiter are detected. If they are not UTF-8 and a comma, `notice` is called.
 
@@ -57,6 +57,7 @@ def csv_rows(
 
             reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
             names: list[str] = []
+            header: list[str] = []
             swallowing = 0  # the first line in which a field seems to contain another row
             for fields in reader:
                 start, line = line, reader.line_num + 1
@@ -70,6 +71,7 @@ def csv_rows(
                     continue
                 if not names:
                     names, ends[0] = _names(fields, start, known, notice), ends[1]
+                    header = [_name(name) for name in fields]
                     if notice is not None:
                         if encoding not in ("utf-8", "utf-8-sig"):
                             notice(f"the file is read as {encoding.upper().replace('CP', 'cp')}")
@@ -79,7 +81,13 @@ def csv_rows(
                 if notice is not None and _swallows(fields, len(names), delimiter):
                     swallowing = swallowing or start
                     notice(f"a field in quotes contains the end of a row, as in line {swallowing}: a quote is missing")
-                if len(fields) == len(names):
+                if _name(fields[0]) == header[0] and [_name(field) for field in fields] == header:
+                    fault = f"repeats the names of the columns in line {start}, as in joined files. Remove it."
+                    yield start, Unread(fault, "names of columns")
+                elif all(field.startswith('{"ImportId":') for field in (fields[0], fields[-1])):
+                    fault = f"is a header of Qualtrics in line {start}. Remove it, and the questions above it."
+                    yield start, Unread(fault, "header of Qualtrics")
+                elif len(fields) == len(names):
                     yield start, dict(zip(names, fields, strict=True))
                 else:
                     yield start, _ragged(start, fields, names, delimiter)
