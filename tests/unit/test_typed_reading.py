@@ -1009,9 +1009,25 @@ def test_names_are_made_once():
         ([{"prompt": "a", "completion": "b", "harm_score": 1, "help_rating": 1}], "--columns label=help_rating$"),
         (
             [{"prompt": "a", "completion": "b", "feedback_id": 1, "score_latency": 2, "n votes": 3}],
-            "votes. It looks like demonstrations data",
+            "votes. If a column says .* it looks like demonstrations data",
         ),
         ([{"prompt": "a", "completion": "b", "user_rating_count": 3, "user_rating": 3}], "label=user_rating$"),
+        ([{"prompt": "a", "completion": "b", "rating_max": 5, "rating_mean": 3}], "label=rating_mean$"),
+        ([{"prompt": "a", "completion": "b", "is_bad": True}], "label=is_bad. A low `is_bad` looks better, so train"),
+        (
+            [{"prompt": "a", "completion": "b", "mark": 1}],
+            r"If a column says how good answers are, name it: --columns label=COLUMN\. If not, it looks like "
+            r"demonstrations data: trl-ulma prepare demonstrations",
+        ),
+        ([{"prompt": "a", "completion": "b"}], r"completion\. It looks like demonstrations data"),
+        (
+            [{"prompt": "a", "response_a": "b", "response_b": "c", "chosen": "A", "rejected": "B"}],
+            "names in the place of answers: chosen and rejected are a and b, as in the columns response_a and",
+        ),
+        (
+            [{"prompt": "a", "answer_1": "b", "answer_2": "c", "chosen": 2, "rejected": 1}],
+            "names in the place of answers: chosen and rejected are 1 and 2, as in the columns answer_1 and answer_2",
+        ),
         ([{"Question": "a", "Model Answer": "b", "label": 4}], '--columns "prompt=Question,completion=Model Answer"'),
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),
@@ -1031,6 +1047,11 @@ def test_what_fits_is_proposed(tmp_path, rows, message, streaming):
     splits = load_rows(write(tmp_path / "rows.jsonl", lines(rows)), streaming=streaming)
     with pytest.raises(ValueError, match=message):
         check_splits(splits, "rows.jsonl")
+
+
+def test_answers_that_are_letters_of_options_are_answers(tmp_path):
+    rows = [{"prompt": "Is it A or B?", "A": "red", "B": "blue", "chosen": "A", "rejected": "B"}]
+    assert not check_splits(load_rows(write(tmp_path / "rows.jsonl", lines(rows))), "rows.jsonl")
 
 
 def test_what_is_proposed_keeps_the_columns_that_are_named_already(tmp_path):

@@ -20,7 +20,9 @@ _CALLED = {
     "completion": ("response", "answer", "output", "reply", "generation", "completions", "assistant", "generated"),
     "label": (
         "labels", "rating", "score", "feedback", "thumb", "thumbs", "vote", "votes", "reward", "quality", "overall",
-        "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "rank", "toxicity",
+        "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "likes", "upvotes", "helpful",
+        "passed", "success", "rank", "toxicity", "toxic", "harmful", "flagged", "bad", "dislikes", "downvotes",
+        "errors",
     ),
     "chosen": ("preferred", "better", "winner", "accepted", "good", "best", "positive", "response_j"),
     "rejected": ("dispreferred", "worse", "loser", "bad", "worst", "negative", "response_k"),
@@ -30,12 +32,14 @@ _NO_LABELS = frozenset(
     (
         "id", "ids", "uuid", "key", "index", "idx", "count", "counts", "num", "n", "latency", "time", "timestamp",
         "date", "duration", "seconds", "ms", "length", "tokens", "cost", "comment", "comments", "reason", "version",
+        "max", "min", "std", "sd", "variance", "suggestion", "suggestions",
     )
 )  # fmt: skip
 _LOWER = frozenset(
     (
         "rank", "ranking", "toxicity", "toxic", "harm", "harmful", "harmfulness", "error", "errors", "loss", "penalty",
-        "perplexity", "bias", "severity", "risk", "spam", "unsafe", "hallucination",
+        "perplexity", "bias", "severity", "risk", "spam", "unsafe", "hallucination", "bad", "flagged", "dislikes",
+        "downvotes",
     )
 )  # fmt: skip
 
@@ -175,10 +179,13 @@ def check_readable(
         raise ValueError(
             f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found "
             f"{', '.join(given.get(name, name) for name in names)}. "
-            + (_proposal(likely, given) if set(missing) <= set(likely) or not families else "")
-            + ("" if set(missing) <= set(likely) or not families else f"It looks like {' or '.join(families)} data: "
-               f"trl-ulma prepare {families[0]} --dataset {where} --output FOLDER")
-        )  # fmt: skip
+            + (
+                _proposal(likely, given)
+                if set(missing) <= set(likely) or not families
+                else f"{_unless_rated(names, families)} looks like {' or '.join(families)} data: trl-ulma prepare "
+                f"{families[0]} --dataset {where} --output FOLDER"
+            )
+        )
     for name in TEXTS:
         if any(isinstance(value, str) and _has_messages(value) for value in columns.get(name, ())):
             raise ValueError(
@@ -204,6 +211,13 @@ def check_readable(
         raise ValueError(
             f"{where} has labels that are words ({shown}). Map them to numbers: --label_map "
             + _meanings([word for word in words if len(word) <= 40] or ["WORD"])
+        )
+    halves = {str(half).strip().lower() for name in ("chosen", "rejected") for half in columns.get(name, ())}
+    texts = [name for name in names if {"model", *_CALLED["completion"]}.intersection(_words(name))]
+    if halves and all(any(half == name.lower() or half in _words(name) for name in texts) for half in halves):
+        raise ValueError(
+            f"{where} has names in the place of answers: chosen and rejected are {_and(sorted(halves))}, as in the "
+            f"columns {_and(texts)}. Write the answers themselves."
         )
     if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
         raise ValueError(
@@ -339,6 +353,15 @@ def _families(columns: Mapping[str, Sequence[Any]]) -> list[str]:
     from trl_ulma.data.adapters import FAMILIES, find
 
     return [name for name in FAMILIES if find(name).reads(columns)]
+
+
+def _unless_rated(names: Sequence[str], families: Sequence[str]) -> str:
+    """The start of a proposal. A family that makes demonstrations of all answers may ignore a column of labels."""
+    from trl_ulma.data.adapters import find
+
+    if not find(families[0]).rated or not find(families[0]).unused(names):
+        return "It"
+    return "If a column says how good answers are, name it: --columns label=COLUMN. If not, it"
 
 
 def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
