@@ -50,6 +50,9 @@ def test_cells_of_conversations_are_json(tmp_path):
     write(plain, tmp_path / "plain.csv")
     with open(tmp_path / "plain.csv", newline="", encoding="utf-8") as file:
         assert [row["completion"] for row in csv.DictReader(file)] == ["[1]", ""]
+    returns = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["50 %\r100 %", "c\r\nd"], "label": [1, None]})
+    write(returns, tmp_path / "returns.csv")
+    assert load_rows(tmp_path / "returns.csv")["train"].to_dict() == returns.to_dict()
 
 
 def test_a_file_of_json_lines_keeps_values_exactly(tmp_path):

@@ -12,6 +12,7 @@ log Z, the label transform, the number format and the quantization are those sav
 """
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -181,7 +182,7 @@ def write(scored: "Dataset", path: Path) -> None:
                 there = {name: value for name, value in row.items() if name not in COLUMNS or value is not None}
                 file.write(json_text(there) + "\n")
     elif path.suffix == ".csv":
-        scored.to_csv(str(path))
+        scored.to_csv(str(path), quoting=csv.QUOTE_NONNUMERIC)  # a carriage return outside of quotes ends a line
     else:
         scored.to_parquet(str(path))
 
