@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,24 @@ def _look_like_data(folder: Path) -> list[Path]:
 
 def _named(files: Sequence[Path]) -> str:
     return f"{', '.join(file.name for file in files[:3])}{' and others' * (len(files) > 3)}"
+
+
+# The name of one of several files of a dataset, such as train-00000-of-00002.parquet
+_SHARD = re.compile(r"(.*)-(\d{3,})-of-(\d{3,})(\D.*)")
+
+
+def _missing_shards(files: Iterable[Path]) -> list[str]:
+    """What to say about files that are missing by the names of others, such as train-00000-of-00002.parquet."""
+    found: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if (name := _SHARD.fullmatch(file.name)) is not None:
+            key = (file.parent, f"{name[1]}-*-of-{name[3]}{name[4]}", int(name[3]))
+            found.setdefault(key, set()).add(int(name[2]))
+    return [
+        f"{total - len(numbers):,} of {total:,} files {names} are missing. Download them, too"
+        for (_, names, total), numbers in sorted(found.items())
+        if len(numbers) < total
+    ]
 
 
 def load_folder(
@@ -107,6 +125,8 @@ def load_folder(
     others = [] if declared else [file for file in data_files(path) if file.resolve() not in read]
     if others:
         say({f"{_named(others)} is not in a split and is ignored": 1}, str(path))
+    for missing in [] if declared else _missing_shards(read):
+        say({missing: 1}, str(path))
     other_kinds = [] if declared else _look_like_data(path)
     if other_kinds:
         are = "1 file is" if len(other_kinds) == 1 else f"{len(other_kinds):,} files are"
