@@ -593,6 +593,8 @@ def test_further_keys_of_messages_are_kept():
         "demonstrations", IterableDataset.from_generator(lambda: iter([{"messages": m} for m in (first, second)]))
     )
     assert (account.answers, account.rows_out) == (2, 2)
+    [(noted, found)] = account.noted.items()
+    assert (noted.startswith("a message of its answer has the weight 0"), found.count) == (True, 1)
     found = [
         {key: value for key, value in turn.items() if value is not None}
         for turn in rows[0]["prompt"] + rows[0]["completion"]

@@ -3,10 +3,15 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, row
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, row
 from trl_ulma.data.conversations import as_messages, check_repeats, is_whole_transcript, split_turns
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.data.sharegpt import as_turns
+
+ZERO = (
+    "a message of its answer has the weight 0, as OpenAI's format marks what is not learned. The weight is not read, "
+    "so the answer is a demonstration"
+)
 
 
 def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
@@ -38,6 +43,8 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
         except ValueError as error:
             yield LeftOut(str(error))
             continue
+        if any(turn.get("weight") == 0 for turn in completion):
+            yield Noted(ZERO)
         yield row(prompt, completion, 1.0, demonstration=True)
 
 
