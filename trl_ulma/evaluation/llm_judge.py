@@ -78,7 +78,8 @@ _BARE = re.compile(r"[\W_]*(?:answer[\s_]+|boxed\{)?(1|2|tie)[\W_]*", re.IGNOREC
 # How the rest of the line takes a verdict back. A reason may name the other answer, too: "1, because 2 is rude".
 _TAKES_BACK = re.compile(
     r"\b(?:or|but|actually|wait|rather|however|instead|verdict)\b|\b(?:1|2|first|second|one|two)\s+(?:answer\s+|one\s+)?"
-    r"is\s+(?:better|more)\b",
+    r"(?:(?:is|was)\s+(?:\w+\s+)?(?:better|best|more|safer|superior|preferable|preferred)|wins|preferred)\b|"
+    r"\bprefer\s+(?:the\s+|answer\s+)?(?:1|2|first|second)\b|\b(?:1|2)\s*[:(]\s*(?:score\s*)?\d",
     re.IGNORECASE,
 )
 # How it says that the answer which it names is the worse one, if it names no other: "1 (less helpful)"
