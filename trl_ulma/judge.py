@@ -242,6 +242,10 @@ class Judge:
             note = beyond_training(given_label[own], rules)
             if note is not None:
                 logger.warning(note)
+        if is_labeled and rules.label_type == "continuous":
+            note = thumbs(given_label[own], rules, saved.label_center)
+            if note is not None:
+                logger.warning(note)
         note = alike(reward[own], found["predicted_label"][own], given_label[own] if is_labeled else None)
         if note is not None:
             logger.warning(note)
@@ -307,6 +311,30 @@ def beyond_training(label: np.ndarray, rules: LabelRules) -> str | None:
         f"{ends[1]:g}. The transform {rules.transform} reads them as the ends of this range."
         if outside
         else None
+    )
+
+
+def thumbs(label: np.ndarray, rules: LabelRules, center: float | None) -> str | None:
+    """A warning if all labels are 0 or 1, and those of the training were ratings. None if not, or if that is unknown.
+
+    Args:
+        label: `(N,)` continuous labels as rows carry them.
+        rules: how labels are read.
+        center: the mean of the training labels after the transform, or None.
+
+    Example:
+        >>> thumbs(np.array([0.0, 1.0]), LabelRules("continuous"), 3.25)
+        'All 2 labels are 0 or 1 (false or true), and those of the training are about 3.25 on average. If they are likes
+        and dislikes, add a column label_type with "binary".'
+    """
+    if center is None or not len(label) or not np.isin(label, (0, 1)).all():
+        return None
+    mean = center if rules.transform is None else float(rules.transform.invert(np.array([center]))[0])
+    if 0 <= mean <= 1:
+        return None
+    return (
+        f"All {len(label):,} labels are 0 or 1 (false or true), and those of the training are about {mean:.3g} on "
+        'average. If they are likes and dislikes, add a column label_type with "binary".'
     )
 
 

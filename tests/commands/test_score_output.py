@@ -206,6 +206,25 @@ def test_labels_beyond_those_of_the_training_are_counted(caplog, monkeypatch):
     assert not [record for record in caplog.messages if "outside the range" in record]
 
 
+def test_thumbs_scored_by_a_model_of_ratings_are_cautioned_about(caplog, monkeypatch):
+    for name in ("transformers", "trl_ulma"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+
+    def warned(center, label, transform=None, **columns):
+        caplog.clear()
+        fitted = transform and parse_transform(transform, "continuous").fit(np.arange(1.0, 6.0))
+        settings = SavedSettings(beta=0.1, label_type="continuous", label_transform=fitted, label_center=center)
+        rows = make_rows(3, label=label, **columns)
+        Judge(settings, make_tokenizer(), lambda prepared: np.arange(3.0)).score(rows)
+        return [message for message in caplog.messages if "are 0 or 1" in message]
+
+    said = ["All 3 labels are 0 or 1 (false or true), and those of the training are about 3 on average. If they are "
+            'likes and dislikes, add a column label_type with "binary".']  # fmt: skip
+    assert warned(3.0, [True, False, True]) == warned(0.0, [0, 1, 1], "standardize") == said
+    assert warned(0.0, [0, 1, 5], "standardize") == warned(0.5, [0, 1, 1]) == warned(None, [0, 1, 1]) == []
+    assert warned(3.0, [0, 1, 1], label_type=["binary"] * 3) == []
+
+
 def test_rows_have_the_rewards_of_the_format_trained_on_whatever_file_they_come_from(tiny_llama, tmp_path):
     texts = [{"prompt": f"What is {i}?", "completion": f"It is {i}.", "label": i % 2} for i in range(8)]
     Dataset.from_list(texts).to_csv(tmp_path / "rows.csv")
