@@ -301,6 +301,12 @@ def test_control_characters_in_texts_are_counted(tmp_path, caplog, name, control
     assert f"completion: texts contain control characters, such as {control!r}. Remove them (2 values)" in said
 
 
+def test_marks_of_files_that_were_appended_are_counted(tmp_path, caplog):
+    text = "prompt,completion,label\nWhy?,So\ufeffso.,1\n\ufeffHow?,So.,0\n"
+    assert read(write(tmp_path / "rows.csv", text))["prompt"][:] == ["Why?", "\ufeffHow?"]
+    assert "prompt: texts contain control characters, such as '\\ufeff'. Remove them." in caplog.text
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
 def test_texts_that_were_decoded_wrongly_are_counted(tmp_path, caplog, name):
     texts = ["caf\ufffd", "cafÃ©", "donâ€™t", "café", "SÃO Paulo", "10 € â"]

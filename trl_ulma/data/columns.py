@@ -32,7 +32,8 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|CALC!|GETTING_DATA)")
 # The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
 _MOJIBAKE = re.compile(r"\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+# At the start of a text, a byte order mark is left from a file that was appended
+_CONTROL = re.compile(r"^\ufeff|[\x00-\x08\x0e-\x1f\x7f]")
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
 _MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
