@@ -318,6 +318,31 @@ def test_training_takes_names_and_labels(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("column", "more", "is_said"),
+    [
+        ("rank", [], True),
+        ("rank", ["--label_transform", "lower_is_better,standardize"], False),
+        ("rank", ["--label_map", "0=1,1=0"], False),
+        ("stars", [], False),
+        ("error_free", [], False),
+    ],
+)
+def test_labels_that_look_better_if_they_are_low_are_cautioned_about(tmp_path, column, more, is_said):
+    file = write(
+        tmp_path / "ranks.csv", f"prompt,completion,{column}\n" + "".join(f"q{i},a,{i % 2}\n" for i in range(9))
+    )
+    argv = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--bf16", "false", "--label_type", "continuous"]
+    argv += ["--dataset_name", file, "--columns", f"label={column}", "--sft_threshold", "1", *more]
+    script_args, training_args, _, dataset_args = ulma.make_parser().parse_settings(argv)
+    said = load_splits(script_args, training_args, dataset_args)[2]
+    assert (f"{file}: A low `{column}` looks better, so train with --label_type continuous" in said) == is_said
+    if not more:
+        part = {"path": file, "columns": {"label": column}}
+        mixed = load_mixture([PartConfig(**part)], rules=None)[1]
+        assert any("looks better" in note for note in mixed) == is_said
+
+
 def test_prepare_takes_names_and_labels(tmp_path, capsys):
     file = write(tmp_path / "pairs.csv", "question,better,worse\n" + "".join(f"q{i},a,b\n" for i in range(10)))
     argv = ["prepare", "pairs", "--input", file, "--output", str(tmp_path / "out.jsonl")]

@@ -24,6 +24,7 @@ from trl_ulma.data.hub import load_hub
 from trl_ulma.data.origins import Places, joined_origins, note_places, origin, places_of
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.read_files import SOME_TABLES, TABLES, marked
+from trl_ulma.data.readable import check_direction
 from trl_ulma.data.tables import as_dataset
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import LabelRules
@@ -97,6 +98,8 @@ def load_mixture(
                 rows = rows.remove_columns([name for name in there if name not in (*part.columns, UNREAD)])
             renamed = None if isinstance(part.columns, list) else part.columns
             notes = check_splits({"": rows}, str(part.path), columns=renamed)
+            transform = None if rules is None else rules.transform
+            notes += check_direction(str(part.path), renamed, getattr(part, "label_map", None), transform)
             said += [each for each in map(_in_entry, notes) if each not in said]
         except (OSError, ValueError) as error:
             kind = type(error if isinstance(error, FileNotFoundError) else ValueError())

@@ -7,9 +7,9 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
-from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, parsed_list
+from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, Names, parsed_list
 from trl_ulma.data.unread import UNREAD
-from trl_ulma.labels import is_messages
+from trl_ulma.labels import LabelTransform, is_messages
 
 _COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
 _PRINTED = re.compile(r"""['"]role['"]\s*:\s*['"](user|assistant|system)['"]""")  # in a list that cannot be read
@@ -43,6 +43,8 @@ _LOWER = frozenset(
     )
 )  # fmt: skip
 
+_NOT = frozenset(("no", "not", "non", "free", "without"))  # error_free
+
 
 def rating_of(row: Mapping[str, Any]) -> str | None:
     """The column of a row that looks like a label, or None.
@@ -62,11 +64,31 @@ def direction(name: str) -> str:
         ('', ' A low `harm_score` looks better, so train with --label_transform lower_is_better.')
     """
     parts = _words(name)
-    if not _LOWER.intersection(parts):
+    if not _LOWER.intersection(parts) or _NOT.intersection(parts):
         return ""
     steps = "lower_is_better,prompt_quantile" if {"rank", "ranking"}.intersection(parts) else "lower_is_better"
     ranks = "--label_type continuous and " if "," in steps else ""
     return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}."
+
+
+def check_direction(
+    where: str, columns: str | Mapping[str, str] | None, label_map: Any, transform: LabelTransform | str | None
+) -> list[str]:
+    """A warning if the column that is read as the label looks as if lower is better, and nothing reverses it.
+
+    Args:
+        where: the name of the dataset.
+        columns, label_map: as for `trl_ulma.data.files.load_rows`.
+        transform: the label transform of the training.
+
+    Example:
+        >>> check_direction("a.csv", "label=errors", None, None)
+        ['a.csv: A low `errors` looks better, so train with --label_transform lower_is_better.']
+        >>> check_direction("a.csv", "label=errors", None, "lower_is_better,standardize")
+        []
+    """
+    said = direction(Names.of(columns, None).columns.get("label", ""))
+    return [f"{where}:{said}"] if said and not label_map and "lower_is_better" not in str(transform) else []
 
 
 def _words(name: str) -> list[str]:

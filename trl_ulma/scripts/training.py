@@ -15,6 +15,7 @@ from datasets import Dataset, disable_progress_bars
 
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
+from trl_ulma.data.readable import check_direction
 from trl_ulma.data.seen_prompts import hashes_of
 from trl_ulma.data.splits import count_prompts, prompts_of, rows_of_prompts
 from trl_ulma.labels import LabelRules, parse_transform
@@ -166,6 +167,8 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         if isinstance(training_args, PointwiseDPOConfig):  # examples/paper trains on prompts, too
             read = {split: splits[split] for split in (train_split, test_split) if split in splits}
             notes = check_splits(read, name, columns=script_args.columns)
+            transform = training_args.label_transform
+            notes += check_direction(name, script_args.columns, script_args.label_map, transform)
     said += "".join(f"{note}\n" for note in notes)
     there = ", ".join(map(str, splits))
     if train_split not in splits:
