@@ -262,6 +262,16 @@ def test_texts_that_were_missing_values_of_pandas_are_counted(tmp_path, caplog, 
     ]
 
 
+def test_odd_texts_in_parquet_files_are_counted(tmp_path, caplog):
+    texts = ["nan", "cafÃ©", "a\x1bb", "nan", None, "nan is good"]
+    table = {"prompt": ["p"] * 6, "reply": pa.array(texts, pa.large_string()), "label": [1] * 6}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    assert read(tmp_path / "rows.parquet", columns="completion=reply")["completion"][:] == texts
+    found = [each.partition("reply: texts ")[2].split(",")[0] for each in caplog.messages]
+    assert found == ["that are only nan", "were decoded wrongly before", "contain control characters"]
+    assert caplog.messages[0].endswith("(2 values).")
+
+
 @pytest.mark.parametrize(("name", "mark"), [("rows.csv", ","), ("rows.tsv", "\t")])
 def test_a_quote_that_swallows_rows_is_counted(tmp_path, caplog, name, mark):
     head, whole = f"prompt{mark}completion{mark}label\n", f"x{mark}y{mark}1\n"

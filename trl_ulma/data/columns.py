@@ -31,11 +31,13 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 # What spreadsheets write in place of a cell that they could not compute. #NAME? can have been an answer such as "- Yes"
 _SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|CALC!|GETTING_DATA)")
 # The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
-_MOJIBAKE = re.compile(r"\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
+_MOJIBAKE = re.compile("\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
 # At the start of a text, a byte order mark is left from a file that was appended
-_CONTROL = re.compile(r"^\ufeff|[\x00-\x08\x0e-\x1f\x7f]")
+_CONTROL = re.compile("^\ufeff|[\\x00-\\x08\\x0e-\\x1f\\x7f]")
+# The characters themselves, because Arrow does not read \u in a pattern
+ODD_TEXT = f"{_MOJIBAKE.pattern}|{_CONTROL.pattern}"
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
-_MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
+MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
@@ -103,7 +105,7 @@ def read_value(
         notice(
             f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
         )
-    if name in TEXTS and value in _MISSING:
+    if name in TEXTS and value in MISSING:
         notice(f"{theirs}: texts that are only {value}, as pandas prints a missing value. Remove these rows")
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
         found = parsed_list(value)

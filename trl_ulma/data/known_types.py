@@ -3,11 +3,16 @@
 from collections import Counter
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
 from trl_ulma.data.columns import (
     BOOLS,
+    MISSING,
     NUMBERS,
+    ODD_TEXT,
+    TEXTS,
     Names,
     Truths,
     class_labels,
@@ -81,6 +86,7 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         there = {ours: theirs for ours, theirs in names.columns.items() if theirs in rows.column_names}
         rows = rows.select_columns([*there.values(), *kept])
         rows = rows.rename_columns({theirs: ours for ours, theirs in there.items() if ours != theirs})
+    found |= _odd_texts(rows, names)
     unknown: Counter[str] = Counter()
     marks: list[str | None] = [None] * len(rows)
     for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:
@@ -127,6 +133,20 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         rows = rows.add_column(UNREAD, marks, feature=Value("string"))  # type: ignore[call-arg]
     say(found, where)
     return rows
+
+
+def _odd_texts(rows: Dataset, names: Names) -> Counter[str]:
+    """Findings about texts, as of those in CSV and JSON files, and their numbers."""
+    found: Counter[str] = Counter()
+    for name in TEXTS:
+        if getattr(rows.features.get(name), "dtype", "") not in ("string", "large_string"):
+            continue
+        table: Any = rows.select_columns([name]).with_format("arrow")[:]
+        texts = table.column(name)
+        odd = pc.or_(pc.match_substring_regex(texts, ODD_TEXT), pc.is_in(texts, pa.array(MISSING, texts.type)))
+        for text in texts.filter(odd).to_pylist():
+            read_value(name, text, lambda what: found.update([what]), theirs=names.columns.get(name))
+    return found
 
 
 def _of_classes(values: list[Any], names: list[str], where: str | None) -> list[Any]:
