@@ -483,14 +483,17 @@ def test_the_label_of_a_pair_is_ignored_with_a_note():
     assert check_splits({"train": Dataset.from_list([pair | {"label": None}])}, "pairs.jsonl") == []
 
 
-def test_pairs_whose_scores_say_the_opposite_are_counted():
+@pytest.mark.parametrize("names", [("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_pairs_whose_scores_say_the_opposite_are_counted(names, as_text):
     pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}
     both = ((5, 1), (2, 2), (1, 5), (None, 1))
-    scored = [pair | {"score_chosen": one, "score_rejected": other} for one, other in both]
+    both = [[each if each is None or not as_text else str(each) for each in scores] for scores in both]
+    scored = [pair | dict(zip(names, scores, strict=True)) for scores in both]
     _, account = convert("pairs", Dataset.from_list(scored))
-    assert counts(account.noted) == {WORSE: 1}
+    assert counts(account.noted) == {WORSE.format(*names): 1}
     [said] = check_splits({"train": Dataset.from_list(scored)}, "pairs.jsonl")
-    assert said.startswith("pairs.jsonl: 1 of its first 4 pairs have a score_chosen below their score_rejected")
+    assert said.startswith("pairs.jsonl: 1 of its first 4 pairs have a {} below their {}".format(*names))
     assert not check_splits({"train": Dataset.from_list(scored[:2])}, "pairs.jsonl")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, SAME, Adapter, LeftOut, Noted, Outcome, as_number, row
+from trl_ulma.data.adapters import LIKED, SAME, Adapter, LeftOut, Noted, Outcome, row
 from trl_ulma.data.conversations import (
     as_messages,
     check_repeats,
@@ -14,7 +14,7 @@ from trl_ulma.data.conversations import (
     split_transcript,
     split_turns,
 )
-from trl_ulma.data.readable import is_worse
+from trl_ulma.data.readable import is_worse, scores_of
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import ASKING_ROLES, is_empty, is_messages
 
@@ -112,7 +112,7 @@ def _is_answer(value: Any) -> bool:
     return isinstance(value, str) or is_messages(value)
 
 
-WORSE = "its score_chosen is below its score_rejected, so its chosen answer is not the better one"
+WORSE = "its {} is below its {}, so its chosen answer is not the better one"
 
 
 def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator[Outcome]:
@@ -142,8 +142,9 @@ def pairs(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Iterator
         if any(raw.get(name) for name in ("tools", "chat_template_kwargs")):
             yield from [LeftOut("it has tools or chat_template_kwargs: train on the pairs without conversion")] * 2
             continue
-        if is_worse(as_number(raw.get("score_chosen")), as_number(raw.get("score_rejected"))):
-            yield Noted(WORSE)
+        scores = scores_of([*raw])
+        if scores and is_worse(*(raw[name] for name in scores)):
+            yield Noted(WORSE.format(*scores))
         try:
             columns = _without_needless_prompt(raw)
         except ValueError as error:

@@ -7,7 +7,7 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
-from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, Names, parsed_list
+from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, Names, number, parsed_list
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import LabelTransform, is_messages
 
@@ -266,11 +266,12 @@ def check_readable(
             f"{where}: the column {given.get('label', 'label')} is ignored, because of each pair the chosen answer is "
             "good and the rejected one bad. If it says which answer is better, swap the answers accordingly."
         )
-    scores = [columns.get(name, ()) for name in ("score_chosen", "score_rejected")]
-    worse = sum(is_worse(*pair) for pair in zip(*scores, strict=False)) if is_paired else 0
+    scored = scores_of(names)
+    scores = [columns[name] for name in scored]
+    worse = sum(is_worse(*pair) for pair in zip(*scores, strict=True)) if is_paired else 0
     if worse:
         said.append(
-            f"{where}: {worse} of its first {len(scores[0])} pairs have a score_chosen below their score_rejected, so "
+            f"{where}: {worse} of its first {len(scores[0])} pairs have a {scored[0]} below their {scored[1]}, so "
             "their chosen answer is not the better one. Swap or remove them, unless lower scores are better."
         )
     return said
@@ -284,15 +285,29 @@ _MISSPELT = {
 }
 
 
-def is_worse(chosen: Any, rejected: Any) -> bool:
-    """Whether the score of a chosen answer is below that of the rejected one.
+def scores_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns with the scores of chosen and rejected answers, or ().
 
     Example:
-        >>> is_worse(1.0, 2), is_worse(2, 2), is_worse(None, 2)
-        (True, False, False)
+        >>> scores_of(["chosen", "rejected", "chosen-rating", "rejected-rating"]), scores_of(["chosen", "rejected"])
+        (('chosen-rating', 'rejected-rating'), ())
     """
-    is_known = all(isinstance(score, int | float) for score in (chosen, rejected))
-    return is_known and chosen < rejected
+    for name in names:
+        other = name.replace("chosen", "rejected")
+        if other != name and other in names and {"score", "rating", "reward"}.intersection(_words(name)):
+            return name, other
+    return ()
+
+
+def is_worse(chosen: Any, rejected: Any) -> bool:
+    """Whether the score of a chosen answer, or its text, is below that of the rejected one.
+
+    Example:
+        >>> is_worse(1.0, 2), is_worse("2", "2.5"), is_worse(None, 2)
+        (True, True, False)
+    """
+    good, bad = (number(each) if isinstance(each, str) else each for each in (chosen, rejected))
+    return isinstance(good, int | float) and isinstance(bad, int | float) and good < bad
 
 
 # Common words for good and bad labels
