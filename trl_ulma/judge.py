@@ -3,7 +3,7 @@
 # transformers declares the processing class of many kinds
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -274,9 +274,7 @@ class Judge:
     def _check_columns(self, names: list[str]) -> None:
         if "prompt_ids" in names:
             raise ValueError("score takes raw rows, and these are prepared already. Pass the rows that they came from.")
-        taken = [name for name in COLUMNS if name in names]
-        if taken:
-            raise ValueError(f"The rows have columns that score writes: {', '.join(taken)}. Rename or remove them.")
+        check_free(names)
         choice = self.settings.log_z
         if choice == "column" and "log_z" not in names:
             raise ValueError("log_z='column' needs a column log_z in the scored rows, in nats; there is none.")
@@ -284,6 +282,13 @@ class Judge:
             raise ValueError(
                 f"The scored rows have a column log_z, and the model its own ({choice}). Remove the column."
             )
+
+
+def check_free(names: Sequence[str]) -> None:
+    """Raise ValueError if rows have columns that `Judge.score` writes."""
+    taken = [name for name in COLUMNS if name in names]
+    if taken:
+        raise ValueError(f"The rows have columns that score writes: {', '.join(taken)}. Rename or remove them.")
 
 
 def beyond_training(label: np.ndarray, rules: LabelRules) -> str | None:

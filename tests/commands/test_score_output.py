@@ -91,6 +91,13 @@ def test_the_file_that_is_read_is_not_written(tmp_path, capsys):
     assert file.read_text() == "{}\n"
 
 
+def test_columns_that_are_written_are_refused_before_a_model_is_loaded(tmp_path, capsys):
+    file = tmp_path / "scored.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": "b", "label": 1, "reward": 0.5}) + "\n")
+    assert main(["score", "--model", str(tmp_path), "--dataset", str(file), "--output", f"{tmp_path}/o.csv"]) == 1
+    assert "columns that score writes: reward. Rename or remove them." in capsys.readouterr().err
+
+
 def test_halves_of_pairs_are_counted_as_answers():
     rows = Dataset.from_dict({"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", ""]})
     scored = Dataset.from_dict({"row": [0, 0, 1], "surprise": [3.0, 2.0, 1.0]})

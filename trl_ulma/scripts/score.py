@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> str:
     from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.data.splits import prompts_of
     from trl_ulma.data.unread import UNREAD
-    from trl_ulma.judge import Judge, saved_file, without_label
+    from trl_ulma.judge import Judge, check_free, saved_file, without_label
     from trl_ulma.rows.dataset_labels import shown_by
 
     if note := fill(args, [args.model]):
@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> str:
             f"--sort surprise needs labels, which {args.dataset} does not have (its columns are "
             f"{', '.join(rows.column_names)}). Use --sort reward."
         )
+    check_free(rows.column_names)
     judge = Judge.from_pretrained(
         args.model,
         args.ref_model,
