@@ -43,6 +43,12 @@ _READ_ONCE = (
     *("ref_model_sync_steps", "router_aux_loss_coef", "activation_offloading", "use_liger_kernel"),
     *("per_device_train_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
 )
+# What the optimizer is created with in the first training, and what each training reads when it begins
+OF_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+OF_TRAINING = (
+    *("gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+)
 # Whole numbers, and their least values
 _WHOLE = {
     "max_length": 2,
@@ -257,15 +263,25 @@ def check_unchanged(args: Any, before: Mapping[str, Any]) -> None:
     Args:
         before: what `read_once` returned when the trainer was created.
     """
-    now = {name: getattr(args, name) for name in before}
-    changed = [f"{name} from {before[name]!r} to {now[name]!r}" for name in before if now[name] != before[name]]
+    changed = changes(args, before)
     if changed:
         raise ValueError(
-            f"The trainer's args were changed after the trainer was created: {'; '.join(changed)}. The trainer has "
+            f"The trainer's args were changed after the trainer was created: {changed}. The trainer has "
             "read them before, so the change would have no effect, or only a part of it. Create another trainer with "
             "these settings."
         )
     _check_numbers(args)
+
+
+def changes(args: Any, before: Mapping[str, Any]) -> str:
+    """The settings that differ from earlier values, as text; "" if there are none.
+
+    Example:
+        >>> changes(SimpleNamespace(beta=0.2, log_z=0), {"beta": 0.1, "log_z": 0})
+        'beta from 0.1 to 0.2'
+    """
+    now = {name: getattr(args, name) for name in before}
+    return "; ".join(f"{name} from {before[name]!r} to {now[name]!r}" for name in before if now[name] != before[name])
 
 
 def check_batches(args: Any, rows: Any, size: int) -> None:

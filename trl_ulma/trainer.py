@@ -47,7 +47,10 @@ from trl_ulma.checkpoints import (
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.config_checks import (
+    OF_OPTIMIZER,
+    OF_TRAINING,
     PAIRWISE,
+    changes,
     check_batches,
     check_machine,
     check_parallelism,
@@ -283,6 +286,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._resumed_identity: ReferenceIdentity | None = None
         self._resumed_logps: Sequence[float] = ()
         self._read_once = read_once(self.args)
+        self._of_optimizer: dict[str, Any] = {}
+        self._of_training: dict[str, Any] = {}
         self._pairwise = {name: getattr(self, name) for name in PAIRWISE if hasattr(self, name)}
         self._first_ref_model = self.ref_model
         self._first_adapters = active_adapters(self.model)
@@ -435,6 +440,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
+        self._of_optimizer = self._of_optimizer or {name: getattr(self.args, name) for name in OF_OPTIMIZER}
+        self._of_training = {name: getattr(self.args, name) for name in OF_TRAINING}
         divide_loss_once(self)  # another trainer's accelerator may have changed the state that all share
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
@@ -787,6 +794,13 @@ class PointwiseDPOTrainer(DPOTrainer):
             ValueError: if a callback has changed settings in a way that cannot take effect.
         """
         self._check_settings()
+        changed = changes(self.args, self._of_optimizer | self._of_training)
+        if changed:
+            raise ValueError(
+                f"trainer.args was changed in the middle of a training, for example by a callback: {changed}. The "
+                "training has read these settings at its start, so the steps would follow the new values only in "
+                "part, or not at all. Set them before the training."
+            )
         if is_without_adapter(self.model):
             raise ValueError(
                 "The adapter is switched off or merged into the model in the middle of a training, for example by a "
@@ -998,6 +1012,15 @@ class PointwiseDPOTrainer(DPOTrainer):
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
         self._check_changes()
+        if self.optimizer is None:
+            self._of_optimizer = {}
+        changed = changes(self.args, self._of_optimizer)
+        if changed:
+            raise ValueError(
+                f"trainer.args was changed after a training: {changed}. The next training goes on with the optimizer "
+                "of the last one, which has read these settings before. Set trainer.optimizer = None to begin with a "
+                "new optimizer, or create another trainer."
+            )
         for optimizer in (self.optimizer, getattr(self.optimizer, "optimizer", None)):
             _step_itself(optimizer)
         check_batches(self.args, self.train_dataset, self._rows_of_all(self._train_batch_size))

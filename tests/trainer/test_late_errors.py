@@ -701,6 +701,39 @@ def test_settings_that_may_be_changed(tiny_gpt2, tmp_path):
     assert torch.equal(weights(changed.model), weights(made.model))
 
 
+@pytest.mark.parametrize(
+    "changed", [{"gradient_accumulation_steps": 2}, {"learning_rate": 1.0}, {"max_steps": 9}], ids=str
+)
+def test_settings_that_a_callback_changes_after_they_were_read(tiny_gpt2, tmp_path, changed):
+    class Changes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            vars(args).update(changed)
+
+    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, callbacks=[Changes()], **STEPS)
+    with pytest.raises(ValueError, match=f"in the middle of a training.*{next(iter(changed))} from "):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_the_next_training_has_the_settings_of_its_optimizer(tiny_gpt2, tmp_path):
+    """Trainer keeps the optimizer, with the learning rate that it was created with."""
+
+    def first_rate(trainer):
+        trainer.train()
+        return next(log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log)
+
+    settings = STEPS | {"learning_rate": 1e-3}
+    trainer = make_trainer(tiny_gpt2, make_rows(8), tmp_path, **settings)
+    assert first_rate(trainer) == first_rate(trainer) == 1e-3
+    trainer.args.learning_rate, trainer.args.weight_decay, trainer.args.num_train_epochs = 1e-4, 0.5, 2
+    with pytest.raises(
+        ValueError, match=r"learning_rate from 0\.001 to 0\.0001; weight_decay .*trainer\.optimizer = None"
+    ):
+        trainer.train()
+    trainer.optimizer = None
+    assert first_rate(trainer) == 1e-4
+
+
 def test_raw_rows_in_the_place_of_the_training_set(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS)
     trainer.train_dataset = make_rows(8)
