@@ -64,7 +64,7 @@ from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
 from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, input_hashes, known_ref_logps, with_ref_logps
-from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
+from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable, not_optimized
 from trl_ulma.likelihood.reference import (
     ADAPTER,
     COARSE_TOLERANCE,
@@ -288,6 +288,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._read_once = read_once(self.args)
         self._of_optimizer: dict[str, Any] = {}
         self._of_training: dict[str, Any] = {}
+        self._not_optimized: set[str] | None = None
         self._pairwise = {name: getattr(self, name) for name in PAIRWISE if hasattr(self, name)}
         self._first_ref_model = self.ref_model
         self._first_adapters = active_adapters(self.model)
@@ -434,9 +435,27 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _check_trainable(self) -> None:
         check_trainable(self.model, "none" if self.args.precompute_ref_log_probs else self._reference.kind)
 
+    def _check_optimized(self) -> None:
+        """Raise ValueError if parameters are trainable by now that the optimizer does not have."""
+        if self._is_sharded:  # which puts other parameters in their place
+            return
+        names = not_optimized(self.model, self.optimizer)
+        if self._not_optimized is None:  # an optimizer that was given may leave out some
+            self._not_optimized = set(names)
+        late = [name for name in names if name not in self._not_optimized]
+        if late:
+            shown = ", ".join(late[:3]) + (f" and {len(late) - 3} others" if len(late) > 3 else "")
+            raise ValueError(
+                f"Parameters became trainable after the optimizer was created, for example in a callback: {shown}. "
+                "The optimizer would not move them, but clipping would make all other steps smaller by their "
+                "gradients. Unfreeze them before the training; after an earlier training, also set trainer.optimizer = "
+                "None."
+            )
+
     def _on_train_begin(self, state: Any) -> None:
         if not self._is_sharded:  # sharding can change the names of parameters
             self._check_trainable()  # other code may have changed what is trained
+        self._check_optimized()
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
@@ -801,6 +820,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                 "training has read these settings at its start, so the steps would follow the new values only in "
                 "part, or not at all. Set them before the training."
             )
+        self._check_optimized()
         if is_without_adapter(self.model):
             raise ValueError(
                 "The adapter is switched off or merged into the model in the middle of a training, for example by a "
@@ -1013,7 +1033,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         """
         self._check_changes()
         if self.optimizer is None:
-            self._of_optimizer = {}
+            self._of_optimizer, self._not_optimized = {}, None
         changed = changes(self.args, self._of_optimizer)
         if changed:
             raise ValueError(

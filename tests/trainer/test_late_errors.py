@@ -121,6 +121,27 @@ def test_an_optimizer_of_a_part_of_the_parameters(tiny_llama, tmp_path):
     assert (weights(model.model.norm) - before).abs().max() > 0
 
 
+@pytest.mark.parametrize("when", ["in-a-callback", "between-trainings"])
+@pytest.mark.parametrize("kind", ["whole", "lora"])
+def test_weights_that_are_unfrozen_after_the_optimizer_was_created(tiny_llama, tmp_path, kind, when):
+    model = load(tiny_llama).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    callbacks = [Does(lambda model: model.requires_grad_(True))] if when == "in-a-callback" else []
+    adapter = {"peft_config": copy.deepcopy(LORA), "precompute_ref_log_probs": True} if kind == "lora" else {}
+    trainer = make_trainer(model, make_rows(8), tmp_path, callbacks=callbacks, **adapter, **STEPS)
+    if not callbacks:
+        trainer.train()
+        trainer.model.requires_grad_(True)
+    embeddings = trainer.model.get_input_embeddings().weight
+    before = embeddings.detach().clone()
+    with pytest.raises(ValueError, match=r"became trainable after the optimizer .*embed_tokens.* and \d+ others"):
+        trainer.train()
+    if not callbacks:
+        trainer.optimizer = None
+        trainer.train()
+        assert not torch.equal(embeddings, before)
+
+
 # Tokens without an embedding
 
 

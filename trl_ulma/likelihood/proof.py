@@ -133,6 +133,18 @@ def check_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def not_optimized(model: Any, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of the trainable parameters of a model that an optimizer does not have.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> not_optimized(layer, torch.optim.SGD([layer.weight]))
+        ['bias']
+    """
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+
+
 class StartupProof:
     """Checks on a few rows that the log-probabilities and the reference are right.
 
