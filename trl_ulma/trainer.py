@@ -1032,6 +1032,12 @@ class PointwiseDPOTrainer(DPOTrainer):
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
         self._check_changes()
+        if torch.is_autocast_enabled(self.accelerator.device.type) and torch.is_autocast_cache_enabled():
+            raise ValueError(
+                "train() was called within torch.autocast, which keeps rounded copies of the weights until it ends, so "
+                "all steps would compute with the weights of the first one. Call train() outside of it, and set "
+                "bf16=True or fp16=True instead."
+            )
         if self.optimizer is None:
             self._of_optimizer, self._not_optimized = {}, None
         changed = changes(self.args, self._of_optimizer)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from peft import LoraConfig
 from transformers import AutoTokenizer, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
@@ -218,6 +219,22 @@ def test_a_nan_loss_ends_the_run_though_it_would_be_left_out_of_the_logs(tiny_gp
     with pytest.raises(FloatingPointError, match=r"loss of step 2 is nan. Rows of the train dataset .*: \[5, 7\]\."):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("keeps_copies", [True, False])
+def test_a_training_within_autocast_learns_or_is_refused(tiny_llama, tmp_path, keeps_copies):
+    """Autocast keeps rounded copies of the weights until it ends, which no step changes."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "pointwise": True}
+    trainer = make_trainer(tiny_llama, make_rows(8), tmp_path, peft_config=adapter, **settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=keeps_copies):
+        if keeps_copies:
+            with pytest.raises(ValueError, match=r"within torch\.autocast.*set bf16=True"):
+                trainer.train()
+            return
+        trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[2] < losses[1] - 0.01 < losses[0] - 0.02
 
 
 def test_weights_that_the_last_step_makes_nan_end_the_run(tiny_gpt2, tmp_path):
