@@ -90,7 +90,7 @@ from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in, policy_logps_in
-from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, make_plan, own_config
+from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, check_collator, make_plan, own_config
 from trl_ulma.training_reference import (
     check_models,
     make_reference,
@@ -290,7 +290,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._of_training: dict[str, Any] = {}
         self._not_optimized: set[str] | None = None
         self._pairwise = {name: getattr(self, name) for name in PAIRWISE if hasattr(self, name)}
-        self._first_ref_model = self.ref_model
+        self._first_model, self._first_ref_model = bare_model(self.model), self.ref_model
+        self._first_processing_class = self.processing_class
         self._first_adapters = active_adapters(self.model)
         self._stream_position: tuple[int, int] | None = None
         self._is_evaluation_checked = False
@@ -684,11 +685,13 @@ class PointwiseDPOTrainer(DPOTrainer):
                     "Create another trainer with these rows."
                 )
             self._read_labels_again()
-        if self.ref_model is not self._first_ref_model:
-            raise ValueError(
-                "trainer.ref_model was replaced after the trainer was created, which would have no effect. Create "
-                "another trainer with this ref_model."
-            )
+        for name, first in (("ref_model", self._first_ref_model), ("processing_class", self._first_processing_class)):
+            if getattr(self, name) is not first:
+                raise ValueError(
+                    f"trainer.{name} was replaced after the trainer was created, and the losses would still be those "
+                    f"of the first one. Create another trainer with this {name}."
+                )
+        self._check_collator()
         for rows in self._datasets_now():
             if self._is_own(rows) and isinstance(rows, Dataset) and rows.format["type"] == "custom":
                 raise ValueError(
@@ -702,6 +705,18 @@ class PointwiseDPOTrainer(DPOTrainer):
         elif held is not None and not self._is_own(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
         self._held = self._datasets_now()
+
+    def _check_collator(self) -> None:
+        """Raise ValueError if another collator was put in the place of the first one, and does not fit the rows."""
+        if self.data_collator is self._plan.data_collator:
+            return
+        if self._is_precomputed:
+            raise ValueError(
+                "trainer.data_collator was replaced after the reference's log-probabilities were precomputed with the "
+                "first one. Create another trainer with this data_collator."
+            )
+        check_collator(self.data_collator, self.train_dataset)
+        self._plan.data_collator = self.data_collator
 
     def _strangers(self, rows: Any) -> str:
         """Which prepared rows are not among those of the training set, in the words of an error; "" if all are."""
@@ -1031,6 +1046,11 @@ class PointwiseDPOTrainer(DPOTrainer):
             KeyboardInterrupt: after Ctrl-C, once the current step has finished and a checkpoint is written.
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
+        if bare_model(self.model) is not self._first_model:
+            raise ValueError(
+                "trainer.model was replaced after the trainer was created, so training would not change the new model. "
+                "Create another trainer with it. For an adapter, pass a peft_config."
+            )
         self._check_changes()
         if torch.is_autocast_enabled(self.accelerator.device.type) and torch.is_autocast_cache_enabled():
             raise ValueError(

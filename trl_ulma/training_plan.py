@@ -281,7 +281,7 @@ def make_plan(
     plan.data_collator = data_collator
     _check_padding(tokenizer_of(processing_class), vocab_size)
     if data_collator is not None:
-        _check_collator(data_collator, plan.train_dataset)
+        check_collator(data_collator, plan.train_dataset)
     else:
         names = ("max_length", "truncation_mode", "pad_to_multiple_of", "label_type")
         settings = {name: getattr(args, name) for name in names}
@@ -362,7 +362,7 @@ def _check_padding(tokenizer: Any, vocab_size: int | None) -> None:
         )
 
 
-def _check_collator(collator: Any, rows: Any) -> None:
+def check_collator(collator: Any, rows: Any) -> None:
     """Raise ValueError if a collator does not create batches of labeled rows."""
     name = getattr(collator, "__name__", type(collator).__name__)
     remedy = "Leave out data_collator, or pass a DataCollatorForPointwisePreference or a subclass of it."

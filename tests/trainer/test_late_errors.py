@@ -874,6 +874,42 @@ def test_a_reference_in_the_place_of_the_first(tiny_gpt2, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_a_model_in_the_place_of_the_first(tiny_llama, tmp_path, is_adapted):
+    """Trainer would step the new model's weights, with gradients of the first one's."""
+    trainer = make_trainer(load(tiny_llama), make_rows(6), tmp_path, **STEPS)
+    trainer.model = get_peft_model(trainer.model, copy.deepcopy(LORA)) if is_adapted else load(tiny_llama)
+    with pytest.raises(ValueError, match=r"trainer\.model was replaced .*another trainer.*peft_config"):
+        trainer.train()
+
+
+def test_a_tokenizer_in_the_place_of_the_first(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS)
+    trainer.processing_class = AutoTokenizer.from_pretrained(tiny_gpt2)
+    for call in (trainer.train, lambda: trainer.evaluate(make_rows(2))):
+        with pytest.raises(ValueError, match=r"trainer\.processing_class was replaced .*another trainer"):
+            call()
+
+
+class WithoutWeight(DataCollatorForPointwisePreference):
+    def torch_call(self, examples):
+        return {name: value for name, value in super().torch_call(examples).items() if name != "weight"}
+
+
+def test_a_collator_in_the_place_of_the_first(tiny_gpt2, tmp_path):
+    rows = make_rows(6, weight=[0.5] * 6)
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, **STEPS)
+    trainer.data_collator = WithoutWeight(pad_token_id=0)
+    with pytest.raises(ValueError, match="data_collator is WithoutWeight, whose batches lack weight"):
+        trainer.train()
+    trainer.data_collator = DataCollatorForPointwisePreference(pad_token_id=0)
+    trainer.train()
+    precomputed = make_trainer(tiny_gpt2, rows, tmp_path, precompute_ref_log_probs=True, **STEPS)
+    precomputed.data_collator = DataCollatorForPointwisePreference(pad_token_id=0)
+    with pytest.raises(ValueError, match=r"trainer\.data_collator was replaced after .*precomputed"):
+        precomputed.train()
+
+
 class SetsBeta(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.beta = 0.1 * (state.global_step + 1)
