@@ -41,7 +41,7 @@ _READ_ONCE = (
     *("pad_to_multiple_of", "pad_token", "assistant_only_loss", "chat", "system_message", "model_init_kwargs"),
     *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha"),
     *("ref_model_sync_steps", "router_aux_loss_coef", "activation_offloading", "use_liger_kernel"),
-    *("per_device_train_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
+    *("neftune_noise_alpha", "per_device_train_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
 )
 # What the optimizer is created with in the first training, and what each training reads when it begins
 OF_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
@@ -77,7 +77,9 @@ _NUMBERS: dict[str, dict[str, float]] = {
     "undesirable_weight": {"least": 0},
     "sft_weight": {"least": 0},
     "sft_threshold": {},
+    "ref_model_mixup_alpha": {"above": 0, "most": 1},
 }
+_FLOAT32 = torch.finfo(torch.float32)
 # What Trainer adds to the figures of an evaluation
 _TIMES = ("runtime", "samples_per_second", "steps_per_second")
 _PARALLELISM = {"tp_size": "tensor", "cp_size": "context", "sp_size": "sequence"}
@@ -223,11 +225,16 @@ def _check_numbers(args: Any) -> None:
             _check_number(name, value, **bounds)
 
 
-def _check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
+def _check_number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float = math.inf
+) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (above is not None and value <= above) or (least is not None and value < least):
+    if not is_number or (above is not None and value <= above) or (least is not None and value < least) or value > most:
         needed = f"above {above}" if above is not None else "a number" if least is None else f"{least} or above"
+        needed += "" if most == math.inf else f", and at most {most}"
         raise ValueError(f"{name} must be {needed}; got {value!r}.")
+    if value and not _FLOAT32.tiny <= abs(value) <= _FLOAT32.max:
+        raise ValueError(f"{name} is {value!r}, which float32 rounds to 0 or to infinity. Choose another value.")
 
 
 def check_machine(args: Any) -> None:

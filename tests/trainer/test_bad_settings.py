@@ -43,6 +43,22 @@ VALUES = {
     "beta negative": ({"beta": -0.1}, "beta must be above 0; got -0.1."),
     "beta NaN": ({"beta": NAN}, "beta must be above 0; got nan."),
     "beta infinite": ({"beta": INFINITY}, "beta must be above 0; got inf."),
+    "beta beyond float32": (
+        {"beta": 1e-300},
+        "beta is 1e-300, which float32 rounds to 0 or to infinity. Choose another value.",
+    ),
+    "weight beyond float32": (
+        {"desirable_weight": 1e40},
+        "desirable_weight is 1e+40, which float32 rounds to 0 or to infinity. Choose another value.",
+    ),
+    "a share above 1": (
+        {"ref_model_mixup_alpha": 2.0},
+        "ref_model_mixup_alpha must be above 0, and at most 1; got 2.0.",
+    ),
+    "a share that is NaN": (
+        {"ref_model_mixup_alpha": NAN},
+        "ref_model_mixup_alpha must be above 0, and at most 1; got nan.",
+    ),
     "beta text": ({"beta": "0.1"}, "beta must be above 0; got '0.1'."),
     "beta None": ({"beta": None}, "beta must be above 0; got None."),
     "beta True": ({"beta": True}, "beta must be above 0; got True."),

@@ -697,6 +697,7 @@ def test_a_forward_without_gradients(tiny_llama, tmp_path):
         {"negative_loss": "none"},
         {"precompute_ref_log_probs": True},
         {"sync_ref_model": True},
+        {"neftune_noise_alpha": 5.0},
         {"per_device_train_batch_size": 2},
     ],
     ids=lambda changed: "-".join(changed),
