@@ -220,13 +220,31 @@ def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, t
             f"{name} is an adapter on {base}, but this base model could not be loaded ({error}). Put it there, or set "
             f"base_model_name_or_path in {name}/adapter_config.json to its location."
         ) from error
-    if _has_tokenizer(name):  # which may have grown for the training
-        tokens = len(load_tokenizer(name, trust_remote_code=trust_remote_code))
-        if tokens > loaded.get_input_embeddings().weight.shape[0]:
-            loaded.resize_token_embeddings(tokens)
+    embeddings = loaded.get_input_embeddings().weight.shape[0]
+    size = _stored_embeddings(loaded, name)
+    if size is None and _has_tokenizer(name):  # which may have grown for the training
+        size = max(len(load_tokenizer(name, trust_remote_code=trust_remote_code)), embeddings)
+    if size is not None and size != embeddings:
+        loaded.resize_token_embeddings(size)
     model = PeftModel.from_pretrained(loaded, name)
     _use_stored_dtype(model, name)
     return model.eval()
+
+
+def _stored_embeddings(base: Any, name: str) -> int | None:
+    """The number of embeddings that an adapter was saved with. None if it was saved without them.
+
+    PEFT saves them if they were resized for the training, for example to a multiple of 64.
+    """
+    file = saved_file(name, SAFETENSORS_WEIGHTS_NAME)
+    if file is None:
+        return None
+    embeddings = base.get_input_embeddings()
+    place = next(place for place, module in base.named_modules() if module is embeddings)
+    with safe_open(file, "pt") as stored:
+        keys = [key for key in stored.keys() if f".{place}." in key and key.endswith(".weight")]  # noqa: SIM118
+        shapes = [stored.get_slice(key).get_shape() for key in keys]
+    return next((shape[0] for shape in shapes if shape[1:] == list(embeddings.weight.shape[1:])), None)
 
 
 def _use_stored_dtype(model: Any, name: str) -> None:

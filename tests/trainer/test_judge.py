@@ -392,6 +392,19 @@ def test_an_adapter_is_compared_with_its_base_model(tiny_gpt2, tmp_path, log_z):
         assert [row[name] for row in there] == pytest.approx(here[name][:], rel=2e-5, abs=2e-5)
 
 
+@pytest.mark.parametrize("saved", [None, "wte"])
+def test_an_adapter_on_a_model_whose_embeddings_were_padded(tiny_gpt2, tmp_path, saved):
+    rows, model = make_rows(8), AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    model.resize_token_embeddings(pad_to_multiple_of=100)
+    adapter = LoraConfig(r=4, target_modules=["c_attn"], task_type="CAUSAL_LM", modules_to_save=saved and [saved])
+    settings = FAST | {"learning_rate": 1e-2, "processing_class": AutoTokenizer.from_pretrained(tiny_gpt2)}
+    trainer = make_trainer(model, rows, tmp_path, peft_config=adapter, **settings)
+    trainer.train()
+    trainer.save_model()
+    loaded = Judge.from_pretrained(str(tmp_path))
+    assert loaded.score(rows)["reward"][:] == pytest.approx(trainer.score(rows)["reward"][:], abs=2e-5)
+
+
 def test_an_adapter_whose_training_began_from_one_is_compared_with_that(tiny_gpt2, tmp_path):
     rows = make_rows(6)
     begun = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LORA)
