@@ -228,7 +228,7 @@ def _check_numbers(args: Any) -> None:
 def _check_number(
     name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float = math.inf
 ) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     if not is_number or (above is not None and value <= above) or (least is not None and value < least) or value > most:
         needed = f"above {above}" if above is not None else "a number" if least is None else f"{least} or above"
         needed += "" if most == math.inf else f", and at most {most}"

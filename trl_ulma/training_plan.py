@@ -335,6 +335,8 @@ def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any
         )
     if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
         raise ValueError("train_dataset is a stream, so its length is unknown. Set max_steps.")
+    if eval_dataset == {}:
+        raise ValueError("eval_dataset is an empty dict, so nothing would be evaluated. Pass a dataset, or None.")
     evaluated: Iterable[Any] = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     if args.precompute_ref_log_probs and any(isinstance(d, IterableDataset) for d in (train_dataset, *evaluated)):
         raise ValueError(

@@ -47,6 +47,10 @@ VALUES = {
         {"beta": 1e-300},
         "beta is 1e-300, which float32 rounds to 0 or to infinity. Choose another value.",
     ),
+    "log_z beyond any float": (
+        {"log_z": 10**400},
+        f"log_z is {10**400}, which float32 rounds to 0 or to infinity. Choose another value.",
+    ),
     "weight beyond float32": (
         {"desirable_weight": 1e40},
         "desirable_weight is 1e+40, which float32 rounds to 0 or to infinity. Choose another value.",
@@ -398,6 +402,11 @@ def test_what_is_no_training_set(without_weights, tmp_path, rows):
         f"train_dataset must be a Dataset or an IterableDataset; got {type(rows).__name__}. If it is a dict of splits, "
         "pass one of them, such as dataset['train']."
     )
+
+
+def test_a_dict_without_evaluation_sets(without_weights, tmp_path):
+    with pytest.raises(ValueError, match="eval_dataset is an empty dict, so nothing would be evaluated"):
+        make_trainer(without_weights, make_rows(2), tmp_path, eval_dataset={}, eval_strategy="epoch")
 
 
 @pytest.mark.parametrize("name", ["eval", "thumbs"])
