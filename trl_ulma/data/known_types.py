@@ -1,5 +1,8 @@
 """Renames and converts the columns of datasets whose types are known: from the Hub, `save_to_disk` and Parquet."""
 
+# pyarrow makes its functions when it is imported
+# pyright: reportAttributeAccessIssue=false
+
 from collections import Counter
 from typing import Any
 
