@@ -97,6 +97,7 @@ from trl_ulma.training_reference import (
     model_for_dpo_trainer,
     ref_keeps_base_weights,
     reference_kind,
+    warn_of_unsaved_parameters,
     warn_of_unsaved_weights,
 )
 from trl_ulma.versions import (
@@ -456,6 +457,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _on_train_begin(self, state: Any) -> None:
         if not self._is_sharded:  # sharding can change the names of parameters
             self._check_trainable()  # other code may have changed what is trained
+            warn_of_unsaved_parameters(self.model)
         self._check_optimized()
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):

@@ -10,14 +10,14 @@ import torch
 from accelerate.utils import is_peft_model
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from peft import PeftMixedModel, PeftType
+from peft import PeftMixedModel, PeftType, get_peft_model_state_dict
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import get_config_model_id
 
 from trl_ulma.likelihood.proof import check_ref_model
-from trl_ulma.likelihood.reference import ADAPTER, NoReferenceModel, Reference, copy_adapter
+from trl_ulma.likelihood.reference import ADAPTER, NoReferenceModel, Reference, copy_adapter, outside_adapter
 from trl_ulma.likelihood.scorer import Scorer, bare_model
 from trl_ulma.main_process import get_logger
 from trl_ulma.versions import loads_needless_reference, mend_copied_forward
@@ -120,6 +120,25 @@ def warn_of_unsaved_weights(model: Any) -> None:
             + ". An adapter was merged into it, for example, or it was trained before. What this training saves refers "
             f"to {name}, so its rewards cannot be computed again, and an adapter would be loaded onto other weights "
             "than it was trained on. Save this model first (save_pretrained), and pass the model loaded from there."
+        )
+
+
+def warn_of_unsaved_parameters(model: Any) -> None:
+    """Log a warning if parameters outside an adapter are trained that PEFT does not save with the adapter."""
+    outside = set(outside_adapter(model))
+    if not outside:
+        return
+    # Such as biases, and embeddings that were resized
+    saved = {
+        tensor.data_ptr() for tensor in get_peft_model_state_dict(model, adapter_name=model.active_adapter).values()
+    }
+    lost = [name for name, p in model.named_parameters() if name in outside and p.data_ptr() not in saved]
+    if lost:
+        logger.warning(
+            f"Parameters outside the adapter are trained, but neither checkpoints nor the saved adapter contain them: "
+            f"{', '.join(lost[:3])}" + (f" and {len(lost) - 3} others" if len(lost) > 3 else "") + ". Name their "
+            "modules in modules_to_save of the adapter's config, or save the merged model after training "
+            "(trainer.model.merge_and_unload().save_pretrained)."
         )
 
 

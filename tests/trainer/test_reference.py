@@ -300,6 +300,23 @@ def test_parameters_outside_the_adapter_are_trained_against_a_reference_that_sta
     assert (found[0][1] - found[1][1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("unsaved", "settings"), [(True, {}), (False, {}), (False, {"bias": "all"})], ids=str)
+def test_trained_parameters_that_an_adapter_is_saved_without_are_told(tiny_gpt2, tmp_path, caplog, unsaved, settings):
+    config = lora(target_modules=["c_attn"], **settings)
+    options = {"peft_config": config, "precompute_ref_log_probs": True}
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **options, **MOVING)
+    norm = trainer.model.get_base_model().transformer.ln_f
+    norm.weight.requires_grad_(unsaved)
+    trainer.train()
+    trainer.save_model()
+    told = [message for message in caplog.messages if "nor the saved adapter contain them: " in message]
+    assert len(told) == unsaved
+    assert not told or "ln_f.weight. Name" in told[0]
+    loaded = PeftModel.from_pretrained(load(tiny_gpt2), tmp_path).get_base_model().transformer.ln_f
+    assert torch.equal(loaded.weight, norm.weight) != unsaved
+    assert torch.equal(loaded.bias, norm.bias)
+
+
 def with_other_prompts(rows):
     return rows.map(lambda row: {"prompt": f"New: {row['prompt']}"})
 
