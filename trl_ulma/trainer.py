@@ -837,7 +837,6 @@ class PointwiseDPOTrainer(DPOTrainer):
                 "training has read these settings at its start, so the steps would follow the new values only in "
                 "part, or not at all. Set them before the training."
             )
-        self._check_optimized()
         if is_without_adapter(self.model):
             raise ValueError(
                 "The adapter is switched off or merged into the model in the middle of a training, for example by a "
@@ -851,6 +850,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             loss = super().training_step(*args, **kwargs)
         finally:
             self._rows_of_this_step, self._divided_by = None, 1
+        self._check_optimized()
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
             named = functools.partial(with_origins, rows=self._plan.raw_rows)

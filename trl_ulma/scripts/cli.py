@@ -194,7 +194,8 @@ def _run(argv: list[str] | None) -> int:
         return import_module("trl_ulma.scripts.training").launch(module, parser, rest)
     except SystemExit as stop:  # argparse raises it, also after --help
         if isinstance(stop.code, str):
-            raise
+            print(stop.code, file=sys.stderr)
+            return 1
         return stop.code or 0
     except KeyboardInterrupt:
         return 130
