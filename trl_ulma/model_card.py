@@ -136,8 +136,8 @@ def as_trained(model: Any) -> str:
     """The argument of `from_pretrained` that loads an adapter's base in the number format of the training, from a comma
     on; "" if there is none.
 
-    Without it, the base has the format of its checkpoint, often bfloat16, in which rewards differ. Other models are
-    saved in the format of the training, and a quantized base is quantized again as its settings say.
+    Without it, the base has the format of its checkpoint, often bfloat16, in which rewards differ. Models without an
+    adapter are saved in the format of the training. For a quantized base, the format of the checkpoint is as good.
     """
     if not is_peft_model(model) or getattr(model, "is_quantized", False):
         return ""
