@@ -47,7 +47,7 @@ _NO_REWARD = 1e-6
 # The predictions are alike if 90% of them span at most this share of what 90% of the labels span; without labels, of 1
 _ALIKE, _SCALE = 0.1, 1.0
 # They are too close to one another if labels differ this many times as much, in so many rows at least
-_TOO_CLOSE, _ENOUGH = 2.0, 30
+TOO_CLOSE, _ENOUGH = 2.0, 30
 COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
 
 
@@ -343,6 +343,20 @@ def thumbs(label: np.ndarray, rules: LabelRules, center: float | None) -> str | 
     )
 
 
+def too_close(whose: str, slope: str) -> str:
+    """What to say of predictions that are too close to one another.
+
+    Args:
+        whose: predictions of what.
+        slope: by how much labels differ where the predictions differ by 1.
+    """
+    return (
+        f"The predicted labels of {whose} are too close to one another: where they differ by 1, labels differ by "
+        f"{slope}. Their order can be right all the same. Train longer, or with a higher learning rate, to learn the "
+        "values."
+    )
+
+
 def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -> str | None:
     """A warning if a model hardly tells rows apart, or if its predictions are too close to one another. None if not, or
     if there are fewer than two rows.
@@ -375,13 +389,11 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
         if greatest == least or high - low > _ALIKE * (greatest - least):
             apart = predicted - predicted.mean()
             slope = float(apart @ label) / max(float(apart @ apart), np.finfo(float).tiny)
-            if greatest == least or rows < _ENOUGH or slope < _TOO_CLOSE:
+            if greatest == least or rows < _ENOUGH or slope < TOO_CLOSE:
                 return None
             return (
-                f"The predicted labels of the {rows:,} rows are too close to one another: where they differ by 1, "
-                f"labels differ by {slope:.1f}. Their order can be right all the same, but the most surprising labels "
-                "are mostly the lowest and the highest, and few are mistakes. Train longer, or with a higher learning "
-                "rate, to learn the values."
+                f"{too_close(f'the {rows:,} rows', f'{slope:.1f}')} Until then, the most surprising labels are mostly "
+                "the lowest and the highest, and few are mistakes."
             )
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     return (

@@ -324,7 +324,7 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     facts = facts_of()
     facts["models"][0]["own_scale"] = on_own_scale(reward, stars, np.ones(120, bool), prompt, rules)
     text = to_markdown(report.document(facts | {"pictures": []}))
-    told = "The predictions of tuned are too close to one another: where they differ by 1, labels differ by 9."
+    told = "The predicted labels of tuned are too close to one another: where they differ by 1, labels differ by 9."
     assert (told in text) == is_told
     assert ("mostly the lowest and the highest labels, and few are mistakes" in text) == is_told
     assert ("Check these labels for mistakes first" in text) == (not is_told)

@@ -28,6 +28,7 @@ from trl_ulma.evaluation.figures import save
 from trl_ulma.evaluation.intervals import over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
+from trl_ulma.judge import TOO_CLOSE, too_close
 from trl_ulma.rows.dropped import reasons_in_words
 
 __all__ = ["commit", "conclusions", "document", "in_terminal", "over_runs", "shown", "table", "versions", "write"]
@@ -284,8 +285,6 @@ _MEANINGS = {
 
 # The name of the row that ranks answers by their length
 _LENGTH = "length alone"
-# Predictions are too close to one another if labels differ this many times as much
-_TOO_CLOSE = 2
 
 
 def _meanings(models: Sequence[Mapping[str, Any]]) -> str:
@@ -347,7 +346,7 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list
 def _is_too_close(scale: Mapping[str, Any] | None) -> bool:
     """Whether predicted labels are too close to one another, even at the lower end of the interval."""
     slope = (scale or {}).get("slope")
-    return slope is not None and (slope.low or 0) > _TOO_CLOSE
+    return slope is not None and (slope.low or 0) > TOO_CLOSE
 
 
 def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
@@ -377,11 +376,7 @@ def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
         ),
         Table(["label", "rows", *scales], rows),
         *(
-            Text(
-                f"The predictions of {name} are too close to one another: where they differ by 1, labels differ by "
-                f"{shown(scale['slope'], '.1f')}. Their order can be right all the same. Train longer, or with a "
-                "higher learning rate, to learn the values."
-            )
+            Text(too_close(name, shown(scale["slope"], ".1f")))
             for name, scale in scales.items()
             if _is_too_close(scale)
         ),

@@ -90,8 +90,8 @@ def launch(module: str, parser: OptionParser, argv: list[str]) -> int:
 def _needs_launcher(launch_options: list[str]) -> bool:
     """Whether `accelerate launch` has anything to do.
 
-    If not, the training runs in this process. Another one would import everything again, which takes seconds and half a
-    gigabyte, and `accelerate launch` would give it one CPU thread.
+    If not, the training runs in this process. Another one would import everything again, and `accelerate launch` would
+    give it one CPU thread.
     """
     import torch
     from accelerate.commands.config import default_config_file
