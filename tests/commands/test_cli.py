@@ -626,9 +626,9 @@ def test_a_mixture_is_split_by_prompt_with_the_seed(tmp_path, pairs):
     [
         (400, ""),
         (300, ""),
-        (290, "have 29 prompts, too few .* Hold out more \\(--test_split_size 0.15\\), or rate answers to more"),
-        (70, "have 7 prompts, too few .* Hold out more \\(--test_split_size 0.45\\), or rate answers to more"),
-        (60, "have 6 prompts, too few .* Hold out more \\(--test_split_size 0.5\\), or rate answers to more"),
+        (290, "have 29 prompts, too few .* Add --test_split_size 0.15 to the training command"),
+        (70, "have 7 prompts, too few .* Add --test_split_size 0.45 to the training command"),
+        (60, "have 6 prompts, too few .* Add --test_split_size 0.5 to the training command"),
         (50, "have 5 prompts, too few .* With about 60 prompts, 10 more than now, --test_split_size 0.5 holds"),
     ],
 )
@@ -639,7 +639,7 @@ def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, ad
     held_out, said = load_splits(*settings_of("--dataset_name", str(file), "--do_eval"))[1:]
     assert len(set(held_out["prompt"])) == prompts // 10
     assert re.search(advice, said)
-    if size := re.search(r"--test_split_size (0\.\d+)\)(?= or|, or)", said):
+    if size := re.search(r"--test_split_size (0\.\d+) to the", said):
         words = ["--dataset_name", str(file), "--do_eval", "--test_split_size", size[1]]
         assert "too few" not in load_splits(*settings_of(*words))[2]
     assert ("too few" in said) == bool(advice)
@@ -654,7 +654,7 @@ def test_more_prompts_are_asked_for_only_if_half_of_them_are_too_few(tmp_path, s
     words = ["--dataset_name", str(file), "--do_eval", "--seed", str(seed)]
     said = load_splits(*settings_of(*words))[2]
     assert "too few" in said
-    size = re.search(r"--test_split_size (0\.\d+)\)(?= or|, or)", said)
+    size = re.search(r"--test_split_size (0\.\d+) to the", said)
     again = load_splits(*settings_of(*words, "--test_split_size", size[1] if size else "0.5"))[2]
     assert ("too few" in again) == (size is None)
 

@@ -151,7 +151,7 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
     printed = capsys.readouterr().out
     assert "ulma (1): 6 prompts are too few for a conclusion (AUC " in " ".join(printed.split())
-    assert f"The whole report is {report / 'report.html'}. Open it in a browser." in printed
+    assert f"Open {report / 'report.html'} in a browser." in printed
     assert facts["pictures"] == ["training"]
     assert len(facts["not_drawn"]) == 4
     for name in ("training", "training-dark"):

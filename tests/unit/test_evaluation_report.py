@@ -364,13 +364,13 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
     text = (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text().replace("\xa0", " ")  # which keeps intervals on one line
     for model in record["models"]:
+        of_rewards = [(each, ".3f") for each in model["split"].values()]
+        of_rewards += [(each["predicted"], ".2f") for each in model["own_scale"]["by_label"]]
+        of_rewards += [(model["own_scale"][name], ".2f") for name in ("error", "error_of_mean")]
         for figure, form in (
             (model["perplexity"]["demonstrations"], ".2f"),
             *((each, ".3f") for each in model["implicit_reward"].values()),
-            *((each, ".3f") for each in model["split"].values()),
-            *((each["predicted"], ".2f") for each in model["own_scale"]["by_label"]),
-            (model["own_scale"]["error"], ".2f"),
-            (model["own_scale"]["error_of_mean"], ".2f"),
+            *([] if model.get("is_base") else of_rewards),
         ):
             known = report.shown(Estimate(**figure), form)
             assert known in text
@@ -379,12 +379,15 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
         row = f"| {each['row']} | {each['label']:g} | {each['predicted']:.2f} | 3.00 | Question {each['row']} |"
         assert row in text
     assert len(record["models"][0]["surprises"]) == 10
-    # Both models in each table and picture where both are known
-    headings = ("Perplexity", "Implicit reward", "Rewards of chosen", "Rewards on the scale", "Calibration", "Helpful")
-    for heading in headings:
+    # Both models in each table, but for those of rewards, which are 0 before training
+    for heading in ("Perplexity", "Implicit reward", "Helpful"):
         section = text.split(f"## {heading}")[1].split("\n## ")[0]
         assert "tuned" in section
         assert "m (base)" in section
+    for heading in ("Rewards of chosen", "Rewards on the scale", "Calibration"):
+        section = text.split(f"## {heading}")[1].split("\n## ")[0]
+        assert "tuned" in section
+        assert "m (base)" not in section
     assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
     assert "Rows with a continuous label of 3 and above are chosen." in text
     assert "| model | chosen | rejected | margin | accuracy, all rows |" in text
@@ -632,7 +635,8 @@ def test_a_terminal_shows_the_figures_within_its_width(tmp_path, width):
     for estimate in (model["implicit_reward"][name] for model in facts["models"] for name in model["implicit_reward"]):
         assert report.shown(estimate) in words
     assert "\nHelpful: " in text
-    for left_out in ("Settings", "Versions", "A note.", "Pictures", "&lt;", "| ", "Before, by", "most surprising"):
+    others = ("Settings", "Versions", "A note.", "Pictures", "&lt;", "| ", "Before, by", "most surprising")
+    for left_out in (*others, "Calibration", "by chance", "Training logs these figures"):
         assert left_out not in text.replace("Answer | ", "")
 
 

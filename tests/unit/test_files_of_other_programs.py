@@ -192,6 +192,10 @@ def test_decimal_commas_are_numbers_where_semicolons_separate_the_fields(tmp_pat
     assert rows["label"][:] == [4.5, -0.5, 3.0]
     said = "stars: decimal commas are read as decimal points, because semicolons separate the fields (2 values)"
     assert said in caplog.text
+    # What is found in a file is one line
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{table}: the fields are separated by semicolons; {said}."
+    ]
     table.write_text("prompt;completion;label\nHi;Yo;1,234\nHi;Ho;2,5\n")  # 1.234 or 1234
     assert load_rows(str(table))["train"]["label"][:] == ["1,234", 2.5]
 

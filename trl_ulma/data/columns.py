@@ -439,11 +439,15 @@ _ODD = frozenset((*READ, *CONVERSATIONS))
 
 
 def say(found: Mapping[str, int], where: str) -> None:
-    """Log findings about the values of a dataset and their numbers, on the first process."""
+    """Log findings about the values of a dataset and their numbers, on the first process: in one line, but for those
+    of several sentences.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
-    for what, count in found.items():
-        logger.warning(f"{where}: {what}{f' ({count:,} values)' if count > 1 else ''}.")
+    counted = [f"{what}{f' ({count:,} values)' if count > 1 else ''}" for what, count in found.items()]
+    long = [each for each in counted if ". " in each]
+    for each in filter(None, ["; ".join(each for each in counted if each not in long), *long]):
+        logger.warning(f"{where}: {each}.")
 
 
 @cache

@@ -80,8 +80,9 @@ def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) 
 def in_terminal(facts: Mapping[str, Any], width: int = 80) -> str:
     """Return the report as text for a terminal.
 
-    Notes are left out, because they were printed when they came up. Single rows and answers, pictures, settings,
-    versions and the perplexity of answers that are not imitated are in `report.html`.
+    Notes are left out, because they were printed when they came up. The meaning of the figures, calibration, single
+    rows and answers, pictures, settings, versions and the perplexity of answers that are not imitated are in
+    `report.html`.
     """
     return to_text(document(facts, is_short=True), width)
 
@@ -111,7 +112,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
 
     Args:
         facts: the contents of `report.json`, with `Estimate`s.
-        is_short: whether notes, single rows and answers, pictures, settings and versions are left out.
+        is_short: whether the parts are left out that `in_terminal` does not show.
     """
     data, models = facts["data"], facts["models"]
     names = [model["name"] for model in models if not model.get("is_base")]
@@ -140,11 +141,17 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
             names={} if data["demonstrations"] else {"other answers": "all answers"},
         )
     parts += _figures(
-        "Implicit reward", [*models, *_by_length(models)], "implicit_reward", ".3f", meanings=_meanings(models)
+        "Implicit reward",
+        [*models, *_by_length(models)],
+        "implicit_reward",
+        ".3f",
+        meanings="" if is_short else _meanings(models),
     )
-    parts += _split(models, data)
-    parts += _own_scale(models)
-    parts += _calibration(models)
+    # A model before training has the reward 0 for every answer
+    trained = [model for model in models if not model.get("is_base")]
+    parts += _split(trained, data, is_short=is_short)
+    parts += _own_scale(trained)
+    parts += [] if is_short else _calibration(trained)
     for model in models:
         parts += [] if is_short else _surprises(model)
     for model in models:
@@ -319,7 +326,7 @@ _SPLIT = {
 }
 
 
-def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Part]:
+def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any], *, is_short: bool) -> list[Part]:
     found = [model for model in models if model.get("split")]
     columns = [name for name in _SPLIT if any(name in model["split"] for model in found)]
     if not found:
@@ -332,13 +339,14 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list
         if center is None
         else f"Rows with a continuous label of {center:g} and {higher} are chosen."
     )
+    meaning = (
+        " Accuracy is the share of rows whose reward is on the side of their label. A reward between the sides, such "
+        "as 0, counts as half. Training logs these figures as rewards/chosen, rejected, margins and accuracies, but "
+        "counts a reward between the sides as that of a rejected row."
+    )
     return [
         Heading("Rewards of chosen and rejected rows"),
-        Text(
-            f"{which} Accuracy is the share of rows whose reward is on the side of their label. A reward between the "
-            "sides, such as 0 before training, counts as half. Training logs these figures as rewards/chosen, "
-            "rejected, margins and accuracies, but counts a reward between the sides as that of a rejected row."
-        ),
+        Text(which + ("" if is_short else meaning)),
         Table(["model", *(_SPLIT[name] for name in columns)], rows),
     ]
 

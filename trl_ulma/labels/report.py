@@ -104,7 +104,10 @@ def label_report(
     report: dict[str, Any] = {"rows": len(label), "demonstrations": _rounded(sft_mask.mean())}
     for name, rows in (("binary", ~continuous), ("continuous", continuous)):
         if rows.any():
-            report[name] = _of_type(name, label[rows], sft_mask[rows], weights[rows], tokens[rows], warnings)
+            report[name] = _of_type(name, label[rows], sft_mask[rows], weights[rows], tokens[rows])
+            correlation = report[name]["length_correlation"]
+            if correlation is not None and abs(correlation) >= _LENGTH_BIAS:
+                warnings.append(_length_bias(name, correlation, None if length_normalize else tokens.mean()))
             own = label
             if raw is not None and np.isfinite(raw[rows]).all():
                 own = raw
@@ -151,7 +154,7 @@ def label_report(
 
 
 def _of_type(
-    name: str, label: np.ndarray, sft_mask: np.ndarray, weight: np.ndarray, tokens: np.ndarray, warnings: list[str]
+    name: str, label: np.ndarray, sft_mask: np.ndarray, weight: np.ndarray, tokens: np.ndarray
 ) -> dict[str, Any]:
     if name == "binary":
         classes = {"1": label == 1, "between": (label > 0) & (label < 1), "0": label == 0}
@@ -160,13 +163,6 @@ def _of_type(
     correlation = None
     if len(np.unique(label)) > 1 and len(np.unique(tokens)) > 1:
         correlation = _rounded(np.corrcoef(label, tokens)[0, 1])
-        if abs(correlation) >= _LENGTH_BIAS:
-            longer = "longer" if correlation > 0 else "shorter"
-            warnings.append(
-                f"Better answers are {longer} (correlation of {name} label and tokens {correlation:+.2f}), so the "
-                "model may learn length instead of quality. Balance the lengths, or compare with "
-                "length_normalize=True."
-            )
     return {
         "rows": len(label),
         "classes": {of: int(rows.sum()) for of, rows in classes.items()},
@@ -175,6 +171,19 @@ def _of_type(
         "histogram": _histogram(label, weight, tokens),
         "length_correlation": correlation,
     }
+
+
+def _length_bias(name: str, correlation: float, mean_tokens: float | None) -> str:
+    """A warning that labels go along with lengths. `mean_tokens` is None if log-ratios are divided by the length."""
+    compare = ""
+    if mean_tokens is not None:
+        compare = ", or compare with length_normalize=True"
+        if mean_tokens >= 2:  # the log-ratio becomes smaller by that factor
+            compare += f" and β about {mean_tokens:.2g} times as large, the mean number of tokens"
+    return (
+        f"Better answers are {'longer' if correlation > 0 else 'shorter'} (correlation of {name} label and tokens "
+        f"{correlation:+.2f}), so the model may learn length instead of quality. Balance the lengths{compare}."
+    )
 
 
 def outliers_in_words(

@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if code := attempt(parser, evaluate):
         return code
-    print(f"The whole report is {args.output / 'report.html'}. Open it in a browser.")
+    print(f"Open {args.output / 'report.html'} in a browser. It explains the figures, and shows rows and pictures.")
     return 0
 
 

@@ -250,7 +250,10 @@ def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
     for size in range(math.floor(20 * len(test) / len(rows)) + 1, 11):  # in steps of 1/20
         found = rows_of_prompts(rows, test_size=size / 20, seed=seed)
         if count_prompts(rows.select(found)) >= ENOUGH_PROMPTS:
-            return f"{said} Hold out more (--test_split_size {size / 20:g}), or rate answers to more prompts: {enough}"
+            return (
+                f"{said} Add --test_split_size {size / 20:g} to the training command, which holds out more, or rate "
+                f"answers to more prompts: {enough}"
+            )
     total = count_prompts(rows)
     missing = max(2 * ENOUGH_PROMPTS - total, 1)
     return (
