@@ -264,10 +264,10 @@ def _rows_said(chosen: Mapping[str, Group]) -> str:
     said = f"{_range(train)} training rows, {_range(prompts)} held-out prompts"
     if settings["folds"]:
         said += f", another {settings['folds']}th part of the prompts for each seed"
-    said += f". Of {rows[0]['answers']:,} answers were left out: "
+    said += f". Left out of {rows[0]['answers']:,} answers: "
     reasons = dict.fromkeys(why for each in rows for why in each["left_out"])
     counts = {why: {each["left_out"].get(why, 0) for each in rows} for why in reasons}
-    said += "; ".join(f"{_range(count)} as {why}" for why, count in counts.items()) or "none"
+    said += "; ".join(f"{_range(count)} because {why}" for why, count in counts.items()) or "none"
     options = ", ".join(f"{name} {value}" for name, value in settings["options"].items())
     return said + (f". Adapter's options: {options}." if options else ".")
 

@@ -733,7 +733,7 @@ def test_what_is_in_no_sweep_is_a_point_of_each(tmp_path):
     text = tables.write(tmp_path).read_text()
     assert line(text, "| perplexity, learning rate =") == "| perplexity, learning rate = | 0.0001 | 0.001 |"
     assert "Seeds, column by column: SFT 1, 2; ULMA 1, 2." in text
-    assert "500 to 1,000 training rows, 250 held-out prompts. Of 2,000 answers were left out: 3 as a reason." in text
+    assert "500 to 1,000 training rows, 250 held-out prompts. Left out of 2,000 answers: 3 because a reason." in text
     rate, size = text.split("### Learning rate: HH")[1].split("### Size: against training rows, HH")
     # ULMA's shift over SFT's, of 10 tokens; DPO is in no sweep
     for section, value in ((rate, 0.05), (size, 0.1)):
