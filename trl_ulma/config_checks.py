@@ -1,6 +1,5 @@
 """Checks of the settings: alone, on this machine, and against the data of a training."""
 
-import copy
 import difflib
 import math
 import os
@@ -18,7 +17,7 @@ from trl_ulma.labels import LABEL_TYPES, parse_transform
 from trl_ulma.log_partition import LOG_Z_CHOICES
 from trl_ulma.losses import check_binary_loss, check_cell
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_of_rewards
-from trl_ulma.presets import apply_preset, follows_from_beta
+from trl_ulma.presets import apply_preset
 from trl_ulma.rows.chat import check_chat
 from trl_ulma.rows.dropped import INVALID_ROWS
 
@@ -33,22 +32,6 @@ PAIRWISE = {
     "use_weighting": "add a weight column to the rows",
     "discopop_tau": "positive_loss and negative_loss of ULMAConfig choose the method",
 }
-# Settings that a trainer reads once, when it is created, or never
-_READ_ONCE = (
-    *PAIRWISE,
-    *("label_type", "label_transform", "sft_threshold", "positive_loss", "negative_loss", "preset"),
-    *("log_z", "log_z_learning_rate", "share_prompts", "padding_free", "max_length", "truncation_mode"),
-    *("pad_to_multiple_of", "pad_token", "assistant_only_loss", "chat", "system_message", "model_init_kwargs"),
-    *("disable_dropout", "precompute_ref_log_probs", "sync_ref_model", "ref_model_mixup_alpha"),
-    *("ref_model_sync_steps", "router_aux_loss_coef", "activation_offloading", "use_liger_kernel"),
-    *("neftune_noise_alpha", "per_device_train_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
-)
-# What the optimizer is created with in the first training, and what each training reads when it begins
-OF_OPTIMIZER = ("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-OF_TRAINING = (
-    *("gradient_accumulation_steps", "max_steps", "num_train_epochs"),
-    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-)
 # Whole numbers, and their least values
 _WHOLE = {
     "max_length": 2,
@@ -100,7 +83,7 @@ def check_settings(args: Any) -> None:
         parse_transform(args.label_transform, args.label_type)
     if isinstance(args.log_z, str) and args.log_z not in LOG_Z_CHOICES:
         raise ValueError(f"log_z must be a number or one of {LOG_Z_CHOICES}; got {args.log_z!r}.")
-    _check_numbers(args)
+    check_numbers(args)
     for name, least in _WHOLE.items():
         value = getattr(args, name)
         if value is None or (name == "pad_to_multiple_of" and isinstance(value, str)):  # text, which TRL reads
@@ -218,7 +201,8 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
 
 
-def _check_numbers(args: Any) -> None:
+def check_numbers(args: Any) -> None:
+    """Raise ValueError if a setting that is a number is none, or is out of its bounds."""
     for name, bounds in _NUMBERS.items():
         value = getattr(args, name, 0.0)  # only ULMA has the last two
         if not ((name == "log_z" and isinstance(value, str)) or (name == "sft_threshold" and value is None)):
@@ -250,45 +234,6 @@ def check_machine(args: Any) -> None:
             "use_liger_kernel=True requires liger-kernel, which is not installed. Run `pip install liger-kernel`, "
             "or set it to False. TRL will remove this setting; model_init_kwargs={'use_kernels': True} replaces it."
         )
-
-
-def read_once(args: Any) -> dict[str, Any]:
-    """The settings that a trainer reads once, when it is created, with their values."""
-    names = list(_READ_ONCE)
-    if args.log_z in ("prior", "group"):
-        names += ["desirable_weight", "undesirable_weight"]
-    if args.log_z == "group":
-        names += ["binary_loss"]
-    if args.preset is not None and follows_from_beta(args.preset):
-        names += ["beta"]
-    return {name: copy.copy(getattr(args, name)) for name in names if hasattr(args, name)}
-
-
-def check_unchanged(args: Any, before: Mapping[str, Any]) -> None:
-    """Raise ValueError if settings were changed that the trainer has already read, or to a value that is not allowed.
-
-    Args:
-        before: what `read_once` returned when the trainer was created.
-    """
-    changed = changes(args, before)
-    if changed:
-        raise ValueError(
-            f"The trainer's args were changed after the trainer was created: {changed}. The trainer has "
-            "read them before, so the change would have no effect, or only a part of it. Create another trainer with "
-            "these settings."
-        )
-    _check_numbers(args)
-
-
-def changes(args: Any, before: Mapping[str, Any]) -> str:
-    """The settings that differ from earlier values, as text; "" if there are none.
-
-    Example:
-        >>> changes(SimpleNamespace(beta=0.2, log_z=0), {"beta": 0.1, "log_z": 0})
-        'beta from 0.1 to 0.2'
-    """
-    now = {name: getattr(args, name) for name in before}
-    return "; ".join(f"{name} from {before[name]!r} to {now[name]!r}" for name in before if now[name] != before[name])
 
 
 def check_batches(args: Any, rows: Any, size: int) -> None:

@@ -20,27 +20,41 @@ logger = logging.get_logger(__name__)
 FILE = "log_z.safetensors"
 
 
-def make_log_partition(args: Any, train_dataset: Any, compared: Any, hidden_size: int, device: Any) -> LogPartition:
+def make_log_partition(args: Any, train_dataset: Any, compared: Any, model: Any, device: Any) -> LogPartition:
     """The `LogPartition` that `log_z` of a config selects.
 
     Args:
         args: the trainer's config.
         train_dataset: prepared rows. `check_labels` must have passed for them.
-        compared: `(N,)` bool, the rows that are compared with the reference. Only read for "prior".
-        hidden_size: the size of the hidden states that the policy's output embeddings read. Only read for "learned".
+        compared: returns `(N,)` bool, the rows that are compared with the reference.
+        model: the policy. Its output embeddings read the hidden states that "learned" reads.
         device: the device of the rows.
+
+    Raises:
+        ValueError: if the policy's adapter shifts the position that "learned" reads.
     """
     choice, beta = args.log_z, args.beta
     if choice == "prior":
-        return Prior(*_labels_of(train_dataset, args, compared), beta=beta, device=device)
+        return Prior(*_labels_of(train_dataset, args, compared(train_dataset)), beta=beta, device=device)
     if choice == "running_mean":
         return RunningMean(device=device)
     if choice == "batch_kl":
         return BatchKL(device=device)
     if choice in ("learned", "learned_constant"):
-        size = hidden_size if choice == "learned" else 0
+        size = _hidden_size(model) if choice == "learned" else 0
         return Learned(size, beta=beta, learning_rate=args.log_z_learning_rate, device=device)
     return LogPartition(0.0 if choice in ("column", "group") else choice, device)
+
+
+def _hidden_size(model: Any) -> int:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "log_z='learned' reads the prompt's hidden state, but prompt-learning adapters put virtual tokens "
+            "before the rows, which shifts its position. Set log_z='learned_constant', or train with LoRA."
+        )
+    # OPT-350m projects its hidden states to another width before the output embeddings
+    size = getattr(model.get_output_embeddings(), "in_features", None)
+    return size or model.config.get_text_config().hidden_size
 
 
 def save_log_partition(log_partition: LogPartition, folder: str | Path) -> None:

@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,25 +45,17 @@ from trl_ulma.checkpoints import (
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config_checks import (
-    OF_OPTIMIZER,
-    OF_TRAINING,
-    PAIRWISE,
-    changes,
-    check_batches,
-    check_machine,
-    check_parallelism,
-    check_unchanged,
-    read_once,
-)
+from trl_ulma.config_checks import check_batches, check_machine, check_parallelism
 from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import with_origins
+from trl_ulma.held_rows import HeldRows
 from trl_ulma.judge import Judge
+from trl_ulma.late_changes import LateChanges
 from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
-from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, input_hashes, known_ref_logps, with_ref_logps
-from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable, not_optimized
+from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_logps
+from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
 from trl_ulma.likelihood.reference import (
     ADAPTER,
     COARSE_TOLERANCE,
@@ -72,8 +63,6 @@ from trl_ulma.likelihood.reference import (
     NoReferenceModel,
     Reference,
     ReferenceIdentity,
-    active_adapters,
-    is_without_adapter,
     plan_references,
 )
 from trl_ulma.likelihood.scorer import Scorer, bare_model, is_exact
@@ -99,6 +88,7 @@ from trl_ulma.training_reference import (
     reference_kind,
     warn_of_unsaved_parameters,
     warn_of_unsaved_weights,
+    widen_adapters,
 )
 from trl_ulma.versions import (
     divide_loss_once,
@@ -115,6 +105,7 @@ from trl_ulma.versions import (
     restore_forward,
     send_weights,
     set_auxiliary_loss,
+    step_itself,
     takes_adapted_head,
 )
 
@@ -196,9 +187,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             ref_model=ref_model,
             has_own_metrics=compute_metrics is not None,
         )
-        self._held: list[Any] = []  # the trainer's own datasets, also with precomputed log-probabilities
-        self._last_prepared: Any = None
-        self._first_held: list[Any] = []
+        self._rows = HeldRows(plan)
         self._evaluated_rows: dict[str, Any] = {}
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
         if ref_model is not None and not plan.needs_reference:
@@ -251,7 +240,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self.ref_model is not None:
             restore_forward(self.ref_model, ref_forward)
         if args.fp16 and is_peft_model(self.model):
-            _widen_adapters(self.model)
+            widen_adapters(self.model)
         has_own_weights = self.is_deepspeed_enabled or self.is_fsdp_enabled or optimizers[0] is not None
         given = self.ref_model if self._reference.kind == "given" else None
         for warning in number_formats.notes(self.model, given, args, keeps_float32=has_own_weights):
@@ -273,8 +262,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         # Stop DPOTrainer from precomputing the datasets that it evaluates, because `evaluate` does that here
         self.precompute_ref_logps = False
         self._is_precomputed = args.precompute_ref_log_probs and plan.needs_reference
-        self._held = self._first_held = self._datasets_now()
-        self._first_rows = plan.train_dataset
+        self._rows.hold(self._datasets_now())
         self._mixed_precision = self.accelerator.mixed_precision
 
         self._objective = Objective(self.args, plan.rules, self.router_aux_loss_coef, plan.label_center)
@@ -286,14 +274,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._policy_logps: list[float] = []
         self._resumed_identity: ReferenceIdentity | None = None
         self._resumed_logps: Sequence[float] = ()
-        self._read_once = read_once(self.args)
-        self._of_optimizer: dict[str, Any] = {}
-        self._of_training: dict[str, Any] = {}
-        self._not_optimized: set[str] | None = None
-        self._pairwise = {name: getattr(self, name) for name in PAIRWISE if hasattr(self, name)}
-        self._first_model, self._first_ref_model = bare_model(self.model), self.ref_model
-        self._first_processing_class = self.processing_class
-        self._first_adapters = active_adapters(self.model)
+        self._late_changes = LateChanges(self)
         self._stream_position: tuple[int, int] | None = None
         self._is_evaluation_checked = False
         self._train_sampler: Any = None
@@ -355,19 +336,9 @@ class PointwiseDPOTrainer(DPOTrainer):
         )
 
     def _new_log_partition(self) -> LogPartition:
-        choice = self.args.log_z
-        compared = self._plan.compared(self.train_dataset) if choice == "prior" else None
-        hidden_size = 0
-        if choice == "learned":
-            # OPT-350m projects its hidden states to another width before the output embeddings
-            hidden_size = getattr(self.model.get_output_embeddings(), "in_features", None)
-            hidden_size = hidden_size or self.model.config.get_text_config().hidden_size
-        if choice == "learned" and getattr(self._plan.peft_config, "is_prompt_learning", False):
-            raise ValueError(
-                "log_z='learned' reads the prompt's hidden state, but prompt-learning adapters put virtual tokens "
-                "before the rows, which shifts its position. Set log_z='learned_constant', or train with LoRA."
-            )
-        return make_log_partition(self.args, self.train_dataset, compared, hidden_size, self.accelerator.device)
+        return make_log_partition(
+            self.args, self.train_dataset, self._plan.compared, self.model, self.accelerator.device
+        )
 
     @property
     def beta(self) -> float:
@@ -437,33 +408,15 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _check_trainable(self) -> None:
         check_trainable(self.model, "none" if self.args.precompute_ref_log_probs else self._reference.kind)
 
-    def _check_optimized(self) -> None:
-        """Raise ValueError if parameters are trainable by now that the optimizer does not have."""
-        if self._is_sharded:  # which puts other parameters in their place
-            return
-        names = not_optimized(self.model, self.optimizer)
-        if self._not_optimized is None:  # an optimizer that was given may leave out some
-            self._not_optimized = set(names)
-        late = [name for name in names if name not in self._not_optimized]
-        if late:
-            shown = ", ".join(late[:3]) + (f" and {len(late) - 3} others" if len(late) > 3 else "")
-            raise ValueError(
-                f"Parameters became trainable after the optimizer was created, for example in a callback: {shown}. "
-                "The optimizer would not move them, but clipping would make all other steps smaller by their "
-                "gradients. Unfreeze them before the training; after an earlier training, also set trainer.optimizer = "
-                "None."
-            )
-
     def _on_train_begin(self, state: Any) -> None:
         if not self._is_sharded:  # sharding can change the names of parameters
             self._check_trainable()  # other code may have changed what is trained
             warn_of_unsaved_parameters(self.model)
-        self._check_optimized()
+            self._late_changes.check_optimized()
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
-        self._of_optimizer = self._of_optimizer or {name: getattr(self.args, name) for name in OF_OPTIMIZER}
-        self._of_training = {name: getattr(self.args, name) for name in OF_TRAINING}
+        self._late_changes.training_begins()
         divide_loss_once(self)  # another trainer's accelerator may have changed the state that all share
         self._figures.reset()  # discard sums of an attempt that ran out of memory
         self.log_partition.take_sums()
@@ -493,30 +446,11 @@ class PointwiseDPOTrainer(DPOTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if self._is_own(dataset):
-            return dataset
-        held = (*self._first_held, *self._held, self._last_prepared)
-        stored = isinstance(dataset, Dataset) and {"prompt_ids", "ref_logps"} <= set(dataset.column_names)
-        if stored and dataset.format["type"] != "custom" and known_ref_logps(dataset, held) is not None:
-            dataset = dataset.remove_columns("ref_logps")
-        prepared = self._plan.prepare(dataset, dataset_name)
-        if isinstance(prepared, Dataset):
-            # They may be some of this trainer's own rows, such as with `select`
-            known = known_ref_logps(prepared, held)
-            return prepared if known is None else prepared.add_column("ref_logps", known)
-        return prepared
-
-    def _is_own(self, dataset: Any) -> bool:
-        """Whether this trainer has prepared the dataset."""
-        return any(dataset is each for each in (*self._plan.datasets, *self._held, self._last_prepared))
+        return self._rows.prepare(dataset, dataset_name)
 
     def _datasets_now(self) -> list[Any]:
         held = self.eval_dataset
         return [self.train_dataset, *(held.values() if isinstance(held, dict) else [held])]
-
-    def _is_raw(self, dataset: Any) -> bool:
-        """Whether a dataset that was put in the place of one of the trainer's own has rows that are not prepared."""
-        return "prompt_ids" not in (getattr(dataset, "column_names", None) or ()) and not self._is_own(dataset)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -568,7 +502,14 @@ class PointwiseDPOTrainer(DPOTrainer):
                 return self._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         is_stream = isinstance(dataset, IterableDataset)
         if is_training and self.args.log_z == "group":
-            self._train_sampler = self._group_sampler(dataset, batch_size)
+            size = batch_size if not self.accelerator.split_batches else batch_size // self.accelerator.num_processes
+            self._train_sampler = GroupSampler(
+                np.where(self._plan.compared(dataset), np.asarray(dataset["group"][:]), -1).tolist(),
+                dataset["label"][:],
+                size=size,
+                multiple=self.accelerator.num_processes,
+                seed=self._order_seed,
+            )
             rows = FilledRows(self._remove_unused_columns(dataset, description=description))
             return super()._get_dataloader(
                 rows, description, batch_size, self._made_train_sampler, is_training, dataloader_key
@@ -583,20 +524,6 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._train_sampler = sampler_fn(dataset)
             sampler_fn = self._made_train_sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-
-    def _group_sampler(self, rows: Dataset, batch_size: int) -> GroupSampler:
-        """The order for log_z="group". A micro-batch is that of one process, and its rows follow each other."""
-        processes = self.accelerator.num_processes
-        group = np.where(self._plan.compared(rows), np.asarray(rows["group"][:]), -1).tolist()
-        size = batch_size // processes if self.accelerator.split_batches else batch_size
-        sampler = GroupSampler(group, rows["label"][:], size=size, multiple=processes, seed=self._order_seed)
-        if sampler.fillers > 0.1 * len(sampler):
-            logger.warning(
-                f"log_z='group' keeps the rows of a prompt in one micro-batch of {size} rows, and {sampler.fillers} of "
-                f"the {len(sampler)} places remain empty, which costs time. Choose a per_device_train_batch_size that "
-                "is a multiple of the number of rows per prompt."
-            )
-        return sampler
 
     def _made_train_sampler(self, train_dataset: Any) -> Any:
         return self._train_sampler
@@ -673,40 +600,20 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _check_changes(self) -> None:
         """Raise ValueError if settings or rows were replaced in a way that cannot take effect; prepare other rows."""
         self._use_own_precision()
-        self._check_settings()
-        if not self._is_own(self.train_dataset):
-            whose = "that are not prepared"
-            if not self._is_raw(self.train_dataset):
-                self.train_dataset = self._prepare_dataset(
-                    self.train_dataset, self.processing_class, self.args, "train"
-                )
-                whose = self._strangers(self.train_dataset)
-            if whose:
-                raise ValueError(
-                    f"trainer.train_dataset was replaced by rows {whose}, and the trainer has already read its labels. "
-                    "Create another trainer with these rows."
-                )
+        self._late_changes.check()
+        if not self._rows.has(self.train_dataset):
+            self.train_dataset = self._rows.to_train_on(self.train_dataset)
             self._read_labels_again()
-        for name, first in (("ref_model", self._first_ref_model), ("processing_class", self._first_processing_class)):
-            if getattr(self, name) is not first:
-                raise ValueError(
-                    f"trainer.{name} was replaced after the trainer was created, and the losses would still be those "
-                    f"of the first one. Create another trainer with this {name}."
-                )
+        self._late_changes.check_parts()
         self._check_collator()
-        for rows in self._datasets_now():
-            if self._is_own(rows) and isinstance(rows, Dataset) and rows.format["type"] == "custom":
-                raise ValueError(
-                    "A transform was set on rows that the trainer has already read and checked (set_transform). Set it "
-                    "on the raw rows, and create another trainer with them."
-                )
+        self._rows.check_transforms(self._datasets_now())
         held = self.eval_dataset
         if isinstance(held, dict):
-            others = {name: rows for name, rows in held.items() if not self._is_own(rows)}
+            others = {name: rows for name, rows in held.items() if not self._rows.has(rows)}
             self.eval_dataset = held | {name: self._prepared_to_evaluate(rows, name) for name, rows in others.items()}
-        elif held is not None and not self._is_own(held):
+        elif held is not None and not self._rows.has(held):
             self.eval_dataset = self._prepared_to_evaluate(held, "eval")
-        self._held = self._datasets_now()
+        self._rows.hold(self._datasets_now())
 
     def _check_collator(self) -> None:
         """Raise ValueError if another collator was put in the place of the first one, and does not fit the rows."""
@@ -719,27 +626,6 @@ class PointwiseDPOTrainer(DPOTrainer):
             )
         check_collator(self.data_collator, self.train_dataset)
         self._plan.data_collator = self.data_collator
-
-    def _strangers(self, rows: Any) -> str:
-        """Which prepared rows are not among those of the training set, in the words of an error; "" if all are."""
-        if not isinstance(self._first_rows, Dataset):
-            return ""  # the rows of a stream are not known
-        if not isinstance(rows, Dataset):
-            return "of a stream"
-        own = set(self._as_read(self._first_rows))
-        other = [row for row, read in zip(rows["row"], self._as_read(rows), strict=True) if read not in own]
-        if not other:
-            return ""
-        which = f"({len(other):,} of {len(rows):,}, such as row {other[0]})"
-        return f"of another trainer, or with other tokens, labels or weights {which}"
-
-    @staticmethod
-    def _as_read(rows: Dataset) -> list[tuple[Any, ...]]:
-        """What is read of each prepared row: its tokens, and the columns that say how it is learned from."""
-        plain = rows.with_format(None)
-        names = ("label", "sft_mask", "label_type", "log_z", "weight")
-        columns = [plain[name][:] if name in rows.column_names else [None] * len(rows) for name in names]
-        return list(zip(input_hashes(rows), *columns, strict=True))
 
     def _read_labels_again(self) -> None:
         """Let what depends on the labels of the training set be that of a part that was put in its place."""
@@ -760,28 +646,6 @@ class PointwiseDPOTrainer(DPOTrainer):
         # accelerate has one state for all trainers, which the last one that was created has set. autocast reads it.
         self.accelerator.state._mixed_precision = self._mixed_precision
 
-    def _check_settings(self) -> None:
-        if self.args is not self._plan.args:
-            raise ValueError(
-                "trainer.args was replaced, and the trainer has already read its settings. Set the attributes of "
-                "trainer.args that are to change, or create another trainer with these settings."
-            )
-        check_unchanged(self.args, self._read_once)
-        now, first = active_adapters(self.model), self._first_adapters
-        if now and now != first:  # the reference raises an error for a model that has no adapter any more
-            raise ValueError(
-                f"The model now computes with the adapter {', '.join(now)} instead of "
-                f"{', '.join(first) or 'none'}, with which the trainer was created. Other code, such as a callback, "
-                "has made another adapter active, so losses and rewards would be those of that adapter. Call "
-                f"model.set_adapter({first[0] if len(first) == 1 else first!r}) again, or create another trainer."
-            )
-        for name, value in self._pairwise.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"trainer.{name} was changed from {value!r} to {getattr(self, name)!r}. It is a setting of "
-                    f"pairwise losses, which this trainer does not read. Leave it; {PAIRWISE[name]}."
-                )
-
     def _rows_of_all(self, batch_size: int) -> int:
         """The number of rows in a micro-batch over all processes."""
         return batch_size * (1 if self.accelerator.split_batches else self.accelerator.num_processes)
@@ -791,7 +655,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         if self._is_precomputed:
             batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
             prepared = self._precompute_ref_logps(prepared, name, batch_size)
-        self._last_prepared = prepared
+        self._rows.hold_last(prepared)
         return prepared
 
     # The loss
@@ -829,20 +693,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             FloatingPointError: if the loss is not finite. The message names the rows.
             ValueError: if a callback has changed settings in a way that cannot take effect.
         """
-        self._check_settings()
-        changed = changes(self.args, self._of_optimizer | self._of_training)
-        if changed:
-            raise ValueError(
-                f"trainer.args was changed in the middle of a training, for example by a callback: {changed}. The "
-                "training has read these settings at its start, so the steps would follow the new values only in "
-                "part, or not at all. Set them before the training."
-            )
-        if is_without_adapter(self.model):
-            raise ValueError(
-                "The adapter is switched off or merged into the model in the middle of a training, for example by a "
-                "callback that generates text, so the step would not train it. Undo this before the step: call "
-                "model.base_model.enable_adapter_layers() or model.unmerge_adapter()."
-            )
+        self._late_changes.check_step()
         # For a subclass whose compute_loss calls ours without it
         self._rows_of_this_step = args[2] if len(args) > 2 else kwargs.get("num_items_in_batch")
         self._divided_by = 1 if self.loss_is_scaled_for_ga else self.current_gradient_accumulation_steps
@@ -850,7 +701,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             loss = super().training_step(*args, **kwargs)
         finally:
             self._rows_of_this_step, self._divided_by = None, 1
-        self._check_optimized()
+        if not self._is_sharded:  # which puts other parameters in their place
+            self._late_changes.check_optimized()
         # Reading the loss waits for the device. Trainer does the same right afterwards, to filter its logs.
         if not torch.isfinite(loss):
             named = functools.partial(with_origins, rows=self._plan.raw_rows)
@@ -1048,11 +900,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             KeyboardInterrupt: after Ctrl-C, once the current step has finished and a checkpoint is written.
             ValueError: if the checkpoint's weights are pickled, or if its reference differs from this one.
         """
-        if bare_model(self.model) is not self._first_model:
-            raise ValueError(
-                "trainer.model was replaced after the trainer was created, so training would not change the new model. "
-                "Create another trainer with it. For an adapter, pass a peft_config."
-            )
+        self._late_changes.check_model()
         self._check_changes()
         if torch.is_autocast_enabled(self.accelerator.device.type) and torch.is_autocast_cache_enabled():
             raise ValueError(
@@ -1060,17 +908,8 @@ class PointwiseDPOTrainer(DPOTrainer):
                 "all steps would compute with the weights of the first one. Call train() outside of it, and set "
                 "bf16=True or fp16=True instead."
             )
-        if self.optimizer is None:
-            self._of_optimizer, self._not_optimized = {}, None
-        changed = changes(self.args, self._of_optimizer)
-        if changed:
-            raise ValueError(
-                f"trainer.args was changed after a training: {changed}. The next training goes on with the optimizer "
-                "of the last one, which has read these settings before. Set trainer.optimizer = None to begin with a "
-                "new optimizer, or create another trainer."
-            )
-        for optimizer in (self.optimizer, getattr(self.optimizer, "optimizer", None)):
-            _step_itself(optimizer)
+        self._late_changes.check_of_optimizer()
+        step_itself(self.optimizer)
         check_batches(self.args, self.train_dataset, self._rows_of_all(self._train_batch_size))
         loading = self.args.model_init_kwargs
         resume = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir), loading)
@@ -1282,27 +1121,3 @@ class ULMATrainer(PointwiseDPOTrainer):
     _name = "ULMA"
     _config_class = ULMAConfig
     _needs_mask = True
-
-
-def _step_itself(optimizer: Any) -> None:
-    """Have the optimizer of a deep copy of a trained trainer step its own weights.
-
-    A schedule wraps its optimizer's `step`, or that of accelerate's wrapper. In a copy, the wrapped one still steps the
-    original's optimizer, so the copy would not learn.
-    """
-    step = vars(optimizer).get("step") if optimizer is not None else None
-    if hasattr(step, "_wrapped_by_lr_sched"):
-        owner = inspect.getclosurevars(step).nonlocals.get("opt_ref", lambda: optimizer)()
-        if owner is not optimizer:
-            del optimizer.step
-
-
-def _widen_adapters(model: Any) -> None:
-    """Store the adapters of a quantized model in float32.
-
-    TRL stores them in bfloat16. The gradient scaler of fp16 training cannot unscale such gradients, and GPUs that need
-    fp16, such as a T4, do not compute in bfloat16. Adapters of other models are in float32 already.
-    """
-    for name, weight in model.named_parameters():
-        if weight.dtype == torch.bfloat16 and (weight.requires_grad or f".{ADAPTER}." in name):
-            weight.data = weight.data.float()

@@ -277,5 +277,16 @@ def make_reference(
     return Reference(kind, scorer, model, name=name, revision=revision, autocast=autocast)
 
 
+def widen_adapters(model: Any) -> None:
+    """Store the adapters of a quantized model in float32.
+
+    TRL stores them in bfloat16. The gradient scaler of fp16 training cannot unscale such gradients, and GPUs that need
+    fp16, such as a T4, do not compute in bfloat16. Adapters of other models are in float32 already.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dtype == torch.bfloat16 and (weight.requires_grad or f".{ADAPTER}." in name):
+            weight.data = weight.data.float()
+
+
 def _is_peft(model: Any) -> bool:
     return not isinstance(model, str) and bool(is_peft_model(model))

@@ -346,3 +346,18 @@ def divide_loss_once(trainer: Any) -> None:
     trainer.accelerator.gradient_accumulation_steps = 1
     if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         trainer.model_accepts_loss_kwargs = bool(trainer.loss_is_scaled_for_ga)
+
+
+def step_itself(optimizer: Any) -> None:
+    """Have the optimizer of a deep copy of a trained trainer step its own weights.
+
+    A schedule wraps its optimizer's `step`, or that of accelerate's wrapper. In a copy, the wrapped one still steps the
+    original's optimizer, so the copy would not learn.
+    """
+    wrapped: tuple[Any, ...] = (optimizer, getattr(optimizer, "optimizer", None))
+    for each in wrapped:
+        step: Any = getattr(each, "__dict__", {}).get("step")
+        if hasattr(step, "_wrapped_by_lr_sched"):
+            owner = inspect.getclosurevars(step).nonlocals.get("opt_ref", lambda each=each: each)()
+            if owner is not each:
+                del each.step

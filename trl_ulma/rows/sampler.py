@@ -7,6 +7,10 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from trl_ulma.main_process import get_logger
+
+logger = get_logger(__name__)
+
 
 class PromptSampler(Sampler[int]):
     """Rows in random order, with the rows of a prompt next to each other.
@@ -81,6 +85,12 @@ class GroupSampler(Sampler[int]):
         # Sizes are packed once, so every epoch has the same number of micro-batches
         self._packed = _packed([len(part) for group in self._groups for part in self._parts(group)], size)
         self._packed += [[]] * (-len(self._packed) % multiple)
+        if self.fillers > 0.1 * len(self):
+            logger.warning(
+                f"log_z='group' keeps the rows of a prompt in one micro-batch of {size} rows, and {self.fillers} of "
+                f"the {len(self)} places remain empty, which costs time. Choose a per_device_train_batch_size that is "
+                "a multiple of the number of rows per prompt."
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
