@@ -346,6 +346,7 @@ def load_reference(
     autocast = partial(training_autocast, settings, policy)
     is_adapter = is_peft_model(policy)
     kind = identity.kind if identity is not None else ""
+    resized = ""
     if dtype == "auto":
         dtype = (identity and identity.dtype) or str(policy.dtype).removeprefix("torch.")
     if ref_model is not None:
@@ -383,6 +384,16 @@ def load_reference(
                 f"{source} was trained against the reference {identity.name}, which could not be loaded ({error}). Put "
                 "it there, or pass a ref_model (on the command line --ref_model)."
             ) from error
+        ours, theirs = (each.get_input_embeddings().weight.shape[0] for each in (policy, model))
+        if kind != "given" and ours != theirs:
+            resized = (
+                f"{source} has {ours:,} embeddings, but {identity.name}, which it was trained from, has {theirs:,}: "
+                "they were resized in memory before the training, and the reference was not saved. Resize "
+                f"{identity.name} in the same way, save it, and pass the result as ref_model (on the command line "
+                "--ref_model). Before another training, save the resized model and load it from there."
+            )
+            if theirs < len(load_tokenizer(source, trust_remote_code=trust_remote_code)):
+                raise ValueError(resized)  # it cannot read the tokens that were added
         # An adapter may have been merged since
         known = {"name": identity.name, "revision": identity.revision}
         found = Reference("copy" if kind == "copy" else "given", scorer, model, autocast=autocast, **known)
@@ -396,7 +407,7 @@ def load_reference(
         if off and ref_model is not None:
             logger.warning(f"{said} The rewards are not those of the training.")
         elif off:
-            raise ValueError(f"{said} Pass the reference of the training as ref_model.")
+            raise ValueError(resized or f"{said} Pass the reference of the training as ref_model.")
     return found
 
 

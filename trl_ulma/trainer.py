@@ -195,8 +195,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         kind = reference_kind(model, ref_model, args, peft_config, is_needed=plan.needs_reference)
         # What training saves refers to the base of an adapter and to the reference by their names
         is_named = plan.peft_config is not None or kind not in ("none", "given")
-        for held in (model if is_named else None, ref_model if kind == "given" else None):
-            warn_of_unsaved_weights(held)
+        warn_of_unsaved_weights(model if is_named else None, is_base=plan.peft_config is not None)
+        warn_of_unsaved_weights(ref_model if kind == "given" else None)
         self._reference_kind = kind
         send_weights(model if kind == "copy" else None, ref_model)
         ref_model = model_for_dpo_trainer(kind, model, ref_model, args)

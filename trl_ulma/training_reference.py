@@ -86,7 +86,7 @@ def check_models(model: Any, ref_model: Any, peft_config: Any = None) -> None:
         )
 
 
-def warn_of_unsaved_weights(model: Any) -> None:
+def warn_of_unsaved_weights(model: Any, *, is_base: bool = False) -> None:
     """Log a warning if a model in memory has other weights than the model that it is named after.
 
     What training saves refers to the base of an adapter, and to the reference, by this name. To be quick, only the
@@ -94,6 +94,7 @@ def warn_of_unsaved_weights(model: Any) -> None:
 
     Args:
         model: a model, with or without an adapter. Names and None have no weights in memory.
+        is_base: whether an adapter is trained on it. Embeddings that were resized are saved with the adapter.
     """
     if not isinstance(model, torch.nn.Module):
         return
@@ -105,21 +106,23 @@ def warn_of_unsaved_weights(model: Any) -> None:
     if getattr(base.config, "quantization_config", None) is not None:
         return
     name = get_config_model_id(base.config)
+    size = 0 if is_base else getattr(base.get_input_embeddings(), "num_embeddings", 0)
     own = {key.replace(".base_layer.", "."): weight for key, weight in base.state_dict().items()}
     other = []
     for file in _saved_weights(name, getattr(base.config, "_commit_hash", None)):
         with safe_open(file, "pt") as saved:
             for key in saved.keys():  # noqa: SIM118 - it is no dict
                 weight = own.get(key, own.get(f"{base.base_model_prefix}.{key}"))
-                if _differs(weight, saved.get_slice(key)):
+                if _differs(weight, saved.get_slice(key), size):
                     other.append(key)
     if other:
         logger.warning(
             f"The model in memory has other weights than {name}, which it was loaded from: {other[0]}"
             + (f" and {len(other) - 1} others" if len(other) > 1 else "")
-            + ". An adapter was merged into it, for example, or it was trained before. What this training saves refers "
-            f"to {name}, so its rewards cannot be computed again, and an adapter would be loaded onto other weights "
-            "than it was trained on. Save this model first (save_pretrained), and pass the model loaded from there."
+            + ". An adapter was merged into it, for example, its embeddings were resized, or it was trained before. "
+            f"What this training saves refers to {name}, so its rewards cannot be computed again, and an adapter would "
+            "be loaded onto other weights than it was trained on. Save this model and its tokenizer first "
+            "(save_pretrained), and pass the model loaded from there."
         )
 
 
@@ -155,11 +158,15 @@ def _saved_weights(name: str, revision: str | None) -> list[Path]:
     return sorted(folder.glob("model*.safetensors"))
 
 
-def _differs(weight: Any, saved: Any) -> bool:
-    """Whether the first row of a weight differs from that of a saved one by more than a number format does."""
+def _differs(weight: Any, saved: Any, size: int) -> bool:
+    """Whether the first row of a weight differs from that of a saved one by more than a number format does, or whether
+    it has another number of rows, which is `size`, the number of embeddings."""
     if not torch.is_tensor(weight) or isinstance(weight, DTensor) or weight.is_meta or not weight.is_floating_point():
         return False
-    is_same_kind = saved.get_dtype() in ("F64", "F32", "F16", "BF16") and saved.get_shape() == list(weight.shape)
+    shape = list(weight.shape)
+    if saved.get_shape() != shape and shape[:1] == [size] and saved.get_shape()[1:] == shape[1:]:
+        return True
+    is_same_kind = saved.get_dtype() in ("F64", "F32", "F16", "BF16") and saved.get_shape() == shape
     if not is_same_kind or not weight.dim():
         return False
     first, then = weight[:1].detach().cpu(), saved[:1]

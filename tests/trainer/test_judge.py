@@ -405,6 +405,32 @@ def test_an_adapter_on_a_model_whose_embeddings_were_padded(tiny_gpt2, tmp_path,
     assert loaded.score(rows)["reward"][:] == pytest.approx(trainer.score(rows)["reward"][:], abs=2e-5)
 
 
+@pytest.mark.parametrize("size", [{"pad_to_multiple_of": 100}, {"new_num_tokens": 383}, {"new_num_tokens": 385}])
+def test_a_full_model_whose_embeddings_were_resized_in_memory(tiny_gpt2, tmp_path, caplog, size):
+    rows, tokenizer = make_rows(8), AutoTokenizer.from_pretrained(tiny_gpt2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    if size == {"new_num_tokens": 385}:
+        tokenizer.add_tokens(["<|new|>"])
+        rows = make_rows(8, prompt=["<|new|>"] * 8)
+    model.resize_token_embeddings(**size, mean_resizing=False)
+    model.save_pretrained(tmp_path / "resized")
+    tokenizer.save_pretrained(tmp_path / "resized")
+    settings = FAST | {"learning_rate": 1e-2, "processing_class": tokenizer}
+    trainer = make_trainer(model, rows, tmp_path / "out", **settings)
+    assert f"other weights than {tiny_gpt2}" in caplog.text
+    assert "its embeddings were resized" in caplog.text
+    trainer.train()
+    trainer.save_model()
+    own = trainer.score(rows)["reward"][:]
+    with pytest.raises(ValueError, match=rf"has {model.vocab_size} embeddings, but {tiny_gpt2}.* has 384: they were"):
+        Judge.from_pretrained(str(tmp_path / "out"))
+    caplog.clear()
+    judge = Judge.from_pretrained(str(tmp_path / "out"), str(tmp_path / "resized"))
+    assert judge.score(rows)["reward"][:] == pytest.approx(own, abs=2e-5)
+    make_trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "resized"), rows, tmp_path / "other", **settings)
+    assert "other weights" not in caplog.text
+
+
 def test_an_adapter_whose_training_began_from_one_is_compared_with_that(tiny_gpt2, tmp_path):
     rows = make_rows(6)
     begun = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LORA)
