@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerState
 from transformers import __version__ as transformers_version
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -155,6 +159,20 @@ def other_shapes_explained(checkpoint: str | Path) -> Iterator[None]:
             f"{here} in the model. Resume with the model of the checkpoint and, for an adapter, with its settings, "
             "such as the rank of LoRA."
         ) from error
+
+
+def load_adapter_without_peft_model(folder: str | Path, model: Any) -> bool:
+    """Load the weights of an adapter that transformers has added to a model (`model.add_adapter`), and return True.
+
+    Trainer looks for those of a full model then. Return False if the model has no such adapter, or the folder none.
+    """
+    is_added = getattr(model, "_hf_peft_config_loaded", False) and not is_peft_model(model)
+    if not is_added or not (Path(folder) / SAFETENSORS_WEIGHTS_NAME).exists():
+        return False
+    saved = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+    weights = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
+    set_peft_model_state_dict(model, weights, model.active_adapters()[0])
+    return True
 
 
 def check_optimizer_state(checkpoint: str | Path, optim: str, own: set[str], loaded: Any) -> None:

@@ -36,6 +36,7 @@ from trl_ulma.checkpoints import (
     checkpoint_to_resume,
     conditions_of,
     copy_files,
+    load_adapter_without_peft_model,
     mark_whole,
     other_shapes_explained,
     stream_position,
@@ -1054,6 +1055,8 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with other_shapes_explained(resume_from_checkpoint):
+            if load_adapter_without_peft_model(resume_from_checkpoint, self.model):
+                return
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:  # its checkpoints hold all adapters in one file
             load_adapter_of(resume_from_checkpoint, self.model)
@@ -1065,7 +1068,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         name: Any = self.model.active_adapter if is_peft_model(self.model) else "default"
         if name != "default" and (best / name / "adapter_config.json").exists():
             self.model.load_adapter(str(best / name), name)
-        else:
+        elif not load_adapter_without_peft_model(best, self.model):
             super()._load_best_model()
         load_log_partition(self.log_partition, self.state.best_model_checkpoint)
 

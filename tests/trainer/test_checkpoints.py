@@ -1,13 +1,15 @@
 """Runs that are broken off go on where they were, from what was written to its end."""
 
+import copy
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainerState
 from world import make_rows, make_trainer, weights
 
 from trl_ulma.checkpoints import checkpoints, last_whole, stream_position
@@ -386,6 +388,34 @@ def test_the_best_weights_are_not_taken_for_those_of_the_optimizer(tiny_gpt2, tm
     trainer = make_trainer(model, make_rows(12), tmp_path, max_steps=5, eval_dataset=make_rows(4), **settings)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="lora_only"),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    ],
+)
+def test_an_adapter_that_transformers_has_added_is_resumed_and_its_best_state_found(tiny_llama, tmp_path, adapter):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.02}
+    settings |= {"processing_class": AutoTokenizer.from_pretrained(tiny_llama), "eval_dataset": make_rows(6)}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+
+    def trainer(folder: str, **more: Any):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        model.add_adapter(copy.deepcopy(adapter))
+        return make_trainer(model, make_rows(6), tmp_path / folder, **settings | more)
+
+    # The largest loss is that of the first evaluation
+    whole = trainer("whole", metric_for_best_model="loss", greater_is_better=True)
+    whole.train()
+    log = [entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry]
+    assert log.index(max(log)) < 3
+    assert whole.evaluate()["eval_loss"] == pytest.approx(max(log), abs=1e-6)
+    resumed = trainer("resumed", load_best_model_at_end=False)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert [entry["eval_loss"] for entry in resumed.state.log_history if "eval_loss" in entry] == log
 
 
 def test_the_best_adapter_is_found_whatever_its_name(tiny_llama, tmp_path):
