@@ -391,15 +391,56 @@ def test_csv_that_is_refused(tmp_path, text, message, streaming):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("\ufeff prompt,chosen ,rejected", "repeats the names of the columns in line 3"),
-        ('"{""ImportId"":""Q1""}",,"{""ImportId"":""Q3""}"', "is a header of Qualtrics in line 3"),
+        ("\ufeff prompt,chosen ,rejected", "repeats the names of the columns in line 4"),
+        ('"{""ImportId"":""Q1""}",,"{""ImportId"":""Q3""}"', "is a header of Qualtrics in line 4"),
     ],
 )
 def test_a_second_header_is_no_pair(tmp_path, line, message):
-    file = write(tmp_path / "rows.csv", f"prompt,chosen,rejected\nHi,Yo,No\n{line}\nprompt,chosen,No\n")
+    file = write(tmp_path / "rows.csv", f"prompt,chosen,rejected\nHi,Yo,No\nHo,A,B\n{line}\nprompt,chosen,No\n")
     with pytest.raises(ValueError, match=message):
         read(file)
-    assert read(file, invalid_rows="drop")["chosen"][:] == ["Yo", "chosen"]
+    assert read(file, invalid_rows="drop")["chosen"][:] == ["Yo", "A", "chosen"]
+
+
+IDS = '"{""ImportId"":""startDate"",""timeZone"":""UTC""}","{""ImportId"":""QID1""}","{\'ImportId\': \'QID2\'}",'
+
+
+@pytest.mark.parametrize(
+    ("lines", "left_out"),
+    [
+        (["Start Date,Write a good answer,And a bad one,", IDS], ["lines 2 and 3 are headers"]),
+        ([IDS], ["line 2 is a header"]),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_header_lines_of_qualtrics_are_no_rows(tmp_path, lines, left_out, streaming, caplog):
+    head, answers = "StartDate,chosen,rejected,note", ["2026-01-01,Yo,No,", "2026-01-02,Hi,{},x"]
+    rows = read(write(tmp_path / "rows.csv", "\n".join([head, *lines, *answers])), streaming=streaming)
+    assert [row["chosen"] for row in rows] == ["Yo", "Hi"]
+    assert [each.partition("rows.csv: ")[2] for each in caplog.messages] == [
+        f"{found} of Qualtrics, and left out." for found in left_out
+    ]
+    # Joined exports have all three lines again
+    joined = write(tmp_path / "joined.csv", "\n".join([head, *lines, *answers, head, *lines, *answers]))
+    rows = read(joined, streaming=streaming, invalid_rows="drop")
+    assert [row["chosen"] for row in rows] == ["Yo", "Hi"] * 2
+
+
+@pytest.mark.parametrize(
+    ("head", "line", "program"),
+    [
+        ("StartDate,EndDate,chosen,rejected", "Start Date,End Date,Write a good answer,And a bad one", "Qualtrics"),
+        ("Respondent ID,chosen,rejected,Which?,", ",Open-Ended Response,Open-Ended Response,Red,Blue", "SurveyMonkey"),
+        ("chosen,rejected", "Open-Ended Response,Open-Ended Response", "SurveyMonkey"),
+    ],
+)
+def test_a_header_of_two_lines_is_an_error(tmp_path, head, line, program):
+    more = "," * head.count(",")
+    rows = "\n".join([head, line, more.replace(",", "Response,"), more.replace(",", "Hi,")])
+    file = write(tmp_path / "rows.csv", f"{rows}\n")
+    with pytest.raises(ValueError, match=rf"rows\.csv has a second header of {program} in line 2\. Remove it\."):
+        read(file)
+    assert len(read(file, invalid_rows="drop")) == 2
 
 
 BROKEN = {

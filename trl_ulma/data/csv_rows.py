@@ -13,6 +13,10 @@ from trl_ulma.data.encodings import encoding_of, opened_text
 from trl_ulma.data.unread import Unread
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# The ids of questions, in the last of the three header lines of Qualtrics
+_IMPORT_ID = re.compile(r"""\{\s*['"]ImportId['"]\s*:""")
+# In the second header line of SurveyMonkey, below questions that are answered with text or a single choice
+_SURVEY_MONKEY = frozenset(("Response", "Open-Ended Response"))
 # By default, csv rejects fields of more than 131,072 characters, but long answers can have more
 _LONGEST_FIELD = 2**31 - 1
 
@@ -22,7 +26,8 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str] | Unread]]:
     r"""Yield (line that the row begins in, column → text of the field), according to RFC 4180.
 
-    If a row has more or fewer fields than the first line, or is a header again, the error is yielded instead.
+    If a row has more or fewer fields than the first line, or is a header again, the error is yielded instead. The
+    second and third header line of Qualtrics are left out, and `notice` is called.
 
     The encoding and the delimiter are detected. If they are not UTF-8 and a comma, `notice` is called.
 
@@ -58,6 +63,8 @@ def csv_rows(
             reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
             names: list[str] = []
             header: list[str] = []
+            held: tuple[int, dict[str, str] | Unread] | None = None  # can be the questions of Qualtrics
+            rows = 0  # since the last header
             swallowing = 0  # the first line in which a field seems to contain another row
             for fields in reader:
                 start, line = line, reader.line_num + 1
@@ -81,16 +88,31 @@ def csv_rows(
                 if notice is not None and _swallows(fields, len(names), delimiter):
                     swallowing = swallowing or start
                     notice(f"a field in quotes contains the end of a row, as in line {swallowing}: a quote is missing")
+                is_ids = any(fields) and all(_IMPORT_ID.match(field) for field in fields if field)
+                if is_ids and rows <= 1 and notice is not None:
+                    lines = f"lines {held[0]} and {start} are headers" if held and rows else f"line {start} is a header"
+                    notice(f"{lines} of Qualtrics, and left out")
+                    held = held if not rows else None
+                    continue
+                if held is not None:
+                    yield held
+                rows += 1
                 if _name(fields[0]) == header[0] and [_name(field) for field in fields] == header:
+                    rows = 0
                     fault = f"repeats the names of the columns in line {start}, as in joined files. Remove it."
-                    yield start, Unread(fault, "names of columns")
-                elif all(field.startswith('{"ImportId":') for field in (fields[0], fields[-1])):
-                    fault = f"is a header of Qualtrics in line {start}. Remove it, and the questions above it."
-                    yield start, Unread(fault, "header of Qualtrics")
+                    held = start, Unread(fault, "names of columns")
+                elif is_ids:
+                    fault = f"is a header of Qualtrics in line {start}. Remove it, and the questions of its file."
+                    held = start, Unread(fault, "header of Qualtrics")
+                elif rows == 1 and (program := _second_header(fields, header)):
+                    fault = f"has a second header of {program} in line {start}. Remove it."
+                    held = start, Unread(fault, f"header of {program}")
                 elif len(fields) == len(names):
-                    yield start, dict(zip(names, fields, strict=True))
+                    held = start, dict(zip(names, fields, strict=True))
                 else:
-                    yield start, _ragged(start, fields, names, delimiter)
+                    held = start, _ragged(start, fields, names, delimiter)
+            if held is not None:
+                yield held
     except csv.Error as error:
         raise ValueError(
             f"is invalid CSV in line {line}: {error}. Put each field that contains {_shown(delimiter)}, a quote or a "
@@ -161,6 +183,15 @@ def _names(fields: list[str], line: int, known: Collection[str], notice: Callabl
 def _name(field: str) -> str:
     """The name of a column without spaces and invisible characters around it."""
     return field.strip(f"{string.whitespace}\N{NO-BREAK SPACE}\N{ZERO WIDTH SPACE}\N{ZERO WIDTH NO-BREAK SPACE}")
+
+
+def _second_header(fields: list[str], header: list[str]) -> str:
+    """The program that wrote a header of two lines, of which this is the second one. "" for other rows."""
+    # Such as "Start Date" below StartDate
+    if sum(" " in each and each.replace(" ", "") == name for each, name in zip(fields, header, strict=False)) > 1:
+        return "Qualtrics"
+    found = _SURVEY_MONKEY.intersection(map(_name, fields))
+    return "SurveyMonkey" if found and (not fields[0] or _SURVEY_MONKEY.issuperset(filter(None, fields))) else ""
 
 
 def _swallows(fields: list[str], columns: int, delimiter: str) -> bool:
