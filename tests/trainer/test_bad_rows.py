@@ -221,7 +221,7 @@ LABELS = {
 }
 
 
-FIRST = " Write one number in all rows, such as the first one."
+OUT_OF = " Write one number in all rows: {} if all are out of 5, else a share such as 0.8."
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,9 @@ FIRST = " Write one number in all rows, such as the first one."
         ("4,5 Sterne", " Did you mean 4.5?"),
         ("3.5⭐", " Did you mean 3.5?"),
         (" Five", " Did you mean 5?"),
-        ("4/5", FIRST),
-        ("4.5 out of 5 stars", FIRST),
+        ("4/5", OUT_OF.format(4)),
+        ("4.5 out of 5 stars", OUT_OF.format(4.5)),
+        ("4,5 von 5", OUT_OF.format(4.5)),
         ("1.000 points", ""),  # a thousand, or one
         ("4k", ""),
         ("N/A", ""),

@@ -10,7 +10,7 @@ import lzma
 import pytest
 from datasets import Dataset
 
-from trl_ulma.data.files import check_splits, load_rows
+from trl_ulma.data.files import check_splits, load_files, load_rows
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
 from trl_ulma.scripts.options import PartConfig
@@ -203,10 +203,18 @@ def test_decimal_commas_are_numbers_where_semicolons_separate_the_fields(tmp_pat
 def test_labels_with_a_unit_or_in_words_are_numbers(tmp_path, caplog):
     table = write(tmp_path / "stars.csv", HEAD + 'Hi,Yo,4 stars\nHi,Ho,"3,5 Stars"\nHi,Hu, Two\nHi,Ha,1\nHi,He,4/5\n')
     assert [row["label"] for row in read(table)] == [4, 3.5, 2, 1, "4/5"]
-    assert "label: numbers with a unit, such as '4 stars', are read as numbers (2 values)" in caplog.text
-    assert "label: numbers in words, such as 'four', are read as numbers" in caplog.text
+    shown = "(2 values: '4 stars' in line 2, '3,5 Stars' in line 3)."
+    assert f"label: numbers with a unit, such as '4 stars', are read as numbers {shown}" in caplog.text
+    assert "label: numbers in words, such as 'four', are read as numbers ('Two' in line 4)." in caplog.text
     lines = "".join(LINE.replace(": 1}", f': "{label}"}}') for label in ("5⭐", "one"))
     assert [row["label"] for row in read(write(tmp_path / "stars.jsonl", lines))] == [5, 1]
+    Dataset.from_list([{**ROW, "label": f"{i} pts"} for i in range(5)]).to_parquet(tmp_path / "a.parquet")
+    assert [row["label"] for row in read(tmp_path / "a.parquet")] == [0, 1, 2, 3, 4]
+    assert "(5 values: '0 pts' in row 0, '1 pts' in row 1, '2 pts' in row 2)." in caplog.text
+    load_files([table, tmp_path / "stars.jsonl"])
+    assert f"('Two' in {table}, line 4, 'one' in {tmp_path / 'stars.jsonl'}, line 2)" in caplog.text.replace(
+        "2 values: ", ""
+    )
     thousand = write(tmp_path / "points.csv", f"{HEAD}Hi,Yo,1.000 points\nHi,Ho,1\n")
     assert [row["label"] for row in read(thousand)] == ["1.000 points", 1]  # a thousand, or one
 

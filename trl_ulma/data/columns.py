@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from trl_ulma.data.unread import UNREAD, Unread
@@ -42,7 +43,10 @@ _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
 
-Notice = Callable[[str], None]
+# Called with a message, and with the value if the message does not show it
+Notice = Callable[..., None]
+# How many of the values that it is called with are shown
+_SHOWN = 3
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ def read_value(
     Args:
         name: the name of the column.
         value: the value in the file.
-        notice: called with a message if the value was converted.
+        notice: called with a message if the value was converted, and also with the value if it was read as another one.
         delimiter: of the CSV file that the value is a field of, or None. CSV files store all values as text.
         theirs: the name of the column in the file, for messages; None if it is the same.
 
@@ -88,7 +92,7 @@ def read_value(
         label: decimal commas are read as decimal points, because semicolons separate the fields
         4.5
         >>> read_value("label", "5 Stars", print)
-        label: numbers with a unit, such as '4 stars', are read as numbers
+        label: numbers with a unit, such as '4 stars', are read as numbers 5 Stars
         5
     """
     is_cell, theirs = delimiter is not None, theirs or name
@@ -121,7 +125,7 @@ def read_value(
                 found = float(value.replace(",", "."))
             if found is None and name == "label" and (named := worded_number(value)):
                 example = f"with a unit, such as '4 {named[1]}'" if named[1] else "in words, such as 'four'"
-                notice(f"{theirs}: numbers {example}, are read as numbers")
+                notice(f"{theirs}: numbers {example}, are read as numbers", value)
                 found = number(named[0])
             elif found is not None and not is_cell:
                 notice(f"{theirs}: numbers that are stored as text are converted to numbers")
@@ -438,15 +442,35 @@ def read_row(
 _ODD = frozenset((*READ, *CONVERSATIONS))
 
 
-def say(found: Mapping[str, int], where: str) -> None:
-    """Log findings about the values of a dataset and their numbers, on the first process: in one line, but for those
-    of several sentences.
+class Shown(dict[str, list[str]]):
+    """The first values of some findings, with their places.
+
+    Example:
+        >>> shown = Shown()
+        >>> shown.add("label: numbers with a unit", "4 stars", "line 2")
+        >>> shown
+        {'label: numbers with a unit': ["'4 stars' in line 2"]}
+    """
+
+    def add(self, what: str, value: str, place: str) -> None:
+        """Keep a value, if it is one of the first."""
+        if len(first := self.setdefault(what, [])) < _SHOWN:
+            first.append(f"{value.strip()!r} in {place}")
+
+
+def say(found: Mapping[str, int], where: str, shown: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+    """Log findings about the values of a dataset, their numbers and some values, on the first process: in one line, but
+    for those of several sentences.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    counted = [f"{what}{f' ({count:,} values)' if count > 1 else ''}" for what, count in found.items()]
-    long = [each for each in counted if ". " in each]
-    for each in filter(None, ["; ".join(each for each in counted if each not in long), *long]):
+    told = []
+    for what, count in found.items():
+        parts = [f"{count:,} values"] * (count > 1) + [", ".join(shown.get(what, ()))] * (what in shown)
+        values = ": ".join(parts)
+        told.append(f"{what}{f' ({values})' if values else ''}")
+    long = [each for each in told if ". " in each]
+    for each in filter(None, ["; ".join(each for each in told if each not in long), *long]):
         logger.warning(f"{where}: {each}.")
 
 

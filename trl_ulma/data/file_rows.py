@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ulma.data.columns import NUMBERS, READ, Names, Truths, number, read_row, unknown_label, unknown_labels
+from trl_ulma.data.columns import NUMBERS, READ, Names, Shown, Truths, number, read_row, unknown_label, unknown_labels
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
@@ -116,6 +116,7 @@ class FileRows:
 
     Attributes:
         found: the conversions of values in the last call, and their numbers.
+        shown: the first values of some of them.
         lines: the line of each row in the last call.
         firsts: the number of the first row of each file in the last call.
         unread: (file, line, fault) of the lines of the last call that cannot be read, or have an unknown label.
@@ -129,6 +130,8 @@ class FileRows:
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         self.found: Counter[str] = Counter()
+        self.shown = Shown()
+        self._at = self.files[0], 0
         self.lines, self.firsts = array("q"), []
         self.unread: list[tuple[str, int, Unread]] = []
         self._unknown: Counter[str] = Counter()
@@ -139,6 +142,7 @@ class FileRows:
         for file in self.files:
             self.firsts.append(len(self.lines))
             for line, row in self._rows(file):
+                self._at = file, line
                 own: Counter[str] = Counter()
                 if self._delimiter == ";":
                     self._note_points(row, f"{file}, line {line}")
@@ -238,8 +242,12 @@ class FileRows:
         if columns is None:
             raise ValueError(f"{file} contains no rows. It must contain at least one row.")
 
-    def _notice(self, what: str) -> None:
+    def _notice(self, what: str, value: str | None = None) -> None:
         self.found[what] += 1
+        if value is not None:
+            file, line = self._at
+            place = f"{unit_of(file)} {line}"
+            self.shown.add(what, value, place if len(self.files) == 1 else f"{file}, {place}")
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

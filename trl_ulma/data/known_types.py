@@ -17,6 +17,7 @@ from trl_ulma.data.columns import (
     ODD_TEXT,
     TEXTS,
     Names,
+    Shown,
     Truths,
     class_labels,
     read_row,
@@ -49,7 +50,7 @@ class _Read:
         theirs = self.names.columns.get("label", "label")
         if self.classes is not None and isinstance(row[theirs], int):  # a number below 0 is no class
             row = row | {theirs: self.classes[row[theirs]] if row[theirs] >= 0 else None}
-        row = read_row(row, self.names, unknown, lambda what: say_once(what, self.where), delimiter=None)
+        row = read_row(row, self.names, unknown, lambda what, _="": say_once(what, self.where), delimiter=None)
         problem = unknown_labels(unknown, self.names.label_map, self.where)
         if problem:
             raise ValueError(problem)
@@ -90,6 +91,7 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         rows = rows.select_columns([*there.values(), *kept])
         rows = rows.rename_columns({theirs: ours for ours, theirs in there.items() if ours != theirs})
     found |= _odd_texts(rows, names)
+    shown = Shown()
     unknown: Counter[str] = Counter()
     marks: list[str | None] = [None] * len(rows)
     for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:
@@ -110,7 +112,14 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
                     values[row], marks[row] = None, unknown_label(next(iter(own))).message
         noticed: Counter[str] = Counter()
         theirs = names.columns.get(name, name)
-        values = [read_value(name, value, lambda what: noticed.update([what]), theirs=theirs) for value in values]  # noqa: B023
+        for row, value in enumerate(values):
+
+            def notice(what: str, value: str | None = None, row: int = row, noticed: Counter[str] = noticed) -> None:
+                noticed[what] += 1
+                if value is not None:
+                    shown.add(what, value, f"row {row}")
+
+            values[row] = read_value(name, value, notice, theirs=theirs)
         kind = "null"
         for value in values:
             kind = joined(kind, kind_of(value), is_number=True)
@@ -134,7 +143,7 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         found[f"{problem} Rows with these labels are left out"] = 1
     elif problem:
         rows = rows.add_column(UNREAD, marks, feature=Value("string"))  # type: ignore[call-arg]
-    say(found, where)
+    say(found, where, shown)
     return rows
 
 

@@ -47,7 +47,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
             pass
         reader.check_points()
         reader.check()
-        say(reader.found, reader.where)
+        say(reader.found, reader.where, reader.shown)
         given = {"files": files, "names": names, "invalid_rows": invalid_rows}
         stream = IterableDataset.from_generator(_stream, gen_kwargs=given | {"known": frozenset(reader.found)})
         note_places(stream, partial(_places, **given))
@@ -57,7 +57,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     key += [] if names.needs_label else ["needs no label"]
     other: Counter[str] = Counter()
     rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
-    say(reader.found | other, reader.where)
+    say(reader.found | other, reader.where, reader.shown)
     if reader.unread and invalid_rows == "drop":
         logger.warning(f"Left out {len(reader.unread):,} of {len(rows) + len(reader.unread):,} rows, which cannot be "
                        f"read. {list_unread(reader.unread)}")  # fmt: skip

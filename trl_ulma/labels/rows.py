@@ -24,7 +24,7 @@ _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
 # Numbers with a unit, and ratings such as 4/5. With three decimals, a number can be a thousand
 _UNIT = r"(stars?|points?|pts?\.?|sterne?|punkte?|étoiles?|estrellas?|stell[ae]|puntos?|punti|[★⭐]\ufe0f?)"
 _OF_UNITS = re.compile(rf"([+-]?\d+([.,]\d\d?)?)\s*{_UNIT}", re.IGNORECASE)
-_OUT_OF = re.compile(rf"\d+([.,]\d+)?\s*(/|of|out of|von|sur|de|su)\s*\d+([.,]\d+)?\s*{_UNIT}?", re.IGNORECASE)
+_OUT_OF = re.compile(rf"(\d+([.,]\d+)?)\s*(/|of|out of|von|sur|de|su)\s*(\d+([.,]\d+)?)\s*{_UNIT}?", re.IGNORECASE)
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # A number with one decimal comma. The comma of 1,234 may separate thousands
 DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
@@ -331,8 +331,9 @@ def _hint(text: str) -> str:
     named = worded_number(text)
     meant = named[0] if named else text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text
     hint = f" Did you mean {meant}?" if meant != text else ""
-    if _OUT_OF.fullmatch(text):
-        hint += " Write one number in all rows, such as the first one."
+    if out_of := _OUT_OF.fullmatch(text):
+        first = out_of[1].replace(",", ".")
+        hint += f" Write one number in all rows: {first} if all are out of {out_of[4]}, else a share such as 0.8."
     if _OTHER_FORM.fullmatch(text):
         hint += " Write it as in 0.5 or 1234, with a decimal point and without separators."
     return hint
