@@ -81,6 +81,10 @@ def test_another_file_is_read_by_the_names_of_the_training_if_it_has_them(
     has_names = is_read and columns.startswith("question")
     assert (f"{file} is read as in training: --columns {COLUMNS}\n" in said.err) == has_names
     assert ("holds 1 scored row" in said.out) == is_read
+    if is_read:  # and written by the names and with the separators of the file
+        first = ";".join(f'"{name}"' for name in columns.split(",")[:2])
+        assert (tmp_path / "o.csv").read_text().startswith(first)
+        assert f"o.csv has semicolons and decimal commas, as {file} has." in said.err
     assert caplog.text.count("fields are separated") == 1  # also where it is looked at first
 
 

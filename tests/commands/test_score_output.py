@@ -1,5 +1,6 @@
 """What `trl-ulma score` writes and says of scored rows, whatever scored them."""
 
+import codecs
 import csv
 import datetime
 import json
@@ -12,12 +13,15 @@ from datasets import Dataset
 from tiny import make_tokenizer
 from world import make_rows, make_trainer
 
+from trl_ulma.data.columns import Names
+from trl_ulma.data.csv_rows import Layout
 from trl_ulma.data.files import load_rows
 from trl_ulma.judge import Judge
 from trl_ulma.labels import parse_transform
 from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts.cli import main
-from trl_ulma.scripts.score import in_one_line, most_notable, summary, write
+from trl_ulma.scripts.score import as_named, in_one_line, most_notable, summary, write
+from trl_ulma.scripts.score import layout as layout_of
 
 TURNS = [{"role": "user", "content": "Hi"}]
 CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "CET"}}}
@@ -53,6 +57,59 @@ def test_cells_of_conversations_are_json(tmp_path):
     returns = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["50 %\r100 %", "c\r\nd"], "label": [1, None]})
     write(returns, tmp_path / "returns.csv")
     assert load_rows(tmp_path / "returns.csv")["train"].to_dict() == returns.to_dict()
+
+
+HEAD, RATED = "id;Frage;Antwort;Note", 'a;"Grün; oder?";Ja;{}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "encoding", "layout"),
+    [
+        ("rows.csv", f"{HEAD}\n{RATED.format('4,5')}\n{RATED.format('0,25')}\n", "cp1252", Layout(";", ",", True)),
+        ("rows.csv", f"{HEAD}\n{RATED.format(4)}\n{RATED.format(2)}\n", "utf-8-sig", Layout(";", ",", True)),
+        ("rows.csv", f"{HEAD}\n{RATED.format('4.5')}\n{RATED.format('1.000')}\n", "utf-8", Layout(";", ".")),
+        ("rows.csv", f"{HEAD}\n{RATED.format(4)}\n".replace(";", "|"), "utf-8", Layout("|")),
+        ("rows.tsv", f"{HEAD}\n{RATED.format(4)}\n".replace(";", "\t"), "utf-16", Layout(has_mark=True)),
+    ],
+)
+def test_a_csv_file_is_written_for_the_program_that_wrote_the_rows(tmp_path, name, text, encoding, layout, caplog):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    names = "prompt=Frage,completion=Antwort,label=Note"
+    rows = load_rows(tmp_path / name, columns=names)["train"]
+    assert layout_of(rows, Names.of(names, None)) == layout
+    labels = [4.5, 1.234, 1.5e-05, -3.0]
+    scored = rows.select([0] * 4).remove_columns("label").add_column("label", labels)
+    scored = scored.add_column("reward", [0.125, -1e-07, None, 2.0])
+    write(as_named(scored, Names.of(names, None)), tmp_path / "scored.csv", layout)
+    content = (tmp_path / "scored.csv").read_bytes()
+    assert content.startswith(codecs.BOM_UTF8) == layout.has_mark
+    assert f'reward\n"Grün{"|" if "|" in text else layout.delimiter}'.encode() not in content
+    caplog.clear()
+    found = load_rows(tmp_path / "scored.csv", columns=f"{names},weight=reward")["train"]
+    assert found["label"][:] == labels
+    assert found["weight"][:] == [0.125, -1e-07, None, 2.0]
+    assert [found[name][:] for name in ("prompt", "id")] == [scored[name][:] for name in ("prompt", "id")]
+    assert all("separated by" in said or "decimal commas" in said for said in caplog.messages)
+
+
+def test_scored_rows_have_the_names_and_labels_of_their_file():
+    scored = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", "d"], "label": [1, None], "reward": [0.5, 0]})
+
+    def named(columns, label_map=None, rows=scored):
+        return as_named(rows, Names.of(columns, label_map)).to_dict()
+
+    found = named("prompt=q,label=thumb", "Up=1,down=0")
+    assert found == {"q": ["a", "b"], "completion": ["c", "d"], "thumb": ["up", None], "reward": [0.5, 0]}
+    # Which of two words a label was is not known
+    assert named("label=thumb", "up=1,yes=1,no=0")["label"] == [1, None]
+    # The name is taken by what is written
+    assert named("label=reward")["label"] == [1, None]
+    halves = Dataset.from_dict({"chosen": ["a"], "rejected": ["b"], "label": [1]})
+    assert named("chosen=rejected,rejected=chosen,label=x", rows=halves) == {
+        "rejected": ["a"],
+        "chosen": ["b"],
+        "label": [1],
+    }
 
 
 def test_a_file_of_json_lines_keeps_values_exactly(tmp_path):

@@ -5,12 +5,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from trl_ulma.data.columns import number
 from trl_ulma.data.encodings import encoding_of, opened_text
 from trl_ulma.data.unread import Unread
+from trl_ulma.labels import DECIMAL_COMMA
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # The ids of questions, in the last of the three header lines of Qualtrics
@@ -135,6 +137,49 @@ def delimiter_of(path: Path, known: Collection[str] = ()) -> str:
         ';'
     """
     return _delimiter(path, encoding_of(path, takes_cp1252=True), known)[0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a program writes CSV files.
+
+    Attributes:
+        delimiter: between fields.
+        decimal: the mark in numbers, a point or a comma.
+        has_mark: whether a UTF-8 file needs a byte order mark, because the program does not expect UTF-8.
+    """
+
+    delimiter: str = ","
+    decimal: str = "."
+    has_mark: bool = False
+
+    @classmethod
+    def of(cls, path: Path, numbers: Collection[str] = (), known: Collection[str] = ()) -> "Layout":
+        r"""The layout of a file for the program that wrote it. Tabs become commas, unless the file ends in `.csv`.
+
+        Where semicolons separate fields, the first decimal in a column of numbers decides on the mark. If there is
+        none, it is a comma, because Excel writes semicolons where commas are decimal marks.
+
+        Args:
+            path: the file.
+            numbers: the columns of numbers.
+            known: as in `csv_rows`.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+            ...     _ = file.write("prompt;label\nHi;4,5\n"), file.flush()
+            ...     Layout.of(Path(file.name), ["label"])
+            Layout(delimiter=';', decimal=',', has_mark=False)
+        """
+        encoding = encoding_of(path, takes_cp1252=True)
+        delimiter, decimal = _delimiter(path, encoding, known)[0], "."
+        if delimiter == ";":
+            rows = (row for _, row in csv_rows(path, known, lambda what: None) if isinstance(row, dict))
+            fields = (row[name].strip() for row in rows for name in numbers if name in row)
+            marks = ("," if DECIMAL_COMMA.fullmatch(each) else "." for each in fields if re.search(r"\d[.,]\d", each))
+            decimal = next(marks, ",")
+        return cls("," if ".tsv" in path.name.lower() else delimiter, decimal, encoding != "utf-8")
 
 
 def _delimiter(path: Path, encoding: str, known: Collection[str]) -> tuple[str, bool]:

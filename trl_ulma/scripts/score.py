@@ -3,19 +3,22 @@ r"""Score rows with a trained model: rank answers, find labels that are wrong, f
     trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl
     trl-ulma score --model adapter-folder --dataset answers.csv --output scored.csv
 
-Each row is written with `reward`, `probability` (for binary labels) and `predicted_label`. If rows have labels,
-`surprise` is written too, and the most surprising rows come first. Rows without a label among them come last, with no
-`surprise`.
+Each row is written with the column names of its file, and with `reward`, `probability` (for binary labels) and
+`predicted_label`. If rows have labels, `surprise` is written too, and the most surprising rows come first. Rows without
+a label among them come last, with no `surprise`. A `.csv` file has the separator and the decimal mark of the CSV file
+that was read, so that the same program opens it.
 
 The model is compared with the reference that training wrote down; `--ref_model` names another place where it is. β,
 log Z, the label transform, the number format and the quantization are those saved with the model (`pointwise.json`).
 """
 
 import argparse
+import codecs
 import csv
 import json
 import sys
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,9 @@ from trl_ulma.scripts.data_options import fill
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from trl_ulma.data.columns import Names
+    from trl_ulma.data.csv_rows import Layout
 
 WRITTEN = (".jsonl", ".csv", ".parquet")
 # Rows that are printed
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
     from trl_ulma.data import seen_prompts
     from trl_ulma.data.columns import Names
+    from trl_ulma.data.csv_rows import DELIMITERS
     from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.data.splits import prompts_of
     from trl_ulma.data.unread import UNREAD
@@ -117,7 +124,8 @@ def run(args: argparse.Namespace) -> str:
     rows = splits[args.split]
     for note in check_splits({args.split: rows}, args.dataset, needs_label=False, columns=args.columns):
         print(note, file=sys.stderr)
-    theirs = Names.of(args.columns, None).columns.get("label")
+    names = Names.of(args.columns, args.label_map)
+    theirs = names.columns.get("label")
     if theirs is not None and "label" not in rows.column_names:
         print(f"{args.dataset} has no column {theirs}, so its rows are scored without labels.", file=sys.stderr)
     is_labeled = not without_label(rows).all()
@@ -142,7 +150,11 @@ def run(args: argparse.Namespace) -> str:
     if order != "row":
         scored = scored.sort(order, reverse=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    write(scored, args.output)
+    like = layout(rows, names) if args.output.suffix == ".csv" else None
+    if like is not None and like.delimiter != ",":
+        marks = f" and decimal {'commas' if like.decimal == ',' else 'points'}" * (like.delimiter == ";")
+        print(f"{args.output} has {DELIMITERS[like.delimiter]}{marks}, as {args.dataset} has.", file=sys.stderr)
+    write(as_named(scored, names), args.output, like)
     lines = [summary(args.output, rows, scored, order), *most_notable(scored)]
     used = rows.with_format(None).select(sorted(set(scored["row"][:])))
     found = seen_prompts.seen([row[0] for row in prompts_of(used)], saved_file(args.model, seen_prompts.FILE))
@@ -151,15 +163,51 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def write(scored: "Dataset", path: Path) -> None:
+def as_named(scored: "Dataset", names: "Names") -> "Dataset":
+    """Scored rows with the names of columns and labels in the file that they are from.
+
+    Labels stay numbers, in a column `label`, if several words mean the same number. A name that `score` itself writes,
+    such as `reward`, is not given back.
+    """
+    columns, there = dict(names.columns), scored.column_names
+    words = {number: word for word, number in names.label_map.items()}
+    is_paired = "chosen" in there
+    if is_paired or len(words) < len(names.label_map):
+        columns.pop("label", None)
+    elif words and "label" in there:
+        labels = [words.get(each) for each in scored["label"][:]]
+        scored = scored.remove_columns("label").add_column("label", labels).select_columns(there)
+    taken = set(there) - set(columns)
+    return scored.rename_columns(
+        {ours: theirs for ours, theirs in columns.items() if ours in there and theirs not in taken}
+    )
+
+
+def layout(rows: "Dataset", names: "Names") -> "Layout | None":
+    """The layout of the CSV file that rows are from. None if they are from another file."""
+    from trl_ulma.data.columns import NUMBERS, READ
+    from trl_ulma.data.csv_rows import Layout
+    from trl_ulma.data.file_rows import KINDS, suffix_of
+    from trl_ulma.data.origins import joined_origins
+
+    files = [Path(name) for name in joined_origins([("", rows)]).names if KINDS.get(suffix_of(Path(name))) == "csv"]
+    numbers = [names.columns.get(name, name) for name in NUMBERS]
+    return Layout.of(files[0], numbers, (*READ, *names.columns.values())) if files else None
+
+
+def write(scored: "Dataset", path: Path, layout: "Layout | None" = None) -> None:
     """Write scored rows; in the cells of a CSV file, what is not text or a number is JSON, as `trl-ulma` reads it.
+
+    A CSV file has the given layout.
 
     What a row does not have, such as the probability of a continuous label, is left out: in JSON lines of each row,
     and elsewhere if no row has it. Files of text do not hold images, which are left out of them with a note.
     """
+    from trl_ulma.data.csv_rows import Layout
     from trl_ulma.data.json_rows import json_text
     from trl_ulma.judge import COLUMNS
 
+    layout = layout or Layout()
     own = [name for name in COLUMNS if name in scored.column_names]
     scored = scored.remove_columns([name for name in own if all(value is None for value in scored[name][:])])
     if path.suffix != ".parquet":
@@ -172,7 +220,12 @@ def write(scored: "Dataset", path: Path) -> None:
     if path.suffix == ".csv":
         scored = scored.map(
             lambda row: {
-                name: json_text(value) if isinstance(value, (dict, list)) else value for name, value in row.items()
+                name: json_text(value)
+                if isinstance(value, (dict, list))
+                else _with_comma(value)
+                if isinstance(value, float) and layout.decimal == ","
+                else value
+                for name, value in row.items()
             },
             remove_columns=scored.column_names,
         )
@@ -183,9 +236,25 @@ def write(scored: "Dataset", path: Path) -> None:
                 there = {name: value for name, value in row.items() if name not in COLUMNS or value is not None}
                 file.write(json_text(there) + "\n")
     elif path.suffix == ".csv":
-        scored.to_csv(str(path), quoting=csv.QUOTE_NONNUMERIC)  # a carriage return outside of quotes ends a line
+        with path.open("wb") as file:
+            file.write(codecs.BOM_UTF8 * layout.has_mark)
+            # A carriage return outside of quotes ends a line
+            scored.to_csv(file, quoting=csv.QUOTE_NONNUMERIC, sep=layout.delimiter)
     else:
         scored.to_parquet(str(path))
+
+
+def _with_comma(value: float) -> str | None:
+    """A number with a decimal comma, as `trl-ulma` reads it: 1,234 could be a thousand, and 1,5e-3 is no number.
+
+    Example:
+        >>> _with_comma(4.0), _with_comma(1.234), _with_comma(1.5e-05)
+        ('4,0', '1,2340', '0,000015')
+    """
+    if value != value:
+        return None
+    text = format(Decimal(repr(value)), "f").replace(".", ",")
+    return f"{text}0" if text[-4:-3] == "," else text
 
 
 def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
