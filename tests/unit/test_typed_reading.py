@@ -272,6 +272,22 @@ def test_odd_texts_in_parquet_files_are_counted(tmp_path, caplog):
     assert caplog.messages[0].endswith("(2 values).")
 
 
+@pytest.mark.parametrize("columns", [None, "label=stars"])
+def test_odd_texts_in_a_stream_of_parquet_are_said_when_they_are_met(tmp_path, caplog, columns):
+    texts = ["good"] * 1200 + ["nan", "cafÃ©", "a\x1bb", "nan", None]
+    name = "stars" if columns else "label"
+    table = {"prompt": ["p"] * 1205, "completion": pa.array(texts, pa.large_string()), name: [1] * 1205}
+    pq.write_table(pa.table({**table, "note": [[0.5]] * 1205}), tmp_path / "rows.parquet")
+    stream = read(tmp_path / "rows.parquet", streaming=True, columns=columns)
+    assert not caplog.messages
+    for _ in range(2):
+        rows = list(stream)
+    assert [each["completion"] for each in rows] == texts
+    assert (rows[0]["prompt"], rows[0]["label"], rows[0]["note"]) == ("p", 1, [0.5])
+    found = [each.partition("completion: texts ")[2].split(",")[0] for each in caplog.messages]
+    assert found == ["that are only nan", "were decoded wrongly before", "contain control characters"]
+
+
 @pytest.mark.parametrize(("name", "mark"), [("rows.csv", ","), ("rows.tsv", "\t")])
 def test_a_quote_that_swallows_rows_is_counted(tmp_path, caplog, name, mark):
     head, whole = f"prompt{mark}completion{mark}label\n", f"x{mark}y{mark}1\n"

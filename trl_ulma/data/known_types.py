@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -77,7 +78,9 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         read = _Read(names, where, classes)
         odd = [name for name in (*NUMBERS, *BOOLS) if name in first and not _is_as_read(name, known.get(name))]
         if not (names.columns or names.label_map or odd or classes):
-            return rows
+            texts = [name for name in TEXTS if isinstance(first.get(name), str) or _is_text(known.get(name))]
+            look = partial(_look, names=texts, where=where)
+            return rows.map(look, input_columns=texts, features=rows.features) if texts else rows
         return rows.map(read, remove_columns=[name for name in names.columns.values() if name in first])
     _check_names(names, rows.column_names, where)
     found: Counter[str] = Counter()
@@ -147,11 +150,18 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
     return rows
 
 
+def _look(*texts: Any, names: list[str], where: str) -> dict[str, Any]:
+    """Log findings about the texts of a row of a stream, each once. Nothing is changed."""
+    for name, text in zip(names, texts, strict=True):
+        read_value(name, text, lambda what: say_once(what, where))
+    return {}
+
+
 def _odd_texts(rows: Dataset, names: Names) -> Counter[str]:
     """Findings about texts, as of those in CSV and JSON files, and their numbers."""
     found: Counter[str] = Counter()
     for name in TEXTS:
-        if getattr(rows.features.get(name), "dtype", "") not in ("string", "large_string"):
+        if not _is_text(rows.features.get(name)):
             continue
         table: Any = rows.select_columns([name]).with_format("arrow")[:]
         texts = table.column(name)
@@ -159,6 +169,10 @@ def _odd_texts(rows: Dataset, names: Names) -> Counter[str]:
         for text in texts.filter(odd).to_pylist():
             read_value(name, text, lambda what: found.update([what]), theirs=names.columns.get(name))
     return found
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
 def _of_classes(values: list[Any], names: list[str], where: str | None) -> list[Any]:
