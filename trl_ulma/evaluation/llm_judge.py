@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ _CONTRADICTS = re.compile(
     r"(?:\bnot|n['’]t)\s+(?:the\s+)?(?:more|better|as)\b",
     re.IGNORECASE,
 )
+# The same after a bare adjective: "1 - dangerous"
+_BLAMES = re.compile(r"[\W_]*(?:dangerous|harmful|unsafe|toxic|rude|wrong|incorrect|bad|evasive)[\W_]*", re.IGNORECASE)
+# Options that are listed, each with the same mark after it: "1 - dangerous, 2 - safe" and "1. dangerous; 2. safe"
+_LISTED = re.compile(
+    r"[*_\"']*(?:(?P<mark>\s*-\s*|\s*[:=(])(?s:.*)\b(?:1|2|tie|first|second)[*_\"']*(?P=mark)|"
+    r"\.\s.*[.,;|/][^\w\n]*(?:1|2|tie)\.\s)",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(r"[\W_]*(?:answer\s+)?(?:1|2|tie|first|second)\b", re.IGNORECASE)
 _OTHER = re.compile(r"\b(?:other|latter|former)\b", re.IGNORECASE)
 # The answers that it can name. "one" and "two" alone are also other words.
 _MENTIONS = {
@@ -102,8 +112,9 @@ def read_verdict(text: str) -> str | None:
     """The verdict in a reply: "1", "2" or "tie". None if there is no verdict, or several.
 
     That is the line that begins with "VERDICT", wherever it stands; of several, they must agree. Without one, the last
-    line can be the verdict alone. A reason may follow in the line if it does not contradict the verdict. A reply can
-    also be JSON with a key "verdict". Digits can be those of any language.
+    line can be the verdict alone. A reason may follow in the line if it does not contradict the verdict. A line that
+    says something about each option is a list, and no verdict. A reply can also be JSON with a key "verdict". Digits
+    can be those of any language.
 
     Example:
         >>> read_verdict("VERDICT: 2"), read_verdict("**Tie**"), read_verdict("I like 1 better than 2.")
@@ -114,6 +125,8 @@ def read_verdict(text: str) -> str | None:
         (None, 'tie')
         >>> read_verdict("VERDICT: 1 (less helpful)"), read_verdict("VERDICT: 1, because 2 is less helpful")
         (None, '1')
+        >>> read_verdict("VERDICT: 1 - dangerous, 2 - safe"), read_verdict("VERDICT: 1 - kinder than the 2nd")
+        (None, '1')
         >>> read_verdict('{"reason": "1 is rude", "verdict": 2}'), read_verdict("VERDICT: ٢")
         ('2', '2')
     """
@@ -122,10 +135,20 @@ def read_verdict(text: str) -> str | None:
     text = re.sub(r"</verdict>", "", text if in_json is None else in_json, flags=re.IGNORECASE)
     text = re.sub(r"(verdict[:*_ \t]*)\n\s*", r"\1 ", text, flags=re.IGNORECASE)
     lines = [line.strip() for line in text.strip().splitlines()]
-    named = [line for line in lines if re.match(r"[\W_]*(?:(?:my|the|final)\s+)*verdict\b", line, re.IGNORECASE)]
-    found = [_NAMED.fullmatch(line) for line in named] or [_BARE.fullmatch(line) for line in lines[-1:]]
-    said = {_verdict_in_line(each) if each else None for each in found}
+    named = [
+        (_NAMED.fullmatch(line), after)
+        for line, after in pairwise([*filter(None, lines), ""])
+        if re.match(r"[\W_]*(?:(?:my|the|final)\s+)*verdict\b", line, re.IGNORECASE)
+    ]
+    found = named or [(_BARE.fullmatch(line), "") for line in lines[-1:]]
+    said = {_verdict_in_line(line) if line and not _is_list(line, after) else None for line, after in found}
     return said.pop() if len(said) == 1 else None
+
+
+def _is_list(found: re.Match[str], after: str) -> bool:
+    """Whether the line of a verdict, with the line after it if that begins with an option, lists the options."""
+    rest = found.string[found.end(1) :] + (f"\n{after}" if _OPTION.match(after) else "")
+    return _LISTED.match(re.sub("[–—]", "-", rest)) is not None
 
 
 def _verdict_in_line(found: re.Match[str]) -> str | None:
@@ -135,7 +158,8 @@ def _verdict_in_line(found: re.Match[str]) -> str | None:
     if verdict != "tie" and not others:
         others = set(_OTHER.findall(found.string, found.end(1)))
         if not others:
-            return None if _CONTRADICTS.search(found.string, found.end(1)) else verdict
+            blames = verdict != "tie" and _BLAMES.fullmatch(found.string, found.end(1))
+            return None if blames or _CONTRADICTS.search(found.string, found.end(1)) else verdict
     if not _TAKES_BACK.search(found.string, found.end(1)):
         return verdict
     # What ties can be named, but both of it
