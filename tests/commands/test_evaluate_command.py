@@ -520,14 +520,18 @@ def test_a_scale_that_is_not_known_is_said(tiny_llama, adapters, rows, tmp_path)
 
 def test_ratings_have_correlations_and_log_z_moves_rewards(tiny_llama, adapters, tmp_path):
     rows = [
-        {"prompt": f"The {word}", "completion": f" sat {word}.", "label": label, "log_z": log_z}
+        {"prompt": f"The {word}", "completion": f" sat {word}.", "label": label, "log_z": log_z, "weight": label + 1}
         for word, label, log_z in (("cat", -1.0, 0.0), ("mat", 0.0, 50.0), ("week", 1.0, 100.0))
     ]
     file = tmp_path / "ratings.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     argv = ["evaluate", "--model", adapters[0], "--dataset", str(file), "--split", "train", "--output", str(tmp_path)]
     assert main([*argv, "--label_type", "continuous", "--beta", "1"]) == 0
-    figures = json.loads((tmp_path / "report.json").read_text())["models"][0]["implicit_reward"]
+    facts = facts_in(tmp_path)
+    figures = facts["models"][0]["implicit_reward"]
+    assert any(
+        note.startswith("The rows have weights from 0 to 2, which only training uses.") for note in facts["notes"]
+    )
     assert figures["spearman"]["value"] == pytest.approx(1)
     assert figures["mse"]["value"] > 1000
     assert "auc" not in figures

@@ -118,8 +118,27 @@ def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, nam
     held_out = HeldOut.of(rows, name, how.rules, args.invalid_rows, takes_images=True)
     own = held_out.continuous == (how.rules.label_type == "continuous")
     note(beyond_training(held_out.own_label[own], how.rules))
+    note(unweighted(held_out.rows["weight"][:] if "weight" in held_out.rows.column_names else ()))
     is_chat = how.chat == "true" or (how.chat == "auto" and _has_chats(args, models, rows))
     return Reading(held_out, name, part, how, *_centers(held_out, how, note), is_chat)
+
+
+def unweighted(weights: Sequence[float]) -> str | None:
+    """A note if rows have different weights, which no figure counts. None if they have not.
+
+    Example:
+        >>> unweighted([1, 2, 0.5, 0]), unweighted([2, 2])
+        ('The rows have weights from 0 to 2, which only training uses. Every figure counts each row once, also 1 row of
+        weight 0.', None)
+    """
+    if len(set(weights)) < 2:
+        return None
+    zeros = sum(weight == 0 for weight in weights)
+    also = f", also {zeros:,} row{'s' * (zeros > 1)} of weight 0" if zeros else ""
+    return (
+        f"The rows have weights from {min(weights):g} to {max(weights):g}, which only training uses. Every figure "
+        f"counts each row once{also}."
+    )
 
 
 def _has_chats(args: Namespace, models: Sequence[str], rows: Dataset) -> bool:
