@@ -203,7 +203,7 @@ def test_decimal_commas_are_numbers_where_semicolons_separate_the_fields(tmp_pat
 def test_labels_with_a_unit_or_in_words_are_numbers(tmp_path, caplog):
     table = write(tmp_path / "stars.csv", HEAD + 'Hi,Yo,4 stars\nHi,Ho,"3,5 Stars"\nHi,Hu, Two\nHi,Ha,1\nHi,He,4/5\n')
     assert [row["label"] for row in read(table)] == [4, 3.5, 2, 1, "4/5"]
-    shown = "(2 values: '4 stars' in line 2, '3,5 Stars' in line 3)."
+    shown = "(2 values: '4 stars' in line 2, '3,5 Stars' in line 3)"
     assert f"label: numbers with a unit, such as '4 stars', are read as numbers {shown}" in caplog.text
     assert "label: numbers in words, such as 'four', are read as numbers ('Two' in line 4)." in caplog.text
     lines = "".join(LINE.replace(": 1}", f': "{label}"}}') for label in ("5⭐", "one"))
