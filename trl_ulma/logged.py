@@ -30,16 +30,26 @@ class LoggedFigures:
         self._args = args
         self._sums = RatioSums(accelerator.device)
         self._rows: list[torch.Tensor] = []
+        self._not_finite: list[int] = []
         self._told_of_sft = False
 
-    def add(self, found: BatchLoss, label: torch.Tensor, real: torch.Tensor, *, is_evaluated: bool) -> None:
-        """Add a batch. Rows for which `real` is False are repetitions and are not counted."""
+    def add(
+        self, found: BatchLoss, label: torch.Tensor, row: torch.Tensor, real: torch.Tensor, *, is_evaluated: bool
+    ) -> None:
+        """Add a batch. Rows for which `real` is False are repetitions and are not counted.
+
+        Args:
+            row: `(B,)` the rows' numbers in their dataset.
+        """
         self._sums.add(found.ratios, real)
         if is_evaluated:
             rows = found.table
             if rows is None:
                 rows = torch.stack([found.rewards.double(), label.double(), found.continuous.double()], 1)
             self._rows.append(rows[real].cpu())
+            # With log_z="group", losses of batches lack the preference term
+            is_finite = found.weighted.isfinite() & found.policy_logps.isfinite()
+            self._not_finite += row[real & ~is_finite].tolist()
 
     def reset(self) -> None:
         """Discard the sums since the last log, for example of an attempt that ran out of memory."""
@@ -54,22 +64,33 @@ class LoggedFigures:
 
     @contextmanager
     def of_evaluation(
-        self, of_table: Callable[[torch.Tensor], tuple[Ratios, torch.Tensor]] | None = None
+        self, prefix: str, of_table: Callable[[torch.Tensor], tuple[Ratios, torch.Tensor]] | None = None
     ) -> Iterator[dict[str, float]]:
-        """A context for an evaluation. Its metrics are in the dict at the end.
+        """A context for an evaluation. Its metrics are in the dict at the end. Logs a warning if losses of rows are not
+        finite.
 
         Args:
+            prefix: of the names of the evaluation's metrics.
             of_table: computes from the tables of all batches the metrics that they lack, and the columns of
                 `evaluated`; see `Objective.of_table`.
         """
         training, self._sums = self._sums, RatioSums(self._accelerator.device)
-        self._rows, found = [], {}
+        self._rows, self._not_finite, found = [], [], {}
         try:
             yield found
             totals = self._accelerator.reduce(self._sums.totals(), "sum")
         finally:
             self._sums = training
         everything = torch.cat(gather_object([torch.cat(self._rows)]))
+        wrong = sorted(gather_object(self._not_finite))
+        if wrong:
+            shown = ", ".join(map(str, wrong[:10])) + (f" and {len(wrong) - 10} others" if len(wrong) > 10 else "")
+            logger.warning(
+                f"In the evaluation {prefix!r}, the loss of {len(wrong):,} of {len(everything):,} rows is NaN or "
+                f"infinite, and so are {prefix}_loss and other metrics. The rows of the dataset are: {shown}. Check "
+                "them, or compute in float32. If these are all rows, training has broken the weights: lower the "
+                "learning rate."
+            )
         if of_table is not None:
             ratios, everything = of_table(everything)
             sums = RatioSums(torch.device("cpu"))

@@ -751,7 +751,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             is_training=self.model.training,
         )
         self._row_losses = (rows.get("row", torch.full_like(rows["label"], -1)), found.weighted.detach())
-        self._figures.add(found, rows["label"], real, is_evaluated=not self.model.training)
+        self._figures.add(found, rows["label"], self._row_losses[0], real, is_evaluated=not self.model.training)
         if self.model.training:
             self.log_partition.observe(found.observed, found.continuous, policy.prompt_states)
         if self._rows_in_step is None:
@@ -812,7 +812,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
         self.compute_metrics = None if compute_metrics is None else compute
         try:
-            with self._figures.of_evaluation(of_table) as found:
+            with self._figures.of_evaluation(metric_key_prefix, of_table) as found:
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
                 )

@@ -221,6 +221,21 @@ def test_a_nan_loss_ends_the_run_though_it_would_be_left_out_of_the_logs(tiny_gp
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("log_z", [0.0, "group"])
+def test_rows_whose_loss_is_not_finite_are_named_by_an_evaluation(tiny_llama, tmp_path, caplog, log_z):
+    columns = {"prompt": ["Hi", "Why?"] * 6, "label": [1.0, 1.0, 0.0, 0.0] * 3}
+    rows = make_rows(12, **columns)
+    trainer = make_trainer(tiny_llama, rows, tmp_path, pointwise=True, log_z=log_z, per_device_eval_batch_size=5)
+    assert math.isfinite(trainer.evaluate(rows)["eval_loss"])
+    assert "NaN" not in caplog.text
+    with torch.no_grad():
+        trainer.model.get_input_embeddings().weight[trainer.processing_class("Z")["input_ids"]] = math.inf
+    spoiled = make_rows(12, **columns, completion=["Zebra" if i in (3, 7) else "No" for i in range(12)])
+    assert math.isnan(trainer.evaluate({"other": spoiled})["eval_other_loss"])
+    assert "'eval_other', the loss of 2 of 12 rows is NaN or infinite, and so are eval_other_loss" in caplog.text
+    assert "The rows of the dataset are: 3, 7. Check" in caplog.text
+
+
 @pytest.mark.parametrize("keeps_copies", [True, False])
 def test_a_training_within_autocast_learns_or_is_refused(tiny_llama, tmp_path, keeps_copies):
     """Autocast keeps rounded copies of the weights until it ends, which no step changes."""
