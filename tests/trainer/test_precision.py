@@ -252,6 +252,19 @@ def test_a_training_within_autocast_learns_or_is_refused(tiny_llama, tmp_path, k
     assert losses[2] < losses[1] - 0.01 < losses[0] - 0.02
 
 
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_an_evaluation_within_autocast_is_named(tiny_llama, tmp_path, precomputed):
+    rows, settings = make_rows(4), {"max_steps": 1, "precompute_ref_log_probs": precomputed, "pointwise": True}
+    trainer = make_trainer(tiny_llama, rows, tmp_path, **settings)
+    trainer.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"called within torch\.autocast"):
+        trainer.evaluate(trainer.train_dataset)
+    mixed = make_trainer(tiny_llama, rows, tmp_path, bf16=True, use_cpu=True, **settings)
+    mixed.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as the trainer itself does
+        mixed.evaluate(mixed.train_dataset)
+
+
 def test_weights_that_the_last_step_makes_nan_end_the_run(tiny_gpt2, tmp_path):
     """The loss is that of before the step. In float16, Adam's epsilon is 0."""
     settings = {

@@ -51,6 +51,7 @@ class TrainingChecks:
         self._is_on = is_on
         self._before = before
         self._positions = positions
+        self._was_autocast = False
 
     @property
     def _reference(self) -> Reference:
@@ -81,6 +82,8 @@ class TrainingChecks:
         """
         if self.is_done:
             self.check_unmoved(policy)
+        else:
+            self._was_autocast = self._is_autocast()
         # A second training continues from the end of the first one
         at_start = at_start and not self._has_trained
         self._has_trained |= is_training
@@ -182,6 +185,14 @@ class TrainingChecks:
 
     def check_unmoved(self, policy: Any) -> None:
         """Raise ValueError if the reference has changed since the start. A precomputed one is not asked."""
+        if self._is_on and self._proof.is_exact and self.identity and self._is_autocast() != self._was_autocast:
+            now, before = ("outside of", "within") if self._was_autocast else ("within", "outside of")
+            raise ValueError(
+                f"This is called {now} torch.autocast, but the trainer first used its reference {before} it, so "
+                "rewards would be differences of log-probabilities that are rounded differently. Call train(), "
+                "evaluate(), predict() and score() all outside of torch.autocast. To compute in half precision, set "
+                "bf16=True or fp16=True."
+            )
         if self.identity is None or not self._reference.is_live or self._is_moving:
             return
         with torch.no_grad(), self._context():
@@ -199,6 +210,9 @@ class TrainingChecks:
             )
         logger.warning(f"{message} The files saved with the model describe the reference of the start.")
         self._is_moving = True
+
+    def _is_autocast(self) -> bool:
+        return torch.is_autocast_enabled(self._tokens.device.type)
 
     def _check_precomputed(self, policy: Any, rows: Any) -> None:
         """Raise ValueError if the column `ref_logps` differs from the policy's log-probabilities before training, or
