@@ -44,14 +44,16 @@ class HeldRows:
             return dataset
         held = (*self._first, *self._held, self._last)
         stored = isinstance(dataset, Dataset) and {"prompt_ids", "ref_logps"} <= set(dataset.column_names)
-        if stored and dataset.format["type"] != "custom" and known_ref_logps(dataset, held) is not None:
-            dataset = dataset.remove_columns("ref_logps")
+        known, read = None, None
+        if stored and dataset.format["type"] != "custom":
+            known, read = known_ref_logps(dataset, held), dataset
+            if known is not None:
+                read = dataset = dataset.remove_columns("ref_logps")
         prepared = self._plan.prepare(dataset, name)
-        if isinstance(prepared, Dataset):
+        if isinstance(prepared, Dataset) and prepared is not read:
             # They may be some of this trainer's own rows, such as with `select`
             known = known_ref_logps(prepared, held)
-            return prepared if known is None else prepared.add_column("ref_logps", known)  # pyright: ignore[reportCallIssue]
-        return prepared
+        return prepared if known is None else prepared.add_column("ref_logps", known)
 
     def to_train_on(self, dataset: Any) -> Any:
         """Rows that were put in the place of the training set, prepared.

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
-from trl_ulma.likelihood import number_formats
+from trl_ulma.likelihood import number_formats, precomputed
 from trl_ulma.likelihood.layouts import why_not_packed
+from trl_ulma.likelihood.precomputed import input_hashes
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 from trl_ulma.rows.filler import FilledSampler
 from trl_ulma.scripts.options import OptionParser
@@ -186,6 +187,15 @@ def test_precomputed_log_probabilities_that_were_edited_are_counted(tiny_gpt2, t
     trainer.train()
     assert f"In 2 of {ROWS} rows, such as row 2, the column ref_logps differs" in caplog.text
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_rows_with_known_log_probabilities_are_hashed_once(tiny_gpt2, tmp_path, monkeypatch):
+    settings = {"pointwise": True, "precompute_ref_log_probs": True, "eval_dataset": make_rows(ROWS + 1)}
+    trainer = make_trainer(tiny_gpt2, make_rows(ROWS), tmp_path, **settings)
+    hashed = []
+    monkeypatch.setattr(precomputed, "input_hashes", lambda rows: hashed.append(len(rows)) or input_hashes(rows))
+    trainer.evaluate(trainer.eval_dataset.select(range(4)))
+    assert sorted(hashed) == [4, ROWS, ROWS + 1]
 
 
 class WithRefLogps(DataCollatorForPointwisePreference):

@@ -67,7 +67,7 @@ def known_ref_logps(rows: Dataset, known: Iterable[Any]) -> list[float] | None:
         known: datasets. Only those with a column `ref_logps` are read.
     """
     table: dict[bytes, list[float]] = {}
-    for each in known:
+    for each in {id(each): each for each in known}.values():
         if isinstance(each, Dataset) and "ref_logps" in each.column_names:
             for read, logps in zip(input_hashes(each), each.with_format(None)["ref_logps"][:], strict=True):
                 table.setdefault(read, []).append(logps)
