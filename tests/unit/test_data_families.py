@@ -142,6 +142,11 @@ def test_alpaca():
         (["Add.\n\n2 + 2"], "4", 1.0, True),
         (["Add."], "4", 0.0, False),
     ]
+    empty = [raw | {"input": given} for given in ("<noinput>", "<No Input>", " noinput\n", " ", None)]
+    assert outcomes("alpaca", *empty) == [(["Add."], "4", 1.0, True)] * 5
+    assert outcomes("alpaca", raw | {"input": "<noinput> is a tag"})[0][0] == ["Add.\n\n<noinput> is a tag"]
+    assert outcomes("alpaca", raw | {"output": "<nooutput>"}) == ["its output is a marker of an empty one"]
+    assert outcomes("alpaca", raw | {"output": "No output"})[0][1] == "No output"
     history = {"system": "Be kind.", "history": [["Hi", "Hello!"]]}
     assert outcomes("alpaca", raw | history) == [(["Be kind.", "Hi", "Hello!", "Add."], "4", 1.0, True)]
     reason = "its instruction, input, output, system or history is not text"

@@ -1,13 +1,18 @@
 """Alpaca's layout: an instruction, an optional input, and an output."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
 
+# What Alpaca's generator and its successors wrote in the place of an empty field
+_NONE = re.compile(r"\s*(?:<\s*no[ _-]?(?:in|out)put\s*>|no[ _-]?input)\s*", re.IGNORECASE)
+
 
 def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", liked: bool = False) -> Iterator[Outcome]:
-    r"""One row per output. The prompt is the instruction, followed by an empty line and the input.
+    r"""One row per output. The prompt is the instruction, followed by an empty line and the input. An input of
+    spaces, or of a marker such as `<noinput>`, is empty.
 
     Args:
         rows: `instruction` and `output`. Optional columns are `input` (or `context`), `system`, `history` (a list of
@@ -30,10 +35,14 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         ):
             yield LeftOut("its instruction, input, output, system or history is not text")
             continue
+        is_given = bool(given.strip()) and not _NONE.fullmatch(given)
         prompt = [{"role": "system", "content": system}] if system else []
         for question, answer in history:
             prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        prompt.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
+        prompt.append({"role": "user", "content": f"{instruction}\n\n{given}" if is_given else instruction})
+        if _NONE.fullmatch(raw["output"]):
+            yield LeftOut("its output is a marker of an empty one")
+            continue
         label = next((raw[name] for name in ("label", "kto_tag") if name in raw), 1.0)
         yield labeled(prompt, raw["output"], label, label_type=label_type, liked=liked)
 
