@@ -356,6 +356,14 @@ STARS = [1, 2, 3, 4, 5, 4, 3, 5, 1, 2, 4, 5]
         ([1] * 30 + [2] * 6 + [5], []),  # a rare value of the scale
         ([*STARS[:6], 55], []),  # too few to tell
         ([3] * 20 + [55], []),
+        # Codes for "no answer"
+        ([*STARS, *[99] * 6], [99] * 6),
+        ([*STARS * 2, *[-99] * 4, *[9] * 3, 98], [-99] * 4 + [9] * 3 + [98]),
+        ([0, 1] * 9 + [9] * 4, [9] * 4),
+        ([*range(11)] * 2 + [99] * 4, [99] * 4),
+        ([*range(1, 10)] * 3, []),
+        ([0, 99] * 9, []),
+        ([10, 50, 90, 99] * 9, []),
         ([*np.linspace(0, 1, 40), 7], [7]),
         ([*np.linspace(0, 1, 40), 5], []),
     ],
@@ -383,6 +391,9 @@ def test_labels_far_outside_are_named_with_their_rows():
     said = "1 label is far outside the others, which are between 1 and 5: 55 (ratings.csv, line 14). Check for typing"
     (warning,) = warned([*STARS, 55], continuous=True)
     assert warning.startswith(said)
+    (warning,) = warned([*STARS, *[99] * 6], continuous=True)
+    assert warning.endswith("In surveys, such numbers mean that there is no answer. If so, remove these rows.")
+    assert "99 (ratings.csv, line 18), and 1 more." in warning
     # The label in the data counts, not what a transform makes of it
     raw = np.array([*STARS, 55.0])
     (warning,) = warned((raw > 3).astype(float), raw=raw, transform="threshold:4")

@@ -14,6 +14,8 @@ _VALUES, _OTHERS = 12, 3
 _WELL_KNOWN, _AT_THE_END = 4, 0.05
 # How many times the range of the other labels the gap to them must be. Labels that are no ratings can have long tails.
 _GAP_OF_RATINGS, _GAP = 1.0, 5.0
+# What survey programs write if there is no answer, in any number of rows
+_CODES = tuple(sign * code for code in (9, 77, 88, 97, 98, 99, 997, 998, 999, 9999) for sign in (-1, 1))
 
 
 def outliers(label: np.ndarray) -> np.ndarray:
@@ -22,7 +24,8 @@ def outliers(label: np.ndarray) -> np.ndarray:
     The greatest or least labels are far outside if the gap between them and the next label is large, compared with the
     whole range of the others: for ratings on a scale (at most 12 values), larger than that range, or as large if the
     others have 4 or more values and often the one beside the gap; for other labels, larger than 5 times that range. At
-    most 3 labels, or 1% of them, are far outside.
+    most 3 labels, or 1% of them, are far outside. Of ratings, more are if they are codes for a missing answer, such as
+    99.
 
     Args:
         label: `(N,)` labels.
@@ -56,4 +59,20 @@ def outliers(label: np.ndarray) -> np.ndarray:
             )
             if (min(gaps) > needed or is_well_known) and len(np.unique(others)) >= _OTHERS:
                 return np.r_[order[:below], order[above:]]
+    are_codes = np.isin(ordered, _CODES)
+    if is_scale and not are_codes.all():
+        low, high = ordered[~are_codes][[0, -1]]
+        far = are_codes & (np.maximum(low - ordered, ordered - high) >= high - low)
+        if high > low and far.sum() > most:
+            return order[far]
     return order[:0]
+
+
+def is_code(label: float) -> bool:
+    """Whether a label far outside the others is a code of survey programs for a missing answer.
+
+    Example:
+        >>> is_code(99.0), is_code(55.0)
+        (True, False)
+    """
+    return label in _CODES

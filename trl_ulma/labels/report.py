@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ulma.labels.outliers import outliers
+from trl_ulma.labels.outliers import is_code, outliers
 
 _WIDTH = 80
 # Rows that a warning names
@@ -205,9 +205,12 @@ def outliers_in_words(
     listed = ", ".join(f"{label[row]:g} ({named(int(row))})" for row in far[:_LISTED])
     more = f", and {len(far) - _LISTED:,} more" if len(far) > _LISTED else ""
     are = "1 label is" if len(far) == 1 else f"{len(far):,} labels are"
+    remedy = "Check for typing mistakes."
+    if all(is_code(value) for value in label[far]):
+        remedy = "In surveys, such numbers mean that there is no answer. If so, remove these rows."
     return [
-        f"{are} far outside the others, which are between {others.min():g} and {others.max():g}: {listed}{more}. Check "
-        "for typing mistakes."
+        f"{are} far outside the others, which are between {others.min():g} and {others.max():g}: {listed}{more}. "
+        f"{remedy}"
     ]
 
 
