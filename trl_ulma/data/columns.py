@@ -38,6 +38,7 @@ _CONTROL = re.compile("^\ufeff|[\\x00-\\x08\\x0e-\\x1f\\x7f]")
 # The characters themselves, because Arrow does not read \u in a pattern
 ODD_TEXT = f"{_MOJIBAKE.pattern}|{_CONTROL.pattern}"
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
+_LONGEST_CELL = 32_767  # of Excel
 MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
@@ -109,6 +110,8 @@ def read_value(
         notice(
             f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
         )
+    if is_cell and name in TEXTS and isinstance(value, str) and len(value) == _LONGEST_CELL:
+        notice(f"{theirs}: texts have exactly {_LONGEST_CELL:,} characters, after which Excel cuts a cell", value[:20])
     if name in TEXTS and value in MISSING:
         notice(f"{theirs}: texts that are only {value}, as pandas prints a missing value. Remove these rows")
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):

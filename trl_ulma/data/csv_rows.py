@@ -29,7 +29,7 @@ def csv_rows(
     r"""Yield (line that the row begins in, column → text of the field), according to RFC 4180.
 
     If a row has more or fewer fields than the first line, or is a header again, the error is yielded instead. The
-    second and third header line of Qualtrics are left out, and `notice` is called.
+    second and third header line of Qualtrics, and rows of empty fields, are left out, and `notice` is called.
 
     The encoding and the delimiter are detected. If they are not UTF-8 and a comma, `notice` is called.
 
@@ -67,6 +67,7 @@ def csv_rows(
             header: list[str] = []
             held: tuple[int, dict[str, str] | Unread] | None = None  # can be the questions of Qualtrics
             rows = 0  # since the last header
+            blank = 0  # the first line of a row of empty fields
             swallowing = 0  # the first line in which a field seems to contain another row
             for fields in reader:
                 start, line = line, reader.line_num + 1
@@ -90,6 +91,10 @@ def csv_rows(
                 if notice is not None and _swallows(fields, len(names), delimiter):
                     swallowing = swallowing or start
                     notice(f"a field in quotes contains the end of a row, as in line {swallowing}: a quote is missing")
+                if notice is not None and not any(fields):  # as Excel writes below the last row
+                    blank = blank or start
+                    notice(f"rows whose fields are all empty, as in line {blank}, are left out")
+                    continue
                 is_ids = any(fields) and all(_IMPORT_ID.match(field) for field in fields if field)
                 if is_ids and rows <= 1 and notice is not None:
                     lines = f"lines {held[0]} and {start} are headers" if held and rows else f"line {start} is a header"
