@@ -348,17 +348,17 @@ def too_close(whose: str, slope: str) -> str:
 
     Args:
         whose: predictions of what.
-        slope: by how much labels differ where the predictions differ by 1.
+        slope: by how much labels differ on average if predictions differ by 1.
     """
     return (
-        f"The predicted labels of {whose} are too close to one another: where they differ by 1, labels differ by "
-        f"{slope}. Their order can be right all the same. Train longer, or with a higher learning rate, to learn the "
-        "values."
+        f"The predicted labels of {whose} are too close to one another: where two of them differ by 1, the labels "
+        f"differ by {slope} on average (the slope of labels over predictions). Their order can be right all the same. "
+        "To learn the values, train for more epochs, or with a learning rate that is 3 to 10 times as high."
     )
 
 
 def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -> str | None:
-    """A warning if a model hardly tells rows apart, or if its predictions are too close to one another. None if not, or
+    """A warning if predictions are nearly alike, or too close to one another for the labels. None if they are not, or
     if there are fewer than two rows.
 
     Args:
@@ -398,7 +398,7 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     return (
         f"The predicted labels of the {rows:,} rows are nearly alike: 90% of them are between {low:.3g} and {high:.3g}"
-        f"{than}. The model hardly tells good answers from bad ones, so the order of the rows says little about them."
+        f"{than}. Their values say little. Their order can be right all the same; `trl-ulma evaluate` measures it."
     )
 
 

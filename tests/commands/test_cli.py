@@ -628,8 +628,15 @@ def test_a_mixture_is_split_by_prompt_with_the_seed(tmp_path, pairs):
         (300, ""),
         (290, "have 29 prompts, too few .* Add --test_split_size 0.15 to the training command"),
         (70, "have 7 prompts, too few .* Add --test_split_size 0.45 to the training command"),
-        (60, "have 6 prompts, too few .* Add --test_split_size 0.5 to the training command"),
-        (50, "have 5 prompts, too few .* With about 60 prompts, 10 more than now, --test_split_size 0.5 holds"),
+        (
+            60,
+            "have 6 prompts, too few .* Add --test_split_size 0.5 to the training command, which holds out 30 ",
+        ),
+        (
+            50,
+            "have 5 prompts, too few .* Add --test_split_size 0.6 .* 30 prompts and trains on 40 rows, or rate",
+        ),
+        (40, "have 4 prompts, too few .* With about 60 prompts, 20 more than now, --test_split_size 0.5 holds"),
     ],
 )
 def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, advice):

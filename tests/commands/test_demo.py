@@ -105,7 +105,7 @@ def test_the_model_alone_can_be_fetched(tmp_path, capsys):
     (cache / demo_models.CHECKPOINT).mkdir(parents=True)
     assert demo.main(["--fetch", "--cache_dir", str(cache)]) == 0
     said = capsys.readouterr().out
-    assert f"{demo_models.CHECKPOINT} is in '{cache / demo_models.CHECKPOINT}'. For example, check" in said
+    assert f"{demo_models.CHECKPOINT} is in\n\n    '{cache / demo_models.CHECKPOINT}'\n\nFor example, check" in said
     words = shlex.split(said.partition("trl-ulma check")[2].replace("\\\n", ""))
     settings = check.make_parser("pointwise-dpo").parse_settings(words)
     assert settings[2].model_name_or_path == str(cache / demo_models.CHECKPOINT)
@@ -216,7 +216,9 @@ def test_tiny_demo(tmp_path, capsys, caplog):
     assert demo.main(["--tiny", "--output_dir", str(folder)]) == 0
     assert "The SFT term dominates" not in caplog.text  # a setting of the demo, which its user cannot change
     assert torch.get_num_threads() == threads
-    report, again = check_outputs(folder, capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert said.startswith("Loading the libraries …\nMeasuring the held-out part before training …\n")
+    report, again = check_outputs(folder, said)
     assert again == [report["answers"][0]["after"]]
     assert not (tmp_path / "cache").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["figure.png", "model", "report.json"]

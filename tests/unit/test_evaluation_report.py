@@ -324,7 +324,8 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     facts = facts_of()
     facts["models"][0]["own_scale"] = on_own_scale(reward, stars, np.ones(120, bool), prompt, rules)
     text = to_markdown(report.document(facts | {"pictures": []}))
-    told = "The predicted labels of tuned are too close to one another: where they differ by 1, labels differ by 9."
+    told = "The predicted labels of tuned are too close to one another: where two of them differ by 1, the labels "
+    told += "differ by 9."
     assert (told in text) == is_told
     assert ("mostly the lowest and the highest labels, and few are mistakes" in text) == is_told
     assert ("Check these labels for mistakes first" in text) == (not is_told)
@@ -351,7 +352,7 @@ def test_scores_that_are_too_close_to_one_another_are_told(learned, rows, is_tol
     predicted = 3 + learned * (stars - 3) + random.normal(0, 0.05, rows)
     said = alike(predicted - 3, predicted, stars)
     assert (said is not None) == is_told
-    slope = f"where they differ by 1, labels differ by {np.polyfit(predicted, stars, 1)[0]:.1f}."
+    slope = f"where two of them differ by 1, the labels differ by {np.polyfit(predicted, stars, 1)[0]:.1f} on average"
     assert said is None or f"too close to one another: {slope}" in said
     assert alike(predicted - 3, predicted, random.permutation(stars)) is None  # the mean is the best to predict then
 

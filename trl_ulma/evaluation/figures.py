@@ -198,6 +198,9 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
             low, high = axes.get_ylim()
             wider = max(_LEAST_RANGE - (high - low), 0) / 2
             axes.set_ylim(low - wider, high + wider)
+        steps = {step for points in lines.values() for step, _ in points}
+        if len(steps) == 1:  # the ticks around a single point would be fractions
+            axes.set_xlim(min(steps) - 1, min(steps) + 1)
         axes.set_title(metric, loc="left", size=10)
         axes.set_xlabel("step", size=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -293,6 +293,7 @@ class _Run:
         facts["left_out_rows"] = [self.reading.held_out.places[row] or f"row {row}" for row in missing[:_LISTED]]
         facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
         model = load_model(source, dtype=args.dtype, **self.loading)
+        print(f"Scoring {len(rows):,} row{'' if len(rows) == 1 else 's'}: {run}.", file=sys.stderr)
         facts |= self.likelihoods(run, source, model, processing_class, rows)
         before, befores = self._before(source), {self._before(each) for _, each in args.model}
         if self.questions and (self.answers_all or before is not None or source in befores):
@@ -350,6 +351,7 @@ class _Run:
         args = self.args
         path = self._file("answers", run)
         options = {"batch_size": args.batch_size, "resume": args.resume, "retry_refused": args.retry_refused}
+        print(f"Answering {len(prompts):,} prompt{'' if len(prompts) == 1 else 's'}: {run}.", file=sys.stderr)
         replies = generate(generator, prompts, path, self.sampling, **options)
         told = {
             "prompts": len(replies),

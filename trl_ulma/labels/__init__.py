@@ -7,6 +7,7 @@ from trl_ulma.labels.invalid_rows import (
     are_ratings,
     list_invalid,
     look_like_ratings,
+    places,
     refuse_invalid,
     unread,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "one_class",
     "outliers_in_words",
     "parse_transform",
+    "places",
     "raw_labels",
     "read_labels",
     "refuse_invalid",

@@ -9,7 +9,7 @@ from trl_ulma.labels.texts import start_of
 
 # How many invalid rows an error lists, and of how many others it gives the lines
 LISTED = 20
-_PLACES = 200
+PLACES = 200
 # The end of the fault of a label outside [0, 1]
 NOT_BINARY = 'Rescale it, or set label_type="continuous".'
 _FIX = 'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
@@ -204,28 +204,28 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str | No
     listed = [f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED]]
     lines += dict.fromkeys(listed)
     if len(found) > LISTED:
-        lines.append(f"  … and {len(found) - LISTED:,} more{_places(found[LISTED:])}.")
+        lines.append(f"  … and {len(found) - LISTED:,} more{places(found[LISTED:])}.")
     kinds = Counter(each.kind for each in found)
     lines.append("By kind: " + "; ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common()) + ".")
     return "\n".join(lines)
 
 
-def _places(found: Sequence[InvalidRow]) -> str:
-    """Return the lines of rows, or "" if they are not all from files.
+def places(found: Sequence[InvalidRow]) -> str:
+    """Return the lines of at most `PLACES` rows, or "" if they are not all from files.
 
     Example:
         >>> error = InvalidRow("is None; set it.", "k", "label")
-        >>> _places([error.at_origin(f"a.csv, line {line}") for line in (3, 7)])
+        >>> places([error.at_origin(f"a.csv, line {line}") for line in (3, 7)])
         ': a.csv, lines 3, 7'
     """
     lines: dict[str, list[str]] = {}
-    for each in found[:_PLACES]:
+    for each in found[:PLACES]:
         if not each.origin:
             return ""
         file, _, line = each.origin.rpartition(" ")
         lines.setdefault(f"{file}s", []).append(line)
     files = [f"{file} {', '.join(dict.fromkeys(numbers))}" for file, numbers in lines.items()]
-    return f": {'; '.join(files)}{', …' if len(found) > _PLACES else ''}"
+    return f": {'; '.join(files)}{', …' if len(found) > PLACES else ''}"
 
 
 def _in_order(found: Sequence[InvalidRow]) -> Sequence[InvalidRow]:

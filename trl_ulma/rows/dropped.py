@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
 from trl_ulma.data.origins import located, with_origins
-from trl_ulma.labels import InvalidRow, InvalidRows, list_invalid, look_like_ratings, one_class, refuse_invalid
+from trl_ulma.labels import InvalidRow, InvalidRows, list_invalid, look_like_ratings, one_class, places, refuse_invalid
 from trl_ulma.rows.dataset_labels import SHOWN_BY, is_continuous
 from trl_ulma.rows.notes import note
 from trl_ulma.rows.rendering import ESCAPED, NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL
@@ -117,6 +117,9 @@ def kept_of(
     }
 
 
+# So many lines of invalid rows of a kind are all named
+_FEW = 10
+
 UNENDED = (
     "The chat template ends {} without a special token, such as EOS or an end-of-turn token, so the model would not "
     "learn to stop. Change tokenizer.chat_template so that assistant turns end with one."
@@ -129,7 +132,8 @@ def reasons_in_words(counts: Counter[str], unit: str = "row", errors: Sequence[I
     Args:
         counts: reason → number of rows.
         unit: what is counted.
-        errors: of invalid rows, which are counted by kind, with the first row of each kind.
+        errors: of invalid rows, which are counted by kind, with their lines, or with the first row of each kind if it
+            is not from a file.
 
     Example:
         >>> reasons_in_words(Counter({"it is invalid": 3, "its answer is empty": 1}))
@@ -139,15 +143,20 @@ def reasons_in_words(counts: Counter[str], unit: str = "row", errors: Sequence[I
         'Reason: label is missing (2 rows, such as row 3).'
     """
     counts = counts + Counter(error.kind for error in errors)
-    first: dict[str, str] = {}
-    for error in errors:
-        such_as = ": " if counts[error.kind] == 1 else ", such as "
-        first.setdefault(error.kind, f"{such_as}{error.origin or f'row {error.row}'}")
+    kinds = {kind: [error for error in errors if error.kind == kind] for kind in dict.fromkeys(e.kind for e in errors)}
+    which = {kind: _which(each) for kind, each in kinds.items()}
     found = [
-        f"{reason} ({count:,} {unit}{'' if count == 1 else 's'}{first.get(reason, '')})"
+        f"{reason} ({count:,} {unit}{'' if count == 1 else 's'}{which.get(reason, '')})"
         for reason, count in counts.most_common()
     ]
     return f"Reason{'' if len(found) == 1 else 's'}: {'; '.join(found)}."
+
+
+def _which(errors: Sequence[InvalidRow]) -> str:
+    """The rows of errors of one kind: all lines of files if they are few, else the first row."""
+    if len(errors) == 1:
+        return f": {errors[0].origin or f'row {errors[0].row}'}"
+    return (places(errors) if len(errors) <= _FEW else "") or f", such as {errors[0].origin or f'row {errors[0].row}'}"
 
 
 def in_short(errors: Sequence[InvalidRow], command: str, counts: Counter[str] | None = None) -> str:
@@ -158,7 +167,7 @@ def in_short(errors: Sequence[InvalidRow], command: str, counts: Counter[str] | 
         counts: of the other rows that were left out, see `reasons_in_words`.
     """
     said = reasons_in_words(counts or Counter(), errors=errors)
-    if max(Counter(error.kind for error in errors).values()) == 1:
+    if "such as" not in said:
         return said
     return f"{said} `{command}` lists all invalid rows with --invalid_rows error."
 

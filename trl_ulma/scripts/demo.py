@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,10 +128,18 @@ def fetch(cache_dir: Path) -> None:
     _require(("gguf",))
     folder = shlex.quote(str(fetch_checkpoint(cache_dir)))
     print(
-        f"{CHECKPOINT} is in {folder}. For example, check your ratings with it:\n\n"
+        f"{CHECKPOINT} is in\n\n    {folder}\n\nFor example, check your ratings with it:\n\n"
         f"    trl-ulma check --method pointwise-dpo --model {folder} --dataset ratings.csv --label_type continuous \\\n"
         "        --label_transform standardize --use_peft --learning_rate 1e-4 --eval_strategy epoch"
     )
+
+
+def _stage(console: "Console", what: str) -> AbstractContextManager[Any]:
+    """A context that shows what is being done: with a spinner in a terminal, else as a line."""
+    if console.is_terminal:
+        return console.status(what)
+    console.print(f"{what} …")
+    return nullcontext()
 
 
 def _require(libraries: Sequence[str]) -> None:
@@ -174,7 +182,7 @@ def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, A
 
         prompts = list(dict.fromkeys(row["prompt"][0]["content"] for row in test_rows))
         questions = prompts[:: math.ceil(len(prompts) / 3)]
-        with console.status("Measuring the held-out part before training"):
+        with _stage(console, "Measuring the held-out part before training"):
             before, tokens = completion_logps(model, tokenizer, test_rows)
             answers_before = answer(model, tokenizer, questions)
         clock.lap("before")
@@ -182,7 +190,7 @@ def run(tiny: bool, output_dir: Path, seed: int, cache_dir: Path) -> dict[str, A
         model, history = train(model, tokenizer, train_rows, tiny=tiny, output_dir=output_dir, seed=seed)
         clock.lap("training")
 
-        with console.status("Saving the model, and measuring the held-out part again"):
+        with _stage(console, "Saving the model, and measuring the held-out part again"):
             model.save_pretrained(output_dir / "model")
             tokenizer.save_pretrained(output_dir / "model")
             after, _ = completion_logps(model, tokenizer, test_rows)
@@ -242,7 +250,7 @@ def libraries(console: "Console", threads: int | None) -> Iterator[None]:
     noisy = {each: each.level for each in map(logging.getLogger, ("bitsandbytes", "trl_ulma.logged"))}
     for each in noisy:
         each.setLevel(logging.CRITICAL)
-    with console.status("Loading the libraries"):
+    with _stage(console, "Loading the libraries"):
         import datasets
         import torch
         from transformers.utils import logging as transformers_logging

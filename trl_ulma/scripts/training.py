@@ -247,12 +247,13 @@ def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
     prompts = f"{held_out} prompt{'' if held_out == 1 else 's'}"
     said = f"\nThe held-out rows have {prompts}, too few to conclude anything from an evaluation."
     enough = f"{ENOUGH_PROMPTS} held-out ones are enough."
-    for size in range(math.floor(20 * len(test) / len(rows)) + 1, 11):  # in steps of 1/20
+    for size in range(math.floor(20 * len(test) / len(rows)) + 1, 13):  # in steps of 1/20
         found = rows_of_prompts(rows, test_size=size / 20, seed=seed)
-        if count_prompts(rows.select(found)) >= ENOUGH_PROMPTS:
+        more = count_prompts(rows.select(found))
+        if more >= ENOUGH_PROMPTS:
             return (
-                f"{said} Add --test_split_size {size / 20:g} to the training command, which holds out more, or rate "
-                f"answers to more prompts: {enough}"
+                f"{said} Add --test_split_size {size / 20:g} to the training command, which holds out {more} prompts "
+                f"and trains on {len(rows) - len(found):,} rows, or rate answers to more prompts: {enough}"
             )
     total = count_prompts(rows)
     missing = max(2 * ENOUGH_PROMPTS - total, 1)
@@ -473,7 +474,11 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     folder = training_args.output_dir
     trainer.save_model(folder)
     if eval_dataset is not None:
-        trainer.save_metrics("eval", _last_evaluation(trainer) or trainer.evaluate())  # which prints its figures
+        figures = _last_evaluation(trainer)
+        if figures is None:
+            say("Evaluating the held-out rows.")
+            figures = trainer.evaluate()  # which prints them
+        trainer.save_metrics("eval", figures)
     trainer.save_state()  # with all figures
     is_pointwise = isinstance(trainer, PointwiseDPOTrainer)  # examples/paper trains reward models, too
     if is_pointwise:
