@@ -315,6 +315,28 @@ def test_length_alone_is_a_row_of_the_table_of_rewards_and_one_per_tokenizer():
     assert "| length alone, m (base) | 0.500 [" in to_markdown(report.document(facts | {"pictures": []}))
 
 
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        (Estimate(0.2, 0.1, 0.3, 200), "chance (Spearman"),
+        (Estimate(0.2, 0.1, 0.3, 200), "It also ranks them better than their length does, by 0.200 [0.100, 0.300]."),
+        (Estimate(0.1, -0.1, 0.3, 200), "was found (+0.100 [-0.100, +0.300]), so the model may have learned"),
+        (Estimate(-0.2, -0.3, -0.1, 200), "Their length ranks them better than it does (-0.200 [-0.300, -0.100])."),
+        (Estimate(0.0, None, None, 200), ""),
+        (None, ""),
+    ],
+)
+def test_the_conclusion_says_whether_the_model_ranks_better_than_length(difference, told):
+    facts = facts_of()
+    facts["models"][0]["over_length"] = {"spearman": difference} if difference else {}
+    (said, *_) = report.conclusions(facts)
+    assert "better than chance" in said
+    assert told in said
+    assert ("length" in said) == bool(told)
+    facts["models"][0]["implicit_reward"]["spearman"] = Estimate(0.1, -0.1, 0.3, 200)
+    assert "length" not in report.conclusions(facts)[0]  # nothing better than chance to compare
+
+
 @pytest.mark.parametrize(("learned", "is_told"), [(0.1, True), (1.0, False), (4.0, False), (0.0, False)])
 def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(learned, is_told):
     random = np.random.default_rng(0)

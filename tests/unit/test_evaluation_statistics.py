@@ -13,6 +13,7 @@ from trl_ulma.evaluation.implicit_reward import (
     continuous_figures,
     implicit_reward,
     length_figures,
+    over_length,
     split_figures,
 )
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, over_seeds, wilson
@@ -205,6 +206,26 @@ def test_length_alone_ranks_as_the_libraries_say():
     assert found["auc"].low < found["auc"].value < found["auc"].high
     assert length_figures(np.full(300, 7), label, continuous, np.arange(300)) == {}
     assert length_figures(tokens, np.ones(300), continuous, np.arange(300)) == {}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rewards_are_compared_with_lengths_on_the_same_resampled_rows(sign):
+    label, tokens = RNG.normal(size=300), RNG.integers(1, 30, 300)
+    tokens = tokens + (sign * 9 * label).astype(int)
+    everything, prompt = np.ones(300, dtype=bool), np.arange(300) // 2
+    rewards = label + RNG.normal(size=300)
+    found = over_length(rewards, tokens, label, everything, prompt)["spearman"]
+    length = sign * stats.spearmanr(tokens, label)[0]
+    assert found.value == pytest.approx(stats.spearmanr(rewards, label)[0] - length)
+    assert found.n == 150
+    assert found.low < found.value < found.high
+    # Rewards that are the lengths differ from them in no resample, so that no interval is claimed
+    same = over_length(sign * tokens, tokens, label, everything, prompt)["spearman"]
+    assert (same.value, same.low) == (0, None)
+    liked = (label > 0).astype(float)
+    auc = over_length(rewards, tokens, liked, ~everything, prompt)["auc"]
+    assert auc.value == pytest.approx(roc_auc_score(liked, rewards) - roc_auc_score(liked, sign * tokens))
+    assert over_length(rewards, np.full(300, 7), label, everything, prompt) == {}
 
 
 def test_figures_are_the_libraries():

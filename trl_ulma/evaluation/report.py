@@ -210,7 +210,10 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
                 of += f"; training saw the prompts of {_counted(trained_on, 'row')}"
             told = _concluded(figure, chance, what, of)
             hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
-            found.append(f"{model['name']}: {told}{hint if 'worse than chance' in told else ''}")
+            more = hint if "worse than chance" in told else ""
+            if "better than chance" in told:
+                more = _than_length(model.get("over_length", {}).get(name))
+            found.append(f"{model['name']}: {told}{more}")
     bases = {model["name"] for model in facts["models"] if model.get("is_base")}
     for each in facts["differences"]:
         if bases and not bases & {each["one"], each["other"]}:
@@ -227,6 +230,20 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
         )
         found.append(f"{one}: {_concluded(points, 0.0, 'its answers do', of, f' than those of {other}')}")
     return found
+
+
+def _than_length(difference: Estimate | None) -> str:
+    """A sentence on whether rewards rank better than lengths. "" if that is not known."""
+    if difference is None or difference.low is None or difference.high is None:
+        return ""
+    if difference.high < 0:
+        return f" Their length ranks them better than it does ({shown(difference, '+.3f')})."
+    if difference.low > 0:
+        return f" It also ranks them better than their length does, by {shown(difference)}."
+    return (
+        f" No difference from ranking them by their length was found ({shown(difference, '+.3f')}), so the model may "
+        "have learned length."
+    )
 
 
 def _corrected(difference: Mapping[str, Any]) -> str:
