@@ -24,7 +24,7 @@ from trl import DPOConfig, DPOTrainer, LogCompletionsCallback
 from world import make_rows, make_trainer, mixed_rows, plain_logps, weights
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATrainer
-from trl_ulma.trainer import _widen_adapters
+from trl_ulma.training_reference import widen_adapters
 
 LORA = LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights="gaussian")
 
@@ -436,7 +436,7 @@ def test_adapters_of_a_quantized_model_are_in_float32_for_fp16(tiny_llama, tmp_p
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     before = [weight.clone() for weight in trained]
     assert {weight.dtype for weight in trained} == {torch.bfloat16}
-    _widen_adapters(trainer.model)
+    widen_adapters(trainer.model)
     assert {weight.dtype for weight in trained} == {torch.float32}
     assert all(torch.equal(weight, was.float()) for weight, was in zip(trained, before, strict=True))
 
