@@ -380,6 +380,14 @@ def test_a_misspelled_column_is_named(tmp_path):
     )
 
 
+def test_work_that_was_rejected_is_counted(tmp_path):
+    text = "prompt,completion,label,AssignmentStatus,http_status\nHi,Yo,5,Approved,\nHi,No,1,Rejected,404\nHi,Ho,1,,\n"
+    assert check_splits(load_rows(write(tmp_path / "rows.csv", text)), "rows.csv") == [
+        "rows.csv: the column AssignmentStatus, which is not read, says Rejected in 1 of the first 3 rows. Remove such "
+        "rows if they do not count."
+    ]
+
+
 def test_cells_that_say_nothing_and_cells_that_are_lists(tmp_path):
     chat = [{"role": "user", "content": "Hi"}]
     text = io.StringIO()

@@ -266,6 +266,14 @@ def check_readable(
             f"{where}: the column {given.get('label', 'label')} is ignored, because of each pair the chosen answer is "
             "good and the rejected one bad. If it says which answer is better, swap the answers accordingly."
         )
+    for name in (name for name in names if name.lower().endswith("status")):
+        values = [str(value).strip() for value in columns[name]]
+        refused = [value for value in values if value.lower() in _REFUSED]
+        if refused:
+            said.append(
+                f"{where}: the column {name}, which is not read, says {_and(list(dict.fromkeys(refused)))} in "
+                f"{len(refused)} of the first {len(values)} rows. Remove such rows if they do not count."
+            )
     scored = scores_of(names)
     scores = [columns[name] for name in scored]
     worse = sum(is_worse(*pair) for pair in zip(*scores, strict=True)) if is_paired else 0
@@ -277,6 +285,10 @@ def check_readable(
     return said
 
 
+# What survey and labeling tools write in a column such as AssignmentStatus about work that does not count
+_REFUSED = frozenset(
+    ("rejected", "returned", "timed-out", "timed out", "expired", "discarded", "spam", "survey preview", "survey test")
+)
 # Names of optional columns without their punctuation, also in the plural
 _MISSPELT = {
     name.replace("_", "") + plural: name
