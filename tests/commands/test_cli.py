@@ -472,7 +472,8 @@ def test_a_training_without_a_reason_for_a_launch_runs_in_the_commands_process(
     file = tmp_path / "default_config.yaml"
     monkeypatch.setattr("accelerate.commands.config.default_config_file", str(file))
     if reason == "a file":
-        file.write_text("num_processes: 1\n")
+        # accelerate 1.4 needs the first two
+        file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\n")
     option = ["--num_processes", "1"] if reason == "an option" else []
     assert main([command, *NEEDED, *option, "--beta", "0.3"]) == 0
     assert (len(ran), len(launched)) == ((1, 0) if reason == "nothing" else (0, 1))
