@@ -179,7 +179,7 @@ def _length_bias(name: str, correlation: float, mean_tokens: float | None) -> st
     if mean_tokens is not None:
         compare = ", or compare with length_normalize=True"
         if mean_tokens >= 2:  # the log-ratio becomes smaller by that factor
-            compare += f" and β about {mean_tokens:.2g} times as large, the mean number of tokens"
+            compare += f" and β about {float(f'{mean_tokens:.1g}'):g} times as large, the mean number of tokens"
     return (
         f"Better answers are {'longer' if correlation > 0 else 'shorter'} (correlation of {name} label and tokens "
         f"{correlation:+.2f}), so the model may learn length instead of quality. Balance the lengths{compare}."
