@@ -161,6 +161,7 @@ def _changes(args: Any, before: Mapping[str, Any]) -> str:
     """The settings that differ from earlier values, as text; "" if there are none.
 
     Example:
+        >>> from types import SimpleNamespace
         >>> _changes(SimpleNamespace(beta=0.2, log_z=0), {"beta": 0.1, "log_z": 0})
         'beta from 0.1 to 0.2'
     """
