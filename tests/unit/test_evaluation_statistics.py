@@ -214,18 +214,23 @@ def test_rewards_are_compared_with_lengths_on_the_same_resampled_rows(sign):
     tokens = tokens + (sign * 9 * label).astype(int)
     everything, prompt = np.ones(300, dtype=bool), np.arange(300) // 2
     rewards = label + RNG.normal(size=300)
-    found = over_length(rewards, tokens, label, everything, prompt)["spearman"]
+
+    def over(rewards, tokens, label=label, continuous=everything):
+        alone = length_figures(tokens, label, continuous, prompt)
+        return over_length(rewards, tokens, label, continuous, prompt, alone)
+
+    found = over(rewards, tokens)["spearman"]
     length = sign * stats.spearmanr(tokens, label)[0]
     assert found.value == pytest.approx(stats.spearmanr(rewards, label)[0] - length)
     assert found.n == 150
     assert found.low < found.value < found.high
     # Rewards that are the lengths differ from them in no resample, so that no interval is claimed
-    same = over_length(sign * tokens, tokens, label, everything, prompt)["spearman"]
+    same = over(sign * tokens, tokens)["spearman"]
     assert (same.value, same.low) == (0, None)
     liked = (label > 0).astype(float)
-    auc = over_length(rewards, tokens, liked, ~everything, prompt)["auc"]
+    auc = over(rewards, tokens, liked, ~everything)["auc"]
     assert auc.value == pytest.approx(roc_auc_score(liked, rewards) - roc_auc_score(liked, sign * tokens))
-    assert over_length(rewards, np.full(300, 7), label, everything, prompt) == {}
+    assert over(rewards, np.full(300, 7)) == {}
 
 
 def test_figures_are_the_libraries():

@@ -153,7 +153,7 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
 def _look(*texts: Any, names: list[str], where: str) -> dict[str, Any]:
     """Log findings about the texts of a row of a stream, each once. Nothing is changed."""
     for name, text in zip(names, texts, strict=True):
-        read_value(name, text, lambda what: say_once(what, where))
+        read_value(name, text, lambda what, _="": say_once(what, where))
     return {}
 
 

@@ -3,6 +3,7 @@
 The trainers log the same AUC and correlations, from `trl_ulma.ranking`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,9 @@ from trl_ulma.metrics import is_chosen, is_sided
 from trl_ulma.ranking import RANKING_FIGURES, auc, pearson, spearman
 
 BINS = 10
+
+# The value of a figure that ranks if rewards and labels are independent
+CHANCE = {"auc": 0.5, "spearman": 0.0}
 
 
 def implicit_reward(policy_logps: np.ndarray, ref_logps: np.ndarray, beta: float, log_z: Any = 0.0) -> np.ndarray:
@@ -232,30 +236,31 @@ def over_length(
     label: np.ndarray,
     continuous: np.ndarray,
     prompt: np.ndarray,
+    alone: Mapping[str, Estimate],
     *,
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """Return by how much rewards rank better than lengths, as `auc` and `spearman`, with intervals by prompt.
 
     Both rank the same resampled rows. Lengths rank in the direction that fits all rows: the longest first, or the
-    shortest. What `length_figures` lacks is missing here, too.
+    shortest.
 
     Args:
         rewards: `(N,)` implicit rewards.
         tokens, label, continuous, prompt, seed: as for `length_figures`.
+        alone: what `length_figures` returned. What it lacks is missing here, too.
 
     Example:
         >>> binary, prompt = np.zeros(3, dtype=bool), np.arange(3)
-        >>> rewards, tokens = np.array([2.0, 1.0, 0.0]), np.array([7, 9, 2])
-        >>> over_length(rewards, tokens, np.array([1.0, 0.0, 0.0]), binary, prompt)["auc"].value
+        >>> rows = np.array([7, 9, 2]), np.array([1.0, 0.0, 0.0]), binary, prompt
+        >>> over_length(np.array([2.0, 1.0, 0.0]), *rows, length_figures(*rows))["auc"].value
         0.5
     """
     found = {}
-    for name, alone in length_figures(tokens, label, continuous, prompt, seed=seed).items():
+    for name, of_all in alone.items():
         of_kind, figure = RANKING_FIGURES[f"rewards/{name}"]
         rows = of_kind(label, continuous)
-        chance = 0.5 if name == "auc" else 0.0
-        sign = 1 if alone.value >= chance else -1
+        sign = 1 if of_all.value >= CHANCE[name] else -1
         of_length = partial(figure, sign * tokens[rows].astype(float), label[rows])
         of_rewards = partial(figure, rewards[rows], label[rows])
         if np.isfinite(of_rewards()):

@@ -113,7 +113,9 @@ class Likelihoods:
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
         facts |= self._of_rewards(rewards, raw)
         facts["length_alone"] = length_figures(tokens, label, continuous, prompt, seed=args.seed)
-        facts["over_length"] = over_length(rewards, tokens, label, continuous, prompt, seed=args.seed)
+        facts["over_length"] = over_length(
+            rewards, tokens, label, continuous, prompt, facts["length_alone"], seed=args.seed
+        )
         self._write(run, raw, held_out.own_label[raw], rewards)
         facts["surprises"] = surprises(
             rewards, label, held_out.own_label[raw], continuous, how.rules, held_out.rows, raw, held_out.places

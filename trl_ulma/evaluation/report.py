@@ -25,6 +25,7 @@ from trl_ulma.evaluation.document import (
     to_text,
 )
 from trl_ulma.evaluation.figures import save
+from trl_ulma.evaluation.implicit_reward import CHANCE
 from trl_ulma.evaluation.intervals import over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
@@ -200,7 +201,7 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
     for model in facts["models"]:
         if model.get("is_base"):
             continue
-        name, chance = next(((n, c) for n, c in _CHANCE.items() if n in model["implicit_reward"]), ("", 0.0))
+        name, chance = next(((n, c) for n, c in CHANCE.items() if n in model["implicit_reward"]), ("", 0.0))
         if name:
             figure = model["implicit_reward"][name]
             of = f"{_NAMES[name]} {shown(figure)}, on {_of_prompts(model['ranked_rows'], figure.n)}"
@@ -251,8 +252,6 @@ def _corrected(difference: Mapping[str, Any]) -> str:
     return f", corrected for {count} comparisons (Bonferroni)" if count > 1 else ""
 
 
-# The value of a figure if rewards and labels are independent
-_CHANCE = {"auc": 0.5, "spearman": 0.0}
 _NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
 
 

@@ -351,7 +351,7 @@ class _Run:
         args = self.args
         path = self._file("answers", run)
         options = {"batch_size": args.batch_size, "resume": args.resume, "retry_refused": args.retry_refused}
-        print(f"Answering {len(prompts):,} prompt{'' if len(prompts) == 1 else 's'}: {run}.", file=sys.stderr)
+        print(f"Answers to {len(prompts):,} prompt{'' if len(prompts) == 1 else 's'}: {run}.", file=sys.stderr)
         replies = generate(generator, prompts, path, self.sampling, **options)
         told = {
             "prompts": len(replies),

@@ -143,8 +143,10 @@ def reasons_in_words(counts: Counter[str], unit: str = "row", errors: Sequence[I
         'Reason: label is missing (2 rows, such as row 3).'
     """
     counts = counts + Counter(error.kind for error in errors)
-    kinds = {kind: [error for error in errors if error.kind == kind] for kind in dict.fromkeys(e.kind for e in errors)}
-    which = {kind: _which(each) for kind, each in kinds.items()}
+    which = {
+        kind: _listed(each) or f", such as {each[0].origin or f'row {each[0].row}'}"
+        for kind, each in _by_kind(errors).items()
+    }
     found = [
         f"{reason} ({count:,} {unit}{'' if count == 1 else 's'}{which.get(reason, '')})"
         for reason, count in counts.most_common()
@@ -152,11 +154,18 @@ def reasons_in_words(counts: Counter[str], unit: str = "row", errors: Sequence[I
     return f"Reason{'' if len(found) == 1 else 's'}: {'; '.join(found)}."
 
 
-def _which(errors: Sequence[InvalidRow]) -> str:
-    """The rows of errors of one kind: all lines of files if they are few, else the first row."""
+def _by_kind(errors: Sequence[InvalidRow]) -> dict[str, list[InvalidRow]]:
+    found: dict[str, list[InvalidRow]] = {}
+    for error in errors:
+        found.setdefault(error.kind, []).append(error)
+    return found
+
+
+def _listed(errors: Sequence[InvalidRow]) -> str:
+    """All rows of errors of one kind. "" if they are many, or several that are not all from files."""
     if len(errors) == 1:
         return f": {errors[0].origin or f'row {errors[0].row}'}"
-    return (places(errors) if len(errors) <= _FEW else "") or f", such as {errors[0].origin or f'row {errors[0].row}'}"
+    return places(errors) if len(errors) <= _FEW else ""
 
 
 def in_short(errors: Sequence[InvalidRow], command: str, counts: Counter[str] | None = None) -> str:
@@ -167,7 +176,7 @@ def in_short(errors: Sequence[InvalidRow], command: str, counts: Counter[str] | 
         counts: of the other rows that were left out, see `reasons_in_words`.
     """
     said = reasons_in_words(counts or Counter(), errors=errors)
-    if "such as" not in said:
+    if all(map(_listed, _by_kind(errors).values())):
         return said
     return f"{said} `{command}` lists all invalid rows with --invalid_rows error."
 
