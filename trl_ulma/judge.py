@@ -48,6 +48,7 @@ _NO_REWARD = 1e-6
 _ALIKE, _SCALE = 0.1, 1.0
 # They are too close to one another if labels differ this many times as much, in so many rows at least
 TOO_CLOSE, _ENOUGH = 2.0, 30
+_LEARN_MORE = "train for more epochs, or with a learning rate that is 3 to 10 times as high"
 COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
 
 
@@ -353,7 +354,7 @@ def too_close(whose: str, slope: str) -> str:
     return (
         f"The predicted labels of {whose} are too close to one another: where two of them differ by 1, the labels "
         f"differ by {slope} on average (the slope of labels over predictions). Their order can be right all the same. "
-        "To learn the values, train for more epochs, or with a learning rate that is 3 to 10 times as high."
+        f"To learn the values, {_LEARN_MORE}."
     )
 
 
@@ -398,8 +399,30 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     return (
         f"The predicted labels of the {rows:,} rows are nearly alike: 90% of them are between {low:.3g} and {high:.3g}"
-        f"{than}. Their values say little. Their order can be right all the same; `trl-ulma evaluate` measures it."
+        f"{than}. Their values say little. Their order can be right all the same; `trl-ulma evaluate` measures it. To "
+        f"learn the values, {_LEARN_MORE}."
     )
+
+
+def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
+    """The warning of `alike` on the rows that a trainer evaluated last.
+
+    Args:
+        evaluated: `(N, 3)` implicit reward, label after the transform, and whether it is continuous.
+        rules: how labels were read.
+
+    Example:
+        >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
+        >>> held_out_alike(rows, LabelRules("continuous"))
+        'The predicted labels of the 3 rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90% of their
+        labels between -0.9 and 0.9. Their values say little. Their order can be right all the same; `trl-ulma evaluate`
+        measures it. To learn the values, train for more epochs, or with a learning rate that is 3 to 10 times as high.'
+    """
+    reward, label, continuous = evaluated.T
+    own = continuous.astype(bool) == (rules.label_type == "continuous")
+    reward, label = reward[own], label[own]
+    predicted = judged(reward, label, continuous[own].astype(bool), rules)["predicted_label"]
+    return alike(reward, predicted, label if rules.transform is None else rules.transform.invert(label))
 
 
 def without_label(dataset: Dataset) -> np.ndarray:

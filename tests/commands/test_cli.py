@@ -623,29 +623,34 @@ def test_a_mixture_is_split_by_prompt_with_the_seed(tmp_path, pairs):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "advice"),
+    ("prompts", "held_out", "advice"),
     [
-        (400, ""),
-        (300, ""),
-        (290, "have 29 prompts, too few .* Add --test_split_size 0.15 to the training command"),
-        (70, "have 7 prompts, too few .* Add --test_split_size 0.45 to the training command"),
+        (400, 40, ""),
+        (300, 30, ""),
+        (290, 43, ""),
+        (120, 30, ""),
+        (100, 30, ""),
+        (99, 10, "have 10 prompts, too few .* Add --test_split_size 0.35 to the training command"),
+        (70, 7, "have 7 prompts, too few .* Add --test_split_size 0.45 to the training command"),
         (
             60,
+            6,
             "have 6 prompts, too few .* Add --test_split_size 0.5 to the training command, which holds out 30 ",
         ),
         (
             50,
+            5,
             "have 5 prompts, too few .* Add --test_split_size 0.6 .* 30 prompts and trains on 40 rows, or rate",
         ),
-        (40, "have 4 prompts, too few .* With about 60 prompts, 20 more than now, --test_split_size 0.5 holds"),
+        (40, 4, "have 4 prompts, too few .* With about 60 prompts, 20 more than now, --test_split_size 0.5 holds"),
     ],
 )
-def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, advice):
+def test_too_few_held_out_prompts_are_told_with_what_to_do(tmp_path, prompts, held_out, advice):
     rows = [{"prompt": f"{i}", "completion": text, "label": text == "a"} for i in range(prompts) for text in "ab"]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out, said = load_splits(*settings_of("--dataset_name", str(file), "--do_eval"))[1:]
-    assert len(set(held_out["prompt"])) == prompts // 10
+    test, said = load_splits(*settings_of("--dataset_name", str(file), "--do_eval"))[1:]
+    assert len(set(test["prompt"])) == held_out
     assert re.search(advice, said)
     if size := re.search(r"--test_split_size (0\.\d+) to the", said):
         words = ["--dataset_name", str(file), "--do_eval", "--test_split_size", size[1]]

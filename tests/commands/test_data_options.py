@@ -40,6 +40,23 @@ def test_an_evaluation_takes_the_rows_that_training_held_out(trained, tmp_path, 
     assert data["rows"] + sum(data["left_out"].values()) == 12
 
 
+@pytest.mark.parametrize("was_trained", [True, False])
+def test_both_hold_out_as_many_prompts_as_an_evaluation_needs(tiny_gpt2, tmp_path, capsys, was_trained):
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["prompt,completion,label", *(f"Why {i}?,answer {i},{i % 2}" for i in range(120)), ""]))
+    words = ["--model", tiny_gpt2, "--dataset", str(file)]
+    model = tmp_path / "out"
+    if was_trained:
+        training = [*words, "--do_eval", "--max_steps", "1", "--bf16", "false", "--report_to", "none"]
+        pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings([*training, "--output", str(model)]))
+        assert "30 of its 120 rows are held out" in capsys.readouterr().out
+    evaluated = ["evaluate", "--model", str(model) if was_trained else tiny_gpt2, "--dataset", str(file)]
+    assert main([*evaluated, "--output", str(tmp_path / "report")]) == 0
+    data = json.loads((tmp_path / "report" / "report.json").read_text())["data"]
+    assert (data["rows"], data["split"]) == (30, "0.25 of its rows, by prompt, seed 42")
+    assert "trained on" not in capsys.readouterr().err
+
+
 def test_the_next_commands_run_as_they_are_printed(tiny_gpt2, trained, capsys):
     model, file = trained
     words = ["score", "--model", str(model), "--dataset", str(file), "--output", str(model / "scored.jsonl")]

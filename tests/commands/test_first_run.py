@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     monkeypatch.chdir(tmp_path)
     there = sorted(tmp_path.rglob("*"))
     assert main(["check", "--model", without_weights, "--dataset", ratings, "--bf16", "False"]) == 0
-    said = capfd.readouterr().out
+    said = capfd.readouterr().out.replace(" \\\n       ", "")
     assert "Labels of the train dataset: 20 rows" in said
     assert "The rows" not in said
     for kind in ("label 1, imitated", "label 0, compared", "label 1, compared"):
@@ -200,7 +199,9 @@ def test_the_next_command_keeps_the_options_and_can_be_run(tiny_gpt2, tmp_path, 
     words = ["--model_name_or_path", tiny_gpt2, f"--dataset={folder / 'stars.csv'}", "--label_type=continuous"]
     words += ["--label_transform", "threshold:2", "--label_type", "binary", "--output_dir", str(folder / "out")]
     assert main(["check", "--method", "pointwise-dpo", *words]) == 0
-    following = shlex.split(capfd.readouterr().out.splitlines()[-1])
+    printed = capfd.readouterr().out.split("To train:\n\n")[1]
+    shell = subprocess.run(["sh", "-c", f"printf '%s\\n' {printed}"], capture_output=True, text=True, check=True)
+    following = shell.stdout.splitlines()
     assert following == ["trl-ulma", "pointwise-dpo", *words]
     assert main(following[1:]) == 0
     assert launched[0].training_script_args == words

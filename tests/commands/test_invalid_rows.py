@@ -52,7 +52,7 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert "Prompt: 'What is this?'" in said
     assert "1 × label is missing; 1 × completion is empty; 1 × label outside [0, 1]" in said
     without = shlex.join(["trl-ulma", "ulma", *command, "--output", "out", "--invalid_rows", "drop"])
-    assert said.endswith(f"\nFix these rows, or leave them out:\n\n    {without}\n")
+    assert said.replace(" \\\n       ", "").endswith(f"\nFix these rows, or leave them out:\n\n    {without}\n")
 
     assert check.main([*command, "--invalid_rows", "drop"]) == 0
     shown = capsys.readouterr().out

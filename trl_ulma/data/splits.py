@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from trl_ulma.bootstrap import ENOUGH_PROMPTS
 from trl_ulma.data.conversations import is_whole_transcript, said, spelled, split_turns
 from trl_ulma.data.pairs import pairs_to_rows
 
@@ -76,6 +77,41 @@ def rows_of_prompts(dataset: Dataset, *, test_size: float, seed: int) -> list[in
     if not test:
         test = groups[min(groups, key=lambda prompt: (len(groups[prompt]), rank(prompt)))]
     return sorted(test)
+
+
+def part_with_enough(dataset: Dataset, *, seed: int, up_to: float) -> float | None:
+    """The smallest part of the rows that holds out `ENOUGH_PROMPTS` prompts, in steps of 1/20 from a tenth.
+
+    Args:
+        dataset: the rows.
+        seed: the seed of the choice.
+        up_to: the largest part.
+
+    Returns:
+        A fraction of the rows, or None if `up_to` is not enough.
+
+    Example:
+        >>> rows = Dataset.from_dict({"prompt": list(map(str, range(120)))})
+        >>> part_with_enough(rows, seed=0, up_to=0.3), part_with_enough(rows, seed=0, up_to=0.2)
+        (0.25, None)
+    """
+    for twentieths in range(2, round(20 * up_to) + 1):
+        size = twentieths / 20
+        if count_prompts(dataset.select(rows_of_prompts(dataset, test_size=size, seed=seed))) >= ENOUGH_PROMPTS:
+            return size
+    return None
+
+
+def default_part(dataset: Dataset, *, seed: int) -> float:
+    """The part of the rows to hold out if none is chosen: a tenth, or as much as `ENOUGH_PROMPTS` prompts need, up to
+    three tenths.
+
+    Example:
+        >>> of = lambda n: default_part(Dataset.from_dict({"prompt": list(map(str, range(n)))}), seed=0)
+        >>> of(300), of(120), of(90)
+        (0.1, 0.25, 0.1)
+    """
+    return part_with_enough(dataset, seed=seed, up_to=0.3) or 0.1
 
 
 def count_prompts(dataset: Dataset) -> int:

@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl_ulma.data.conversations import as_chat
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.read_files import TABLES
+from trl_ulma.data.splits import default_part
 from trl_ulma.evaluation.as_trained import AsTrained, as_trained
 from trl_ulma.evaluation.held_out import HeldOut, Question
 from trl_ulma.judge import beyond_training
@@ -92,6 +93,8 @@ def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
     rows: Dataset = splits["train"]
+    if args.test_split_size is None:
+        args.test_split_size = default_part(rows, seed=args.split_seed)
     part = f"{args.test_split_size:g} of its rows, by prompt, seed {args.split_seed}"
     held_out = split_by_prompt(rows, test_size=args.test_split_size, seed=args.split_seed)["test"]
     note(

@@ -1,6 +1,7 @@
 """Rows that cannot be read: the error of one row, and the error that lists all of them."""
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -138,7 +139,7 @@ class InvalidRows(ValueError):
         """
         if self.remedy != _FIX:
             return self
-        remedy = f"Fix these rows, or leave them out:\n\n    {command} --invalid_rows drop"
+        remedy = "Fix these rows, or leave them out:\n\n" + textwrap.indent(f"{command} --invalid_rows drop", "    ")
         made = InvalidRows(str(self).removesuffix(self.remedy) + remedy)
         made.found, made.total, made.remedy = self.found, self.total, remedy
         return made

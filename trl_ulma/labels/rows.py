@@ -18,6 +18,7 @@ ASKING_ROLES = ("user", "system", "developer")
 
 # Batches hold labels, weights and log Z in float32
 _LARGEST = float(np.finfo(np.float32).max)
+_WANTED = {"binary": "a number, true or false", "continuous": "a number"}
 
 # Numbers with decimal commas, thousands separators or percent signs
 _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
@@ -126,7 +127,7 @@ def raw_labels(
         if (types is not None and types[i] != rules.label_type) or (invalid is not None and i in invalid):
             continue
         try:
-            label = _number(columns["label"][i], "label")
+            label = _number(columns["label"][i], "label", _WANTED[rules.label_type])
             cast = _number(columns["trials"][i], "trials") if has_trials else 0.0
             if has_trials and not 0 <= label <= cast:
                 raise InvalidRow(
@@ -243,7 +244,7 @@ def _read_label(columns: Mapping[str, Sequence[Any]], i: int, rules: LabelRules)
             "not say whether to unlearn an answer. Use negative_loss='pointwise_dpo'.",
             "continuous label with negative_loss='unlearning'",
         )
-    label = _number(columns["label"][i], "label")
+    label = _number(columns["label"][i], "label", _WANTED[label_type])
     if label_type == "binary" and not 0 <= label <= 1:
         remedy = (
             'Rescale it, leave it empty, or add a column label_type with "continuous": the model was trained on binary '
@@ -279,7 +280,7 @@ def _read_label(columns: Mapping[str, Sequence[Any]], i: int, rules: LabelRules)
     return values
 
 
-def _number(value: Any, name: str) -> float:
+def _number(value: Any, name: str, wanted: str = "a number") -> float:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -289,8 +290,7 @@ def _number(value: Any, name: str) -> float:
         if isinstance(value, str):
             found = f"the text {shown(value)}"
         raise InvalidRow(
-            f"is {found}; it must be a number{', true or false' if name == 'label' else ''}."
-            + (_hint(value.strip()) if isinstance(value, str) else ""),
+            f"is {found}; it must be {wanted}." + (_hint(value.strip()) if isinstance(value, str) else ""),
             f"{name} is {'missing' if value is None else 'no number'}",
             name,
         )

@@ -10,14 +10,14 @@ Then it prints the command that trains. It trains nothing and writes nothing.
 
 import itertools
 import math
-import shlex
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, is_verbose
+from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, in_lines, is_verbose
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -72,7 +72,7 @@ def following_command(method: str, words: Sequence[str], *, has_output: bool) ->
         >>> following_command("ulma", ["--model", "m", "--dataset", "my rows.csv"], has_output=False)
         "trl-ulma ulma --model m --dataset 'my rows.csv' --output out"
     """
-    return shlex.join(["trl-ulma", method, *words, *([] if has_output else ["--output", "out"])])
+    return in_lines(["trl-ulma", method, *words, *([] if has_output else ["--output", "out"])])
 
 
 def check(
@@ -152,7 +152,7 @@ def check(
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
         raise InvalidRows.joined(invalid).with_command(following)
-    print(f"\nReady. To train:\n\n    {following}")
+    print("\nReady. To train:\n\n" + textwrap.indent(following, "    "))
 
 
 _LEGEND = {True: "with the scored part in color", False: "with the scored part between ⟦ and ⟧"}

@@ -7,6 +7,7 @@ import dis
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 import traceback
@@ -22,6 +23,8 @@ SAME = {
 }
 # --verbose sets it to "1". Processes that a command starts inherit it.
 VERBOSE = "TRL_ULMA_VERBOSE"
+# The width of a printed command, with the backslash at its end
+_COMMAND_WIDTH = 108
 
 # Errors about rows, settings or files, if a `raise` statement raised them
 _REFUSALS = (ValueError, TypeError, ImportError, FloatingPointError)
@@ -42,6 +45,29 @@ _BARE = re.compile(r"(?<!column )(?<!columns )(?<![\w./`'\"=-])[a-z]\w*\b(?![\w(
 # Settings that are also names of columns, and words before a setting
 _COLUMNS = ("label_type", "log_z")
 _VERBS = ("et ", "eave ", "hange ", "or ", "and ", "another ")
+
+
+def in_lines(words: Sequence[str]) -> str:
+    """A command for a shell, on lines of at most 110 characters where its words allow it, each with all of an option.
+
+    Example:
+        >>> print(in_lines(["trl-ulma", "check", "--dataset", "my rows.csv", "--use_peft", "--output", "x" * 80]))
+        trl-ulma check --dataset 'my rows.csv' --use_peft \\
+            --output xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+    """
+    options: list[str] = []
+    for word in words:
+        if word.startswith("--") or not options:
+            options.append(shlex.quote(word))
+        else:
+            options[-1] += f" {shlex.quote(word)}"
+    lines = options[:1]
+    for option in options[1:]:
+        if len(lines[-1]) + len(option) < _COMMAND_WIDTH:
+            lines[-1] += f" {option}"
+        else:
+            lines.append(f"    {option}")
+    return " \\\n".join(lines)
 
 
 class CommandParser(argparse.ArgumentParser):

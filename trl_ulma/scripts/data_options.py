@@ -15,7 +15,7 @@ DEFAULTS: dict[str, Any] = {
     "columns": None,
     "label_map": None,
     "invalid_rows": "error",
-    "test_split_size": 0.1,
+    "test_split_size": None,  # see `splits.default_part`
     "split_seed": 42,
 }
 
@@ -25,14 +25,13 @@ def save(folder: str, script_args: Any, training_args: Any, dataset_args: Any) -
     (Path(folder) / FILE).unlink(missing_ok=True)  # of an earlier training
     if dataset_args.datasets:
         return
-    size = dataset_args.test_split_size
     found = {
         "dataset": _known_as(script_args.dataset_name),
         "dataset_config": script_args.dataset_config,
         "columns": _as_text(script_args.columns),
         "label_map": _as_text(script_args.label_map),
         "invalid_rows": training_args.invalid_rows,
-        "test_split_size": DEFAULTS["test_split_size"] if size is None else size,
+        "test_split_size": dataset_args.test_split_size,
         "split_seed": training_args.seed,
     }
     (Path(folder) / FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -61,7 +61,9 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         "training held out if it ran with --eval_strategy and the same --test_split_size and seed)",
     )
     what.add_argument(
-        "--test_split_size", type=_positive(float), help="size of that part (default: as in training, else 0.1)"
+        "--test_split_size",
+        type=_positive(float),
+        help="size of that part (default: as in training, else 0.1, or what 30 prompts need, up to 0.3)",
     )
     what.add_argument("--split_seed", type=int, help="seed of that part (default: the training's --seed, else 42)")
     what.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the folder for the report")

@@ -158,7 +158,11 @@ GROUPS: dict[str, list[Option]] = {
             "no",
         ),
         Option("--eval_steps", "N", "steps between evaluations (default: --logging_steps)"),
-        Option("--test_split_size", "SIZE", "rows to hold out: a fraction, or a number of rows (default: 0.1)"),
+        Option(
+            "--test_split_size",
+            "SIZE",
+            "rows to hold out: a fraction, or a number (default: 0.1, or what 30 prompts need, up to 0.3)",
+        ),
         Option("--per_device_eval_batch_size", "ROWS", "rows per batch on each device", "8"),
         Option("--load_best_model_at_end", "", "keep the checkpoint with the best --metric_for_best_model"),
         Option("--metric_for_best_model", "NAME", "such as eval_rewards/spearman (default: eval_loss)"),

@@ -1,7 +1,6 @@
 """Runs the training commands: launches the processes, loads the data, trains, saves and evaluates."""
 
 import dataclasses
-import math
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.readable import check_direction
 from trl_ulma.data.seen_prompts import hashes_of
-from trl_ulma.data.splits import count_prompts, prompts_of, rows_of_prompts
+from trl_ulma.data.splits import count_prompts, default_part, part_with_enough, prompts_of, rows_of_prompts
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.rows.dataset_labels import shown_by
 from trl_ulma.scripts import data_options
@@ -189,12 +188,9 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
             "--dataset_test_split to a split that there is, switch the evaluation off (--eval_strategy no), or do not "
             "stream."
         )
-    size = (
-        data_options.DEFAULTS["test_split_size"]
-        if dataset_args.test_split_size is None
-        else dataset_args.test_split_size
-    )
-    halves = split_by_prompt(train, test_size=size, seed=training_args.seed)
+    if dataset_args.test_split_size is None:
+        dataset_args.test_split_size = default_part(train, seed=training_args.seed)
+    halves = split_by_prompt(train, test_size=dataset_args.test_split_size, seed=training_args.seed)
     said += (
         f"{name} has no test split: {len(halves['test']):,} of its {len(train):,} rows are held out for evaluation, "
         f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are trained on."
@@ -247,14 +243,13 @@ def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
     prompts = f"{held_out} prompt{'' if held_out == 1 else 's'}"
     said = f"\nThe held-out rows have {prompts}, too few to conclude anything from an evaluation."
     enough = f"{ENOUGH_PROMPTS} held-out ones are enough."
-    for size in range(math.floor(20 * len(test) / len(rows)) + 1, 13):  # in steps of 1/20
-        found = rows_of_prompts(rows, test_size=size / 20, seed=seed)
+    if size := part_with_enough(rows, seed=seed, up_to=0.6):
+        found = rows_of_prompts(rows, test_size=size, seed=seed)
         more = count_prompts(rows.select(found))
-        if more >= ENOUGH_PROMPTS:
-            return (
-                f"{said} Add --test_split_size {size / 20:g} to the training command, which holds out {more} prompts "
-                f"and trains on {len(rows) - len(found):,} rows, or rate answers to more prompts: {enough}"
-            )
+        return (
+            f"{said} Add --test_split_size {size:g} to the training command, which holds out {more} prompts and trains "
+            f"on {len(rows) - len(found):,} rows, or rate answers to more prompts: {enough}"
+        )
     total = count_prompts(rows)
     missing = max(2 * ENOUGH_PROMPTS - total, 1)
     return (
@@ -431,6 +426,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from trl import get_peft_config, get_quantization_config
 
     from trl_ulma.callbacks import TimeLeft, print_few_figures
+    from trl_ulma.judge import held_out_alike
     from trl_ulma.model_card import as_trained
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
@@ -485,6 +481,8 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
         trainer.create_model_card(dataset_name=script_args.dataset_name)
         if trainer.is_world_process_zero():
             data_options.save(folder, script_args, training_args, dataset_args)
+        if eval_dataset is not None and (note := held_out_alike(trainer.evaluated, trainer._plan.rules)):
+            say(f"On the held-out rows: {note}")
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     if getattr(trainer, "_is_vlm", False):
