@@ -853,6 +853,23 @@ def test_real_transcripts_as_they_are(shared_data, tmp_path, tiny_gpt2, capsys):
     assert "eval_rewards/auc" in out
 
 
+@pytest.mark.parametrize(("learning_rate", "is_told"), [("1e-5", True), ("1e-1", False)])
+def test_a_training_that_learned_little_says_so_on_the_scale_of_the_labels(
+    tmp_path, tiny_gpt2, capsys, learning_rate, is_told
+):
+    rows = tmp_path / "stars.csv"
+    rows.write_text("prompt,completion,label\n" + "".join(f"Why {i}?,answer {i % 5},{i % 5 + 1}\n" for i in range(40)))
+    argv = ["--model", tiny_gpt2, "--dataset", str(rows), "--output", str(tmp_path / "out"), "--max_steps", "4"]
+    argv += ["--label_type", "continuous", "--label_transform", "standardize", "--learning_rate", learning_rate]
+    run_here(pointwise_dpo, *argv, "--eval_strategy", "epoch", "--bf16", "false")
+    out = capsys.readouterr().out
+    told = re.search(
+        r"held-out rows: The predicted labels of the 4 rows are nearly alike: 90% of them are between (\S+) and", out
+    )
+    assert ("with a learning rate that is 3 to 10 times as high" in out) == (told is not None) == is_told
+    assert told is None or 1 <= float(told[1]) <= 5  # stars, not standardized ones
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["ulma", "--help"]])
 def test_a_reader_that_has_had_enough_is_no_error(argv):
     reads, writes = os.pipe()

@@ -69,7 +69,7 @@ def test_check_takes_the_names_of_training(tiny_gpt2, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": "Hi", "completion": f" {i}.", "label": i}) + "\n" for i in (0, 1)))
     assert check.main(["--model_name_or_path", tiny_gpt2, "--dataset_name", str(file), "--output_dir", "out"]) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out.replace(" \\\n       ", "")
     assert said.endswith(f"trl-ulma ulma --model_name_or_path {tiny_gpt2} --dataset_name {file} --output_dir out\n")
 
 

@@ -147,7 +147,7 @@ def test_repeated_and_contradicting_rows_are_named_with_their_own_labels():
         "b.csv, line 2 (3); a.csv, line 3 (5) and b.csv, line 5 (1). This is expected"
     )
     shown = " ".join(render_report(report).split())
-    assert "repeated 1 row: b.csv, line 3 and line 4 contradicting 4 rows" in shown
+    assert "repeated 1 row, which is kept: b.csv, line 3 and line 4 contradicting 4 rows" in shown
     many = report_of(np.tile([1, 0], 7), answer=np.repeat(np.arange(7), 2))
     (warning,) = (each for each in many["warnings"] if "contradict" in each)
     assert "labels, row 0 (1) and row 1 (0); row 2 (1)" in warning
@@ -163,7 +163,7 @@ def test_repeated_and_swapped_pairs_are_named_once():
         return " ".join(render_report(report).split())
 
     good, bad = [1.0, 0.0], [0.0, 1.0]
-    assert "repeated 2 rows: row 0 and row 1 contradicting 0 rows" in shown_of(good * 2, [1, 2] * 2)
+    assert "repeated 2 rows, which are kept: row 0 and row 1 contradicting 0 rows" in shown_of(good * 2, [1, 2] * 2)
     swapped = shown_of(good + bad, [1, 2] * 2)
     assert "different labels, row 0 (1) and row 1 (0). This" in swapped
     five = shown_of(good * 10, [pair * 2 + half for pair in range(5) for _ in range(2) for half in (0, 1)])

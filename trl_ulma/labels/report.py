@@ -469,7 +469,7 @@ def _repeats_in_words(found: Mapping[str, Any]) -> dict[str, str]:
     repeated = _count(found["repeated"], "row")
     if found["repeated"]:
         more = "; …" if len(found["repeated_rows"]) > _LISTED else ""
-        repeated += f", which are kept: {'; '.join(found['repeated_rows'][:_LISTED])}{more}"
+        repeated += f", which {'is' if found['repeated'] == 1 else 'are'} kept: {'; '.join(found['repeated_rows'][:_LISTED])}{more}"
     return {"repeated": repeated, "contradicting": _count(found["contradicting"], "row")}
 
 
