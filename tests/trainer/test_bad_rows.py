@@ -241,10 +241,11 @@ OUT_OF = " Write one number in all rows: {} if all are out of 5, else a share su
     ],
 )
 def test_errors_suggest_a_number_if_it_is_certain(text, hint):
-    with pytest.raises(ValueError) as error:
-        read_labels({"label": [text]}, [0], "train", LabelRules("continuous"))
-    found = f"Row 0 of the train dataset: label is the text {text!r}; it must be a number, true or false."
-    assert str(error.value).splitlines()[0] == found + hint
+    for label_type, wanted in (("continuous", "a number"), ("binary", "a number, true or false")):
+        with pytest.raises(ValueError) as error:
+            read_labels({"label": [text]}, [0], "train", LabelRules(label_type))
+        found = f"Row 0 of the train dataset: label is the text {text!r}; it must be {wanted}."
+        assert str(error.value).splitlines()[0] == found + hint
 
 
 @pytest.mark.parametrize(("rows", "message"), LABELS.values(), ids=LABELS)

@@ -349,6 +349,22 @@ def test_control_characters_in_texts_are_counted(tmp_path, caplog, name, control
     assert f"completion: texts contain control characters, such as {control!r}. Remove them (2 values)" in said
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+def test_characters_as_html_are_counted(tmp_path, caplog, name):
+    texts = ["Don&#39;t.", "a &amp; b", "&quot;Yes&quot;", "R&D", "a && b; c", "x &lt y", "a &b; c"]
+    if name.endswith("parquet"):
+        table = {"prompt": ["p"] * len(texts), "completion": texts, "label": [1] * len(texts)}
+        pq.write_table(pa.table(table), tmp_path / name)
+        file = tmp_path / name
+    else:
+        file = write(tmp_path / name, with_completions(texts, name))
+    assert read(file)["completion"][:] == texts
+    [said] = caplog.messages
+    assert "completion: texts contain characters as HTML. Unescape them, unless" in said
+    assert "3 values" in said
+    assert ("'&#39;' in " in said) == (not name.endswith("parquet"))
+
+
 def test_marks_of_files_that_were_appended_are_counted(tmp_path, caplog):
     text = "prompt,completion,label\nWhy?,So\ufeffso.,1\n\ufeffHow?,So.,0\n"
     assert read(write(tmp_path / "rows.csv", text))["prompt"][:] == ["Why?", "\ufeffHow?"]

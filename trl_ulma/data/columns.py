@@ -35,8 +35,10 @@ _SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|
 _MOJIBAKE = re.compile("\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
 # At the start of a text, a byte order mark is left from a file that was appended
 _CONTROL = re.compile("^\ufeff|[\\x00-\\x08\\x0e-\\x1f\\x7f]")
+# As web pages write these characters: text that was copied or exported from one
+_ENTITY = re.compile("&(?:amp|quot|apos|nbsp|#0?39|#x27|#34);")
 # The characters themselves, because Arrow does not read \u in a pattern
-ODD_TEXT = f"{_MOJIBAKE.pattern}|{_CONTROL.pattern}"
+ODD_TEXT = f"{_MOJIBAKE.pattern}|{_CONTROL.pattern}|{_ENTITY.pattern}"
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
 _LONGEST_CELL = 32_767  # of Excel
 MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
@@ -106,6 +108,8 @@ def read_value(
         )
     if name in TEXTS and isinstance(value, str) and (control := _CONTROL.search(value)):
         notice(f"{theirs}: texts contain control characters, such as {control[0]!r}. Remove them")
+    if name in TEXTS and isinstance(value, str) and "&" in value and (entity := _ENTITY.search(value)):
+        notice(f"{theirs}: texts contain characters as HTML. Unescape them, unless the texts are about HTML", entity[0])
     if is_cell and name in TEXTS and isinstance(value, str) and _SHEET_ERROR.fullmatch(value.strip()):
         notice(
             f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"

@@ -167,7 +167,7 @@ def _odd_texts(rows: Dataset, names: Names) -> Counter[str]:
         texts = table.column(name)
         odd = pc.or_(pc.match_substring_regex(texts, ODD_TEXT), pc.is_in(texts, pa.array(MISSING, texts.type)))
         for text in texts.filter(odd).to_pylist():
-            read_value(name, text, lambda what: found.update([what]), theirs=names.columns.get(name))
+            read_value(name, text, lambda what, _="": found.update([what]), theirs=names.columns.get(name))
     return found
 
 

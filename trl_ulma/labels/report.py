@@ -468,8 +468,9 @@ def render_repeats(found: Mapping[str, Any], name: str, rows: int) -> str:
 def _repeats_in_words(found: Mapping[str, Any]) -> dict[str, str]:
     repeated = _count(found["repeated"], "row")
     if found["repeated"]:
+        kept = "which is kept" if found["repeated"] == 1 else "which are kept"
         more = "; …" if len(found["repeated_rows"]) > _LISTED else ""
-        repeated += f", which {'is' if found['repeated'] == 1 else 'are'} kept: {'; '.join(found['repeated_rows'][:_LISTED])}{more}"
+        repeated += f", {kept}: {'; '.join(found['repeated_rows'][:_LISTED])}{more}"
     return {"repeated": repeated, "contradicting": _count(found["contradicting"], "row")}
 
 
