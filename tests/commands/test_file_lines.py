@@ -62,11 +62,11 @@ def answers(tmp_path, monkeypatch):
 
 
 FOUND = [
-    "  answers.csv, line 3: stars is empty; it must be a number, true or false. Prompt: 'Where?'",
+    "  answers.csv, line 3: stars is empty; it must be a number. Prompt: 'Where?'",
     "  answers.csv, line 4: reply is empty, so there is nothing to learn. Drop the row. Prompt: 'Who?'",
-    "  answers.csv, line 6: stars is the text '4,5'; it must be a number, true or false. Did you mean 4.5? Write it "
+    "  answers.csv, line 6: stars is the text '4,5'; it must be a number. Did you mean 4.5? Write it "
     "as in 0.5 or 1234, with a decimal point and without separators. Prompt: 'How?'",
-    "  answers.csv, line 9: stars is empty; it must be a number, true or false. Prompt: 'Where?'",
+    "  answers.csv, line 9: stars is empty; it must be a number. Prompt: 'Where?'",
 ]
 KINDS = "By kind: 2 × stars is empty; 1 × reply is empty; 1 × stars is no number."
 
@@ -77,7 +77,8 @@ def test_check_lists_the_invalid_rows_of_both_halves_of_a_split_as_one_file(tiny
         assert {origin(half, row)[-1] for row in range(len(half))} & {"3", "4", "6", "9"}
     words = ["--method", "pointwise-dpo", "--label_type", "continuous", "--bf16", "false", "--seed", "0"]
     assert check.main(["--model", tiny_gpt2, *answers, *words, "--test_split_size", "0.5"]) == 1
-    first, *lines, _, _, remedy = capsys.readouterr().err.splitlines()[-9:]
+    said, remedy = capsys.readouterr().err.split("\nFix these rows, or leave them out:\n")
+    first, *lines = said.splitlines()[-6:]
     assert first.endswith("error: 4 of 12 rows are invalid:")
     assert lines == [*FOUND, KINDS]
     assert remedy.count("--invalid_rows drop") == 1
@@ -86,7 +87,7 @@ def test_check_lists_the_invalid_rows_of_both_halves_of_a_split_as_one_file(tiny
 def test_invalid_rows_of_one_half_keep_the_name_of_the_dataset(tiny_gpt2, answers, capsys):
     words = ["--method", "pointwise-dpo", "--label_type", "continuous", "--bf16", "false", "--eval_strategy", "no"]
     assert check.main(["--model", tiny_gpt2, *answers, *words]) == 1
-    first, *lines, _, _, _ = capsys.readouterr().err.splitlines()[-9:]
+    first, *lines = capsys.readouterr().err.split("\nFix these rows")[0].splitlines()[-6:]
     assert first.endswith("error: 4 of 12 rows of the train dataset are invalid:")
     assert lines == [*FOUND, KINDS]
     assert check.main(["--model", tiny_gpt2, *answers, *words, "--invalid_rows", "drop"]) == 0
@@ -163,7 +164,7 @@ def test_check_names_repeated_and_contradicting_held_out_rows(tiny_gpt2, tmp_pat
     argv += ["--label_type", "continuous", "--label_transform", "standardize", "--eval_strategy", "epoch"]
     assert check.main(argv) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "The eval dataset: 4 rows repeated 1 row: " in said
+    assert "The eval dataset: 4 rows repeated 1 row, which is kept: " in said
     assert f"{file}, line 3 and line 5 contradicting 2 rows" in said
     (warned,) = [message for message in caplog.messages if "contradict" in message]
     assert warned.startswith("The eval dataset: 2 rows contradict one another: the same prompt and completion with")
