@@ -115,7 +115,7 @@ def train(
     recipe = recipe or Recipe()
     if METHODS[method].kind == "sft" and beta is not None:
         recipe, beta = replace(recipe, steps=round(beta * recipe.steps)), None
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         set_seed(seed)
         trainer = _trainer(METHODS[method], beta, feedback, reference, tokenizer, seed, recipe, folder, rows_folder)
         trainer.remove_callback(PrinterCallback)
@@ -206,7 +206,7 @@ def _trainer(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hundreds of trainers say the same about their settings; errors are still raised."""
     trl, verbosity = logging.getLogger("trl"), transformers_logging.get_verbosity()
     level = trl.level

@@ -140,3 +140,11 @@ def batch_size(model: PreTrainedModel) -> int:
 def copy_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy to train, which leaves the reference as it is."""
     return copy.deepcopy(model)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)

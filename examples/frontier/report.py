@@ -45,6 +45,9 @@ QUESTIONS = (
     ("ulma-thumbs-beta", "thumbs-0", "ULMA (β) against no demonstrations, thumbs"),
     ("ulma-thumbs-0.1", "ulma-thumbs-1", "ULMA, thumbs: sft_weight 0.1 against 1"),
     ("ulma-thumbs-1", "sft", "ULMA against SFT"),
+    ("ulma-thumbs-beta", "sft", "ULMA (β), thumbs, against SFT"),
+    ("ulma-thumbs-beta", "thumbs-prior", "ULMA (β), thumbs, against the prior without demonstrations"),
+    ("thumbs-prior", "sft", "thumbs with the prior against SFT"),
 )
 Record = dict[str, Any]
 Curves = dict[str, dict[int, np.ndarray]]
@@ -163,9 +166,9 @@ def _is(cell: Cell, reward: str, regime: str, method: str, beta: float | None) -
 
 
 def question_table(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:
-    """The differences of named methods that were asked for, within seeds, with what they allow to say."""
+    """The differences of named methods that were asked for, within seeds, with what they allow to say; "" for none."""
     curves = records.curves(reward, regime)
-    lines = [f"| | {' | '.join(f'KL {budget:g}' for budget in BUDGETS)} |", f"|---|{'---|' * len(BUDGETS)}"]
+    lines = []
     for one, other, question in QUESTIONS:
         if one not in named or other not in named:
             continue
@@ -174,7 +177,8 @@ def question_table(records: Records, reward: str, regime: str, named: Sequence[s
             values = difference(curves, one, other, budget)
             cells.append(f"{shown(values, '+')}: {verdict(values)}" if values else "not measured")
         lines.append(f"| {question} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    head = [f"| | {' | '.join(f'KL {budget:g}' for budget in BUDGETS)} |", f"|---|{'---|' * len(BUDGETS)}"]
+    return "\n".join(head + lines) if lines else ""
 
 
 def bends(records: Records, reward: str, regime: str, named: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ several runs can share the work. `report.py` makes the tables and pictures.
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import time
@@ -22,7 +21,7 @@ from answers import REWARDS, human_texts, perplexity, rewards, sample
 from contenders import METHODS, Recipe, train
 from loop import closed
 from plan import Cell, cells
-from pool import MAX_TOKENS, Pool, batch_size, load_reference
+from pool import MAX_TOKENS, Pool, batch_size, load_reference, write
 from prompts import prompt, questions
 from regimes import draw
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,14 +106,6 @@ def before(pool: Pool, reference: PreTrainedModel, tokenizer: PreTrainedTokenize
         "perplexity": round(perplexity(reference, tokenizer, human_texts()), 4),
         "examples": [found[i][0].text for i in range(0, len(found), max(len(found) // 6, 1))],
     }
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def main() -> None:

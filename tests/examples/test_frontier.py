@@ -44,7 +44,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-run, report = script("run"), script("report")
+run, report, learning_rate = script("run"), script("report"), script("learning_rate")
 
 
 @pytest.fixture(autouse=True)
@@ -791,3 +791,40 @@ def test_reward_at_a_kl_is_on_the_line_and_not_beyond_it():
     assert report.at(points, 2.25) == pytest.approx(1.5)
     assert report.at(points, 4.0) == pytest.approx(1.0)
     assert report.at(points, 4.1) is None
+
+
+# The learning rate for LoRA
+
+
+def test_a_learning_rate_is_measured_on_prompts_that_are_not_trained_on(stored, tiny_llama, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "answers").symlink_to(stored)
+    (folder / "reference.json").write_text(json.dumps({"perplexity": 100.0}))
+    rows, held_out = learning_rate.rated(pools.Pool(stored), 0)
+    assert (len(rows), len(set(rows["prompt"])), len(set(held_out["prompt"]))) == (240, 60, 30)
+    assert not set(rows["prompt"]) & set(held_out["prompt"])
+    assert set(rows["label"]) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+
+    less = {"PROMPTS": 82, "ANSWERS": 1, "SEEDS": (0, 1), "RATES": (1e-4, 3e-2), "EPOCHS": 1, "HERE": tmp_path}
+    for name, value in less.items():
+        monkeypatch.setattr(learning_rate, name, value)
+    monkeypatch.setattr(learning_rate, "fetch_checkpoint", lambda cache: tiny_llama)
+    monkeypatch.setattr(learning_rate, "human_texts", lambda: human_texts()[:8])
+    monkeypatch.setattr(sys, "argv", ["learning_rate.py", "--results", str(folder)])
+    learning_rate.main()
+    found = {path.stem: json.loads(path.read_text()) for path in (folder / "learning_rate").glob("*.json")}
+    assert set(found) == {"0.0001_0", "0.0001_1", "0.03_0", "0.03_1"}
+    for record in found.values():
+        assert (record["rows"], record["steps"]) == (82, 11)
+        assert -1 <= record["spearman"] <= 1
+    assert abs(found["0.0001_0"]["kl"]) < abs(found["0.03_0"]["kl"])
+    assert found["0.0001_0"]["error_of_mean"] == found["0.03_0"]["error_of_mean"]
+
+    monkeypatch.setattr(sys, "argv", ["learning_rate.py", "--results", str(folder), "--write"])
+    learning_rate.main()
+    page = (tmp_path / "LEARNING_RATE.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("| 3e-2 |")]
+    values = [found[f"0.03_{seed}"]["spearman"] for seed in (0, 1)]
+    half = 12.7062 * np.std(values, ddof=1) / 2**0.5  # Student's t of two seeds
+    assert f"| {np.mean(values):.2f} [{np.mean(values) - half:.2f}, {np.mean(values) + half:.2f}] |" in line
