@@ -405,7 +405,7 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
 
 
 def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
-    """The warning of `alike` on the rows that a trainer evaluated last.
+    """The warning of `alike` on the rows that a trainer evaluated last. None if a reward is NaN: the evaluation named it.
 
     Args:
         evaluated: `(N, 3)` implicit reward, label after the transform, and whether it is continuous.
@@ -417,10 +417,14 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
         'The predicted labels of the 3 rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90% of their
         labels between -0.9 and 0.9. Their values say little. Their order can be right all the same; `trl-ulma evaluate`
         measures it. To learn the values, train for more epochs, or with a learning rate that is 3 to 10 times as high.'
+        >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
+        True
     """
     reward, label, continuous = evaluated.T
     own = continuous.astype(bool) == (rules.label_type == "continuous")
     reward, label = reward[own], label[own]
+    if not np.isfinite(reward).all():
+        return None
     predicted = judged(reward, label, continuous[own].astype(bool), rules)["predicted_label"]
     return alike(reward, predicted, label if rules.transform is None else rules.transform.invert(label))
 

@@ -870,6 +870,16 @@ def test_a_training_that_learned_little_says_so_on_the_scale_of_the_labels(
     assert told is None or 1 <= float(told[1]) <= 5  # stars, not standardized ones
 
 
+def test_a_training_without_a_reference_says_nothing_of_rewards(tmp_path, tiny_gpt2, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,completion,label\n" + "".join(f"Why {i}?,answer {i % 5},1\n" for i in range(40)))
+    argv = ["--model", tiny_gpt2, "--dataset", str(rows), "--output", str(tmp_path / "out"), "--max_steps", "2"]
+    run_here(ulma, *argv, "--negative_loss", "none", "--eval_strategy", "epoch", "--bf16", "false")
+    out = capsys.readouterr().out
+    assert "To evaluate it on the held-out rows" in out
+    assert "On the held-out rows: " not in out
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["ulma", "--help"]])
 def test_a_reader_that_has_had_enough_is_no_error(argv):
     reads, writes = os.pipe()
