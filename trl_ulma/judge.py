@@ -405,7 +405,7 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
 
 
 def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
-    """The warning of `alike` on the rows that a trainer evaluated last. None if a reward is NaN: the evaluation named it.
+    """The warning of `alike` on the rows that a trainer evaluated last. None if a reward is NaN, which was said then.
 
     Args:
         evaluated: `(N, 3)` implicit reward, label after the transform, and whether it is continuous.
