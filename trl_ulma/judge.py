@@ -48,7 +48,6 @@ _NO_REWARD = 1e-6
 _ALIKE, _SCALE = 0.1, 1.0
 # They are too close to one another if labels differ this many times as much, in so many rows at least
 TOO_CLOSE, _ENOUGH = 2.0, 30
-_LEARN_MORE = "train for more epochs, or with a learning rate that is 3 to 10 times as high"
 COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
 
 
@@ -354,7 +353,7 @@ def too_close(whose: str, slope: str) -> str:
     return (
         f"The predicted labels of {whose} are too close to one another: where two of them differ by 1, the labels "
         f"differ by {slope} on average (the slope of labels over predictions). Their order can be right all the same. "
-        f"To learn the values, {_LEARN_MORE}."
+        "To learn the values, train for more epochs, or with a learning rate that is 3 to 10 times as high."
     )
 
 
@@ -399,8 +398,7 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     return (
         f"The predicted labels of the {rows:,} rows are nearly alike: 90% of them are between {low:.3g} and {high:.3g}"
-        f"{than}. Their values say little. Their order can be right all the same; `trl-ulma evaluate` measures it. To "
-        f"learn the values, {_LEARN_MORE}."
+        f"{than}. Their values say little. Their order can be right all the same; `trl-ulma evaluate` measures it."
     )
 
 
@@ -416,7 +414,7 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
         >>> held_out_alike(rows, LabelRules("continuous"))
         'The predicted labels of the 3 rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90% of their
         labels between -0.9 and 0.9. Their values say little. Their order can be right all the same; `trl-ulma evaluate`
-        measures it. To learn the values, train for more epochs, or with a learning rate that is 3 to 10 times as high.'
+        measures it.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """

@@ -866,7 +866,7 @@ def test_a_training_that_learned_little_says_so_on_the_scale_of_the_labels(
     told = re.search(
         r"held-out rows: The predicted labels of the 4 rows are nearly alike: 90% of them are between (\S+) and", out
     )
-    assert ("with a learning rate that is 3 to 10 times as high" in out) == (told is not None) == is_told
+    assert (told is not None) == is_told
     assert told is None or 1 <= float(told[1]) <= 5  # stars, not standardized ones
 
 
