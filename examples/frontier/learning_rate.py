@@ -127,6 +127,15 @@ def table(records: list[dict[str, Any]], before: float) -> str:
     return "\n".join(lines)
 
 
+def difference(records: list[dict[str, Any]]) -> str:
+    """What the highest measured rate has more than the lowest, within seeds."""
+    whole = sorted(rate for rate in RATES if sum(each["rate"] == rate for each in records) == len(SEEDS))
+    low, high = ({each["seed"]: each for each in records if each["rate"] == rate} for rate in (whole[0], whole[-1]))
+    of = {name: interval([high[seed][name] - low[seed][name] for seed in SEEDS]) for name in ("spearman", "kl")}
+    rates = f"{whole[-1]:.0e} less {whole[0]:.0e}".replace("e-0", "e-")
+    return f"{rates}, within seeds: Spearman's correlation {of['spearman']}, KL {of['kl']} nats."
+
+
 def interval(values: list[float]) -> str:
     """Their mean and its 95% interval."""
     half = float(stats.t.ppf(0.975, len(values) - 1)) * np.std(values, ddof=1) / len(values) ** 0.5
@@ -148,6 +157,7 @@ def main() -> None:
         before = json.loads((options.results / "reference.json").read_text())["perplexity"]
         text = PAGE.format(
             table=table(records, before),
+            difference=difference(records),
             rows=records[0]["rows"],
             steps=records[0]["steps"],
             held_out=", ".join(str(each["held_out"]) for each in records if each["rate"] == RATES[0]),
@@ -177,11 +187,13 @@ def main() -> None:
 
 PAGE = """# Which learning rate for LoRA and a few hundred ratings?
 
-{rows} answers of SmolLM2-135M-Instruct to 60 prompts have 1 to 5 stars: their sentiment, with noise. They are trained
-on as in the README's first command: pointwise DPO, LoRA as `--use_peft` sets it, β = 0.1, standardized stars, 8 rows a
-step, 3 epochs, {steps} steps. The figures are of answers to 30 other prompts ({held_out} rows).
+About {rows} answers of SmolLM2-135M-Instruct to 60 prompts have 1 to 5 stars: their sentiment, with noise. They are
+trained on as in the README's first command: pointwise DPO, LoRA as `--use_peft` sets it, β = 0.1, standardized stars,
+8 rows a step, 3 epochs, {steps} steps. The figures are of answers to 30 other prompts ({held_out} rows).
 
 {table}
+
+{difference}
 
 Means over 3 seeds with 95% intervals (Student's t over the seeds). Every seed has its own prompts, answers, noise,
 adapter and order of rows. *Error*: of the predicted stars, and if every answer got the mean star. *KL*: the mean of
