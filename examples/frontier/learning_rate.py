@@ -22,7 +22,7 @@ import transformers
 from answers import human_texts, perplexity
 from contenders import quiet
 from datasets import Dataset
-from pool import Pool, copy_of, load_reference, write
+from pool import Pool, copy_of, load_reference, measured_on, write
 from prompts import prompt
 from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -32,7 +32,7 @@ from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
 from trl_ulma.ranking import spearman
 from trl_ulma.scripts.demo_models import fetch_checkpoint
 
-RATES = (1e-4, 1e-3, 3e-4)  # in this order
+RATES = (1e-4, 1e-3)
 SEEDS = (0, 1, 2)
 PROMPTS, ANSWERS = 60, 4  # trained on; the group's other prompts are held out, with all their answers
 BETA, BATCH, EPOCHS = 0.1, 8, 3
@@ -111,28 +111,26 @@ def table(records: list[dict[str, Any]], before: float) -> str:
     """The records as Markdown: means over seeds with 95% intervals (Student's t).
 
     Args:
-        records: what `measure` returned, of whole sets of seeds.
+        records: what `measure` returned, for each rate and seed.
         before: perplexity before training.
     """
     lines = [
         "| learning rate | Spearman's correlation | error, stars | error of the mean star | KL, nats | perplexity |",
         "|---|---|---|---|---|---|",
     ]
-    for rate in sorted(RATES):
+    for rate in RATES:
         found = [each for each in records if each["rate"] == rate]
-        if len(found) == len(SEEDS):
-            cells = [interval([each[name] for each in found]) for name in ("spearman", "error", "error_of_mean", "kl")]
-            of_prose = interval([each["perplexity"] / before for each in found])
-            lines.append(f"| {rate:.0e} | {' | '.join(cells)} | × {of_prose} |".replace("e-0", "e-"))
+        cells = [interval([each[name] for each in found]) for name in ("spearman", "error", "error_of_mean", "kl")]
+        of_prose = interval([each["perplexity"] / before for each in found])
+        lines.append(f"| {rate:.0e} | {' | '.join(cells)} | × {of_prose} |".replace("e-0", "e-"))
     return "\n".join(lines)
 
 
 def difference(records: list[dict[str, Any]]) -> str:
-    """What the highest measured rate has more than the lowest, within seeds."""
-    whole = sorted(rate for rate in RATES if sum(each["rate"] == rate for each in records) == len(SEEDS))
-    low, high = ({each["seed"]: each for each in records if each["rate"] == rate} for rate in (whole[0], whole[-1]))
+    """What the higher rate has more than the lower one, within seeds."""
+    low, high = ({each["seed"]: each for each in records if each["rate"] == rate} for rate in RATES)
     of = {name: interval([high[seed][name] - low[seed][name] for seed in SEEDS]) for name in ("spearman", "kl")}
-    rates = f"{whole[-1]:.0e} less {whole[0]:.0e}".replace("e-0", "e-")
+    rates = f"{RATES[1]:.0e} less {RATES[0]:.0e}".replace("e-0", "e-")
     return f"{rates}, within seeds: Spearman's correlation {of['spearman']}, KL {of['kl']} nats."
 
 
@@ -152,8 +150,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="Write LEARNING_RATE.md from the stored records.")
     options = parser.parse_args()
     folder = options.results / "learning_rate"
+
+    def path_of(rate: float, seed: int) -> Path:
+        return folder / f"{rate:g}_{seed}.json"
+
     if options.write:
-        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        paths = [path_of(rate, seed) for rate in RATES for seed in SEEDS]
+        if missing := [path.name for path in paths if not path.exists()]:
+            parser.error(f"{folder} has no {', '.join(missing)}: measure them first, without --write")
+        records = [json.loads(path.read_text()) for path in paths]
         before = json.loads((options.results / "reference.json").read_text())["perplexity"]
         text = PAGE.format(
             table=table(records, before),
@@ -161,6 +166,7 @@ def main() -> None:
             rows=records[0]["rows"],
             steps=records[0]["steps"],
             held_out=", ".join(str(each["held_out"]) for each in records if each["rate"] == RATES[0]),
+            devices=" and ".join(sorted({each["device"] for each in records})),
             minutes=round(np.mean([each["seconds"] for each in records]) / 60),
         )
         (HERE / "LEARNING_RATE.md").write_text(text, encoding="utf-8")
@@ -173,7 +179,7 @@ def main() -> None:
     begun = time.monotonic()
     for seed in options.seed or SEEDS:
         for rate in RATES:
-            path = folder / f"{rate:g}_{seed}.json"
+            path = path_of(rate, seed)
             if path.exists():
                 continue
             if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
@@ -181,7 +187,7 @@ def main() -> None:
             started = time.monotonic()
             found = measure(rate, seed, pool, reference, tokenizer)
             found["seconds"] = round(time.monotonic() - started, 1)
-            write(path, found)
+            write(path, {**found, **measured_on(reference.device.type)})
             print(json.dumps(found), flush=True)
 
 
@@ -198,9 +204,9 @@ trained on as in the README's first command: pointwise DPO, LoRA as `--use_peft`
 Means over 3 seeds with 95% intervals (Student's t over the seeds). Every seed has its own prompts, answers, noise,
 adapter and order of rows. *Error*: of the predicted stars, and if every answer got the mean star. *KL*: the mean of
 log π_ref − log π over the reference's held-out answers. *Perplexity*: of prose that people wrote, as a multiple of the
-untrained model's.
+untrained model's. Measured on {devices}.
 
-    python examples/frontier/learning_rate.py          # about {minutes} minutes a training on a shared CPU core
+    python examples/frontier/learning_rate.py          # about {minutes} minutes a training
     python examples/frontier/learning_rate.py --write  # this page
 """
 

@@ -2,8 +2,10 @@
 
 import copy
 import gzip
+import importlib.metadata
 import json
 import os
+import platform
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 TEMPERATURE = 0.7
 MAX_TOKENS = 32
 BATCH, GPU_BATCH = 64, 256  # answers sampled at a time
+# What the figures depend on; scikit-learn brings the prose, and vaderSentiment a reward
+VERSIONS = ("torch", "transformers", "trl", "trl-ulma", "peft", "vaderSentiment", "scikit-learn")
 ANSWERS = {"held-out": 16, "train": 16, "single": 1, "demonstrations": 48}
 
 
@@ -148,3 +152,14 @@ def write(path: Path, record: dict[str, Any]) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def measured_on(device: str) -> dict[str, Any]:
+    """The device and the versions, for a record."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in VERSIONS},
+        },
+    }

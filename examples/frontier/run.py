@@ -7,9 +7,7 @@ several runs can share the work. `report.py` makes the tables and pictures.
 """
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from answers import REWARDS, human_texts, perplexity, rewards, sample
 from contenders import METHODS, Recipe, train
 from loop import closed
 from plan import Cell, cells
-from pool import MAX_TOKENS, Pool, batch_size, load_reference, write
+from pool import MAX_TOKENS, Pool, batch_size, load_reference, measured_on, write
 from prompts import prompt, questions
 from regimes import draw
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +29,6 @@ from trl_ulma.scripts.demo_models import fetch_checkpoint
 # Of each held-out prompt, and how many of them are looked at for repetitions. Records of the first three seeds have 4
 # answers: their error was as large as what methods differed by
 ANSWERS, REPETITIONS = 16, 4
-# What the figures depend on; scikit-learn brings the prose, and vaderSentiment a reward
-VERSIONS = ("torch", "transformers", "trl", "trl-ulma", "peft", "vaderSentiment", "scikit-learn")
 
 
 def measure(
@@ -200,13 +196,7 @@ def main() -> None:
                 "seconds": round(seconds, 1),
                 "seconds_training": round(trained - started, 1),
                 "seconds_processor": round(time.process_time() - processor, 1),
-                "device": torch.cuda.get_device_name()
-                if device == "cuda"
-                else f"CPU, threads: {torch.get_num_threads()}",
-                "versions": {
-                    "python": platform.python_version(),
-                    **{name: importlib.metadata.version(name) for name in VERSIONS},
-                },
+                **measured_on(device),
             },
         )
         done, spent = done + 1, spent + seconds

@@ -59,24 +59,9 @@ def rows_of_prompts(dataset: Dataset, *, test_size: float, seed: int) -> list[in
             f"test_split_size is {test_size}; it must be a fraction between 0 and 1, or a whole number of rows below "
             f"{len(dataset)}, the number of rows."
         )
-    groups = _groups_by_prompt(dataset)
-    if len(groups) < 2:
-        raise ValueError(
-            f"A split by prompt needs two different prompts; the {len(dataset)} rows have {len(groups)}. Provide a "
-            "test split, or switch off the evaluation."
-        )
-
-    def rank(prompt: str) -> bytes:
-        return hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
-
-    target = max(1, round(test_size if whole else test_size * len(dataset)))
-    test: list[int] = []
-    for prompt in sorted(groups, key=rank):
-        if len(test) + len(groups[prompt]) <= target:
-            test += groups[prompt]
-    if not test:
-        test = groups[min(groups, key=lambda prompt: (len(groups[prompt]), rank(prompt)))]
-    return sorted(test)
+    groups = _groups_to_split(dataset)
+    target = test_size if whole else test_size * len(dataset)
+    return sorted(row for prompt in _held_out(groups, target, seed) for row in groups[prompt])
 
 
 def part_with_enough(dataset: Dataset, *, seed: int, up_to: float) -> float | None:
@@ -95,9 +80,10 @@ def part_with_enough(dataset: Dataset, *, seed: int, up_to: float) -> float | No
         >>> part_with_enough(rows, seed=0, up_to=0.3), part_with_enough(rows, seed=0, up_to=0.2)
         (0.25, None)
     """
+    groups = _groups_to_split(dataset)
     for twentieths in range(2, round(20 * up_to) + 1):
         size = twentieths / 20
-        if count_prompts(dataset.select(rows_of_prompts(dataset, test_size=size, seed=seed))) >= ENOUGH_PROMPTS:
+        if len(_held_out(groups, size * len(dataset), seed)) >= ENOUGH_PROMPTS:
             return size
     return None
 
@@ -122,6 +108,34 @@ def count_prompts(dataset: Dataset) -> int:
         2
     """
     return len(_groups_by_prompt(dataset))
+
+
+def _groups_to_split(dataset: Dataset) -> dict[str, list[int]]:
+    """`_groups_by_prompt`. Raises ValueError if there are fewer than two."""
+    groups = _groups_by_prompt(dataset)
+    if len(groups) < 2:
+        raise ValueError(
+            f"A split by prompt needs two different prompts; the {len(dataset)} rows have {len(groups)}. Provide a "
+            "test split, or switch off the evaluation."
+        )
+    return groups
+
+
+def _held_out(groups: dict[str, list[int]], target: float, seed: int) -> list[str]:
+    """The prompts to hold out: in an order that depends on the seed, those with which at most `target` rows are held
+    out. At least one.
+    """
+
+    def rank(prompt: str) -> bytes:
+        return hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+
+    left = max(1, round(target))
+    chosen = []
+    for prompt in sorted(groups, key=rank):
+        if len(groups[prompt]) <= left:
+            chosen.append(prompt)
+            left -= len(groups[prompt])
+    return chosen or [min(groups, key=lambda prompt: (len(groups[prompt]), rank(prompt)))]
 
 
 def _groups_by_prompt(dataset: Dataset) -> dict[str, list[int]]:

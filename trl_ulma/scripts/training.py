@@ -125,7 +125,8 @@ def check_fsdp_version(args: Any) -> None:
 def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tuple[Any, Any, str]:
     """Returns (training rows, evaluation rows or None, notes to print).
 
-    If there is an evaluation but no test split, some prompts and their rows are held out.
+    If there is an evaluation but no test split, some prompts and their rows are held out, and
+    `dataset_args.test_split_size` is set to their part if it was not.
 
     Raises:
         FileNotFoundError: if the dataset does not exist.
