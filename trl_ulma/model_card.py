@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import importlib.resources
 import json
+import shlex
 import textwrap
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from trl import DPOConfig
 from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from trl_ulma.bootstrap import bootstrap
+from trl_ulma.data.origins import names_in_files
 from trl_ulma.labels import render_report
 from trl_ulma.ranking import RANKING_FIGURES
 from trl_ulma.rows.notes import noted
@@ -93,6 +95,7 @@ def write(
     kind, name = reference
     is_chat = trained_on_chat(plan)
     takes_images = isinstance(plan.processing_class, ProcessorMixin)
+    columns = {"prompt": "prompt", "completion": "completion"} | names_in_files(plan.raw_rows)
     template = importlib.resources.files("trl_ulma") / "templates" / "model_card.md.jinja"
     with importlib.resources.as_file(template) as path:
         card = ModelCard.from_template(
@@ -114,6 +117,8 @@ def write(
             has_reference=plan.needs_reference,
             reference=None if is_adapter else name or head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
             reference_in_words=reference_in_words(kind, name, args),
+            columns=columns,
+            names=_names_option(columns),
             data=_data_in_words(plan),
             format=_format_in_words(is_chat, args.system_message),
             report=label_report and render_report(label_report),
@@ -151,6 +156,19 @@ def trained_on_chat(plan: Any) -> bool:
     """
     has_template = getattr(plan.processing_class, "chat_template", None) is not None
     return noted(plan.train_dataset).get("rules", {}).get("is_chat", has_template)
+
+
+def _names_option(columns: dict[str, str]) -> str:
+    """The option of `trl-ulma score` that names the columns of the training data; "" if they have our names.
+
+    Example:
+        >>> _names_option({"prompt": "the question", "completion": "reply", "label": "stars"})
+        " --columns 'prompt=the question,completion=reply'"
+    """
+    theirs = {name: columns[name] for name in ("prompt", "completion") if columns[name] != name}
+    if not theirs:
+        return ""
+    return " " + shlex.join(["--columns", ",".join(f"{ours}={name}" for ours, name in theirs.items())])
 
 
 def _messages(system_message: str | None, takes_images: bool) -> list[dict[str, Any]]:

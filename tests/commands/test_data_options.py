@@ -1,6 +1,8 @@
 """Later commands read a dataset as the training of their model did."""
 
 import json
+import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +67,21 @@ def test_the_next_commands_run_as_they_are_printed(tiny_gpt2, trained, capsys):
     assert "holds 22 scored rows" in said.out
     assert f"is read as in training: --columns {COLUMNS} --invalid_rows drop" in said.err
     assert "split" not in said.err
+
+
+def test_the_model_card_scores_answers_in_the_columns_of_the_training(trained, tmp_path, monkeypatch):
+    model, _ = trained
+    card = (model / "README.md").read_text()
+    assert "`answers.jsonl` has columns `question` and `reply`, as the training data had.\n" in card
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, model.name)
+    (tmp_path / model.name / data_options.FILE).unlink()  # as after a training in Python
+    answer = {"question": "Why?", "reply": "So."}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(answer) + "\n")
+    command = next(line for line in card.splitlines() if line.startswith("trl-ulma score"))
+    assert main(shlex.split(command)[1:]) == 0
+    scored = json.loads((tmp_path / "scored.jsonl").read_text())
+    assert answer.items() <= scored.items() and isinstance(scored["reward"], float)
 
 
 def test_options_that_are_given_win(trained, tmp_path, capsys):

@@ -212,6 +212,23 @@ def joined_origins(parts: Sequence[tuple[str, Dataset]]) -> Origins:
     )
 
 
+def names_in_files(rows: Any) -> Mapping[str, str]:
+    """Column that trainers read → its name in the file, where it is another. Empty if unknown, or if files differ.
+
+    Args:
+        rows: the result of `load_rows`, or rows that were selected, split off or concatenated from it.
+
+    Example:
+        >>> names_in_files(Dataset.from_dict({"prompt": ["Hi"]}))
+        {}
+    """
+    if not isinstance(rows, Dataset) or not len(rows):
+        return {}
+    known = joined_origins([("", rows)])
+    first, *others = (known.columns[source] for source in np.unique(known.source))
+    return first if all(each == first for each in others) else {}
+
+
 def _size(rows: Dataset) -> int:
     return rows.data.num_rows
 
