@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from itertools import compress
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -210,8 +211,9 @@ def kept_rows(
         ValueError: if rows are invalid and `invalid_rows` is "error" (the message lists them), if no row is left, or
             if all weights are 0.
     """
-    reasons, invalid = encoded["left_out"][:], encoded["invalid"][:]
-    rows_of = zip(encoded["row"][:], invalid, strict=True)
+    columns = encoded.select_columns(["row", *PASSING])[:]  # all at once: each column would cost a copy of the features
+    reasons, invalid = columns["left_out"], columns["invalid"]
+    rows_of = zip(columns["row"], invalid, strict=True)
     errors = located([(row, unpacked(text)) for row, text in rows_of if text is not None], raw)
     errors = [*unreadable, *errors]
     total = len(reasons) + len(unreadable)
@@ -246,14 +248,15 @@ def kept_rows(
         logger.warning(f"Left out {left_out} of {total} rows of the {name} dataset. {why}{listed}")
     if not all(is_kept):
         encoded = encoded.select([i for i, kept in enumerate(is_kept) if kept])
-    cut = sum(encoded["cut"][:])
+        columns = {name: list(compress(values, is_kept)) for name, values in columns.items()}
+    cut = sum(columns["cut"])
     if cut:
         logger.warning(f"Truncated {cut} of {len(encoded)} rows of the {name} dataset to max_length.")
-    unended = sum(encoded["unended"][:])
+    unended = sum(columns["unended"])
     if unended:
         logger.warning(UNENDED.format(f"{unended} of {len(encoded)} answers of the {name} dataset"))
     for kind, (what, remedy, share) in _ODD.items():
-        odd = [row for row, each in zip(encoded["row"][:], encoded["odd"][:], strict=True) if kind in (each or "")]
+        odd = [row for row, each in zip(columns["row"], columns["odd"], strict=True) if kind in (each or "")]
         if odd and len(odd) >= share * len(encoded):
             are, unit = ("has", "row") if len(odd) == 1 else ("have", "rows")
             more = f", and {len(odd) - _NAMED:,} more" if len(odd) > _NAMED else ""
