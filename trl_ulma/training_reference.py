@@ -17,7 +17,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import get_config_model_id
 
 from trl_ulma.likelihood.proof import check_ref_model
-from trl_ulma.likelihood.reference import ADAPTER, NoReferenceModel, Reference, copy_adapter, outside_adapter
+from trl_ulma.likelihood.reference import (
+    ADAPTER,
+    NoReferenceModel,
+    Reference,
+    active_adapters,
+    copy_adapter,
+    outside_adapter,
+)
 from trl_ulma.likelihood.scorer import Scorer, bare_model
 from trl_ulma.main_process import get_logger
 from trl_ulma.versions import loads_needless_reference, mend_copied_forward
@@ -103,9 +110,15 @@ def warn_of_unsaved_weights(model: Any, *, is_base: bool = False) -> None:
         return  # such as "pissa", which moves a part of the weights into the adapter
     bare = bare_model(model)
     base = bare.get_base_model() if is_peft_model(bare) else bare
+    name = get_config_model_id(base.config)
+    if not is_peft_model(bare) and _has_trained_lora(bare):
+        logger.warning(
+            "The model has an adapter that load_adapter has loaded. Its reference is the model with this adapter, but "
+            f"what this training saves names {name} alone, so its rewards cannot be computed again. Pass "
+            "PeftModel.from_pretrained(model, adapter, is_trainable=True) instead: its reference is saved, too."
+        )
     if getattr(base.config, "quantization_config", None) is not None:
         return
-    name = get_config_model_id(base.config)
     size = 0 if is_base else getattr(base.get_input_embeddings(), "num_embeddings", 0)
     own = {key.replace(".base_layer.", "."): weight for key, weight in base.state_dict().items()}
     other = []
@@ -124,6 +137,20 @@ def warn_of_unsaved_weights(model: Any, *, is_base: bool = False) -> None:
             "be loaded onto other weights than it was trained on. Save this model and its tokenizer first "
             "(save_pretrained), and pass the model loaded from there."
         )
+
+
+def _has_trained_lora(model: Any) -> bool:
+    """Whether a model computes with a LoRA adapter that changes its output. One that is new does not.
+
+    A model with an adapter that transformers has added is no PeftModel, and names its base alone.
+    """
+    own = {key.removesuffix(".weight"): weight for key, weight in model.named_parameters()}
+    for key, weight in own.items():  # the product of two, one of which begins as 0
+        of_a, is_b, adapter = key.rpartition("B.")
+        other = own.get(f"{of_a}A.{adapter}") if is_b and adapter in active_adapters(model) else None
+        if other is not None and bool(weight.any()) and bool(other.any()):
+            return True
+    return False
 
 
 def warn_of_unsaved_parameters(model: Any) -> None:

@@ -81,7 +81,8 @@ def test_the_model_card_scores_answers_in_the_columns_of_the_training(trained, t
     command = next(line for line in card.splitlines() if line.startswith("trl-ulma score"))
     assert main(shlex.split(command)[1:]) == 0
     scored = json.loads((tmp_path / "scored.jsonl").read_text())
-    assert answer.items() <= scored.items() and isinstance(scored["reward"], float)
+    assert answer.items() <= scored.items()
+    assert isinstance(scored["reward"], float)
 
 
 def test_options_that_are_given_win(trained, tmp_path, capsys):

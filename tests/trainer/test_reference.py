@@ -28,6 +28,8 @@ from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from world import make_rows, make_trainer, weights
 
+from trl_ulma.judge import Judge
+
 # Dropout
 
 # Of each kind: `nn.Dropout`, a rate passed to `functional.dropout`, a rate passed to attention, layers that are skipped
@@ -652,3 +654,31 @@ def test_weights_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog, i
     told = [message for message in caplog.messages if "The model in memory has other weights than" in message]
     assert len(told) == is_merged
     assert not told or "q_proj.weight and 1 others" in told[0]
+
+
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+@pytest.mark.parametrize("kind", ["model", "given", "new", "PeftModel"])
+def test_an_adapter_that_transformers_has_loaded_is_told(tiny_llama, tmp_path, caplog, kind, target):
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=[target], init_lora_weights=kind == "new")
+    trained = str(tmp_path / "trained")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter).save_pretrained(trained)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    if kind == "PeftModel":
+        model = PeftModel.from_pretrained(model, trained, is_trainable=True)
+    else:
+        model.load_adapter(trained, is_trainable=True)
+    settings = {"processing_class": AutoTokenizer.from_pretrained(tiny_llama), "learning_rate": 0.02}
+    model, ref_model = (tiny_llama, model) if kind == "given" else (model, None)
+    trainer = make_trainer(model, make_rows(4), tmp_path / "out", ref_model=ref_model, **settings)
+    told = [message for message in caplog.messages if "PeftModel.from_pretrained(model, adapter" in message]
+    assert len(told) == (kind in ("model", "given"))
+    assert not told or f"names {tiny_llama} alone" in told[0]
+    trainer.train()
+    trainer.save_model()
+    if told:
+        with pytest.raises(ValueError, match="was trained against another reference"):
+            Judge.from_pretrained(trainer.args.output_dir)
+    else:
+        found = Judge.from_pretrained(trainer.args.output_dir).score(make_rows(4))["reward"][:]
+        assert found == pytest.approx(trainer.score(make_rows(4))["reward"][:], abs=1e-5)
+        assert np.ptp(found) > 1e-3
