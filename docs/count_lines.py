@@ -23,7 +23,9 @@ AREAS = {
     ),
     "likelihood": ("likelihood", "forward", "probe", "scoring", "reference"),
     "rows": ("rows", "collator", "encoding", "preparation", "left_out", "dataset_labels", "vision", "sampler"),
-    "losses, log Z, metrics, labels": ("losses", "log_partition", "metrics", "ranking", "bootstrap", "labels"),
+    "losses, log Z, metrics, labels": (
+        *("losses", "log_partition", "metrics", "ranking", "predictions", "bootstrap", "labels"),
+    ),
     "data": ("data",),
     "evaluation": ("evaluation",),
     "commands, integrations": ("scripts", "integrations"),

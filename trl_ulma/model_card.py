@@ -95,7 +95,7 @@ def write(
     kind, name = reference
     is_chat = trained_on_chat(plan)
     takes_images = isinstance(plan.processing_class, ProcessorMixin)
-    columns = {"prompt": "prompt", "completion": "completion"} | names_in_files(plan.raw_rows)
+    columns = {"prompt": "prompt", "completion": "completion", **names_in_files(plan.raw_rows)}
     template = importlib.resources.files("trl_ulma") / "templates" / "model_card.md.jinja"
     with importlib.resources.as_file(template) as path:
         card = ModelCard.from_template(

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import make_rows, make_trainer, plain_logps
 
 from trl_ulma.data.files import load_rows
-from trl_ulma.judge import Judge, judged
+from trl_ulma.judge import Judge
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.log_z import saved_log_partition
+from trl_ulma.predictions import judged
 from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts.cli import main
 from trl_ulma.scripts.score import make_parser

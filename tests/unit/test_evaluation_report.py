@@ -26,8 +26,8 @@ from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.pictures import pictures, training_log
 from trl_ulma.evaluation.rates import counts, rates
-from trl_ulma.judge import alike, beyond_training
 from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.predictions import alike, beyond_training
 
 SHARES = rates([Verdict.WIN] * 50 + [Verdict.TIE] * 30 + [Verdict.LOSE] * 20)
 SWEEP = {

@@ -8,8 +8,8 @@ import numpy as np
 from trl_ulma.evaluation.implicit_reward import BINS, calibration_curve
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, ratio_of
 from trl_ulma.evaluation.turns import answer_text, as_text
-from trl_ulma.judge import judged
 from trl_ulma.labels import LabelRules
+from trl_ulma.predictions import judged
 
 SURPRISES = 10
 # Characters of a text that is shown

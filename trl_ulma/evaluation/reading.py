@@ -14,7 +14,7 @@ from trl_ulma.data.read_files import TABLES
 from trl_ulma.data.splits import default_part
 from trl_ulma.evaluation.as_trained import AsTrained, as_trained
 from trl_ulma.evaluation.held_out import HeldOut, Question
-from trl_ulma.judge import beyond_training
+from trl_ulma.predictions import beyond_training
 from trl_ulma.rows.chat import table_kind, with_system_message
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import processor_of

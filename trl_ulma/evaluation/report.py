@@ -29,7 +29,7 @@ from trl_ulma.evaluation.implicit_reward import CHANCE
 from trl_ulma.evaluation.intervals import over_seeds
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
-from trl_ulma.judge import TOO_CLOSE, too_close
+from trl_ulma.predictions import TOO_CLOSE, too_close
 from trl_ulma.rows.dropped import reasons_in_words
 
 __all__ = ["commit", "conclusions", "document", "in_terminal", "over_runs", "shown", "table", "versions", "write"]

@@ -427,8 +427,8 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from trl import get_peft_config, get_quantization_config
 
     from trl_ulma.callbacks import TimeLeft, print_few_figures
-    from trl_ulma.judge import held_out_alike
     from trl_ulma.model_card import as_trained
+    from trl_ulma.predictions import held_out_alike
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
 
