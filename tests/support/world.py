@@ -3,8 +3,10 @@
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 import trl
 from datasets import Dataset
 from packaging.version import Version
@@ -14,6 +16,11 @@ from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer, ULMAConfig, ULMATr
 
 # These versions compute the LM head of their own trainers with Triton, which CPUs do not have
 NEEDS_TRITON = Version("1.14") <= Version(trl.__version__) < Version("1.16")
+NEEDS_PEFT = transformers.integrations.peft.MIN_PEFT_VERSION
+has_own_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(NEEDS_PEFT),
+    reason=f"adapters of transformers {transformers.__version__} itself need peft {NEEDS_PEFT}",
+)
 trains_with_trl = pytest.mark.skipif(NEEDS_TRITON, reason=f"the trainers of TRL {trl.__version__} need Triton")
 PROMPTS = ("How are you?", "What is the capital of France?", "Please write a short letter.", "The cat sat", "Why?")
 ANSWERS = (" I am fine, thank you!", " Paris.", " No. Go away.", " on the mat.", " Of course, here it is: Dear Sir,")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainerState
-from world import make_rows, make_trainer, weights
+from world import has_own_adapters, make_rows, make_trainer, weights
 
 from trl_ulma.checkpoints import checkpoints, last_whole, stream_position
 
@@ -390,6 +390,7 @@ def test_the_best_weights_are_not_taken_for_those_of_the_optimizer(tiny_gpt2, tm
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
 
 
+@has_own_adapters
 @pytest.mark.parametrize(
     "adapter",
     [

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TRLDataCollatorForLanguageModeling
-from world import make_rows, make_trainer, mixed_rows, weights
+from world import has_own_adapters, make_rows, make_trainer, mixed_rows, weights
 
 from trl_ulma import (
     DataCollatorForPointwisePreference,
@@ -648,7 +648,7 @@ def with_two_adapters(folder: str, kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["peft", "transformers"])
+@pytest.mark.parametrize("kind", ["peft", pytest.param("transformers", marks=has_own_adapters)])
 def test_another_adapter_that_is_made_active(tiny_llama, tmp_path, kind):
     wanted = r"computes with the adapter other instead of default.*model\.set_adapter\('default'\)"
     callback = Does(lambda model: model.set_adapter("other"))

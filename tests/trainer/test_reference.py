@@ -26,7 +26,7 @@ from peft import (
 from references import MOVING, ROUNDING, STILL, hold, in_memory, load, lora, losses, own_logps
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from world import make_rows, make_trainer, weights
+from world import has_own_adapters, make_rows, make_trainer, weights
 
 from trl_ulma.judge import Judge
 
@@ -656,6 +656,7 @@ def test_weights_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog, i
     assert not told or "q_proj.weight and 1 others" in told[0]
 
 
+@has_own_adapters
 @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
 @pytest.mark.parametrize("kind", ["model", "given", "new", "PeftModel"])
 def test_an_adapter_that_transformers_has_loaded_is_told(tiny_llama, tmp_path, caplog, kind, target):
