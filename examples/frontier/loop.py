@@ -13,6 +13,7 @@ from regimes import NOISE, Feedback
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARE = 1.5  # answers that are drawn for each one that is needed, because not all are usable
+DRAWS = 4  # how often, at most
 
 
 def closed(
@@ -51,7 +52,12 @@ def closed(
         random = np.random.default_rng([seed, 5, number])
         answers = math.ceil(SPARE * shares[number] / len(asked))
         at_a_time = max(batch_size(reference) // answers, 1)
-        drawn = _drawn(policy, tokenizer, asked, answers, at_a_time, seed=1000 * (seed + 1) + 100 * number)
+        drawn: list[tuple[int, str, str]] = []
+        for draw in range(DRAWS):
+            if len(drawn) < shares[number]:
+                of_draw = 100_000 * draw + 1000 * (seed + 1) + 100 * number
+                more = _drawn(policy, tokenizer, asked, answers, at_a_time, seed=of_draw)
+                drawn += [(draw * answers + place, question, text) for place, question, text in more]
         # The first answer to each prompt, then the second, so that all prompts have about as many
         order = sorted(range(len(drawn)), key=lambda i: (drawn[i][0], random.random()))[: shares[number]]
         if len(order) < shares[number]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -567,6 +568,32 @@ def test_each_round_rates_answers_of_the_policy_trained_on_all_before(pool, tiny
     assert again.rating.tolist() == found.rating.tolist()
     other = loop.closed("rounds", 0.1, offline, reference, tokenizer, seed=1, **how)
     assert other.rating.tolist() != found.rating.tolist()
+
+
+def test_a_policy_of_which_few_answers_end_is_asked_again(pool, tiny_llama, monkeypatch):
+    reference, tokenizer = pools.load_reference(tiny_llama)
+    offline = draw("ratings", "sentiment", 0, pool)
+    asked = []
+
+    def answer(policy, prompts, *, answers, seed, **_):
+        asked.append((policy, seed))
+        return [[Answer([len(asked), i], ended=i < answers // 2, logp=0.0) for i in range(answers)] for _ in prompts]
+
+    policies = iter(["one", "two"])
+    monkeypatch.setattr(loop, "train", lambda *_, **__: (next(policies), 0.0))
+    monkeypatch.setattr(loop, "sample", answer)
+    monkeypatch.setattr(loop, "read_back", lambda tokenizer, prompt, each: (f"Fine {each.ids}.", each.ended))
+    found = loop.closed(
+        "rounds", 0.1, offline, reference, tokenizer, reward="sentiment", seed=0, recipe=Recipe(steps=3)
+    )
+    assert len(found.answer) == len(offline.answer)
+    assert len(set(asked)) == len(asked)
+    drawn = [i for i, each in enumerate(found.answer) if each.startswith("Fine [")]
+    assert len(drawn) == len(found.answer) - math.ceil(len(found.answer) / 3)
+    assert len({(found.question[i], found.answer[i]) for i in drawn}) == len(drawn)
+    counts = Counter(found.question[i] for i in drawn)
+    assert set(counts) == set(offline.question)
+    assert max(counts.values()) - min(counts.values()) <= 2  # at most 1 in each round
 
 
 def test_a_policy_whose_answers_do_not_end_is_said(pool, tiny_llama, monkeypatch):
