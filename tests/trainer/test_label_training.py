@@ -119,6 +119,14 @@ def test_real_red_team_ratings(shared_data, tiny_gpt2, tmp_path):
     assert trainer.train_dataset["label"][:] == pytest.approx([1 - rating / 4 for rating in raw["rating"]])
 
 
+@pytest.mark.parametrize("transform", [None, "votes:1,1"])
+def test_trials_that_no_setting_reads_are_told(tiny_gpt2, tmp_path, caplog, transform):
+    settings = {"label_type": "binary", "label_transform": transform}
+    make_trainer(tiny_gpt2, make_rows(4, trials=[10, 3, 2, 5]), tmp_path, **settings)
+    told = [message for message in caplog.messages if "has a column `trials`" in message]
+    assert len(told) == (transform is None)
+
+
 def test_thresholds_and_votes_make_binary_labels(tiny_gpt2, tmp_path):
     trainer = continuous(tiny_gpt2, rated(), tmp_path, "threshold:2", label_type="binary")
     assert trainer.train_dataset["label"][:] == [float(rating >= 2) for rating in RATINGS]

@@ -586,6 +586,46 @@ def test_demonstrations_that_are_left_out(raw, why):
     assert shape(demonstrations([raw])) == [why]
 
 
+@pytest.mark.parametrize("family", ["sharegpt", "demonstrations"])
+@pytest.mark.parametrize("names", [("from", "value"), ("role", "content")])
+def test_marks_of_turns_are_not_dropped(family, names):
+    who, what = names
+    asked = {who: "user", what: "Hi"}
+    column = "conversations" if family == "sharegpt" else "messages"
+
+    def converted(**marks):
+        return shape(find(family).read([{column: [asked, {who: "assistant", what: "Go.", **marks}]}]))
+
+    assert converted() == [("Go.", 1.0, True)]
+    assert converted(label=0) == ["its turns have labels, so it is turns data and not demonstrations"]
+    noted, row = converted(weight=0)
+    assert noted.startswith("a message of its answer has the weight 0")
+    assert row == ("Go.", 1.0, True)
+    [last] = find("turns").read([{"messages": [asked, {who: "assistant", what: "Go.", "label": 0}]}])
+    assert (last["label"], last["completion"]) == (0.0, [{"role": "assistant", "content": "Go."}])
+
+
+def test_a_label_below_a_scale_is_not_left_out_for_being_low():
+    raw = [{"prompt": "q", "completions": ["a", "b", "c"], "labels": [1, 0, -1]}] * 4
+    with pytest.raises(
+        ValueError, match=r"4 of 12 answers are left out because its label is outside \[0, 1\].*label_map"
+    ):
+        convert("stepwise", raw)
+    rows, _ = convert("stepwise", raw, label_map={"-1": 0, "0": 0.5, "1": 1})
+    assert rows["label"][:3] == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [({"input": "", "context": "2+2"}, "Add\n\n2+2"), ({"input": "2+2"}, "Add\n\n2+2"), ({"context": None}, "Add")],
+)
+def test_an_empty_input_does_not_hide_a_context(given, prompt):
+    [row] = find("alpaca").read([{"instruction": "Add", "output": "4", **given}])
+    assert row["prompt"][-1]["content"] == prompt
+    both = {"instruction": "Add", "output": "4", "input": "2", "context": "3"}
+    assert shape(find("alpaca").read([both])) == ["it has both an input and a context"]
+
+
 # Messages with further keys
 
 

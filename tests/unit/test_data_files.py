@@ -632,3 +632,18 @@ def test_one_prompt_cannot_be_split():
 def test_rows_without_a_prompt():
     with pytest.raises(ValueError, match=r"needs a column `prompt`, or `chosen` and `rejected`; .* text, label"):
         split_by_prompt(Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}), test_size=0.5, seed=0)
+
+
+def test_hidden_files_and_those_of_a_mac_are_no_data(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.csv", f"prompt,completion,label\n{name},b,1\n")
+        (tmp_path / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        write(tmp_path / ".ipynb_checkpoints" / f"{name}-checkpoint.csv", "prompt,completion,label\nold,b,1\n")
+        (tmp_path / "__MACOSX").mkdir(exist_ok=True)
+        write(tmp_path / "__MACOSX" / f"{name}.csv", "no data")
+        write(tmp_path / f"._{name}.csv", "no data")
+    splits = load_rows(str(tmp_path))
+    assert {split: rows["prompt"][:] for split, rows in splits.items()} == {"train": ["train"], "test": ["test"]}
+    (hidden := tmp_path / ".cache").mkdir()
+    write(hidden / "rows.csv", "prompt,completion,label\na,b,1\n")
+    assert load_rows(str(hidden))["train"]["prompt"][:] == ["a"]

@@ -320,6 +320,40 @@ def test_a_quote_that_swallows_rows_is_counted(tmp_path, caplog, name, mark):
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prompt,completion,label,rater\nq,"a1,4,bob\nq2,a2,5,bob\nq3,a3",4,bob\nq4,a4,3,bob\n',
+        'label,prompt,completion\n1,q1,"a1\n0,q2,a2\n1,q3,a3"\n0,q4,a4\n',
+        'label,prompt,completion\r\n1,q1,"a1\r\n\r\n0,q2,a2"\r\n0,q4,a4\r\n',
+        'prompt,chosen,rejected\nq1,c1,"r1\nq2,c2,r2\nq3,c3,r3"\nq4,c4,r4\n',
+        'prompt,chosen,rejected\nq1,"c1,r1\nq2,c2,r2\nq3,c3",r3\nq4,c4,r4\n',
+        'prompt;completion;label\nq1;"a1;\nq2;a2;0\nq3;a3";1\n',  # one label is missing
+    ],
+)
+def test_a_quote_that_swallows_rows_is_counted_in_any_column(tmp_path, caplog, text):
+    csv_file(tmp_path / "rows.csv", text)
+    assert "a field in quotes contains the end of a row, as in line 2: a quote is missing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'label,prompt,completion\n1,q1,"Sure:\nred, green, blue\none, two, three"\n0,q4,a4\n',
+        'label,prompt,completion\n1,q1,"Sure:\n1, 2, 3\n4, 5, 6"\n0,q4,a4\n',
+        'label,prompt,completion\n1,q1,"As a table:\nname,age,city\nAnn,30,Rome"\n0,q4,a4\n',
+        'prompt,chosen,rejected\nq1,c1,"As a table:\nname,age,city\nAnn,30,Rome"\nq4,c4,r4\n',
+        'prompt,chosen,rejected\nq1,c1,"Use this:\nf(a,b,c)"\nq4,c4,r4\n',
+        'prompt,chosen,rejected\nq1,c1,"Yes:\nred, or green, or blue\nhot, or cold, or neither"\nq4,c4,r4\n',
+        'prompt,completion\nq1,"Yes\nno,yes\nyes,no"\nq2,a2\n',
+        'prompt,completion,label\nq1,"They are 3, 4\nor 5, 6",1\nq2,a2,0\n',
+    ],
+)
+def test_texts_with_commas_and_line_breaks_swallow_no_rows(tmp_path, caplog, text):
+    csv_file(tmp_path / "rows.csv", text)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("encoding", ["mac_roman", "cp850", "cp437"])
 def test_encodings_of_old_macs_and_of_dos_are_not_taken_for_cp1252(tmp_path, encoding):
     text = "prompt,completion,label\nHi,Yes,1\nMüssen wir gehen?,Natürlich gefällt es mir nicht,1\n"
@@ -1414,3 +1448,41 @@ def peak_of_reading(path, number):
 def test_reading_is_flat_to_320_000_rows(tmp_path, suffix):
     few, many = (peak_of_reading(tmp_path / f"{number}.{suffix}", number) for number in (20_000, 320_000))
     assert many - few < 0.15 * few  # the files are of 13 MB and of 210 MB
+
+
+# Values of several kinds in Parquet, and JSON that leaves out empty values
+
+
+def test_one_odd_cell_of_parquet_leaves_the_others_readable(tmp_path):
+    own = {"label": ["4", "5", ""], "trials": ["3", "n/a", None], "sft_mask": [1.0, 0.0, math.nan]}
+    table = {"prompt": ["a", "b", "c"], "completion": ["x", "y", "z"], **own, "weight": [1.0, 2.0, 3.0]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    rows = load_rows(str(tmp_path / "rows.parquet"))["train"]
+    assert rows["label"][:] == [4, 5, ""]
+    assert rows["trials"][:] == [3, "n/a", None]
+    assert rows["sft_mask"][:] == [True, False, None]
+    assert rows.features["weight"] == Value("float64")
+    columns = {name: rows[name][:] for name in ("prompt", "completion", "label")}
+    invalid: dict[int, InvalidRow] = {}
+    labels = read_labels(columns, range(3), "train", LabelRules("continuous"), invalid)
+    assert list(invalid) == [2]
+    assert labels["label"][:2] == [4.0, 5.0]
+
+
+def test_words_in_parquet_stay_words(tmp_path):
+    words = ["good", "bad", None]
+    pq.write_table(pa.table({"prompt": words, "completion": words, "label": words}), tmp_path / "rows.parquet")
+    rows = load_rows(str(tmp_path / "rows.parquet"))["train"]
+    assert (rows["label"][:], rows.features["label"]) == (words, Value("string"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_json_lines_may_lack_a_named_column_at_first(tmp_path, streaming):
+    lines = [{"q": "a", "r": "x"}, {"q": "b", "r": "y", "stars": 4}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    names = "prompt=q,completion=r,label=stars"
+    rows = list(load_rows(str(file), columns=names, streaming=streaming)["train"])
+    assert [row.get("label") for row in rows] == [None, 4]
+    with pytest.raises(ValueError, match=r"has no column star; its columns are q, r, stars\. Did you mean stars\?"):
+        list(load_rows(str(file), columns="prompt=q,completion=r,label=star", streaming=streaming)["train"])

@@ -26,7 +26,7 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         ('Add.\n\n2 + 2', True)
     """
     for raw in rows:
-        instruction, given = raw["instruction"], raw.get("input" if "input" in raw else "context") or ""
+        instruction, given = raw["instruction"], raw.get("input") or raw.get("context") or ""
         history, system = raw.get("history") or [], raw.get("system") or ""
         texts = [instruction, given, raw["output"], system]
         is_history = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
@@ -34,6 +34,9 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
             isinstance(text, str) for text in [*texts, *(t for turn in history for t in turn)]
         ):
             yield LeftOut("its instruction, input, output, system or history is not text")
+            continue
+        if raw.get("input") and raw.get("context"):
+            yield LeftOut("it has both an input and a context")
             continue
         is_given = bool(given.strip()) and not _NONE.fullmatch(given)
         prompt = [{"role": "system", "content": system}] if system else []

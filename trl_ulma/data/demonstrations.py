@@ -6,12 +6,7 @@ from typing import Any
 from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, row
 from trl_ulma.data.conversations import as_messages, check_repeats, is_whole_transcript, split_turns
 from trl_ulma.data.pairs import split_messages
-from trl_ulma.data.sharegpt import as_turns
-
-ZERO = (
-    "a message of its answer has the weight 0, as OpenAI's format marks what is not learned. The weight is not read, "
-    "so the answer is a demonstration"
-)
+from trl_ulma.data.sharegpt import ZERO, as_turns, check_unlabeled, has_weight_zero
 
 
 def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
@@ -36,14 +31,13 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
                     prompt, completion = split_turns(completion)
             else:
                 turns = as_turns(raw["messages"])
-                if any(turn.get("label") is not None for turn in raw["messages"]):
-                    raise ValueError("its turns have labels, so it is turns data and not demonstrations")
+                check_unlabeled(turns)
                 prompt, completion = split_messages(turns)
             prompt, completion = as_messages(prompt, completion)
         except ValueError as error:
             yield LeftOut(str(error))
             continue
-        if any(turn.get("weight") == 0 for turn in completion):
+        if has_weight_zero(completion):
             yield Noted(ZERO)
         yield row(prompt, completion, 1.0, demonstration=True)
 

@@ -46,6 +46,8 @@ _POINTERS = (
 # What is done with lines that cannot be read
 UNREAD_LINES = ("error", "drop", "mark")
 _BATCH = 1000
+# Rows of a JSON file that are looked at for columns that the first row lacks
+_AHEAD = 10_000
 # Whole numbers with points between thousands, or numbers with three decimals
 _GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+", re.ASCII)
 
@@ -218,7 +220,7 @@ class FileRows:
                 self._delimiter = delimiter_of(file, known)
                 rows = csv_rows(file, known, self._notice)
             else:
-                rows = json_rows(file) if kind == "json" else _parquet_rows(file)
+                rows = self._with_all_names(json_rows(file)) if kind == "json" else _parquet_rows(file)
             for line, row in rows:
                 if isinstance(row, Unread):
                     self.unread.append((str(file), line, row))
@@ -229,7 +231,8 @@ class FileRows:
                     continue
                 if columns is None:
                     columns = list(row)
-                    self.names.check(columns)
+                    if kind != "json":
+                        self.names.check(columns)
                     for early_line, message in early if is_marking else ():
                         yield early_line, dict.fromkeys(columns) | {UNREAD: message}
                 yield line, row
@@ -241,6 +244,20 @@ class FileRows:
             raise ValueError(list_unread(self.unread[before:]))
         if columns is None:
             raise ValueError(f"{file} contains no rows. It must contain at least one row.")
+
+    def _with_all_names(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+        """The rows of a JSON file, after a look for the columns that `names` has: exports leave out empty values."""
+        first: list[tuple[int, Any]] = []
+        there: dict[str, None] = {}
+        for line, row in rows:
+            first.append((line, row))
+            there |= {} if isinstance(row, Unread) else dict.fromkeys(row)
+            if there and (there.keys() >= set(self.names.columns.values()) or len(first) == _AHEAD):
+                break
+        if there:
+            self.names.check(list(there))
+        yield from first
+        yield from rows
 
     def _notice(self, what: str, value: str | None = None) -> None:
         self.found[what] += 1

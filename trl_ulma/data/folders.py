@@ -33,8 +33,16 @@ READ_BY_DATASETS = (
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The data files in a folder and its subfolders."""
-    return [file for file in sorted(folder.rglob("*")) if suffix_of(file) in KINDS and file.is_file()]
+    """The data files in a folder and its subfolders, without hidden ones, such as checkpoints of notebooks."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if suffix_of(file) in KINDS and file.is_file() and not _is_hidden(file, folder)
+    ]
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "~")) or part == "__MACOSX" for part in file.relative_to(folder).parts)
 
 
 def _look_like_data(folder: Path) -> list[Path]:
@@ -43,7 +51,7 @@ def _look_like_data(folder: Path) -> list[Path]:
     return [
         file
         for file in files
-        if not any(part.startswith((".", "~")) for part in file.relative_to(folder).parts)
+        if not _is_hidden(file, folder)
         and (suffix_of(file) in OTHER_FILES or set(map(str.lower, file.suffixes)) & set(KINDS))
     ]
 
@@ -234,7 +242,10 @@ def _check_partitions(path: Path, names: Names) -> None:
 def _found(base: Path, patterns: Any) -> dict[str, list[str]]:
     """The files of each split that match patterns."""
     found = DataFilesDict.from_patterns(patterns, base_path=str(base))
-    return {str(split): list(map(str, files)) for split, files in found.items()}
+    return {
+        str(split): [str(file) for file in files if "__MACOSX" not in Path(file).parts]
+        for split, files in found.items()
+    }
 
 
 def one_line(error: BaseException) -> str:

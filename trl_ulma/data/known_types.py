@@ -28,7 +28,7 @@ from trl_ulma.data.columns import (
     unknown_label,
     unknown_labels,
 )
-from trl_ulma.data.tables import joined, kind_of
+from trl_ulma.data.tables import ROUNDED, feature_of, is_kept_by_json, joined, kind_of, mixed
 from trl_ulma.data.unread import UNREAD
 
 
@@ -122,12 +122,20 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
                 if value is not None:
                     shown.add(what, value, f"row {row}")
 
-            values[row] = read_value(name, value, notice, theirs=theirs)
-        kind = "null"
+            is_missing = name in BOOLS and value != value  # NaN
+            values[row] = None if is_missing else read_value(name, value, notice, theirs=theirs)
+        kind: Any = "null"
         for value in values:
-            kind = joined(kind, kind_of(value), is_number=True)
+            kind = joined(kind, kind_of(value), is_number=name in NUMBERS)
+        if kind == "json" and not all(isinstance(value, str | None) for value in values):
+            # One value that cannot be read does not make the others unreadable. Trainers raise an error that names it
+            found |= noticed
+            if not all(map(is_kept_by_json, values)):
+                found[f"{name}: {ROUNDED}"] = 1
+            rows = rows.remove_columns(name).add_column(name, mixed(values), feature=feature_of(kind))
+            continue
         if kind not in ("bool", "int", "long", "float"):
-            continue  # trainers raise an error that names the row
+            continue
         found |= noticed
         if name == "label":
             truths = Truths(theirs)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, labeled
 from trl_ulma.data.pairs import split_messages
-from trl_ulma.data.sharegpt import as_turns
+from trl_ulma.data.sharegpt import ZERO, as_turns, has_weight_zero
 
 NO_LABEL = "its turn has no label"
 
@@ -32,6 +32,8 @@ def messages(
         except ValueError as error:
             yield LeftOut(str(error))
             continue
+        if has_weight_zero(completion):
+            yield Noted(ZERO)
         yield labeled(prompt, completion, raw["label"], label_type=label_type, liked=liked)
 
 

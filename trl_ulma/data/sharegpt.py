@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Outcome, labeled
+from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, labeled
 from trl_ulma.data.pairs import split_messages
 
 ROLES = {
@@ -19,6 +19,10 @@ ROLES = {
     "ai": "assistant",
     "system": "system",
 }
+ZERO = (
+    "a message of its answer has the weight 0, as OpenAI's format marks what is not learned. The weight is not read, "
+    "so the answer is learned from"
+)
 
 
 def sharegpt(
@@ -48,7 +52,10 @@ def sharegpt(
                 answers = [(as_turns([raw.get("chosen")]), 1.0), (as_turns([raw.get("rejected")]), 0.0)]
                 prompts = [turns, turns]
             else:
+                check_unlabeled(turns)
                 prompt, answer = split_messages(turns)
+                if has_weight_zero(answer):
+                    yield Noted(ZERO)
                 label = next((raw[name] for name in ("label", "kto_tag") if name in raw), 1.0)
                 prompts, answers = [prompt], [(answer, label)]
         except ValueError as error:
@@ -82,8 +89,20 @@ def as_turns(turns: Any) -> list[dict[str, Any]]:
             raise ValueError(f"one of its turns is from {said!r}, which is neither a user, an assistant nor a system")
         if not isinstance(turn.get("value"), str):
             raise ValueError("one of its turns is not text")
-        found.append({"role": role, "content": turn["value"]})
+        marks = {name: turn[name] for name in ("label", "weight") if turn.get(name) is not None}
+        found.append({"role": role, "content": turn["value"], **marks})
     return found
+
+
+def has_weight_zero(answer: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether one of an answer's messages is marked as not to be learned."""
+    return any(turn.get("weight") == 0 for turn in answer)
+
+
+def check_unlabeled(turns: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError if messages have labels of their own, which are for `turns` data."""
+    if any(turn.get("label") is not None for turn in turns):
+        raise ValueError("its turns have labels, so it is turns data and not demonstrations")
 
 
 SHAREGPT = Adapter(

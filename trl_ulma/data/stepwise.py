@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_label
+from trl_ulma.data.adapters import LIKED, OFF_SCALE, Adapter, LeftOut, Outcome, as_label
 from trl_ulma.data.columns import Names
 
 
@@ -49,8 +49,10 @@ def stepwise(
             value = as_label(names.label(label, Counter()))
             if not is_text:
                 yield LeftOut("its question or one of its steps is not text")
-            elif value is None or not 0 <= value <= 1:
-                yield LeftOut("its label is not a number from 0 to 1")
+            elif value is None:
+                yield LeftOut("its label is not a number")
+            elif not 0 <= value <= 1:
+                yield LeftOut(f"{OFF_SCALE} [0, 1]: set --label_map, such as --label_map=-1=0,0=0.5,1=1")
             else:
                 yield {
                     "prompt": prompt,

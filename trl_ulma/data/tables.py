@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ _LONG_NUMBER = re.compile(r"\d{19}")
 _MOST_KEYS = 100
 _DEEPEST = 50
 _BATCH = 1000
+ROUNDED = "values of several kinds are stored as JSON, which rounds some numbers and lacks NaN"
 
 Rows = Callable[[], Iterable[dict[str, Any]]]
 
@@ -125,7 +126,7 @@ def _flattened(kind: Kind) -> Kind:
     return kind
 
 
-def _is_kept_by_json(value: Any) -> bool:
+def is_kept_by_json(value: Any) -> bool:
     """Whether `Json` keeps a value unchanged. (It rounds some numbers.)"""
     try:
         written = json.dumps(value)
@@ -155,10 +156,10 @@ def typed(rows: Rows, place: Callable[[int], str], warn: Callable[[str], None]) 
     kinds = {column: _flattened(kind) for column, kind in kinds.items()}
     unsure = [column for column, kind in kinds.items() if kind == "json"]
     for row in rows() if unsure else ():
-        for column in [each for each in unsure if not _is_kept_by_json(row.get(each))]:
+        for column in [each for each in unsure if not is_kept_by_json(row.get(each))]:
             unsure.remove(column)
             if column in (*TEXTS, *NUMBERS, *BOOLS):  # JSON text would be taken for what it is the text of
-                warn(f"{column}: values of several kinds are stored as JSON, which rounds some numbers and lacks NaN")
+                warn(f"{column}: {ROUNDED}")
             else:
                 kinds[column] = "text"
                 warn(f"{column}: values of several kinds are stored as JSON text")
@@ -173,14 +174,23 @@ def _as_json(value: Any) -> str:
     return json.dumps(json.loads(text, parse_int=_in_64_bits), ensure_ascii=False)
 
 
+def mixed(values: Sequence[Any]) -> list[str | None]:
+    """Values of several kinds as a column of the feature `Json` stores them.
+
+    Example:
+        >>> mixed([4, "n/a", None])
+        ['4', '"n/a"', None]
+    """
+    return [None if value is None else _as_json(value) for value in values]
+
+
 def _in_64_bits(digits: str) -> int | float:
     return int(digits) if -_INT64 <= int(digits) < 2 * _INT64 else float(digits)
 
 
 def _array(values: list[Any], kind: Kind, type_: pa.DataType, is_number: bool) -> pa.Array:
     if kind == "json":
-        texts = [None if value is None else _as_json(value) for value in values]
-        return pa.ExtensionArray.from_storage(type_, pa.array(texts, type_.storage_type))
+        return pa.ExtensionArray.from_storage(type_, pa.array(mixed(values), type_.storage_type))
     if kind == "text":
         values = [
             v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str) for v in values

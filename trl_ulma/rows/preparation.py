@@ -211,6 +211,12 @@ class Preparation:
         for column in ("label", "label_type") if paired else ():
             if column in names:
                 logger.warning(f"The {name} dataset is paired, so its column `{column}` is ignored.")
+        transform = self.rules.transform
+        if self.is_for_training and "trials" in names and not paired and not (transform and transform.needs_trials):
+            logger.warning(
+                f'The {name} dataset has a column `trials`, which only label_transform="votes:1,1" reads. Set it if '
+                "the labels count the votes for an answer. If not, rename the column."
+            )
         self._check_classes(raw, name)
         _warn_of_stored_logps(names, name)
         if paired:
