@@ -407,7 +407,14 @@ def load_reference(
         if off and ref_model is not None:
             logger.warning(f"{said} The rewards are not those of the training.")
         elif off:
-            raise ValueError(resized or f"{said} Pass the reference of the training as ref_model.")
+            remedy = "Pass the reference of the training as ref_model."
+            if kind in ("adapter_off", "adapter"):
+                remedy = (
+                    "Its base is loaded with other weights or settings than in the training, such as another revision, "
+                    "so that the policy is another one, too. Load the base as it was, save it, and name its folder in "
+                    "base_model_name_or_path of adapter_config.json."
+                )
+            raise ValueError(resized or f"{said} {remedy}")
     return found
 
 

@@ -4,6 +4,7 @@
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportCallIssue=false
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import warnings
@@ -87,6 +88,8 @@ from trl_ulma.training_reference import (
     model_for_dpo_trainer,
     ref_keeps_base_weights,
     reference_kind,
+    refuse_lost_weights,
+    warn_of_other_settings,
     warn_of_unsaved_parameters,
     warn_of_unsaved_weights,
     widen_adapters,
@@ -169,12 +172,21 @@ class PointwiseDPOTrainer(DPOTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any = None,
     ):
+        optimizer, scheduler = optimizers
+        if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            raise ValueError(
+                "The scheduler of optimizers=(optimizer, scheduler) sets the learning rates of another optimizer than "
+                "the one that trains, so its rates would be logged and not used. Pass the scheduler's own optimizer."
+            )
+        peft_config = copy.deepcopy(peft_config)  # PEFT writes the model's name and modules into it
         check_models(model, ref_model, peft_config)
         for given in (model, ref_model):
             if given is not None:
                 mend_copied_forward(given)
         args = own_config(self._config_class, type(self).__name__, model, args)
         check_machine(args)
+        if isinstance(model, str) and peft_config is not None and getattr(peft_config, "revision", None) is None:
+            peft_config.revision = (args.model_init_kwargs or {}).get("revision")  # the base is loaded with it
         # Read all rows before loading a model, so that errors in them appear within seconds
         self._plan = plan = make_plan(
             model,
@@ -197,7 +209,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         # What training saves refers to the base of an adapter and to the reference by their names
         is_named = plan.peft_config is not None or kind not in ("none", "given")
         warn_of_unsaved_weights(model if is_named else None, is_base=plan.peft_config is not None)
-        warn_of_unsaved_weights(ref_model if kind == "given" else None)
+        warn_of_unsaved_weights(ref_model if kind == "given" else None, is_reference=True)
         self._reference_kind = kind
         send_weights(model if kind == "copy" else None, ref_model)
         ref_model = model_for_dpo_trainer(kind, model, ref_model, args)
@@ -255,6 +267,9 @@ class PointwiseDPOTrainer(DPOTrainer):
             self.ref_model = None
         if self.ref_model is None:
             self._reference.model = None
+        warn_of_other_settings(self.model if is_named else None)
+        warn_of_other_settings(given)
+        self._refuse_lost_weights(args.output_dir)
         if args.disable_dropout:
             switch_off_noise(self.model)
         self._check_trainable()
@@ -1003,6 +1018,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             # No saved model is the reference as it is now, least of all the one that training started from
             moved = self._checks.current_identity(policy)
             settings = dataclasses.replace(settings, reference=dataclasses.replace(moved, name="", revision=None))
+        self._refuse_lost_weights(str(folder))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             settings.write(folder)
@@ -1015,6 +1031,10 @@ class PointwiseDPOTrainer(DPOTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and not _internal_call and not had_card and (folder / "README.md").exists():
             self._write_card_instead_of_pefts(folder)
+
+    def _refuse_lost_weights(self, folder: str) -> None:
+        is_named = self._reference.kind in ("copy", "given")
+        refuse_lost_weights(folder, self.model, self._reference.name if is_named else None)
 
     def _write_card_instead_of_pefts(self, folder: Path) -> None:
         own = Path(self.args.output_dir)

@@ -584,3 +584,16 @@ def test_a_judge_needs_no_trainer(taught, tiny_gpt2, tmp_path):
     assert judge.settings.log_z == "learned_constant"
     rows = make_rows(5)
     assert judge.score(rows)["reward"] == pytest.approx(trainer.score(rows)["reward"], abs=1e-4)
+
+
+def test_special_tokens_that_are_split_are_split_by_the_saved_tokenizer(tiny_llama, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.split_special_tokens = True
+    answers = [f" It ends with {tokenizer.eos_token} here.", " No."] * 2
+    rows = make_rows(4, completion=answers)
+    trainer = make_trainer(tiny_llama, rows, tmp_path, processing_class=tokenizer, max_steps=4, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    found = Judge.from_pretrained(str(tmp_path)).score(rows)["reward"][:]
+    assert found == pytest.approx(trainer.score(rows)["reward"][:], abs=1e-5)
+    assert np.ptp(found) > 1e-3

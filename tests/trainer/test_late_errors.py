@@ -1003,3 +1003,16 @@ def test_a_deep_copy_of_a_trainer_trains_by_itself(tiny_gpt2, tmp_path, is_train
 def test_what_is_no_model(tmp_path, model):
     with pytest.raises(TypeError, match=f"model must be a causal language model.*got {type(model).__name__}"):
         make_trainer(model, make_rows(4), tmp_path)
+
+
+def test_a_schedule_of_another_optimizer(tiny_llama, tmp_path):
+    model = load(tiny_llama)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    for own in (None, torch.optim.SGD(model.parameters(), lr=1.0)):
+        with pytest.raises(ValueError, match="rates would be logged and not used"):
+            make_trainer(model, make_rows(4), tmp_path, optimizers=(own, schedule))
+    trainer = make_trainer(model, make_rows(4), tmp_path, optimizers=(optimizer, schedule), max_steps=1)
+    before = weights(model)
+    trainer.train()
+    assert torch.equal(before, weights(model))

@@ -683,3 +683,93 @@ def test_an_adapter_that_transformers_has_loaded_is_told(tiny_llama, tmp_path, c
         found = Judge.from_pretrained(trainer.args.output_dir).score(make_rows(4))["reward"][:]
         assert found == pytest.approx(trainer.score(make_rows(4))["reward"][:], abs=1e-5)
         assert np.ptp(found) > 1e-3
+
+
+# What a saved model refers to
+
+
+def test_settings_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog):
+    linear = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}}
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    make_trainer(tiny_llama, make_rows(4), tmp_path / "as-saved", peft_config=adapter)
+    make_trainer(tiny_llama, make_rows(4), tmp_path / "not-named", model_init_kwargs=linear, **IMITATES)
+    assert "other settings than" not in caplog.text
+    for settings in ({"peft_config": adapter}, {}):
+        make_trainer(tiny_llama, make_rows(4), tmp_path / "changed", model_init_kwargs=linear, **settings)
+        assert caplog.text.count(f"other settings than {tiny_llama}, which it was loaded from: rope_parameters") == 1
+        caplog.clear()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, **linear)
+    make_trainer(tiny_llama, make_rows(4), tmp_path / "given", ref_model=model)
+    assert caplog.text.count("rope_parameters.rope_type is 'linear' instead of 'default'") == 1
+
+
+IMITATES = {"positive_loss": "sft", "negative_loss": "none"}
+
+
+def test_rows_of_added_tokens_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.resize_token_embeddings(len(tokenizer) + 8)  # in reserve
+    model.save_pretrained(tmp_path / "reserve")
+    tokenizer.save_pretrained(tmp_path / "reserve")
+    for shift in (0.0, 1.0):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "reserve")
+        with torch.no_grad():
+            model.get_input_embeddings().weight[len(tokenizer)] += shift
+        adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+        make_trainer(model, make_rows(4), tmp_path / "out", peft_config=adapter, processing_class=tokenizer)
+        assert ("other weights than" in caplog.text) == bool(shift)
+
+
+def test_a_trained_model_is_not_saved_over_its_reference(tiny_llama, tmp_path):
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    overwrites = "is the folder of its reference"
+    with pytest.raises(ValueError, match=overwrites):
+        make_trainer(str(folder), make_rows(4), folder)
+    with pytest.raises(ValueError, match=overwrites):
+        make_trainer(tiny_llama, make_rows(4), folder, ref_model=AutoModelForCausalLM.from_pretrained(folder))
+    trainer = make_trainer(str(folder), make_rows(4), tmp_path / "out")
+    with pytest.raises(ValueError, match=overwrites):
+        trainer.save_model(str(folder / ".." / "model"))
+    assert (folder / "model.safetensors").read_bytes() == before
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    make_trainer(str(folder), make_rows(4), folder, peft_config=adapter).save_model()
+    assert (folder / "model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=r"holds an adapter of another training.*adapter_config\.json"):
+        make_trainer(tiny_llama, make_rows(4), tmp_path / "other").save_model(str(folder))
+    make_trainer(str(folder), make_rows(4), tmp_path / "out", **IMITATES).save_model(str(tmp_path / "out"))
+
+
+def test_a_full_model_is_not_saved_beside_an_old_adapter(tiny_llama, tmp_path):
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    make_trainer(tiny_llama, make_rows(4), tmp_path, peft_config=adapter).save_model()
+    with pytest.raises(ValueError, match=r"holds an adapter of another training.*Choose another output_dir"):
+        make_trainer(tiny_llama, make_rows(4), tmp_path)
+
+
+def test_adapters_that_a_judge_would_not_find_are_told(tiny_llama, tmp_path, caplog):
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    named = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), adapter, adapter_name="mine")
+    settings = {"processing_class": AutoTokenizer.from_pretrained(tiny_llama)}
+    ref_model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    make_trainer(named, make_rows(4), tmp_path, ref_model=ref_model, **settings)
+    assert "trains the adapter mine. PEFT saves it in a subfolder" in caplog.text
+    assert "ref_model is a PeftModel" not in caplog.text
+    make_trainer(tiny_llama, make_rows(4), tmp_path, ref_model=named, **settings)
+    assert f"names its base {tiny_llama} alone as the reference" in caplog.text
+
+
+def test_the_configuration_of_an_adapter_stays_as_it_was(tiny_llama, tmp_path):
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    before = copy.deepcopy(adapter)
+    trainer = make_trainer(tiny_llama, make_rows(4), tmp_path, peft_config=adapter)
+    assert adapter == before
+    assert trainer.model.peft_config["default"].target_modules != "all-linear"
+    trainer = make_trainer(
+        tiny_llama, make_rows(4), tmp_path, peft_config=adapter, model_init_kwargs={"revision": "v2"}
+    )
+    assert trainer.model.peft_config["default"].revision == "v2"
+    assert adapter == before

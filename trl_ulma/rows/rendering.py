@@ -59,6 +59,8 @@ def own_processing_class(
     if pad_token not in tokenizer.get_vocab():
         raise ValueError(f"The pad_token {pad_token!r} is not in the tokenizer's vocabulary. Set one that is.")
     tokenizer.pad_token = pad_token
+    # save_pretrained writes what a tokenizer was made with, and not what was set since
+    tokenizer.init_kwargs["split_special_tokens"] = tokenizer.split_special_tokens
     return processing_class
 
 
