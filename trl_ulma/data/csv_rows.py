@@ -19,6 +19,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 _IMPORT_ID = re.compile(r"""\{\s*['"]ImportId['"]\s*:""")
 # In the second header line of SurveyMonkey, below questions that are answered with text or a single choice
 _SURVEY_MONKEY = frozenset(("Response", "Open-Ended Response"))
+_LINE_ENDS = re.compile(r"[\r\n]+")
 # By default, csv rejects fields of more than 131,072 characters, but long answers can have more
 _LONGEST_FIELD = 2**31 - 1
 
@@ -245,11 +246,21 @@ def _second_header(fields: list[str], header: list[str]) -> str:
 
 
 def _swallows(fields: list[str], columns: int, delimiter: str) -> bool:
-    """Whether a field with line breaks looks like the rest of a row whose last field is a number, and the next row."""
+    """Whether a field with line breaks looks like the rest of a row, whole rows, and the start of a row.
+
+    All these rows must have numbers in the same columns. Rows of text need a whole row between the first and the last,
+    because a text can have as many commas by chance. Prose has spaces after its commas.
+    """
     for place, field in enumerate(fields):
         first, is_more, _ = field.partition("\n")
-        parts = first.split(delimiter) if is_more else []
-        if len(parts) > 1 and place + len(parts) == columns and number(parts[-1]) is not None:
+        if not is_more or place + first.count(delimiter) + 1 != columns:
+            continue
+        lines = [line.split(delimiter) for line in _LINE_ENDS.split(field)]
+        rows = [fields[:place] + lines[0], *lines[1:-1], lines[-1] + fields[place + 1 :]]
+        if any(len(row) != columns for row in rows) or any(part[:1] == " " for line in lines for part in line[1:]):
+            continue
+        kinds = [{number(cell) is not None for cell in column if cell.strip()} for column in zip(*rows, strict=True)]
+        if all(len(kind) < 2 for kind in kinds) and columns > 1 and ({True} in kinds or min(columns, len(rows)) > 2):
             return True
     return False
 
