@@ -248,6 +248,37 @@ def test_errors_of_a_spreadsheet_are_counted(tmp_path, caplog):
     ]
 
 
+SHEET_ERRORS = "#WERT! #NV #BEZUG! #VALEUR! #ZAHL! #ERROR! #ÜBERLAUF! #¡REF! #NOM? Err:502 Loading... ########"
+
+
+@pytest.mark.parametrize("cell", SHEET_ERRORS.split())
+def test_errors_of_a_spreadsheet_in_other_languages_are_counted(tmp_path, caplog, cell):
+    rows = csv_file(tmp_path / "rows.csv", f"prompt,completion,label\nHi,{cell},1\n{cell} ,No,0\n")
+    assert rows["completion"][0] == cell
+    assert [each.partition("rows.csv: ")[2] for each in caplog.messages] == [
+        f"{name}: cells that are errors of a spreadsheet, such as {cell}, are read as text. Restore them."
+        for name in ("completion", "prompt")
+    ]
+    caplog.clear()
+    text = "#win!", "###", "#WERT! is an error", "#1!", "Loading", "#NAVY", "Err: 502"
+    csv_file(tmp_path / "good.csv", "prompt,completion,label\n" + "".join(f"Hi,{each},1\n" for each in text))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+def test_missing_values_of_databases_and_escapes_of_excel_are_counted(tmp_path, caplog, name):
+    texts = [r"\N", "a_x000D_\\nb", "x_y", r"C:\New", "_x0_", r"\N"]
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"prompt": ["p"] * 6, "completion": texts, "label": [1] * 6}), tmp_path / name)
+    else:
+        write(tmp_path / name, with_completions(texts, name))
+    assert read(tmp_path / name)["completion"][:] == texts
+    assert [each.partition("completion: ")[2] for each in caplog.messages] == [
+        r"texts that are only \N, as databases export a missing value. Remove these rows (2 values).",
+        "texts contain _x000D_, as Excel stores a control character. Replace it with the character.",
+    ]
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
 def test_texts_that_were_missing_values_of_pandas_are_counted(tmp_path, caplog, name):
     values = (("Hi", "nan", 1), ("Ho", "nan", 0), ("<NA>", "NaN, not a number", 1))

@@ -29,19 +29,30 @@ READ = (*TEXTS, *NUMBERS, *OTHERS)
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-# What spreadsheets write in place of a cell that they could not compute. #NAME? can have been an answer such as "- Yes"
-_SHEET_ERROR = re.compile(r"#(?:N/A|NAME\?|VALUE!|REF!|DIV/0!|NUM!|NULL!|SPILL!|CALC!|GETTING_DATA)")
+# What spreadsheets write in place of a cell that they could not compute or show, in English, German, French, Spanish,
+# Italian, Portuguese, Dutch, Polish and Russian. #NAME? can have been an answer such as "- Yes"
+_SHEET_ERROR = re.compile(
+    r"#(?:N/A|NV|N/D!?|N/B|Н/Д|DIV/0!|¡DIV/0!|DEEL/0!|DZIEL/0!|ДЕЛ/0!|GETTING_DATA|"
+    r"(?:NAME|NOM|¿NOMBRE|NOME|NAAM|NAZWA|ИМЯ)\?|"
+    r"(?:VALUE|WERT|VALEUR|¡VALOR|VALORE|VALOR|WAARDE|ARG|ЗНАЧ|REF|BEZUG|¡REF|RIF|VERW|ADR|ССЫЛКА|"
+    r"NUM|ZAHL|NOMBRE|¡NUM|NÚM|GETAL|LICZBA|ЧИСЛО|NULL|NUL|¡NULO|NULLO|NULO|LEEG|ZERO|ПУСТО|"
+    r"SPILL|ÜBERLAUF|PROPAGATION|¡DESBORDAMIENTO|ESPANSIONE|OVERLOOP|CALC|KALK|¡CALC|"
+    r"ERROR|BLOCKED|CONNECT|FIELD|UNKNOWN|BUSY|EXTERNAL|PYTHON)!)|#{5,}|Err:5\d\d|Loading\.\.\."
+)
 # The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
 _MOJIBAKE = re.compile("\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
 # At the start of a text, a byte order mark is left from a file that was appended
 _CONTROL = re.compile("^\ufeff|[\\x00-\\x08\\x0e-\\x1f\\x7f]")
 # As web pages write these characters: text that was copied or exported from one
 _ENTITY = re.compile("&(?:amp|quot|apos|nbsp|#0?39|#x27|#34);")
+# A control character as Excel files hold it, such as a carriage return
+_EXCEL = re.compile("_x000[0-9A-F]_")
 # The characters themselves, because Arrow does not read \u in a pattern
-ODD_TEXT = f"{_MOJIBAKE.pattern}|{_CONTROL.pattern}|{_ENTITY.pattern}"
+ODD_TEXT = f"{_MOJIBAKE.pattern}|{_CONTROL.pattern}|{_ENTITY.pattern}|{_EXCEL.pattern}"
 LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is stored as text
 _LONGEST_CELL = 32_767  # of Excel
-MISSING = ("nan", "<NA>", "NaT")  # as pandas prints a missing value
+# A missing value → the programs that print it so
+MISSING = {"nan": "pandas prints", "<NA>": "pandas prints", "NaT": "pandas prints", r"\N": "databases export"}
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
@@ -110,14 +121,18 @@ def read_value(
         notice(f"{theirs}: texts contain control characters, such as {control[0]!r}. Remove them")
     if name in TEXTS and isinstance(value, str) and "&" in value and (entity := _ENTITY.search(value)):
         notice(f"{theirs}: texts contain characters as HTML. Unescape them, unless the texts are about HTML", entity[0])
+    if name in TEXTS and isinstance(value, str) and "_x" in value and (control := _EXCEL.search(value)):
+        notice(
+            f"{theirs}: texts contain {control[0]}, as Excel stores a control character. Replace it with the character"
+        )
     if is_cell and name in TEXTS and isinstance(value, str) and _SHEET_ERROR.fullmatch(value.strip()):
         notice(
             f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
         )
     if is_cell and name in TEXTS and isinstance(value, str) and len(value) == _LONGEST_CELL:
         notice(f"{theirs}: texts have exactly {_LONGEST_CELL:,} characters, after which Excel cuts a cell", value[:20])
-    if name in TEXTS and value in MISSING:
-        notice(f"{theirs}: texts that are only {value}, as pandas prints a missing value. Remove these rows")
+    if name in TEXTS and isinstance(value, str) and value in MISSING:
+        notice(f"{theirs}: texts that are only {value}, as {MISSING[value]} a missing value. Remove these rows")
     if name in CONVERSATIONS and isinstance(value, str) and LIST.match(value):
         found = parsed_list(value)
         # An answer can be a list of other objects, as text

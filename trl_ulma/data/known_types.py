@@ -173,7 +173,7 @@ def _odd_texts(rows: Dataset, names: Names) -> Counter[str]:
             continue
         table: Any = rows.select_columns([name]).with_format("arrow")[:]
         texts = table.column(name)
-        odd = pc.or_(pc.match_substring_regex(texts, ODD_TEXT), pc.is_in(texts, pa.array(MISSING, texts.type)))
+        odd = pc.or_(pc.match_substring_regex(texts, ODD_TEXT), pc.is_in(texts, pa.array(list(MISSING), texts.type)))
         for text in texts.filter(odd).to_pylist():
             read_value(name, text, lambda what, _="": found.update([what]), theirs=names.columns.get(name))
     return found
