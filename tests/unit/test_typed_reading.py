@@ -398,6 +398,45 @@ def test_encodings_of_old_macs_and_of_dos_are_not_taken_for_cp1252(tmp_path, enc
         assert found["prompt"][:] == [good]
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        *(("łódź", each) for each in ("iso8859-2", "cp1250")),
+        *(("Może być, że to mały dom.", each) for each in ("iso8859-2", "cp1250")),
+        *(("Książka", each) for each in ("iso8859-2", "cp1250")),
+        *(("Říká se, že tři věci jsou důležité", each) for each in ("iso8859-2", "cp1250")),
+        *(("Az első időben nem volt erő.", each) for each in ("iso8859-2", "cp1250")),
+        *(("Koji je način bolji?", each) for each in ("iso8859-2", "cp1250")),
+        ("Poţi să îmi spui ce oraşul are?", "cp1250"),
+        ("Güneş doğuyor", "cp1254"),
+    ],
+)
+def test_encodings_of_central_europe_are_not_taken_for_cp1252(tmp_path, text, encoding):
+    with pytest.raises(ValueError, match=r"is not UTF-8 text: byte 0x\w\w in line 2\. Save the file as UTF-8"):
+        csv_file(tmp_path / "rows.csv", f'prompt,completion,label\n"{text}",Yes,1\n', encoding)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3 m³ or 5 cm³, ½ cup, 1¼ cups, ¹ see this³ and that¹, ² not",
+        "sin³x + cos³x dx, 2a³b, x³y, e¹x, a±b, mean±sd, 25ºC nº5 nºs, 1ª, one¶two, £100, µm",
+        "¿Qué tal? hola¿que tal, Mañana vendrá José. ¿Cuándo? Así, allá, después, también, canción",
+        "L'été où, c'est là, «Où est-il?» même poète, ère, très, cœur, maïs, 1ère, siècle brûlé",
+        "Müssen wir? »So« groß wie 2½ Stück, öde, Maß",
+        "Não são as ações, põe os pães, 1º lugar, 2ª vez, você está lá",
+        "Perché sì, così è più bello. Già, lunedì, città, virtù",
+        "Når øen er rød, så går vi. Søndag i løbet af året, øje, høj, kø, æ",
+        "Þetta er íslenska. Það er ný þjóð og íþrótt, alþingi, ský, maður",
+        "Jõe õhk on külm, nõu ja põhi, või õpetaja, sõber ööd, nõ",
+        "Tha sìth agus mìos ann, tìm. Això és què, ciència, cafè",
+    ],
+)
+def test_signs_and_letters_of_western_europe_are_read_as_cp1252(tmp_path, text):
+    found = csv_file(tmp_path / "rows.csv", f'prompt,completion,label\n"{text}",Yes,1\n', "cp1252")
+    assert found["prompt"][:] == [text]
+
+
 def with_completions(texts, name):
     """The text of a CSV or JSON lines file with these completions."""
     if name == "rows.csv":

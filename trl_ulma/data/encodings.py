@@ -38,6 +38,26 @@ _FOREIGN = re.compile("[\udca1-\udcff]{4,}")
 _SMALL = re.compile("[a-z][\udcdf-\udcff][a-z]")
 _NOT_SMALL = re.compile("[a-z][\udc80-\udc84\udc86-\udc90\udc98\udc99\udc9b\udc9d\udc9f][a-z]")
 
+# Words that other code pages of Europe write with bytes that are signs in cp1252, or letters that its languages do not
+# have there. It does not match sin³x, cm³, 1ºC, nº, mot¹, £100, ¿Qué?, a±b and one¶two.
+_S, _END = "[a-z\udcdf-\udcff]", "(?![\\w\udc80-\udcff])"
+_CENTRAL = re.compile(
+    "|".join(
+        (
+            f"{_S}[\udcaf\udcbc\udcbe]{_S}",  # ź and ž
+            f"(?!n){_S}\udcba{_S}",  # ş
+            f"{_S}{{2}}\udcb9{_S}|{_S}\udcb9{_S}{{2}}",  # ą and š
+            "[A-Z\udcdf-\udcffa-z][aeiouybdgkpwz]\udcb3[aeiouy]",  # ł, which is also at the start
+            f"(?<![\\w\udc80-\udcff)\\]])\udcb3[aeiouy\udcf3]{_S}",
+            f"{_S}[\udcb1\udcb3\udcb6\udcb9\udcbc\udcbf]{{2}}{_S}",  # ąż
+            f"{_S}[\udc9f\udcbc\udcfe]{_END}|{_S}{{2}}\udcf5{_END}",  # ź, ş and ő at the end
+            "[\udcd8\udcf8][\udcec\udced]|[\udcec\udced]\udcf8|\udce8[aiou]",  # ří, ře, íř, ěř and či
+        )
+    )
+)
+# Polish ż is ¿ in cp1252, before which a space can be missing in Spanish
+_QUESTION = re.compile(f"{_S}\udcbf{_S}")
+
 
 def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
     """The encoding of a text file: that of its byte order mark, UTF-8, UTF-16 without a mark, or cp1252.
@@ -71,7 +91,7 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
         # A byte that is not UTF-8 becomes a lone surrogate. Any other character above 127 has several bytes.
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         strange, is_utf8_elsewhere, lines = None, False, 1
-        letters = foreign = small = not_small = 0
+        letters = foreign = small = not_small = central = 0
         chunk = head
         while True:
             text = decoder.decode(chunk, final=not chunk)
@@ -87,6 +107,8 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
                     foreign += sum(map(len, _FOREIGN.findall(text)))
                     small += len(_SMALL.findall(text))
                     not_small += len(_NOT_SMALL.findall(text))
+                    words = " ".join(word for word in text.split() if not word.isascii())
+                    central += 100 * len(_CENTRAL.findall(words)) + 4 * len(_QUESTION.findall(words))
                 is_utf8_elsewhere = is_utf8_elsewhere or any(c > "\x7f" and not "\udc80" <= c <= "\udcff" for c in text)
             elif strange is None:
                 lines += text.count("\n")
@@ -95,7 +117,8 @@ def encoding_of(path: Path, *, takes_cp1252: bool) -> str:
             chunk = file.read(_CHUNK)
     if strange is None:
         return "utf-8"
-    if is_utf8_elsewhere or not takes_cp1252 or 2 * foreign > letters or not_small > small:
+    is_other = 2 * foreign > letters or not_small > small or central > letters
+    if is_utf8_elsewhere or not takes_cp1252 or is_other:
         raise ValueError(f"is not UTF-8 text: byte 0x{strange[0]:02x} in line {strange[1]}. Save the file as UTF-8.")
     return "cp1252"
 
