@@ -1199,6 +1199,24 @@ def test_names_that_are_wrong(tmp_path, options, message, streaming):
         list(read(path, streaming=streaming, **options))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["How good? (1 = bad, 5 = good)", "Good (bad=1, good=5)", "1 = bad, 5 = good", "Rate it, 5=good", "a, b = c, d"],
+)
+def test_a_column_with_commas_and_equals_signs_can_be_named(tmp_path, name):
+    path = write(tmp_path / "rows.csv", f'question,answer,"{name}"\nWhy?,So.,4\n')
+    columns = f"prompt=question,label={name}, completion = answer"
+    assert Names.of(columns, None).columns == {"prompt": "question", "label": name, "completion": "answer"}
+    assert read(path, columns=columns)["label"][:] == [4]
+    with pytest.raises(ValueError, match="lacks the column label"):
+        check_splits(load_rows(path, columns=f"prompt=question,completion=answer,lable={name}"), "rows.csv")
+
+
+def test_a_key_that_trainers_do_not_read_is_a_key():
+    named = {"prompt": "a", "messages": "chat (all, of it)", "sft-mask": "b"}
+    assert Names.of("prompt=a,messages=chat (all, of it),sft-mask=b", None).columns == named
+
+
 def test_names_are_made_once():
     assert Names.of("a=b", None) == Names.of({"a": "b"}, {})
 

@@ -288,9 +288,13 @@ def _entries(given: Any, name: str, example: str, cut: Callable[[str, str], tupl
         raise ValueError(f"{name} is {given!r}; it must be a mapping, or text such as {example}.")
     found: dict[str, str] = {}
     entries = given.split(",")
-    # The names in a file can have commas, but a part without "=" is no entry. It belongs to the name before or after it
+    # The names in a file can have commas, but a part that is no entry belongs to the name before or after it
     for place in range(len(entries) - 1, 0, -1):
-        if "=" not in entries[place if cut is str.partition else place - 1]:
+        is_entry = "=" in entries[place - 1]
+        if cut is str.partition:
+            before = ",".join(entries[:place])
+            is_entry = _is_entry(entries[place], is_inside=before.count("(") > before.count(")"))
+        if not is_entry:
             entries[place - 1 : place + 1] = [",".join(entries[place - 1 : place + 1])]
     for entry in entries:
         key, equals, value = (part.strip() for part in cut(entry, "="))
@@ -298,6 +302,22 @@ def _entries(given: Any, name: str, example: str, cut: Callable[[str, str], tupl
             raise ValueError(f"{name} has {entry.strip()!r}; it must be written as {example}, each name once.")
         found[key] = value
     return found
+
+
+def _is_entry(text: str, *, is_inside: bool) -> bool:
+    """Whether a part of `--columns` gives a column its name, and does not continue a name such as "5 = good".
+
+    Args:
+        text: the part.
+        is_inside: whether the part is inside parentheses, where only the columns that trainers read are keys.
+
+    Example:
+        >>> [_is_entry(text, is_inside=False) for text in (" label = stars", " chat=x", " 5=good", "good = 5")]
+        [True, True, False, False]
+    """
+    key, equals, _ = text.partition("=")
+    is_key = not is_inside and key.strip().replace("-", "_").isidentifier() and key[-1] != " "
+    return bool(equals) and (key.strip() in READ or is_key)
 
 
 def _label_key(value: Any) -> str:
