@@ -1217,6 +1217,28 @@ def test_a_key_that_trainers_do_not_read_is_a_key():
     assert Names.of("prompt=a,messages=chat (all, of it),sft-mask=b", None).columns == named
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize(
+    ("label", "given"),
+    [
+        ("👍\ufe0f", "👍"),
+        ("👍", "👍\ufe0f"),
+        ("tre\u0300s bon", "tr\u00e8s bon"),
+        ("very\xa0good", "Very good"),
+        ("good\u200b", "good"),
+        ("I don’t", "I don't"),
+        ("I don't", "I don’t"),
+    ],
+)
+def test_labels_that_look_the_same_are_the_same(tmp_path, name, label, given):
+    rows, path = Dataset.from_list([row(label), row("bad")]), tmp_path / name
+    {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[path.suffix[1:]](str(path))
+    assert read(path, label_map={given: 1, "bad": 0})["label"][:] == [1, 0]
+    assert read(path)["label"][:] == [label, "bad"]  # labels that are not mapped stay as they are
+    with pytest.raises(ValueError, match=r"label_map gives .* two meanings, 1 and 0"):
+        Names.of(None, {given: 1, label: 0})
+
+
 def test_names_are_made_once():
     assert Names.of("a=b", None) == Names.of({"a": "b"}, {})
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,11 @@ MISSING = {"nan": "pandas prints", "<NA>": "pandas prints", "NaT": "pandas print
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
+
+# Characters that cannot be seen, and characters that look like others
+_LOOKS = dict.fromkeys((*range(0xFE00, 0xFE10), *range(0x200B, 0x2010), 0xAD, 0x2060, 0xFEFF)) | str.maketrans(
+    "\u00a0\u2007\u202f\u2018\u2019\u02bc\u201c\u201d", "   '''\"\""
+)
 
 # Called with a message, and with the value if the message does not show it
 Notice = Callable[..., None]
@@ -320,11 +326,21 @@ def _is_entry(text: str, *, is_inside: bool) -> bool:
     return bool(equals) and (key.strip() in READ or is_key)
 
 
+def _plain(text: str) -> str:
+    """A text in the form in which texts that look the same are equal.
+
+    Example:
+        >>> _plain("Don’t know​ ")
+        "Don't know"
+    """
+    return unicodedata.normalize("NFC", text.translate(_LOOKS)).strip()
+
+
 def _label_key(value: Any) -> str:
     """What labels that mean the same have in common: letters of either case, and 5 and 5.0."""
     read = number(value) if isinstance(value, str) else value
     if isinstance(read, bool) or not isinstance(read, int | float | Decimal):
-        return str(value).strip().lower()
+        return _plain(str(value).lower())
     whole = isinstance(read, int) or (math.isfinite(read) and read == int(read))
     return str(int(read)) if whole else repr(float(read))
 
