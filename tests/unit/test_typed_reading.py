@@ -1217,6 +1217,32 @@ def test_a_key_that_trainers_do_not_read_is_a_key():
     assert Names.of("prompt=a,messages=chat (all, of it),sft-mask=b", None).columns == named
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "saved", "rows.csv"])
+@pytest.mark.parametrize(
+    ("theirs", "given"),
+    [("Prompt ", "Prompt"), ("Qualite\u0301", "Qualit\u00e9"), ("Your\u00a0question", "Your question")],
+)
+def test_names_that_look_like_those_of_columns_name_them(tmp_path, name, theirs, given, streaming, caplog):
+    rows = Dataset.from_list([{theirs: "Hi", "completion": "Yo", "label": 1}])
+    kind = {"rows.jsonl": rows.to_json, "rows.parquet": rows.to_parquet, "rows.csv": rows.to_csv}.get(name)
+    if kind is None:
+        rows.save_to_disk(tmp_path / name)
+    else:
+        kind(tmp_path / name)
+    found = list(read(tmp_path / name, columns={"prompt": given}, streaming=streaming))
+    assert found == [{"prompt": "Hi", "completion": "Yo", "label": 1}]
+    assert not caplog.messages
+
+
+def test_names_that_look_like_those_of_two_columns_are_refused(tmp_path):
+    rows = [{" Prompt": "a", "Prompt ": "b", "completion": "Yo", "label": 1}]
+    path = write(tmp_path / "rows.jsonl", lines(rows))
+    with pytest.raises(ValueError, match=r"has no column Prompt; .* Did you mean"):
+        read(path, columns="prompt=Prompt")
+    assert read(path, columns={"prompt": "Prompt "})["prompt"][:] == ["b"]
+
+
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
 @pytest.mark.parametrize(
     ("label", "given"),

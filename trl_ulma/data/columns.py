@@ -250,20 +250,36 @@ class Names:
         kept = {name: value for name, value in row.items() if name not in taken}
         return {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row} | kept
 
-    def check(self, there: Sequence[str]) -> None:
-        """Raise ValueError if a column is missing in `there`. The message begins with "has".
+    def check(self, there: Sequence[str]) -> dict[str, str]:
+        """The columns in `there` that only look like the names of `columns`, such as those with spaces around them.
 
         If no label is needed and its column is missing, the other columns about labels may be missing, too. A name that
         looks misspelled is always an error.
+
+        Returns:
+            Column in `there` → its name in `columns`.
+
+        Raises:
+            ValueError: if a column is missing in `there`. The message begins with "has".
+
+        Example:
+            >>> Names.of("label=rating", None).check(["prompt", "rating "])
+            {'rating ': 'rating'}
         """
         has_label = self.columns.get("label", "") in there
+        alike: dict[str, str] = {}
         for ours, theirs in self.columns.items():
             if theirs not in there:
+                same = [name for name in there if _plain(name) == _plain(theirs)]
+                if len(same) == 1 and same[0] not in (*alike, *self.columns.values()):
+                    alike[same[0]] = theirs
+                    continue
                 near = difflib.get_close_matches(theirs, there, n=1)
                 if not (self.needs_label or has_label or near) and ours in _OF_LABELS and "label" in self.columns:
                     continue
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(f"has no column {theirs}; its columns are {', '.join(there)}.{hint}")
+        return alike
 
     def label(self, value: Any, unknown: Counter) -> Any:
         """The number of a label. A label that `label_map` does not name is returned unchanged and counted.

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from gzip import BadGzipFile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,7 @@ class FileRows:
         if file.stat().st_size == 0:
             raise ValueError(f"{file} is empty. It must contain at least one row.")
         kind, columns, before = KINDS[suffix_of(file)], None, len(self.unread)
+        alike: dict[str, str] = {}
         is_marking, early = self.invalid_rows == "mark", []
         self._delimiter = None
         try:
@@ -230,12 +232,11 @@ class FileRows:
                         yield line, dict.fromkeys(columns) | {UNREAD: row.message}
                     continue
                 if columns is None:
-                    columns = list(row)
-                    if kind != "json":
-                        self.names.check(columns)
+                    alike = {} if kind == "json" else self.names.check(list(row))
+                    columns = [alike.get(name, name) for name in row]
                     for early_line, message in early if is_marking else ():
                         yield early_line, dict.fromkeys(columns) | {UNREAD: message}
-                yield line, row
+                yield line, {alike.get(name, name): value for name, value in row.items()} if alike else row
         except (BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{file} is a broken gzip file ({error}). Write or copy it again.") from error
         except (ValueError, pa.ArrowException) as error:
@@ -254,10 +255,10 @@ class FileRows:
             there |= {} if isinstance(row, Unread) else dict.fromkeys(row)
             if there and (there.keys() >= set(self.names.columns.values()) or len(first) == _AHEAD):
                 break
-        if there:
-            self.names.check(list(there))
-        yield from first
-        yield from rows
+        alike = self.names.check(list(there)) if there else {}
+        for line, row in chain(first, rows):
+            is_renamed = alike and not isinstance(row, Unread)
+            yield line, {alike.get(name, name): value for name, value in row.items()} if is_renamed else row
 
     def _notice(self, what: str, value: str | None = None) -> None:
         self.found[what] += 1

@@ -69,7 +69,9 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
     """
     if isinstance(rows, IterableDataset):
         first = next(iter(rows.take(1)), {})
-        _check_names(names, list(first), where)
+        if alike := _check_names(names, list(first), where):
+            rows = rows.rename_columns(alike)
+            first = {alike.get(name, name): value for name, value in first.items()}
         known = rows.features or {}
         feature, is_mapped = known.get(names.columns.get("label", "label")), bool(names.label_map)
         classes = None
@@ -82,7 +84,8 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
             look = partial(_look, names=texts, where=where)
             return rows.map(look, input_columns=texts, features=rows.features) if texts else rows
         return rows.map(read, remove_columns=[name for name in names.columns.values() if name in first])
-    _check_names(names, rows.column_names, where)
+    if alike := _check_names(names, rows.column_names, where):
+        rows = rows.rename_columns(alike)
     found: Counter[str] = Counter()
     if names.columns:
         taken = {*names.columns, *names.columns.values()}
@@ -197,9 +200,9 @@ def _labels_of(names: list[str], where: str | None) -> list[Any]:
         raise ValueError(f"{where} {error}") from error
 
 
-def _check_names(names: Names, there: list[str], where: str) -> None:
+def _check_names(names: Names, there: list[str], where: str) -> dict[str, str]:
     try:
-        names.check(there)
+        return names.check(there)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
 
