@@ -127,6 +127,32 @@ def test_a_text_that_is_cut_inside_an_emoji_is_an_invalid_row(tmp_path, is_array
     assert read(path, invalid_rows="drop") == [rows[0], rows[2]]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("more", [0, 1200])
+def test_quotes_that_are_not_those_of_csv_are_counted(tmp_path, caplog, streaming, more):
+    text = 'prompt, reply, label\nq1, "Hello", 1\nq2, "Bye ""you""", 0\nq3,None,1\n' + 'q4, "No", 1\n' * more
+    rows = list(load_rows(write(tmp_path / "a.csv", text), columns="completion=reply", streaming=streaming)["train"])
+    assert rows[0]["completion"] == ' "Hello"'
+    found = "reply: most texts begin with a space and a quote, so the quotes are read as text. Remove these spaces"
+    assert caplog.text.count(found) == 1
+    caplog.clear()
+    list(load_rows(write(tmp_path / "b.csv", f"{HEAD}'Hi','yes',1\n'Ho','it's',0\n"), streaming=streaming)["train"])
+    for name in ("prompt", "completion"):
+        assert (
+            f"{name}: most texts are between single quotes, which are read as text. Replace them by double quotes"
+            in caplog.text
+        )
+
+
+def test_texts_with_quotes_of_their_own_are_no_fault(tmp_path, caplog):
+    texts = ["'tis", ' "Hello" ', ' Yes, "it" is', '"Quoted"', "'Q"]
+    cells = [f'"{each.replace(chr(34), 2 * chr(34))}"' for each in texts]
+    text = HEAD + "'Hi'," + ",1\nHo,".join(cells) + ",0\n"
+    read(write(tmp_path / "a.csv", text))
+    read(write(tmp_path / "a.jsonl", LINE.replace("Yo", " 'Yo'")))
+    assert not caplog.messages
+
+
 def test_columns_of_one_name_that_nothing_reads(tmp_path, caplog):
     path = write(tmp_path / "a.csv", "prompt,completion,label,note,note\nHi,Yo,1,a,b\n")
     assert read(path) == [ROW | {"note 1": "a", "note 2": "b"}]

@@ -16,7 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ulma.data.columns import NUMBERS, READ, Names, Shown, Truths, number, read_row, unknown_label, unknown_labels
+from trl_ulma.data.columns import (
+    NUMBERS,
+    READ,
+    TEXTS,
+    Names,
+    Shown,
+    Truths,
+    number,
+    read_row,
+    unknown_label,
+    unknown_labels,
+)
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
@@ -141,6 +152,9 @@ class FileRows:
         # Where semicolons separate fields: column → its first number such as 1.000, and columns with decimal points
         self._grouped: dict[str, str] = {}
         self._with_points: set[str] = set()
+        # Of one CSV file: column → its texts, and (column, mark) → its texts between such marks
+        self._texts: Counter[str] = Counter()
+        self._quoted: Counter[tuple[str, str]] = Counter()
         truths = Truths(self.names.columns.get("label", "label"))
         for file in self.files:
             self.firsts.append(len(self.lines))
@@ -157,10 +171,13 @@ class FileRows:
                     if self.invalid_rows == "drop":
                         continue
                     row |= {"label": None, UNREAD: fault.message}
+                if self._delimiter is not None:
+                    self._note_quotes(row)
                 truths.add(row, str(file))
                 self.found |= truths.found
                 self.lines.append(line)
                 yield row
+            self.find_quotes()
         self.found |= truths.sources
         self.check_points()
         self.check()
@@ -174,6 +191,29 @@ class FileRows:
                 self._grouped.setdefault(name, f"{place}: {self.names.columns.get(name, name)} is {text!r}")
             elif "." in text and number(text) is not None:
                 self._with_points.add(name)
+
+    def _note_quotes(self, row: dict[str, Any]) -> None:
+        for name in TEXTS:
+            text = row.get(name)
+            if not isinstance(text, str) or not text.strip():
+                continue
+            self._texts[name] += 1
+            inner = text.strip()
+            if len(inner) > 1 and inner[0] == inner[-1] and (inner[0] == "'" or (inner[0] == '"' and text[0] == " ")):
+                self._quoted[name, inner[0]] += 1
+
+    def find_quotes(self) -> None:
+        """Add to `found` the columns of which most texts in the file so far are between quotes that are not CSV's."""
+        for (name, mark), count in self._quoted.items():
+            if 2 * count > self._texts[name]:
+                fault = (
+                    "begin with a space and a quote, so the quotes are read as text. Remove these spaces"
+                    if mark == '"'
+                    else "are between single quotes, which are read as text. Replace them by double quotes"
+                )
+                self.found[f"{self.names.columns.get(name, name)}: most texts {fault}"] += count
+        self._texts.clear()
+        self._quoted.clear()
 
     def check_points(self) -> None:
         """Raise ValueError if it is unknown whether points in the numbers so far separate thousands or decimals."""

@@ -45,6 +45,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     if streaming:
         for _ in zip(range(_FIRST_ROWS), reader(), strict=False):
             pass
+        reader.find_quotes()
         reader.check_points()
         reader.check()
         say(reader.found, reader.where, reader.shown)
