@@ -222,8 +222,30 @@ def test_decimal_commas_are_numbers_where_semicolons_separate_the_fields(tmp_pat
     assert [record.getMessage() for record in caplog.records] == [
         f"{table}: the fields are separated by semicolons; {said}."
     ]
-    table.write_text("prompt;completion;label\nHi;Yo;1,234\nHi;Ho;2,5\n")  # 1.234 or 1234
-    assert load_rows(str(table))["train"]["label"][:] == ["1,234", 2.5]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_commas_are_decimal_where_the_column_shows_it(tmp_path, mark, streaming):
+    def labels(*cells):
+        text = "".join(mark.join(("Hi", "Yo", cell)) + "\n" for cell in cells)
+        path = write(tmp_path / "a.csv", HEAD.replace(",", mark) + text)
+        return [row["label"] for row in load_rows(path, streaming=streaming)["train"]]
+
+    assert labels("0,500", "3,250") == labels("3,250", "0,500")[::-1] == [0.5, 3.25]
+    assert labels("1,234", "2,5", "-1,000") == [1.234, 2.5, -1.0]
+    assert labels("4,5", "3") == [4.5, 3.0]
+    assert labels("0.500", "2.250") == [0.5, 2.25]
+    for cells in (("4,500", "3,250"), ("1,000", "5"), ("1,000", "2.5"), ("2,5", "1.000")):
+        with pytest.raises(ValueError, match=r"a\.csv, line [23]: label is '.*'\. .* separate the fields, so .* 1000"):
+            labels(*cells)
+    if mark != ";":
+        assert labels("1.000", "3") == [1.0, 3.0]
+
+
+def test_a_comma_within_a_file_of_commas_is_no_decimal_mark(tmp_path):
+    with pytest.raises(ValueError, match=r"labels with a comma \('4,5', '0,500'\)"):
+        read(write(tmp_path / "a.csv", HEAD + 'Hi,Yo,"4,5"\nHi,Ho,"0,500"\n'))
 
 
 def test_labels_with_a_unit_or_in_words_are_numbers(tmp_path, caplog):

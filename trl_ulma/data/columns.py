@@ -54,6 +54,9 @@ LIST = re.compile(r"\s*\[\s*\{")  # the beginning of a list of objects that is s
 _LONGEST_CELL = 32_767  # of Excel
 # A missing value → the programs that print it so
 MISSING = {"nan": "pandas prints", "<NA>": "pandas prints", "NaT": "pandas prints", r"\N": "databases export"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# A whole number with a comma between thousands, or a number with three decimals
+THOUSAND_COMMA = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)
 _DIGITS = 18  # all numbers with so many digits fit into 64 bits
 _FLOAT_BITS = 1024  # larger whole numbers do not fit into a float
 _WORDS = {"true": True, "false": False}
@@ -148,8 +151,12 @@ def read_value(
     if name in NUMBERS or name in BOOLS:
         if isinstance(value, str):
             found = number(value)
-            if found is None and delimiter == ";" and DECIMAL_COMMA.fullmatch(value.strip()):
-                notice(f"{theirs}: decimal commas are read as decimal points, because semicolons separate the fields")
+            is_comma = DECIMAL_COMMA.fullmatch(value.strip()) or (
+                name in NUMBERS and THOUSAND_COMMA.fullmatch(value.strip())  # `FileRows.check_points` refuses thousands
+            )
+            if found is None and is_comma and delimiter not in (None, ","):
+                separated = f"{DELIMITERS[delimiter]} separate the fields"
+                notice(f"{theirs}: decimal commas are read as decimal points, because {separated}")
                 found = float(value.replace(",", "."))
             if found is None and name == "label" and (named := worded_number(value)):
                 example = f"with a unit, such as '4 {named[1]}'" if named[1] else "in words, such as 'four'"

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from trl_ulma.data.columns import number
+from trl_ulma.data.columns import DELIMITERS, THOUSAND_COMMA, number
 from trl_ulma.data.encodings import encoding_of, opened_text
 from trl_ulma.data.unread import Unread
 from trl_ulma.labels import DECIMAL_COMMA
 
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 # The ids of questions, in the last of the three header lines of Qualtrics
 _IMPORT_ID = re.compile(r"""\{\s*['"]ImportId['"]\s*:""")
 # In the second header line of SurveyMonkey, below questions that are answered with text or a single choice
@@ -183,7 +182,12 @@ class Layout:
         if delimiter == ";":
             rows = (row for _, row in csv_rows(path, known, lambda what: None) if isinstance(row, dict))
             fields = (row[name].strip() for row in rows for name in numbers if name in row)
-            marks = ("," if DECIMAL_COMMA.fullmatch(each) else "." for each in fields if re.search(r"\d[.,]\d", each))
+            commas = DECIMAL_COMMA, THOUSAND_COMMA  # a file with a comma of thousands cannot be read
+            marks = (
+                "," if any(comma.fullmatch(each) for comma in commas) else "."
+                for each in fields
+                if re.search(r"\d[.,]\d", each)
+            )
             decimal = next(marks, ",")
         return cls("," if ".tsv" in path.name.lower() else delimiter, decimal, encoding != "utf-8")
 

@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_ulma.data.columns import (
+    DELIMITERS,
     NUMBERS,
     READ,
     TEXTS,
+    THOUSAND_COMMA,
     Names,
     Shown,
     Truths,
@@ -31,6 +33,7 @@ from trl_ulma.data.columns import (
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
+from trl_ulma.labels import DECIMAL_COMMA
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 KINDS |= {f"{suffix}.gz": kind for suffix, kind in KINDS.items()}
@@ -149,9 +152,10 @@ class FileRows:
         self.lines, self.firsts = array("q"), []
         self.unread: list[tuple[str, int, Unread]] = []
         self._unknown: Counter[str] = Counter()
-        # Where semicolons separate fields: column → its first number such as 1.000, and columns with decimal points
-        self._grouped: dict[str, str] = {}
-        self._with_points: set[str] = set()
+        # Of CSV files: (column, mark) → the first number such as 1.000 or 1,000, with its place and the delimiter, and
+        # the marks that are known to be decimal, such as the point of 0.500
+        self._grouped: dict[tuple[str, str], tuple[str, str]] = {}
+        self._decimal: set[tuple[str, str]] = set()
         # Of one CSV file: column → its texts, and (column, mark) → its texts between such marks
         self._texts: Counter[str] = Counter()
         self._quoted: Counter[tuple[str, str]] = Counter()
@@ -161,7 +165,7 @@ class FileRows:
             for line, row in self._rows(file):
                 self._at = file, line
                 own: Counter[str] = Counter()
-                if self._delimiter == ";":
+                if self._delimiter not in (None, ","):
                     self._note_points(row, f"{file}, line {line}")
                 row = read_row(row, self.names, own, self._notice, delimiter=self._delimiter)
                 self._unknown.update(own)
@@ -187,10 +191,15 @@ class FileRows:
             text = str(row.get(self.names.columns.get(name, name)) or "").strip()
             if name == "label" and self.names.label_map:
                 continue
+            found = f"{place}: {self.names.columns.get(name, name)} is {text!r}", str(self._delimiter)
             if _GROUPED.fullmatch(text):
-                self._grouped.setdefault(name, f"{place}: {self.names.columns.get(name, name)} is {text!r}")
+                self._grouped.setdefault((name, "."), found)
+            elif THOUSAND_COMMA.fullmatch(text):
+                self._grouped.setdefault((name, ","), found)
             elif "." in text and number(text) is not None:
-                self._with_points.add(name)
+                self._decimal.add((name, "."))
+            elif DECIMAL_COMMA.fullmatch(text):
+                self._decimal.add((name, ","))
 
     def _note_quotes(self, row: dict[str, Any]) -> None:
         for name in TEXTS:
@@ -216,13 +225,16 @@ class FileRows:
         self._quoted.clear()
 
     def check_points(self) -> None:
-        """Raise ValueError if it is unknown whether points in the numbers so far separate thousands or decimals."""
-        unknown = [found for name, found in self._grouped.items() if name not in self._with_points]
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]}. Semicolons separate the fields, so this can be a thousand or have three decimals, and "
-                "no other number in the column shows which. Write such numbers as 1000 or as 1.0."
-            )
+        """Raise ValueError if it is unknown whether points or commas in the numbers so far separate thousands."""
+        for (name, mark), (found, delimiter) in self._grouped.items():
+            # Where tabs separate the fields, points are decimal, unless commas are
+            is_usual = mark == "." and delimiter != ";" and (name, ",") not in self._decimal
+            if (name, mark) not in self._decimal and not is_usual:
+                raise ValueError(
+                    f"{found}. {DELIMITERS[delimiter].capitalize()} separate the fields, so this can be a thousand or "
+                    "have three decimals, and no other number in the column shows which. Write such numbers as 1000 or "
+                    "as 1.0."
+                )
 
     def check(self) -> None:
         """Raise ValueError for lines so far that cannot be read or have an unknown label, unless they are marked or
