@@ -26,6 +26,7 @@ from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_pr
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin, places_of
 from trl_ulma.data.read_files import code_hash
+from trl_ulma.data.readable import direction, rating_of
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
 
 
@@ -1332,6 +1333,81 @@ def test_what_fits_is_proposed(tmp_path, rows, message, streaming):
     splits = load_rows(write(tmp_path / "rows.jsonl", lines(rows)), streaming=streaming)
     with pytest.raises(ValueError, match=message):
         check_splits(splits, "rows.jsonl")
+
+
+LOW = (
+    "thumbs_down",
+    "thumbsDown",
+    "down_votes",
+    "votes_against",
+    "not_helpful",
+    "notVeryHelpful",
+    "helpful_no",
+    "not_liked",
+    "unhelpful_votes",
+    "dislike_score",
+    "disagree",
+    "incorrect_score",
+    "inaccuracy_rating",
+    "negative_feedback",
+    "wrong_score",
+    "hate_score",
+    "refusal_score",
+    "toxicity_rating",
+    "low_quality",
+    "poor_quality",
+    "quality_issues",
+    "complaints",
+    "no_of_errors",
+)
+HIGH = (
+    "thumbs_up",
+    "up_votes",
+    "helpful",
+    "helpful_yes",
+    "helpful_yes_no",
+    "like_dislike",
+    "thumbs_up_down",
+    "is_safe",
+    "no_issues",
+    "not_toxic",
+    "low_toxicity",
+    "error_free",
+    "issue_resolved",
+    "unbiased",
+    "harmless",
+    "flawless",
+    "harmonic_mean",
+    "non_expert_quality",
+    "no_of_likes",
+    "downstream_score",
+    "default_score",
+    "understanding",
+    "interest",
+    "rating",
+)
+
+
+@pytest.mark.parametrize("name", [*LOW, *HIGH])
+def test_names_of_labels_for_which_lower_is_better(name):
+    assert ("--label_transform lower_is_better" in direction(name)) == (name in LOW)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("thumbs_down", "thumbs_up"), "thumbs_up"),
+        (("helpful_no", "helpful_yes"), "helpful_yes"),
+        (("dislike_score", "likes"), "likes"),
+        (("thumbs_down", "id"), "thumbs_down"),
+        (("complaints", "id"), "complaints"),
+        (("userRating", "id"), "userRating"),
+        (("voteCount", "id"), None),
+    ],
+)
+def test_of_several_labels_one_is_proposed_for_which_higher_is_better(names, expected):
+    for order in (names, names[::-1]):
+        assert rating_of({"prompt": "a", "completion": "b", **dict.fromkeys(order, 1)}) == expected
 
 
 def test_answers_that_are_letters_of_options_are_answers(tmp_path):

@@ -22,12 +22,13 @@ _CALLED = {
         "labels", "rating", "score", "feedback", "thumb", "thumbs", "vote", "votes", "reward", "quality", "overall",
         "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "likes", "upvotes", "helpful",
         "passed", "success", "rank", "toxicity", "toxic", "harmful", "flagged", "bad", "dislikes", "downvotes",
-        "errors",
+        "errors", "disliked", "downvoted", "unhelpful", "incorrect", "wrong", "complaints", "complaint", "issues",
+        "refusal", "inaccurate", "inaccuracy", "unsafe",
     ),
     "chosen": ("preferred", "better", "winner", "accepted", "good", "best", "positive", "response_j"),
     "rejected": ("dispreferred", "worse", "loser", "bad", "worst", "negative", "response_k"),
 }  # fmt: skip
-# Words in names of columns that are no labels, such as vote_count, and of labels for which lower is better
+# Words in names of columns that are no labels, such as vote_count
 _NO_LABELS = frozenset(
     (
         "id", "ids", "uuid", "key", "index", "idx", "count", "counts", "num", "n", "latency", "time", "timestamp",
@@ -35,15 +36,26 @@ _NO_LABELS = frozenset(
         "max", "min", "std", "sd", "variance", "suggestion", "suggestions",
     )
 )  # fmt: skip
-_LOWER = frozenset(
-    (
-        "rank", "ranking", "toxicity", "toxic", "harm", "harmful", "harmfulness", "error", "errors", "loss", "penalty",
-        "perplexity", "bias", "severity", "risk", "spam", "unsafe", "hallucination", "bad", "flagged", "dislikes",
-        "downvotes",
-    )
-)  # fmt: skip
-
-_NOT = frozenset(("no", "not", "non", "free", "without"))  # error_free
+# Beginnings of words for what is good in an answer, and for what is bad
+_GOOD_STARTS = re.compile(
+    "accept|accura|agree|align|appropriate|approv|clear|coheren|complete|concise|consisten|correct|desirable|ethic|"
+    "factual|fair|faithful|favo|fluen|ground|helpful|honest|interest|like|natural|plausib|pleasant|polite|proper|"
+    "professional|quality|readable|relevan|reliab|respect|safe|satisf|succe|support|true|trust|truth|usable|useful|"
+    "valid|verif"
+)
+_BAD_STARTS = re.compile(
+    "abus|against$|aggress|annoy|attack|bad$|bias|complain|concern|confus|contradict|danger|deduct|defect|down$|"
+    "downvot|error|evasi|fail|false|fault|flag|flaw|frustrat|hallucinat|harm(?!on)|hate|hostil|illegal|insult|"
+    "issues?$|jailbreak|loss$|misinform|mislead|mistake|negativ|nonsens|nsfw|obscen|offens|penalt|perplex|poor|profan|"
+    "racis|rank(ing)?$|redundan|refus|reject|repetit|risk|rude|severity|sexis|sexual|spam|stereotyp|terrible|threat|"
+    "thumbs?down$|tox|useless|violat|violen|warning|wors|wrong"
+)
+_OPPOSITE = re.compile("(?:un|in|im|ir|dis|non|mis)(?=[a-z]{4})")  # unhelpful, inaccurate, unbiased
+_NOT = frozenset(("no", "not", "non", "never", "without", "lack", "low"))  # not_helpful, no_errors, low_toxicity
+_ENDED = frozenset(("free", "fixed", "resolved", "solved"))  # error_free
+# Words of scales from bad to good, such as thumbs_up_or_down
+_BEST = frozenset(("up", "yes", "good", "like", "likes", "positive", "safe", "correct", "right", "true", "helpful"))
+_FILLERS = frozenset(("a", "any", "at", "all", "is", "really", "so", "too", "very", "was"))  # not_very_helpful
 
 
 def rating_of(row: Mapping[str, Any]) -> str | None:
@@ -63,10 +75,9 @@ def direction(name: str) -> str:
         >>> direction("rating"), direction("harm_score")
         ('', ' A low `harm_score` looks better, so train with --label_transform lower_is_better.')
     """
-    parts = _words(name)
-    if not _LOWER.intersection(parts) or _NOT.intersection(parts):
+    if not _is_lower_better(name):
         return ""
-    steps = "lower_is_better,prompt_quantile" if {"rank", "ranking"}.intersection(parts) else "lower_is_better"
+    steps = "lower_is_better,prompt_quantile" if {"rank", "ranking"}.intersection(_words(name)) else "lower_is_better"
     ranks = "--label_type continuous and " if "," in steps else ""
     return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}."
 
@@ -91,8 +102,47 @@ def check_direction(
     return [f"{where}:{said}"] if said and not label_map and "lower_is_better" not in str(transform) else []
 
 
+def _is_lower_better(name: str) -> bool:
+    """Whether the name of a column says that a low number is better.
+
+    Example:
+        >>> [_is_lower_better(name) for name in ("thumbs_down", "notHelpful", "inaccuracy", "quality issues")]
+        [True, True, True, True]
+        >>> [_is_lower_better(name) for name in ("thumbs_up", "not_toxic", "unbiased", "harmless", "up_or_down")]
+        [False, False, False, False, False]
+    """
+    words = [word for word in _words(name) if word not in _FILLERS]
+    senses = [_sense(word) for word in words]
+    is_not = "yes" not in words and any(
+        word in _NOT and sense != 0 for word, sense in zip(words, [*senses[1:], 1], strict=True)
+    )
+    if -1 in senses:
+        return not (is_not or not _ENDED.isdisjoint(words) or not _BEST.isdisjoint(words))
+    return 1 in senses and is_not
+
+
+def _sense(word: str) -> int:
+    """1 for a word for what is good in an answer, -1 for what is bad, and 0 for other words.
+
+    Example:
+        >>> _sense("helpful"), _sense("unhelpful"), _sense("harmless"), _sense("stars")
+        (1, -1, 1, 0)
+    """
+    sense = -1 if _BAD_STARTS.match(word) else 1 if _GOOD_STARTS.match(word) else 0
+    if sense:
+        return -sense if "less" in word and not word.startswith("useless") else sense
+    stem = _OPPOSITE.sub("", word, count=1)
+    return 0 if stem == word else -_sense(stem)
+
+
 def _words(name: str) -> list[str]:
-    return re.split(r"[_.]", name.lower().replace(" ", "_").replace("-", "_"))
+    """The words in the name of a column, in lower case.
+
+    Example:
+        >>> _words("Thumbs-down"), _words("userRating")
+        (['thumbs', 'down'], ['user', 'rating'])
+    """
+    return re.split(r"[_.\s-]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
 
 
 def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
@@ -121,10 +171,15 @@ def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
 
 def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:
     free = [each for each in columns if each not in READ and _may_be(name, columns[each])]
-    if name == "label":
-        free = [each for each in free if not _NO_LABELS.intersection(_words(each))]
-        free.sort(key=lambda each: bool(direction(each)))
-    lower = {each.lower().replace(" ", "_").replace("-", "_"): each for each in free}
+    if name != "label":
+        return _named_like(name, free)
+    free = [each for each in free if not _NO_LABELS.intersection(_words(each))]
+    better = [each for each in free if not _is_lower_better(each)]
+    return _named_like(name, better) or _named_like(name, free)
+
+
+def _named_like(name: str, free: Sequence[str]) -> str | None:
+    lower = {"_".join(_words(each)): each for each in free}
     words = (name, *_CALLED[name])
     for word in words:
         if word in lower:
