@@ -385,4 +385,4 @@ def test_a_mixture_of_families_is_trained_on(raw, tiny_llama):
 def test_text_of_pairs_that_is_not_read_is_named(tmp_path, capsys):
     (tmp_path / "pairs.jsonl").write_text(json.dumps([row | {"system": "Be kind."} for row in RAW["pairs"]]))
     assert prepare("pairs", tmp_path / "pairs.jsonl", tmp_path / "out") == 0
-    assert "the text in column system is ignored." in capsys.readouterr().err
+    assert "the text in column system is ignored. If" in capsys.readouterr().err

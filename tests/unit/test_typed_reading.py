@@ -28,6 +28,7 @@ from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin
 from trl_ulma.data.read_files import code_hash
 from trl_ulma.data.readable import direction, rating_of
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
+from trl_ulma.scripts.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -1440,11 +1441,66 @@ def test_a_few_words_among_numbers_are_left_to_the_check_of_rows(tmp_path, strea
 def test_text_that_is_not_read_is_said(tmp_path):
     pairs = [{"about": "a text of its own", "id": "x1", "chosen": "To be", "rejected": "Not to be"}]
     splits = load_rows(write(tmp_path / "rows.jsonl", lines(pairs)))
-    assert check_splits(splits, "rows.jsonl") == ["rows.jsonl: the text in column about is ignored."]
+    asked = "is ignored. If the answers depend on it, put it into the prompt."
+    assert check_splits(splits, "rows.jsonl") == [f"rows.jsonl: the text in column about {asked}"]
     splits = load_rows(write(tmp_path / "more.jsonl", lines([row(1, system="Be kind.")])))
-    assert check_splits(splits, "more.jsonl") == ["more.jsonl: the text in column system is ignored."]
+    assert check_splits(splits, "more.jsonl") == [f"more.jsonl: the text in column system {asked}"]
     chat = {"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}
     assert check_splits(load_rows(write(tmp_path / "chat.jsonl", lines([chat | {"question": "a"}]))), "x") == []
+
+
+@pytest.mark.parametrize(
+    ("given", "is_said"),
+    [
+        ({"system_message": "Be kind."}, True),
+        ({"System Prompt": "Be kind."}, True),
+        ({"context": "Ann is five years old."}, True),
+        ({"input": "3 + 2"}, True),
+        ({"history": [["Hi", "Hello!"]]}, True),
+        ({"passages": ["Ann is five.", "Bob is six."]}, True),
+        ({"prompt": "Ann is five. How old is she?", "context": "Ann is five. "}, False),
+        ({"prompt": [{"role": "system", "content": "Be kind."}], "system_message": "Be kind."}, False),
+        ({"prompt": "Ann is five. How old?", "documents": [{"text": "Ann is five."}]}, False),
+        ({"input": "", "context": None, "history": []}, False),
+        ({"system_fingerprint": "fp_1 a", "rating_system": "1 to 5", "context_id": "a b", "note": "Well done."}, False),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_that_belongs_before_the_answer_and_is_not_read_is_said(tmp_path, given, is_said, streaming):
+    file = write(tmp_path / "rows.jsonl", lines([row(1) | given, row(0) | given]))
+    said = check_splits(load_rows(file, streaming=streaming), "rows.jsonl")
+    [name] = given if is_said else [""]
+    expected = f"rows.jsonl: the text in column {name} is ignored. If the answers depend on it, put it into the prompt."
+    assert said == [expected] * is_said
+
+
+def test_the_input_of_rated_alpaca_data_is_kept(tmp_path):
+    rows = [{"instruction": "Add.", "input": f"{i} + 2", "output": f"{i + 2}", "rating": i % 5 + 1} for i in range(6)]
+    file = write(tmp_path / "rows.jsonl", lines(rows))
+    proposal = r"`rating` looks like the label of alpaca data: (trl-ulma prepare alpaca --dataset .*)$"
+    with pytest.raises(ValueError, match=proposal) as error:
+        check_splits(load_rows(file), str(file))
+    found = re.search(proposal, str(error.value))
+    assert found is not None
+    assert main(["prepare", *found[1].replace("FOLDER", str(tmp_path / "out")).split()[2:]]) == 0
+    made = load_rows(tmp_path / "out")["train"]
+    assert "Add.\n\n" in made["prompt"][0][-1]["content"]
+    assert set(made["label"][:]) <= {1, 2, 3, 4, 5}
+    file = write(tmp_path / "thumbs.jsonl", lines([each | {"rating": each["rating"] % 2} for each in rows]))
+    with pytest.raises(ValueError, match=r"--columns label=rating$"):
+        check_splits(load_rows(file), "thumbs.jsonl")
+    for rest in ({}, {"input": ""}):  # nothing is lost
+        file = write(tmp_path / "rest.jsonl", lines([{"instruction": "a", "output": "b", "rating": 1} | rest]))
+        with pytest.raises(ValueError, match=r"--columns prompt=instruction,completion=output,label=rating$"):
+            check_splits(load_rows(file), "rest.jsonl")
+
+
+def test_the_input_that_a_part_of_a_mixture_leaves_unread_is_said(tmp_path):
+    rows = [{"instruction": "Add.", "input": "1 + 2", "output": "3", "rating": 1}]
+    names = {"prompt": "instruction", "completion": "output", "label": "rating"}
+    file = write(tmp_path / "rows.jsonl", lines(rows))
+    [said] = load_mixture([DatasetConfig(path=str(file), columns=names)])[1]
+    assert "rows.jsonl: the text in column input is ignored. If the answers depend on it" in said
 
 
 def test_rows_to_score_need_no_label(tmp_path):

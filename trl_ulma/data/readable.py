@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
@@ -257,7 +258,7 @@ def check_readable(
             f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found "
             f"{', '.join(given.get(name, name) for name in names)}. "
             + (
-                _proposal(likely, given)
+                _as_rated(where, columns, likely, families) or _proposal(likely, given)
                 if set(missing) <= set(likely) or not families
                 else f"{_unless_rated(names, families)} looks like {' or '.join(families)} data: trl-ulma prepare "
                 f"{families[0]} --dataset {where} --output FOLDER"
@@ -301,16 +302,19 @@ def check_readable(
             f"{where} has pairs without a prompt, and its column {likely['prompt']} would be ignored. If it is the "
             f"prompt, set --columns {_as_option({'prompt': likely['prompt'], **given})}. If not, remove the column."
         )
-    unread = [
-        name for name in names if name.lower() in ("system", "system_prompt") and _may_be("prompt", columns[name])
-    ]
+    unread = [name for name in names if name not in READ and _is_context(name) and _is_lost(name, columns)]
     if is_paired and "prompt" not in names and _are_answers(columns):
         unread = [
             name
             for name in names
             if name not in READ and any(isinstance(value, str) and " " in value.strip() for value in columns[name])
         ]
-    said = [f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored."] if unread else []
+    said = []
+    if unread:
+        said.append(
+            f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored. If the answers depend on "
+            "it, put it into the prompt."
+        )
     said += [
         f"{where}: the column {name} is ignored. If it is {meant}, set --columns {_quoted(f'{meant}={name}')}."
         for name in names
@@ -466,6 +470,70 @@ def _unless_rated(names: Sequence[str], families: Sequence[str]) -> str:
     if not find(families[0]).rated or not find(families[0]).unused(names):
         return "It"
     return "If a column says how good answers are, name it: --columns label=COLUMN. If not, it"
+
+
+def _as_rated(
+    where: str, columns: Mapping[str, Sequence[Any]], likely: Mapping[str, str], families: Sequence[str]
+) -> str:
+    """The proposal of a family that reads a text, such as the input of Alpaca, besides those that rows have. Else "".
+
+    Example:
+        >>> rows = {"instruction": ["Add."], "input": ["2 + 2"], "output": ["4"], "rating": [5]}
+        >>> print(_as_rated("a.csv", rows, proposed(rows), ["alpaca"]))
+        `rating` looks like the label of alpaca data: trl-ulma prepare alpaca --dataset a.csv --output FOLDER --columns
+        label=rating --label_type continuous
+    """
+    from trl_ulma.data.adapters import find
+
+    if "label" not in likely or not families or find(families[0]).rated != families[0]:
+        return ""
+    unused = find(families[0]).unused(columns)
+    if not any(name not in (*unused, *likely.values()) and _is_lost(name, columns) for name in columns):
+        return ""
+    label = likely["label"]
+    values = [number(value) if isinstance(value, str) else value for value in columns[label]]
+    is_rating = any(isinstance(value, int | float | Decimal) and not 0 <= value <= 1 for value in values)
+    hint = direction(label)
+    return (
+        f"`{label}` looks like the label of {families[0]} data: trl-ulma prepare {families[0]} --dataset {where} "
+        f"--output FOLDER --columns {_as_option({'label': label})}{' --label_type continuous' * is_rating}"
+        + (f".{hint}" if hint else "")
+    )
+
+
+# Names of columns, without their punctuation, whose text belongs before the answer, as the prompt does
+_CONTEXTS = re.compile(
+    "(system|sys)(prompt|message|instruction|text)?s?|(inputs?|context|background|passage|document)(text)?s?|"
+    "(chat|conversation|dialog(ue)?|message)?history"
+)
+
+
+def _is_context(name: str) -> bool:
+    return _CONTEXTS.fullmatch("".join(_words(name))) is not None
+
+
+def _is_lost(name: str, columns: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether a column has texts or messages that are not in the prompts of their rows.
+
+    Example:
+        >>> _is_lost("context", {"context": ["Ann is 5."], "prompt": ["Ann is 5. How old is she?"]})
+        False
+    """
+    prompts = columns.get("prompt", columns.get("chosen", ()))
+    return any(
+        text.strip() not in "\n".join(_texts(prompt))
+        for value, prompt in zip_longest(columns[name], prompts)
+        for text in _texts(value)
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a value: of a text, a list, or messages."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("content", "value", "text") if key in value), None)
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    return [value] if isinstance(value, str) else []
 
 
 def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
