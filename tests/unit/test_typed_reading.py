@@ -1474,6 +1474,33 @@ def test_a_text_that_belongs_before_the_answer_and_is_not_read_is_said(tmp_path,
     assert said == [expected] * is_said
 
 
+ASKED = [{"role": "user", "content": "How do I boil an egg"}]
+SAID = {"chosen": "In hot water.", "rejected": "In cold water."}
+SAID_BY_ASSISTANT = {name: [{"role": "assistant", "content": text}] for name, text in SAID.items()}
+
+
+@pytest.mark.parametrize(
+    ("pair", "is_said"),
+    [
+        (SAID | {"質問": "卵の茹で方を教えてください。"}, True),
+        (SAID | {"问题": "怎么煮鸡蛋？"}, True),
+        (SAID | {"คำถาม": "ต้มไข่อย่างไร"}, True),
+        (SAID | {"turns": ASKED}, True),
+        (SAID_BY_ASSISTANT | {"turns": ASKED}, True),
+        (SAID_BY_ASSISTANT | {"about": "How do I boil an egg"}, True),
+        ({name: ASKED + SAID_BY_ASSISTANT[name] for name in SAID} | {"turns": ASKED}, False),
+        (SAID | {"分類": "料理", "id": "x1", "タグ": ["卵の茹で方を"], "turns": []}, False),
+        (SAID | {"prompt": "Hi", "質問": "卵の茹で方を教えてください。"}, False),
+    ],
+)
+def test_a_question_of_pairs_that_is_not_read_is_said(tmp_path, pair, is_said):
+    file = write(tmp_path / "rows.jsonl", lines([pair, pair]))
+    said = check_splits(load_rows(file), "rows.jsonl")
+    assert [each.partition(" is ignored")[0] for each in said] == [
+        f"rows.jsonl: the text in column {name}" for name in pair if is_said and name not in SAID
+    ]
+
+
 def test_the_input_of_rated_alpaca_data_is_kept(tmp_path):
     rows = [{"instruction": "Add.", "input": f"{i} + 2", "output": f"{i + 2}", "rating": i % 5 + 1} for i in range(6)]
     file = write(tmp_path / "rows.jsonl", lines(rows))

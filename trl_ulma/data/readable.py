@@ -297,18 +297,20 @@ def check_readable(
             f"{where} has names in the place of answers: chosen and rejected are {_and(sorted(halves))}, as in the "
             f"columns {_and(texts)}. Write the answers themselves."
         )
-    if is_paired and "prompt" not in names and "prompt" in likely and _are_answers(columns):
+    lacks_prompt = is_paired and "prompt" not in names and _are_answers(columns)
+    if lacks_prompt and "prompt" in likely:
         raise ValueError(
             f"{where} has pairs without a prompt, and its column {likely['prompt']} would be ignored. If it is the "
             f"prompt, set --columns {_as_option({'prompt': likely['prompt'], **given})}. If not, remove the column."
         )
-    unread = [name for name in names if name not in READ and _is_context(name) and _is_lost(name, columns)]
-    if is_paired and "prompt" not in names and _are_answers(columns):
-        unread = [
-            name
-            for name in names
-            if name not in READ and any(isinstance(value, str) and " " in value.strip() for value in columns[name])
-        ]
+    unread = [
+        name
+        for name in names
+        if name not in READ
+        and (
+            (_is_context(name) and _is_lost(name, columns)) or (lacks_prompt and any(map(_is_question, columns[name])))
+        )
+    ]
     said = []
     if unread:
         said.append(
@@ -536,12 +538,35 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
+# Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, and those of Japanese and Chinese
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_LEAST_UNSPACED = 5  # a category is shorter
+
+
+def _is_question(value: Any) -> bool:
+    """Whether a value can be a question: text of several words, or messages.
+
+    Example:
+        >>> _is_question("Why not?"), _is_question("卵の茹で方は？"), _is_question("数学"), _is_question("x1")
+        (True, True, False, False)
+    """
+    if isinstance(value, list):
+        return bool(value) and is_messages(value)
+    if not isinstance(value, str):
+        return False
+    return " " in value.strip() or len(_UNSPACED.findall(value)) >= _LEAST_UNSPACED
+
+
 def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether pairs are texts without a marker at the end of their prompt."""
+    """Whether pairs are texts without a marker at the end of their prompt, or only messages of the assistant."""
     from trl_ulma.data.conversations import is_transcript
 
     halves = [value for name in ("chosen", "rejected") for value in columns[name]]
-    return any(isinstance(half, str) and not is_transcript(half) for half in halves)
+    return any(
+        not is_transcript(half) if isinstance(half, str) else all(turn["role"] == "assistant" for turn in half)
+        for half in halves
+        if isinstance(half, str) or (half and is_messages(half))
+    )
 
 
 def _as_option(columns: Mapping[str, str]) -> str:
