@@ -191,6 +191,51 @@ def test_messages_that_numpy_printed_are_refused(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"from": "human", "value": "Hi"}],
+        [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}],
+        {"from": "human", "value": "Hi"},
+        {"role": "user", "content": "Hi"},
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+@pytest.mark.parametrize("as_text", [json.dumps, str])
+def test_turns_that_are_stored_as_text_are_refused(tmp_path, value, name, as_text):
+    text = io.StringIO()
+    csv.writer(text).writerows([ROW, (as_text(value), "Yo", 1), ("", "No", 0)])
+    row = ROW | {"prompt": as_text(value)}
+    path = write(tmp_path / name, text.getvalue() if name == "a.csv" else json.dumps(row) + "\n")
+    with pytest.raises(
+        ValueError, match=r"a\.(csv|jsonl) has messages that are stored as text in the column prompt, s"
+    ):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"city": "Paris"},
+        {"role": "clerk", "content": "files"},
+        {"role": "user", "name": "Ann"},
+        [{"from": "Rome", "to": "Bonn"}],
+        [{"from": "human", "count": 2}],
+        ["human"],
+        {},
+        [],
+    ],
+)
+def test_answers_that_are_other_objects_stay_text(tmp_path, answer):
+    row = ROW | {"completion": json.dumps(answer)}
+    assert read(write(tmp_path / "a.jsonl", json.dumps(row) + "\n")) == [row]
+
+
+def test_an_answer_among_others_may_be_a_message_as_text(tmp_path):
+    rows = [ROW | {"completion": '{"role": "user", "content": "Hi"}'}, ROW]
+    assert read(write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))) == rows
+
+
 @pytest.mark.parametrize("label", ["0,5", "1,000.5", "80%", "1 000"])
 def test_numbers_in_other_forms_say_how_to_write_them(label):
     invalid: dict[int, InvalidRow] = {}

@@ -216,6 +216,30 @@ def _has_messages(text: str) -> bool:
     return text.rstrip().endswith("}]") and _PRINTED.search(text) is not None
 
 
+def _is_turns(text: str) -> bool:
+    """Whether a text is a single message, or turns with `from` and `value`, as JSON or as Python prints them.
+
+    Example:
+        >>> _is_turns('[{"from": "human", "value": "Hi"}]'), _is_turns('{"role": "user", "content": "Hi"}')
+        (True, True)
+        >>> _is_turns('{"role": "clerk", "name": "Ann"}'), _is_turns('[{"from": "Rome", "to": "Bonn"}]')
+        (False, False)
+    """
+    from trl_ulma.data.sharegpt import ROLES
+
+    text = text.strip()
+    if not text.startswith(("{", "[")):
+        return False
+    turns = parsed_list(f"[{text}]" if text.startswith("{") else text)
+    return bool(turns) and all(
+        any(
+            str(turn.get(speaker)).lower() in ROLES and isinstance(turn.get(said), str)
+            for speaker, said in (("from", "value"), ("role", "content"))
+        )
+        for turn in turns or ()
+    )
+
+
 def check_readable(
     columns: Mapping[str, Sequence[Any]],
     where: str,
@@ -270,6 +294,14 @@ def check_readable(
                 f"{where} has lists of messages that are stored as text in the column {given.get(name, name)}. Convert "
                 "them with json.loads, or write the rows to a JSON lines file, in which they are read as lists. (The "
                 "text of NumPy arrays, which pandas writes to CSV files, cannot be converted.)"
+            )
+        texts = [value for value in columns.get(name, ()) if isinstance(value, str) and value.strip()]
+        if texts and all(map(_is_turns, texts)):
+            raise ValueError(
+                f"{where} has messages that are stored as text in the column {given.get(name, name)}, such as "
+                f"{texts[0].strip()[:60]}. Write each value as a list of messages with role and content, in a JSON "
+                "lines file. For conversations of turns with `from` and `value`, in a column `conversations`, "
+                "trl-ulma prepare sharegpt does this."
             )
     labels = [value for value in columns.get("label", ()) if value is not None]
     words = [value for value in labels if isinstance(value, str)]
