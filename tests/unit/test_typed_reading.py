@@ -1438,6 +1438,28 @@ def test_a_few_words_among_numbers_are_left_to_the_check_of_rows(tmp_path, strea
     assert [each["label"] for each in splits["train"]] == [5, "n/a", "4,5", None, 1]
 
 
+@pytest.mark.parametrize("missing", ["NA", "n/a", "null", "None", "NaN", "-", "<NA>", "#N/A", "\\N"])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_words_for_a_missing_label_are_no_vocabulary(tmp_path, missing, name):
+    rows = [row(i % 5 + 1 if i < 8 else missing) for i in range(20)]
+    table = "prompt,completion,label\n" + "".join(f"p,c,{each['label']}\n" for each in rows)
+    splits = load_rows(write(tmp_path / name, table if name.endswith("csv") else lines(rows)))
+    assert check_splits(splits, name) == []
+    labels = {"label": [each["label"] for each in splits["train"]]}
+    with pytest.raises(ValueError, match=r"12 × label is"):  # so that they can be dropped
+        read_labels(labels, range(20), "train", LabelRules("continuous"))
+
+
+@pytest.mark.parametrize(
+    ("words", "label_map"),
+    [(["up", "NA", "down", "NA", "NA"], "up=1,down=0"), (["+", "-", "NA"], r"\+=1,-=0"), (["+", "-"], r"\+=1,-=0")],
+)
+def test_words_for_a_missing_label_are_not_mapped(tmp_path, words, label_map):
+    splits = load_rows(write(tmp_path / "rows.jsonl", lines([row(word) for word in words])))
+    with pytest.raises(ValueError, match=f"--label_map {label_map}$"):
+        check_splits(splits, "rows.jsonl")
+
+
 def test_text_that_is_not_read_is_said(tmp_path):
     pairs = [{"about": "a text of its own", "id": "x1", "chosen": "To be", "rejected": "Not to be"}]
     splits = load_rows(write(tmp_path / "rows.jsonl", lines(pairs)))

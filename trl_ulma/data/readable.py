@@ -240,6 +240,26 @@ def _is_turns(text: str) -> bool:
     )
 
 
+# Words of spreadsheets and programs for a missing value
+_MISSING = frozenset(
+    (
+        "", "na", "n/a", "n.a.", "#n/a", "nan", "<na>", "nat", "null", "nil", "none", "undefined", "missing", "\\n",
+        "-", "--", "\N{EN DASH}", "\N{EM DASH}", ".", "?",
+    )
+)  # fmt: skip
+
+
+def _without_missing(labels: Sequence[Any]) -> list[Any]:
+    """Labels without words for a missing value. `-` beside `+` is a label.
+
+    Example:
+        >>> _without_missing([4, "NA", "good", "-"]), _without_missing(["+", "-"])
+        ([4, 'good'], ['+', '-'])
+    """
+    words = _MISSING - {"-"} if "+" in labels else _MISSING
+    return [label for label in labels if not isinstance(label, str) or label.strip().lower() not in words]
+
+
 def check_readable(
     columns: Mapping[str, Sequence[Any]],
     where: str,
@@ -303,7 +323,7 @@ def check_readable(
                 "lines file. For conversations of turns with `from` and `value`, in a column `conversations`, "
                 "trl-ulma prepare sharegpt does this."
             )
-    labels = [value for value in columns.get("label", ()) if value is not None]
+    labels = _without_missing([value for value in columns.get("label", ()) if value is not None])
     words = [value for value in labels if isinstance(value, str)]
     # A few words among numbers are invalid rows, which the trainer lists together with all others
     if 2 * len(words) > len(labels) and not is_paired:
