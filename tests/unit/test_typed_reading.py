@@ -1315,6 +1315,23 @@ def test_names_are_made_once():
             [{"prompt": "a", "answer_1": "b", "answer_2": "c", "chosen": 2, "rejected": 1}],
             "names in the place of answers: chosen and rejected are 1 and 2, as in the columns answer_1 and answer_2",
         ),
+        (
+            [{"prompt": "a", "completion": "b", "rating_1": 1, "rating_2": 5}],
+            r"label=rating_1\. `rating_2` stays unread\. To keep all ratings, write one row per rating\.$",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "raterAScore": 1, "raterBScore": 5, "raterCScore": 5}],
+            r"label=raterAScore\. `raterBScore`, `raterCScore` stay unread\. To keep all ratings",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "rater_a_error": 1, "rater_b_error": 0, "score": 4, "score.1": 5}],
+            r"label=score\. `score\.1` stays unread\. To keep all ratings",
+        ),
+        (
+            [{"prompt": "a", "response_1": "b", "rating_1": 1, "response_2": "c", "rating_2": 5}],
+            r"label=rating_1\. `response_2`, `rating_2` stay unread\. To keep all answers, write one row per answer\.$",
+        ),
+        ([{"prompt": "a", "completion": "b", "rating": 1, "rating_id": 5, "rating_2_reason": "x"}], "label=rating$"),
         ([{"Question": "a", "Model Answer": "b", "label": 4}], '--columns "prompt=Question,completion=Model Answer"'),
         ([{"prompt": "a", "preferred": "b", "worse": "c"}], "--columns chosen=preferred,rejected=worse"),
         ([{"prompt": "a", "completion": "b", "label": "up"}], r"words \('up'\)\. .* --label_map up=1"),

@@ -143,7 +143,7 @@ def _words(name: str) -> list[str]:
         >>> _words("Thumbs-down"), _words("userRating")
         (['thumbs', 'down'], ['user', 'rating'])
     """
-    return re.split(r"[_.\s-]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    return re.split(r"[_.\s-]+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})", "_", name).lower())
 
 
 def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
@@ -302,7 +302,7 @@ def check_readable(
             f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found "
             f"{', '.join(given.get(name, name) for name in names)}. "
             + (
-                _as_rated(where, columns, likely, families) or _proposal(likely, given)
+                _as_rated(where, columns, likely, families) or _proposal(likely, given, columns)
                 if set(missing) <= set(likely) or not families
                 else f"{_unless_rated(names, families)} looks like {' or '.join(families)} data: trl-ulma prepare "
                 f"{families[0]} --dataset {where} --output FOLDER"
@@ -547,7 +547,7 @@ def _as_rated(
     label = likely["label"]
     values = [number(value) if isinstance(value, str) else value for value in columns[label]]
     is_rating = any(isinstance(value, int | float | Decimal) and not 0 <= value <= 1 for value in values)
-    hint = direction(label)
+    hint = direction(label) + _others(likely, columns)
     return (
         f"`{label}` looks like the label of {families[0]} data: trl-ulma prepare {families[0]} --dataset {where} "
         f"--output FOLDER --columns {_as_option({'label': label})}{' --label_type continuous' * is_rating}"
@@ -626,7 +626,7 @@ def _as_option(columns: Mapping[str, str]) -> str:
     return _quoted(",".join(f"{ours}={columns[ours]}" for ours in dict.fromkeys((*READ, *columns)) if ours in columns))
 
 
-def _proposal(likely: Mapping[str, str], given: Mapping[str, str]) -> str:
+def _proposal(likely: Mapping[str, str], given: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> str:
     if not likely:
         return (
             "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
@@ -634,8 +634,45 @@ def _proposal(likely: Mapping[str, str], given: Mapping[str, str]) -> str:
         )
     (first, theirs), *others = likely.items()
     said = _and([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
-    hint = direction(likely.get("label", ""))
+    hint = direction(likely.get("label", "")) + _others(likely, columns)
     return f"{said}: --columns {_as_option({**likely, **given})}" + (f".{hint}" if hint else "")
+
+
+def _others(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> str:
+    """What to do about the labels of other raters or answers, such as rating_2 beside rating_1. "" if there are none.
+
+    Example:
+        >>> _others({"label": "rating_1"}, {"rating_1": [4], "rating_2": [5]})
+        ' `rating_2` stays unread. To keep all ratings, write one row per rating.'
+    """
+
+    def alike(name: str) -> list[str]:
+        return [
+            each
+            for each in columns
+            if name in likely and each != likely[name] and each not in READ and _may_be(name, columns[each])
+            if _without_number(each) == _without_number(likely[name])
+        ]
+
+    labels, answers = alike("label"), alike("completion")
+    if not labels:
+        return ""
+    unread = ", ".join(f"`{name}`" for name in (*answers, *labels))
+    is_one = len(labels) + len(answers) == 1
+    return (
+        f" {unread} stay{'s' * is_one} unread. To keep all {'answers' if answers else 'ratings'}, write one row per "
+        f"{'answer' if answers else 'rating'}."
+    )
+
+
+def _without_number(name: str) -> list[str]:
+    """The words in the name of a column, without the number or letter of a rater.
+
+    Example:
+        >>> _without_number("rater_a_score"), _without_number("Rater2 Score")
+        (['rater', 'score'], ['rater', 'score'])
+    """
+    return [word for each in _words(name) if len(word := each.rstrip("0123456789")) > 1]
 
 
 def _and(names: Sequence[str]) -> str:
