@@ -1079,6 +1079,29 @@ def test_a_file_of_0_and_1_beside_a_file_of_ratings_is_found(tmp_path, caplog, s
     assert re.search(found, said)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ([1, 5] * 20, [0, 1] * 12, "the split 'test' has only 0 and 1, beside ratings such as 5 elsewhere"),
+        ([0, 1] * 12, [1, 5] * 20, "the split 'train' has only 0 and 1, beside ratings such as 5 elsewhere"),
+        ([1, 5] * 20, [True, False], "true and false stand among ratings such as 5, and count as 1 and 0"),
+        ([1, 5] * 20, [1, 5, 0] * 9, None),
+        ([1, 5] * 20, [0, 1], None),
+        ([0, 1] * 20, [0, 1] * 20, None),
+        ([0.5, 1] * 20, [0, 1] * 20, None),
+    ],
+)
+def test_splits_whose_labels_are_on_other_scales_are_said(tmp_path, train, test, said, streaming):
+    for split, labels in (("train", train), ("test", test)):
+        write(tmp_path / f"{split}.jsonl", lines([row(label) | {"prompt": f"{split} p"} for label in labels]))
+    found = check_splits(load_rows(tmp_path, streaming=streaming), "rows")
+    end = "If they are likes and dislikes, add a column label_type, with binary for them and continuous for ratings."
+    assert found == ([f"rows: label: {said}. {end}"] if said else [])
+    for split in ("train", "test"):
+        assert not check_splits({split: load_rows(tmp_path, streaming=streaming)[split]}, "rows")
+
+
 def test_ratings_of_which_a_few_are_only_0_and_1_need_no_warning(tmp_path, caplog):
     write(tmp_path / "rows" / "a.jsonl", lines([row(4), row(1)] * 20))
     write(tmp_path / "rows" / "b.jsonl", lines([row(0), row(1)]))

@@ -1,13 +1,14 @@
 """Loads datasets by name: from a file, a folder or the Hub."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from trl_ulma.data.columns import Names
+from trl_ulma.data.columns import Names, Truths
 from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, UNREAD_LINES, looks_local, missing, suffix_of
 from trl_ulma.data.folders import load_folder
 from trl_ulma.data.hub import load_hub
@@ -15,7 +16,10 @@ from trl_ulma.data.read_files import as_splits, read_files
 from trl_ulma.data.readable import check_readable
 from trl_ulma.data.splits import split_by_prompt
 
-__all__ = ["check_splits", "load_files", "load_rows", "split_by_prompt"]
+__all__ = ["check_splits", "labels_of", "load_files", "load_rows", "split_by_prompt"]
+
+# The rows of each split of a stream in which labels are compared with those of the other splits before training
+_FIRST_ROWS = 1000
 
 
 def load_rows(
@@ -124,7 +128,9 @@ def check_splits(
     needs_label: bool = True,
     columns: str | Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Check that the first rows of each split are valid for training. Returns warnings about ignored columns.
+    """Check that the first rows of each split are valid for training. Returns warnings.
+
+    These are about ignored columns, and about splits whose labels are on different scales.
 
     Args:
         splits: the results of `load_rows`.
@@ -143,4 +149,24 @@ def check_splits(
                 column: [row.get(column) for row in first] for column in dict.fromkeys(c for r in first for c in r)
             }
         said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label, given=given))
+    if len(splits) > 1:
+        truths = Truths(given.get("label", "label"))
+        for split, rows in splits.items():
+            for row in labels_of(rows):
+                truths.add(row, f"the split {split!r}")
+        said |= dict.fromkeys(f"{name}: {what}." for what in truths.found | truths.sources)
     return list(said)
+
+
+def labels_of(rows: Any) -> Iterable[Mapping[str, Any]]:
+    """`label` and `label_type` of each row, as far as there are such columns; of a stream only of the first rows.
+
+    Example:
+        >>> list(labels_of(Dataset.from_dict({"prompt": ["Hi"], "label": [1]})))
+        [{'label': 1}]
+    """
+    if not isinstance(rows, Dataset):
+        return islice(rows, _FIRST_ROWS)
+    there = [column for column in ("label", "label_type") if column in rows.column_names]
+    columns = [rows.with_format(None)[column][:] for column in there]
+    return [dict(zip(there, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -19,7 +19,7 @@ from datasets import (
 
 from trl_ulma.data.columns import READ, TEXTS, Truths, say_once
 from trl_ulma.data.conversations import as_chat, is_transcript
-from trl_ulma.data.files import check_splits, load_files, load_rows
+from trl_ulma.data.files import check_splits, labels_of, load_files, load_rows
 from trl_ulma.data.hub import load_hub
 from trl_ulma.data.origins import Places, joined_origins, note_places, origin, places_of
 from trl_ulma.data.pairs import pairs_to_rows
@@ -31,8 +31,6 @@ from trl_ulma.labels import LabelRules
 
 # Builders of `datasets`. TRL's mixtures use their names to declare the kind of files.
 _BUILDERS = ("json", "csv", "parquet")
-# The rows of each part of a stream in which labels are compared with those of the other parts before training
-_FIRST_ROWS = 1000
 _OF_PAIRS = (
     "prompt",
     "chosen",
@@ -218,13 +216,7 @@ def _mixed(
         return concatenate_datasets([rows for _, rows in loaded])
     truths = Truths()
     for name, rows in loaded:
-        there = [column for column in ("label", "label_type") if column in first[name]]
-        if isinstance(rows, Dataset):
-            columns = [rows.with_format(None)[column][:] for column in there]
-            labels = [dict(zip(there, values, strict=True)) for values in zip(*columns, strict=True)]
-        else:  # the other rows of a stream are looked at when they are read
-            labels = islice(rows, _FIRST_ROWS)
-        for row in labels:
+        for row in labels_of(rows):  # the other rows of a stream are looked at when they are read
             truths.add(row, name)
     found = truths.found | truths.sources
     for what in found:
