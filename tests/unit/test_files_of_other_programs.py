@@ -55,6 +55,16 @@ def read(path, **options):
         ("a.csv", bz2.compress((HEAD + "Hi,Yo,1\n").encode()), r"is a bzip2 file\. Unpack it"),
         ("a.csv", lzma.compress((HEAD + "Hi,Yo,1\n").encode()), r"is an xz file\. Unpack it"),
         ("a.csv", "\n <!DOCTYPE HTML><html>Log in</html>", r"is an HTML page, .* Download the file itself"),
+        ("a.csv", "prompt  completion  label\nq  a  1\n", r"only one column, .* Separate the fields with commas"),
+        ("a.csv", "prompt completion label\nq a 1\n", r"only one column, .* Separate the fields with commas"),
+        ("a.csv", '"prompt,completion,label"\n"q,a,1"\n', r"each line is in double quotes as a whole\. Remove these"),
+        ("a.csv", '"question;answer;rating"\n"q;a;1"\n', r"each line is in double quotes as a whole\. Remove these"),
+        ("a.csv", "# exported 2020\n" + HEAD + "q,a,1\n", r"like a comment, .* '# exported 2020'\. Remove it\."),
+        ("a.csv", "# by Ann, 2020\n" + HEAD + "q,a,1\n", r"looks like a comment, .* '# by Ann'\. Remove it\."),
+        ("a.csv", "# by Ann\nprompt;completion;label\nq;a;1\n", r"has a comment in place of .*, '# by Ann'\. Remove"),
+        ("a.csv", "#,prompt,completion,label\n1,q,a,b,1\n", r"Put each field that contains a comma in double quotes"),
+        ("a.csv", '"question, long"\n"a, b"\n', r"found question, long\. Rows need prompt, completion and label"),
+        ("a.csv", "my question\nHi\n", r"`my question` looks like the prompt: --columns .prompt=my question"),
         # JSON
         ("a.jsonl", LINE.strip() + ",\n" + LINE, r"line 1, .*: there is text after the object\. Write one object per"),
         ("a.json", json.dumps({"data": [ROW, ROW]}), r"whose `data` is a list of 2 objects\..* jq \.data"),
@@ -189,6 +199,55 @@ def test_messages_that_numpy_printed_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", f'chosen,rejected\n"{half}","{half}"\n')
     with pytest.raises(ValueError, match=r"lists of messages that are stored as text in the column chosen.* NumPy"):
         read(path)
+
+
+PRODIGY = {"text": "Is it good?", "options": [{"id": "yes"}], "accept": ["yes"]}
+
+
+def test_a_verdict_about_a_row_is_no_completion(tmp_path):
+    rows = [PRODIGY | {"answer": answer} for answer in ("accept", "reject", "ignore")]
+    with pytest.raises(
+        ValueError, match=r"found text, options, accept, answer\. Rows need prompt, completion and label"
+    ):
+        read(write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+    with pytest.raises(ValueError, match=r"`answer` like the completion"):
+        read(write(tmp_path / "a.jsonl", json.dumps({"question": "Accept?", "answer": "yes"}) + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "found"),
+    [
+        (["accept", "ignore", "reject", "reject"], "ignore and reject in 3 of the first 4 rows. Remove such rows if"),
+        (["accept", "accept"], None),
+        (["reject", "I do not know"], None),
+        ([None, None], None),
+    ],
+)
+def test_rows_that_their_annotator_refused_are_counted(tmp_path, answers, found):
+    rows = [ROW | {"answer": answer} for answer in answers]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    said = check_splits(load_rows(path), "a.jsonl")
+    assert len(said) == (found is not None)
+    assert all(f"a.jsonl: the column answer, which is not read, says {found}" in each for each in said)
+
+
+@pytest.mark.parametrize("invalid_rows", ["error", "mark"])
+def test_labels_that_are_lists_cannot_be_mapped(tmp_path, invalid_rows):
+    rows = [{"prompt": "Hi", "completion": "Yo", "label": [label]} for label in ("good", "bad")]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    remedy = "A label that is a list cannot be mapped."
+    if invalid_rows == "mark":
+        assert remedy in load_rows(path, label_map="good=1,bad=0", invalid_rows="mark")["train"][0]["unread_line"]
+        return
+    with pytest.raises(ValueError, match=remedy):
+        load_rows(path, label_map="good=1,bad=0")
+
+
+def test_a_label_alone_is_not_proposed(tmp_path):
+    talk = [{"role": "user", "content": "Hi", "turn": 1}, {"role": "assistant", "content": "Yo", "turn": 1}]
+    row = {"conversation_hash": "a1", "model": "gpt", "conversation": talk, "language": "English", "toxic": False}
+    with pytest.raises(ValueError, match=r"found .*, toxic\. Rows need prompt, completion and label"):
+        read(write(tmp_path / "a.jsonl", json.dumps(row) + "\n"))
 
 
 @pytest.mark.parametrize(

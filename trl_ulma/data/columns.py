@@ -461,6 +461,10 @@ class Truths:
         }
 
 
+# What to do about labels such as ["good"], which no label_map can contain
+_NO_LIST = "A label that is a list cannot be mapped. Write it as a text or number of its own, such as good."
+
+
 def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -> str | None:
     """An error message that lists the labels that `label_map` lacks, or None if it has all.
 
@@ -472,9 +476,8 @@ def unknown_labels(unknown: Counter, label_map: Mapping[str, Any], where: str) -
         return None
     found = ", ".join(f"{label!r} ({count:,} row{'s' * (count > 1)})" for label, count in unknown.most_common(10))
     more = f" and {len(unknown) - 10:,} more" if len(unknown) > 10 else ""
-    return (
-        f"label_map does not contain the labels {found}{more} of {where}, only {', '.join(label_map)}. Add the missing "
-        "labels."
+    return f"label_map does not contain the labels {found}{more} of {where}, only {', '.join(label_map)}. " + (
+        _NO_LIST if all(label.startswith("[") for label in unknown) else "Add the missing labels."
     )
 
 
@@ -486,7 +489,8 @@ def unknown_label(label: str, place: str = "") -> Unread:
         "has the label 'up' in line 3, which label_map does not contain. Add it to label_map."
     """
     shown = f"the label {label!r}"
-    return Unread(f"has {shown}{place}, which label_map does not contain. Add it to label_map.", shown)
+    remedy = _NO_LIST if label.startswith("[") else "Add it to label_map."
+    return Unread(f"has {shown}{place}, which label_map does not contain. {remedy}", shown)
 
 
 def read_row(

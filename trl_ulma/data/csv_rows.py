@@ -277,7 +277,9 @@ def _ragged(line: int, fields: list[str], names: list[str], delimiter: str) -> U
         else f"Write {_shown(delimiter)} also for empty fields, and put fields with line breaks in double quotes"
     )
     more = len(fields) - len(names)
-    if more > 0 and not any(fields[-more:]):
+    if more > 0 and names[0].startswith("#") and (len(names) == 1 or " " in names[0]):
+        remedy = f"The first line looks like a comment, and not like the names of the columns: {names[0]!r}. Remove it"
+    elif more > 0 and not any(fields[-more:]):
         ends = f"the {more} delimiters" if more > 1 else _shown(delimiter).replace("a ", "the ")
         remedy = (
             f"If the line ends with empty fields, remove {ends} at its end, or add as many to the first line. If not, "

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, Names, number, parsed_list
+from trl_ulma.data.csv_rows import DELIMITERS
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import LabelTransform, is_messages
 
@@ -164,7 +165,8 @@ def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
         is_paired = all(_like(name, columns) for name in ("chosen", "rejected"))
     found = {}
     for name in ("prompt", "chosen", "rejected") if is_paired else ("prompt", "completion", "label"):
-        like = None if name in columns else _like(name, columns)
+        free = {each: values for each, values in columns.items() if each not in found.values()}
+        like = None if name in columns else _like(name, free)
         if like is not None:
             found[name] = like
     return found
@@ -198,6 +200,8 @@ def _may_be(name: str, values: Sequence[Any]) -> bool:
         return any(isinstance(value, bool | int | float | Decimal | str) for value in values) and not any(
             isinstance(value, str) and len(value) > 40 for value in values
         )
+    if all(str(value).strip().lower() in _VERDICTS for value in values):
+        return False
     return any(isinstance(value, str) or (isinstance(value, list) and is_messages(value)) for value in values)
 
 
@@ -297,12 +301,14 @@ def check_readable(
     whole = whole_file(columns) if (missing and not families) or is_nested else None
     if whole is not None:
         raise ValueError(f"{where} has only one row, {whole}")
+    if missing and (fault := _header_fault(names, columns)):
+        raise ValueError(f"{where} {fault}")
     if missing:
         raise ValueError(
             f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found "
             f"{', '.join(given.get(name, name) for name in names)}. "
             + (
-                _as_rated(where, columns, likely, families) or _proposal(likely, given, columns)
+                _as_rated(where, columns, likely, families) or _proposal(likely, given, columns, missing)
                 if set(missing) <= set(likely) or not families
                 else f"{_unless_rated(names, families)} looks like {' or '.join(families)} data: trl-ulma prepare "
                 f"{families[0]} --dataset {where} --output FOLDER"
@@ -379,8 +385,10 @@ def check_readable(
             f"{where}: the column {given.get('label', 'label')} is ignored, because of each pair the chosen answer is "
             "good and the rejected one bad. If it says which answer is better, swap the answers accordingly."
         )
-    for name in (name for name in names if name.lower().endswith("status")):
+    for name in (name for name in names if name not in READ):
         values = [str(value).strip() for value in columns[name]]
+        if not name.lower().endswith("status") and not _VERDICTS.issuperset(value.lower() for value in values):
+            continue
         refused = [value for value in values if value.lower() in _REFUSED]
         if refused:
             said.append(
@@ -400,8 +408,22 @@ def check_readable(
 
 # What survey and labeling tools write in a column such as AssignmentStatus about work that does not count
 _REFUSED = frozenset(
-    ("rejected", "returned", "timed-out", "timed out", "expired", "discarded", "spam", "survey preview", "survey test")
+    (
+        "reject",
+        "ignore",
+        "rejected",
+        "returned",
+        "timed-out",
+        "timed out",
+        "expired",
+        "discarded",
+        "spam",
+        "survey preview",
+        "survey test",
+    )
 )
+# What Prodigy writes in its column `answer` about a row
+_VERDICTS = frozenset(("accept", "reject", "ignore"))
 # Names of optional columns without their punctuation, also in the plural
 _MISSPELT = {
     name.replace("_", "") + plural: name
@@ -526,6 +548,35 @@ def _unless_rated(names: Sequence[str], families: Sequence[str]) -> str:
     return "If a column says how good answers are, name it: --columns label=COLUMN. If not, it"
 
 
+def _header_fault(names: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> str:
+    """Why a file has only one column, if its name or its values look like several. The message begins with "has".
+
+    Example:
+        >>> print(_header_fault(["prompt  label"], {"prompt  label": ["Hi  1"]}))
+        has only one column, 'prompt  label', which looks like several. Separate the fields with commas, semicolons,
+        tabs or vertical bars.
+        >>> print(_header_fault(["prompt,label"], {"prompt,label": ["Hi,1"]}))
+        has only one column, 'prompt,label', because each line is in double quotes as a whole. Remove these quotes.
+    """
+    if len(names) != 1:
+        return ""
+    [name] = names
+    if name.startswith("#"):
+        return f"has a comment in place of the names of the columns, {name!r}. Remove this line."
+    values = [value for value in columns[name] if value is not None]
+    if any(
+        re.search(rf"{re.escape(mark)}\S", name) and all(mark in str(value) for value in values) for mark in DELIMITERS
+    ):
+        return f"has only one column, {name!r}, because each line is in double quotes as a whole. Remove these quotes."
+    parts = re.split(r"\s{2,}", name)
+    if len(parts) > 1 or len({*READ}.intersection(name.split())) > 1:
+        return (
+            f"has only one column, {name!r}, which looks like several. Separate the fields with commas, semicolons, "
+            "tabs or vertical bars."
+        )
+    return ""
+
+
 def _as_rated(
     where: str, columns: Mapping[str, Sequence[Any]], likely: Mapping[str, str], families: Sequence[str]
 ) -> str:
@@ -626,8 +677,13 @@ def _as_option(columns: Mapping[str, str]) -> str:
     return _quoted(",".join(f"{ours}={columns[ours]}" for ours in dict.fromkeys((*READ, *columns)) if ours in columns))
 
 
-def _proposal(likely: Mapping[str, str], given: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> str:
-    if not likely:
+def _proposal(
+    likely: Mapping[str, str],
+    given: Mapping[str, str],
+    columns: Mapping[str, Sequence[Any]],
+    missing: Sequence[str],
+) -> str:
+    if not likely or (set(likely) == {"label"} and len(missing) > 1):  # a label alone is of no use
         return (
             "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
             "columns with --columns, as in --columns prompt=question,completion=response,label=rating"
