@@ -171,7 +171,8 @@ def test_steps():
     )
     assert labels("stepwise", raw | {"labels": [True, None, 2]}) == [
         1.0,
-        *["its label is not a number from 0 to 1"] * 2,
+        "its label is not a number",
+        "its label is outside [0, 1]: set --label_map, such as --label_map=-1=0,0=0.5,1=1",
     ]
     rows, _ = convert("stepwise", Dataset.from_list([raw]))
     assert rows[1]["prompt"] == "2 + 3 + 4?\n5\n"

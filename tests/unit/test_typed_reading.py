@@ -22,11 +22,12 @@ from trl.scripts.utils import DatasetConfig
 
 import trl_ulma
 from trl_ulma.data.columns import Names, number
+from trl_ulma.data.directions import direction
 from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin, places_of
 from trl_ulma.data.read_files import code_hash
-from trl_ulma.data.readable import direction, rating_of
+from trl_ulma.data.readable import rating_of
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
 from trl_ulma.scripts.cli import main
 

@@ -19,12 +19,12 @@ from datasets import (
 
 from trl_ulma.data.columns import READ, TEXTS, Truths, say_once
 from trl_ulma.data.conversations import as_chat, is_transcript
+from trl_ulma.data.directions import check_direction
 from trl_ulma.data.files import check_splits, labels_of, load_files, load_rows
 from trl_ulma.data.hub import load_hub
 from trl_ulma.data.origins import Places, joined_origins, note_places, origin, places_of
 from trl_ulma.data.pairs import pairs_to_rows
 from trl_ulma.data.read_files import SOME_TABLES, TABLES, marked
-from trl_ulma.data.readable import check_direction
 from trl_ulma.data.tables import as_dataset
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import LabelRules

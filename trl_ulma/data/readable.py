@@ -8,10 +8,11 @@ from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
-from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, Names, number, parsed_list
+from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, number, parsed_list
 from trl_ulma.data.csv_rows import DELIMITERS
+from trl_ulma.data.directions import direction, is_lower_better, words_of
 from trl_ulma.data.unread import UNREAD
-from trl_ulma.labels import LabelTransform, is_messages
+from trl_ulma.labels import is_messages
 
 _COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
 _PRINTED = re.compile(r"""['"]role['"]\s*:\s*['"](user|assistant|system)['"]""")  # in a list that cannot be read
@@ -38,26 +39,6 @@ _NO_LABELS = frozenset(
         "max", "min", "std", "sd", "variance", "suggestion", "suggestions",
     )
 )  # fmt: skip
-# Beginnings of words for what is good in an answer, and for what is bad
-_GOOD_STARTS = re.compile(
-    "accept|accura|agree|align|appropriate|approv|clear|coheren|complete|concise|consisten|correct|desirable|ethic|"
-    "factual|fair|faithful|favo|fluen|ground|helpful|honest|interest|like|natural|plausib|pleasant|polite|proper|"
-    "professional|quality|readable|relevan|reliab|respect|safe|satisf|succe|support|true|trust|truth|usable|useful|"
-    "valid|verif"
-)
-_BAD_STARTS = re.compile(
-    "abus|against$|aggress|annoy|attack|bad$|bias|complain|concern|confus|contradict|danger|deduct|defect|down$|"
-    "downvot|error|evasi|fail|false|fault|flag|flaw|frustrat|hallucinat|harm(?!on)|hate|hostil|illegal|insult|"
-    "issues?$|jailbreak|loss$|misinform|mislead|mistake|negativ|nonsens|nsfw|obscen|offens|penalt|perplex|poor|profan|"
-    "racis|rank(ing)?$|redundan|refus|reject|repetit|risk|rude|severity|sexis|sexual|spam|stereotyp|terrible|threat|"
-    "thumbs?down$|tox|useless|violat|violen|warning|wors|wrong"
-)
-_OPPOSITE = re.compile("(?:un|in|im|ir|dis|non|mis)(?=[a-z]{4})")  # unhelpful, inaccurate, unbiased
-_NOT = frozenset(("no", "not", "non", "never", "without", "lack", "low"))  # not_helpful, no_errors, low_toxicity
-_ENDED = frozenset(("free", "fixed", "resolved", "solved"))  # error_free
-# Words of scales from bad to good, such as thumbs_up_or_down
-_BEST = frozenset(("up", "yes", "good", "like", "likes", "positive", "safe", "correct", "right", "true", "helpful"))
-_FILLERS = frozenset(("a", "any", "at", "all", "is", "really", "so", "too", "very", "was"))  # not_very_helpful
 
 
 def rating_of(row: Mapping[str, Any]) -> str | None:
@@ -68,83 +49,6 @@ def rating_of(row: Mapping[str, Any]) -> str | None:
         ('stars', None)
     """
     return _like("label", {name: [value] for name, value in row.items()})
-
-
-def direction(name: str) -> str:
-    """What to do about a column that looks like a label for which lower is better. "" for another one.
-
-    Example:
-        >>> direction("rating"), direction("harm_score")
-        ('', ' A low `harm_score` looks better, so train with --label_transform lower_is_better.')
-    """
-    if not _is_lower_better(name):
-        return ""
-    steps = "lower_is_better,prompt_quantile" if {"rank", "ranking"}.intersection(_words(name)) else "lower_is_better"
-    ranks = "--label_type continuous and " if "," in steps else ""
-    return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}."
-
-
-def check_direction(
-    where: str, columns: str | Mapping[str, str] | None, label_map: Any, transform: LabelTransform | str | None
-) -> list[str]:
-    """A warning if the column that is read as the label looks as if lower is better, and nothing reverses it.
-
-    Args:
-        where: the name of the dataset.
-        columns, label_map: as for `trl_ulma.data.files.load_rows`.
-        transform: the label transform of the training.
-
-    Example:
-        >>> check_direction("a.csv", "label=errors", None, None)
-        ['a.csv: A low `errors` looks better, so train with --label_transform lower_is_better.']
-        >>> check_direction("a.csv", "label=errors", None, "lower_is_better,standardize")
-        []
-    """
-    said = direction(Names.of(columns, None).columns.get("label", ""))
-    return [f"{where}:{said}"] if said and not label_map and "lower_is_better" not in str(transform) else []
-
-
-def _is_lower_better(name: str) -> bool:
-    """Whether the name of a column says that a low number is better.
-
-    Example:
-        >>> [_is_lower_better(name) for name in ("thumbs_down", "notHelpful", "inaccuracy", "quality issues")]
-        [True, True, True, True]
-        >>> [_is_lower_better(name) for name in ("thumbs_up", "not_toxic", "unbiased", "harmless", "up_or_down")]
-        [False, False, False, False, False]
-    """
-    words = [word for word in _words(name) if word not in _FILLERS]
-    senses = [_sense(word) for word in words]
-    is_not = "yes" not in words and any(
-        word in _NOT and sense != 0 for word, sense in zip(words, [*senses[1:], 1], strict=True)
-    )
-    if -1 in senses:
-        return not (is_not or not _ENDED.isdisjoint(words) or not _BEST.isdisjoint(words))
-    return 1 in senses and is_not
-
-
-def _sense(word: str) -> int:
-    """1 for a word for what is good in an answer, -1 for what is bad, and 0 for other words.
-
-    Example:
-        >>> _sense("helpful"), _sense("unhelpful"), _sense("harmless"), _sense("stars")
-        (1, -1, 1, 0)
-    """
-    sense = -1 if _BAD_STARTS.match(word) else 1 if _GOOD_STARTS.match(word) else 0
-    if sense:
-        return -sense if "less" in word and not word.startswith("useless") else sense
-    stem = _OPPOSITE.sub("", word, count=1)
-    return 0 if stem == word else -_sense(stem)
-
-
-def _words(name: str) -> list[str]:
-    """The words in the name of a column, in lower case.
-
-    Example:
-        >>> _words("Thumbs-down"), _words("userRating")
-        (['thumbs', 'down'], ['user', 'rating'])
-    """
-    return re.split(r"[_.\s-]+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})", "_", name).lower())
 
 
 def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
@@ -176,19 +80,19 @@ def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:
     free = [each for each in columns if each not in READ and _may_be(name, columns[each])]
     if name != "label":
         return _named_like(name, free)
-    free = [each for each in free if not _NO_LABELS.intersection(_words(each))]
-    better = [each for each in free if not _is_lower_better(each)]
+    free = [each for each in free if not _NO_LABELS.intersection(words_of(each))]
+    better = [each for each in free if not is_lower_better(each)]
     return _named_like(name, better) or _named_like(name, free)
 
 
 def _named_like(name: str, free: Sequence[str]) -> str | None:
-    lower = {"_".join(_words(each)): each for each in free}
+    lower = {"_".join(words_of(each)): each for each in free}
     words = (name, *_CALLED[name])
     for word in words:
         if word in lower:
             return lower[word]
     for word in words:
-        parts = [each for each in free if word in _words(each)]
+        parts = [each for each in free if word in words_of(each)]
         if parts:
             return parts[0]
     return None
@@ -349,8 +253,8 @@ def check_readable(
             + _meanings([word for word in words if len(word) <= 40] or ["WORD"])
         )
     halves = {str(half).strip().lower() for name in ("chosen", "rejected") for half in columns.get(name, ())}
-    texts = [name for name in names if {"model", *_CALLED["completion"]}.intersection(_words(name))]
-    if halves and all(any(half == name.lower() or half in _words(name) for name in texts) for half in halves):
+    texts = [name for name in names if {"model", *_CALLED["completion"]}.intersection(words_of(name))]
+    if halves and all(any(half == name.lower() or half in words_of(name) for name in texts) for half in halves):
         raise ValueError(
             f"{where} has names in the place of answers: chosen and rejected are {_and(sorted(halves))}, as in the "
             f"columns {_and(texts)}. Write the answers themselves."
@@ -441,7 +345,7 @@ def scores_of(names: Sequence[str]) -> tuple[str, ...]:
     """
     for name in names:
         other = name.replace("chosen", "rejected")
-        if other != name and other in names and {"score", "rating", "reward"}.intersection(_words(name)):
+        if other != name and other in names and {"score", "rating", "reward"}.intersection(words_of(name)):
             return name, other
     return ()
 
@@ -614,7 +518,7 @@ _CONTEXTS = re.compile(
 
 
 def _is_context(name: str) -> bool:
-    return _CONTEXTS.fullmatch("".join(_words(name))) is not None
+    return _CONTEXTS.fullmatch("".join(words_of(name))) is not None
 
 
 def _is_lost(name: str, columns: Mapping[str, Sequence[Any]]) -> bool:
@@ -728,7 +632,7 @@ def _without_number(name: str) -> list[str]:
         >>> _without_number("rater_a_score"), _without_number("Rater2 Score")
         (['rater', 'score'], ['rater', 'score'])
     """
-    return [word for each in _words(name) if len(word := each.rstrip("0123456789")) > 1]
+    return [word for each in words_of(name) if len(word := each.rstrip("0123456789")) > 1]
 
 
 def _and(names: Sequence[str]) -> str:

@@ -279,7 +279,10 @@ def most_notable(scored: "Dataset") -> list[str]:
     labeled = [row for row, each in enumerate(surprise) if each is not None]
     if labeled:
         top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
-        return ["The most surprising labels. Check these for mistakes first:", *_lines(top)]
+        return [
+            "The most surprising labels:",
+            *_lines(top),
+        ]
     ordered = scored.sort("reward", reverse=True)
     if len(ordered) <= 2 * SHOWN:
         return ["From the best to the worst:", *_lines(ordered)]

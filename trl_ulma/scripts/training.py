@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 from datasets import Dataset, disable_progress_bars
 
+from trl_ulma.data.directions import check_direction
 from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
-from trl_ulma.data.readable import check_direction
 from trl_ulma.data.seen_prompts import hashes_of
 from trl_ulma.data.splits import count_prompts, default_part, part_with_enough, prompts_of, rows_of_prompts
 from trl_ulma.labels import LabelRules, parse_transform

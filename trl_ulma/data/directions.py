@@ -1,0 +1,106 @@
+"""Whether a low number in a column is better, and the words in the names of columns."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trl_ulma.data.columns import Names
+from trl_ulma.labels import LabelTransform
+
+# Beginnings of words for what is good in an answer, and for what is bad
+_GOOD_STARTS = re.compile(
+    "accept|accura|agree|align|appropriate|approv|clear|coheren|complete|concise|consisten|correct|desirable|ethic|"
+    "factual|fair|faithful|favo|fluen|ground|helpful|honest|interest|like|natural|plausib|pleasant|polite|proper|"
+    "professional|quality|readable|relevan|reliab|respect|safe|satisf|succe|support|true|trust|truth|usable|useful|"
+    "valid|verif"
+)
+_BAD_STARTS = re.compile(
+    "abus|against$|aggress|annoy|attack|bad$|bias|complain|concern|confus|contradict|danger|deduct|defect|down$|"
+    "downvot|error|evasi|fail|false|fault|flag|flaw|frustrat|hallucinat|harm(?!on)|hate|hostil|illegal|insult|"
+    "issues?$|jailbreak|loss$|misinform|mislead|mistake|negativ|nonsens|nsfw|obscen|offens|penalt|perplex|poor|profan|"
+    "racis|rank(ing)?$|redundan|refus|reject|repetit|risk|rude|severity|sexis|sexual|spam|stereotyp|terrible|threat|"
+    "thumbs?down$|tox|useless|violat|violen|warning|wors|wrong"
+)
+_OPPOSITE = re.compile("(?:un|in|im|ir|dis|non|mis)(?=[a-z]{4})")  # unhelpful, inaccurate, unbiased
+_NOT = frozenset(("no", "not", "non", "never", "without", "lack", "low"))  # not_helpful, no_errors, low_toxicity
+_ENDED = frozenset(("free", "fixed", "resolved", "solved"))  # error_free
+# Words of scales from bad to good, such as thumbs_up_or_down
+_BEST = frozenset(("up", "yes", "good", "like", "likes", "positive", "safe", "correct", "right", "true", "helpful"))
+_FILLERS = frozenset(("a", "any", "at", "all", "is", "really", "so", "too", "very", "was"))  # not_very_helpful
+
+
+def direction(name: str) -> str:
+    """What to do about a column that looks like a label for which lower is better. "" for another one.
+
+    Example:
+        >>> direction("rating"), direction("harm_score")
+        ('', ' A low `harm_score` looks better, so train with --label_transform lower_is_better.')
+    """
+    if not is_lower_better(name):
+        return ""
+    steps = "lower_is_better,prompt_quantile" if {"rank", "ranking"}.intersection(words_of(name)) else "lower_is_better"
+    ranks = "--label_type continuous and " if "," in steps else ""
+    return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}."
+
+
+def check_direction(
+    where: str, columns: str | Mapping[str, str] | None, label_map: Any, transform: LabelTransform | str | None
+) -> list[str]:
+    """A warning if the column that is read as the label looks as if lower is better, and nothing reverses it.
+
+    Args:
+        where: the name of the dataset.
+        columns, label_map: as for `trl_ulma.data.files.load_rows`.
+        transform: the label transform of the training.
+
+    Example:
+        >>> check_direction("a.csv", "label=errors", None, None)
+        ['a.csv: A low `errors` looks better, so train with --label_transform lower_is_better.']
+        >>> check_direction("a.csv", "label=errors", None, "lower_is_better,standardize")
+        []
+    """
+    said = direction(Names.of(columns, None).columns.get("label", ""))
+    return [f"{where}:{said}"] if said and not label_map and "lower_is_better" not in str(transform) else []
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether the name of a column says that a low number is better.
+
+    Example:
+        >>> [is_lower_better(name) for name in ("thumbs_down", "notHelpful", "inaccuracy", "quality issues")]
+        [True, True, True, True]
+        >>> [is_lower_better(name) for name in ("thumbs_up", "not_toxic", "unbiased", "harmless", "up_or_down")]
+        [False, False, False, False, False]
+    """
+    words = [word for word in words_of(name) if word not in _FILLERS]
+    senses = [_sense(word) for word in words]
+    is_not = "yes" not in words and any(
+        word in _NOT and sense != 0 for word, sense in zip(words, [*senses[1:], 1], strict=True)
+    )
+    if -1 in senses:
+        return not (is_not or not _ENDED.isdisjoint(words) or not _BEST.isdisjoint(words))
+    return 1 in senses and is_not
+
+
+def _sense(word: str) -> int:
+    """1 for a word for what is good in an answer, -1 for what is bad, and 0 for other words.
+
+    Example:
+        >>> _sense("helpful"), _sense("unhelpful"), _sense("harmless"), _sense("stars")
+        (1, -1, 1, 0)
+    """
+    sense = -1 if _BAD_STARTS.match(word) else 1 if _GOOD_STARTS.match(word) else 0
+    if sense:
+        return -sense if "less" in word and not word.startswith("useless") else sense
+    stem = _OPPOSITE.sub("", word, count=1)
+    return 0 if stem == word else -_sense(stem)
+
+
+def words_of(name: str) -> list[str]:
+    """The words in the name of a column, in lower case.
+
+    Example:
+        >>> words_of("Thumbs-down"), words_of("userRating")
+        (['thumbs', 'down'], ['user', 'rating'])
+    """
+    return re.split(r"[_.\s-]+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})", "_", name).lower())
