@@ -349,12 +349,15 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     told = "The predicted labels of tuned are too close to one another: where two of them differ by 1, the labels "
     told += "differ by 9."
     assert (told in text) == is_told
-    assert ("mostly the lowest and the highest labels, and few are mistakes" in text) == is_told
-    assert ("Check these labels for mistakes first" in text) == (not is_told)
+    are_few = is_told or not learned
+    assert ("mostly the lowest and the highest labels, and few are mistakes" in text) == are_few
+    assert ("Check these labels for mistakes first" in text) == (not are_few)
     # A model that cannot know the labels is right to predict nearly the mean
     noise = on_own_scale(np.full(120, 0.1) + random.normal(0, 0.01, 120), stars, np.ones(120, bool), prompt, rules)
     facts["models"][0]["own_scale"] = noise
-    assert "too close to one another" not in to_markdown(report.document(facts | {"pictures": []}))
+    text = to_markdown(report.document(facts | {"pictures": []}))
+    assert "too close to one another" not in text
+    assert "hardly better than the mean of all labels, so these are mostly the lowest and the highest labels" in text
 
 
 def test_noise_of_a_correlation_does_not_fill_its_axis():

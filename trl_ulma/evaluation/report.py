@@ -367,10 +367,23 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any], *, is_s
     ]
 
 
+# Predictions whose mean error is within this share of the error of the mean label say no more than it does
+_AS_THE_MEAN = 0.05
+
+
 def _is_too_close(scale: Mapping[str, Any] | None) -> bool:
     """Whether predicted labels are too close to one another, even at the lower end of the interval."""
     slope = (scale or {}).get("slope")
     return slope is not None and (slope.low or 0) > TOO_CLOSE
+
+
+def _why_few_mistakes(scale: Mapping[str, Any] | None) -> str:
+    """Why the most surprising labels are the extreme ones rather than mistakes; "" if they are not."""
+    if _is_too_close(scale):
+        return "The predictions are too close to one another"
+    if scale and abs(scale["error"].value - scale["error_of_mean"].value) < _AS_THE_MEAN * scale["error_of_mean"].value:
+        return "The predictions are hardly better than the mean of all labels"
+    return ""
 
 
 def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
@@ -448,9 +461,8 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
         Heading(f"The most surprising labels, for the model {model['name']}"),
         Text(
             (
-                "The predictions are too close to one another, so these are mostly the lowest and the highest labels, "
-                "and few are mistakes."
-                if _is_too_close(model.get("own_scale"))
+                f"{why}, so these are mostly the lowest and the highest labels, and few are mistakes."
+                if (why := _why_few_mistakes(model.get("own_scale")))
                 else "Check these labels for mistakes first."
             )
             + (
