@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import peft
@@ -740,7 +741,8 @@ def test_a_trained_model_is_not_saved_over_its_reference(tiny_llama, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match=r"holds an adapter of another training.*adapter_config\.json"):
         make_trainer(tiny_llama, make_rows(4), tmp_path / "other").save_model(str(folder))
-    make_trainer(str(folder), make_rows(4), tmp_path / "out", **IMITATES).save_model(str(tmp_path / "out"))
+    shutil.copytree(tiny_llama, own := tmp_path / "imitates")
+    make_trainer(str(own), make_rows(4), own, **IMITATES).save_model()  # it has no reference
 
 
 def test_a_full_model_is_not_saved_beside_an_old_adapter(tiny_llama, tmp_path):

@@ -309,8 +309,10 @@ class FileRows:
                 break
         alike = self.names.check(list(there)) if there else {}
         for line, row in chain(first, rows):
-            is_renamed = alike and not isinstance(row, Unread)
-            yield line, {alike.get(name, name): value for name, value in row.items()} if is_renamed else row
+            if alike and not isinstance(row, Unread):
+                yield line, {alike.get(name, name): value for name, value in row.items()}
+            else:
+                yield line, row
 
     def _notice(self, what: str, value: str | None = None) -> None:
         self.found[what] += 1
