@@ -185,8 +185,6 @@ class PointwiseDPOTrainer(DPOTrainer):
                 mend_copied_forward(given)
         args = own_config(self._config_class, type(self).__name__, model, args)
         check_machine(args)
-        if isinstance(model, str) and peft_config is not None and getattr(peft_config, "revision", None) is None:
-            peft_config.revision = (args.model_init_kwargs or {}).get("revision")  # the base is loaded with it
         # Read all rows before loading a model, so that errors in them appear within seconds
         self._plan = plan = make_plan(
             model,
@@ -200,6 +198,8 @@ class PointwiseDPOTrainer(DPOTrainer):
             ref_model=ref_model,
             has_own_metrics=compute_metrics is not None,
         )
+        if isinstance(model, str) and peft_config is not None and peft_config.revision is None:
+            peft_config.revision = (args.model_init_kwargs or {}).get("revision")  # the base is loaded with it
         self._rows = HeldRows(plan)
         self._evaluated_rows: dict[str, Any] = {}
         self._label_report = show_report(plan.train_dataset, args, plan.raw_labels, plan.rules.transform, plan.raw_rows)
