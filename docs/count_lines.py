@@ -18,7 +18,7 @@ AREAS = {
         *("trainer", "starting", "steps", "evaluating", "estimating", "training_plan", "training_reference", "logged"),
         *("objective", "log_z", "callbacks", "checkpoints", "judge", "saved", "model_card", "tracking", "config"),
         *("config_checks", "config_conversion", "presets", "versions", "main_process"),
-        *("late_changes", "held_rows"),
+        *("late_changes", "held_rows", "saved_names"),
         *("__init__", "__main__"),
     ),
     "likelihood": ("likelihood", "forward", "probe", "scoring", "reference"),

@@ -81,6 +81,12 @@ from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in, policy_logps_in
+from trl_ulma.saved_names import (
+    refuse_lost_weights,
+    warn_of_other_settings,
+    warn_of_unsaved_parameters,
+    warn_of_unsaved_weights,
+)
 from trl_ulma.training_plan import NO_REFERENCE, TrainingPlan, check_collator, make_plan, own_config
 from trl_ulma.training_reference import (
     check_models,
@@ -88,10 +94,6 @@ from trl_ulma.training_reference import (
     model_for_dpo_trainer,
     ref_keeps_base_weights,
     reference_kind,
-    refuse_lost_weights,
-    warn_of_other_settings,
-    warn_of_unsaved_parameters,
-    warn_of_unsaved_weights,
     widen_adapters,
 )
 from trl_ulma.versions import (

@@ -13,9 +13,9 @@ from datasets import Dataset
 from tiny import make_tokenizer
 from world import make_rows, make_trainer
 
-from trl_ulma.data.columns import Names
 from trl_ulma.data.csv_rows import Layout
 from trl_ulma.data.files import load_rows
+from trl_ulma.data.names import Names
 from trl_ulma.judge import Judge
 from trl_ulma.labels import parse_transform
 from trl_ulma.saved import SavedSettings

@@ -21,10 +21,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, concaten
 from trl.scripts.utils import DatasetConfig
 
 import trl_ulma
-from trl_ulma.data.columns import Names, number
+from trl_ulma.data.columns import number
 from trl_ulma.data.directions import direction
 from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
+from trl_ulma.data.names import Names
 from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin, places_of
 from trl_ulma.data.read_files import code_hash
 from trl_ulma.data.readable import rating_of
@@ -1825,6 +1826,14 @@ def test_one_odd_cell_of_parquet_leaves_the_others_readable(tmp_path):
     labels = read_labels(columns, range(3), "train", LabelRules("continuous"), invalid)
     assert list(invalid) == [2]
     assert labels["label"][:2] == [4.0, 5.0]
+
+
+def test_thumbs_among_ratings_are_counted_beside_an_odd_cell_of_parquet(tmp_path, caplog):
+    texts = ["a", "b", "c", "d"]
+    table = {"prompt": texts, "completion": texts, "label": ["true", "4", "5", "?"]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    assert load_rows(str(tmp_path / "rows.parquet"))["train"]["label"][:] == [True, 4, 5, "?"]
+    assert "true and false" in caplog.text
 
 
 def test_words_in_parquet_stay_words(tmp_path):

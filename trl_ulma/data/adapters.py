@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from trl_ulma.data.columns import Names, number
+from trl_ulma.data.columns import number
+from trl_ulma.data.names import Names
 
 # name: (location of its Adapter, description of the data)
 FAMILIES = {

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trl_ulma.data.columns import Names
+from trl_ulma.data.names import Names
 from trl_ulma.labels import LabelTransform
 
 # Beginnings of words for what is good in an answer, and for what is bad

@@ -16,22 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ulma.data.columns import (
-    DELIMITERS,
-    NUMBERS,
-    READ,
-    TEXTS,
-    THOUSAND_COMMA,
-    Names,
-    Shown,
-    Truths,
-    number,
-    read_row,
-    unknown_label,
-    unknown_labels,
-)
+from trl_ulma.data.columns import DELIMITERS, NUMBERS, READ, TEXTS, THOUSAND_COMMA, Shown, Truths, number
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
+from trl_ulma.data.names import Names, read_row, unknown_label, unknown_labels
 from trl_ulma.data.unread import UNREAD, Unread, list_unread
 from trl_ulma.labels import DECIMAL_COMMA
 

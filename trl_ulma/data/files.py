@@ -8,10 +8,11 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-from trl_ulma.data.columns import Names, Truths
+from trl_ulma.data.columns import Truths
 from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, UNREAD_LINES, looks_local, missing, suffix_of
 from trl_ulma.data.folders import load_folder
 from trl_ulma.data.hub import load_hub
+from trl_ulma.data.names import Names
 from trl_ulma.data.read_files import as_splits, read_files
 from trl_ulma.data.readable import check_readable
 from trl_ulma.data.splits import split_by_prompt

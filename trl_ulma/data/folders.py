@@ -18,10 +18,11 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 from huggingface_hub.repocard import metadata_load
 
-from trl_ulma.data.columns import READ, Names, say
+from trl_ulma.data.columns import READ, say
 from trl_ulma.data.csv_rows import DELIMITERS
 from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, check_downloaded, suffix_of
 from trl_ulma.data.known_types import renamed_splits
+from trl_ulma.data.names import Names
 from trl_ulma.data.read_files import UNREADABLE, as_splits, read_files
 
 # Files in a folder that can declare its data files

@@ -15,10 +15,11 @@ from datasets.packaged_modules.json.json import Json
 from huggingface_hub import snapshot_download
 
 from trl_ulma.data import folders
-from trl_ulma.data.columns import Names, say
+from trl_ulma.data.columns import say
 from trl_ulma.data.file_rows import KINDS, missing
 from trl_ulma.data.folders import NAME_FILES, READ_BY_DATASETS, is_of_several_kinds, is_plain, load_folder, one_line
 from trl_ulma.data.known_types import renamed_splits
+from trl_ulma.data.names import Names
 from trl_ulma.data.read_files import UNREADABLE, as_splits, read_files
 
 

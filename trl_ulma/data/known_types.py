@@ -17,17 +17,14 @@ from trl_ulma.data.columns import (
     NUMBERS,
     ODD_TEXT,
     TEXTS,
-    Names,
     Shown,
     Truths,
     class_labels,
-    read_row,
     read_value,
     say,
     say_once,
-    unknown_label,
-    unknown_labels,
 )
+from trl_ulma.data.names import Names, read_row, unknown_label, unknown_labels
 from trl_ulma.data.tables import ROUNDED, feature_of, is_kept_by_json, joined, kind_of, mixed
 from trl_ulma.data.unread import UNREAD
 
@@ -130,15 +127,9 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         kind: Any = "null"
         for value in values:
             kind = joined(kind, kind_of(value), is_number=name in NUMBERS)
-        if kind == "json" and not all(isinstance(value, str | None) for value in values):
-            # One value that cannot be read does not make the others unreadable. Trainers raise an error that names it
-            found |= noticed
-            if not all(map(is_kept_by_json, values)):
-                found[f"{name}: {ROUNDED}"] = 1
-            rows = rows.remove_columns(name).add_column(name, mixed(values), feature=feature_of(kind))
-            continue
-        if kind not in ("bool", "int", "long", "float"):
-            continue
+        is_mixed = kind == "json" and not all(isinstance(value, str | None) for value in values)
+        if not is_mixed and kind not in ("bool", "int", "long", "float"):
+            continue  # trainers raise an error that names the row
         found |= noticed
         if name == "label":
             truths = Truths(theirs)
@@ -146,6 +137,11 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
             for value, label_type in zip(values, types, strict=True):
                 truths.add({"label": value, "label_type": label_type})
             found |= truths.found
+        if is_mixed:  # one value that cannot be read does not make the others unreadable
+            if not all(map(is_kept_by_json, values)):
+                found[f"{name}: {ROUNDED}"] = 1
+            rows = rows.remove_columns(name).add_column(name, mixed(values), feature=feature_of(kind))
+            continue
         values = [None if value is None else {"bool": bool, "float": float}.get(kind, int)(value) for value in values]
         dtype = {"bool": "bool", "float": "float64"}.get(kind, "int64")
         rows = rows.remove_columns(name).add_column(name, values, feature=Value(dtype))

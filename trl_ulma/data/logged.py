@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from trl_ulma.data.adapters import LABELED, LeftOut, Noted, Outcome, as_label, labeled, refuse_several
-from trl_ulma.data.columns import Names
+from trl_ulma.data.names import Names
 from trl_ulma.data.payloads import REASONED, Unclear, is_json_object, messages_in, text_key, without_reasoning
 from trl_ulma.labels import ASKING_ROLES
 

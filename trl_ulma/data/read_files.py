@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from trl_ulma.data.columns import Names, say, say_once
+from trl_ulma.data.columns import say, say_once
 from trl_ulma.data.file_rows import FileRows, check_downloaded, suffix_of, unit_of
 from trl_ulma.data.known_types import renamed
+from trl_ulma.data.names import Names
 from trl_ulma.data.origins import Origins, note_places
 from trl_ulma.data.tables import as_dataset
 from trl_ulma.data.unread import list_unread

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import LIKED, OFF_SCALE, Adapter, LeftOut, Outcome, as_label
-from trl_ulma.data.columns import Names
+from trl_ulma.data.names import Names
 
 
 def stepwise(

@@ -85,8 +85,9 @@ def _saved(model: str) -> dict[str, Any] | None:
 
 def _has_columns(dataset: str, columns: str | None) -> bool:
     """Whether a file or folder has the columns that a training's prompts and answers were in, and none by our names."""
-    from trl_ulma.data.columns import TEXTS, Names
+    from trl_ulma.data.columns import TEXTS
     from trl_ulma.data.files import load_rows
+    from trl_ulma.data.names import Names
 
     named = {ours: theirs for ours, theirs in Names.of(columns, None).columns.items() if ours in TEXTS}
     logger = logging.getLogger("trl_ulma.data")

@@ -225,7 +225,7 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
 
         options = {flag.lstrip("-"): getattr(args, flag.lstrip("-")) for flag in find(family).options}
         if maps_labels:
-            from trl_ulma.data.columns import Names
+            from trl_ulma.data.names import Names
 
             options["label_map"] = dict(Names.of(None, args.label_map).label_map)
         rows, account = convert(family, raw, alternating=args.alternating, **options)
@@ -265,7 +265,7 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_columns(family: str, args: argparse.Namespace) -> None:
-    from trl_ulma.data.columns import Names
+    from trl_ulma.data.names import Names
 
     adapter = find(family)
     unused = adapter.unused(Names.of(args.columns, None).columns)

@@ -28,8 +28,8 @@ from trl_ulma.scripts.data_options import fill
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from trl_ulma.data.columns import Names
     from trl_ulma.data.csv_rows import Layout
+    from trl_ulma.data.names import Names
 
 WRITTEN = (".jsonl", ".csv", ".parquet")
 # Rows that are printed
@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
     from trl_ulma.data import seen_prompts
-    from trl_ulma.data.columns import Names
     from trl_ulma.data.csv_rows import DELIMITERS
     from trl_ulma.data.files import check_splits, load_rows
+    from trl_ulma.data.names import Names
     from trl_ulma.data.splits import prompts_of
     from trl_ulma.data.unread import UNREAD
     from trl_ulma.judge import Judge, check_free, saved_file, without_label
@@ -279,10 +279,7 @@ def most_notable(scored: "Dataset") -> list[str]:
     labeled = [row for row, each in enumerate(surprise) if each is not None]
     if labeled:
         top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
-        return [
-            "The most surprising labels:",
-            *_lines(top),
-        ]
+        return ["The most surprising labels:", *_lines(top)]
     ordered = scored.sort("reward", reverse=True)
     if len(ordered) <= 2 * SHOWN:
         return ["From the best to the worst:", *_lines(ordered)]
