@@ -13,7 +13,10 @@ import torch
 from datasets import Dataset, Json, Value
 from transformers.utils import logging
 
+from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import origins, with_origins
+from trl_ulma.data.readable import are_missing
+from trl_ulma.data.splits import prompts_of
 from trl_ulma.labels import LABEL_TYPES, LabelRules
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
@@ -23,7 +26,7 @@ from trl_ulma.likelihood.table import batches, batching_difference, collator_for
 from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import saved_log_partition
-from trl_ulma.predictions import alike, beyond_training, judged, thumbs
+from trl_ulma.predictions import ENOUGH, alike, beyond_training, judged, thumbs
 from trl_ulma.rows.dataset_labels import is_continuous, own_labels
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import (
@@ -43,6 +46,8 @@ logger = logging.get_logger(__name__)
 
 # A label that is valid for either type, of rows without one; no reward depends on it
 _NEUTRAL = 0.5
+# Texts read as no label that a warning names
+_NAMED = 3
 COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
 
 
@@ -55,6 +60,7 @@ class Judge:
         rewards: gives `(N,)` implicit rewards of prepared rows.
         positions: how many tokens the model can read at most; None if that has no end.
         num_proc: processes that prepare rows.
+        training_prompts: the file of the hashes of the prompts that were trained on; None if there is none.
 
     Example:
         >>> judge = Judge.from_pretrained("out", ref_model="Qwen/Qwen3-0.6B")  # doctest: +SKIP
@@ -69,12 +75,14 @@ class Judge:
         *,
         positions: int | None = None,
         num_proc: int | None = None,
+        training_prompts: str | None = None,
     ):
         self.settings = settings
         self.processing_class = processing_class
         self._rewards = rewards
         self._positions = positions
         self._num_proc = num_proc
+        self._training_prompts = training_prompts
         self._rules = LabelRules(settings.label_type, settings.sft_threshold, transform=settings.label_transform)
 
     @classmethod
@@ -124,7 +132,13 @@ class Judge:
             collate=collate,
             batch_size=batch_size,
         )
-        return cls(settings, processing_class, rewards, positions=positions_of(policy.config))
+        return cls(
+            settings,
+            processing_class,
+            rewards,
+            positions=positions_of(policy.config),
+            training_prompts=saved_file(folder, seen_prompts.FILE),
+        )
 
     def score(self, dataset: Dataset, *, invalid_rows: str = "error") -> Dataset:
         r"""What the policy thinks of each row: the row as it was, and
@@ -155,6 +169,7 @@ class Judge:
         names = dataset.column_names
         self._check_columns(names)
         missing = without_label(dataset)
+        _warn_of_words(dataset, missing)
         is_paired = "chosen" in names
         is_labeled = is_paired or not missing.all()
         # A pair's labels are 1 and 0 by themselves, whatever labels the training had
@@ -205,7 +220,18 @@ class Judge:
             note = thumbs(given_label[own], rules, saved.label_center)
             if note is not None:
                 logger.warning(note)
-        note = alike(reward[own], found["predicted_label"][own], given_label[own] if is_labeled else None)
+        trained_on = None
+        if is_labeled and (known := self._trained_on(dataset, prepared["row"][:])) is not None:
+            if (own & ~known).sum() >= ENOUGH:
+                own &= ~known
+            trained_on = int(known[own].sum())
+        note = alike(
+            reward[own],
+            found["predicted_label"][own],
+            given_label[own] if is_labeled else None,
+            continuous=rules.label_type == "continuous",
+            trained_on=trained_on,
+        )
         if note is not None:
             logger.warning(note)
         scored = dataset.with_format(None).select(prepared["row"][:])
@@ -230,6 +256,14 @@ class Judge:
             scored = scored.add_column(name, values, feature=Value(types.get(name, "float64")))
         return scored
 
+    def _trained_on(self, dataset: Dataset, numbers: Sequence[int]) -> np.ndarray | None:
+        """`(N,)` bool: whether the prompts of rows with these numbers were trained on. None if that is not known."""
+        if self._training_prompts is None:
+            return None
+        rows = dataset.with_format(None).select(numbers)
+        found = seen_prompts.seen([prompts[0] for prompts in prompts_of(rows)], self._training_prompts)
+        return None if (found == seen_prompts.UNKNOWN).any() else found == seen_prompts.SEEN
+
     def _check_columns(self, names: list[str]) -> None:
         if "prompt_ids" in names:
             raise ValueError("score takes raw rows, and these are prepared already. Pass the rows that they came from.")
@@ -251,18 +285,37 @@ def check_free(names: Sequence[str]) -> None:
 
 
 def without_label(dataset: Dataset) -> np.ndarray:
-    """`(N,)` bool: the rows whose label is not there, None or NaN; of pairs none.
+    """`(N,)` bool: the rows whose label is not there: None, NaN, or a text such as "N/A". Of pairs none.
 
     Example:
         >>> without_label(Dataset.from_dict({"label": [1.0, None, float("nan")]}))
         array([False,  True,  True])
+        >>> without_label(Dataset.from_dict({"label": ["good", "N/A"]}))
+        array([False,  True])
     """
     if "chosen" in dataset.column_names:
         return np.zeros(len(dataset), dtype=bool)
     if "label" not in dataset.column_names:
         return np.ones(len(dataset), dtype=bool)
     labels = dataset.select_columns("label").with_format(None)["label"][:]
-    return np.array([label is None or label != label for label in labels], dtype=bool)
+    are_words = are_missing(labels)
+    return np.array(
+        [label is None or label != label or is_word for label, is_word in zip(labels, are_words, strict=True)],
+        dtype=bool,
+    )
+
+
+def _warn_of_words(rows: Dataset, missing: np.ndarray) -> None:
+    """Say which texts were read as no label."""
+    if not missing.any() or "label" not in rows.column_names:
+        return
+    labels = rows.with_format(None)["label"][:]
+    words = [label for label, is_none in zip(labels, missing, strict=True) if is_none and isinstance(label, str)]
+    if words:
+        named = list(dict.fromkeys(map(repr, words)))
+        more = ", …" if len(named) > _NAMED else ""
+        are = "1 label is" if len(words) == 1 else f"{len(words):,} labels are"
+        logger.warning(f"{are} {', '.join(named[:_NAMED])}{more}, which is read as no label.")
 
 
 def _with_neutral_labels(rows: Dataset, missing: np.ndarray, label_type: str) -> Dataset:

@@ -3,13 +3,14 @@
 import numpy as np
 
 from trl_ulma.labels import LabelRules
+from trl_ulma.ranking import auc, spearman
 
 # Rewards below this are 0 up to rounding
 _NO_REWARD = 1e-6
 # The predictions are alike if 90% of them span at most this share of what 90% of the labels span; without labels, of 1
 _ALIKE, _SCALE = 0.1, 1.0
 # They are too close to one another if labels differ this many times as much, in so many rows at least
-TOO_CLOSE, _ENOUGH = 2.0, 30
+TOO_CLOSE, ENOUGH = 2.0, 30
 
 
 def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> dict[str, np.ndarray]:
@@ -109,13 +110,43 @@ def too_close(whose: str, slope: str) -> str:
     """
     return (
         f"The predicted labels of {whose} are too close to one another: where two of them differ by 1, the labels "
-        f"differ by {slope} on average (the slope of labels over predictions). Their order can be right all the same. "
-        "More epochs, or a learning rate that is 3 to 10 times as high, move them apart; held-out rows show whether "
-        "they are then better."
+        f"differ by {slope} on average (the slope of labels over predictions). More epochs, or a learning rate that "
+        "is 3 to 10 times as high, move them apart; held-out rows show whether they are then better."
     )
 
 
-def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -> str | None:
+def order_in_words(predicted: np.ndarray, label: np.ndarray, continuous: bool) -> str:
+    """How well predictions rank rows. "" if that is undefined.
+
+    Args:
+        predicted: `(N,)` predicted labels.
+        label: `(N,)` labels on the same scale.
+        continuous: whether the labels are continuous.
+
+    Example:
+        >>> order_in_words(np.array([0.1, 0.2, 0.3]), np.array([1.0, 3.0, 2.0]), True)
+        'Their order agrees with that of the labels at a rank correlation of 0.50 (Spearman; 0 by chance).'
+        >>> order_in_words(np.array([0.1, 0.3]), np.array([0.0, 1.0]), False)
+        'They rank a good answer above a bad one with a probability of 1.00 (AUC; 0.5 by chance).'
+    """
+    if continuous:
+        figure = float(spearman(predicted, label))
+        said = "Their order agrees with that of the labels at a rank correlation of {} (Spearman; 0 by chance)."
+    else:
+        decided = label != 0.5
+        figure = float(auc(predicted[decided], label[decided] > 0.5))
+        said = "They rank a good answer above a bad one with a probability of {} (AUC; 0.5 by chance)."
+    return said.format(f"{figure:.2f}".replace("-", "−")) if np.isfinite(figure) else ""
+
+
+def alike(
+    reward: np.ndarray,
+    predicted: np.ndarray,
+    label: np.ndarray | None,
+    *,
+    continuous: bool = True,
+    trained_on: int | None = None,
+) -> str | None:
     """A warning if predictions are nearly alike, or too close to one another for the labels. None if they are not, or
     if there are fewer than two rows.
 
@@ -123,6 +154,8 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
         reward: `(N,)` implicit rewards.
         predicted: `(N,)` predicted labels, on the scale of `label`.
         label: `(N,)` labels, or None.
+        continuous: whether the labels are continuous.
+        trained_on: how many of the rows were trained on; None if that is not known.
 
     Example:
         >>> alike(np.zeros(3), np.full(3, 0.5), None)
@@ -132,6 +165,7 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
     rows = len(reward)
     if rows < 2:
         return None
+    these = f"the {rows:,} {'held-out ' * (trained_on == 0)}rows"
     if np.abs(reward).max() < _NO_REWARD:
         return (
             f"The rewards of all {rows:,} rows are 0, because the model computes the same log-probabilities as its "
@@ -147,16 +181,23 @@ def alike(reward: np.ndarray, predicted: np.ndarray, label: np.ndarray | None) -
         if greatest == least or high - low > _ALIKE * (greatest - least):
             apart = predicted - predicted.mean()
             slope = float(apart @ label) / max(float(apart @ apart), np.finfo(float).tiny)
-            if greatest == least or rows < _ENOUGH or slope < TOO_CLOSE:
+            if greatest == least or rows < ENOUGH or slope < TOO_CLOSE:
                 return None
             return (
-                f"{too_close(f'the {rows:,} rows', f'{slope:.1f}')} Until then, the most surprising labels are mostly "
-                "the lowest and the highest, and few are mistakes."
+                f"{too_close(these, f'{slope:.1f}')} Until then, the most surprising labels are mostly the lowest and "
+                "the highest, and few are mistakes."
             )
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
+    order = "" if label is None else order_in_words(predicted, label, continuous)
+    if order and trained_on:
+        order += f" This includes {trained_on:,} that were trained on; `trl-ulma evaluate` measures held-out ones."
+    elif order:
+        order += " `trl-ulma evaluate` gives its interval."
+    else:
+        order = "Their order can be right all the same; `trl-ulma evaluate` measures it on rows with labels."
     return (
-        f"The predicted labels of the {rows:,} rows are nearly alike: 90% of them are between {low:.3g} and {high:.3g}"
-        f"{than}. Their values say little. Their order can be right all the same; `trl-ulma evaluate` measures it."
+        f"The predicted labels of {these} are nearly alike: 90% of them are between {low:.3g} and {high:.3g}{than}. "
+        f"Their values say little. {order}"
     )
 
 
@@ -170,9 +211,9 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
     Example:
         >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
         >>> held_out_alike(rows, LabelRules("continuous"))
-        'The predicted labels of the 3 rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90% of their
-        labels between -0.9 and 0.9. Their values say little. Their order can be right all the same; `trl-ulma evaluate`
-        measures it.'
+        'The predicted labels of the 3 held-out rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90%
+        of their labels between -0.9 and 0.9. Their values say little. Their order agrees with that of the labels at a
+        rank correlation of 1.00 (Spearman; 0 by chance). `trl-ulma evaluate` gives its interval.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """
@@ -182,4 +223,10 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
     if not np.isfinite(reward).all():
         return None
     predicted = judged(reward, label, continuous[own].astype(bool), rules)["predicted_label"]
-    return alike(reward, predicted, label if rules.transform is None else rules.transform.invert(label))
+    return alike(
+        reward,
+        predicted,
+        label if rules.transform is None else rules.transform.invert(label),
+        continuous=rules.label_type == "continuous",
+        trained_on=0,
+    )

@@ -551,7 +551,7 @@ def test_evaluation_without_a_test_split_takes_a_seeded_one(pairs, argv, held_ou
     assert not set(train["chosen"]) & set(evaluation["chosen"])
     assert said.startswith(
         f"{pairs} has no test split: {held_out} of its 20 rows are held out for evaluation, by prompt (seed 7); "
-        f"{20 - held_out} rows are trained on.\n"
+        f"{20 - held_out} rows are left for training.\n"
     )
     assert " too few to conclude anything from an evaluation. Rate answers to more prompts: 30 held-out ones" in said
     again = load_splits(*settings_of("--dataset_name", pairs, *argv, "--seed", "7"))[1]
@@ -615,7 +615,7 @@ def test_a_mixture_is_split_by_prompt_with_the_seed(tmp_path, pairs):
     assert said.splitlines() == [
         "The mixture `datasets` is trained on; dataset_name=unread.jsonl is not read.",
         "the mixture has no test split: 8 of its 40 rows are held out for evaluation, by prompt (seed 42); 32 rows are "
-        "trained on.",
+        "left for training.",
         "The held-out rows have 4 prompts, too few to conclude anything from an evaluation. Rate answers to more "
         "prompts: 30 held-out ones are enough. With about 60 prompts, 40 more than now, --test_split_size 0.5 "
         "holds out so many.",
@@ -849,7 +849,7 @@ def test_real_transcripts_as_they_are(shared_data, tmp_path, tiny_gpt2, capsys):
     argv += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--logging_steps", "1", "--max_length", "128"]
     run_here(ulma, *argv, "--eval_strategy", "steps", "--eval_steps", "2", "--test_split_size", "40")
     out = capsys.readouterr().out
-    assert "40 of its 1,800 rows are held out for evaluation, by prompt (seed 42); 1,760 rows are trained on." in out
+    assert "40 of its 1,800 rows are held out for evaluation, by prompt (seed 42); 1,760 rows are left for" in out
     assert "eval_rewards/auc" in out
 
 
@@ -864,7 +864,7 @@ def test_a_training_that_learned_little_says_so_on_the_scale_of_the_labels(
     run_here(pointwise_dpo, *argv, "--eval_strategy", "epoch", "--bf16", "false")
     out = capsys.readouterr().out
     told = re.search(
-        r"held-out rows: The predicted labels of the 4 rows are nearly alike: 90% of them are between (\S+) and", out
+        r"The predicted labels of the 4 held-out rows are nearly alike: 90% of them are between (\S+) and", out
     )
     assert (told is not None) == is_told
     assert told is None or 1 <= float(told[1]) <= 5  # stars, not standardized ones
@@ -877,7 +877,7 @@ def test_a_training_without_a_reference_says_nothing_of_rewards(tmp_path, tiny_g
     run_here(ulma, *argv, "--negative_loss", "none", "--eval_strategy", "epoch", "--bf16", "false")
     out = capsys.readouterr().out
     assert "To evaluate it on the held-out rows" in out
-    assert "On the held-out rows: " not in out
+    assert "The predicted labels" not in out
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["ulma", "--help"]])

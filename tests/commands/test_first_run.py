@@ -134,6 +134,20 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     assert sorted(tmp_path.rglob("*")) == there
 
 
+@pytest.mark.parametrize("is_invalid", [True, False])
+def test_odd_labels_are_named_once_more_beside_what_has_to_be_corrected(without_weights, tmp_path, capfd, is_invalid):
+    labels = [*"1234512345123451234", 9, "N/A" if is_invalid else 4]
+    rows = "".join(f"Why {i}?,answer {i},{label}\n" for i, label in enumerate(labels))
+    (tmp_path / "rows.csv").write_text(f"prompt,completion,label\n{rows}")
+    argv = ["--model", without_weights, "--dataset", str(tmp_path / "rows.csv"), "--label_type", "continuous"]
+    assert main(["check", "--method", "pointwise-dpo", *argv, "--bf16", "False"]) == is_invalid
+    out, err = capfd.readouterr()
+    end = out[out.index("Memory on one device") :]
+    assert "Look at this before you train: 1 label is far outside the others, which are between 1 and 5: 9 (" in end
+    assert "rows.csv, line 21)" in end
+    assert ("rows.csv, line 22: label is the text 'N/A'" in err) == is_invalid == ("Ready." not in end)
+
+
 @pytest.mark.parametrize(
     ("options", "is_said"),
     [(["--use_peft"], True), (["--use_peft", "--learning_rate", "1e-4"], False), ([], False)],

@@ -13,6 +13,7 @@ from datasets import Dataset
 from tiny import make_tokenizer
 from world import make_rows, make_trainer
 
+from trl_ulma.data import seen_prompts
 from trl_ulma.data.csv_rows import Layout
 from trl_ulma.data.files import load_rows
 from trl_ulma.data.names import Names
@@ -309,7 +310,7 @@ def test_rows_have_the_rewards_of_the_format_trained_on_whatever_file_they_come_
     assert found["csv", "csv"] != found["jsonl", "csv"]
 
 
-def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog):
+def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog, tmp_path):
     logging.getLogger("transformers").propagate = True
 
     def warned(rewards, rows, label_type="binary"):
@@ -326,13 +327,24 @@ def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog):
     assert near.startswith(
         "The predicted labels of the 6 rows are nearly alike: 90% of them are between 3.1 and 3.27, "
     )
-    assert "and 90% of their labels between 1.25 and 5. Their values say little. Their order can be right" in near
+    assert "and 90% of their labels between 1.25 and 5. Their values say little. Their order agrees with" in near
     assert warned([1.0, 2, 3, 3, 4, 3], stars, "continuous") == []
     assert warned([-2.0, 2, -2, 2, -2, 2], rows) == []
     (near,) = warned([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], rows.remove_columns("label"))
     assert near.startswith(
         "The predicted labels of the 6 rows are nearly alike: 90% of them are between 0.525 and 0.55."
     )
+    assert "Their order can be right all the same; `trl-ulma evaluate` measures it on rows with labels." in near
+    # Enough held-out rows are looked at without those that were trained on
+    many = make_rows(100).map(lambda row, i: {"prompt": f"What is {i}?"}, with_indices=True)
+    rewards = np.where(np.arange(100) < 60, np.linspace(-3, 3, 100), np.linspace(0, 0.1, 100))
+    for count, told in ((60, "The predicted labels of the 40 held-out rows are nearly alike"), (90, None), (0, None)):
+        seen_prompts.save(seen_prompts.training_hashes(many, range(count)), tmp_path)
+        settings, file = SavedSettings(beta=0.1), str(tmp_path / seen_prompts.FILE)
+        caplog.clear()
+        Judge(settings, make_tokenizer(), lambda prepared: rewards, training_prompts=file).score(many)
+        found = [message for message in caplog.messages if "nearly alike" in message]
+        assert (told is None and not found) or found[0].startswith(told)
     # One reward, or labels that are all alike, tell nothing of the model
     assert warned([0.5], make_rows(1)) == []
     assert warned([0.1] * 6, make_rows(6, label=[1.0] * 6)) == []

@@ -126,9 +126,9 @@ def test_the_quick_start_runs_and_leaves_what_it_says(files, tiny_llama, tiny_ll
     assert json.loads(Path("out/label_report.json").read_text())["continuous"]["rows"] == 8
     with open("ratings.csv", newline="") as file:
         rows = len(list(csv.DictReader(file)))
-    assert len(Path("scored.jsonl").read_text().splitlines()) == rows
-    assert "spearman" in Path("report/report.md").read_text()
-    assert shown[2].strip() in Path("report/report.md").read_text()
+    assert len(Path("out/scored.jsonl").read_text().splitlines()) == rows
+    assert "spearman" in Path("out/report/report.md").read_text()
+    assert shown[2].strip() in Path("out/report/report.md").read_text()
 
 
 def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, capsys):
@@ -138,14 +138,17 @@ def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, ca
     [ratings] = re.findall(r"```csv\n(.*?)```", section, re.S)
     [block] = re.findall(r"```bash\n(.*?)```", section, re.S)
     Path("ratings.csv").write_text(ratings)
-    for command in commands(block.replace(MODEL, tiny_gpt2)):
+    for command in (all_commands := commands(block.replace(MODEL, tiny_gpt2))):
         run_command(command, monkeypatch)
     said = capsys.readouterr().out
     assert "10 rows" in said
     assert "Memory on one device" in said
     assert "trained with pointwise DPO" in Path("out/README.md").read_text()
-    assert "spearman" in Path("report/report.md").read_text()
-    assert len(Path("scored.jsonl").read_text().splitlines()) == 10
+    assert "spearman" in Path("out/report/report.md").read_text()
+    assert len(Path("out/scored.jsonl").read_text().splitlines()) == 10
+    printed = " ".join(said.replace("\\\n", " ").split())
+    for command in all_commands[1:]:  # `check` prints the second one, and the training the others
+        assert " ".join(command.split()) in printed
 
 
 def test_the_judged_report_runs_as_printed(tmp_path, tiny_llama, tmp_path_factory, monkeypatch):

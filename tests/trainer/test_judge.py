@@ -1,6 +1,7 @@
 """The model as a judge: scores against plain log-probabilities, against known labels, and after loading."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -533,13 +534,34 @@ def test_rows_without_a_label_come_last_and_are_counted(tiny_gpt2, tmp_path, tau
     assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
     assert "holds 1 scored row; 0 of 1 were left out.\n" in capsys.readouterr().out
     # A text among the numbers is invalid, and a row without a label is not
-    (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?, No.,N/A\nHow?, Go away.,\nWhat?, Paris.,1\n")
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?, No.,odd\nHow?, Go away.,\nWhat?, Paris.,1\n")
     assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 1
-    assert "rows.csv, line 2: label is the text 'N/A'" in (said := capsys.readouterr().err)
+    assert "rows.csv, line 2: label is the text 'odd'" in (said := capsys.readouterr().err)
     assert "line 3" not in said
     assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl"), "--invalid_rows", "drop"]) == 0
     found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert [(row["label"], "surprise" in row) for row in found] == [(1, True), (None, False)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["N/A", "", "1"], "1 label is 'N/A', which is read as no label."),
+        (["n/a", "#N/A", "1"], "2 labels are 'n/a', '#N/A', which is read as no label."),
+        (["-", "null", "."], "3 labels are '-', 'null', '.', which is read as no label."),
+        (["", "", "1"], None),
+    ],
+)
+def test_words_for_a_missing_label_are_no_label_and_told(tiny_gpt2, tmp_path, taught, capsys, caplog, labels, told):
+    logging.getLogger("transformers").propagate = True
+    lines = [f"Why {i}?, No.,{label}" for i, label in enumerate(labels)]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion,label", *lines, ""]))
+    argv = ["--model", taught[0].args.output_dir, "--ref_model", tiny_gpt2, "--dataset", str(tmp_path / "rows.csv")]
+    assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
+    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert {row["row"]: "surprise" in row for row in found} == {i: each == "1" for i, each in enumerate(labels)}
+    assert [message for message in caplog.messages if "read as no label" in message] == ([told] if told else [])
+    assert f"holds 3 scored rows{', the most surprising first' * ('1' in labels)}; 0 of 3" in capsys.readouterr().out
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):

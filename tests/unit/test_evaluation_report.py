@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from scipy import stats
 from world import make_rows
 
 from trl_ulma.evaluation import figures, report
@@ -382,6 +383,35 @@ def test_scores_that_are_too_close_to_one_another_are_told(learned, rows, is_tol
     assert alike(predicted - 3, predicted, random.permutation(stars)) is None  # the mean is the best to predict then
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "rows", "ends"),
+    [
+        (0, "the 40 held-out rows", " `trl-ulma evaluate` gives its interval."),
+        (
+            7,
+            "the 40 rows",
+            " This includes 7 that were trained on; `trl-ulma evaluate` measures held-out ones.",
+        ),
+        (None, "the 40 rows", " `trl-ulma evaluate` gives its interval."),
+    ],
+)
+def test_the_order_of_predictions_that_are_nearly_alike_is_measured(trained_on, rows, ends):
+    random = np.random.default_rng(0)
+    stars, noise = random.integers(1, 6, 40).astype(float), random.normal(0, 1, 40)
+    for sign in (1, -1):
+        predicted = 3 + 0.01 * (sign * stars + noise)
+        said = alike(predicted - 3, predicted, stars, trained_on=trained_on)
+        assert f"The predicted labels of {rows} are nearly alike" in said
+        order = f"{stats.spearmanr(predicted, stars).statistic:.2f}".replace("-", "−")
+        assert said.endswith(f"at a rank correlation of {order} (Spearman; 0 by chance).{ends}")
+    likes = (stars > 3).astype(float)
+    predicted = 0.5 + 0.001 * (likes + noise)
+    said = alike(predicted - 0.5, predicted, likes, continuous=False, trained_on=trained_on)
+    wins = stats.mannwhitneyu(predicted[likes == 1], predicted[likes == 0]).statistic
+    area = wins / (likes.sum() * (1 - likes).sum())
+    assert f"above a bad one with a probability of {area:.2f} (AUC; 0.5 by chance).{ends}" in said
+
+
 def test_tables_are_the_records_digit_for_digit(tmp_path):
     facts = facts_of()
     drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
@@ -478,6 +508,10 @@ def test_what_can_be_concluded_is_said_first(rows, strength, said):
     assert f"{figure}, on {rows} row{s} of {rows} prompt{s})" in sentence
     parts = report.document({**facts, "pictures": []})
     assert next(part.text for part in parts if isinstance(part, Text) and part.strong) == sentence
+    is_open = "the interval includes" in sentence
+    for is_short in (False, True):
+        parts = report.document({**facts, "pictures": [], "judges": []}, is_short=is_short)
+        assert any("What to do next: " in part.text for part in parts if isinstance(part, Text)) == is_open
 
 
 def test_a_figure_without_an_interval_is_not_said_to_include_chance():

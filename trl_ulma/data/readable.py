@@ -157,15 +157,15 @@ _MISSING = frozenset(
 )  # fmt: skip
 
 
-def _without_missing(labels: Sequence[Any]) -> list[Any]:
-    """Labels without words for a missing value. `-` beside `+` is a label.
+def are_missing(labels: Sequence[Any]) -> list[bool]:
+    """Whether each label is a text for a missing value. `-` beside `+` is a label.
 
     Example:
-        >>> _without_missing([4, "NA", "good", "-"]), _without_missing(["+", "-"])
-        ([4, 'good'], ['+', '-'])
+        >>> are_missing([4, "NA", "good", "-"]), are_missing(["+", "-"])
+        ([False, True, False, True], [False, False])
     """
     words = _MISSING - {"-"} if "+" in labels else _MISSING
-    return [label for label in labels if not isinstance(label, str) or label.strip().lower() not in words]
+    return [isinstance(label, str) and label.strip().lower() in words for label in labels]
 
 
 def check_readable(
@@ -233,7 +233,8 @@ def check_readable(
                 "lines file. For conversations of turns with `from` and `value`, in a column `conversations`, "
                 "trl-ulma prepare sharegpt does this."
             )
-    labels = _without_missing([value for value in columns.get("label", ()) if value is not None])
+    labels = [value for value in columns.get("label", ()) if value is not None]
+    labels = [label for label, is_missing in zip(labels, are_missing(labels), strict=True) if not is_missing]
     words = [value for value in labels if isinstance(value, str)]
     # A few words among numbers are invalid rows, which the trainer lists together with all others
     if 2 * len(words) > len(labels) and not is_paired:

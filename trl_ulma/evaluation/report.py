@@ -118,7 +118,10 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     data, models = facts["data"], facts["models"]
     names = [model["name"] for model in models if not model.get("is_base")]
     parts: list[Part] = [Heading(f"Evaluation of {', '.join(names)}", 1)]
-    parts += [Text(sentence, strong=True) for sentence in conclusions(facts)]
+    sentences = conclusions(facts)
+    parts += [Text(sentence, strong=True) for sentence in sentences]
+    if any(_UNDECIDED in sentence for sentence in sentences):
+        parts.append(Text(_NEXT))
     methods = ["bootstrap over prompts"]
     methods += ["Wilson for shares"] if facts["judges"] else []
     methods += ["Student's t over seeds"] if facts["over_seeds"] else []
@@ -253,6 +256,13 @@ def _corrected(difference: Mapping[str, Any]) -> str:
 
 
 _NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
+_UNDECIDED = "nothing can be concluded: the interval includes"
+_NEXT = (
+    "What to do next: evaluate more prompts, because an interval of four times as many is about half as wide. Rate "
+    "answers to more prompts, or train again with a larger held-out part, such as --test_split_size 0.5. If a figure "
+    "stays near chance, the model has learned little: train for more epochs or with a higher learning rate, and check "
+    "whether two people give the same label to an answer."
+)
 
 
 def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
@@ -265,7 +275,7 @@ def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = 
             f"undefined in many of them ({of})."
         )
     if figure.low <= chance <= figure.high:
-        return f"nothing can be concluded: the interval includes {chance:g} ({of})."
+        return f"{_UNDECIDED} {chance:g} ({of})."
     if figure.low > chance:
         return f"{what} better{than} ({of})."
     return f"{what} worse{than} ({of})."

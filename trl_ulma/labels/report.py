@@ -86,7 +86,7 @@ def label_report(
         - the results of `repeats`;
         - `prompts`: how many there are, the mean and the largest number of answers per prompt, and `with_answers`, the
           number of prompts by number of answers;
-        - `warnings`: sentences.
+        - `warnings`: sentences; `outliers`, those of them about labels far outside the others.
 
     Example:
         >>> ones = np.ones(4, dtype=int)
@@ -100,6 +100,7 @@ def label_report(
     label = np.asarray(label, dtype=np.float64)
     weights = np.ones(len(label)) if weight is None else np.asarray(weight, dtype=np.float64)
     warnings: list[str] = []
+    far: list[str] = []
     is_zero = log_z is not None and not np.any(log_z)
     report: dict[str, Any] = {"rows": len(label), "demonstrations": _rounded(sft_mask.mean())}
     for name, rows in (("binary", ~continuous), ("continuous", continuous)):
@@ -114,7 +115,8 @@ def label_report(
                 report[name]["raw"] = _before(raw[rows], label[rows], weights[rows], tokens[rows], transform or "")
             # Numbers of votes have long tails
             if (own is raw or name == "continuous") and not (transform or "").startswith("votes"):
-                warnings += outliers_in_words(own, np.flatnonzero(rows), named)
+                far += outliers_in_words(own, np.flatnonzero(rows), named)
+    warnings += far
     if "binary" in report:
         rows = ~continuous
         report["binary"]["undecided"] = int((label[rows] == 0.5).sum())
@@ -149,7 +151,7 @@ def label_report(
     report.update(repeats(label, own, continuous, answer, named))
     warnings += contradictions_in_words(report)
     report["prompts"] = _prompts(prompt)
-    report["warnings"] = warnings
+    report["warnings"], report["outliers"] = warnings, far
     return report
 
 
@@ -504,7 +506,7 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
         targets = found["targets"]
         without = "" if targets["log_z_is_known"] else ", without log Z"
         lines += [
-            f"{'':<20}targets |z − c|/β, nats for log π to move{without}:",
+            f"{'':<20}log π is to move by |z − c|/β nats{without}:",
             f"{'':<20}root mean square {targets['rms']:.3g}, median {targets['median']:.3g}, most {targets['max']:.3g}",
         ]
     return [line.rstrip() for line in lines]

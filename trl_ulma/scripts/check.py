@@ -131,10 +131,12 @@ def check(
     if invalid:
         console.print("Some rows are invalid. All others are shown first.\n")
     rows = start.train_dataset
+    outliers: list[str] = []
     if not hasattr(rows, "__len__"):
         console.print("The rows are a stream. They are checked as they are read, and have no label report.")
     else:
         report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
+        outliers = report["outliers"]
         console.print(as_options(render_report(report), parser._option_string_actions), markup=False)
     if hasattr(start.eval_dataset, "__len__"):
         found = repeats_of(start.eval_dataset, training_args, eval_dataset)
@@ -148,6 +150,8 @@ def check(
     console.print("\n" + memory_in_words(start, training_args, model_args, peft_config), markup=False)
     if note := small_learning_rate(training_args, model_args):
         console.print("\n" + note, markup=False)
+    for said in outliers:  # so that they are corrected together with invalid rows
+        console.print(f"\nLook at this before you train: {said}", markup=False)
     if invalid:
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr

@@ -366,10 +366,12 @@ def be_quiet() -> None:
 
     These are deprecations, which concern the authors of code, and the messages in `_NOISE`. Messages of this package,
     and other libraries' warnings about the model, the rows or the settings, are shown. If stderr is no terminal,
-    progress bars are hidden, too, because in a file each would be many lines.
+    progress bars are shown only of what takes longer than 20 seconds, and once a minute, because in a file each line
+    stays.
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read once, when tqdm is loaded
+    if not sys.stderr.isatty():  # read once, when tqdm is loaded
+        os.environ.setdefault("TQDM_DELAY", "20")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
     if is_verbose():
         return
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):

@@ -293,7 +293,7 @@ def _lines(rows: "Dataset") -> list[str]:
     for row in rows:
         answer = row.get("completion") or row["chosen" if row.get("label") == 1 else "rejected"]
         place = row.get("file_line") or f"row {row['row']}"
-        label = "" if row.get("label") is None else f"label {row['label']:g}, "
+        label = "" if row.get("surprise") is None else f"label {row['label']:g}, "
         lines.append(f"  {place}: {label}predicted {row['predicted_label']:.2f}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
         lines += [f"    {name}: {in_one_line(text)}" for name, text in texts.items() if text is not None]

@@ -194,7 +194,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     halves = split_by_prompt(train, test_size=dataset_args.test_split_size, seed=training_args.seed)
     said += (
         f"{name} has no test split: {len(halves['test']):,} of its {len(train):,} rows are held out for evaluation, "
-        f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are trained on."
+        f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are left for training."
     )
     for other in ("validation", "valid", "dev", "eval"):
         if other in splits:
@@ -483,7 +483,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
         if trainer.is_world_process_zero():
             data_options.save(folder, script_args, training_args, dataset_args)
         if eval_dataset is not None and (note := held_out_alike(trainer.evaluated, trainer._plan.rules)):
-            say(f"On the held-out rows: {note}")
+            say(note)
     is_adapter = isinstance(trainer.model, PeftModel)
     library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
     if getattr(trainer, "_is_vlm", False):
