@@ -40,10 +40,19 @@ def sample(server: Server, prompts: list[str], answers: int, **sampling: float) 
             replies[which] = reply
 
     server.each(ask, [(number, seed) for number in range(len(prompts)) for seed in range(answers)])
-    for why, count in lost.items():
-        print(f"{count} of {len(prompts) * answers} answers left out: {why}", file=sys.stderr)
     found = [(prompts[number], replies[number, seed].text) for number, seed in sorted(replies)]
-    return list(dict.fromkeys(found))  # the same answer is rated once
+    once = list(dict.fromkeys(found))  # the same answer is rated once
+    lost["equal to another answer to the prompt"] = len(found) - len(once)
+    if len(once) < len(found) and len(once) == len({prompt for prompt, _ in once}):
+        print(
+            "All answers to a prompt are equal, so the server does not sample. `transformers serve` only does if the "
+            'checkpoint\'s generation_config.json has "do_sample": true.',
+            file=sys.stderr,
+        )
+    for why, count in lost.items():
+        if count:
+            print(f"{count} of {len(prompts) * answers} answers left out: {why}", file=sys.stderr)
+    return once
 
 
 def main() -> None:
@@ -69,7 +78,8 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["prompt", "completion", "label"])
         writer.writerows([*row, ""] for row in rows)
-    print(f"{len(rows)} answers of {len(prompts)} prompts in {args.output}. Fill in the column label.")
+    answers = f"{len(rows)} answer{'' if len(rows) == 1 else 's'}"
+    print(f"{answers} to {len(prompts)} prompts in {args.output}. Fill in the column label.")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ from trl_ulma.scripts.training import small_learning_rate
 def test_this_environment_is_said_and_works(capsys):
     assert main(["env"]) == 0
     said = capsys.readouterr().out
-    for name in ("trl-ulma", "trl ", "torch", "cores, memory", "GPUs", "No known incompatibilities."):
+    for name in ("trl-ulma", "trl ", "torch", "cores, memory", "GPUs"):
         assert name in said
+    last = "Everything else is known to work." if "\n- " in said else "No known incompatibilities."
+    assert said.splitlines()[-1] == last
     assert main(["env", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["problems"] == []
@@ -41,6 +43,11 @@ def test_what_does_not_work_with_older_versions_is_said():
     oldest = {"trl": "0.29.0", "transformers": "5.2.0", "peft": "0.18.0", "accelerate": "1.4.0"}
     assert len(env.limits(oldest)) == len(env.LIMITS)
     assert env.limits({name: "99" for name, _, _ in env.LIMITS}) == []
+    facts = env.gather()
+    for version, last in (("5.2.0", "Everything else is known to work."), ("99", "No known incompatibilities.")):
+        facts["packages"] = dict.fromkeys(facts["packages"], "99") | {"transformers": version}
+        assert env.render(facts, []).splitlines()[-1] == last
+        assert ("- transformers 5.2.0: " in env.render(facts, [])) == (version == "5.2.0")
 
 
 FACTS = {"packages": {}, "requirements": [], "broken": {}, "devices": [], "has_nvidia_driver": False}

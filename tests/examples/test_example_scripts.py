@@ -276,16 +276,21 @@ def test_sampled_answers_wait_for_their_labels(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "1 of 6 answers left out: cut off at max_tokens" in err
     assert "1 of 6 answers left out: empty" in err
-    assert f"{len(rows)} answers of 2 prompts in to_rate.csv" in out
+    assert ("1 of 6 answers left out: equal to another answer to the prompt" in err) == (len(rows) == 3)
+    assert f"{len(rows)} answers to 2 prompts in to_rate.csv" in out
+    assert "does not sample" not in err
 
 
 @pytest.mark.slow
-def test_answers_are_sampled_from_transformers_serve(monkeypatch, tmp_path):
+def test_answers_are_sampled_from_transformers_serve(monkeypatch, tmp_path, capsys):
     parrot = make_parrot(tmp_path / "parrot", "VERDICT: 1")
     with transformers_serve(parrot) as url:
         rows = sampled(monkeypatch, url, ["Hi", "Well?"], answers="2", model=parrot)
     assert {row["prompt"] for row in rows} == {"Hi", "Well?"}
     assert all("VERDICT: 1" in row["completion"] for row in rows)
+    err = capsys.readouterr().err
+    assert "2 of 4 answers left out: equal to another answer to the prompt" in err
+    assert "All answers to a prompt are equal, so the server does not sample." in err
 
 
 def test_a_server_that_is_not_there_and_a_file_without_prompts_are_errors(monkeypatch):

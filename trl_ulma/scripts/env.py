@@ -182,6 +182,7 @@ def limits(packages: Mapping[str, str | None]) -> list[str]:
 def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
     """The facts as text."""
     packages = facts["packages"]
+    known = limits(packages)
     devices = ", ".join(_named(device) for device in facts["devices"]) or "none: training runs on the CPU"
     lines = [
         f"{NAME:<16} {packages[NAME] or 'not installed'}",
@@ -194,9 +195,11 @@ def render(facts: Mapping[str, Any], found: Sequence[str]) -> str:
         f"{'torch is for':<16} {facts['torch_is_built_for']}",
         "",
         *(f"! {problem}" for problem in found),
-        *(f"- {limit}" for limit in limits(packages)),
+        *(f"- {limit}" for limit in known),
     ]
-    return "\n".join(lines if found else [*lines, "No known incompatibilities."])
+    if found:
+        return "\n".join(lines)
+    return "\n".join([*lines, "Everything else is known to work." if known else "No known incompatibilities."])
 
 
 def _named(device: Mapping[str, Any]) -> str:
