@@ -27,8 +27,8 @@ from trl_ulma.data.files import check_splits, load_files, load_rows, split_by_pr
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.names import Names
 from trl_ulma.data.origins import StreamOrigins, joined_origins, located, origin, places_of
+from trl_ulma.data.proposals import rating_of
 from trl_ulma.data.read_files import code_hash
-from trl_ulma.data.readable import rating_of
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
 from trl_ulma.scripts.cli import main
 

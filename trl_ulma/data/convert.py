@@ -11,7 +11,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from trl_ulma.data.adapters import FAMILIES, OFF_SCALE, OUTSIDE, Adapter, LeftOut, Noted, find, is_number
 from trl_ulma.data.columns import OTHERS
 from trl_ulma.data.directions import direction
-from trl_ulma.data.readable import proposed, rating_of, whole_file
+from trl_ulma.data.proposals import proposed, rating_of
+from trl_ulma.data.readable import whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import are_ratings, is_empty

@@ -1,112 +1,32 @@
-"""Checks whether rows have the columns that trainers read, and suggests how to read them if not."""
+"""Checks whether rows have the columns that trainers read, and says what to do if not."""
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
-from decimal import Decimal
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, number, parsed_list
 from trl_ulma.data.csv_rows import DELIMITERS
-from trl_ulma.data.directions import direction, is_lower_better, words_of
+from trl_ulma.data.directions import words_of
+from trl_ulma.data.proposals import (
+    CALLED,
+    VERDICTS,
+    as_option,
+    as_rated,
+    families_of,
+    is_lost,
+    label_map_for,
+    listed,
+    proposal,
+    proposed,
+    quoted,
+    unless_rated,
+)
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import is_messages
 
 _COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
 _PRINTED = re.compile(r"""['"]role['"]\s*:\s*['"](user|assistant|system)['"]""")  # in a list that cannot be read
-
-# Common other names of columns, the most likely first
-_CALLED = {
-    "prompt": ("question", "instruction", "query", "input", "problem", "context", "post", "user", "request", "message"),
-    "completion": ("response", "answer", "output", "reply", "generation", "completions", "assistant", "generated"),
-    "label": (
-        "labels", "rating", "score", "feedback", "thumb", "thumbs", "vote", "votes", "reward", "quality", "overall",
-        "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "likes", "upvotes", "helpful",
-        "passed", "success", "rank", "toxicity", "toxic", "harmful", "flagged", "bad", "dislikes", "downvotes",
-        "errors", "disliked", "downvoted", "unhelpful", "incorrect", "wrong", "complaints", "complaint", "issues",
-        "refusal", "inaccurate", "inaccuracy", "unsafe",
-    ),
-    "chosen": ("preferred", "better", "winner", "accepted", "good", "best", "positive", "response_j"),
-    "rejected": ("dispreferred", "worse", "loser", "bad", "worst", "negative", "response_k"),
-}  # fmt: skip
-# Words in names of columns that are no labels, such as vote_count
-_NO_LABELS = frozenset(
-    (
-        "id", "ids", "uuid", "key", "index", "idx", "count", "counts", "num", "n", "latency", "time", "timestamp",
-        "date", "duration", "seconds", "ms", "length", "tokens", "cost", "comment", "comments", "reason", "version",
-        "max", "min", "std", "sd", "variance", "suggestion", "suggestions",
-    )
-)  # fmt: skip
-
-
-def rating_of(row: Mapping[str, Any]) -> str | None:
-    """The column of a row that looks like a label, or None.
-
-    Example:
-        >>> rating_of({"prompt": "Hi", "stars": 4}), rating_of({"prompt": "Hi", "vote_count": 4})
-        ('stars', None)
-    """
-    return _like("label", {name: [value] for name, value in row.items()})
-
-
-def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
-    """The columns that look like prompt, completion and label, or like chosen and rejected.
-
-    Args:
-        columns: name → the values of a few rows.
-
-    Returns:
-        Missing column → the column that looks like it.
-
-    Example:
-        >>> proposed({"question": ["Why?"], "completion": ["So."], "rating": [4]})
-        {'prompt': 'question', 'label': 'rating'}
-    """
-    is_paired = "chosen" in columns or "rejected" in columns
-    if not is_paired and "completion" not in columns:
-        is_paired = all(_like(name, columns) for name in ("chosen", "rejected"))
-    found = {}
-    for name in ("prompt", "chosen", "rejected") if is_paired else ("prompt", "completion", "label"):
-        free = {each: values for each, values in columns.items() if each not in found.values()}
-        like = None if name in columns else _like(name, free)
-        if like is not None:
-            found[name] = like
-    return found
-
-
-def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:
-    free = [each for each in columns if each not in READ and _may_be(name, columns[each])]
-    if name != "label":
-        return _named_like(name, free)
-    free = [each for each in free if not _NO_LABELS.intersection(words_of(each))]
-    better = [each for each in free if not is_lower_better(each)]
-    return _named_like(name, better) or _named_like(name, free)
-
-
-def _named_like(name: str, free: Sequence[str]) -> str | None:
-    lower = {"_".join(words_of(each)): each for each in free}
-    words = (name, *_CALLED[name])
-    for word in words:
-        if word in lower:
-            return lower[word]
-    for word in words:
-        parts = [each for each in free if word in words_of(each)]
-        if parts:
-            return parts[0]
-    return None
-
-
-def _may_be(name: str, values: Sequence[Any]) -> bool:
-    values = [value for value in values if value is not None]
-    if name == "label":
-        return any(isinstance(value, bool | int | float | Decimal | str) for value in values) and not any(
-            isinstance(value, str) and len(value) > 40 for value in values
-        )
-    if all(str(value).strip().lower() in _VERDICTS for value in values):
-        return False
-    return any(isinstance(value, str) or (isinstance(value, list) and is_messages(value)) for value in values)
 
 
 def _has_messages(text: str) -> bool:
@@ -197,27 +117,56 @@ def check_readable(
     if {"prompt_ids", "completion_ids"} <= set(names):  # prepared
         return []
     is_paired = "chosen" in names or "rejected" in names
-    likely = proposed(columns)
     needed = ["chosen", "rejected"] if is_paired else ["prompt", "completion", *(["label"] if needs_label else [])]
-    missing = [name for name in needed if name not in names]
-    families = _families(columns) if missing else []
+    _check_columns(columns, where, [name for name in needed if name not in names], given)
+    _check_messages(columns, where, given)
+    if not is_paired:
+        _check_labels(columns.get("label", ()), where)
+    _check_answers(columns, where)
+    lacks_prompt = is_paired and "prompt" not in names and _are_answers(columns)
+    if lacks_prompt and (theirs := proposed(columns).get("prompt")):
+        raise ValueError(
+            f"{where} has pairs without a prompt, and its column {theirs} would be ignored. If it is the prompt, set "
+            f"--columns {as_option({'prompt': theirs, **given})}. If not, remove the column."
+        )
+    ignored = {name: columns[name] for name in names if name not in READ}
+    return [
+        *_ignored_texts(ignored, columns, where, lacks_prompt=lacks_prompt),
+        *_misspelt(ignored, names, where),
+        *(_ignored_labels(columns, where, given) if is_paired else ()),
+        *_refused(ignored, where),
+        *(_worse_scores(columns, names, where) if is_paired else ()),
+    ]
+
+
+def _check_columns(
+    columns: Mapping[str, Sequence[Any]], where: str, missing: Sequence[str], given: Mapping[str, str]
+) -> None:
+    """Raise ValueError if columns are missing, or if the only row of a file is a table of rows."""
+    families = families_of(columns) if missing else []
     is_nested = any(isinstance(label, list | Mapping) for label in columns.get("label", ()))
     whole = whole_file(columns) if (missing and not families) or is_nested else None
     if whole is not None:
         raise ValueError(f"{where} has only one row, {whole}")
-    if missing and (fault := _header_fault(names, columns)):
+    if not missing:
+        return
+    names, likely = [name for name in columns if name != UNREAD], proposed(columns)
+    if fault := _header_fault(names, columns):
         raise ValueError(f"{where} {fault}")
-    if missing:
-        raise ValueError(
-            f"{where} lacks the column{'s' * (len(missing) > 1)} {_and(missing)}; found "
-            f"{', '.join(given.get(name, name) for name in names)}. "
-            + (
-                _as_rated(where, columns, likely, families) or _proposal(likely, given, columns, missing)
-                if set(missing) <= set(likely) or not families
-                else f"{_unless_rated(names, families)} looks like {' or '.join(families)} data: trl-ulma prepare "
-                f"{families[0]} --dataset {where} --output FOLDER"
-            )
+    raise ValueError(
+        f"{where} lacks the column{'s' * (len(missing) > 1)} {listed(missing)}; found "
+        f"{', '.join(given.get(name, name) for name in names)}. "
+        + (
+            as_rated(where, columns, likely, families) or proposal(likely, given, columns, missing)
+            if set(missing) <= set(likely) or not families
+            else f"{unless_rated(names, families)} looks like {' or '.join(families)} data: trl-ulma prepare "
+            f"{families[0]} --dataset {where} --output FOLDER"
         )
+    )
+
+
+def _check_messages(columns: Mapping[str, Sequence[Any]], where: str, given: Mapping[str, str]) -> None:
+    """Raise ValueError if messages are stored as text."""
     for name in TEXTS:
         if any(isinstance(value, str) and _has_messages(value) for value in columns.get(name, ())):
             raise ValueError(
@@ -233,82 +182,106 @@ def check_readable(
                 "lines file. For conversations of turns with `from` and `value`, in a column `conversations`, "
                 "trl-ulma prepare sharegpt does this."
             )
-    labels = [value for value in columns.get("label", ()) if value is not None]
+
+
+def _check_labels(values: Sequence[Any], where: str) -> None:
+    """Raise ValueError if most labels are words. A few words among numbers are invalid rows, which the trainer lists
+    together with all others.
+    """
+    labels = [value for value in values if value is not None]
     labels = [label for label, is_missing in zip(labels, are_missing(labels), strict=True) if not is_missing]
     words = [value for value in labels if isinstance(value, str)]
-    # A few words among numbers are invalid rows, which the trainer lists together with all others
-    if 2 * len(words) > len(labels) and not is_paired:
-        words = list(dict.fromkeys(words))
-        shown = ", ".join(repr(word if len(word) <= 40 else f"{word[:40]}…") for word in words[:5])
-        if any(_COMMA.fullmatch(word.strip()) for word in words):
-            raise ValueError(
-                f"{where} has labels with a comma ({shown}). Write them with a decimal point and without separators, "
-                "as in 0.5 and 1234."
-            )
-        if all(word.rstrip().endswith("%") for word in words):
-            raise ValueError(
-                f"{where} has labels with a percent sign ({shown}). Write them as numbers between 0 and 1, as in 0.8."
-            )
+    if 2 * len(words) <= len(labels):
+        return
+    words = list(dict.fromkeys(words))
+    shown = ", ".join(repr(word if len(word) <= 40 else f"{word[:40]}…") for word in words[:5])
+    if any(_COMMA.fullmatch(word.strip()) for word in words):
         raise ValueError(
-            f"{where} has labels that are words ({shown}). Map them to numbers: --label_map "
-            + _meanings([word for word in words if len(word) <= 40] or ["WORD"])
+            f"{where} has labels with a comma ({shown}). Write them with a decimal point and without separators, as in "
+            "0.5 and 1234."
         )
+    if all(word.rstrip().endswith("%") for word in words):
+        raise ValueError(
+            f"{where} has labels with a percent sign ({shown}). Write them as numbers between 0 and 1, as in 0.8."
+        )
+    raise ValueError(
+        f"{where} has labels that are words ({shown}). Map them to numbers: --label_map "
+        + label_map_for([word for word in words if len(word) <= 40] or ["WORD"])
+    )
+
+
+def _check_answers(columns: Mapping[str, Sequence[Any]], where: str) -> None:
+    """Raise ValueError if chosen and rejected are names of columns."""
     halves = {str(half).strip().lower() for name in ("chosen", "rejected") for half in columns.get(name, ())}
-    texts = [name for name in names if {"model", *_CALLED["completion"]}.intersection(words_of(name))]
+    texts = [
+        name for name in columns if name != UNREAD and {"model", *CALLED["completion"]}.intersection(words_of(name))
+    ]
     if halves and all(any(half == name.lower() or half in words_of(name) for name in texts) for half in halves):
         raise ValueError(
-            f"{where} has names in the place of answers: chosen and rejected are {_and(sorted(halves))}, as in the "
-            f"columns {_and(texts)}. Write the answers themselves."
+            f"{where} has names in the place of answers: chosen and rejected are {listed(sorted(halves))}, as in the "
+            f"columns {listed(texts)}. Write the answers themselves."
         )
-    lacks_prompt = is_paired and "prompt" not in names and _are_answers(columns)
-    if lacks_prompt and "prompt" in likely:
-        raise ValueError(
-            f"{where} has pairs without a prompt, and its column {likely['prompt']} would be ignored. If it is the "
-            f"prompt, set --columns {_as_option({'prompt': likely['prompt'], **given})}. If not, remove the column."
-        )
+
+
+def _ignored_texts(
+    ignored: Mapping[str, Sequence[Any]], columns: Mapping[str, Sequence[Any]], where: str, *, lacks_prompt: bool
+) -> Iterator[str]:
+    """A warning about columns with texts that answers may depend on."""
     unread = [
         name
-        for name in names
-        if name not in READ
-        and (
-            (_is_context(name) and _is_lost(name, columns)) or (lacks_prompt and any(map(_is_question, columns[name])))
-        )
+        for name, values in ignored.items()
+        if (_is_context(name) and is_lost(name, columns)) or (lacks_prompt and any(map(_is_question, values)))
     ]
-    said = []
     if unread:
-        said.append(
-            f"{where}: the text in column{'s' * (len(unread) > 1)} {_and(unread)} is ignored. If the answers depend on "
-            "it, put it into the prompt."
+        yield (
+            f"{where}: the text in column{'s' * (len(unread) > 1)} {listed(unread)} is ignored. If the answers depend "
+            "on it, put it into the prompt."
         )
-    said += [
-        f"{where}: the column {name} is ignored. If it is {meant}, set --columns {_quoted(f'{meant}={name}')}."
-        for name in names
-        if name not in READ and (meant := _MISSPELT.get(re.sub(r"[^a-z]", "", name.lower()))) and meant not in names
-    ]
-    if is_paired and "label" in names and any(value is not None for value in columns["label"]):
-        said.append(
+
+
+def _misspelt(ignored: Iterable[str], names: Sequence[str], where: str) -> Iterator[str]:
+    """A warning about each column whose name is nearly that of an optional column."""
+    for name in ignored:
+        meant = _MISSPELT.get(re.sub(r"[^a-z]", "", name.lower()))
+        if meant is not None and meant not in names:
+            yield (
+                f"{where}: the column {name} is ignored. If it is {meant}, set --columns {quoted(f'{meant}={name}')}."
+            )
+
+
+def _ignored_labels(columns: Mapping[str, Sequence[Any]], where: str, given: Mapping[str, str]) -> Iterator[str]:
+    """A warning about labels beside pairs."""
+    if any(value is not None for value in columns.get("label", ())):
+        yield (
             f"{where}: the column {given.get('label', 'label')} is ignored, because of each pair the chosen answer is "
             "good and the rejected one bad. If it says which answer is better, swap the answers accordingly."
         )
-    for name in (name for name in names if name not in READ):
-        values = [str(value).strip() for value in columns[name]]
-        if not name.lower().endswith("status") and not _VERDICTS.issuperset(value.lower() for value in values):
+
+
+def _refused(ignored: Mapping[str, Sequence[Any]], where: str) -> Iterator[str]:
+    """A warning about each column that says of some rows that they do not count."""
+    for name, given_values in ignored.items():
+        values = [str(value).strip() for value in given_values]
+        if not name.lower().endswith("status") and not VERDICTS.issuperset(value.lower() for value in values):
             continue
         refused = [value for value in values if value.lower() in _REFUSED]
         if refused:
-            said.append(
-                f"{where}: the column {name}, which is not read, says {_and(list(dict.fromkeys(refused)))} in "
+            yield (
+                f"{where}: the column {name}, which is not read, says {listed(list(dict.fromkeys(refused)))} in "
                 f"{len(refused)} of the first {len(values)} rows. Remove such rows if they do not count."
             )
+
+
+def _worse_scores(columns: Mapping[str, Sequence[Any]], names: Sequence[str], where: str) -> Iterator[str]:
+    """A warning about pairs whose scores say the opposite."""
     scored = scores_of(names)
     scores = [columns[name] for name in scored]
-    worse = sum(is_worse(*pair) for pair in zip(*scores, strict=True)) if is_paired else 0
+    worse = sum(is_worse(*pair) for pair in zip(*scores, strict=True))
     if worse:
-        said.append(
+        yield (
             f"{where}: {worse} of its first {len(scores[0])} pairs have a {scored[0]} below their {scored[1]}, so "
             "their chosen answer is not the better one. Swap or remove them, unless lower scores are better."
         )
-    return said
 
 
 # What survey and labeling tools write in a column such as AssignmentStatus about work that does not count
@@ -327,8 +300,6 @@ _REFUSED = frozenset(
         "survey test",
     )
 )
-# What Prodigy writes in its column `answer` about a row
-_VERDICTS = frozenset(("accept", "reject", "ignore"))
 # Names of optional columns without their punctuation, also in the plural
 _MISSPELT = {
     name.replace("_", "") + plural: name
@@ -362,56 +333,6 @@ def is_worse(chosen: Any, rejected: Any) -> bool:
     return isinstance(good, int | float) and isinstance(bad, int | float) and good < bad
 
 
-# Common words for good and bad labels
-_GOOD = frozenset(
-    (
-        "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
-        "right", "chosen", "accepted", "win", "helpful", "safe", "desirable", "satisfied", "y", "t", "+", "👍", "ja",
-        "oui", "sí", "wahr", "vrai", "verdadero", "thumbs up", "thumb up", "thumbsup", "+1", "upvote", "upvoted",
-    )
-)  # fmt: skip
-_BAD = frozenset(
-    (
-        "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
-        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "undesirable", "dissatisfied", "n", "f", "-",
-        "👎", "nein", "non", "falsch", "faux", "falso", "thumbs down", "thumb down", "thumbsdown", "-1", "downvote",
-        "downvoted",
-    )
-)  # fmt: skip
-
-
-def _meanings(words: Sequence[str]) -> str:
-    """The value to suggest for `--label_map`, with numbers for known words.
-
-    Example:
-        >>> _meanings(["thumbs_down", "👍🏽"]), _meanings(["very good", "poor"])
-        ('thumbs_down=0,👍🏽=1', '"very good=NUMBER,poor=NUMBER"')
-    """
-    plain = {word: _plain(word) for word in words[:10]}
-    numbers = {word: 1 if key in _GOOD else 0 if key in _BAD else "NUMBER" for word, key in plain.items()}
-    return _quoted(",".join(f"{word}={number}" for word, number in numbers.items()))
-
-
-def _plain(word: str) -> str:
-    """A label without skin tones, colons of emoji names, and the case."""
-    word = re.sub("[\N{VARIATION SELECTOR-16}\U0001f3fb-\U0001f3ff]", "", word.strip().lower())
-    if word.startswith(":") and word.endswith(":"):
-        word = word[1:-1]
-    return re.sub(r"(?<=\w)[_-](?=\w)", " ", word)
-
-
-def _quoted(text: str) -> str:
-    """A value for the command line, quoted for the shell if it needs quotes.
-
-    Example:
-        >>> _quoted("label=rating"), _quoted("label=Your rating"), _quoted("label=Is it $5?")
-        ('label=rating', '"label=Your rating"', "'label=Is it $5?'")
-    """
-    if re.fullmatch(r"[^\s\\$`\"'!&|;<>()*?\[\]{}#~]+", text):
-        return text
-    return shlex.quote(text) if set(text) & set('\\$`"!') else f'"{text}"'
-
-
 def whole_file(columns: Mapping[str, Sequence[Any]]) -> str | None:
     """How to write a file whose only object holds all rows. None if it does not look so.
 
@@ -435,22 +356,6 @@ def whole_file(columns: Mapping[str, Sequence[Any]]) -> str | None:
             'with df.to_json(FILE, orient="records", lines=True).'
         )
     return None
-
-
-def _families(columns: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The families of `trl-ulma prepare` that have these columns."""
-    from trl_ulma.data.adapters import FAMILIES, find
-
-    return [name for name in FAMILIES if find(name).reads(columns)]
-
-
-def _unless_rated(names: Sequence[str], families: Sequence[str]) -> str:
-    """The start of a proposal. A family that makes demonstrations of all answers may ignore a column of labels."""
-    from trl_ulma.data.adapters import find
-
-    if not find(families[0]).rated or not find(families[0]).unused(names):
-        return "It"
-    return "If a column says how good answers are, name it: --columns label=COLUMN. If not, it"
 
 
 def _header_fault(names: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> str:
@@ -482,35 +387,6 @@ def _header_fault(names: Sequence[str], columns: Mapping[str, Sequence[Any]]) ->
     return ""
 
 
-def _as_rated(
-    where: str, columns: Mapping[str, Sequence[Any]], likely: Mapping[str, str], families: Sequence[str]
-) -> str:
-    """The proposal of a family that reads a text, such as the input of Alpaca, besides those that rows have. Else "".
-
-    Example:
-        >>> rows = {"instruction": ["Add."], "input": ["2 + 2"], "output": ["4"], "rating": [5]}
-        >>> print(_as_rated("a.csv", rows, proposed(rows), ["alpaca"]))
-        `rating` looks like the label of alpaca data: trl-ulma prepare alpaca --dataset a.csv --output FOLDER --columns
-        label=rating --label_type continuous
-    """
-    from trl_ulma.data.adapters import find
-
-    if "label" not in likely or not families or find(families[0]).rated != families[0]:
-        return ""
-    unused = find(families[0]).unused(columns)
-    if not any(name not in (*unused, *likely.values()) and _is_lost(name, columns) for name in columns):
-        return ""
-    label = likely["label"]
-    values = [number(value) if isinstance(value, str) else value for value in columns[label]]
-    is_rating = any(isinstance(value, int | float | Decimal) and not 0 <= value <= 1 for value in values)
-    hint = direction(label) + _others(likely, columns)
-    return (
-        f"`{label}` looks like the label of {families[0]} data: trl-ulma prepare {families[0]} --dataset {where} "
-        f"--output FOLDER --columns {_as_option({'label': label})}{' --label_type continuous' * is_rating}"
-        + (f".{hint}" if hint else "")
-    )
-
-
 # Names of columns, without their punctuation, whose text belongs before the answer, as the prompt does
 _CONTEXTS = re.compile(
     "(system|sys)(prompt|message|instruction|text)?s?|(inputs?|context|background|passage|document)(text)?s?|"
@@ -520,30 +396,6 @@ _CONTEXTS = re.compile(
 
 def _is_context(name: str) -> bool:
     return _CONTEXTS.fullmatch("".join(words_of(name))) is not None
-
-
-def _is_lost(name: str, columns: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a column has texts or messages that are not in the prompts of their rows.
-
-    Example:
-        >>> _is_lost("context", {"context": ["Ann is 5."], "prompt": ["Ann is 5. How old is she?"]})
-        False
-    """
-    prompts = columns.get("prompt", columns.get("chosen", ()))
-    return any(
-        text.strip() not in "\n".join(_texts(prompt))
-        for value, prompt in zip_longest(columns[name], prompts)
-        for text in _texts(value)
-    )
-
-
-def _texts(value: Any) -> list[str]:
-    """The texts of a value: of a text, a list, or messages."""
-    if isinstance(value, Mapping):
-        value = next((value[key] for key in ("content", "value", "text") if key in value), None)
-    if isinstance(value, list):
-        return [text for each in value for text in _texts(each)]
-    return [value] if isinstance(value, str) else []
 
 
 # Letters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, and those of Japanese and Chinese
@@ -575,66 +427,3 @@ def _are_answers(columns: Mapping[str, Sequence[Any]]) -> bool:
         for half in halves
         if isinstance(half, str) or (half and is_messages(half))
     )
-
-
-def _as_option(columns: Mapping[str, str]) -> str:
-    """The value for `--columns`, in the order of `READ`."""
-    return _quoted(",".join(f"{ours}={columns[ours]}" for ours in dict.fromkeys((*READ, *columns)) if ours in columns))
-
-
-def _proposal(
-    likely: Mapping[str, str],
-    given: Mapping[str, str],
-    columns: Mapping[str, Sequence[Any]],
-    missing: Sequence[str],
-) -> str:
-    if not likely or (set(likely) == {"label"} and len(missing) > 1):  # a label alone is of no use
-        return (
-            "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
-            "columns with --columns, as in --columns prompt=question,completion=response,label=rating"
-        )
-    (first, theirs), *others = likely.items()
-    said = _and([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
-    hint = direction(likely.get("label", "")) + _others(likely, columns)
-    return f"{said}: --columns {_as_option({**likely, **given})}" + (f".{hint}" if hint else "")
-
-
-def _others(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> str:
-    """What to do about the labels of other raters or answers, such as rating_2 beside rating_1. "" if there are none.
-
-    Example:
-        >>> _others({"label": "rating_1"}, {"rating_1": [4], "rating_2": [5]})
-        ' `rating_2` stays unread. To keep all ratings, write one row per rating.'
-    """
-
-    def alike(name: str) -> list[str]:
-        return [
-            each
-            for each in columns
-            if name in likely and each != likely[name] and each not in READ and _may_be(name, columns[each])
-            if _without_number(each) == _without_number(likely[name])
-        ]
-
-    labels, answers = alike("label"), alike("completion")
-    if not labels:
-        return ""
-    unread = ", ".join(f"`{name}`" for name in (*answers, *labels))
-    is_one = len(labels) + len(answers) == 1
-    return (
-        f" {unread} stay{'s' * is_one} unread. To keep all {'answers' if answers else 'ratings'}, write one row per "
-        f"{'answer' if answers else 'rating'}."
-    )
-
-
-def _without_number(name: str) -> list[str]:
-    """The words in the name of a column, without the number or letter of a rater.
-
-    Example:
-        >>> _without_number("rater_a_score"), _without_number("Rater2 Score")
-        (['rater', 'score'], ['rater', 'score'])
-    """
-    return [word for each in words_of(name) if len(word := each.rstrip("0123456789")) > 1]
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
