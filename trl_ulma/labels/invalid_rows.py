@@ -10,10 +10,13 @@ from trl_ulma.labels.texts import start_of
 
 # How many invalid rows an error lists, and of how many others it gives the lines
 LISTED = 20
+# If all rows are invalid for one reason, and there are more than these, it is said once
+_FEW = 3
 PLACES = 200
 # The end of the fault of a label outside [0, 1]
 NOT_BINARY = 'Rescale it, or set label_type="continuous".'
 _FIX = 'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
+_FIX_ALL = "No other row is left, so fix these rows or the settings."
 _ARE_RATINGS = (
     'Many labels are outside [0, 1], as ratings and scores are. Set label_type="continuous". Do not leave these rows '
     "out: the low ratings would stay, and count as likes."
@@ -194,12 +197,18 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str | No
         >>> print(list_invalid([error.at(3, "train").at_prompt("Hi")], 4, "train"))
         Row 3 of the train dataset: label is 'x'; it must be a number.
         Its prompt begins: 'Hi'
+        >>> print(list_invalid([error.at(row, "train") for row in range(4)], 4, "train"))
+        All 4 rows of the train dataset are invalid for the same reason. The first:
+          Row 0 of the train dataset: label is 'x'; it must be a number.
     """
     if len(found) == 1:
         return str(found[0]) + (f"\nIts prompt begins: {found[0].prompt!r}" if found[0].prompt else "")
     found = _in_order(found)
     of = "" if total is None else f" of {total:,}"
     of_dataset = "" if where is None else f" of the {where} dataset"
+    if len(found) == total and total > _FEW and len({(each.subject, each.fault) for each in found}) == 1:
+        prompt = f" Prompt: {found[0].prompt!r}" if found[0].prompt else ""
+        return f"All {total:,} rows{of_dataset} are invalid for the same reason. The first:\n  {found[0]}{prompt}"
     lines = [f"{len(found):,}{of} rows{of_dataset} are invalid:"]
     # Both halves of a pair can have the same error, such as an invalid weight
     listed = [f"  {each}" + (f" Prompt: {each.prompt!r}" if each.prompt else "") for each in found[:LISTED]]
@@ -242,7 +251,9 @@ def _in_order(found: Sequence[InvalidRow]) -> Sequence[InvalidRow]:
 def refuse_invalid(found: Sequence[InvalidRow], total: int | None, where: str) -> None:
     """Raise `InvalidRows`, which lists all invalid rows and what to do; do nothing if there are none."""
     if found:
-        raise InvalidRows.of(found, total, where, _ARE_RATINGS if look_like_ratings(found, total) else _FIX)
+        is_all = len({each.origin or each.row for each in found}) == total
+        remedy = _ARE_RATINGS if look_like_ratings(found, total) else _FIX_ALL if is_all else _FIX
+        raise InvalidRows.of(found, total, where, remedy)
 
 
 def look_like_ratings(found: Sequence[InvalidRow], total: int | None) -> bool:
