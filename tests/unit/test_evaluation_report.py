@@ -367,6 +367,10 @@ def test_noise_of_a_correlation_does_not_fill_its_axis():
     assert np.diff(spearman.get_ylim()) == pytest.approx(0.2)
     assert np.mean(spearman.get_ylim()) == pytest.approx(0.731)
     assert np.diff(loss.get_ylim()) < 0.2
+    small = [{"step": step, "eval_loss": 0.7528 + 0.0001 * step, "kl": 0.001 * step} for step in range(4)]
+    loss, kl = figures.training_curves({"run": small}, ["eval_loss", "kl"]).axes
+    assert np.diff(loss.get_ylim()) == pytest.approx(0.05 * 0.753, rel=1e-3)
+    assert np.diff(kl.get_ylim()) < 0.004
     wide = [{"step": step, "rewards/auc": step / 10} for step in range(9)]
     assert np.diff(figures.training_curves({"run": wide}, ["rewards/auc"]).axes[0].get_ylim()) > 0.8
 

@@ -32,6 +32,8 @@ LINES = ("-", "--", "-.", ":")
 _GRID, _GRID_DARK, _GUIDE = "#E6E6E6", "#3A3E46", "#8A8A8A"
 # Figures between -1 and 1, whose axis spans this much at least, so that noise does not look like a collapse
 _AT_MOST_1, _LEAST_RANGE = ("accuracies", "auc", "pearson", "spearman"), 0.2
+# The same of losses, as a share of their value
+_LEAST_SHARE = 0.05
 VERDICT_STYLES = {
     "win": {"color": "#0072B2", "hatch": "", "text": "white"},
     "tie": {"color": "#E6E6E6", "hatch": "..", "text": "black"},
@@ -194,10 +196,12 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
             style = _line_style(i)
             every = max(1, len(points) // 8)
             axes.plot(*zip(*points, strict=True), label=run, linewidth=1.6, markersize=5, markevery=every, **style)
-        if metric.rpartition("/")[2] in _AT_MOST_1:
-            low, high = axes.get_ylim()
-            wider = max(_LEAST_RANGE - (high - low), 0) / 2
-            axes.set_ylim(low - wider, high + wider)
+        name, (low, high) = metric.rpartition("/")[2], axes.get_ylim()
+        least = _LEAST_RANGE if name in _AT_MOST_1 else 0.0
+        if name in ("loss", "eval_loss"):
+            least = _LEAST_SHARE * abs(low + high) / 2
+        wider = max(least - (high - low), 0) / 2
+        axes.set_ylim(low - wider, high + wider)
         steps = {step for points in lines.values() for step, _ in points}
         if len(steps) == 1:  # the ticks around a single point would be fractions
             axes.set_xlim(min(steps) - 1, min(steps) + 1)
