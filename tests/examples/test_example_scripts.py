@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,17 @@ def test_the_commands_for_several_gpus_run_on_two_processes(name, tiny_llama):
     state = AutoModelForCausalLM.from_pretrained(f"{name}-out").state_dict()
     before = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     assert any(not torch.equal(weight, before[key]) for key, weight in state.items())
+
+
+def test_uv_finds_this_package_and_its_python_in_the_first_lines():
+    project = tomllib.loads((SCRIPTS.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    [block] = re.findall(r"^# /// script\n(.*?)^# ///$", (SCRIPTS / "pointwise_dpo.py").read_text(), re.M | re.S)
+    found = tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in block.splitlines()))
+    [name, extras] = re.fullmatch(r"([\w-]+)\[([\w,]+)\]", *found["dependencies"]).groups()
+    assert name == project["name"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    assert found["requires-python"] == project["requires-python"]
+    assert (SCRIPTS / found["tool"]["uv"]["sources"][name]["path"]).resolve() == SCRIPTS.parents[1].resolve()
 
 
 @pytest.mark.parametrize(("file", "kind"), [("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")])
