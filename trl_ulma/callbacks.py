@@ -209,7 +209,7 @@ class TimeLeft(TrainerCallback):
         if left and done in (1, total // 10, total // 4, total // 2, total * 3 // 4):
             seconds = (time.monotonic() - self._begun) / done * left
             # Later, the time so far contains some of them
-            more = ", and the time of evaluations" if done == 1 and args.eval_strategy != "no" else ""
+            more = ", plus evaluations" if done == 1 and args.eval_strategy != "no" else ""
             self._say(f"Step {state.global_step:,} of {state.max_steps:,}: about {_duration(seconds)} left{more}.")
 
 

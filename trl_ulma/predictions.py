@@ -189,6 +189,7 @@ def alike(
             )
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     order = "" if label is None else order_in_words(predicted, label, continuous)
+    few = "" if label is None else ", and the most surprising labels are mostly the lowest and the highest"
     if order and trained_on:
         order += f" This includes {trained_on:,} that were trained on; `trl-ulma evaluate` measures held-out ones."
     elif order:
@@ -197,7 +198,7 @@ def alike(
         order = "Their order can be right all the same; `trl-ulma evaluate` measures it on rows with labels."
     return (
         f"The predicted labels of {these} are nearly alike: 90% of them are between {low:.3g} and {high:.3g}{than}. "
-        f"Their values say little. {order}"
+        f"Their values say little{few}. {order}"
     )
 
 
@@ -212,8 +213,9 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
         >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
         >>> held_out_alike(rows, LabelRules("continuous"))
         'The predicted labels of the 3 held-out rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90%
-        of their labels between -0.9 and 0.9. Their values say little. Their order agrees with that of the labels at a
-        rank correlation of 1.00 (Spearman; 0 by chance). `trl-ulma evaluate` gives its interval.'
+        of their labels between -0.9 and 0.9. Their values say little, and the most surprising labels are mostly the
+        lowest and the highest. Their order agrees with that of the labels at a rank correlation of 1.00 (Spearman; 0 by
+        chance). `trl-ulma evaluate` gives its interval.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """

@@ -129,7 +129,7 @@ def test_check_names_the_line_of_a_label_far_outside_the_others(tiny_gpt2, tmp_p
     argv = ["--method", "pointwise-dpo", "--model", tiny_gpt2, "--dataset", "stars.csv", "--label_type", "continuous"]
     assert check.main([*argv, "--label_transform", "standardize", "--eval_strategy", "no", "--bf16", "false"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "which are between 1 and 5: 55 (stars.csv, line 9)." in said
+    assert "which are between 1 and 5: 55 (stars.csv, line 9, prompt 'Why 7?')." in said
 
 
 def test_check_names_a_held_out_label_far_outside_the_others(tiny_gpt2, tmp_path, monkeypatch, caplog):
@@ -150,7 +150,7 @@ def test_check_names_a_held_out_label_far_outside_the_others(tiny_gpt2, tmp_path
         assert warned.startswith(
             "The eval dataset: 1 label is far outside the others, which are between 1 and 5: -44 ("
         )
-        assert "rows/test.csv, line 4)." in warned
+        assert "rows/test.csv, line 4, prompt 'Who?')." in warned
 
 
 def test_check_names_repeated_and_contradicting_held_out_rows(tiny_gpt2, tmp_path, monkeypatch, capsys, caplog):

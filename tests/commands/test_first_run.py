@@ -151,7 +151,11 @@ def test_odd_labels_are_named_once_more_beside_what_has_to_be_corrected(without_
     out, err = capfd.readouterr()
     end = out[out.index("Memory on one device") :]
     assert "Look at this before you train: 1 label is far outside the others, which are between 1 and 5: 9 (" in end
-    assert "rows.csv, line 21)" in end
+    assert "rows.csv, line 21, prompt 'Why 19?')" in end
+    assert "far outside" not in out[: out.index("Memory on one device")]
+    if is_invalid:  # the rows are looked at once more before the training
+        assert "trl-ulma check --method pointwise-dpo" in err
+        assert err.endswith("--invalid_rows drop\n")
     assert ("rows.csv, line 22: label is the text 'N/A'" in err) == is_invalid == ("Ready." not in end)
 
 

@@ -66,7 +66,7 @@ def test_the_first_time_left_does_not_contain_evaluations():
     callback.on_train_begin(None, state, None)
     state.global_step = 1
     callback.on_step_end(SimpleNamespace(eval_strategy="epoch"), state, None)
-    assert lines[-1].endswith("seconds left, and the time of evaluations.")
+    assert lines[-1].endswith("seconds left, plus evaluations.")
 
 
 def test_an_evaluation_after_the_training_is_shown_without_a_bar(capsys):

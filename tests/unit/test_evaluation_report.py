@@ -449,7 +449,7 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
         assert "tuned" in section
         assert "m (base)" not in section
     assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
-    assert "Rows with a continuous label of 3 and above are chosen." in text
+    assert "Rows with a continuous label of 3, the mean of the training, and above are chosen." in text
     assert "| model | chosen | rejected | margin | accuracy, all rows |" in text
     assert "3 refused, 1 cut" in text
     assert "| tuned | the model's answer first | 2 | filtered |" in text
@@ -516,6 +516,23 @@ def test_what_can_be_concluded_is_said_first(rows, strength, said):
     for is_short in (False, True):
         parts = report.document({**facts, "pictures": [], "judges": []}, is_short=is_short)
         assert any("What to do next: " in part.text for part in parts if isinstance(part, Text)) == is_open
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (0.9, "was right about 90% of the rows that it was trained on, and here about 51%. So it knows its own rows"),
+        (0.5, "was right about 50% of the rows that it was trained on, and here about 51%. So it has learned little."),
+        (None, "What to do next: rate answers to more prompts"),
+    ],
+)
+def test_an_open_evaluation_has_one_advice_by_what_was_learned_in_training(own, said):
+    facts = facts_of(200, 0.0)
+    facts["models"][0] |= {"accuracy_in_training": own, "split": {"accuracies": Estimate(0.51, 0.4, 0.6, 200)}}
+    texts = [part.text for part in report.document({**facts, "pictures": []}) if isinstance(part, Text)]
+    [text] = [text for text in texts if "to do next" in text]
+    assert said in text
+    assert ("more epochs" in text.replace("no more epochs", "")) == (own != 0.9)
 
 
 def test_a_figure_without_an_interval_is_not_said_to_include_chance():

@@ -84,6 +84,18 @@ def _rows(curves: Mapping[str, Sequence[Any]]) -> int:
     return min(sum(each.rows for each in bins) for bins in curves.values())
 
 
+def accuracy_in_training(logs: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean of `rewards/accuracies` in the last quarter of the logs of a training. None if it was not logged.
+
+    Example:
+        >>> accuracy_in_training([{"rewards/accuracies": each} for each in (0.5, 0.5, 0.6, 0.8)])
+        0.8
+    """
+    found = [float(log["rewards/accuracies"]) for log in logs if log.get("rewards/accuracies") is not None]
+    last = found[-max(len(found) // 4, 1) :]
+    return sum(last) / len(last) if last else None
+
+
 def training_log(folder: Path) -> list[dict[str, Any]]:
     """Return the `log_history` of `trainer_state.json` in a folder, or in its last checkpoint.
 

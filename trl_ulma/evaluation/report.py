@@ -121,7 +121,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     sentences = conclusions(facts)
     parts += [Text(sentence, strong=True) for sentence in sentences]
     if any(_UNDECIDED in sentence for sentence in sentences):
-        parts.append(Text(_NEXT))
+        parts.append(Text(_what_next(models)))
     methods = ["bootstrap over prompts"]
     methods += ["Wilson for shares"] if facts["judges"] else []
     methods += ["Student's t over seeds"] if facts["over_seeds"] else []
@@ -257,12 +257,31 @@ def _corrected(difference: Mapping[str, Any]) -> str:
 
 _NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
 _UNDECIDED = "nothing can be concluded: the interval includes"
-_NEXT = (
-    "What to do next: evaluate more prompts, because an interval of four times as many is about half as wide. Rate "
-    "answers to more prompts, or train again with a larger held-out part, such as --test_split_size 0.5. If a figure "
-    "stays near chance, the model has learned little: train for more epochs or with a higher learning rate, and check "
-    "whether two people give the same label to an answer."
-)
+# From this accuracy in training on, a model knows the rows that it was trained on
+_KNOWS = 0.7
+
+
+def _what_next(models: Sequence[Mapping[str, Any]]) -> str:
+    """What to do if an interval includes chance, as far as the accuracy in training tells."""
+    said = "What to do next: "
+    for model in models:
+        own, new = model.get("accuracy_in_training"), (model.get("split") or {}).get("accuracies")
+        if own is None or new is None:
+            continue
+        said += (
+            f"at the end of its training, {model['name']} was right about {own:.0%} of the rows that it was trained "
+            f"on, and here about {new.value:.0%}. "
+        )
+        if own >= _KNOWS:
+            return said + (
+                "So it knows its own rows, and no more epochs are needed. Rate answers to more prompts, for the "
+                "training and for this evaluation: an interval of four times as many prompts is half as wide."
+            )
+        return said + "So it has learned little. Train for more epochs, or with 3 times the learning rate."
+    return said + (
+        "rate answers to more prompts: an interval of four times as many is half as wide. If a figure stays near "
+        "chance, train for more epochs or with a higher learning rate."
+    )
 
 
 def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
@@ -363,7 +382,7 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any], *, is_s
     which = (
         "Rows with a label of ½ and above are chosen. Accuracy and AUC leave out rows with a label of exactly ½."
         if center is None
-        else f"Rows with a continuous label of {center:g} and {higher} are chosen."
+        else f"Rows with a continuous label of {center:g}, the mean of the training, and {higher} are chosen."
     )
     meaning = (
         " Accuracy is the share of rows whose reward is on the side of their label. A reward between the sides, such "

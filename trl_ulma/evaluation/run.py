@@ -23,7 +23,7 @@ from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
 from trl_ulma.evaluation.judging import Judging
 from trl_ulma.evaluation.likelihoods import Likelihoods
 from trl_ulma.evaluation.llm_judge import LLMJudge
-from trl_ulma.evaluation.pictures import pictures
+from trl_ulma.evaluation.pictures import accuracy_in_training, pictures, training_log
 from trl_ulma.evaluation.reading import read
 from trl_ulma.evaluation.server import Budget, Reply, Server
 from trl_ulma.judge import saved_file
@@ -292,6 +292,7 @@ class _Run:
         facts["left_out_reasons"] = left_out_of(rows)
         facts["left_out_rows"] = [self.reading.held_out.places[row] or f"row {row}" for row in missing[:_LISTED]]
         facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
+        facts["accuracy_in_training"] = accuracy_in_training(training_log(Path(source)))
         model = load_model(source, dtype=args.dtype, **self.loading)
         print(f"Scoring {len(rows):,} row{'' if len(rows) == 1 else 's'}: {run}.", file=sys.stderr)
         facts |= self.likelihoods(run, source, model, processing_class, rows)

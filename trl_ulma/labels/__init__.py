@@ -11,6 +11,8 @@ from trl_ulma.labels.invalid_rows import (
     refuse_invalid,
     unread,
 )
+from trl_ulma.labels.raters import VALUES as RATERS
+from trl_ulma.labels.raters import raters_in_words
 from trl_ulma.labels.report import (
     contradictions_in_words,
     label_report,
@@ -42,6 +44,7 @@ __all__ = [
     "LABEL_TYPES",
     "LISTED",
     "OPTIONAL_COLUMNS",
+    "RATERS",
     "TRANSFORMS",
     "InvalidRow",
     "InvalidRows",
@@ -60,6 +63,7 @@ __all__ = [
     "outliers_in_words",
     "parse_transform",
     "places",
+    "raters_in_words",
     "raw_labels",
     "read_labels",
     "refuse_invalid",

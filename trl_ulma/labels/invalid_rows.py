@@ -130,7 +130,7 @@ class InvalidRows(ValueError):
         return error
 
     def with_command(self, command: str) -> "InvalidRows":
-        """This error, with the command that leaves the rows out as its remedy, if they may be left out.
+        """This error, with a command that leaves the rows out as its remedy, if they may be left out.
 
         Example:
             >>> error = InvalidRow("is None; set it.", "k", "label").at(3, "train")
@@ -206,7 +206,7 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str | No
     found = _in_order(found)
     of = "" if total is None else f" of {total:,}"
     of_dataset = "" if where is None else f" of the {where} dataset"
-    if len(found) == total and total > _FEW and len({(each.subject, each.fault) for each in found}) == 1:
+    if total is not None and len(found) == total > _FEW and len({(each.subject, each.fault) for each in found}) == 1:
         prompt = f" Prompt: {found[0].prompt!r}" if found[0].prompt else ""
         return f"All {total:,} rows{of_dataset} are invalid for the same reason. The first:\n  {found[0]}{prompt}"
     lines = [f"{len(found):,}{of} rows{of_dataset} are invalid:"]

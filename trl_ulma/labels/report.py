@@ -46,6 +46,7 @@ def label_report(
     transform: str | None = None,
     groups_lengths: bool = False,
     named: Callable[[int], str] = "row {}".format,
+    begins: Callable[[int], str] = "".format,
 ) -> dict[str, Any]:
     r"""Return counts, shares and warnings about a training set, in types that JSON can hold.
 
@@ -68,6 +69,7 @@ def label_report(
         transform: the fitted transform, such as "threshold:4".
         groups_lengths: whether the rows of a step have similar lengths.
         named: returns the name of the row at a position, such as its file and line, for warnings.
+        begins: returns the start of the prompt of the row at a position, "" if unknown.
 
     Returns:
         - `rows`, and `demonstrations`, the share of rows that are demonstrations;
@@ -115,7 +117,7 @@ def label_report(
                 report[name]["raw"] = _before(raw[rows], label[rows], weights[rows], tokens[rows], transform or "")
             # Numbers of votes have long tails
             if (own is raw or name == "continuous") and not (transform or "").startswith("votes"):
-                far += outliers_in_words(own, np.flatnonzero(rows), named)
+                far += outliers_in_words(own, np.flatnonzero(rows), named, begins=begins)
     warnings += far
     if "binary" in report:
         rows = ~continuous
@@ -132,7 +134,8 @@ def label_report(
     if "continuous" in report:
         shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
         targets = np.abs(label[continuous] / beta - shift) * (tokens[continuous] if length_normalize else 1)
-        report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, warnings)
+        # Labels far outside the others have such targets, too, and are told
+        report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, [] if far else warnings)
         mean, std = report["continuous"]["mean"], report["continuous"]["std"]
         if is_zero and 0 < std < abs(mean):
             warnings.append(
@@ -189,7 +192,12 @@ def _length_bias(name: str, correlation: float, mean_tokens: float | None) -> st
 
 
 def outliers_in_words(
-    label: np.ndarray, rows: np.ndarray, named: Callable[[int], str], among: int | None = None
+    label: np.ndarray,
+    rows: np.ndarray,
+    named: Callable[[int], str],
+    among: int | None = None,
+    *,
+    begins: Callable[[int], str] = "".format,
 ) -> list[str]:
     """Return a warning if labels are far outside the others.
 
@@ -198,13 +206,17 @@ def outliers_in_words(
         rows: ascending positions of the labels to compare.
         named: returns the name of the row at a position.
         among: if given, only the first so many of the N rows are named.
+        begins: returns the start of the prompt of the row at a position, "" if unknown.
     """
     far = rows[outliers(label[rows])]
     others = np.delete(label[rows], np.searchsorted(rows, far))
     far = far[far < (len(label) if among is None else among)]
     if not len(far):
         return []
-    listed = ", ".join(f"{label[row]:g} ({named(int(row))})" for row in far[:_LISTED])
+    places = [(row, named(int(row)), begins(int(row))) for row in far[:_LISTED]]
+    listed = ", ".join(
+        f"{label[row]:g} ({place}{f', prompt {prompt!r}' if prompt else ''})" for row, place, prompt in places
+    )
     more = f", and {len(far) - _LISTED:,} more" if len(far) > _LISTED else ""
     are = "1 label is" if len(far) == 1 else f"{len(far):,} labels are"
     remedy = "Check for typing mistakes."
@@ -506,8 +518,8 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
         targets = found["targets"]
         without = "" if targets["log_z_is_known"] else ", without log Z"
         lines += [
-            f"{'':<20}log π is to move by |z − c|/β nats{without}:",
-            f"{'':<20}root mean square {targets['rms']:.3g}, median {targets['median']:.3g}, most {targets['max']:.3g}",
+            f"{'':<20}labels ask log π to move by |z − c|/β nats{without}:",
+            f"{'':<20}root mean square {targets['rms']:.3g} (1 to 50 is usual), most {targets['max']:.3g}",
         ]
     return [line.rstrip() for line in lines]
 

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
+from trl_ulma.data.columns import READ, number
+from trl_ulma.data.directions import words_of
 from trl_ulma.data.origins import located, origin
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
+    RATERS,
     InvalidRow,
     LabelRules,
     check_columns,
@@ -23,10 +26,12 @@ from trl_ulma.labels import (
     label_report,
     outliers_in_words,
     parse_transform,
+    raters_in_words,
     raw_labels,
     refuse_invalid,
     render_report,
     repeats,
+    start_of,
     transform_labels,
     unread,
 )
@@ -45,6 +50,12 @@ SPELLING: ContextVar[Callable[[str], str]] = ContextVar("SPELLING", default=str)
 _LABELS = ("label", "label_type")
 # Rows that a warning names
 _LISTED = 5
+# Words in the name of a column of numbers that name raters
+_RATERS = frozenset(
+    ("rater", "annotator", "worker", "labeler", "judge", "reviewer", "evaluator", "user", "person", "who")
+)
+# Rows that are looked at for the number of raters
+_FIRST = 1000
 
 
 @contextmanager
@@ -413,7 +424,11 @@ def outliers_of(trained: tuple[Any, Any], evaluated: tuple[Dataset, Any], args: 
         warning
         for kind in types
         for warning in outliers_in_words(
-            label, np.flatnonzero(continuous == kind), _named(*evaluated), among=len(evaluated[0])
+            label,
+            np.flatnonzero(continuous == kind),
+            _named(*evaluated),
+            among=len(evaluated[0]),
+            begins=_begins(*evaluated),
         )
     ]
 
@@ -422,6 +437,32 @@ def _named(rows: Dataset, raw: Any) -> Callable[[int], str]:
     """A function that returns the name of the prepared row at a position."""
     numbers = rows["row"]
     return lambda place: origin(raw, numbers[place]) or f"row {numbers[place]}"
+
+
+def _begins(rows: Dataset, raw: Any) -> Callable[[int], str]:
+    """A function that returns the start of the prompt of the prepared row at a position, "" if it is not known."""
+    if not isinstance(raw, Dataset) or "prompt" not in raw.column_names:
+        return "".format
+    numbers = rows["row"]
+    return lambda place: start_of(raw[numbers[place]]["prompt"])
+
+
+def _of_raters(rows: Dataset, raw: Any) -> dict[str, list[Any]]:
+    """Column that can name raters → its values, in the order of the prepared rows: an unread one of few texts, or of
+    numbers if it is called so.
+    """
+    if not isinstance(raw, Dataset) or raw.format["type"] == "custom":
+        return {}
+    found = {}
+    for name, kind in raw.features.items():
+        if name in READ or getattr(kind, "dtype", None) not in ("string", "large_string", "int64"):
+            continue
+        values = raw.with_format(None).select_columns(name)
+        first = set(values[:_FIRST][name]) - {None}
+        are_numbers = all(isinstance(value, int) or number(value) is not None for value in first)
+        if len(first) <= RATERS and not (are_numbers and _RATERS.isdisjoint(words_of(name))):
+            found[name] = values.select(rows["row"][:])[name][:]
+    return found
 
 
 def report_labels(
@@ -457,7 +498,10 @@ def report_labels(
         transform=None if transform is None else str(transform),
         groups_lengths=args.train_sampling_strategy == "group_by_length",
         named=_named(rows, raw_rows),
+        begins=_begins(rows, raw_rows),
     )
+    if columns := _of_raters(rows, raw_rows) if continuous.all() or not continuous.any() else {}:
+        report["warnings"] += raters_in_words(_labels_to_show(rows, args, raw_rows), columns)
     report["warnings"] += _threshold_warnings(rows, args, continuous, raw_rows)
     left_out = left_out_of(rows)
     return report | {"left_out": left_out} if left_out else report

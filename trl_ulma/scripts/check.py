@@ -60,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parser.parse_settings(script_words)
     training_args = settings[1]
     following = following_command(chosen.method, words, has_output=training_args.output_dir != DEFAULT_OUTPUT)
+    again = in_lines(["trl-ulma", "check", "--method", chosen.method, *words])
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
-        return attempt(parser, lambda: check(METHODS[chosen.method], following, processes, parser, *settings))
+        return attempt(parser, lambda: check(METHODS[chosen.method], following, again, processes, parser, *settings))
 
 
 def following_command(method: str, words: Sequence[str], *, has_output: bool) -> str:
@@ -78,6 +79,7 @@ def following_command(method: str, words: Sequence[str], *, has_output: bool) ->
 def check(
     trainer: str,
     following: str,
+    again: str,
     processes: int,
     parser: Any,
     script_args: Any,
@@ -90,6 +92,7 @@ def check(
     Args:
         trainer: the name of the trainer's class.
         following: the command that trains.
+        again: this command.
         processes: the number of processes.
         parser: the parser of the command.
         script_args, training_args, model_args, dataset_args: the results of the parser.
@@ -137,6 +140,7 @@ def check(
     else:
         report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
         outliers = report["outliers"]
+        report["warnings"] = [warning for warning in report["warnings"] if warning not in outliers]
         console.print(as_options(render_report(report), parser._option_string_actions), markup=False)
     if hasattr(start.eval_dataset, "__len__"):
         found = repeats_of(start.eval_dataset, training_args, eval_dataset)
@@ -150,12 +154,12 @@ def check(
     console.print("\n" + memory_in_words(start, training_args, model_args, peft_config), markup=False)
     if note := small_learning_rate(training_args, model_args):
         console.print("\n" + note, markup=False)
-    for said in outliers:  # so that they are corrected together with invalid rows
+    for said in outliers:  # here, so that they are corrected together with invalid rows
         console.print(f"\nLook at this before you train: {said}", markup=False)
     if invalid:
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
-        raise InvalidRows.joined(invalid).with_command(following)
+        raise InvalidRows.joined(invalid).with_command(again if outliers else following)
     print("\nReady. To train:\n\n" + textwrap.indent(following, "    "))
 
 

@@ -381,12 +381,13 @@ def small_learning_rate(training_args: Any, model_args: Any) -> str:
 
 
 def _next_commands(folder: str, dataset: str, *, held_out: bool) -> str:
-    """The commands that evaluate and use a model, which read the dataset as training did.
+    """How to evaluate and use a model. The commands read the dataset as training did.
 
     Example:
         >>> print(_next_commands("out", "my rows.csv", held_out=False))
         To score answers:
             trl-ulma score --model out --dataset 'my rows.csv' --output out/scored.jsonl
+        To chat with it, use the Python code in out/README.md.
     """
     model = ["--model", folder, "--dataset", dataset]
     told = []
@@ -395,6 +396,7 @@ def _next_commands(folder: str, dataset: str, *, held_out: bool) -> str:
         told.append(f"To evaluate it on the held-out rows:\n    {report}")
     scored = shlex.join(["trl-ulma", "score", *model, "--output", f"{folder}/scored.jsonl"])
     told.append(f"To score answers:\n    {scored}")
+    told.append(f"To chat with it, use the Python code in {shlex.quote(f'{folder}/README.md')}.")
     return "\n".join(told)
 
 
