@@ -198,6 +198,9 @@ def test_a_refusal_is_of_its_request_and_says_why(strict, name):
         (said("I thi", "SAFETY"), "filtered"),
         (said(None, "content_filter"), "filtered"),
         (said("", "error"), "failed"),
+        ((200, {"error": {"message": "Cut off", "code": 502}, "choices": said("I thi", None)[1]["choices"]}), "failed"),
+        ((200, 'data: {"choices": [{"delta": {"content": "I thi"}}]}\n\n'), "failed"),
+        ((200, 'data: {"choices": [{"delta": {"content": "I thi"}}]}\n\ndata: {"error": {"code": 1}}\n\n'), "failed"),
     ],
 )
 def test_an_answer_that_is_none_is_counted_even_if_it_is_the_first(strict, answer, about):
@@ -232,6 +235,15 @@ def test_an_answer_that_is_streamed_unasked_is_read(strict):
     text = json.dumps({"choices": [{"text": "Hello!", "finish_reason": "stop"}]})
     server.answer = lambda messages: (200, f"data: {text}\n\ndata: [DONE]")
     assert client.ask("Hi", **DRAWN) == Reply("Hello!", True)
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+    for key, content, expected in (
+        ("message", "Hel\u2028lo!", Reply("Hel\u2028lo!", True)),
+        ("delta", [thought, {"type": "text", "text": "Hello!"}], Reply("Hello!", True, "Hm.")),
+        ("message", [{"type": "refusal", "refusal": "No."}], Reply("No.", True)),
+    ):
+        text = json.dumps({"choices": [{key: {"content": content}}]}, ensure_ascii=False)
+        server.answer = lambda messages, text=text: (200, f"data: {text}\r\n\r\ndata: [DONE]\r\n")
+        assert client.ask(CHAT, **DRAWN) == expected
     server.answer = lambda messages: (200, 'data: {"error": {"message": "overloaded"}}\n\n')
     with pytest.raises(Refusal, match='gave no answer, but "overloaded"'):
         client.ask(CHAT, **DRAWN)
@@ -494,6 +506,8 @@ CALL = {"id": "a", "type": "function", "function": {"name": "weather", "argument
         (said(None, refusal="I can't."), "I can't.", ""),
         (said("<think>Hm.</think>\n<think>Well.</think>\n\nHello!"), "Hello!", "Hm.\n\nWell."),
         (said({"type": "text", "text": "Yes"}), "Yes", ""),
+        (said([{"type": "refusal", "refusal": "I can't."}]), "I can't.", ""),
+        (said("Cut \ud83d, whole \ud83d\ude00"), "Cut \ufffd, whole \U0001f600", ""),
         (said(None, "function_call", function_call=CALL["function"]), '[tool call] weather({"city": "Oslo"})', ""),
         (said("Use the </think> tag."), "Use the </think> tag.", ""),
         (said(None), "", ""),
@@ -505,6 +519,19 @@ def test_answers_are_kept_apart_from_reasoning_and_calls_are_shown(strict, answe
     reply = client.ask(CHAT, max_tokens=7)
     assert (reply.text, reply.reasoning) == (text, reasoning)
     assert reply.finished == (answer[1]["choices"][0]["finish_reason"] != "length")
+
+
+def test_a_refusal_is_marked_as_one_where_the_server_says_so(strict):
+    server, client, _ = strict
+    parts = [{"type": "refusal", "refusal": "I can't."}]
+    for answer, is_refusal in (
+        (said(None, refusal="I can't."), True),
+        (said(parts), True),
+        (said([{"type": "text", "text": "Yes."}, *parts]), False),
+        (said("I can't.", refusal=None), False),
+    ):
+        server.answer = lambda messages, answer=answer: answer
+        assert client.ask(CHAT, max_tokens=7).is_refusal is is_refusal
 
 
 def test_tokens_are_counted_where_the_server_does(strict):

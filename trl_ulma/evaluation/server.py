@@ -31,6 +31,7 @@ from trl_ulma.evaluation.turns import (
     content_text,
     for_server,
     joined_stream,
+    refusal_text,
     show_calls,
     split_reasoning,
 )
@@ -322,7 +323,8 @@ class Server:
                 raise
 
     def without_key(self, text: str) -> str:
-        """The text of a server, without the key."""
+        """The text of a server, without the key. Half of a surrogate pair, which no file can hold, is replaced."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text.replace(self._key, f"[{self.key_variable}]") if self._key else text
 
     # Requests
@@ -335,9 +337,10 @@ class Server:
         thought, text = content_text(message.get("content"))
         told = (message.get(key) for key in REASONING_KEYS)
         thought = next((each for each in told if isinstance(each, str) and each), thought)
-        is_refusal = not text and bool(message.get("refusal"))
+        refusal = refusal_text(message)
+        is_refusal = bool(refusal) and text in ("", refusal)
         calls = message.get("tool_calls") or [message.get("function_call")]
-        reply = self._reply(text or message.get("refusal") or "", thought, choice, answer, filter(None, calls))
+        reply = self._reply(text or refusal, thought, choice, answer, filter(None, calls))
         return replace(reply, is_refusal=is_refusal)
 
     def _complete(self, prompt: Any, sent: dict[str, Any]) -> Reply:
@@ -358,7 +361,7 @@ class Server:
         except ValueError:
             what = "an HTML page" if text[:1] == "<" else "what is no JSON" if text else "nothing"
             raise self._within(response, 500, f"{what}: {text[:100]}" if text else what, is_api=False) from None
-        if isinstance(answer, dict) and answer.get("choices"):
+        if isinstance(answer, dict) and answer.get("choices") and not answer.get("error"):
             return answer["choices"][0], answer
         told = answer.get("error") or answer.get("detail") if isinstance(answer, dict) else None
         if told:

@@ -159,6 +159,8 @@ def show_calls(text: str) -> str:
 def joined_stream(text: str) -> dict[str, Any] | None:
     r"""The answer in a stream of server-sent events, which some gateways send unasked. None for other texts.
 
+    If the stream broke off, without a reason and without "[DONE]", its `finish_reason` is "aborted".
+
     Raises:
         ValueError: if an event is not JSON.
 
@@ -169,7 +171,8 @@ def joined_stream(text: str) -> dict[str, Any] | None:
     """
     if not re.match(r"(?:data|event|id|retry)?:", text):
         return None
-    lines = [line.removeprefix("data:").strip() for line in text.splitlines() if line.startswith("data:")]
+    # A text within JSON can contain the other separators of `splitlines`
+    lines = [line.removeprefix("data:").strip() for line in re.split(r"[\r\n]+", text) if line.startswith("data:")]
     events = [json.loads(line) for line in lines if line and line != "[DONE]"]
     answer: dict[str, Any] = {}
     message: dict[str, Any] = {}
@@ -180,16 +183,20 @@ def joined_stream(text: str) -> dict[str, Any] | None:
         for choice in (event.get("choices") or ())[:1]:
             written += choice.get("text") or ""
             reason = choice.get("finish_reason") or reason
-            delta = choice.get("delta") or {}
+            delta = choice.get("delta") or choice.get("message") or {}
+            thought, content = content_text(delta.get("content"))
+            delta = {**delta, "content": content} | ({"reasoning": thought} if thought else {})
             for key in ("content", "refusal", *REASONING_KEYS):
-                if isinstance(delta.get(key), str):
+                if delta.get(key) and isinstance(delta[key], str):
                     message[key] = message.get(key, "") + delta[key]
-            for call in delta.get("tool_calls") or ():
-                function = calls.setdefault(call.get("index", 0), {"name": "", "arguments": ""})
+            for number, call in enumerate(delta.get("tool_calls") or ()):
+                function = calls.setdefault(call.get("index", number), {"name": "", "arguments": ""})
                 for key in function:
                     function[key] += (call.get("function") or {}).get(key) or ""
     if reason is None and not message and not written and not calls:
         return answer or None  # an error, and no part of an answer
+    if reason is None and "[DONE]" not in lines:
+        reason = "aborted"
     message["tool_calls"] = [{"function": function} for function in calls.values()]
     return {**answer, "choices": [{"message": message, "text": written, "finish_reason": reason}]}
 
@@ -254,6 +261,8 @@ def content_text(content: Any) -> tuple[str, str]:
         >>> content_text([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]},
         ...               {"type": "text", "text": "Yes."}, {"type": "image"}])
         ('Hm.', 'Yes.[image]')
+        >>> content_text([{"type": "refusal", "refusal": "I can't."}])
+        ('', "I can't.")
     """
     if content is None or isinstance(content, str):
         return "", content or ""
@@ -264,11 +273,23 @@ def content_text(content: Any) -> tuple[str, str]:
         elif part.get("type") in ("thinking", "reasoning"):
             inner = part.get("thinking") or part.get("reasoning") or part.get("text") or ""
             reasoning += content_text(inner)[1]
-        elif part.get("text"):
-            text += part["text"]
+        elif part.get("text") or part.get("refusal"):
+            text += part.get("text") or part["refusal"]
         elif part.get("type") in ("image", "image_url"):
             text += "[image]"
     return reasoning, text
+
+
+def refusal_text(message: Mapping[str, Any]) -> str:
+    """The model's refusal to answer in a message of a server: its own key, or parts of the content. "" without one.
+
+    Example:
+        >>> refusal_text({"content": [{"type": "refusal", "refusal": "I can't."}]}), refusal_text({"content": "Yes."})
+        ("I can't.", '')
+    """
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return message.get("refusal") or "".join(part.get("refusal") or "" for part in parts)
 
 
 def _said(turn: Mapping[str, Any]) -> str:
