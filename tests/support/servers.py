@@ -385,6 +385,13 @@ REFUSALS: dict[str, tuple[str, tuple[int, Any]]] = {
             "data_inspection_failed",
         ),
     ),
+    "openai, safety": ("filtered", openai_error(400, "Your request was rejected by our safety system.", None, None)),
+    "deepseek": ("filtered", openai_error(400, "Content Exists Risk", None, "invalid_request_error")),
+    "google": (
+        "too long",
+        (400, {"error": {"code": 400, "message": "The input token count (9) exceeds the maximum (8)."}}),
+    ),
+    "alibaba, long": ("too long", openai_error(400, "Range of input length should be [1, 30720]", None, "invalid")),
     "openrouter": (
         "filtered",
         (403, {"error": {"code": 403, "message": "The model requires moderation. Your input was flagged for: hate"}}),

@@ -198,6 +198,9 @@ def test_a_refusal_is_of_its_request_and_says_why(strict, name):
         (said("I thi", "SAFETY"), "filtered"),
         (said(None, "content_filter"), "filtered"),
         (said("", "error"), "failed"),
+        (said("I thi", "content-filter"), "filtered"),
+        (said("I thi", "ERROR_TOXIC"), "filtered"),
+        (said("I thi", "USER_CANCEL"), "failed"),
         ((200, {"error": {"message": "Cut off", "code": 502}, "choices": said("I thi", None)[1]["choices"]}), "failed"),
         ((200, 'data: {"choices": [{"delta": {"content": "I thi"}}]}\n\n'), "failed"),
         ((200, 'data: {"choices": [{"delta": {"content": "I thi"}}]}\n\ndata: {"error": {"code": 1}}\n\n'), "failed"),
@@ -212,7 +215,9 @@ def test_an_answer_that_is_none_is_counted_even_if_it_is_the_first(strict, answe
     assert client.ask(CHAT, **DRAWN).text == "Hello!"
 
 
-@pytest.mark.parametrize("reason", ["length", "MAX_TOKENS", "model_length"])
+@pytest.mark.parametrize(
+    "reason", ["length", "MAX_TOKENS", "model_length", "token_limit", "ERROR_LIMIT", "model_context_window_exceeded"]
+)
 def test_an_answer_that_reached_the_limit_is_not_finished_whatever_the_limit_is_called(strict, reason):
     server, client, _ = strict
     server.answer = lambda messages: said("<think>Hm, hm", reason)
@@ -298,11 +303,22 @@ def test_a_server_that_refuses_all_is_given_up(strict):
     assert kinds == [Refusal] * 7 + [ServerError]
 
 
-def test_a_quota_that_is_used_up_ends_the_run(strict):
+@pytest.mark.parametrize(
+    "answer",
+    [
+        openai_error(429, "You exceeded your quota", None, "insufficient_quota"),
+        (402, {"error": {"message": "Insufficient Balance", "type": "unknown_error"}}),
+        (402, {"error": {"message": "This request requires more credits, or fewer max_tokens.", "code": 402}}),
+        (400, {"error": {"message": "Your credit balance is too low to access the API."}}),
+        (403, {"error": {"message": "Insufficient balance. Please recharge."}}),
+        (200, {"error": {"message": "Insufficient credits", "code": 402}}),
+    ],
+)
+def test_a_quota_that_is_used_up_ends_the_run(strict, answer):
     server, client, _ = strict
     client.ask(CHAT, **DRAWN)
-    server.answer = lambda messages: openai_error(429, "You exceeded your quota", None, "insufficient_quota")
-    with pytest.raises(ServerError, match="You exceeded your quota") as caught:
+    server.answer = lambda messages: answer
+    with pytest.raises(ServerError, match=answer[1]["error"]["message"]) as caught:
         client.ask(CHAT, **DRAWN)
     assert not isinstance(caught.value, Refusal)
 

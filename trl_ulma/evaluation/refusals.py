@@ -25,29 +25,35 @@ class Why(StrEnum):
 
 PASSING = (Why.FAILED, Why.NOT_ASKED)
 
-# `finish_reason` of incomplete answers, in lower case: OpenAI; Mistral; Google and Zhipu behind gateways
-_AT_LIMIT = ("length", "max_tokens", "max_output_tokens", "model_length")
+# `finish_reason` of incomplete answers, in lower case with underscores: OpenAI; Mistral; Google, Zhipu, Anthropic,
+# Cohere and IBM behind gateways
+_AT_LIMIT = (
+    *("length", "max_tokens", "max_output_tokens", "model_length", "max_length", "token_limit", "time_limit"),
+    *("model_context_window_exceeded", "error_limit", "repetition_truncation"),
+)
 _AT_FILTER = (
-    *("content_filter", "content_filtered", "refusal", "guardrail_intervened", "sensitive"),
+    *("content_filter", "content_filtered", "refusal", "guardrail_intervened", "sensitive", "error_toxic"),
     *("safety", "recitation", "blocklist", "prohibited_content", "spii", "language"),
     *("image_safety", "image_prohibited_content", "image_recitation", "image_other", "model_armor"),
 )
 _AT_FAILURE = (
     *("error", "network_error", "malformed_function_call", "unexpected_tool_call", "too_many_tool_calls"),
-    *("abort", "aborted", "cancelled", "canceled", "timeout", "insufficient_system_resource", "other"),
+    *("abort", "aborted", "cancelled", "canceled", "user_cancel", "timeout", "insufficient_system_resource", "other"),
 )
 
-# Azure and OpenAI; OpenRouter; Alibaba; Google
+# Azure and OpenAI; OpenRouter; Alibaba; Google; DeepSeek; Zhipu
 _FILTERED = re.compile(
     r"content[ _-]?(?:filter|management|policy|moderation)|responsible ?ai|moderation|was flagged|violat\w+ .*polic|"
-    r"data_?inspection_?failed|inappropriate content|prohibited_content|blocked (?:by|for|due)|\bblock_?reason\b",
+    r"data_?inspection_?failed|inappropriate content|prohibited_content|blocked (?:by|for|due)|\bblock_?reason\b|"
+    r"content_?blocked|safety system|content exists risk|敏感内容",
     re.IGNORECASE,
 )
-# OpenAI and vLLM; llama.cpp and llama-cpp-python; Mistral; text-generation-inference
+# OpenAI and vLLM; llama.cpp and llama-cpp-python; Mistral; text-generation-inference; Google; Amazon; Alibaba
 _TOO_LONG = re.compile(
     r"context[ _](?:length|size|window)|maximum (?:model|sequence|input|prompt) length|max_model_len|"
     r"(?:prompt|input)s?`? (?:is|are|contains?\b.*) too (?:long|large)|reduce the length|"
-    r"inputs`? (?:must have less|tokens \+)|request entity too large|too many input tokens",
+    r"inputs`? (?:must have less|tokens \+)|request entity too large|too many input tokens|"
+    r"input (?:token count|length).{0,20} exceeds|range of input length|exceeds? (?:the )?max message tokens",
     re.IGNORECASE,
 )
 # OpenAI, of models that reason
@@ -72,6 +78,10 @@ _NO_MODEL = re.compile(
     r"\bmodel\b.{0,80}\b(?:does not exist|not found|is not available)",
     re.IGNORECASE,
 )
+
+
+# OpenAI; Anthropic; DeepSeek and others, which have a status for it
+_NO_CREDIT = re.compile(r"insufficient_quota|credit balance is too low|insufficient (?:balance|credits?|funds)", re.I)
 
 
 def said(body: Any) -> str:
@@ -171,10 +181,10 @@ def ended(finish_reason: Any) -> tuple[bool, Why | None]:
     Example:
         >>> ended("stop"), ended("MAX_TOKENS"), ended("content_filter")
         ((True, None), (False, None), (True, <Why.FILTERED: 'filtered'>))
-        >>> [ended(reason)[1].value for reason in ("guardrail_intervened", "abort", "IMAGE_SAFETY")]
+        >>> [ended(reason)[1].value for reason in ("guardrail_intervened", "abort", "content-filter")]
         ['filtered', 'failed', 'filtered']
     """
-    reason = str(finish_reason).lower()
+    reason = str(finish_reason).lower().replace("-", "_")
     about = Why.FILTERED if reason in _AT_FILTER else Why.FAILED if reason in _AT_FAILURE else None
     return reason not in _AT_LIMIT, about
 
@@ -199,6 +209,18 @@ def is_unknown_model(status: int, body: Any) -> bool:
         (True, False)
     """
     return status in (400, 404, 422) and bool(_NO_MODEL.search(f"{said(body)} {_codes(body)}"))
+
+
+def is_used_up(status: int, body: Any) -> bool:
+    """Whether a refusal says that the account has no credit left, so that no request will be answered.
+
+    Example:
+        >>> is_used_up(402, "Payment required"), is_used_up(400, "Your credit balance is too low to access the API.")
+        (True, True)
+        >>> is_used_up(429, "Slow down")
+        False
+    """
+    return status == 402 or (status in (400, 403, 429) and bool(_NO_CREDIT.search(f"{said(body)} {_codes(body)}")))
 
 
 def _named(text: str, names: Iterable[str]) -> list[str]:

@@ -19,6 +19,7 @@ from trl_ulma.evaluation.refusals import (
     ended,
     is_other_endpoint,
     is_unknown_model,
+    is_used_up,
     named_parameters,
     refused_parameter,
     said,
@@ -426,7 +427,7 @@ class Server:
         about = why(status, body)
         problem = self._explain(error, tries=self.retries + 1)
         is_for_all = status in (401, 403, 404, 405) or is_unknown_model(status, body)
-        if about is None and (is_for_all or "insufficient_quota" in str(body)):
+        if is_used_up(status, body) or (about is None and is_for_all):
             return ServerError(problem)
         about = about or (Why.FAILED if status == 429 or status >= 500 else Why.REFUSED)
         return self._given_up(problem, about, is_up=about is Why.REFUSED or getattr(error, "is_api", False))
@@ -460,6 +461,8 @@ class Server:
             is_it = "" if error.is_api else " Is it an OpenAI-compatible server?"
             return f'{self.base_url} gave no answer, but "{self._said(error)}".{is_it}'
         told = f'{self.base_url} answered {error.status_code}: "{self._said(error)}".'
+        if is_used_up(error.status_code, self._body(error)):
+            return f"{told} Its account has no credit left. {again}"
         if error.status_code in (401, 403):
             if self.key_variable is None:
                 return f"{told} It was asked without a key. Put one into an environment variable, and {_NAME_IT}."
