@@ -60,6 +60,22 @@ def test_cells_of_conversations_are_json(tmp_path):
     assert load_rows(tmp_path / "returns.csv")["train"].to_dict() == returns.to_dict()
 
 
+def test_values_of_several_kinds_in_a_column_are_cells_like_others(tmp_path):
+    notes = ['a/b "c" é', [1], 0.5, True]
+    lines = [
+        json.dumps({"prompt": "a", "completion": "b", "label": label, "note": note})
+        for label, note in zip((1, "N/A", None, 0.25), notes, strict=True)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    rows = load_rows(tmp_path / "rows.jsonl", needs_label=False)["train"]
+    write(rows, tmp_path / "scored.csv")
+    with open(tmp_path / "scored.csv", newline="", encoding="utf-8") as file:
+        found = [(row["label"], row["note"]) for row in csv.DictReader(file)]
+    assert found == [("1", notes[0]), ("N/A", "[1]"), ("", "0.5"), ("0.25", "True")]
+    write(rows, tmp_path / "scored.csv", Layout(";", ","))
+    assert load_rows(tmp_path / "scored.csv", needs_label=False)["train"]["label"][:] == [1, "N/A", None, 0.25]
+
+
 HEAD, RATED = "id;Frage;Antwort;Note", 'a;"Grün; oder?";Ja;{}'
 
 
@@ -147,6 +163,15 @@ def test_the_file_that_is_read_is_not_written(tmp_path, capsys):
     assert main(["score", "--model", "m", "--dataset", str(file), "--output", f"{tmp_path}/./rows.jsonl"]) == 2
     assert "is the file that is read. Name another one." in capsys.readouterr().err
     assert file.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("output", ["folder.csv", "rows.jsonl/scored.csv"])
+def test_an_output_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, capsys, output):
+    (tmp_path / "folder.csv").mkdir()
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": "b", "label": 1}) + "\n")
+    assert main(["score", "--model", "m", "--dataset", str(file), "--output", f"{tmp_path}/{output}"]) == 1
+    assert f"{output} cannot be written. Name a file" in capsys.readouterr().err
 
 
 def test_columns_that_are_written_are_refused_before_a_model_is_loaded(tmp_path, capsys):

@@ -13,9 +13,9 @@ log Z, the label transform, the number format and the quantization are those sav
 """
 
 import argparse
-import codecs
 import csv
 import json
+import os
 import sys
 from collections.abc import Sequence
 from decimal import Decimal
@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> str:
     from trl_ulma.judge import Judge, check_free, saved_file, without_label
     from trl_ulma.rows.dataset_labels import shown_by
 
+    _make_folder(args.output)
     if note := fill(args, [args.model]):
         print(note, file=sys.stderr)
     splits: Any = load_rows(
@@ -149,7 +150,6 @@ def run(args: argparse.Namespace) -> str:
     order = args.sort or ("surprise" if is_labeled else "row")
     if order != "row":
         scored = scored.sort(order, reverse=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     like = layout(rows, names) if args.output.suffix == ".csv" else None
     if like is not None and like.delimiter != ",":
         marks = f" and decimal {'commas' if like.decimal == ',' else 'points'}" * (like.delimiter == ";")
@@ -161,6 +161,17 @@ def run(args: argparse.Namespace) -> str:
     if told := seen_prompts.in_words(found, args.model):
         lines.insert(1, told)
     return "\n".join(lines)
+
+
+def _make_folder(path: Path) -> None:
+    """Make the folder of the output. Raises OSError if it cannot be written, because scoring can take hours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_free = not path.is_dir() and os.access(path if path.exists() else path.parent, os.W_OK)
+    except OSError:
+        is_free = False
+    if not is_free:
+        raise OSError(f"--output {path} cannot be written. Name a file in a folder that you can write to.")
 
 
 def as_named(scored: "Dataset", names: "Names") -> "Dataset":
@@ -217,42 +228,42 @@ def write(scored: "Dataset", path: Path, layout: "Layout | None" = None) -> None
         if seen:
             print(f"The column {seen[0]} is not in {path}. A .parquet file keeps images.", file=sys.stderr)
             scored = scored.remove_columns(seen)
-    if path.suffix == ".csv":
-        scored = scored.map(
-            lambda row: {
-                name: json_text(value)
-                if isinstance(value, (dict, list))
-                else _with_comma(value)
-                if isinstance(value, float) and layout.decimal == ","
-                else value
-                for name, value in row.items()
-            },
-            remove_columns=scored.column_names,
-        )
+    row: Any
     if path.suffix == ".jsonl":  # Dataset.to_json rounds numbers, and writes dates as numbers
-        row: Any
         with path.open("w", encoding="utf-8") as file:
             for row in scored:
                 there = {name: value for name, value in row.items() if name not in COLUMNS or value is not None}
                 file.write(json_text(there) + "\n")
-    elif path.suffix == ".csv":
-        with path.open("wb") as file:
-            file.write(codecs.BOM_UTF8 * layout.has_mark)
+    elif path.suffix == ".csv":  # Dataset.to_csv writes values of columns with several kinds as JSON
+        with path.open("w", encoding="utf-8-sig" if layout.has_mark else "utf-8", newline="") as file:
             # A carriage return outside of quotes ends a line
-            scored.to_csv(file, quoting=csv.QUOTE_NONNUMERIC, sep=layout.delimiter)
+            form: Any = {"quoting": csv.QUOTE_NONNUMERIC, "delimiter": layout.delimiter, "lineterminator": "\n"}
+            writer = csv.writer(file, **form)
+            writer.writerow(scored.column_names)
+            for row in scored:
+                writer.writerow([_cell(value, layout.decimal) for value in row.values()])
     else:
         scored.to_parquet(str(path))
 
 
-def _with_comma(value: float) -> str | None:
+def _cell(value: Any, decimal: str) -> Any:
+    """The value of a cell of a CSV file."""
+    from trl_ulma.data.json_rows import json_text
+
+    if isinstance(value, (dict, list)):
+        return json_text(value)
+    if value != value:
+        return None
+    return _with_comma(value) if isinstance(value, float) and decimal == "," else value
+
+
+def _with_comma(value: float) -> str:
     """A number with a decimal comma, as `trl-ulma` reads it: 1,234 could be a thousand, and 1,5e-3 is no number.
 
     Example:
         >>> _with_comma(4.0), _with_comma(1.234), _with_comma(1.5e-05)
         ('4,0', '1,2340', '0,000015')
     """
-    if value != value:
-        return None
     text = format(Decimal(repr(value)), "f").replace(".", ",")
     return f"{text}0" if text[-4:-3] == "," else text
 
