@@ -7,8 +7,10 @@ import itertools
 import json
 import math
 import re
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -25,6 +27,7 @@ from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.evaluation.implicit_reward import CalibrationBin, continuous_figures, split_figures
 from trl_ulma.evaluation.intervals import Estimate
 from trl_ulma.evaluation.judges import Verdict
+from trl_ulma.evaluation.likelihoods import Likelihoods
 from trl_ulma.evaluation.pictures import pictures, training_log
 from trl_ulma.evaluation.rates import counts, rates
 from trl_ulma.labels import LabelRules, parse_transform
@@ -543,6 +546,26 @@ def test_a_figure_without_an_interval_is_not_said_to_include_chance():
         "tuned: nothing can be concluded: there is no interval, because the figure is the same in"
     )
     assert "includes" not in sentence
+
+
+@pytest.mark.parametrize("missing", ["all", "spearman"])
+def test_a_model_whose_rewards_rank_nothing_has_a_conclusion_too(missing):
+    facts = facts_of(200, 0.5)
+    figures = facts["models"][0]["implicit_reward"]
+    for name in list(figures) if missing == "all" else ["spearman"]:
+        del figures[name]
+    said = "tuned: nothing can be concluded about its ranking of answers, because all labels are on one side, or all"
+    assert report.conclusions(facts)[0].startswith(said) == (missing == "spearman")  # without rewards, a note says why
+
+
+@pytest.mark.parametrize(("liked", "ranked"), [((0.0, 1.0, 0.5), 2), ((1.0, 1.0, 0.5), 5), ((), 5)])
+def test_the_rows_of_a_conclusion_are_those_of_its_figure(liked, ranked):
+    kinds = ["binary"] * len(liked) + ["continuous"] * 5
+    rows = make_rows(len(kinds), label=[*liked, 1.0, 2.0, 3.0, 4.0, 5.0], label_type=kinds)
+    held_out = HeldOut.of(rows, "test", LabelRules("continuous"))
+    reading = SimpleNamespace(held_out=held_out, how=SimpleNamespace(rules=LabelRules("continuous")), center=3.0)
+    likelihoods = Likelihoods(Namespace(seed=0), reading, print, Path)
+    assert likelihoods._of_rewards(np.arange(len(rows)) / 7, np.arange(len(rows)))["ranked_rows"] == ranked
 
 
 def test_a_judge_is_counted_by_what_it_has_judged():

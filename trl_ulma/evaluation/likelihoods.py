@@ -203,7 +203,8 @@ class Likelihoods:
                 for name, estimate in of(rewards[which], label[which], prompt[which], seed=seed).items()
             }
         }
-        found["ranked_rows"] = int((~continuous & (label != 0.5)).sum() or continuous.sum())
+        has_auc = "auc" in found["implicit_reward"]  # of which the report concludes first
+        found["ranked_rows"] = int((~continuous & (label != 0.5) if has_auc else continuous).sum())
         found["split"] = split_figures(rewards, label, continuous, prompt, self.reading.center, seed=seed)
         if not continuous.all():
             found["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])

@@ -218,6 +218,11 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
             if "better than chance" in told:
                 more = _than_length(model.get("over_length", {}).get(name))
             found.append(f"{model['name']}: {told}{more}")
+        elif model["implicit_reward"]:
+            found.append(
+                f"{model['name']}: nothing can be concluded about its ranking of answers, because all labels are on "
+                "one side, or all rewards are the same."
+            )
     bases = {model["name"] for model in facts["models"] if model.get("is_base")}
     for each in facts["differences"]:
         if bases and not bases & {each["one"], each["other"]}:
