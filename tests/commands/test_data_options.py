@@ -156,6 +156,16 @@ def test_a_mixture_leaves_no_options_of_an_earlier_training(tmp_path):
     assert not (tmp_path / data_options.FILE).exists()
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "", '"a"'])
+def test_options_that_cannot_be_read_are_named(tmp_path, capsys, content):
+    file = tmp_path / data_options.FILE
+    file.write_text(content)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "completion": "b", "label": 1}))
+    assert main(["score", "--model", str(tmp_path), "--dataset", str(rows), "--output", f"{tmp_path}/o.csv"]) == 1
+    assert f"{file} does not contain the options with which training read its data" in capsys.readouterr().err
+
+
 def test_no_path_of_the_machine_is_saved(trained):
     model, _ = trained
     assert json.loads((model / data_options.FILE).read_text())["dataset"] == "own rows.csv"

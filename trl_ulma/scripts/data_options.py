@@ -80,7 +80,16 @@ def _saved(model: str) -> dict[str, Any] | None:
         file = saved_file(model, FILE)
     except (OSError, ValueError):  # a misspelt folder; loading the model says so
         return None
-    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        found = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it must be an object")
+    except ValueError as error:
+        raise ValueError(
+            f"{file} does not contain the options with which training read its data ({error}). Delete it, or copy the "
+            "file from the folder that training wrote."
+        ) from error
+    return found or None
 
 
 def _has_columns(dataset: str, columns: str | None) -> bool:
