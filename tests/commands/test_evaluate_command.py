@@ -658,6 +658,9 @@ NEEDED = ["--model", "m", "--dataset", "org/d", "--output", "o"]
         (["--beta", "0"], "0 must be above 0"),
         (["--batch_size", "1.5"], "invalid int value: '1.5'"),
         (["--retries", "-1"], "-1 must be 0 or above"),
+        (["--judge", "llm:m", "--judge_temperature", "-0.5"], "-0.5 must be 0 or above"),
+        (["--judge", "llm:m", "--judge_temperature", "nan"], "nan must be 0 or above"),
+        (["--judge", "llm:m", "--judge_temperature", "inf"], "inf must be 0 or above"),
         (["--bach_size", "3"], "--bach_size is not an option. Did you mean --batch_size?"),
     ],
 )

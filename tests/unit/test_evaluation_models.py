@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from trl_ulma import ULMAConfig, ULMATrainer
 from trl_ulma.evaluation.generation import Sampling, ServerGenerator, TransformersGenerator, generate
+from trl_ulma.evaluation.records import RecordFile
 from trl_ulma.evaluation.server import Reply, Server, ServerError
 from trl_ulma.labels import LabelRules
 from trl_ulma.likelihood.layouts import positions_of
@@ -288,6 +289,28 @@ def test_a_torn_line_is_cut_off_and_a_broken_one_named(generator, prompts, tmp_p
     path.write_text("not json\n" + path.read_text())
     with pytest.raises(ValueError, match=r"answers.jsonl holds no record in line 1 \(JSONDecodeError"):
         generate(generator, prompts, path, sampling)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"reply": "VERDICT: 1"},
+        {"reply": None, "finished": True},
+        {"reply": 1, "finished": True},
+        {"reply": "VERDICT: 1", "finished": "yes"},
+        {"refused": "another reason"},
+        {"answer": "VERDICT: 1", "finished": True},
+    ],
+)
+def test_a_record_of_another_version_is_named(tmp_path, record):
+    file = tmp_path / "verdicts.jsonl"
+    lines = [{"key": "a", "reply": "VERDICT: 1", "finished": True}, {"key": "b", "refused": "too long"}]
+    file.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert len(RecordFile(file, text="reply")) == 2
+    file.write_text("".join(json.dumps(each) + "\n" for each in (*lines, {"key": "c", **record})))
+    with pytest.raises(ValueError, match=r"verdicts.jsonl holds no record in line 3 \(ValueError: it is no reply of"):
+        RecordFile(file, text="reply")
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def generate(
     """
     if isinstance(generator, TransformersGenerator):
         generator.check(prompts, sampling)  # all of them, before the slow part starts
-    kept = RecordFile(path, resume=resume)
+    kept = RecordFile(path, resume=resume, text="answer")
     keys = [digest(generator.identity, asdict(sampling), prompt) for prompt in prompts]
     by_key = dict(zip(keys, prompts, strict=True))
     order = sorted(by_key, key=lambda key: (-len(by_key[key]), key))
@@ -290,7 +290,7 @@ def _reply(record: Mapping[str, Any]) -> Reply:
     """Return the reply that a record holds."""
     refused = Why(record["refused"]) if "refused" in record else None
     changes = tuple(record.get("changes", ()))
-    return Reply(record["answer"], record["finished"], record.get("reasoning", ""), refused, changes)
+    return Reply(record.get("answer", ""), record.get("finished", True), record.get("reasoning", ""), refused, changes)
 
 
 def _files(folder: Path) -> list[list[Any]]:

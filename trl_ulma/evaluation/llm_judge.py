@@ -235,7 +235,7 @@ class LLMJudge:
         retry_refused: bool = False,
     ):
         self.name, self.server = server.model, server
-        self.cache = RecordFile(cache, resume=resume)
+        self.cache = RecordFile(cache, resume=resume, text="reply")
         self.sampling = {"max_tokens": max_tokens, **({} if temperature is None else {"temperature": temperature})}
         self._retry_refused = retry_refused
         self._asked: set[str] = set()

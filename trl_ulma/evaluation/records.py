@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from trl_ulma.evaluation.refusals import Why
+
 logger = logging.get_logger(__name__)
 
 
@@ -30,6 +32,7 @@ class RecordFile:
     Args:
         path: the file. It is created, with its folders, if it does not exist.
         resume: whether to read the records in the file. If not, they stay in the file, and new records override them.
+        text: the key of the text, if records are replies, whose other keys are checked, too.
 
     Raises:
         ValueError: if a line of the file is not a record.
@@ -42,7 +45,7 @@ class RecordFile:
         {'answer': 'Hello!'}
     """
 
-    def __init__(self, path: Path, *, resume: bool = True):
+    def __init__(self, path: Path, *, resume: bool = True, text: str | None = None):
         self.path = path
         self._lock = threading.Lock()
         self._records: dict[str, dict[str, Any]] = {}
@@ -59,6 +62,8 @@ class RecordFile:
             try:
                 record = json.loads(line)
                 self._records[record.pop("key")] = record
+                if text is not None and not _is_reply(record, text):
+                    raise ValueError("it is no reply of this version")
             except (ValueError, AttributeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path} holds no record in line {number} ({type(error).__name__}: {error}). Delete the file, or "
@@ -79,3 +84,10 @@ class RecordFile:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line)
             self._records[key] = record
+
+
+def _is_reply(record: dict[str, Any], text: str) -> bool:
+    """Whether a record holds a reply, or why there is none."""
+    if "refused" in record:
+        return record["refused"] in list(Why)
+    return isinstance(record.get(text), str) and isinstance(record.get("finished"), bool)

@@ -311,7 +311,12 @@ def _count(text: str) -> int:
 
 
 def _number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    if text == "none":
+        return None
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or above")
+    return value
 
 
 if __name__ == "__main__":
