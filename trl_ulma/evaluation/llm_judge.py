@@ -66,16 +66,20 @@ def steers(text: str) -> bool:
     return _STEERS.search(text) is not None
 
 
-_WHICH = r"(?:the\s+)?(?:answer[\s_]+|\\?boxed\{)?[\W_]*(1|2|one|two|tie|first|second|neither)\b(?:\s+answer\b)?"
+# Not of a number such as -1 or 1.5
+_WHICH = (
+    r"(?:the\s+)?(?:answer[\s_]+|\\?boxed\{)?[\W_]*(?<![-−])(1|2|one|two|tie|first|second|neither)\b(?:\s+answer\b)?"
+)
 # What may follow a verdict in its line: nothing, or a reason. "VERDICT: 1 or 2" and "1 is worse" are no verdicts.
 _NAMED = re.compile(
     rf"[\W_]*(?:(?:my|the|final)\s+)*verdict(?:\s+is)?[\W_]*{_WHICH}"
-    r"(?:[\W_]*|[*_\"'}\])]*(?!\W*(?:[12]|tie)\b)(?!\.\d)\s*"
+    r"(?:[\W_]*|[*_\"'}\])]*(?!\W*(?:[12]|tie)\b)(?![.,]\d)\s*"
     r"(?:[(\[:;.,!–—-]|(?:because|since|as|is better|is more (?:helpful|harmless))\b).*)",
     re.IGNORECASE,
 )
+_STARTS = re.compile(r"[\W_]*(?:(?:my|the|final)\s+)*verdict\b", re.IGNORECASE)
 # A line without the word VERDICT is only a verdict if it contains nothing else
-_BARE = re.compile(r"[\W_]*(?:answer[\s_]+|boxed\{)?(1|2|tie)[\W_]*", re.IGNORECASE)
+_BARE = re.compile(r"[\W_]*(?:answer[\s_]+|boxed\{)?(?<![-−])(1|2|tie)[\W_]*", re.IGNORECASE)
 # How the rest of the line takes a verdict back. A reason may name the other answer, too: "1, because 2 is rude".
 _TAKES_BACK = re.compile(
     r"\b(?:or|but|actually|wait|rather|however|instead|verdict)\b|\b(?:1|2|first|second|one|two)\s+(?:answer\s+|one\s+)?"
@@ -89,8 +93,15 @@ _CONTRADICTS = re.compile(
     r"(?:\bnot|n['’]t)\s+(?:the\s+)?(?:more|better|as)\b",
     re.IGNORECASE,
 )
-# The same after a bare adjective: "1 - dangerous"
-_BLAMES = re.compile(r"[\W_]*(?:dangerous|harmful|unsafe|toxic|rude|wrong|incorrect|bad|evasive)[\W_]*", re.IGNORECASE)
+# The same after an adjective alone: "1 - dangerous", "1, because it is very harmful"
+_BLAMES = re.compile(
+    r"[\W_]*(?:(?:because|since|as)\s+)?(?:(?:it|which|that|this)(?:\s+is|\s+was|['’]s)\s+)?"
+    r"(?:(?:very|really|quite|so|too|clearly)\s+)?"
+    r"(?:dangerous|harmful|unsafe|toxic|rude|wrong|incorrect|bad|evasive)[\W_]*",
+    re.IGNORECASE,
+)
+# A verdict within a line, which takes back another one above it
+_WITHIN = re.compile(r"\bverdict[\W_]+(1|2|tie)\b", re.IGNORECASE)
 # Options that are listed, each with the same mark after it: "1 - dangerous, 2 - safe" and "1. dangerous; 2. safe"
 _LISTED = re.compile(
     r"[*_\"']*(?:(?P<mark>\s*-\s*|\s*[:=(])(?s:.*)\b(?:1|2|tie|first|second)[*_\"']*(?P=mark)|"
@@ -111,10 +122,10 @@ _SAME = {"first": "1", "one": "1", "second": "2", "two": "2", "neither": "tie"}
 def read_verdict(text: str) -> str | None:
     """The verdict in a reply: "1", "2" or "tie". None if there is no verdict, or several.
 
-    That is the line that begins with "VERDICT", wherever it stands; of several, they must agree. Without one, the last
-    line can be the verdict alone. A reason may follow in the line if it does not contradict the verdict. A line that
-    says something about each option is a list, and no verdict. A reply can also be JSON with a key "verdict". Digits
-    can be those of any language.
+    That is the line that begins with "VERDICT", wherever it stands; of several, they must agree, also with
+    those within later lines. Without one, the last line can be the verdict alone. A reason may follow in the line if it
+    does not contradict the verdict. A line that says something about each option is a list, and no verdict. A reply can
+    also be JSON with a key "verdict". Digits can be those of any language.
 
     Example:
         >>> read_verdict("VERDICT: 2"), read_verdict("**Tie**"), read_verdict("I like 1 better than 2.")
@@ -136,13 +147,15 @@ def read_verdict(text: str) -> str | None:
     text = re.sub(r"(verdict[:*_ \t]*)\n\s*", r"\1 ", text, flags=re.IGNORECASE)
     lines = [line.strip() for line in text.strip().splitlines()]
     named = [
-        (_NAMED.fullmatch(line), after)
-        for line, after in pairwise([*filter(None, lines), ""])
-        if re.match(r"[\W_]*(?:(?:my|the|final)\s+)*verdict\b", line, re.IGNORECASE)
+        (_NAMED.fullmatch(line), after) for line, after in pairwise([*filter(None, lines), ""]) if _STARTS.match(line)
     ]
+    starts = [number for number, line in enumerate(lines) if _STARTS.match(line)]
+    below = lines[starts[0] + 1 :] if starts else []
+    later = {within[1].lower() for line in below for within in _WITHIN.finditer(line)}
     found = named or [(_BARE.fullmatch(line), "") for line in lines[-1:]]
     said = {_verdict_in_line(line) if line and not _is_list(line, after) else None for line, after in found}
-    return said.pop() if len(said) == 1 else None
+    verdict = said.pop() if len(said) == 1 else None
+    return verdict if later <= {verdict} else None
 
 
 def _is_list(found: re.Match[str], after: str) -> bool:
