@@ -235,8 +235,8 @@ class Judge:
         if note is not None:
             logger.warning(note)
         scored = dataset.with_format(None).select(prepared["row"][:])
-        if is_labeled and "label" not in names:
-            scored = scored.add_column("label", label.tolist())
+        if is_paired:  # a column of the pairs does not tell the halves apart
+            scored = _replaced(scored, "label", label.tolist())
         columns = {
             "row": prepared["row"][:],
             "reward": reward.tolist(),

@@ -283,6 +283,17 @@ def test_pairs_are_scored_by_a_model_of_ratings(transform):
     assert scored["surprise"][:] == pytest.approx([0.474077, 0.974077])
 
 
+@pytest.mark.parametrize("own", [1, 0, 7.5, "better", None])
+def test_a_column_of_labels_beside_pairs_does_not_hide_which_half_a_row_is(own):
+    pairs = Dataset.from_dict({"prompt": ["a"] * 2, "chosen": [" b"] * 2, "rejected": [" c"] * 2, "label": [own] * 2})
+    scored = judge().score(pairs)
+    assert scored["label"][:] == [1.0, 0.0] * 2
+    assert [line.split(": ")[1] for line in most_notable(scored) if "answer:" in line] == ["c", "c", "b", "b"]
+    assert summary(Path("o"), pairs.select([0]), scored.select([0, 1]), "row").startswith(
+        "o holds 2 scored answers of 1 pair;"
+    )
+
+
 def test_labels_beyond_those_of_the_training_are_counted(caplog, monkeypatch):
     for name in ("transformers", "trl_ulma"):  # whichever the package's loggers are below
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)

@@ -273,7 +273,7 @@ def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
     said = {"surprise": ", the most surprising first", "reward": ", the highest reward first", "row": ""}[order]
     is_paired = "chosen" in rows.column_names
     answers, unit = (2 * len(rows), "answers") if is_paired else (len(rows), "rows")
-    of = f" of {len(rows):,} pairs" if is_paired else ""
+    of = f" of {len(rows):,} pair{'s' * (len(rows) != 1)}" if is_paired else ""
     left_out = f"{answers - len(scored):,} of {answers:,}"
     unit = unit.removesuffix("s") if len(scored) == 1 else unit
     message = f"{path} holds {len(scored):,} scored {unit}{of}{said}; {left_out} were left out."
