@@ -112,6 +112,25 @@ def test_a_picture_is_light_full_and_the_same_each_time(name, tmp_path, monkeypa
     assert 0.5 < (picture == 1).all(-1).mean() < 0.99
 
 
+@pytest.mark.parametrize(
+    "name", ["_final", "$\\foo$", "a$b$c", "/home/somebody/experiments/ratings/seed-1/" * 3, "%s {x}", "a\nb"]
+)
+@pytest.mark.filterwarnings("error")
+def test_each_model_is_named_in_pictures_whatever_its_name(name, tmp_path):
+    for draw, names in (
+        (lambda: figures.win_rates({name: SHARES, "b": SHARES}, f"Harmless\njudge: {name[:45]}"), 2),
+        (lambda: figures.training_curves({name: HISTORY["a"], "b": HISTORY["b"]}, ["loss"]), 2),
+        (lambda: figures.calibration({name: BINS, "b": BINS}), 3),
+        (lambda: figures.predicted_by_label({name: BY_LABEL, "b": BY_LABEL}), 3),
+    ):
+        figure = draw()
+        figures.save(figure, tmp_path, "picture")
+        ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        shown = [text.get_text() for legend in figure.legends for text in legend.get_texts()] or ticks
+        assert len(shown) == names
+        assert any("".join(name.split()) in re.sub(r"[\s\u200b]", "", each) for each in shown)
+
+
 def test_bars_are_as_long_as_their_shares():
     axes = DRAWN["win_rates"]().axes[0]
     bars = [patch for patch in axes.patches if patch.get_width() > 0]

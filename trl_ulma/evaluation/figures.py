@@ -4,6 +4,7 @@ With `dark=True`, a picture is drawn for a dark page.
 """
 
 import functools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ VERDICT_STYLES = {
 }
 # Inches: on the page of a phone, letters are still read
 WIDTH = 5.6
+# Characters of a line of a name
+_NAME_WIDTH = 36
 
 
 def _drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -48,7 +51,9 @@ def _drawn(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(draw)
     def in_own_style(*args: Any, dark: bool = False, **kwargs: Any) -> Figure:
-        with matplotlib.style.context(["default", _DARK if dark else {}], after_reset=True):
+        # Names are no formulas, even with dollar signs
+        settings = {"text.parse_math": False, **(_DARK if dark else {})}
+        with matplotlib.style.context(["default", settings], after_reset=True):
             return draw(*args, **kwargs)
 
     return in_own_style
@@ -70,6 +75,12 @@ def _is_dark() -> bool:
 def _ink() -> str:
     """The color of lines and texts on this page."""
     return matplotlib.rcParams["text.color"]
+
+
+def _name(name: str) -> str:
+    """The name of a model in a picture: a long one in several lines, and none that legends omit for its underscore."""
+    lines = "\n".join(textwrap.wrap(name, _NAME_WIDTH, break_on_hyphens=False)) or name
+    return f"\u200b{lines}" if lines.startswith("_") else lines
 
 
 def _edge() -> str:
@@ -113,7 +124,7 @@ def win_rates(models: Mapping[str, Mapping[str, Estimate]], title: str) -> Figur
         if win.low is not None and win.high is not None:
             axes.plot([win.low, win.high], [row - 0.4] * 2, "|-", color=_ink(), linewidth=1.2, markersize=6, zorder=3)
     numbers = {shares["win"].n for shares in models.values()}
-    axes.set_yticks(range(len(models)), [f"{name} ({shares['win'].n})" for name, shares in models.items()])
+    axes.set_yticks(range(len(models)), [_name(f"{name} ({shares['win'].n})") for name, shares in models.items()])
     axes.set_ylim(len(models) - 0.5, -0.6)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -155,7 +166,7 @@ def sweep(
         aside = 0.012 * span * (i - (len(series) - 1) / 2)
         place = {x: x * np.exp(aside) if log_x else x + aside for x in sorted(points)}
         heights = [points[x].value for x in place]
-        axes.plot(list(place.values()), heights, label=name, markersize=6, linewidth=1.8, **style)
+        axes.plot(list(place.values()), heights, label=_name(name), markersize=6, linewidth=1.8, **style)
         known = [(place[x], point.low, point.high) for x in place if (point := points[x]).low is not None]
         if known:
             at, low, high = zip(*known, strict=True)
@@ -195,7 +206,9 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
                 continue
             style = _line_style(i)
             every = max(1, len(points) // 8)
-            axes.plot(*zip(*points, strict=True), label=run, linewidth=1.6, markersize=5, markevery=every, **style)
+            axes.plot(
+                *zip(*points, strict=True), label=_name(run), linewidth=1.6, markersize=5, markevery=every, **style
+            )
         name, (low, high) = metric.rpartition("/")[2], axes.get_ylim()
         least = _LEAST_RANGE if name in _AT_MOST_1 else 0.0
         if name in ("loss", "eval_loss"):
@@ -299,7 +312,7 @@ def calibration(models: Mapping[str, Sequence[CalibrationBin]], *, own_scale: bo
     axes.plot([low, high], [low, high], color=_GUIDE, linewidth=1, label="calibrated")
     for i, (name, bins) in enumerate(models.items()):
         predicted, observed = [each.predicted for each in bins], [each.observed for each in bins]
-        axes.plot(predicted, observed, label=name, markersize=6, linewidth=1.6, **_line_style(i))
+        axes.plot(predicted, observed, label=_name(name), markersize=6, linewidth=1.6, **_line_style(i))
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(low - margin, high + margin)
     axes.set_aspect("equal")
@@ -333,7 +346,7 @@ def predicted_by_label(
         style = _line_style(i)
         at = [each["label"] + aside * (i - (len(models) - 1) / 2) for each in groups]
         found = [each["predicted"] for each in groups]
-        axes.plot(at, [each.value for each in found], label=name, markersize=6, linewidth=1.6, **style)
+        axes.plot(at, [each.value for each in found], label=_name(name), markersize=6, linewidth=1.6, **style)
         known = [(x, each.low, each.high) for x, each in zip(at, found, strict=True) if each.low is not None]
         if known:
             axes.vlines(*zip(*known, strict=True), color=style["color"], linewidth=1.2)
