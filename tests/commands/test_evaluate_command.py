@@ -489,6 +489,25 @@ def test_a_full_model_is_compared_with_the_model_that_its_training_began_with(ti
     assert note.startswith("The train split is evaluated. Training may have seen these rows")
 
 
+@pytest.mark.parametrize("names", [("one", "two"), ("one", "base (base)")])
+def test_models_before_training_have_names_of_their_own(tiny_llama, tmp_path, names):
+    rows = make_rows(4)
+    rows.to_json(tmp_path / "rows.jsonl")
+    argv = ["evaluate", "--dataset", str(tmp_path / "rows.jsonl"), "--split", "train", "--output", f"{tmp_path}/report"]
+    for name, folder in zip(names, "ab", strict=True):
+        shutil.copytree(tiny_llama, tmp_path / folder / "base")
+        trainer = make_trainer(f"{tmp_path}/{folder}/base", rows, tmp_path / "run", max_steps=1)
+        trainer.train()
+        trainer.save_model(f"{tmp_path}/{folder}/out")
+        argv += ["--model", f"{name}={tmp_path}/{folder}/out"]
+    assert main([*argv, "--generate", "--max_new_tokens", "2"]) == 0
+    models = facts_in(tmp_path / "report")["models"]
+    bases = [f"{tmp_path}/a/base (base)", f"{tmp_path}/b/base (base)"]
+    assert [model["name"] for model in models] == [*names, *bases]
+    assert [model["changed"]["base"] for model in models[:2]] == bases
+    assert len(list((tmp_path / "report" / "answers").iterdir())) == 4
+
+
 def test_a_report_shows_a_few_answers_before_and_after_training(adapters, rows, tmp_path):
     argv = ["evaluate", "--model", adapters[0], "--dataset", rows, "--split", "train", "--output"]
     for number, options in enumerate([[], ["--examples", "2"], ["--examples", "0"], ["--no-base"]]):

@@ -1,5 +1,7 @@
 """The model that a training began with, or a given reference: what an evaluated model is compared with."""
 
+from collections.abc import Iterable
+
 from trl_ulma.saved import adapter_base, saved_file, saved_settings
 
 # Kinds of references that are separate models
@@ -36,11 +38,24 @@ def revision_before(source: str, ref_model: str | None) -> str | None:
     return saved.reference.revision
 
 
-def name_before(before: str, run: str) -> str:
-    """The name of `model_before` in a report.
+def name_before(before: str, run: str, runs: Iterable[str] = (), befores: Iterable[str | None] = ()) -> str:
+    """The name of `model_before` in a report: the last part of its own name, or all of it if that is taken.
+
+    Args:
+        before: the model before training.
+        run: the name of the run that it is compared with.
+        runs: the names of all runs.
+        befores: the models before the trainings of all runs.
 
     Example:
         >>> name_before("org/model", "ulma"), name_before("out/ref", "ulma")
         ('model (base)', 'ulma before training')
+        >>> name_before("a/model", "ulma", befores=["a/model", "b/model"])
+        'a/model (base)'
     """
-    return f"{run} before training" if before.endswith("/ref") else f"{before.rstrip('/').split('/')[-1]} (base)"
+    if before.endswith("/ref"):
+        return f"{run} before training"
+    own = before.rstrip("/")
+    last = own.split("/")[-1]
+    alike = {each.rstrip("/") for each in befores if each is not None and each.rstrip("/").split("/")[-1] == last}
+    return f"{own if alike - {own} or f'{last} (base)' in runs else last} (base)"

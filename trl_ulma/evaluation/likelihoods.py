@@ -122,9 +122,10 @@ class Likelihoods:
         )
         before = model_before(source, args.ref_model)
         if args.base and before is not None and before not in (*self.befores, *dict(args.model).values()):
+            others = [model_before(each, args.ref_model) for _, each in args.model if not each.startswith("served:")]
             # It gives all answers the reward 0
             self.befores[before] = {
-                "name": name_before(before, run),
+                "name": name_before(before, run, dict(args.model), others),
                 "source": before,
                 "is_base": True,
                 "rows": len(rows),
