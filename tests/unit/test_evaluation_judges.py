@@ -8,6 +8,7 @@ import traceback
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from servers import REFUSALS, LoopbackServer, said
 from transformers import (
     AutoTokenizer,
@@ -635,6 +636,24 @@ def test_a_classifier_judges_by_the_label_that_is_named(reward_models):
         RewardModelJudge(reward_models[2], "harmless", label="fine")
     with pytest.raises(ValueError, match="has one output, without labels, and none named 'good'"):
         RewardModelJudge(reward_models[1], "harmless", label="good")
+
+
+@pytest.mark.parametrize("label", [None, "LABEL_1"])
+def test_a_model_that_judges_nothing_is_refused(tiny_llama, tmp_path, label):
+    with pytest.raises(ValueError, match=r"no reward model and no classifier: it has no weights score\.weight"):
+        RewardModelJudge(tiny_llama, "helpful", label=label)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=rf"The judge {folder} cannot be loaded \("):
+            RewardModelJudge(str(folder), "helpful", label=label)
+
+
+def test_a_reward_model_of_an_adapter_has_its_own_head(reward_models, tmp_path):
+    model = LlamaForSequenceClassification.from_pretrained(reward_models[1])
+    adapter = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    torch.nn.init.zeros_(adapter.get_submodule("base_model.model.score.modules_to_save.default").weight)
+    adapter.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(reward_models[1]).save_pretrained(tmp_path)
+    assert RewardModelJudge(str(tmp_path), "helpful", label=None).scores(["The cat"], [" sat."]).tolist() == [0.0]
 
 
 def test_a_reward_model_refuses_what_it_cannot_read(reward_models):

@@ -107,8 +107,8 @@ class RewardModelJudge:
         batch_size: answers per forward.
 
     Raises:
-        ValueError: if the model has several labels and `label` is none of them, or if it has one output and `label` is
-            given.
+        ValueError: if the model cannot be loaded, or lacks weights; if it has several labels and `label` is none of
+            them, or if it has one output and `label` is given.
 
     Example:
         >>> judge = RewardModelJudge("reward-model", "harmless")  # doctest: +SKIP
@@ -127,8 +127,20 @@ class RewardModelJudge:
     ):
         self.name, self.criteria, self.batch_size = checkpoint, (criterion,), batch_size
         loading = {"trust_remote_code": trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(checkpoint, **loading)
+        load: Any = AutoModelForSequenceClassification.from_pretrained
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading)
+            model, told = load(checkpoint, output_loading_info=True, **loading)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The judge {checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}). Name the folder of a "
+                "reward model or a classifier, or one on the hub."
+            ) from error
+        if told["missing_keys"]:  # transformers makes random weights of these
+            raise ValueError(
+                f"{checkpoint} is no reward model and no classifier: it has no weights "
+                f"{', '.join(sorted(told['missing_keys']))}."
+            )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         labels = list(model.config.id2label.values())
         if label is None and len(labels) > 1:
