@@ -183,9 +183,9 @@ def joined_stream(text: str) -> dict[str, Any] | None:
         for choice in (event.get("choices") or ())[:1]:
             written += choice.get("text") or ""
             reason = choice.get("finish_reason") or reason
-            delta = choice.get("delta") or choice.get("message") or {}
+            delta: dict[str, Any] = choice.get("delta") or choice.get("message") or {}
             thought, content = content_text(delta.get("content"))
-            delta = {**delta, "content": content} | ({"reasoning": thought} if thought else {})
+            delta |= {"content": content, **({"reasoning": thought} if thought else {})}
             for key in ("content", "refusal", *REASONING_KEYS):
                 if delta.get(key) and isinstance(delta[key], str):
                     message[key] = message.get(key, "") + delta[key]
