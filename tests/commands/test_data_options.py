@@ -64,7 +64,8 @@ def test_the_next_commands_run_as_they_are_printed(tiny_gpt2, trained, capsys):
     words = ["score", "--model", str(model), "--dataset", str(file), "--output", str(model / "scored.jsonl")]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert "holds 22 scored rows" in said.out
+    assert "holds 24 scored rows" in said.out
+    assert "2 rows have no label, and so no surprise." in said.out
     assert f"is read as in training: --columns {COLUMNS} --invalid_rows drop" in said.err
     assert "split" not in said.err
 
