@@ -196,7 +196,7 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
     panels = figure.subplots(rows, columns, squeeze=False).flatten() if metrics else []
     for axes, metric in zip(panels, metrics, strict=False):
         lines = {
-            run: [(log["step"], log[metric]) for log in logs if metric in log and "step" in log]
+            _name(run): [(log["step"], log[metric]) for log in logs if metric in log and "step" in log]
             for run, logs in history.items()
         }
         if not any(lines.values()):
@@ -206,9 +206,7 @@ def training_curves(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics:
                 continue
             style = _line_style(i)
             every = max(1, len(points) // 8)
-            axes.plot(
-                *zip(*points, strict=True), label=_name(run), linewidth=1.6, markersize=5, markevery=every, **style
-            )
+            axes.plot(*zip(*points, strict=True), label=run, linewidth=1.6, markersize=5, markevery=every, **style)
         name, (low, high) = metric.rpartition("/")[2], axes.get_ylim()
         least = _LEAST_RANGE if name in _AT_MOST_1 else 0.0
         if name in ("loss", "eval_loss"):
