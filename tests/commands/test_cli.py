@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
@@ -24,9 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from trl_ulma import __version__
 from trl_ulma.checkpoints import last_whole
+from trl_ulma.ranking import auc, spearman
 from trl_ulma.scripts import cli, pointwise_dpo, ulma
 from trl_ulma.scripts.cli import COMMANDS, main
-from trl_ulma.scripts.training import last_checkpoint_or, load_splits
+from trl_ulma.scripts.training import _least_told_apart, last_checkpoint_or, load_splits
 
 NEEDED = ["--model_name_or_path", "some-model", "--dataset_name", "org/rows"]
 SCRIPTS = {"ulma": ulma, "pointwise-dpo": pointwise_dpo}
@@ -842,6 +844,23 @@ def test_data_that_cannot_be_read_ends_the_run_in_one_line(tmp_path):
     rows.write_text("{oops}")
     with pytest.raises(SystemExit, match=r"error: .*rows\.jsonl is invalid JSON in line 1, column 2"):
         run_here(ulma, "--model_name_or_path", "m", "--dataset_name", str(rows))
+
+
+@pytest.mark.parametrize("prompts", [30, 120])
+@pytest.mark.parametrize("label_type", ["continuous", "binary"])
+def test_the_least_figure_that_is_told_from_chance_is_that_of_chance(prompts, label_type):
+    said = _least_told_apart(Dataset.from_dict({"prompt": [f"Why {i}?" for i in range(prompts)]}), label_type)
+    random = np.random.default_rng(0)
+    label = np.arange(prompts) % 2 if label_type == "binary" else random.normal(size=prompts)
+    figure = auc if label_type == "binary" else spearman
+    chance = [float(figure(random.normal(size=prompts), label > 0.5 if figure is auc else label)) for _ in range(4000)]
+    assert float(re.search(r"above about ([\d.]+)\.$", said)[1]) == pytest.approx(np.quantile(chance, 0.975), abs=0.02)
+
+
+@pytest.mark.parametrize("prompts", [29, 200])
+def test_nothing_is_said_of_few_prompts_or_many(prompts):
+    rows = Dataset.from_dict({"prompt": [f"Why {i}?" for i in range(prompts)]})
+    assert _least_told_apart(rows, "continuous") == ""
 
 
 def test_real_transcripts_as_they_are(shared_data, tmp_path, tiny_gpt2, capsys):

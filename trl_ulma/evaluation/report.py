@@ -153,7 +153,8 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     )
     # A model before training has the reward 0 for every answer
     trained = [model for model in models if not model.get("is_base")]
-    parts += _split(trained, data, is_short=is_short)
+    # In short, the table of predicted labels says more of ratings
+    parts += _split([model for model in trained if not (is_short and model.get("own_scale"))], data, is_short=is_short)
     parts += _own_scale(trained)
     parts += [] if is_short else _calibration(trained)
     for model in models:

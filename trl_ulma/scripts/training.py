@@ -1,6 +1,7 @@
 """Runs the training commands: launches the processes, loads the data, trains, saves and evaluates."""
 
 import dataclasses
+import math
 import os
 import shlex
 import signal
@@ -23,6 +24,8 @@ from trl_ulma.scripts import data_options
 from trl_ulma.scripts.command_line import as_options, is_refusal, is_verbose, logging_as_options
 from trl_ulma.scripts.options import OptionParser
 
+# With more held-out prompts, an evaluation tells small differences
+_MANY_PROMPTS = 200
 # The exit code after Ctrl-C
 STOPPED = 130
 # The exit code of one of several processes that printed why it cannot train. The command then exits with 1.
@@ -200,6 +203,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         if other in splits:
             said += f" Its split {other!r} is not used; --dataset_test_split {other} evaluates on it."
     said += _few_prompts(train, halves["test"], training_args.seed)
+    said += _least_told_apart(halves["test"], getattr(training_args, "label_type", "binary"))
     return halves["train"], halves["test"], said
 
 
@@ -257,6 +261,31 @@ def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
         f"{said} Rate answers to more prompts: {enough} With about {total + missing} prompts, {missing} more "
         "than now, --test_split_size 0.5 holds out so many."
     )
+
+
+def _least_told_apart(test: Dataset, label_type: str) -> str:
+    """Which figure is the least that an evaluation tells from chance; "" if there are too few prompts, or many.
+
+    Under chance, the standard error of Spearman's correlation is 1/√(n − 1), and that of the AUC √((n + 1)/3)/n with as
+    many likes as dislikes.
+
+    Example:
+        >>> held_out = Dataset.from_dict({"prompt": list(map(str, range(40)))})
+        >>> print(_least_told_apart(held_out, "continuous").strip())
+        40 held-out prompts tell a rank correlation from chance if it is above about 0.31.
+        >>> print(_least_told_apart(held_out, "binary").strip())
+        40 held-out prompts tell an AUC from chance if it is above about 0.68.
+    """
+    from trl_ulma.bootstrap import ENOUGH_PROMPTS
+
+    count = count_prompts(test)
+    if not ENOUGH_PROMPTS <= count < _MANY_PROMPTS:
+        return ""
+    if label_type == "continuous":
+        what, least = "a rank correlation", 1.96 / math.sqrt(count - 1)
+    else:
+        what, least = "an AUC", 0.5 + 1.96 * math.sqrt((count + 1) / 3) / count
+    return f"\n{count} held-out prompts tell {what} from chance if it is above about {least:.2f}."
 
 
 def _refuse_beside_mixture(script_args: Any) -> None:
