@@ -46,3 +46,17 @@ def over_seeds(values: Sequence[float]) -> Estimate:
         return Estimate(mean, None, None, n)
     half = float(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
     return Estimate(mean, mean - half, mean + half, n)
+
+
+def shown(estimate: Estimate | None, form: str = ".3f") -> str:
+    """A figure with its interval.
+
+    Example:
+        >>> shown(Estimate(0.5, 0.4, 0.6, 100)), shown(Estimate(2.0, None, None, 1), ".1f"), shown(None)
+        ('0.500 [0.400, 0.600]', '2.0', '–')
+    """
+    if estimate is None:
+        return "–"
+    if estimate.low is None or estimate.high is None:
+        return format(estimate.value, form)
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
+from trl_ulma.evaluation.conclusions import conclusions, corrected, counted, of_prompts, what_next
 from trl_ulma.evaluation.document import (
     Bullets,
     Heading,
@@ -25,8 +26,7 @@ from trl_ulma.evaluation.document import (
     to_text,
 )
 from trl_ulma.evaluation.figures import save
-from trl_ulma.evaluation.implicit_reward import CHANCE
-from trl_ulma.evaluation.intervals import over_seeds
+from trl_ulma.evaluation.intervals import over_seeds, shown
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
 from trl_ulma.predictions import TOO_CLOSE, too_close
@@ -94,20 +94,6 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def shown(estimate: Estimate | None, form: str = ".3f") -> str:
-    """A figure with its interval.
-
-    Example:
-        >>> shown(Estimate(0.5, 0.4, 0.6, 100)), shown(Estimate(2.0, None, None, 1), ".1f"), shown(None)
-        ('0.500 [0.400, 0.600]', '2.0', '–')
-    """
-    if estimate is None:
-        return "–"
-    if estimate.low is None or estimate.high is None:
-        return format(estimate.value, form)
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
-
-
 def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     """The parts of the report: conclusions first, then tables.
 
@@ -120,14 +106,14 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     parts: list[Part] = [Heading(f"Evaluation of {', '.join(names)}", 1)]
     sentences = conclusions(facts)
     parts += [Text(sentence, strong=True) for sentence in sentences]
-    if any(_UNDECIDED in sentence for sentence in sentences):
-        parts.append(Text(_what_next(models)))
+    if advice := what_next(sentences, models):
+        parts.append(Text(advice))
     methods = ["bootstrap over prompts"]
     methods += ["Wilson for shares"] if facts["judges"] else []
     methods += ["Student's t over seeds"] if facts["over_seeds"] else []
     parts.append(
         Text(
-            f"{_of_prompts(data['rows'], data['prompts'])} from {data['dataset']} ({data['split']})"
+            f"{of_prompts(data['rows'], data['prompts'])} from {data['dataset']} ({data['split']})"
             + (f"; {data['demonstrations']:,} of them are demonstrations" if data["demonstrations"] else "")
             + f". Brackets hold 95% intervals ({', '.join(methods)})."
         )
@@ -192,126 +178,7 @@ def _left_out(data: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> l
 
 def _left_out_in_words(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
-    return f"{_counted(total, 'row')} {'was' if total == 1 else 'were'} left out. {reasons_in_words(Counter(counts))}"
-
-
-def conclusions(facts: Mapping[str, Any]) -> list[str]:
-    """The conclusions, one sentence each: first about rewards, then about judged answers.
-
-    Nothing is concluded from an interval that includes chance, nor from fewer than `ENOUGH_PROMPTS` prompts, of which
-    the bootstrap gives intervals that are too narrow.
-    """
-    found = []
-    for model in facts["models"]:
-        if model.get("is_base"):
-            continue
-        name, chance = next(((n, c) for n, c in CHANCE.items() if n in model["implicit_reward"]), ("", 0.0))
-        if name:
-            figure = model["implicit_reward"][name]
-            of = f"{_NAMES[name]} {shown(figure)}, on {_of_prompts(model['ranked_rows'], figure.n)}"
-            trained_on = model.get("trained_on")
-            what = f"its reward ranks {'held-out ' if trained_on == 0 else ''}answers"
-            if trained_on:
-                of += f"; training saw the prompts of {_counted(trained_on, 'row')}"
-            told = _concluded(figure, chance, what, of)
-            hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
-            more = hint if "worse than chance" in told else ""
-            if "better than chance" in told:
-                more = _than_length(model.get("over_length", {}).get(name))
-            found.append(f"{model['name']}: {told}{more}")
-        elif model["implicit_reward"]:
-            found.append(
-                f"{model['name']}: nothing can be concluded about its ranking of answers, because all labels are on "
-                "one side, or all rewards are the same."
-            )
-    bases = {model["name"] for model in facts["models"] if model.get("is_base")}
-    for each in facts["differences"]:
-        if bases and not bases & {each["one"], each["other"]}:
-            continue
-        points, sign = each["points"], 1
-        one, other = each["one"], each["other"]
-        if one in bases:
-            one, other, sign = other, one, -1
-            ends = (None, None) if points.low is None else (-points.high, -points.low)
-            points = Estimate(sign * points.value, *ends, points.n)
-        of = (
-            f"{shown(points, '+.3f')} points per prompt on {_counted(points.n, 'prompt')}, criterion "
-            f"{each['criterion']}, judge {each['judge']}{_corrected(each)}"
-        )
-        found.append(f"{one}: {_concluded(points, 0.0, 'its answers do', of, f' than those of {other}')}")
-    return found
-
-
-def _than_length(difference: Estimate | None) -> str:
-    """A sentence on whether rewards rank better than lengths. "" if that is not known."""
-    if difference is None or difference.low is None or difference.high is None:
-        return ""
-    if difference.high < 0:
-        return f" Their length ranks them better than it does ({shown(difference, '+.3f')})."
-    if difference.low > 0:
-        return f" It also ranks them better than their length does, by {shown(difference)}."
-    return (
-        f" No difference from ranking them by their length was found ({shown(difference, '+.3f')}), so the model may "
-        "have learned length."
-    )
-
-
-def _corrected(difference: Mapping[str, Any]) -> str:
-    count = difference["comparisons"]
-    return f", corrected for {count} comparisons (Bonferroni)" if count > 1 else ""
-
-
-_NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
-_UNDECIDED = "nothing can be concluded: the interval includes"
-# From this accuracy in training on, a model knows the rows that it was trained on
-_KNOWS = 0.7
-
-
-def _what_next(models: Sequence[Mapping[str, Any]]) -> str:
-    """What to do if an interval includes chance, as far as the accuracy in training tells."""
-    said = "What to do next: "
-    for model in models:
-        own, new = model.get("accuracy_in_training"), (model.get("split") or {}).get("accuracies")
-        if own is None or new is None:
-            continue
-        said += (
-            f"at the end of its training, {model['name']} was right about {own:.0%} of the rows that it was trained "
-            f"on, and here about {new.value:.0%}. "
-        )
-        if own >= _KNOWS:
-            return said + (
-                "So it knows its own rows, and no more epochs are needed. Rate answers to more prompts, for the "
-                "training and for this evaluation: an interval of four times as many prompts is half as wide."
-            )
-        return said + "So it has learned little. Train for more epochs, or with 3 times the learning rate."
-    return said + (
-        "rate answers to more prompts: an interval of four times as many is half as wide. If a figure stays near "
-        "chance, train for more epochs or with a higher learning rate."
-    )
-
-
-def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
-    if figure.n < ENOUGH_PROMPTS:
-        are = "is" if figure.n == 1 else "are"
-        return f"{_counted(figure.n, 'prompt')} {are} too few for a conclusion ({of}). Use {ENOUGH_PROMPTS} or more."
-    if figure.low is None or figure.high is None:
-        return (
-            f"nothing can be concluded: there is no interval, because the figure is the same in all resamples, or "
-            f"undefined in many of them ({of})."
-        )
-    if figure.low <= chance <= figure.high:
-        return f"{_UNDECIDED} {chance:g} ({of})."
-    if figure.low > chance:
-        return f"{what} better{than} ({of})."
-    return f"{what} worse{than} ({of})."
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _of_prompts(rows: int, prompts: int) -> str:
-    return f"{_counted(rows, 'row')} of {_counted(prompts, 'prompt')}"
+    return f"{counted(total, 'row')} {'was' if total == 1 else 'were'} left out. {reasons_in_words(Counter(counts))}"
 
 
 def _figures(
@@ -514,7 +381,7 @@ def _changed(model: Mapping[str, Any], *, is_short: bool) -> list[Part]:
     found = model.get("changed")
     if not found:
         return []
-    told = f"Training changed {found['others']} of {_counted(found['answers'], 'answer')} of {found['base']}."
+    told = f"Training changed {found['others']} of {counted(found['answers'], 'answer')} of {found['base']}."
     parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(told)]
     if is_short:
         return parts
@@ -579,8 +446,8 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
         lines = [[f"{each['one']} − {each['other']}", shown(each["points"], "+.3f")] for each in gained]
         parts.append(Table(["points (win 1, tie ½), paired by prompt", "difference"], lines))
         if gained[0]["comparisons"] > 1:
-            corrected = _corrected(gained[0]).removeprefix(", ")
-            parts.append(Text(f"These intervals are {corrected}, so that all hold together with 95%."))
+            how = corrected(gained[0]).removeprefix(", ")
+            parts.append(Text(f"These intervals are {how}, so that all hold together with 95%."))
     return parts
 
 
