@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from servers import REFUSALS, LoopbackServer, said
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -654,6 +655,20 @@ def test_a_reward_model_of_an_adapter_has_its_own_head(reward_models, tmp_path):
     adapter.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(reward_models[1]).save_pretrained(tmp_path)
     assert RewardModelJudge(str(tmp_path), "helpful", label=None).scores(["The cat"], [" sat."]).tolist() == [0.0]
+
+
+def test_an_adapter_may_bring_the_head_that_its_base_lacks(tiny_llama, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    AutoModelForCausalLM.from_pretrained(tiny_llama, num_labels=1).save_pretrained(base)
+    model = LlamaForSequenceClassification.from_pretrained(base)
+    tuned = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    torch.nn.init.zeros_(tuned.get_submodule("base_model.model.score.modules_to_save.default").weight)
+    tuned.save_pretrained(adapter)
+    for folder in (base, adapter):
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    assert RewardModelJudge(str(adapter), "helpful", label=None).scores(["The cat"], [" sat."]).tolist() == [0.0]
+    with pytest.raises(ValueError, match=r"is no reward model and no classifier: it has no weights score\.weight"):
+        RewardModelJudge(str(base), "helpful", label=None)
 
 
 def test_a_reward_model_refuses_what_it_cannot_read(reward_models):

@@ -1,6 +1,6 @@
 """Judges decide which of two answers is better: their interface, and two judges that need no server."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -136,10 +136,10 @@ class RewardModelJudge:
                 f"The judge {checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}). Name the folder of a "
                 "reward model or a classifier, or one on the hub."
             ) from error
-        if told["missing_keys"]:  # transformers makes random weights of these
+        missing = _missing(model, told["missing_keys"])
+        if missing:  # transformers makes random weights of these
             raise ValueError(
-                f"{checkpoint} is no reward model and no classifier: it has no weights "
-                f"{', '.join(sorted(told['missing_keys']))}."
+                f"{checkpoint} is no reward model and no classifier: it has no weights {', '.join(missing)}."
             )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         labels = list(model.config.id2label.values())
@@ -306,3 +306,10 @@ class ProfanityJudge:
         from importlib.metadata import version
 
         return {"kind": "classifier", "package": self.name, "version": version(self.name)}
+
+
+def _missing(model: Any, keys: Iterable[str]) -> list[str]:
+    """The names of the weights that a loaded model lacks, without those that its adapter brings."""
+    adapters = getattr(model, "peft_config", {}).values()
+    own = {name for config in adapters for name in getattr(config, "modules_to_save", None) or ()}
+    return sorted(key for key in keys if own.isdisjoint(key.split(".")))
