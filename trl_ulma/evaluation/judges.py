@@ -1,14 +1,16 @@
 """Judges decide which of two answers is better: their interface, and two judges that need no server."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from peft import AutoPeftModelForSequenceClassification
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_ulma.evaluation.turns import as_text
 from trl_ulma.labels.texts import start_of
@@ -126,20 +128,24 @@ class RewardModelJudge:
         trust_remote_code: bool = False,
     ):
         self.name, self.criteria, self.batch_size = checkpoint, (criterion,), batch_size
-        loading = {"trust_remote_code": trust_remote_code}
-        load: Any = AutoModelForSequenceClassification.from_pretrained
+        loading: Any = {"trust_remote_code": trust_remote_code}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading)
-            model, told = load(checkpoint, output_loading_info=True, **loading)
+            told: dict[str, Any] = {}
+            if find_adapter_config_file(checkpoint) is not None:
+                # transformers itself leaves out the adapter's own head before 5.23, without a word
+                model: Any = AutoPeftModelForSequenceClassification.from_pretrained(checkpoint, **loading)
+            else:
+                load: Any = AutoModelForSequenceClassification.from_pretrained
+                model, told = load(checkpoint, output_loading_info=True, **loading)
         except (ImportError, OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The judge {checkpoint} cannot be loaded ({' '.join(str(error).split())[:300]}). Name the folder of a "
                 "reward model or a classifier, or one on the hub."
             ) from error
-        missing = _missing(model, told["missing_keys"])
-        if missing:  # transformers makes random weights of these
+        if missing := told.get("missing_keys"):  # transformers makes random weights of these
             raise ValueError(
-                f"{checkpoint} is no reward model and no classifier: it has no weights {', '.join(missing)}."
+                f"{checkpoint} is no reward model and no classifier: it has no weights {', '.join(sorted(missing))}."
             )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         labels = list(model.config.id2label.values())
@@ -306,10 +312,3 @@ class ProfanityJudge:
         from importlib.metadata import version
 
         return {"kind": "classifier", "package": self.name, "version": version(self.name)}
-
-
-def _missing(model: Any, keys: Iterable[str]) -> list[str]:
-    """The names of the weights that a loaded model lacks, without those that its adapter brings."""
-    adapters = getattr(model, "peft_config", {}).values()
-    own = {name for config in adapters for name in getattr(config, "modules_to_save", None) or ()}
-    return sorted(key for key in keys if own.isdisjoint(key.split(".")))
