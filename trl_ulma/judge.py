@@ -285,7 +285,7 @@ def check_free(names: Sequence[str]) -> None:
 
 
 def without_label(dataset: Dataset) -> np.ndarray:
-    """`(N,)` bool: the rows whose label is not there: None, NaN, or a text such as "N/A". Of pairs none.
+    """`(N,)` bool: the rows whose label is not there: None, NaN, or a text such as "N/A". Pairs always have one.
 
     Example:
         >>> without_label(Dataset.from_dict({"label": [1.0, None, float("nan")]}))
@@ -314,8 +314,8 @@ def _warn_of_words(rows: Dataset, missing: np.ndarray) -> None:
     if words:
         named = list(dict.fromkeys(map(repr, words)))
         more = ", …" if len(named) > _NAMED else ""
-        are = "1 label is" if len(words) == 1 else f"{len(words):,} labels are"
-        logger.warning(f"{are} {', '.join(named[:_NAMED])}{more}, which is read as no label.")
+        texts = "1 text is" if len(words) == 1 else f"{len(words):,} texts are"
+        logger.warning(f"{texts} read as no label: {', '.join(named[:_NAMED])}{more}.")
 
 
 def _with_neutral_labels(rows: Dataset, missing: np.ndarray, label_type: str) -> Dataset:

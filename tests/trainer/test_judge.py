@@ -546,9 +546,9 @@ def test_rows_without_a_label_come_last_and_are_counted(tiny_gpt2, tmp_path, tau
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        (["N/A", "", "1"], "1 label is 'N/A', which is read as no label."),
-        (["n/a", "#N/A", "1"], "2 labels are 'n/a', '#N/A', which is read as no label."),
-        (["-", "null", "."], "3 labels are '-', 'null', '.', which is read as no label."),
+        (["N/A", "", "1"], "1 text is read as no label: 'N/A'."),
+        (["n/a", "#N/A", "1"], "2 texts are read as no label: 'n/a', '#N/A'."),
+        (["-", "null", "."], "3 texts are read as no label: '-', 'null', '.'."),
         (["", "", "1"], None),
     ],
 )

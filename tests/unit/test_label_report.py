@@ -407,3 +407,14 @@ def test_labels_far_outside_are_named_with_their_rows():
     (warning,) = warned(many, continuous=True)
     assert warning.startswith("6 labels are far outside the others, which are between 1 and 5: 1000 (")
     assert "5000 (ratings.csv, line 726), and 1 more." in warning
+
+
+def test_targets_out_of_reach_are_told_beside_a_label_far_outside():
+    label = np.r_[np.tile([-2.0, -1.0, 0.0, 1.0, 2.0], 12), 40.0]
+    for beta, is_told in ((0.1, False), (0.01, True)):  # at 0.01, all labels but 0 ask for 100 nats and more
+        report = report_of(label, True, beta=beta)
+        assert [warning for warning in report["warnings"] if "far outside" in warning] == report["outliers"] != []
+        told = [warning for warning in report["warnings"] if "cannot move that far" in warning]
+        assert bool(told) == is_told
+        assert not told or told[0].startswith("48 target log-ratios")
+        assert report["continuous"]["targets"]["max"] == pytest.approx(40 / beta)

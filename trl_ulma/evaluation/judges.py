@@ -133,7 +133,7 @@ class RewardModelJudge:
             self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading)
             told: dict[str, Any] = {}
             if find_adapter_config_file(checkpoint) is not None:
-                # transformers itself leaves out the adapter's own head before 5.23, without a word
+                # Older versions of transformers (5.17, for example) leave out the adapter's own head without a word
                 model: Any = AutoPeftModelForSequenceClassification.from_pretrained(checkpoint, **loading)
             else:
                 load: Any = AutoModelForSequenceClassification.from_pretrained

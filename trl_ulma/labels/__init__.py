@@ -11,8 +11,7 @@ from trl_ulma.labels.invalid_rows import (
     refuse_invalid,
     unread,
 )
-from trl_ulma.labels.raters import VALUES as RATERS
-from trl_ulma.labels.raters import raters_in_words
+from trl_ulma.labels.raters import MOST_RATERS, raters_in_words
 from trl_ulma.labels.report import (
     contradictions_in_words,
     label_report,
@@ -43,8 +42,8 @@ __all__ = [
     "DECIMAL_COMMA",
     "LABEL_TYPES",
     "LISTED",
+    "MOST_RATERS",
     "OPTIONAL_COLUMNS",
-    "RATERS",
     "TRANSFORMS",
     "InvalidRow",
     "InvalidRows",

@@ -10,9 +10,9 @@ from trl_ulma.labels.texts import start_of
 
 # How many invalid rows an error lists, and of how many others it gives the lines
 LISTED = 20
-# If all rows are invalid for one reason, and there are more than these, it is said once
-_FEW = 3
 PLACES = 200
+# Of more rows than these, a reason for which all are invalid is told once
+_FEW = 3
 # The end of the fault of a label outside [0, 1]
 NOT_BINARY = 'Rescale it, or set label_type="continuous".'
 _FIX = 'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'

@@ -8,7 +8,7 @@ import numpy as np
 from trl_ulma.labels.outliers import outliers
 
 # A column is looked at if it has at most so many values, and each of two or more values has so many rows at least
-VALUES, _ROWS = 50, 8
+MOST_RATERS, _ROWS = 50, 8
 # Variance between values over that within them, from which means differ: by chance, fewer than 1 column in 500 has more
 _F = 8.0
 # The means of rows that are named
@@ -57,7 +57,7 @@ def _means(label: np.ndarray, values: Sequence[Any]) -> list[tuple[str, float]] 
     there = np.isfinite(label) & (texts != "")
     names, group, rows = np.unique(texts[there].astype(str), return_inverse=True, return_counts=True)
     large = np.flatnonzero(rows >= _ROWS)
-    if not len(large) >= 2 or len(names) > VALUES:
+    if len(large) < 2 or len(names) > MOST_RATERS:
         return None
     kept = np.isin(group, large)
     of, labels = np.searchsorted(large, group[kept]), label[there][kept]

@@ -134,8 +134,11 @@ def label_report(
     if "continuous" in report:
         shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
         targets = np.abs(label[continuous] / beta - shift) * (tokens[continuous] if length_normalize else 1)
-        # Labels far outside the others have such targets, too, and are told
-        report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, [] if far else warnings)
+        report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, [])
+        # Labels far outside the others are told already
+        own = label if raw is None else np.where(np.isfinite(raw), raw, label)
+        usual = np.delete(targets, outliers(own[continuous])) if far else targets
+        _targets(usual, beta, log_z is not None, warnings)
         mean, std = report["continuous"]["mean"], report["continuous"]["std"]
         if is_zero and 0 < std < abs(mean):
             warnings.append(
@@ -516,10 +519,11 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
         lines.append(f"{'':<20}correlation of label and tokens {found['length_correlation']:+.2f}")
     if "targets" in found:
         targets = found["targets"]
+        low, high = _TARGETS
         without = "" if targets["log_z_is_known"] else ", without log Z"
         lines += [
             f"{'':<20}labels ask log π to move by |z − c|/β nats{without}:",
-            f"{'':<20}root mean square {targets['rms']:.3g} (1 to 50 is usual), most {targets['max']:.3g}",
+            f"{'':<20}root mean square {targets['rms']:.3g} ({low:g} to {high:g} is usual), most {targets['max']:.3g}",
         ]
     return [line.rstrip() for line in lines]
 

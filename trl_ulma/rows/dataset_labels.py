@@ -18,7 +18,7 @@ from trl_ulma.data.directions import words_of
 from trl_ulma.data.origins import located, origin
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
-    RATERS,
+    MOST_RATERS,
     InvalidRow,
     LabelRules,
     check_columns,
@@ -50,8 +50,8 @@ SPELLING: ContextVar[Callable[[str], str]] = ContextVar("SPELLING", default=str)
 _LABELS = ("label", "label_type")
 # Rows that a warning names
 _LISTED = 5
-# Words in the name of a column of numbers that name raters
-_RATERS = frozenset(
+# Words in the name of a column of raters' numbers
+_RATER_WORDS = frozenset(
     ("rater", "annotator", "worker", "labeler", "judge", "reviewer", "evaluator", "user", "person", "who")
 )
 # Rows that are looked at for the number of raters
@@ -460,7 +460,7 @@ def _of_raters(rows: Dataset, raw: Any) -> dict[str, list[Any]]:
         values = raw.with_format(None).select_columns(name)
         first = set(values[:_FIRST][name]) - {None}
         are_numbers = all(isinstance(value, int) or number(value) is not None for value in first)
-        if len(first) <= RATERS and not (are_numbers and _RATERS.isdisjoint(words_of(name))):
+        if len(first) <= MOST_RATERS and not (are_numbers and _RATER_WORDS.isdisjoint(words_of(name))):
             found[name] = values.select(rows["row"][:])[name][:]
     return found
 

@@ -202,8 +202,9 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     for other in ("validation", "valid", "dev", "eval"):
         if other in splits:
             said += f" Its split {other!r} is not used; --dataset_test_split {other} evaluates on it."
-    said += _few_prompts(train, halves["test"], training_args.seed)
-    said += _least_told_apart(halves["test"], getattr(training_args, "label_type", "binary"))
+    held_out = count_prompts(halves["test"])
+    said += _few_prompts(train, held_out, training_args.seed)
+    said += _least_told_apart(held_out, getattr(training_args, "label_type", "binary"))
     return halves["train"], halves["test"], said
 
 
@@ -232,17 +233,16 @@ def _shared_prompts(train: Any, test: Any, name: str) -> str:
     )
 
 
-def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
+def _few_prompts(rows: Dataset, held_out: int, seed: int) -> str:
     """What to do if fewer prompts are held out than an evaluation needs; "" if there are enough.
 
     Args:
         rows: all rows.
-        test: those that are held out.
+        held_out: the number of prompts that are held out.
         seed: the seed of the split.
     """
     from trl_ulma.bootstrap import ENOUGH_PROMPTS
 
-    held_out = count_prompts(test)
     if held_out >= ENOUGH_PROMPTS:
         return ""
     prompts = f"{held_out} prompt{'' if held_out == 1 else 's'}"
@@ -263,29 +263,27 @@ def _few_prompts(rows: Dataset, test: Dataset, seed: int) -> str:
     )
 
 
-def _least_told_apart(test: Dataset, label_type: str) -> str:
+def _least_told_apart(held_out: int, label_type: str) -> str:
     """Which figure is the least that an evaluation tells from chance; "" if there are too few prompts, or many.
 
     Under chance, the standard error of Spearman's correlation is 1/√(n − 1), and that of the AUC √((n + 1)/3)/n with as
     many likes as dislikes.
 
     Example:
-        >>> held_out = Dataset.from_dict({"prompt": list(map(str, range(40)))})
-        >>> print(_least_told_apart(held_out, "continuous").strip())
+        >>> print(_least_told_apart(40, "continuous").strip())
         40 held-out prompts tell a rank correlation from chance if it is above about 0.31.
-        >>> print(_least_told_apart(held_out, "binary").strip())
+        >>> print(_least_told_apart(40, "binary").strip())
         40 held-out prompts tell an AUC from chance if it is above about 0.68.
     """
     from trl_ulma.bootstrap import ENOUGH_PROMPTS
 
-    count = count_prompts(test)
-    if not ENOUGH_PROMPTS <= count < _MANY_PROMPTS:
+    if not ENOUGH_PROMPTS <= held_out < _MANY_PROMPTS:
         return ""
     if label_type == "continuous":
-        what, least = "a rank correlation", 1.96 / math.sqrt(count - 1)
+        what, least = "a rank correlation", 1.96 / math.sqrt(held_out - 1)
     else:
-        what, least = "an AUC", 0.5 + 1.96 * math.sqrt((count + 1) / 3) / count
-    return f"\n{count} held-out prompts tell {what} from chance if it is above about {least:.2f}."
+        what, least = "an AUC", 0.5 + 1.96 * math.sqrt((held_out + 1) / 3) / held_out
+    return f"\n{held_out} held-out prompts tell {what} from chance if it is above about {least:.2f}."
 
 
 def _refuse_beside_mixture(script_args: Any) -> None:
