@@ -68,7 +68,8 @@ def test_the_other_commands_take_them_too(number):
 def test_check_takes_the_names_of_training(tiny_gpt2, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": "Hi", "completion": f" {i}.", "label": i}) + "\n" for i in (0, 1)))
-    assert check.main(["--model_name_or_path", tiny_gpt2, "--dataset_name", str(file), "--output_dir", "out"]) == 0
+    words = ["--model_name_or_path", tiny_gpt2, "--dataset_name", str(file), "--output_dir", "out"]
+    assert check.main(["--method", "ulma", *words]) == 0
     said = capsys.readouterr().out.replace(" \\\n       ", "")
     assert said.endswith(f"trl-ulma ulma --model_name_or_path {tiny_gpt2} --dataset_name {file} --output_dir out\n")
 
@@ -226,7 +227,7 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path, cap
         "Prompt: 'What is 2?'"
     )
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    assert main(["check", *words]) == 1
+    assert main(["check", "--method", "ulma", *words]) == 1
     assert capfd.readouterr().err.replace("trl-ulma check", "trl-ulma ulma") == trained
 
 
@@ -252,7 +253,7 @@ def test_training_refuses_bad_rows_as_check_does(tiny_gpt2, stars, tmp_path, cap
 def test_settings_and_files_are_refused_in_a_line(command, words, code, message, tiny_gpt2, stars, tmp_path, capsys):
     argv = ["--model", tiny_gpt2, "--dataset", stars, *words]
     if command == "check":
-        assert main(["check", *argv]) == code
+        assert main(["check", "--method", "ulma", *argv]) == code
         last = capsys.readouterr().err.splitlines()[-1]
     else:
         with pytest.raises(SystemExit) as stop:
@@ -267,7 +268,7 @@ def test_settings_and_files_are_refused_in_a_line(command, words, code, message,
 def test_labels_that_label_map_lacks_are_refused_row_by_row(command, tiny_gpt2, stars, tmp_path, capsys):
     argv = ["--model", tiny_gpt2, "--dataset", stars, "--label_map", "up=1"]
     if command == "check":
-        assert main(["check", *argv]) == 1
+        assert main(["check", "--method", "ulma", *argv]) == 1
         said = capsys.readouterr().err
     else:
         with pytest.raises(SystemExit) as stop:

@@ -16,6 +16,7 @@ from trl_ulma.judge import Judge
 from trl_ulma.labels import LabelRules
 from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts import check
+from trl_ulma.scripts.command_line import VERBOSE
 from trl_ulma.scripts.score import most_notable
 
 PROMPTS = ["How are\nyou?", "Where?", "Why?", "Who?", "When?", "How?"]
@@ -37,7 +38,8 @@ def test_rows_keep_their_lines_when_they_are_selected(file):
     assert with_origins([0, -1, 1], rows.select([4, 0])) == "0 (rows.csv, line 7), -1, 1 (rows.csv, line 2)"
 
 
-def test_check_names_the_line_of_each_row_that_it_shows(tiny_gpt2, file, capsys):
+def test_check_names_the_line_of_each_row_that_it_shows(tiny_gpt2, file, capsys, monkeypatch):
+    monkeypatch.setenv(VERBOSE, "1")  # which shows a good answer and a bad one
     assert check.main(["--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "epoch", "--bf16", "false"]) == 0
     said = capsys.readouterr().out
     shown = [line.split(":")[0] for line in said.splitlines() if line.startswith("rows.csv, line")]
@@ -77,7 +79,7 @@ def test_check_lists_the_invalid_rows_of_both_halves_of_a_split_as_one_file(tiny
         assert {origin(half, row)[-1] for row in range(len(half))} & {"3", "4", "6", "9"}
     words = ["--method", "pointwise-dpo", "--label_type", "continuous", "--bf16", "false", "--seed", "0"]
     assert check.main(["--model", tiny_gpt2, *answers, *words, "--test_split_size", "0.5"]) == 1
-    said, remedy = capsys.readouterr().err.split("\nFix these rows, or leave them out:\n")
+    said, remedy = capsys.readouterr().err.split("\nFix these rows and check again, or leave them out:\n")
     first, *lines = said.splitlines()[-6:]
     assert first.endswith("error: 4 of 12 rows are invalid:")
     assert lines == [*FOUND, KINDS]

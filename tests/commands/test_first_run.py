@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -122,23 +123,29 @@ def without_weights(tiny_llama, tmp_path) -> str:
 def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratings, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     there = sorted(tmp_path.rglob("*"))
-    assert main(["check", "--model", without_weights, "--dataset", ratings, "--bf16", "False"]) == 0
+    words = ["--model", without_weights, "--dataset", ratings, "--bf16", "False"]
+    assert main(["check", "--method", "ulma", *words]) == 0
     said = capfd.readouterr().out.replace(" \\\n       ", "")
     assert "Labels of the train dataset: 20 rows" in said
     assert "The rows" not in said
-    for kind in ("label 1, imitated", "label 0, compared", "label 1, compared"):
+    for kind in ("label 1, imitated", "label 0, compared"):
         assert kind in said
+    assert "label 1, compared" not in said
     rows = [json.loads(line) for line in Path(ratings).read_text().splitlines()]
-    for number in (0, 1, 2):
+    for number in (0, 1):
         assert f"{ratings}, line {number + 1}: " in said
         assert f"{rows[number]['prompt']}⟦{rows[number]['completion']}<|end|>⟧" in said.replace("\n  ", " ")
     assert "20 rows make 3 steps per epoch; 9 steps in total (3 epochs)." in said
-    assert "Memory on one device, about" in said
+    assert re.search(r"Memory on one device, about \S+ MiB\. The longest row has \d+ tokens\. \w+", said)
     assert said.endswith(
         "Ready. To train:\n\n"
         f"    trl-ulma ulma --model {without_weights} --dataset {ratings} --bf16 False --output out\n"
     )
     assert sorted(tmp_path.rglob("*")) == there
+    assert main(["check", "--method", "ulma", *words, "--verbose"]) == 0
+    said = capfd.readouterr().out
+    assert "label 1, compared" in said
+    assert re.search(r"Memory on one device, about \S+ MiB: weights .*, gradients", said)
 
 
 @pytest.mark.parametrize("is_invalid", [True, False])
@@ -149,10 +156,11 @@ def test_odd_labels_are_named_once_more_beside_what_has_to_be_corrected(without_
     argv = ["--model", without_weights, "--dataset", str(tmp_path / "rows.csv"), "--label_type", "continuous"]
     assert main(["check", "--method", "pointwise-dpo", *argv, "--bf16", "False"]) == is_invalid
     out, err = capfd.readouterr()
-    end = out[out.index("Memory on one device") :]
-    assert "Look at this before you train: 1 label is far outside the others, which are between 1 and 5: 9 (" in end
+    before, end = out.split("\nLook at this before you train: ")
+    assert end.startswith("1 label is far outside the others, which are between 1 and 5: 9 (")
     assert "rows.csv, line 21, prompt 'Why 19?')" in end
-    assert "far outside" not in out[: out.index("Memory on one device")]
+    assert "far outside" not in before
+    assert ("Memory on one device" in before) == (not is_invalid)
     if is_invalid:  # the rows are looked at once more before the training
         assert "trl-ulma check --method pointwise-dpo" in err
         assert err.endswith("--invalid_rows drop\n")
@@ -209,7 +217,7 @@ def test_help_of_a_dry_run_has_its_own_options_and_those_of_training(capsys):
 
 
 def test_one_of_a_kind_is_not_said_in_the_plural(tiny_gpt2, ratings, capfd):
-    command = ["check", "--model", tiny_gpt2, "--dataset", ratings, "--num_train_epochs", "1"]
+    command = ["check", "--method", "ulma", "--model", tiny_gpt2, "--dataset", ratings, "--num_train_epochs", "1"]
     command += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "20", "--save_steps", "1"]
     assert main(command) == 0
     said = capfd.readouterr().out
@@ -245,7 +253,7 @@ def test_the_next_command_keeps_the_options_and_can_be_run(tiny_gpt2, tmp_path, 
 )
 def test_the_steps_are_those_that_training_makes(settings, processes, tiny_llama, ratings, tmp_path, capfd):
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    assert main(["check", "--model", tiny_llama, "--dataset", ratings, *options]) == 0
+    assert main(["check", "--method", "ulma", "--model", tiny_llama, "--dataset", ratings, *options]) == 0
     said = capfd.readouterr().out
     trainer = make_trainer(tiny_llama, make_rows(20), tmp_path / "out", **settings)
     trainer.train()

@@ -37,22 +37,21 @@ def file(tmp_path):
 
 
 def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys):
-    command = ["--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "no", "--max_length", "64"]
+    command = ["--method", "ulma", "--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "no"]
+    command += ["--max_length", "64"]
     assert check.main(command) == 1
     shown, said = capsys.readouterr()
-    assert "Some rows are invalid. All others are shown first." in shown
-    assert "Labels of the train dataset: 2 rows" in shown
-    assert "--length_normalize True" in shown
-    assert "Rows as the model sees them" in shown
-    assert "Ready." not in shown
+    assert shown.strip() == ""  # the other rows are shown when these are corrected or left out
     assert "error: 3 of 5 rows of the train dataset are invalid:" in said
     for line in (2, 3, 5):
         assert said.count(f"{file}, line {line}") == 1
     assert "line 2: label is None;" in said  # JSON has null, and no empty cells
     assert "Prompt: 'What is this?'" in said
     assert "1 × label is missing; 1 × completion is empty; 1 × label outside [0, 1]" in said
-    without = shlex.join(["trl-ulma", "ulma", *command, "--output", "out", "--invalid_rows", "drop"])
-    assert said.replace(" \\\n       ", "").endswith(f"\nFix these rows, or leave them out:\n\n    {without}\n")
+    without = shlex.join(["trl-ulma", "check", *command, "--invalid_rows", "drop"])
+    assert said.replace(" \\\n       ", "").endswith(
+        f"\nFix these rows and check again, or leave them out:\n\n    {without}\n"
+    )
 
     assert check.main([*command, "--invalid_rows", "drop"]) == 0
     shown = capsys.readouterr().out
@@ -61,6 +60,8 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert "Labels of the train dataset: 2 rows" in shown
     assert "left out" in shown
     assert "invalid: label is missing (1 row)" in shown
+    assert "--length_normalize True" in shown
+    assert "Rows as the model sees them" in shown
 
 
 def test_training_counts_what_check_lists(tiny_gpt2, file, tmp_path, capsys, caplog, monkeypatch):
@@ -87,10 +88,11 @@ def test_training_counts_what_check_lists(tiny_gpt2, file, tmp_path, capsys, cap
 
 def test_errors_of_settings_and_ratings_do_not_hide_invalid_rows(tiny_gpt2, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    command = ["--model", tiny_gpt2, "--dataset", str(path), "--max_length", "64", "--eval_strategy", "no"]
+    command = ["--method", "pointwise-dpo", "--model", tiny_gpt2, "--dataset", str(path), "--max_length", "64"]
+    command += ["--eval_strategy", "no"]
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     # The rows that are valid cannot be compared within their prompt
-    assert check.main([*command, "--method", "pointwise-dpo", "--log_z", "group"]) == 1
+    assert check.main([*command, "--log_z", "group"]) == 1
     assert "error: 3 of 5 rows of the train dataset are invalid:" in capsys.readouterr().err
     path.write_text("".join(json.dumps(GOOD | {"label": stars}) + "\n" for stars in (1, 3, 4, 5)))
     assert check.main(command) == 1

@@ -36,11 +36,22 @@ def direction(name: str) -> str:
         >>> direction("rating"), direction("harm_score")
         ('', ' A low `harm_score` looks better, so train with --label_transform lower_is_better.')
     """
+    steps = reversing(name)
+    ranks = "--label_type continuous and " if "," in steps else ""
+    return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}." if steps else ""
+
+
+def reversing(name: str) -> str:
+    """The label transform for a column that looks like a label for which lower is better. "" for another one.
+
+    Example:
+        >>> reversing("rating"), reversing("harm_score"), reversing("rank")
+        ('', 'lower_is_better', 'lower_is_better,prompt_quantile')
+    """
     if not is_lower_better(name):
         return ""
-    steps = "lower_is_better,prompt_quantile" if {"rank", "ranking"}.intersection(words_of(name)) else "lower_is_better"
-    ranks = "--label_type continuous and " if "," in steps else ""
-    return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}."
+    is_rank = {"rank", "ranking"}.intersection(words_of(name))
+    return "lower_is_better,prompt_quantile" if is_rank else "lower_is_better"
 
 
 def check_direction(

@@ -124,15 +124,25 @@ _BAD = frozenset(
 
 
 def label_map_for(words: Sequence[str]) -> str:
-    """The value to suggest for `--label_map`, with numbers for known words.
+    """The value to suggest for `--label_map`, with numbers for known words, quoted for the shell.
 
     Example:
         >>> label_map_for(["thumbs_down", "👍🏽"]), label_map_for(["very good", "poor"])
         ('thumbs_down=0,👍🏽=1', '"very good=NUMBER,poor=NUMBER"')
     """
-    plain = {word: _plain(word) for word in words[:10]}
-    numbers = {word: 1 if key in _GOOD else 0 if key in _BAD else "NUMBER" for word, key in plain.items()}
-    return quoted(",".join(f"{word}={number}" for word, number in numbers.items()))
+    numbers = {word: known_number(word) for word in words[:10]}
+    return quoted(",".join(f"{word}={'NUMBER' if number is None else number}" for word, number in numbers.items()))
+
+
+def known_number(word: str) -> int | None:
+    """1 for a common word for a good label, 0 for one for a bad label, and None for other words.
+
+    Example:
+        >>> known_number("thumbs_up"), known_number("No"), known_number("fair")
+        (1, 0, None)
+    """
+    plain = _plain(word)
+    return 1 if plain in _GOOD else 0 if plain in _BAD else None
 
 
 def _plain(word: str) -> str:
@@ -156,8 +166,13 @@ def quoted(text: str) -> str:
 
 
 def as_option(columns: Mapping[str, str]) -> str:
+    """The value for `--columns`, in the order of `READ`, quoted for the shell."""
+    return quoted(as_value(columns))
+
+
+def as_value(columns: Mapping[str, str]) -> str:
     """The value for `--columns`, in the order of `READ`."""
-    return quoted(",".join(f"{ours}={columns[ours]}" for ours in dict.fromkeys((*READ, *columns)) if ours in columns))
+    return ",".join(f"{ours}={columns[ours]}" for ours in dict.fromkeys((*READ, *columns)) if ours in columns)
 
 
 def proposal(

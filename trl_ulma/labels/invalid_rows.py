@@ -134,15 +134,15 @@ class InvalidRows(ValueError):
 
         Example:
             >>> error = InvalidRow("is None; set it.", "k", "label").at(3, "train")
-            >>> print(InvalidRows.of([error], 10, "train", _FIX).with_command("trl-ulma ulma --model m"))
+            >>> print(InvalidRows.of([error], 10, "train", _FIX).with_command("trl-ulma check --invalid_rows drop"))
             Row 3 of the train dataset: label is None; set it.
-            Fix these rows, or leave them out:
+            Fix these rows and check again, or leave them out:
             <BLANKLINE>
-                trl-ulma ulma --model m --invalid_rows drop
+                trl-ulma check --invalid_rows drop
         """
         if self.remedy != _FIX:
             return self
-        remedy = "Fix these rows, or leave them out:\n\n" + textwrap.indent(f"{command} --invalid_rows drop", "    ")
+        remedy = "Fix these rows and check again, or leave them out:\n\n" + textwrap.indent(command, "    ")
         made = InvalidRows(str(self).removesuffix(self.remedy) + remedy)
         made.found, made.total, made.remedy = self.found, self.total, remedy
         return made

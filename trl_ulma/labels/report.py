@@ -434,7 +434,7 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
                           0 ████████                         1  25.0%             1
                           1 ████████████████████████         3  75.0%             1
         <BLANKLINE>
-        demonstrations      0.0% of rows
+        answers per prompt  mean 4, most 4; 1 prompt with 3–4
         ...
     """
     prompts, weight = report["prompts"], report["weight"]
@@ -446,9 +446,9 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
         return "\n".join(lines + _render_warnings(report))
     for kind in kinds:
         lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
-    facts = {"demonstrations": f"{report['demonstrations']:.1%} of rows"}
+    facts = {"demonstrations": f"{report['demonstrations']:.1%} of rows"} if report["demonstrations"] else {}
     if weight["is_given"]:
-        if weight["demonstrations"] is not None:
+        if facts and weight["demonstrations"] is not None:
             facts["demonstrations"] += f", {weight['demonstrations']:.1%} of weights"
         facts["weights"] = (
             f"{weight['min']:.4g} to {weight['max']:.4g}, median {weight['median']:.4g}; {weight['zero']:,} are 0; "
@@ -483,12 +483,15 @@ def render_repeats(found: Mapping[str, Any], name: str, rows: int) -> str:
 
 
 def _repeats_in_words(found: Mapping[str, Any]) -> dict[str, str]:
-    repeated = _count(found["repeated"], "row")
+    facts = {}
     if found["repeated"]:
         kept = "which is kept" if found["repeated"] == 1 else "which are kept"
         more = "; …" if len(found["repeated_rows"]) > _LISTED else ""
-        repeated += f", {kept}: {'; '.join(found['repeated_rows'][:_LISTED])}{more}"
-    return {"repeated": repeated, "contradicting": _count(found["contradicting"], "row")}
+        listed = f"{'; '.join(found['repeated_rows'][:_LISTED])}{more}"
+        facts["repeated"] = f"{_count(found['repeated'], 'row')}, {kept}: {listed}"
+    if found["contradicting"]:
+        facts["contradicting"] = _count(found["contradicting"], "row")
+    return facts
 
 
 def _render_facts(facts: Mapping[str, str]) -> list[str]:

@@ -3,9 +3,10 @@ r"""Dry run: shows what a training would do, without loading a model.
     trl-ulma check --model Qwen/Qwen3-0.6B --dataset feedback.jsonl
     trl-ulma check --method pointwise-dpo --config run.yaml --use_peft --num_processes 8
 
-The command accepts all options of `trl-ulma ulma`, or of the command that `--method` names. It reads and checks all
-rows, and prints the label report, a few rows as the model will see them, the number of steps and the memory needed.
-Then it prints the command that trains. It trains nothing and writes nothing.
+The command accepts all options of the training command that `--method` names. Without it, the command suggests a method
+and settings for the rows. It reads and checks all rows, and lists those that are invalid. If none is, it prints the
+label report, a few rows as the model will see them, the number of steps, the memory needed, and the command that
+trains. It trains nothing and writes nothing.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, in_lines, is_verbose
+from trl_ulma.scripts.suggestions import in_words, may_suggest, suggest
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -26,7 +28,9 @@ PROG = "trl-ulma check"
 # The default of transformers, without --output
 DEFAULT_OUTPUT = "trainer_output"
 METHODS = {"ulma": "ULMATrainer", "pointwise-dpo": "PointwiseDPOTrainer"}
-CHARACTERS_SHOWN = 1_000  # per prompt and per completion
+HELP = {"-h", "--help", "--help-all", "--help_all"}
+# Of a prompt and of a completion, with --verbose and without
+CHARACTERS_SHOWN, FEW_CHARACTERS = 1_000, 400
 
 
 def make_parser(method: str = "ulma") -> Any:
@@ -34,18 +38,25 @@ def make_parser(method: str = "ulma") -> Any:
     parser = import_module(f"trl_ulma.scripts.{method.replace('-', '_')}").make_parser(prog=PROG)
     parser.description = "Dry run: check the rows and the settings, and show what would be trained."
     parser.add_argument(
-        "--method", choices=METHODS, default="ulma", help="training command whose options are checked (default: ulma)"
+        "--method",
+        choices=METHODS,
+        help="the training command whose options are checked (default: suggested for the rows, with other settings; "
+        "ulma with --config)",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check. Returns the exit code: 2 for invalid options, 1 for invalid rows or settings."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if may_suggest(words) and HELP.isdisjoint(words) and (suggested := suggest(words)):
+        print(in_words(suggested) + "\n", flush=True)
+        words += [word for each in suggested for word in each.options]
     chooser = CommandParser(prog=PROG, add_help=False)
     chooser.add_argument("--method", choices=METHODS, default="ulma")
-    chosen, words = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    chosen, words = chooser.parse_known_args(words)
     parser = make_parser(chosen.method)
-    if {"-h", "--help"}.intersection(words):
+    if not {"-h", "--help"}.isdisjoint(words):
         parser.print_help()
         return 0
     if {"--help-all", "--help_all"}.intersection(words):
@@ -60,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parser.parse_settings(script_words)
     training_args = settings[1]
     following = following_command(chosen.method, words, has_output=training_args.output_dir != DEFAULT_OUTPUT)
-    again = in_lines(["trl-ulma", "check", "--method", chosen.method, *words])
+    again = in_lines(["trl-ulma", "check", "--method", chosen.method, *words, "--invalid_rows", "drop"])
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
         return attempt(parser, lambda: check(METHODS[chosen.method], following, again, processes, parser, *settings))
@@ -92,7 +103,7 @@ def check(
     Args:
         trainer: the name of the trainer's class.
         following: the command that trains.
-        again: this command.
+        again: this command, leaving out invalid rows.
         processes: the number of processes.
         parser: the parser of the command.
         script_args, training_args, model_args, dataset_args: the results of the parser.
@@ -131,17 +142,22 @@ def check(
         raise InvalidRows.joined([*invalid, *([problem] if isinstance(problem, InvalidRows) else [])]) from problem
     finally:
         COLLECTED.reset(token)
-    if invalid:
-        console.print("Some rows are invalid. All others are shown first.\n")
     rows = start.train_dataset
     outliers: list[str] = []
-    if not hasattr(rows, "__len__"):
-        console.print("The rows are a stream. They are checked as they are read, and have no label report.")
-    else:
+    if hasattr(rows, "__len__"):
         report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
         outliers = report["outliers"]
         report["warnings"] = [warning for warning in report["warnings"] if warning not in outliers]
-        console.print(as_options(render_report(report), parser._option_string_actions), markup=False)
+        text = as_options(render_report(report), parser._option_string_actions)
+    else:
+        text = "The rows are a stream. They are checked as they are read, and have no label report."
+    if invalid:  # what the others are like is shown by the next check
+        for said in outliers:
+            console.print(f"\n{_ODD}{said}", markup=False)
+        console.print()
+        sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
+        raise InvalidRows.joined(invalid).with_command(again)
+    console.print(text, markup=False)
     if hasattr(start.eval_dataset, "__len__"):
         found = repeats_of(start.eval_dataset, training_args, eval_dataset)
         if found["repeated"] or found["contradicting"]:
@@ -154,20 +170,19 @@ def check(
     console.print("\n" + memory_in_words(start, training_args, model_args, peft_config), markup=False)
     if note := small_learning_rate(training_args, model_args):
         console.print("\n" + note, markup=False)
-    for said in outliers:  # here, so that they are corrected together with invalid rows
-        console.print(f"\nLook at this before you train: {said}", markup=False)
-    if invalid:
-        console.print()
-        sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
-        raise InvalidRows.joined(invalid).with_command(again if outliers else following)
+    for said in outliers:  # at the end, where they are not overlooked
+        console.print(f"\n{_ODD}{said}", markup=False)
     print("\nReady. To train:\n\n" + textwrap.indent(following, "    "))
 
 
+_ODD = "Look at this before you train: "
 _LEGEND = {True: "with the scored part in color", False: "with the scored part between ⟦ and ⟧"}
 
 
 def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, "Text"]]:
-    """Yield (title, text) of the first row of each kind: demonstrations, good answers and bad answers. Up to three."""
+    """Yield (title, text) of the first row of each kind. Kinds are rows that the loss treats in different ways, such as
+    demonstrations; with --verbose also good and bad answers. Up to three.
+    """
     import torch
     from rich.text import Text
 
@@ -183,7 +198,7 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
         positive, negative = args.cell
         terms = route(label, mask, continuous, positive_loss=positive, negative_loss=negative)
         what = [name for name in ("imitated", "unlearned", "compared") if getattr(terms, name).item()]
-        kind = (*what, row["label"] >= 0.5)
+        kind = (*what, is_verbose() and row["label"] >= 0.5)
         if kind in seen:
             continue
         seen.add(kind)
@@ -202,8 +217,8 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
         left, right = ("", "") if in_color else ("⟦", "⟧")
         style = "bold green" if "imitated" in what or row["label"] >= 0.5 else "bold red"
         begin = str(tokenizer.decode(prompt))
-        parts = [("…" + begin[-CHARACTERS_SHOWN:] if len(begin) > CHARACTERS_SHOWN else begin, "dim")]
-        room = CHARACTERS_SHOWN
+        room = CHARACTERS_SHOWN if is_verbose() else FEW_CHARACTERS
+        parts = [("…" + begin[-room:] if len(begin) > room else begin, "dim")]
         # A completion of several turns is scored in parts
         mask = row.get("completion_mask") or [1] * len(completion)
         for is_scored, run in itertools.groupby(zip(completion, mask, strict=True), lambda token: token[1]):
@@ -228,7 +243,7 @@ def steps_in_words(start: Any, args: Any, processes: int) -> str:
         parts.append(f"{args.gradient_accumulation_steps} micro-batches")
     if processes > 1:
         parts.append(f"{processes} processes")
-    said = f"Each step takes {count(batch, 'row')}: {' × '.join(parts)}. "
+    said = f"Each step takes {count(batch, 'row')}" + (f": {' × '.join(parts)}. " if len(parts) > 1 else ". ")
     if hasattr(rows, "__len__"):
         micro = len(rows) / (args.per_device_train_batch_size * processes)
         micro = math.floor(micro) if args.dataloader_drop_last else math.ceil(micro)
@@ -247,6 +262,8 @@ def steps_in_words(start: Any, args: Any, processes: int) -> str:
     ):
         if strategy == "steps":
             every = max(math.ceil(every * steps), 1) if every < 1 else int(every)
+            if every > steps:
+                continue
             said += f" {what} every {count(every, 'step')}." if every > 1 else f" {what} after each step."
         elif strategy == "epoch":
             said += f" {what} after each epoch."
@@ -295,9 +312,10 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
 
         there, where = psutil.virtual_memory().total, "This machine"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size)
-    said = f"Memory on one device, about {_gib(total)}: {parts}. The longest row has {count(longest, 'token')}."
-    fits = "" if total < 0.9 * there else " That does not fit: try --use_peft, --load_in_4bit or a smaller batch."
-    return f"{said} {where} has {_gib(there)}.{fits}"
+    fits = total < 0.9 * there
+    said = f"Memory on one device, about {_gib(total)}{'' if fits and not is_verbose() else f': {parts}'}. "
+    said += f"The longest row has {count(longest, 'token')}. {where} has {_gib(there)}."
+    return said if fits else f"{said} That does not fit: try --use_peft, --load_in_4bit or a smaller batch."
 
 
 def empty_model(model_args: Any, args: Any) -> Any:

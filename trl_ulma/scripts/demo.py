@@ -129,8 +129,7 @@ def fetch(cache_dir: Path) -> None:
     folder = shlex.quote(str(fetch_checkpoint(cache_dir)))
     print(
         f"{CHECKPOINT} is in\n\n    {folder}\n\nFor example, check your ratings with it:\n\n"
-        f"    trl-ulma check --method pointwise-dpo --model {folder} --dataset ratings.csv --label_type continuous \\\n"
-        "        --label_transform standardize --use_peft --learning_rate 1e-4 --eval_strategy epoch --output out"
+        f"    trl-ulma check --model {folder} --dataset ratings.csv"
     )
 
 

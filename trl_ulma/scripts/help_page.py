@@ -218,7 +218,8 @@ def help_page(command: str, method: str | None = None) -> str:
             shown = [option for option in shown if option.name != "--output"]
             if title == "method":
                 choice = "the training command whose options are checked"
-                shown = [Option("--method", "{ulma,pointwise-dpo}", choice, "ulma"), *shown]
+                default = "suggested for the rows, with other settings; ulma with --config"
+                shown = [Option("--method", "{ulma,pointwise-dpo}", choice, default), *shown]
         lines += ["", f"{title}:"]
         for option in shown:
             lines += _rendered(option, width)

@@ -31,7 +31,7 @@ STOPPED = 130
 # The exit code of one of several processes that printed why it cannot train. The command then exits with 1.
 REFUSED = 65
 # Training command → the command that shows its rows in full
-_CHECKS = {"trl-ulma ulma": "trl-ulma check", "trl-ulma pointwise-dpo": "trl-ulma check --method pointwise-dpo"}
+_CHECKS = {f"trl-ulma {method}": f"trl-ulma check --method {method}" for method in ("ulma", "pointwise-dpo")}
 
 
 def launch(module: str, parser: OptionParser, argv: list[str]) -> int:

@@ -1,0 +1,140 @@
+"""`check` suggests a method and settings that suit the rows, if none is named, and training runs with them."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from trl_ulma.scripts import check, pointwise_dpo
+from trl_ulma.scripts.cli import main
+from trl_ulma.scripts.suggestions import suggest
+
+STARS = [5, 4, 1, 2, 3, 5]
+
+
+def options(file, *words: str) -> dict[str, str]:
+    """The suggested options: name → value."""
+    found: dict[str, str] = {}
+    name = ""
+    for word in (word for each in suggest(["--dataset", str(file), *words]) for word in each.options):
+        if word.startswith("--"):
+            name = word
+            found[name] = ""
+        else:
+            found[name] = word
+    return found
+
+
+def write(tmp_path, columns: dict[str, list], name: str = "rows.jsonl"):
+    file = tmp_path / name
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def answers(labels: list, **others: list) -> dict[str, list]:
+    numbers = range(len(labels))
+    rows = {"prompt": [f"Why {i // 2}?" for i in numbers], "completion": [f" So {i}." for i in numbers]}
+    return {**rows, "label": labels, **others}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (STARS, {"--label_type": "continuous", "--label_transform": "standardize"}),
+        ([-0.3, 2.5, 0.1], {"--label_type": "continuous", "--label_transform": "standardize"}),
+        ([1, 0, 1], {}),
+        ([True, False, None], {}),
+        ([0.25, 0.5, 1.0], {}),
+        ([-1, 1, 1], {"--label_transform": "threshold:1"}),
+        ([1, 5, 5], {"--label_transform": "threshold:5"}),
+        (["up", "down", "up"], {"--label_map": "up=1,down=0"}),
+        (["4 stars", "1 star", "5 stars"], {"--label_type": "continuous", "--label_transform": "standardize"}),
+        (["great", "poor", "fair"], {}),  # which only the user can put in order
+        ([3, 3, 3], {}),
+        ([0, 1] * 10 + [11], {}),  # a mistake, which check lists
+    ],
+)
+def test_labels_decide_their_settings(tmp_path, labels, expected):
+    found = options(write(tmp_path, answers(labels)))
+    assert {name: value for name, value in found.items() if name.startswith("--label")} == expected
+    assert found["--method"] == "pointwise-dpo"
+
+
+@pytest.mark.parametrize(
+    ("labels", "name", "expected"),
+    [
+        ([0, 1, 0], "toxic", {"--label_transform": "lower_is_better"}),
+        (STARS, "harm_score", {"--label_type": "continuous", "--label_transform": "lower_is_better,standardize"}),
+        (STARS, "rank", {"--label_type": "continuous", "--label_transform": "lower_is_better,prompt_quantile"}),
+    ],
+)
+def test_a_low_number_can_be_better(tmp_path, labels, name, expected):
+    rows = answers(labels)
+    rows[name] = rows.pop("label")
+    found = options(write(tmp_path, rows))
+    assert found["--columns"] == f"label={name}"
+    assert {name: value for name, value in found.items() if name.startswith("--label")} == expected
+
+
+def test_other_columns_decide(tmp_path):
+    votes = options(write(tmp_path, answers([3, 0, 2], trials=[4, 2, 9])))
+    assert votes["--label_transform"] == "votes:1,1"
+    shown = options(write(tmp_path, answers([1, 0, 1], sft_mask=[True, False, False])))
+    assert shown["--method"] == "ulma"
+    typed = options(write(tmp_path, answers([1, 4, 3], label_type=["binary", "continuous", "continuous"])))
+    assert not {"--label_type", "--label_transform"} & set(typed)
+    pairs = options(write(tmp_path, {"prompt": ["Hi", "Ho"], "chosen": [" a", " b"], "rejected": [" c", " d"]}))
+    assert (pairs["--method"], pairs["--share_prompts"]) == ("pointwise-dpo", "True")
+    assert "--label_type" not in pairs
+
+
+def test_what_is_given_is_not_suggested(tmp_path):
+    file = write(tmp_path, answers(STARS))
+    given = ["--label_transform=min_max", "--learning-rate", "1e-5", "--do_eval", "--output_dir", "here"]
+    assert options(file, *given) == {"--method": "pointwise-dpo"}
+    assert options(file, "--sft_threshold", "4")["--method"] == "ulma"
+    assert "--eval_strategy" not in options(write(tmp_path, answers([5, 1]), "one_prompt.jsonl"))
+
+
+@pytest.mark.parametrize("text", ["", "prompt,completion\nHi,Ho\n", "when,where\n1,2\n"])
+def test_nothing_is_suggested_for_what_cannot_be_trained_on(tmp_path, text):
+    file = tmp_path / "rows.csv"
+    file.write_text(text)
+    assert suggest(["--dataset", str(file)]) == suggest(["--dataset", str(tmp_path / "none.csv")]) == []
+
+
+def test_check_trains_as_it_suggests(tiny_gpt2, tmp_path, monkeypatch, capfd, caplog):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"Why {i // 2}?;So {i}.;{i % 5 + 1}\n" for i in range(12)]
+    (tmp_path / "my ratings.csv").write_text("question;reply;stars\n" + "".join(lines))
+    assert main(["check", "--model", tiny_gpt2, "--dataset", "my ratings.csv", "--max_steps", "2"]) == 0
+    said = capfd.readouterr().out
+    assert said.startswith("Suggested settings (to choose your own, name a --method):\n  --method pointwise-dpo")
+    assert caplog.text.count("the fields are separated by semicolons") == 1  # though the file is read more than once
+    words = shlex.split(said.split("To train:\n")[1].replace("\\\n", ""))
+    assert words[:2] == ["trl-ulma", "pointwise-dpo"]
+    settings = pointwise_dpo.make_parser().parse_settings(words[2:])
+    assert settings[0].columns == "prompt=question,completion=reply,label=stars"
+    assert (settings[1].label_type, settings[1].label_transform) == ("continuous", "standardize")
+    assert (settings[2].use_peft, settings[1].learning_rate) == (True, 1e-4)
+    settings[1].report_to = []
+    pointwise_dpo.main(*settings)
+    shown = capfd.readouterr().out
+    assert "The model is in out." in shown
+    saved = json.loads((tmp_path / "out" / "data_options.json").read_text())
+    assert saved["columns"] == settings[0].columns
+
+
+def test_a_named_method_gets_no_suggestions(tiny_gpt2, tmp_path, capfd):
+    file = write(tmp_path, answers([1, 0, 1, 0]))
+    words = ["--model", tiny_gpt2, "--dataset", str(file), "--bf16", "False"]
+    assert check.main(["--method", "ulma", *words]) == 0
+    said = capfd.readouterr().out
+    assert "Suggested" not in said
+    assert re.search(r"trl-ulma ulma .*--output out\n$", said.replace(" \\\n", ""))
+    config = tmp_path / "run.yaml"
+    config.write_text("beta: 0.2\n")
+    assert check.main([*words, "--config", str(config)]) == 0  # the file is a whole plan
+    assert "Suggested" not in capfd.readouterr().out
