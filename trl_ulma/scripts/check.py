@@ -157,7 +157,7 @@ def check(
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
         raise InvalidRows.joined(invalid).with_command(again)
-    console.print(text, markup=False)
+    console.print(f"\n{text}", markup=False)
     if hasattr(start.eval_dataset, "__len__"):
         found = repeats_of(start.eval_dataset, training_args, eval_dataset)
         if found["repeated"] or found["contradicting"]:
