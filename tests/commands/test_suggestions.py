@@ -102,7 +102,12 @@ def test_what_is_given_is_not_suggested(tmp_path):
 def test_nothing_is_suggested_for_what_cannot_be_trained_on(tmp_path, text):
     file = tmp_path / "rows.csv"
     file.write_text(text)
-    assert suggest(["--dataset", str(file)]) == suggest(["--dataset", str(tmp_path / "none.csv")]) == []
+    assert suggest(["--dataset", str(file)]) == []
+
+
+def test_a_dataset_that_is_not_there_is_told_once(tmp_path, capfd):
+    assert check.main(["--dataset", str(tmp_path / "none.csv"), "--model", "m"]) == 1
+    assert capfd.readouterr().err.startswith("trl-ulma check: error: There is no file or folder")
 
 
 def test_check_trains_as_it_suggests(tiny_gpt2, tmp_path, monkeypatch, capfd, caplog):

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, in_lines, is_verbose
-from trl_ulma.scripts.suggestions import in_words, may_suggest, suggest
+from trl_ulma.scripts.suggestions import Suggestion, in_words, may_suggest, suggest
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -49,7 +49,12 @@ def make_parser(method: str = "ulma") -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check. Returns the exit code: 2 for invalid options, 1 for invalid rows or settings."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if may_suggest(words) and HELP.isdisjoint(words) and (suggested := suggest(words)):
+    suggested: list[Suggestion] = []
+    if may_suggest(words) and HELP.isdisjoint(words):
+        code = attempt(CommandParser(prog=PROG), lambda: suggested.extend(suggest(words)))
+        if code:
+            return code
+    if suggested:
         print(in_words(suggested) + "\n", flush=True)
         words += [word for each in suggested for word in each.options]
     chooser = CommandParser(prog=PROG, add_help=False)

@@ -60,8 +60,11 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
         words: the options of `trl-ulma check`.
 
     Returns:
-        The suggestions; [] if the dataset cannot be read, or has no column that looks like an answer or a label. The
-        command that reads it says so.
+        The suggestions; [] if rows are invalid as a whole, or have no column that looks like an answer or a label. The
+        command that reads them says so.
+
+    Raises:
+        OSError: if there is no such dataset, or the Hub cannot be reached.
     """
     parser = CommandParser(add_help=False)
     for name in ("--dataset", "--dataset_config", "--columns", "--label_map"):
@@ -73,7 +76,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
         with _silent():
             found, columns = _columns(args)
             rows = _first_rows(args, columns or args.columns) if columns else found
-    except (OSError, TypeError, ValueError):
+    except (TypeError, ValueError):
         return []
     pairs = {"chosen", "rejected"} <= set(rows)
     if not rows or not (pairs or {"completion", "label"} <= set(rows)):
