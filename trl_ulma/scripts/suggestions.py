@@ -66,6 +66,8 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     Raises:
         OSError: if there is no such dataset, or the Hub cannot be reached.
     """
+    from trl_ulma.data.proposals import as_value, proposed
+
     parser = CommandParser(add_help=False)
     for name in ("--dataset", "--dataset_config", "--columns", "--label_map"):
         parser.add_argument(name)
@@ -74,25 +76,24 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     given = _given(words)
     try:
         with _silent():
-            found, columns = _columns(args)
-            rows = _first_rows(args, columns or args.columns) if columns else found
+            rows = _first_rows(args, args.columns)
+            likely = {} if args.columns else proposed(rows)
+            columns = as_value(likely) if likely else args.columns
+            if likely:
+                rows = _first_rows(args, columns)
     except (TypeError, ValueError):
         return []
     pairs = {"chosen", "rejected"} <= set(rows)
     if not rows or not (pairs or {"completion", "label"} <= set(rows)):
         return []
     suggested = [_method(rows, given, pairs=pairs)]
-    if columns and columns != args.columns:
+    if likely:
         suggested.append(Suggestion(("--columns", columns), "by the names of the columns"))
     if not pairs and given.isdisjoint(_LABELS):
-        suggested += _of_labels(rows, columns or args.columns, args.label_map)
+        suggested += _of_labels(rows, columns, args.label_map)
     if given.isdisjoint(_TRAINING):
-        suggested.append(
-            Suggestion(
-                ("--use_peft", "--learning_rate", "1e-4"),
-                "trains an adapter (LoRA), not all weights",
-            )
-        )
+        options = ("--use_peft", "--learning_rate", "1e-4")
+        suggested.append(Suggestion(options, "trains an adapter (LoRA), not all weights"))
     prompts = rows.get("prompt", rows.get("chosen", ()))
     if given.isdisjoint(("--eval_strategy", "--do_eval")) and len(set(map(repr, prompts))) > 1:
         suggested.append(Suggestion(("--eval_strategy", "epoch"), "evaluates on held-out rows after each epoch"))
@@ -133,17 +134,6 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _columns(args: Any) -> tuple[dict[str, list[Any]], str | None]:
-    """Returns (the first rows by column, the value to suggest for `--columns` or None)."""
-    from trl_ulma.data.names import Names
-    from trl_ulma.data.proposals import as_value, proposed
-
-    rows = _first_rows(args, args.columns)
-    likely = proposed(rows)
-    given = Names.of(args.columns, None).columns
-    return rows, as_value({**likely, **given}) if likely else None
 
 
 def _first_rows(args: Any, columns: str | None) -> dict[str, list[Any]]:
