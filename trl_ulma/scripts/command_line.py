@@ -361,6 +361,29 @@ class _Filter(logging.Filter):
 _NOISE_FILTER = _Filter()
 
 
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Meanwhile, hide the progress bars of datasets and transformers, and the warnings of transformers."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = (datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled())
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars[0]:
+            datasets.enable_progress_bars()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()
+
+
 def be_quiet() -> None:
     """Hide messages of other libraries that users of a command cannot act on, unless --verbose is set.
 

@@ -17,14 +17,13 @@ import os
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.command_line import CommandParser, add_verbose
+from trl_ulma.scripts.command_line import CommandParser, add_verbose, quiet_libraries
 from trl_ulma.scripts.demo_models import (
     CHECKPOINT,
     DemoError,
@@ -250,31 +249,19 @@ def libraries(console: "Console", threads: int | None) -> Iterator[None]:
     for each in noisy:
         each.setLevel(logging.CRITICAL)
     with _stage(console, "Loading the libraries"):
-        import datasets
         import torch
-        from transformers.utils import logging as transformers_logging
 
         import trl_ulma.trainer  # noqa: F401
 
-    verbosity, threads_before = transformers_logging.get_verbosity(), torch.get_num_threads()
-    bars = (datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled())
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_before)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        with quiet_libraries():
             yield
     finally:
         for each, level in noisy.items():
             each.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
         torch.set_num_threads(threads_before)
-        if bars[0]:
-            datasets.enable_progress_bars()
-        if bars[1]:
-            transformers_logging.enable_progress_bar()
 
 
 def load_rows() -> list[dict[str, Any]]:
