@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -44,6 +45,8 @@ REWARD_TOLERANCE = 1e-4
 
 # Beside the model's weights
 SETTINGS_FILE = "pointwise.json"
+# Architectures of models that `AutoModelForCausalLM` loads, with a new head instead of their own
+_NO_LANGUAGE_MODEL = re.compile(r"For(\w*Classification|\w*QuestionAnswering|MaskedLM|\w*RewardModel)$")
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Of what a tokenizer consists of; one of them is in every folder with a tokenizer
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -189,6 +192,34 @@ def policy_logps_in(checkpoint: str | Path) -> Sequence[float]:
     """log π_θ of the reference's `input_ids` when a checkpoint was written. () if the checkpoint lacks them."""
     file = Path(checkpoint) / SETTINGS_FILE
     return SavedSettings.read(file).policy_logps if file.exists() else ()
+
+
+def check_source(option: str, name: str, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError if the configuration or the tokenizer of a model cannot be loaded, or if it generates no text.
+
+    Args:
+        option: that names the model, such as "--model".
+        name: where the model is.
+    """
+    try:
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes an empty one
+            raise ValueError("its tokenizer has no tokens, because its files are missing")
+        config = AutoConfig.from_pretrained(adapter_base(name) or name, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{option} {name}: its configuration and its tokenizer cannot be loaded "
+            f"({' '.join(str(error).split())[:300]}). Name the folder of a checkpoint or an adapter, or a model on the "
+            "hub."
+        ) from error
+    if adapter_base(name) is not None:
+        kind = str(PeftConfig.from_pretrained(name).task_type or "CAUSAL_LM")
+        kind = "" if kind.endswith("CAUSAL_LM") else f"an adapter for {kind.rpartition('.')[2]}"
+    else:
+        kind = (config.architectures or [""])[0]
+        kind = f"a {kind}" if getattr(config, "is_encoder_decoder", False) or _NO_LANGUAGE_MODEL.search(kind) else ""
+    if kind:
+        raise ValueError(f"{option} {name} is {kind}, and not a causal language model. Name one that is.")
 
 
 def load_model(name: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False) -> Any:

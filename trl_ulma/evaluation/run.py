@@ -34,9 +34,9 @@ from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.saved import (
     adapter_base,
     as_reference,
+    check_source,
     load_model,
     load_processing_class,
-    load_tokenizer,
     positions,
     saved_settings,
 )
@@ -166,15 +166,7 @@ class _Run:
         if self.args.ref_model is not None:
             named.append(("--ref_model", self.args.ref_model))
         for option, source in named:
-            try:
-                load_tokenizer(source, **self.loading)
-                positions(source, **self.loading)
-            except (ImportError, OSError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{option} {source}: its configuration and its tokenizer cannot be loaded "
-                    f"({' '.join(str(error).split())[:300]}). Name the folder of a checkpoint or an adapter, or a "
-                    "model on the hub."
-                ) from error
+            check_source(option, source, **self.loading)
 
     def _questions(self) -> list[Question]:
         found = self.reading.questions(self.args.num_prompts, self.args.seed)
