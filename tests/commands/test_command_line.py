@@ -187,7 +187,7 @@ def test_all_options_are_shown_on_demand_each_under_one_name(capsys):
     assert "--sft_weight" not in said
 
 
-@pytest.mark.parametrize("command", ["score", "evaluate", "env", "demo", "completion"])
+@pytest.mark.parametrize("command", ["score", "evaluate", "chat", "env", "demo", "completion"])
 def test_help_of_the_others_names_an_option_once(command, capsys):
     assert main([command, "--help"]) == 0
     said = capsys.readouterr().out

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import inspect
+import io
 import json
 import os
 import re
@@ -85,6 +86,7 @@ def run_command(command: str, monkeypatch) -> None:
         return 0
 
     monkeypatch.setattr("trl_ulma.scripts.training.launch", launch)
+    monkeypatch.setattr("sys.stdin", io.StringIO("How do I boil an egg?\n"))
     assert cli.main(options) == 0, command
 
 

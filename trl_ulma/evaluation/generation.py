@@ -130,8 +130,13 @@ class TransformersGenerator:
         sampling: Sampling,
         seed: int,
         done: Callable[[int, Reply], None],
+        streamer: Any = None,
     ) -> None:
         """Answer prompts of a batch. The whole batch is generated, because its rows draw from one random state.
+
+        Args:
+            prompts, wanted, sampling, seed, done: see `Generator`.
+            streamer: of transformers, is given the tokens of a single prompt's answer one by one.
 
         Raises:
             ValueError: if a prompt is empty or too long.
@@ -152,6 +157,7 @@ class TransformersGenerator:
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self.ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
+                streamer=streamer,
             )
         answers = generated[:, inputs["input_ids"].size(1) :].tolist()
         for place in wanted:
@@ -160,6 +166,12 @@ class TransformersGenerator:
             is_open = opens_reasoning(self.text_of(prompts[place][-8:]))
             reasoning, text = self._split(ids[:end], is_open=is_open, is_cut=end is None)
             done(place, Reply(show_calls(text), end is not None, reasoning))
+
+    def reply(self, prompt: Sequence[int], sampling: Sampling, seed: int, streamer: Any) -> Reply:
+        """Return the answer to one prompt, whose tokens are given to a streamer of transformers one by one."""
+        found: list[Reply] = []
+        self([prompt], [0], sampling, seed, lambda _, reply: found.append(reply), streamer)
+        return found[0]
 
     def _split(self, ids: list[int], *, is_open: bool, is_cut: bool) -> tuple[str, str]:
         """(reasoning, answer) of generated tokens. Special tokens can separate the two, and are removed from both."""

@@ -333,6 +333,27 @@ class Encoder:
             )
         return {"tools": tools, **(kwargs or {})}
 
+    def prompt_ids(self, prompt: Any) -> list[int]:
+        """The token ids of a prompt that is to be answered, as training had them.
+
+        Args:
+            prompt: text, or messages without images.
+
+        Raises:
+            ValueError: if the chat template fails, or if the prompt contains half of a surrogate pair.
+        """
+        if not self.is_text:
+            messages = prompt if self.processor is None else with_placeholders(prompt, 0)
+            try:
+                prompt = self.processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # templates can raise any exception
+                raise ValueError(
+                    f"The chat template fails on the conversation ({type(error).__name__}: {error})."
+                ) from error
+        if not _is_unicode(str(prompt)):
+            raise ValueError("The prompt contains half of a surrogate pair, which is not a character. Write it anew.")
+        return self.tokenize([Rendered(str(prompt), str(prompt))])[0].prompt
+
     def tokenize(self, rows: Sequence[Rendered]) -> list[Tokenized]:
         """The token ids of each row. All texts of a batch are tokenized together, and each different text once."""
         unique = list(dict.fromkeys(text for row in rows for text in row[:2]))

@@ -45,6 +45,11 @@ COMMANDS = {
         "score answers with a trained model, to rank them or to find wrong labels",
         "trl-ulma score --model out --dataset feedback.jsonl --output scored.jsonl",
     ),
+    "chat": (
+        "trl_ulma.scripts.chat",
+        "chat with a trained model, and compare its answers with those before training",
+        "trl-ulma chat --model out",
+    ),
     "prepare": (
         "trl_ulma.scripts.prepare",
         "convert a dataset of a known kind (pairs, votes, red-team, …) to rows, and count what is left out",

@@ -414,7 +414,8 @@ def _next_commands(folder: str, dataset: str, *, held_out: bool) -> str:
         >>> print(_next_commands("out", "my rows.csv", held_out=False))
         To score answers:
             trl-ulma score --model out --dataset 'my rows.csv' --output out/scored.jsonl
-        To chat with it, use the Python code in out/README.md.
+        To chat with it:
+            trl-ulma chat --model out
     """
     model = ["--model", folder, "--dataset", dataset]
     told = []
@@ -423,7 +424,7 @@ def _next_commands(folder: str, dataset: str, *, held_out: bool) -> str:
         told.append(f"To evaluate it on the held-out rows:\n    {report}")
     scored = shlex.join(["trl-ulma", "score", *model, "--output", f"{folder}/scored.jsonl"])
     told.append(f"To score answers:\n    {scored}")
-    told.append(f"To chat with it, use the Python code in {shlex.quote(f'{folder}/README.md')}.")
+    told.append(f"To chat with it:\n    {shlex.join(['trl-ulma', 'chat', '--model', folder])}")
     return "\n".join(told)
 
 
