@@ -48,7 +48,7 @@ logger = logging.get_logger(__name__)
 _NEUTRAL = 0.5
 # Texts read as no label that a warning names
 _NAMED = 3
-COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise")
+COLUMNS = ("row", "file_line", "reward", "probability", "predicted_label", "surprise", "held_out")
 
 
 class Judge:
@@ -151,7 +151,8 @@ class Judge:
           `label_transform` has a way back (what comes of a threshold or of votes is a probability or rate);
         - `surprise`, if rows have labels: the row's loss of Eq. 8 or Eq. 9. The most surprising labels are the first to
           look at for errors: `scored.sort("surprise", reverse=True)`. Those of binary and of continuous labels are not
-          comparable. It is None for rows without a label.
+          comparable. It is None for rows without a label;
+        - `held_out`: whether the prompt of the row was not in the training data, None if that is not known.
 
         Args:
             dataset: raw rows as the trainer takes them, with or without `label`, which may be None in some rows. Of a
@@ -220,8 +221,9 @@ class Judge:
             note = thumbs(given_label[own], rules, saved.label_center)
             if note is not None:
                 logger.warning(note)
-        trained_on = None
-        if is_labeled and (known := self._trained_on(dataset, prepared["row"][:])) is not None:
+        trained_on, held_out = None, self._held_out(dataset, prepared["row"][:])
+        if is_labeled and None not in held_out:
+            known = ~np.array(held_out, dtype=bool)
             if (own & ~known).sum() >= ENOUGH:
                 own &= ~known
             trained_on = int(known[own].sum())
@@ -248,21 +250,23 @@ class Judge:
                 None if is_none else surprise
                 for surprise, is_none in zip(found["surprise"].tolist(), is_missing, strict=True)
             ]
+        columns["held_out"] = held_out
         places = origins(dataset)
         if any(place is not None for place in places):
             columns = {"row": columns.pop("row"), "file_line": [places[row] for row in prepared["row"][:]], **columns}
-        types = {"row": "int64", "file_line": "string"}
+        types = {"row": "int64", "file_line": "string", "held_out": "bool"}
         for name, values in columns.items():
             scored = scored.add_column(name, values, feature=Value(types.get(name, "float64")))
         return scored
 
-    def _trained_on(self, dataset: Dataset, numbers: Sequence[int]) -> np.ndarray | None:
-        """`(N,)` bool: whether the prompts of rows with these numbers were trained on. None if that is not known."""
+    def _held_out(self, dataset: Dataset, numbers: Sequence[int]) -> list[bool | None]:
+        """`(N,)`: whether the prompts of rows with these numbers were not in the training data. None: not known."""
         if self._training_prompts is None:
-            return None
+            return [None] * len(numbers)
         rows = dataset.with_format(None).select(numbers)
         found = seen_prompts.seen([prompts[0] for prompts in prompts_of(rows)], self._training_prompts)
-        return None if (found == seen_prompts.UNKNOWN).any() else found == seen_prompts.SEEN
+        meant = {seen_prompts.SEEN: False, seen_prompts.NEW: True, seen_prompts.UNKNOWN: None}
+        return [meant[each] for each in found.tolist()]
 
     def _check_columns(self, names: list[str]) -> None:
         if "prompt_ids" in names:

@@ -250,6 +250,39 @@ def judge(label_type="binary", transform=None, labels=(1.0, 2.0, 4.0)):
     return Judge(settings, make_tokenizer(), lambda rows: np.full(len(rows), 0.5))
 
 
+def test_each_row_says_whether_it_was_held_out_of_the_training(tmp_path, monkeypatch):
+    rows = make_rows(3).map(lambda row, i: {"prompt": f"What is {i}?"}, with_indices=True)
+    pairs = Dataset.from_dict({"prompt": rows["prompt"][:], "chosen": [" a"] * 3, "rejected": [" b"] * 3})
+    hashes = seen_prompts.training_hashes(rows, [0])
+    seen_prompts.save(hashes, tmp_path)
+    file, settings = str(tmp_path / seen_prompts.FILE), SavedSettings(beta=0.1)
+
+    def held_out(rows, known):
+        judge = Judge(settings, make_tokenizer(), lambda rows: np.full(len(rows), 0.5), training_prompts=known)
+        return judge.score(rows)
+
+    assert held_out(rows, None)["held_out"][:] == [None] * 3
+    scored = held_out(rows, file)
+    assert scored["held_out"][:] == [False, True, True]
+    assert held_out(rows.remove_columns("label"), file)["held_out"][:] == [False, True, True]
+    halves = held_out(pairs, file)
+    assert [(row["row"], row["held_out"]) for row in halves] == [(i, i > 0) for i in (0, 0, 1, 1, 2, 2)]
+    # Of the greatest hashes of very many prompts nothing is known
+    monkeypatch.setattr(seen_prompts, "MOST", 1)
+    greater = seen_prompts.hashes_of(rows["prompt"][:]) > hashes.max()
+    found = [None if is_greater else i > 0 for i, is_greater in enumerate(greater)]
+    assert held_out(rows, file)["held_out"][:] == found
+    assert found[0] is False
+    # What is not known is null, or an empty cell
+    for name in ("s.jsonl", "s.csv"):
+        write(scored, tmp_path / name)
+        assert load_rows(tmp_path / name)["train"]["held_out"][:] in ([False, True, True], ["False", "True", "True"])
+    write(held_out(rows, None), tmp_path / "s.jsonl")
+    assert [json.loads(line)["held_out"] for line in (tmp_path / "s.jsonl").read_text().splitlines()] == [None] * 3
+    with pytest.raises(ValueError, match=r"The rows have columns that score writes: held_out\. Rename or remove them."):
+        held_out(rows.add_column("held_out", [True] * 3), file)
+
+
 def test_what_a_row_does_not_have_is_not_written(tmp_path):
     rows = make_rows(2, label=[1.0, 4.0], note=["", None])
     scored = judge("continuous").score(rows)

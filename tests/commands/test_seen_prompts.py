@@ -68,6 +68,9 @@ def test_evaluate_and_score_say_which_rows_were_trained_on(tiny_gpt2, tmp_path, 
     said = f"Rows whose prompt was in the training data of the model {tmp_path / 'out'}: {count} of 15."
     assert main(["score", *model, str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "scored.jsonl")]) == 0
     assert f"{said} Held out: {15 - count}." in capsys.readouterr().out.splitlines()
+    seen = set(trained["prompt"][:])
+    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [row["held_out"] for row in scored] == [row["prompt"] not in seen for row in scored]
 
     argv = ["evaluate", "--split", "train", "--examples", "0", "--no-base", "--output", str(tmp_path / "report")]
     for file, trained_on in (("rows.jsonl", count), ("new.jsonl", 0)):

@@ -3,10 +3,10 @@ r"""Score rows with a trained model: rank answers, find labels that are wrong, f
     trl-ulma score --model out --ref_model Qwen/Qwen3-0.6B --dataset feedback.jsonl --output scored.jsonl
     trl-ulma score --model adapter-folder --dataset answers.csv --output scored.csv
 
-Each row is written with the column names of its file, and with `reward`, `probability` (for binary labels) and
-`predicted_label`. If rows have labels, `surprise` is written too, and the most surprising rows come first. Rows without
-a label among them come last, with no `surprise`. A `.csv` file has the separator and the decimal mark of the CSV file
-that was read, so that the same program opens it.
+Each row is written with the column names of its file, and with `reward`, `probability` (for binary labels),
+`predicted_label` and `held_out` (whether its prompt was not in the training data). If rows have labels, `surprise` is
+written too, and the most surprising rows come first. Rows without a label among them come last, with no `surprise`. A
+`.csv` file has the separator and the decimal mark of the CSV file that was read, so that the same program opens it.
 
 The model is compared with the reference that training wrote down; `--ref_model` names another place where it is. β,
 log Z, the label transform, the number format and the quantization are those saved with the model (`pointwise.json`).
@@ -212,14 +212,15 @@ def write(scored: "Dataset", path: Path, layout: "Layout | None" = None) -> None
     A CSV file has the given layout.
 
     What a row does not have, such as the probability of a continuous label, is left out: in JSON lines of each row,
-    and elsewhere if no row has it. Files of text do not hold images, which are left out of them with a note.
+    and elsewhere if no row has it. `held_out` is always there. Files of text do not hold images, which are left out of
+    them with a note.
     """
     from trl_ulma.data.csv_rows import Layout
     from trl_ulma.data.json_rows import json_text
     from trl_ulma.judge import COLUMNS
 
     layout = layout or Layout()
-    own = [name for name in COLUMNS if name in scored.column_names]
+    own = [name for name in COLUMNS if name in scored.column_names and name != "held_out"]
     scored = scored.remove_columns([name for name in own if all(value is None for value in scored[name][:])])
     if path.suffix != ".parquet":
         from datasets import Image
@@ -232,7 +233,7 @@ def write(scored: "Dataset", path: Path, layout: "Layout | None" = None) -> None
     if path.suffix == ".jsonl":  # Dataset.to_json rounds numbers, and writes dates as numbers
         with path.open("w", encoding="utf-8") as file:
             for row in scored:
-                there = {name: value for name, value in row.items() if name not in COLUMNS or value is not None}
+                there = {name: value for name, value in row.items() if name not in own or value is not None}
                 file.write(json_text(there) + "\n")
     elif path.suffix == ".csv":  # Dataset.to_csv writes values of columns with several kinds as JSON
         with path.open("w", encoding="utf-8-sig" if layout.has_mark else "utf-8", newline="") as file:
