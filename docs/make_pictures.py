@@ -5,6 +5,12 @@ r"""Draw the curves of `docs/metrics.md` from short real runs, each beside one i
 
 The model is the demo's two-layer GPT-2, after it was taught to write the answers of `trl_ulma/data/everyday.jsonl`. The
 rows are from that file, and evaluation is on its test split. The pictures show what the trainer logged, nothing else.
+
+`pictures/report/` is not drawn here. It has screenshots of the report of the quick start, cut at the end of the page:
+
+    chromium --headless --hide-scrollbars --window-size=1000,2400 --screenshot=light.png report.html
+    chromium --headless --hide-scrollbars --window-size=1000,2400 --blink-settings=preferredColorScheme=0 \
+        --screenshot=dark.png report.html
 """
 
 import argparse

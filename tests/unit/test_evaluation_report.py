@@ -331,9 +331,10 @@ def test_length_alone_is_a_row_of_the_table_of_rewards_and_one_per_tokenizer():
     for model in facts["models"]:
         model["length_alone"] = {"spearman": Estimate(0.25, 0.125, 0.375, 200)}
     text = to_markdown(report.document(facts | {"pictures": []}))
-    assert text.count("| length alone") == 1
-    assert "| length alone | 0.250 [0.125, 0.375] |" in text
-    assert "length alone: the same if answers are ranked by their number of tokens" in text
+    main, details = text.split("<details>", 1)
+    assert main.count("| length alone") == details.count("| length alone") == 1
+    assert "| length alone | 0.250 [0.125, 0.375] | – |" in main
+    assert "Length alone: the figures if answers are ranked by their number of tokens" in details
     facts["models"][1]["length_alone"] = {"spearman": Estimate(0.5, 0.4, 0.6, 200)}
     assert "| length alone, m (base) | 0.500 [" in to_markdown(report.document(facts | {"pictures": []}))
 
@@ -462,21 +463,70 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
         assert row in text
     assert len(record["models"][0]["surprises"]) == 10
     # Both models in each table, but for those of rewards, which are 0 before training
-    for heading in ("Perplexity", "Implicit reward", "Helpful"):
-        section = text.split(f"## {heading}")[1].split("\n## ")[0]
+    for heading in ("## Main figures", "## Helpful"):
+        section = text.split(heading)[1].split("\n## ")[0]
         assert "tuned" in section
         assert "m (base)" in section
-    for heading in ("Rewards of chosen", "Rewards on the scale", "Calibration"):
-        section = text.split(f"## {heading}")[1].split("\n## ")[0]
+    for heading, has_base in (
+        *[("More figures: rewards and labels", True), ("More figures: perplexity of the given answers", True)],
+        *[("Rows at or above the mean label, and below", False), ("More figures: predicted labels", False)],
+        ("More figures: calibration", False),
+    ):
+        section = text.split(f"<summary>{heading}</summary>")[1].split("</details>")[0]
         assert "tuned" in section
-        assert "m (base)" not in section
+        assert ("m (base)" in section) == has_base
     assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
-    assert "Rows with a continuous label of 3, the mean of the training, and above are chosen." in text
-    assert "| model | chosen | rejected | margin | accuracy, all rows |" in text
+    assert "The mean reward of rows with a label of 3 (the mean) or above, and of the others." in text
+    assert "| model | at or above | below | difference | accuracy, all rows |" in text
     assert "3 refused, 1 cut" in text
     assert "| tuned | the model's answer first | 2 | filtered |" in text
     assert "60.0% of them name the one shown first" in text
     assert "temperature is left out" in text
+
+
+def test_a_reader_sees_the_main_figures_first_and_opens_the_others(tmp_path):
+    facts = facts_of() | {"command": "trl-ulma evaluate --model 'my model'", "how_read": ["Labels are read as stars."]}
+    facts["judges"], facts["differences"], facts["not_drawn"] = [], [], ["labels (3 of 20 rows)"]
+    facts["data"]["left_out"] = {"invalid: stars is empty": 2}
+    drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
+    report.write(tmp_path, facts, drawings)
+    page = (tmp_path / "report.html").read_text()
+    places = [page.index(each) for each in ("better than chance", "<h2>Main figures", "<summary>What the figures")]
+    places += [page.index(f"<h2>{each}") for each in ("Pictures", "The most surprising labels", "What changed")]
+    places.append(page.index("<summary>Settings"))
+    assert places == sorted(places)
+    assert "<details open" not in page
+    closed = re.findall(r"<details>.*?</details>", page, re.S)
+    assert len(closed) == page.count("<details>") > 5
+    hidden, shown = "".join(closed), re.sub(r"<details>.*?</details>", "", page, flags=re.S)
+    assert "2 left out. Brackets hold 95% intervals." in shown
+    for told in (
+        "Labels are read as stars.",
+        "<pre><code>trl-ulma evaluate --model 'my model'</code></pre>",
+        "Versions: trl 1.<",
+        "2 rows were left out.",
+        "Pictures that need more data: labels",
+        "(bootstrap over prompts)",
+    ):
+        assert told in hidden
+        assert told not in shown
+    assert "commit" not in page  # it is not known
+    assert "@media print { details:not([open])::details-content { content-visibility: visible" in page
+    report.write(tmp_path, facts | {"commit": "abc"}, {})
+    assert "Versions: trl 1; commit abc." in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["settings"] == {"model": "nowhere"}
+
+
+def test_likes_are_split_into_chosen_and_rejected_rows_and_reversed_stars_at_their_mean():
+    facts = facts_of() | {"pictures": []}
+    facts["data"]["is_reversed"] = True
+    text = to_markdown(report.document(facts))
+    assert "<summary>Rows at or below the mean label, and above</summary>" in text
+    assert "| model | at or below | above |" in text
+    facts["data"]["label_center"] = None
+    text = to_markdown(report.document(facts))
+    assert "<summary>More figures: rewards of chosen and rejected rows</summary>" in text
+    assert "| model | chosen | rejected |" in text
 
 
 class Page(HTMLParser):
@@ -590,9 +640,11 @@ def test_the_rows_of_a_conclusion_are_those_of_its_figure(liked, ranked):
 def test_a_judge_is_counted_by_what_it_has_judged():
     facts = facts_of()
     facts["judges"][0]["agreement"] = Estimate(1.0, 0.6, 1.0, 6)
-    said = [part.text for part in report.document({**facts, "pictures": []}) if isinstance(part, Text)]
-    assert any("disagree in 12 of 53 comparisons with both verdicts" in text for text in said)
-    assert any("which are too few to show that it is above chance: no ranking is claimed" in text for text in said)
+    text = to_markdown(report.document({**facts, "pictures": []}))
+    shown = text.split("<summary>More figures")[0]
+    more = text.split("<summary>More about the judge: j, helpful</summary>")[1]
+    assert "which are too few to show that it is above chance: no ranking is claimed" in shown
+    assert "disagree in 12 of 53 comparisons with both verdicts" in more
 
 
 def test_the_seen_rows_are_part_of_the_conclusion():
@@ -755,12 +807,22 @@ def test_a_terminal_shows_the_figures_within_its_width(tmp_path, width):
     assert max(map(len, text.splitlines())) <= width
     assert text.startswith("Evaluation of tuned\n───────────────────\ntuned: ")
     words = " ".join(text.split())
-    for estimate in (model["implicit_reward"][name] for model in facts["models"] for name in model["implicit_reward"]):
-        assert report.shown(estimate) in words
+    for model in facts["models"]:
+        assert report.shown(model["implicit_reward"].get("spearman")) in words
+        assert report.shown(model["own_scale"]["error"], ".2f") in words
     assert "\nHelpful: " in text
     others = ("Settings", "Versions", "A note.", "Pictures", "&lt;", "| ", "Before, by", "most surprising")
-    for left_out in (*others, "Calibration", "by chance", "Training logs these figures"):
+    for left_out in (*others, "alibration", "pearson", "Training logs these figures", "mean label"):
         assert left_out not in text.replace("Answer | ", "")
+
+
+def test_the_terminal_shows_a_report_on_one_screen():
+    facts = facts_of(strength=0.0) | {"judges": [], "differences": []}
+    facts["models"][0]["length_alone"] = {"spearman": Estimate(0.25, 0.125, 0.375, 200)}
+    text = report.in_terminal(facts, 80)
+    assert "What to do next: " in text
+    assert "\nlength alone" in text
+    assert text.count("\n") <= 22
 
 
 def test_text_is_in_columns_of_letters_of_any_width():
@@ -777,17 +839,23 @@ def test_one_row_is_one_row():
     text = report.in_terminal(facts, 200)
     assert "tuned: 1 prompt is too few for a conclusion (" in text
     assert "correlation 1.000, on 1 row of 1 prompt)." in text
-    assert "1 row of 1 prompt from d (test). Brackets" in text
+    assert "1 row of 1 prompt from d (test). Brackets hold 95% intervals." in text
 
 
 def test_the_terminal_shows_what_the_data_and_the_judges_make_of_interest():
     facts = facts_of()
-    assert "Perplexity" not in report.in_terminal(facts)  # nothing is imitated
-    assert "## Perplexity" in to_markdown(report.document(facts | {"pictures": []}))
-    assert "95% intervals (bootstrap over prompts, Wilson for shares)." in report.in_terminal(facts, 200)
+    assert "perplexity" not in report.in_terminal(facts)  # nothing is imitated
+    text = to_markdown(report.document(facts | {"pictures": []}))
+    assert "<summary>More figures: perplexity of the given answers</summary>" in text
+    assert "95% intervals (bootstrap over prompts, Wilson for shares)." in text
     facts["judges"], facts["data"]["demonstrations"] = [], 3
-    assert "Perplexity" in report.in_terminal(facts)
-    assert "95% intervals (bootstrap over prompts)." in report.in_terminal(facts, 200)
+    assert "perplexity of demonstrations" in report.in_terminal(facts)
+    assert "200 prompts from d (test), 3 of them demonstrations. Brackets" in report.in_terminal(facts, 200)
+    assert "95% intervals (bootstrap over prompts)." in to_markdown(report.document(facts | {"pictures": []}))
+    for model in facts["models"]:  # without rewards, it is all that is known
+        model |= {"implicit_reward": {}, "split": {}, "own_scale": None}
+    facts["data"]["demonstrations"] = 0
+    assert "perplexity of demonstrations" in report.in_terminal(facts)
 
 
 def test_answers_that_training_did_not_change_are_shown_last():

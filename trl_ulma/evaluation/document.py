@@ -24,6 +24,9 @@ p.title { font-weight: 600; margin-bottom: .2rem }
 blockquote { border-left: 3px solid var(--line); margin: .2rem 0 1rem; padding: .1rem 1rem; white-space: pre-wrap;
   overflow-wrap: anywhere }
 strong.verdict { display: block; background: var(--soft); padding: .8rem 1rem; border-left: 4px solid #0072b2 }
+pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto }
+details { border-top: 1px solid var(--line); padding: .5rem 0 } summary { cursor: pointer; font-weight: 600 }
+@media print { details:not([open])::details-content { content-visibility: visible; block-size: auto } }
 @media (max-width: 40rem) {
   body { margin: 1rem auto } h1 { font-size: 1.6rem } h2 { font-size: 1.25rem }
   .wide tr:first-child { display: none } .wide, .wide tbody, .wide tr, .wide td { display: block; border: 0 }
@@ -82,7 +85,22 @@ class Picture:
     name: str
 
 
-Part = Heading | Text | Bullets | Table | Quote | Picture
+@dataclass(frozen=True)
+class Code:
+    """Lines that are shown as they are, such as a command."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Details:
+    """A section that is closed until a reader clicks on its title. It is open in print, and in a terminal."""
+
+    title: str
+    parts: Sequence["Part"]
+
+
+Part = Heading | Text | Bullets | Table | Quote | Picture | Code | Details
 
 
 def to_markdown(parts: Iterable[Part]) -> str:
@@ -139,11 +157,19 @@ def to_text(parts: Iterable[Part], width: int = 80) -> str:
             a long
             answer
     """
+    return _joined(parts, width) + "\n"
+
+
+def _joined(parts: Iterable[Part], width: int) -> str:
     shown = (_as_text(part, width) for part in parts if not isinstance(part, Picture))
-    return re.sub(r"─\n\n", "─\n", "\n\n".join(shown)) + "\n"
+    return re.sub(r"─\n\n", "─\n", "\n\n".join(shown))
 
 
 def _as_text(part: Part, width: int) -> str:
+    if isinstance(part, Details):
+        return _joined([Heading(part.title), *part.parts], width)
+    if isinstance(part, Code):
+        return textwrap.indent(part.text, "  ")
     if isinstance(part, Heading):
         return f"{_filled(part.text, width)}\n{'─' * min(_columns(part.text), width)}" if part.level < 3 else part.text
     if isinstance(part, Text):
@@ -230,6 +256,11 @@ def _markdown(part: Part) -> str:
             [[(_literal if part.is_text else _plain)(cell) for cell in row] for row in part.rows],
             is_text=part.is_text,
         )
+    if isinstance(part, Code):
+        return f"```bash\n{part.text}\n```"
+    if isinstance(part, Details):
+        parts = "\n\n".join(map(_markdown, part.parts))
+        return f"<details>\n<summary>{_plain(part.title)}</summary>\n\n{parts}\n\n</details>"
     if isinstance(part, Quote):
         lines = [_quoted(line) for line in part.text.splitlines() or [""]]
         return f"{_plain(part.title)}:\n\n" + "\n".join(f"> {line}".rstrip() for line in lines)
@@ -272,6 +303,11 @@ def _html(part: Part, folder: Path) -> str:
         kinds = ["text"] * part.is_text + ["wide"] * (part.is_text or len(part.header) >= _MANY_COLUMNS)
         kind = f' class="{" ".join(kinds)}"' if kinds else ""
         return f"<table{kind}>\n<tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>"
+    if isinstance(part, Code):
+        return f"<pre><code>{html.escape(part.text, quote=False)}</code></pre>"
+    if isinstance(part, Details):
+        parts = "\n".join(_html(each, folder) for each in part.parts)
+        return f"<details>\n<summary>{_inline(part.title)}</summary>\n{parts}\n</details>"
     if isinstance(part, Quote):
         return f'<p class="title">{_inline(part.title)}:</p>\n<blockquote>{html.escape(part.text)}</blockquote>'
     light, dark = (_embedded(folder / f"{part.name}{suffix}.svg") for suffix in ("", "-dark"))

@@ -14,6 +14,8 @@ from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.conclusions import conclusions, corrected, counted, of_prompts, what_next
 from trl_ulma.evaluation.document import (
     Bullets,
+    Code,
+    Details,
     Heading,
     Part,
     Picture,
@@ -81,9 +83,8 @@ def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) 
 def in_terminal(facts: Mapping[str, Any], width: int = 80) -> str:
     """Return the report as text for a terminal.
 
-    Notes are left out, because they were printed when they came up. The meaning of the figures, calibration, single
-    rows and answers, pictures, settings, versions and the perplexity of answers that are not imitated are in
-    `report.html`.
+    It has the conclusions, the main figures and the judged answers. All else is in `report.html`. Notes are left out,
+    because they were printed when they came up.
     """
     return to_text(document(facts, is_short=True), width)
 
@@ -95,90 +96,126 @@ def _plain(value: Any) -> Any:
 
 
 def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
-    """The parts of the report: conclusions first, then tables.
+    """The parts of the report: conclusions first, then the main figures, pictures and rows, then closed sections.
 
     Args:
         facts: the contents of `report.json`, with `Estimate`s.
         is_short: whether the parts are left out that `in_terminal` does not show.
     """
     data, models = facts["data"], facts["models"]
-    names = [model["name"] for model in models if not model.get("is_base")]
-    parts: list[Part] = [Heading(f"Evaluation of {', '.join(names)}", 1)]
+    # A model before training has the reward 0 for every answer
+    trained = [model for model in models if not model.get("is_base")]
+    parts: list[Part] = [Heading(f"Evaluation of {', '.join(model['name'] for model in trained)}", 1)]
     sentences = conclusions(facts)
     parts += [Text(sentence, strong=True) for sentence in sentences]
     if advice := what_next(sentences, models):
         parts.append(Text(advice))
-    methods = ["bootstrap over prompts"]
-    methods += ["Wilson for shares"] if facts["judges"] else []
-    methods += ["Student's t over seeds"] if facts["over_seeds"] else []
-    parts.append(
-        Text(
-            f"{of_prompts(data['rows'], data['prompts'])} from {data['dataset']} ({data['split']})"
-            + (f"; {data['demonstrations']:,} of them are demonstrations" if data["demonstrations"] else "")
-            + f". Brackets hold 95% intervals ({', '.join(methods)})."
-        )
-    )
-    if not is_short:
-        parts += _left_out(data, models)
     if facts["notes"] and not is_short:
         parts.append(Bullets(facts["notes"]))
-    if data["demonstrations"] or not is_short:  # what is only compared need not become more likely
-        parts += _figures(
-            "Perplexity of the given answers (lower is better for answers to be imitated)",
-            models,
-            "perplexity",
-            ".2f",
-            names={} if data["demonstrations"] else {"other answers": "all answers"},
-        )
-    parts += _figures(
-        "Implicit reward",
-        [*models, *_by_length(models)],
-        "implicit_reward",
-        ".3f",
-        meanings="" if is_short else _meanings(models),
-    )
-    # A model before training has the reward 0 for every answer
-    trained = [model for model in models if not model.get("is_base")]
-    # In short, the table of predicted labels says more of ratings
-    parts += _split([model for model in trained if not (is_short and model.get("own_scale"))], data, is_short=is_short)
-    parts += _own_scale(trained)
-    parts += [] if is_short else _calibration(trained)
-    for model in models:
-        parts += [] if is_short else _surprises(model)
-    for model in models:
-        parts += _changed(model, is_short=is_short)
+    parts += [] if is_short else [Heading("Main figures")]
+    parts += [Text(_which_rows(data, models)), *_main_figures(models, data)]
+    parts += [] if is_short else [Details("What the figures mean", [Bullets(_meanings(facts))])]
+    parts += [
+        Text(too_close(model["name"], shown(model["own_scale"]["slope"], ".1f")))
+        for model in trained
+        if _is_too_close(model.get("own_scale"))
+    ]
     for judge in facts["judges"]:
         parts += _judged(facts, judge)
     parts += _over_seeds(facts["over_seeds"])
     if is_short:
-        return parts
-    if facts["pictures"] or facts["not_drawn"]:
+        changed = [model for model in models if model.get("changed")]
+        whose = [f"{model['name']}: " * (len(changed) > 1) for model in changed]
+        told = [_changed_in_words(model["changed"]) for model in changed]
+        return [*parts, *(Text(name + each) for name, each in zip(whose, told, strict=True))]
+    if facts["pictures"]:
         parts += [Heading("Pictures"), *map(Picture, facts["pictures"])]
-    if facts["not_drawn"]:
-        parts.append(Text(f"Pictures that need more data: {'; '.join(facts['not_drawn'])}."))
-    settings = json.dumps(facts["settings"], ensure_ascii=False, default=_plain)
-    named = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    commit = facts["commit"] or "unknown"
-    return [*parts, Heading("How"), Text(f"Settings: `{settings}`"), Text(f"Versions: {named}; commit {commit}.")]
-
-
-def _left_out(data: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Part]:
-    """How many rows were left out and why, of the data and for each model, and which the first of them are."""
-    parts: list[Part] = []
-    if data.get("left_out"):
-        parts.append(Text(_left_out_in_words(data["left_out"])))
-    if data.get("invalid_rows"):
-        parts.append(Bullets(data["invalid_rows"]))
     for model in models:
+        parts += _surprises(model)
+    for model in models:
+        parts += _changed(model)
+    details = [
+        *_figures("More figures: rewards and labels", [*models, *_by_length(models)], "implicit_reward", ".3f"),
+        *_figures(
+            "More figures: perplexity of the given answers",
+            models,
+            "perplexity",
+            ".2f",
+            names={} if data["demonstrations"] else _ALL_ANSWERS,
+        ),
+        *_split(trained, data),
+        *_own_scale(trained),
+        *_calibration(trained),
+        *(part for judge in facts["judges"] for part in _more_of_judge(facts, judge)),
+        *_reading(facts),
+        Details("Settings and versions", _settings(facts)),
+    ]
+    return [*parts, *details]
+
+
+def _which_rows(data: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
+    """How many rows are evaluated, and how many are left out."""
+    left_out = [f"{count:,} left out" for count in [sum(data.get("left_out", {}).values())] if count]
+    left_out += [f"{model['left_out']:,} left out for {model['name']}" for model in models if model.get("left_out")]
+    return (
+        f"{of_prompts(data['rows'], data['prompts'])} from {data['dataset']} ({data['split']})"
+        + (f", {data['demonstrations']:,} of them demonstrations" if data["demonstrations"] else "")
+        + "".join(f", {each}" for each in left_out)
+        + ". Brackets hold 95% intervals."
+    )
+
+
+# Main figure of rewards → its column
+_MAIN = {"auc": "AUC (0.5 by chance)", "accuracy": "accuracy", "spearman": "Spearman (0 by chance)"}
+_ALL_ANSWERS = {"other answers": "all answers"}
+
+
+def _main_figures(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Part]:
+    """The table that a reader needs first: one row per model, and one for ranking answers by their length."""
+    lines = [*models, *_by_length(models)]
+    names = [name for name in _MAIN if any(name in line["implicit_reward"] for line in lines)]
+    columns = {_MAIN[name]: [shown(line["implicit_reward"].get(name)) for line in lines] for name in names}
+    if any(line.get("own_scale") for line in lines):
+        columns["mean error"] = [shown((line.get("own_scale") or {}).get("error"), ".2f") for line in lines]
+    answers = dict.fromkeys(name for model in models for name in model["perplexity"])
+    for name in ["demonstrations"] if data["demonstrations"] else [] if names else answers:
+        title = name if data["demonstrations"] else _ALL_ANSWERS.get(name, name)
+        columns[f"perplexity of {title}"] = [shown(line.get("perplexity", {}).get(name), ".2f") for line in lines]
+    if not columns:
+        return []
+    rows = zip([line["name"] for line in lines], *columns.values(), strict=True)
+    return [Table(["model", *columns], [list(row) for row in rows])]
+
+
+def _reading(facts: Mapping[str, Any]) -> list[Details]:
+    """How rows were read, and which were left out and why, of the data and for each model."""
+    data, found = facts["data"], []
+    if facts.get("how_read"):
+        found.append(Bullets(facts["how_read"]))
+    if data.get("left_out"):
+        found.append(Text(_left_out_in_words(data["left_out"])))
+    if data.get("invalid_rows"):
+        found.append(Bullets(data["invalid_rows"]))
+    for model in facts["models"]:
         if model.get("left_out"):
             which = f"The first: {'; '.join(model['left_out_rows'])}."
-            parts.append(Text(f"{model['name']}: {_left_out_in_words(model['left_out_reasons'])} {which}"))
-    return parts
+            found.append(Text(f"{model['name']}: {_left_out_in_words(model['left_out_reasons'])} {which}"))
+    return [Details("How the rows were read", found)] if found else []
 
 
 def _left_out_in_words(counts: Mapping[str, int]) -> str:
     total = sum(counts.values())
     return f"{counted(total, 'row')} {'was' if total == 1 else 'were'} left out. {reasons_in_words(Counter(counts))}"
+
+
+def _settings(facts: Mapping[str, Any]) -> list[Part]:
+    """The command that makes the report again, and the versions."""
+    named = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    commit = f"; commit {facts['commit']}" if facts["commit"] else ""
+    parts: list[Part] = []
+    if facts.get("command"):
+        parts += [Text("This command makes the report again:"), Code(facts["command"])]
+    return [*parts, Text(f"Versions: {named}{commit}."), Text("`report.json` has all settings and figures.")]
 
 
 def _figures(
@@ -187,24 +224,23 @@ def _figures(
     section: str,
     form: str,
     *,
-    meanings: str = "",
     names: Mapping[str, str] | None = None,
-) -> list[Part]:
-    columns = list(dict.fromkeys(name for model in models for name in model[section]))
+) -> list[Details]:
+    columns: list[str] = list(dict.fromkeys(name for model in models for name in model.get(section, {})))
     if not columns:
         return []
     rows = [[model["name"], *(shown(model[section].get(name), form) for name in columns)] for model in models]
     header = ["model", *((names or {}).get(name, name) for name in columns)]
-    return [Heading(title), *([Text(meanings)] if meanings else []), Table(header, rows)]
+    return [Details(title, [Table(header, rows)])]
 
 
 # Figure of rewards → description, with the value if rewards and labels are independent
 _MEANINGS = {
-    "auc": "auc: how often a good answer has a higher reward than a bad one (0.5 by chance)",
-    "accuracy": "accuracy: how often a reward has the sign of its label",
-    "brier": "brier: mean squared error of the predicted probability (0 is best, 0.25 without a prediction)",
-    "spearman": "spearman, pearson: correlation of rewards and labels, of ranks and of values (0 by chance)",
-    "mse": "mse: mean squared error of the reward as a prediction of the label that was learned (0 is best)",
+    "auc": "AUC: how often a good answer has a higher reward than a bad one (0.5 by chance).",
+    "accuracy": "Accuracy: how often a reward has the sign of its label.",
+    "brier": "Brier: mean squared error of the predicted probability (0 is best, 0.25 without a prediction).",
+    "spearman": "Spearman, Pearson: correlation of rewards and labels, of ranks and of values (0 by chance).",
+    "mse": "MSE: mean squared error of the reward as a prediction of the label that was learned (0 is best).",
 }
 
 
@@ -212,17 +248,29 @@ _MEANINGS = {
 _LENGTH = "length alone"
 
 
-def _meanings(models: Sequence[Mapping[str, Any]]) -> str:
-    """An explanation of the figures of rewards, and why a model before training has few."""
+def _meanings(facts: Mapping[str, Any]) -> list[str]:
+    """Explanations of the figures, and what is not drawn."""
+    models = facts["models"]
     there = {name for model in models for name in model["implicit_reward"]}
     said = [meaning for name, meaning in _MEANINGS.items() if name in there]
+    if any(model.get("own_scale") for model in models):
+        said.append("Mean error: how far predicted labels are from the given ones on average, in units of the labels.")
     if any(model.get("length_alone") for model in models):
         said.append(
-            f"{_LENGTH}: the same if answers are ranked by their number of tokens, the longest first, which a model "
-            "should do better than"
+            f"{_LENGTH.capitalize()}: the figures if answers are ranked by their number of tokens, the longest first. "
+            "A model should do better."
         )
-    base = " A model before training has the reward 0 for every answer, which ranks nothing."
-    return f"{'; '.join(said)}.{base if any(model.get('is_base') for model in models) else ''}"
+    if any(model.get("is_base") for model in models):
+        said.append("A model before training has the reward 0 for every answer, which ranks nothing.")
+    if any(model["perplexity"] for model in models):
+        said.append("Perplexity: lower is better for answers to be imitated.")
+    methods = ["bootstrap over prompts"]
+    methods += ["Wilson for shares"] if facts["judges"] else []
+    methods += ["Student's t over seeds"] if facts["over_seeds"] else []
+    said.append(f"Brackets: 95% intervals ({', '.join(methods)}).")
+    if facts["not_drawn"]:
+        said.append(f"Pictures that need more data: {'; '.join(facts['not_drawn'])}.")
+    return said
 
 
 def _by_length(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -235,38 +283,27 @@ def _by_length(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-# Figure → the name of its column, in the order of columns
-_SPLIT = {
-    "chosen": "chosen",
-    "rejected": "rejected",
-    "margins": "margin",
-    "accuracies": "accuracy, all rows",
-}
-
-
-def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any], *, is_short: bool) -> list[Part]:
+def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Details]:
     found = [model for model in models if model.get("split")]
-    columns = [name for name in _SPLIT if any(name in model["split"] for model in found)]
     if not found:
         return []
-    rows = [[model["name"], *(shown(model["split"].get(name)) for name in columns)] for model in found]
     center = data.get("label_center")
-    higher = "below" if data.get("is_reversed") else "above"
-    which = (
-        "Rows with a label of ½ and above are chosen. Accuracy and AUC leave out rows with a label of exactly ½."
-        if center is None
-        else f"Rows with a continuous label of {center:g}, the mean of the training, and {higher} are chosen."
-    )
+    higher, lower = ("below", "above") if data.get("is_reversed") else ("above", "below")
+    if center is None:
+        title, sides = "More figures: rewards of chosen and rejected rows", ("chosen", "rejected")
+        which = "Rows with a label of ½ and above are chosen. Accuracy and AUC leave out labels of exactly ½."
+    else:
+        title, sides = f"Rows at or {higher} the mean label, and {lower}", (f"at or {higher}", lower)
+        which = f"The mean reward of rows with a label of {center:g} (the mean) or {higher}, and of the others."
+    names = {"chosen": sides[0], "rejected": sides[1], "margins": "difference", "accuracies": "accuracy, all rows"}
+    columns = [name for name in names if any(name in model["split"] for model in found)]
+    rows = [[model["name"], *(shown(model["split"].get(name)) for name in columns)] for model in found]
     meaning = (
-        " Accuracy is the share of rows whose reward is on the side of their label. A reward between the sides, such "
+        "Accuracy is the share of rows whose reward is on the side of their label. A reward between the sides, such "
         "as 0, counts as half. Training logs these figures as rewards/chosen, rejected, margins and accuracies, but "
         "counts a reward between the sides as that of a rejected row."
     )
-    return [
-        Heading("Rewards of chosen and rejected rows"),
-        Text(which + ("" if is_short else meaning)),
-        Table(["model", *(_SPLIT[name] for name in columns)], rows),
-    ]
+    return [Details(title, [Text(which), Table(["model", *(names[name] for name in columns)], rows), Text(meaning)])]
 
 
 # Predictions whose mean error is within this share of the error of the mean label say no more than it does
@@ -288,7 +325,7 @@ def _why_few_mistakes(scale: Mapping[str, Any] | None) -> str:
     return ""
 
 
-def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
+def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Details]:
     scales = {model["name"]: model["own_scale"] for model in models if model.get("own_scale")}
     if not scales:
         return []
@@ -309,22 +346,19 @@ def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Part]:
         [name, shown(scale["error"], ".2f"), shown(scale["error_of_mean"], ".2f")] for name, scale in scales.items()
     ]
     return [
-        Heading("Rewards on the scale of the labels"),
-        Text(
-            "The mean label that the rewards predict for rows of each label. A perfect model predicts the label itself."
-        ),
-        Table(["label", "rows", *scales], rows),
-        *(
-            Text(too_close(name, shown(scale["slope"], ".1f")))
-            for name, scale in scales.items()
-            if _is_too_close(scale)
-        ),
-        Text("How far predicted labels are from the true ones on average, and how far the mean of all labels is."),
-        Table(["model", "mean error", "error if every row got the mean label"], errors),
+        Details(
+            "More figures: predicted labels",
+            [
+                Text("The mean predicted label of rows with each label. A perfect model predicts the label itself."),
+                Table(["label", "rows", *scales], rows),
+                Text("The mean error of predicted labels, and that of predicting the mean of all labels."),
+                Table(["model", "mean error", "error if every row got the mean label"], errors),
+            ],
+        )
     ]
 
 
-def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
+def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Details]:
     bins = {}
     for model in models:
         scale = model.get("own_scale")
@@ -338,10 +372,9 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Part]:
         for each in of_model
     ]
     what = "predicted label" if any(model.get("own_scale") for model in models) else "σ(r)"
+    text = f"Rows in groups with a similar {what}. In each group, a calibrated model predicts the mean label."
     return [
-        Heading("Calibration"),
-        Text(f"Rows in groups with a similar {what}. In each group, a calibrated model predicts the mean label."),
-        Table(["model", f"mean {what}", "mean label", "rows"], rows),
+        Details("More figures: calibration", [Text(text), Table(["model", f"mean {what}", "mean label", "rows"], rows)])
     ]
 
 
@@ -377,14 +410,15 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
     ]
 
 
-def _changed(model: Mapping[str, Any], *, is_short: bool) -> list[Part]:
+def _changed_in_words(found: Mapping[str, Any]) -> str:
+    return f"Training changed {found['others']} of {counted(found['answers'], 'answer')} of {found['base']}."
+
+
+def _changed(model: Mapping[str, Any]) -> list[Part]:
     found = model.get("changed")
     if not found:
         return []
-    told = f"Training changed {found['others']} of {counted(found['answers'], 'answer')} of {found['base']}."
-    parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(told)]
-    if is_short:
-        return parts
+    parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(_changed_in_words(found))]
     for number, each in enumerate(found["examples"], start=1):
         parts += [
             Heading(f"Example {number}", 3),
@@ -399,19 +433,43 @@ def _changed(model: Mapping[str, Any], *, is_short: bool) -> list[Part]:
     return parts
 
 
+_NOT_JUDGED = ("refused", "cut", "unparsable", "unread")
+
+
 def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
     name, criterion = judge["judge"], judge["criterion"]
-    rows, missing = [], []
+    rows = []
     for model in facts["models"]:
         found = model["judged"].get(name, {}).get(criterion)
         if found is None:
             continue
         shares = [shown(found["rates"].get(verdict), ".1%") for verdict in ("win", "tie", "lose", "win_or_tie")]
-        unjudged = {
-            why: found["counts"][why] for why in ("refused", "cut", "unparsable", "unread") if found["counts"][why]
-        }
+        unjudged = {why: found["counts"][why] for why in _NOT_JUDGED if found["counts"][why]}
         told = f" ({', '.join(f'{count} {why}' for why, count in unjudged.items())})" if unjudged else ""
         rows.append([model["name"], *shares, f"{sum(unjudged.values())}{told}"])
+    parts: list[Part] = [
+        Heading(f"{criterion.capitalize()}: answers against the data's chosen ones, judged by {name}"),
+        Text(_agreement_said(judge["agreement"])),
+        Table(["model", "win", "tie", "lose", "win or tie", "not judged"], rows),
+    ]
+    gained = [each for each in facts["differences"] if (each["judge"], each["criterion"]) == (name, criterion)]
+    if gained:
+        lines = [[f"{each['one']} − {each['other']}", shown(each["points"], "+.3f")] for each in gained]
+        parts.append(Table(["points (win 1, tie ½), paired by prompt", "difference"], lines))
+        if gained[0]["comparisons"] > 1:
+            how = corrected(gained[0]).removeprefix(", ")
+            parts.append(Text(f"These intervals are {how}, so that all hold together with 95%."))
+    return parts
+
+
+def _more_of_judge(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Details]:
+    """Missing replies of a judge, how it depends on the order of answers, and what its server does not accept."""
+    name, criterion = judge["judge"], judge["criterion"]
+    missing = []
+    for model in facts["models"]:
+        found = model["judged"].get(name, {}).get(criterion)
+        if found is None:
+            continue
         missing += [
             [model["name"], f"the model's answer {place}", str(count), why]
             for place, whys in found["unjudged"].items()
@@ -421,13 +479,9 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
             missing.append(
                 [model["name"], "not asked", str(found["unanswered"]), "the model's server refused to answer"]
             )
-    parts: list[Part] = [
-        Heading(f"{criterion.capitalize()}: answers against the data's chosen ones, judged by {name}"),
-        Table(["model", "win", "tie", "lose", "win or tie", "not judged"], rows),
-    ]
+    parts: list[Part] = []
     if missing:
         parts.append(Table(["model", "position", "missing replies", "why"], missing, is_text=True))
-    parts.append(Text(_agreement_said(judge["agreement"])))
     replies = judge.get("replies")
     if replies and replies["first"] + replies["second"]:
         decided = replies["first"] + replies["second"]
@@ -441,14 +495,7 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
         )
     if judge.get("changes"):
         parts.append(Text(f"The judge's server: {'; '.join(judge['changes'])}."))
-    gained = [each for each in facts["differences"] if (each["judge"], each["criterion"]) == (name, criterion)]
-    if gained:
-        lines = [[f"{each['one']} − {each['other']}", shown(each["points"], "+.3f")] for each in gained]
-        parts.append(Table(["points (win 1, tie ½), paired by prompt", "difference"], lines))
-        if gained[0]["comparisons"] > 1:
-            how = corrected(gained[0]).removeprefix(", ")
-            parts.append(Text(f"These intervals are {how}, so that all hold together with 95%."))
-    return parts
+    return [Details(f"More about the judge: {name}, {criterion}", parts)] if parts else []
 
 
 def _agreement_said(agreement: Estimate | None) -> str:

@@ -79,6 +79,7 @@ class _Run:
     def __init__(self, args: Namespace):
         self.args = args
         self.notes: list[str] = []
+        self.command: str | None = vars(args).pop("command", None)
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens or ANSWER_TOKENS, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])
@@ -130,6 +131,7 @@ class _Run:
         labels = Counter(held_out.own_label.tolist())
         facts = {
             "settings": settings,
+            "command": self.command,
             "versions": report.versions(),
             "commit": report.commit(),
             "data": {

@@ -16,7 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, is_verbose, terminal_width
+from trl_ulma.scripts.command_line import (
+    CommandParser,
+    add_verbose,
+    attempt,
+    in_lines,
+    is_verbose,
+    terminal_width,
+)
 from trl_ulma.scripts.data_options import fill
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
@@ -203,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation, and return its exit code."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.command = in_lines(_words(parser, args))
     args.model = _named(args.model)
     sources = [source for _, source in args.model]
     if len(set(sources)) < len(sources):
@@ -262,6 +270,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     print(f"Open {args.output / 'report.html'} in a browser. It explains the figures, and shows rows and pictures.")
     return 0
+
+
+def _words(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The command with these options, without those that have their default.
+
+    Example:
+        >>> parser = make_parser()
+        >>> words = "--model a=out --dataset d --output o --no-base --judge llm:m --judge_temperature none --seed 0"
+        >>> " ".join(_words(parser, parser.parse_args(words.split())))
+        'trl-ulma evaluate --model a=out --dataset d --output o --no-base --judge llm:m --judge_temperature none'
+    """
+    words = parser.prog.split()
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        option = next((name for name in action.option_strings if name.startswith("--")), "")
+        if value == parser.get_default(action.dest):
+            continue
+        if action.nargs == 0:
+            words.append(option if value else f"--no-{action.dest}")
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            text = ":".join(filter(None, each)) if isinstance(each, tuple) else str(each)
+            words += [option, "none" if each is None else text]
+    return words
 
 
 def _named(models: Sequence[str]) -> list[tuple[str, str]]:
