@@ -29,17 +29,44 @@ def trained(tiny_gpt2, tmp_path_factory):
     return folder / "out", file
 
 
-def test_an_evaluation_takes_the_rows_that_training_held_out(trained, tmp_path, capsys):
+def test_an_evaluation_takes_the_rows_that_training_held_out(trained, tmp_path, capsys, caplog, monkeypatch):
     model, file = trained
-    assert main(["evaluate", "--model", str(model), "--dataset", str(file), "--output", str(tmp_path)]) == 0
+    command = ["evaluate", "--model", str(model), "--dataset", str(file), "--output", str(tmp_path)]
+    assert main(command) == 0
     said = capsys.readouterr().err
-    assert (
-        f"is read as in training: --columns {COLUMNS} --invalid_rows drop --test_split_size 0.5 --split_seed 5" in said
-    )
-    assert "trained on" not in said  # no row of these
-    data = json.loads((tmp_path / "report.json").read_text())["data"]
+    facts = json.loads((tmp_path / "report.json").read_text())
+    data, left_out = facts["data"], sum(facts["data"]["left_out"].values())
     assert data["split"] == "0.5 of its rows, by prompt, seed 5"
-    assert data["rows"] + sum(data["left_out"].values()) == 12
+    assert data["rows"] + left_out == 12
+    # One sentence says it, and the report has the rest
+    rows = f" ({left_out} invalid row{'s' * (left_out > 1)} left out)" if left_out else ""
+    usual = f"{file} is read as in training, and only its {data['rows']} held-out rows are evaluated{rows}.\n"
+    assert usual in said
+    options = f"--columns {COLUMNS} --invalid_rows drop --test_split_size 0.5 --split_seed 5"
+    beginnings = [f"{file} is read as in training: {options}", f"{file} has no test split, so 12 of its 24 rows are"]
+    seen = f"Rows whose prompt was in the training data of the model out: 0 of {data['rows']}. Held out:"
+    how_read = facts["how_read"]
+    assert [how_read[0], how_read[1][: len(beginnings[1])], how_read[-1][: len(seen)]] == [*beginnings, seen]
+    assert not [each for each in how_read if each in said]
+    assert facts["notes"] == []
+    assert not [each for each in caplog.messages if each.startswith("Left out")]
+    assert shlex.split(facts["command"].replace("\\\n", "")) == ["trl-ulma", *command]
+    text = (tmp_path / "report.md").read_text()
+    assert all(each in text for each in how_read)
+    # Each is printed if another part, or an option that reads labels, is asked for
+    for options in (["--split_seed", "6"], ["--max_length", "900"], ["--split", "train"]):
+        assert main([*command, *options]) == 0
+        said = capsys.readouterr().err
+        assert "held-out rows are evaluated" not in said
+        assert f"{file} is read as in training: --columns {COLUMNS} --invalid_rows drop" in said
+    # And with --verbose, whose error comes with it, too
+    monkeypatch.setenv("TRL_ULMA_VERBOSE", "1")
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert usual not in said
+    assert beginnings[0] in said
+    assert main([*command, "--split", "typo"]) == 1
+    assert beginnings[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("was_trained", [True, False])
@@ -66,8 +93,9 @@ def test_the_next_commands_run_as_they_are_printed(tiny_gpt2, trained, capsys):
     said = capsys.readouterr()
     assert "holds 24 scored rows" in said.out
     assert "2 rows have no label, and so no surprise." in said.out
-    assert f"is read as in training: --columns {COLUMNS} --invalid_rows drop" in said.err
+    assert f"{file} is read as in training.\n" in said.err
     assert "split" not in said.err
+    assert "--columns" not in said.err
 
 
 def test_the_model_card_scores_answers_in_the_columns_of_the_training(trained, tmp_path, monkeypatch):

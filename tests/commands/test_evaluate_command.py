@@ -822,14 +822,15 @@ def test_labels_are_read_as_in_the_training(tiny_llama, tmp_path, capsys):
     capsys.readouterr()
     assert main([*argv, "--model", folders["harm"], "--model", folders["plain"]]) == 0
     notes = json.loads((tmp_path / "report.json").read_text())["notes"]
+    [how_read] = json.loads((tmp_path / "report.json").read_text())["how_read"]
+    assert how_read.startswith(f"Labels are read as in the training of {folders['harm']}: continuous labels after")
     begin = [
-        f"Labels are read as in the training of {folders['harm']}: continuous labels after",
         f"{folders['plain']} was trained on continuous labels as they are, and the rows here",
         *(f"Rows whose prompt was in the training data of the model {name}: 12 of 12." for name in ("harm", "plain")),
     ]
     assert [[note.startswith(each) for note in notes].count(True) for each in begin] == [1] * len(notes)
     shown = capsys.readouterr().err
-    assert [note for note in notes if note not in shown] == []
+    assert [note for note in [how_read, *notes] if note not in shown] == []
 
     # Likes and dislikes are no stars
     make_rows(12, label=[star > 3 for star in stars]).to_json(tmp_path / "likes.jsonl")
@@ -943,15 +944,16 @@ def test_the_training_that_is_taken_over_is_the_first_that_fits(tmp_path):
     assert found.rules.transform.apply(np.array([5.0]), None, None) > 0.9
     assert (found.max_length, found.truncation_mode) == (32, "keep_start")
     # Two fits of one setting are two transforms, though they are called the same
-    assert [note.split(" was trained")[0] for note in found.notes[1:]] == [thumbs, by_rank[1], thumbs]
+    assert found.read_as.startswith(f"Labels are read as in the training of {by_rank[0]}: continuous labels after")
+    assert [note.split(" was trained")[0] for note in found.notes] == [thumbs, by_rank[1], thumbs]
     # What is not given as an option is the first fitting model's, and another one's is told
-    assert "rows that were read in another way (truncation_mode keep_end, here keep_start)." in found.notes[3]
+    assert "rows that were read in another way (truncation_mode keep_end, here keep_start)." in found.notes[2]
     assert as_trained([by_rank[0]], is_paired=True).max_length is None
     chats = saved("chats", label_type="continuous", max_length=9, chat="true")
     assert as_trained([chats], is_paired=True).chat == "true"  # pairs are binary, and read as any rows of this model
     found = as_trained([base, *by_rank], sft_threshold=0.9, is_paired=True)
     assert found.rules == LabelRules("binary", 0.9)
-    assert found.notes == []
+    assert (found.notes, found.read_as) == ([], None)
     assert as_trained([base]).rules == LabelRules()
     # Likes and dislikes are no stars
     said = (

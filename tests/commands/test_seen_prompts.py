@@ -77,7 +77,9 @@ def test_evaluate_and_score_say_which_rows_were_trained_on(tiny_gpt2, tmp_path, 
         assert main([*argv, *model, str(tmp_path / file)]) == 0
         facts = json.loads((tmp_path / "report" / "report.json").read_text())
         assert facts["models"][0]["trained_on"] == trained_on
-        (note,) = facts["notes"]
+        # Only rows that were trained on need a reader's attention
+        (note,) = facts["notes" if trained_on else "how_read"]
+        assert facts["how_read" if trained_on else "notes"] == []
         total = len(Path(tmp_path / file).read_text().splitlines())
         assert note.startswith(
             f"Rows whose prompt was in the training data of the model out: {trained_on} of {total}. Held out:"

@@ -44,6 +44,7 @@ class AsTrained:
         assistant_only_loss: whether only the assistant's turns of a completion are scored.
         chat: whether rows of text become messages.
         system_message: system message of conversations that have none, or None.
+        read_as: a sentence on how labels are read, if as in a training; else None.
         notes: notes for the report.
     """
 
@@ -54,6 +55,7 @@ class AsTrained:
     assistant_only_loss: bool
     chat: str
     system_message: str | None
+    read_as: str | None
     notes: list[str]
 
 
@@ -94,7 +96,7 @@ def as_trained(
     fitting = [source for source, saved in known.items() if label_type in (None, saved.label_type)]
     name, first = (fitting[0], known[fitting[0]]) if fitting else ("", SavedSettings(beta=BETA))
     chosen = label_type or first.label_type
-    notes = []
+    read_as = None
     if is_paired:
         if label_transform not in (None, "none"):
             raise ValueError(
@@ -104,7 +106,7 @@ def as_trained(
     elif label_transform is None:
         transform = first.label_transform
         if transform is not None:
-            notes.append(f"Labels are read as in the training of {name}: {_described(chosen, transform)}.")
+            read_as = f"Labels are read as in the training of {name}: {_described(chosen, transform)}."
     else:
         transform = None if label_transform == "none" else parse_transform(label_transform, chosen)
         if transform is not None and not transform.is_fitted:
@@ -112,7 +114,7 @@ def as_trained(
                 f"label_transform={label_transform!r} has no numbers, which a training fits on its own rows. Give "
                 "them, as in standardize:2.5,1.2, or leave it out to take those of the models' training."
             )
-    notes += [
+    notes = [
         f"{source} was trained on {_described(saved.label_type, saved.label_transform)}, and the rows here have "
         f"{_described(chosen, transform)}: its figures may mislead."
         for source, saved in known.items()
@@ -140,6 +142,7 @@ def as_trained(
         LabelRules(chosen, first.sft_threshold if sft_threshold is None else sft_threshold, transform=transform),
         first.label_center if (first.label_type, first.label_transform) == (chosen, transform) else None,
         **cut,
+        read_as=read_as,
         notes=notes,
     )
 

@@ -52,6 +52,19 @@ class Question:
     rejected: str | None
 
 
+def invalid_in_words(errors: Sequence[InvalidRow], others: int, name: str, command: str) -> str:
+    """How many invalid rows were left out and why, for the terminal of a command.
+
+    Args:
+        errors: of the invalid rows.
+        others: the number of the rows that were not left out.
+        name: the name of the dataset.
+        command: the command, with which all invalid rows can be listed.
+    """
+    total = len(errors) + others
+    return f"Left out {len(errors)} of {total} rows of the {name} dataset. {in_short(errors, command)}"
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Held-out rows with one answer each, and their labels. Every array is `(N,)`.
@@ -128,11 +141,10 @@ class HeldOut:
             errors = located([(raw_row[row], invalid[row]) for row in sorted(invalid)], dataset)
             if invalid_rows == "error" or len(errors) == len(rows):
                 refuse_invalid(errors, len(rows), name)
-            if (command := SHOWN_BY.get()) is None:
-                listed = f"They are invalid.\n{list_invalid(errors, len(rows), name)}"
-            else:
-                listed = in_short(errors, command)
-            logger.warning(f"Left out {len(errors)} of {len(rows)} rows of the {name} dataset. {listed}")
+            if SHOWN_BY.get() is None:  # else the command says it, see `invalid_in_words`
+                listed = list_invalid(errors, len(rows), name)
+                left = f"Left out {len(errors)} of {len(rows)} rows of the {name} dataset."
+                logger.warning(f"{left} They are invalid.\n{listed}")
             left_out.update(f"invalid: {error.kind}" for error in errors)
             kept = [row for row in range(len(rows)) if row not in invalid]
             rows = rows.select(kept)

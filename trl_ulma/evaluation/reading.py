@@ -59,13 +59,14 @@ class Reading:
         return prompt if self.how.system_message is None else with_system_message(prompt, self.how.system_message)
 
 
-def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -> Reading:
+def read(args: Namespace, models: Sequence[str], note: Note, tell: Callable[[str], None], *, answers: bool) -> Reading:
     """Read the rows.
 
     Args:
         args: the options of `trl_ulma.scripts.evaluate`.
         models: the folders of the models, or their names on the Hub. Models that are only served are not among them.
         note: called with each note for the report.
+        tell: called with each sentence on how rows are read, which needs no action.
         answers: whether answers to the rows will be generated.
 
     Raises:
@@ -88,7 +89,7 @@ def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -
     if found in splits and has_images(splits[found]):
         _check_images(args, models, answers)
     if split in splits:
-        return _read(args, models, note, splits[split], split, split)
+        return _read(args, models, note, tell, splits[split], split, split)
     if args.split is not None or "train" not in splits:
         there = ", ".join(map(str, splits))
         raise ValueError(f"{args.dataset} has no split {split!r}, but {there}. Set --split to one of them.")
@@ -97,14 +98,22 @@ def read(args: Namespace, models: Sequence[str], note: Note, *, answers: bool) -
         args.test_split_size = default_part(rows, seed=args.split_seed)
     part = f"{args.test_split_size:g} of its rows, by prompt, seed {args.split_seed}"
     held_out = split_by_prompt(rows, test_size=args.test_split_size, seed=args.split_seed)["test"]
-    note(
+    tell(
         f"{args.dataset} has no test split, so {len(held_out):,} of its {len(rows):,} rows are selected ({part}). "
         "--split train evaluates all rows."
     )
-    return _read(args, models, note, held_out, "test", part)
+    return _read(args, models, note, tell, held_out, "test", part)
 
 
-def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, name: str, part: str) -> Reading:
+def _read(
+    args: Namespace,
+    models: Sequence[str],
+    note: Note,
+    tell: Callable[[str], None],
+    rows: Dataset,
+    name: str,
+    part: str,
+) -> Reading:
     names = rows.column_names
     how = as_trained(
         models,
@@ -116,6 +125,8 @@ def _read(args: Namespace, models: Sequence[str], note: Note, rows: Dataset, nam
         is_paired="chosen" in names,
         labels=rows["label"][:] if "label" in names and "label_type" not in names else (),
     )
+    if how.read_as is not None:
+        tell(how.read_as)
     for each in how.notes:
         note(each)
     held_out = HeldOut.of(rows, name, how.rules, args.invalid_rows, takes_images=True)

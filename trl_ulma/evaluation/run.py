@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from trl_ulma.data import seen_prompts
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.before import model_before, revision_before
+from trl_ulma.evaluation.conclusions import counted
 from trl_ulma.evaluation.findings import changed
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
-from trl_ulma.evaluation.held_out import Question
+from trl_ulma.evaluation.held_out import Question, invalid_in_words
 from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
 from trl_ulma.evaluation.judging import Judging
 from trl_ulma.evaluation.likelihoods import Likelihoods
@@ -27,6 +29,7 @@ from trl_ulma.evaluation.pictures import accuracy_in_training, pictures, trainin
 from trl_ulma.evaluation.reading import read
 from trl_ulma.evaluation.server import Budget, Reply, Server
 from trl_ulma.judge import saved_file
+from trl_ulma.rows.dataset_labels import SHOWN_BY
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.notes import left_out_of
 from trl_ulma.rows.preparation import Preparation
@@ -40,6 +43,8 @@ from trl_ulma.saved import (
     positions,
     saved_settings,
 )
+
+logger = logging.get_logger(__name__)
 
 SERVED = "served:"
 _ENOUGH_JUDGED = 200  # prompts
@@ -79,7 +84,11 @@ class _Run:
     def __init__(self, args: Namespace):
         self.args = args
         self.notes: list[str] = []
-        self.command: str | None = vars(args).pop("command", None)
+        options = vars(args)
+        self.command: str | None = options.pop("command", None)
+        self.is_as_in_training: bool = options.pop("is_as_in_training", False)
+        # How the rows are read, which needs no action
+        self.how_read: list[str] = [note] if (note := options.pop("data_note", None)) else []
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens or ANSWER_TOKENS, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])
@@ -103,7 +112,12 @@ class _Run:
             server.check()
         self.answers_all = bool(judges or args.generate or self.servers)
         trained = [source for _, source in args.model if source not in self.servers]
-        self.reading = read(args, trained, self._note, answers=self.answers_all)
+        try:
+            self.reading = read(args, trained, self._note, self.how_read.append, answers=self.answers_all)
+        except (OSError, TypeError, ValueError):
+            self._print_how_read()  # because an error can come from it
+            raise
+        self.is_usual = self._tell_reading(trained)
         self.questions = self._questions() if self.answers_all else self._examples()
         self.likelihoods = Likelihoods(args, self.reading, self._note, partial(self._file, "rewards"))
         # Answers by the name of the run; of a model before training, by its own name or folder
@@ -155,6 +169,7 @@ class _Run:
             "differences": self.judging.differences(),
             "over_seeds": report.over_runs([name for name, _ in args.model], models[: len(args.model)]),
             "notes": self.notes,
+            "how_read": self.how_read,
             "not_drawn": not_drawn,
         }
         report.write(args.output, facts, drawings)
@@ -250,6 +265,35 @@ class _Run:
         if told and args.max_requests is not None:
             told.append(f"This run stops asking after {args.max_requests:,} requests (--max_requests).")
         for each in told:
+            print(each, file=sys.stderr)
+
+    def _tell_reading(self, trained: list[str]) -> bool:
+        """Print how the rows were read. Returns whether one sentence says it, because all is as in training and none of
+        the rows was trained on.
+
+        Args:
+            trained: the folders of the models, or their names on the Hub.
+        """
+        held_out, command = self.reading.held_out, SHOWN_BY.get()
+        if command is not None and self.is_as_in_training:
+            files = [saved_file(each, seen_prompts.FILE) for each in trained]
+            prompts = held_out.rows["prompt"][:]
+            if all((seen_prompts.seen(prompts, file) == seen_prompts.NEW).all() for file in files):
+                left_out = len(held_out.invalid)
+                told = f" ({counted(left_out, 'invalid row')} left out)" if left_out else ""
+                print(
+                    f"{self.args.dataset} is read as in training, and only its "
+                    f"{counted(len(prompts), 'held-out row')} {'is' if len(prompts) == 1 else 'are'} evaluated{told}.",
+                    file=sys.stderr,
+                )
+                return True
+        self._print_how_read()
+        if command is not None and held_out.invalid:
+            logger.warning(invalid_in_words(held_out.invalid, len(held_out.rows), self.reading.name, command))
+        return False
+
+    def _print_how_read(self) -> None:
+        for each in self.how_read:
             print(each, file=sys.stderr)
 
     def _note(self, text: str | None) -> None:
@@ -405,15 +449,20 @@ class _Run:
         model["changed"] = {"base": named.get(base or "") or self.likelihoods.befores[str(base)]["name"], **found}
 
     def _note_seen(self, run: str, source: str, numbers: np.ndarray) -> int | None:
-        """Note how many of these rows a model was trained on. Returns the number, or None if it is not known."""
+        """Tell how many of these rows a model was trained on. Returns the number, or None if it is not known."""
         prompts = self.reading.held_out.rows["prompt"][:]
         found = seen_prompts.seen([prompts[row] for row in numbers], saved_file(source, seen_prompts.FILE))
         message = seen_prompts.in_words(found, run)
         if message is not None:
             trained_on = int((found == seen_prompts.SEEN).sum())
+            if (found == seen_prompts.NEW).all():
+                self.how_read.append(message)
+                if not self.is_usual:
+                    print(message, file=sys.stderr)
+                return 0
             new = " Figures on rows that it was trained on do not show what it does on new ones." if trained_on else ""
             self._note(message + new)
-            return trained_on if trained_on or (found == seen_prompts.NEW).all() else None
+            return trained_on or None
         if saved_settings(source) is None:
             return None
         if self.reading.split == "train" and _MAYBE_SEEN not in self.notes:

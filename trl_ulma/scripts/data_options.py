@@ -72,6 +72,18 @@ def fill(args: argparse.Namespace, models: Sequence[str]) -> str | None:
     return note
 
 
+def is_as_in_training(args: argparse.Namespace, models: Sequence[str]) -> bool:
+    """Whether the models were trained on the dataset, and the options, which `fill` has set, read it as then."""
+    names = [name for name in DEFAULTS if hasattr(args, name)]
+    found = [_saved(model) for model in models]
+    return bool(found) and all(
+        saved is not None
+        and saved.get("dataset") == _known_as(args.dataset)
+        and all(getattr(args, name) == (DEFAULTS[name] if saved.get(name) is None else saved[name]) for name in names)
+        for saved in found
+    )
+
+
 def _saved(model: str) -> dict[str, Any] | None:
     """How a model's training read its dataset. None if it is not known."""
     from trl_ulma.judge import saved_file

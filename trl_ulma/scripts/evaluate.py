@@ -24,9 +24,11 @@ from trl_ulma.scripts.command_line import (
     is_verbose,
     terminal_width,
 )
-from trl_ulma.scripts.data_options import fill
+from trl_ulma.scripts.data_options import fill, is_as_in_training
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
+# Options that read labels or sequences in another way than training
+_LABELS = ("label_type", "label_transform", "sft_threshold", "max_length", "truncation_mode")
 _KEY = "(default: OPENAI_API_KEY; none if the URL is given)"
 
 
@@ -261,8 +263,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trl_ulma.rows.dataset_labels import shown_by
 
         args.chose_part = args.test_split_size is not None or args.split_seed is not None
-        if note := fill(args, [source for source in sources if source not in served]):
-            print(note, file=sys.stderr)
+        trained = [source for source in sources if source not in served]
+        args.data_note = fill(args, trained)
+        is_own = any(getattr(args, name) is not None for name in _LABELS)
+        args.is_as_in_training = not is_own and is_as_in_training(args, trained)
         with shown_by(None if is_verbose() else parser.prog):
             print(in_terminal(run(args), min(terminal_width(), 100)))
 
