@@ -87,7 +87,7 @@ class PointwiseDPOConfig(DPOConfig):
             (any number, higher is better; loss of Eq. 9). A column `label_type` overrides it per row.
         label_transform: Transforms to apply to the labels before training, such as "lower_is_better,standardize" or
             "threshold:0.5". Separate names by commas, and put a name's numbers after a colon. They are fitted on the
-            training set and saved with the model.
+            training set and saved with the model. "center_raters" reads a column `rater`.
         label_report: Whether to print a report on the training labels and to write it to output_dir/label_report.json.
         log_z: log Z(x), which is added to every log-ratio: a number in nats, or a name. With 0, a column log_z takes
             its place if the rows have one. Change it if the labels are unbalanced or not centered at 0. With "group",

@@ -121,7 +121,7 @@ def write(
             names=_names_option(columns),
             data=_data_in_words(plan),
             format=_format_in_words(is_chat, args.system_message),
-            report=label_report and render_report(label_report),
+            report=label_report and render_report({**label_report, "raters": {}}),  # people are not named in public
             length_normalize=args.length_normalize,
             formulas=formulas(args.cell, args.binary_loss),
             settings=_settings(args, plan, model, processes),

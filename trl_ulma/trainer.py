@@ -130,8 +130,9 @@ class PointwiseDPOTrainer(DPOTrainer):
     Args:
         args: a `PointwiseDPOConfig`, or a `trl.DPOConfig`, whose values are copied. The trainer works on a copy.
         train_dataset: rows with `prompt`, `completion` (both text, or both messages) and `label`. Optional columns are
-            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `eos`
-            (bool, whether text ends with the EOS token), `tools` and `chat_template_kwargs`. Pairs (`chosen`,
+            `sft_mask` (bool), `label_type`, `log_z` (nats), `weight`, `trials` (for label_transform="votes"), `rater`
+            (text or a whole number, for label_transform="center_raters"), `eos` (bool, whether text ends with the EOS
+            token), `tools` and `chat_template_kwargs`. Pairs (`chosen`,
             `rejected`, with or without `prompt`) are also accepted, and become two rows each. Rows for a
             vision-language model can have `image` or `images` (PIL images, paths, or bytes), which are decoded and
             processed batch by batch.

@@ -8,7 +8,10 @@ from datasets import Dataset
 from world import make_rows, make_trainer
 
 from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
+from trl_ulma.judge import Judge
+from trl_ulma.labels.rater_offsets import rater_offsets
 from trl_ulma.rows.dataset_labels import report_labels
+from trl_ulma.saved import SavedSettings
 
 RATINGS = [4.0, 0.0, 1.0, 2.0, 0.0, 3.0]
 QUIET = {"label_report": False}
@@ -143,6 +146,101 @@ def test_prompt_quantiles_know_texts_and_conversations(tiny_llama, tmp_path):
     trainer = continuous(tiny_llama, rows, tmp_path, "prompt_quantile", eval_dataset=rows.select(range(2)))
     assert trainer.train_dataset["label"][:] == pytest.approx([3 / 4, 1 / 4, 3 / 8, 5 / 8, 1 / 8, 7 / 8])
     assert trainer.eval_dataset["label"][:] == pytest.approx([3 / 4, 1 / 4])
+
+
+# Raters
+
+RATERS = ["Ann", "Tom", "Ann", "Tom", "Tom", "Ann"]
+
+
+def test_offsets_of_raters_are_those_of_the_training_set(tiny_gpt2, tmp_path, caplog):
+    held_out = rated([2.0, 2.0, 2.0, 2.0], rater=["Ann", "Tom", "Zoe", None])
+    trainer = continuous(
+        tiny_gpt2, rated(rater=RATERS), tmp_path, "center_raters", eval_dataset={"a": held_out, "b": rated([2.0])}
+    )
+    offsets = rater_offsets(np.array(RATINGS), RATERS)
+    assert offsets["Tom"] < 0 < offsets["Ann"]
+    wanted = [label - offsets[rater] for label, rater in zip(RATINGS, RATERS, strict=True)]
+    assert trainer.train_dataset["label"][:] == pytest.approx(wanted)
+    assert trainer.eval_dataset["a"]["label"][:] == pytest.approx([2 - offsets["Ann"], 2 - offsets["Tom"], 2, 2])
+    assert trainer.eval_dataset["b"]["label"][:] == [2]
+    assert [message for message in caplog.messages if "rater" in message] == [
+        "1 of 4 rows of the a dataset has no rater. 1 of 4 has a rater that the training does not have: 'Zoe'. Such "
+        "labels are read as those of an average rater.",
+        "1 of 1 rows of the b dataset has no rater. Such labels are read as those of an average rater.",
+    ]
+    assert "rater" not in trainer.train_dataset.column_names
+    assert trainer.predict(held_out).label_ids[:2] == pytest.approx([2 - offsets["Ann"], 2 - offsets["Tom"]])
+    scored = trainer.score(held_out)
+    assert scored["predicted_label"][:] == pytest.approx(scored["reward"][:])
+    assert scored["surprise"][1] == pytest.approx((2 - offsets["Tom"] - scored["reward"][1]) ** 2, rel=1e-4)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = SavedSettings.read(tmp_path / "saved" / "pointwise.json")
+    assert saved.label_transform == trainer._plan.rules.transform
+    judge = Judge.from_pretrained(str(tmp_path / "saved"), tiny_gpt2)
+    assert judge.score(held_out)["surprise"][:] == pytest.approx(scored["surprise"][:], rel=1e-4)
+    # Files of earlier versions have no raters
+    text = (tmp_path / "saved" / "pointwise.json").read_text()
+    old = json.loads(text) | {"label_transform": [{"name": "standardize", "numbers": [3, 2]}]}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert str(SavedSettings.read(tmp_path / "old.json").label_transform) == "standardize:3,2"
+
+
+def test_a_stream_to_evaluate_on_is_read_by_its_raters(tiny_gpt2, tmp_path, caplog):
+    held_out = rated([2.0] * 70, rater=["Ann"] * 3 + ["Zoe"] * 67).to_iterable_dataset()
+    trainer = continuous(tiny_gpt2, rated(rater=RATERS), tmp_path, "center_raters", eval_dataset=held_out)
+    caplog.clear()
+    found = [row["label"] for row in trainer.eval_dataset]
+    assert found == pytest.approx([2 - rater_offsets(np.array(RATINGS), RATERS)["Ann"]] * 3 + [2.0] * 67)
+    assert len([message for message in caplog.messages if "Later rows of the stream are not counted." in message]) <= 1
+    with pytest.raises(ValueError, match=r"is a stream\. Load the dataset without streaming\.$"):
+        continuous(tiny_gpt2, rated(rater=RATERS).to_iterable_dataset(), tmp_path, "center_raters", max_steps=1)
+
+
+def test_a_column_of_raters_that_no_transform_reads_changes_nothing(tiny_gpt2, tmp_path, caplog):
+    values = [{"id": i} for i in range(6)]  # what the column is called by chance
+    trainer = continuous(tiny_gpt2, rated(rater=values), tmp_path, "center")
+    assert trainer.train_dataset["label"][:] == pytest.approx(np.array(RATINGS) - np.mean(RATINGS))
+    assert "rater" not in caplog.text
+
+
+def test_raters_of_invalid_rows_do_not_count(tiny_gpt2, tmp_path, caplog):
+    rows = rated([*RATINGS, 55.0], rater=[*RATERS, "Eve"], completion=[*rated()["completion"][:], ""])
+    found = continuous(tiny_gpt2, rows, tmp_path / "a", "center_raters", invalid_rows="drop").train_dataset
+    right = continuous(tiny_gpt2, rated(rater=RATERS), tmp_path / "b", "center_raters").train_dataset
+    assert found["label"][:] == right["label"][:]
+    assert "Eve" not in caplog.text
+    with pytest.raises(
+        ValueError, match=r"Row 2 of the train dataset: rater is 0\.5; it must be text or a whole number"
+    ):
+        continuous(tiny_gpt2, rated(rater=[1.0, 2.0, 0.5, 1.0, 2.0, 2.0]), tmp_path, "center_raters")
+
+
+@pytest.mark.parametrize("transform", ["center_raters", "quantile"])
+def test_another_fit_is_not_served_from_the_cache_and_prepared_rows_know_theirs(tiny_gpt2, tmp_path, transform):
+    rated(rater=RATERS).to_json(tmp_path / "rows.jsonl")
+    held_out = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+
+    def trained_on(labels):
+        return continuous(tiny_gpt2, rated(labels, rater=RATERS), tmp_path, transform, eval_dataset=held_out)
+
+    first, other, again = map(trained_on, (RATINGS, [0.0, 9.0, 1.0, 7.0, 8.0, 1.0], RATINGS))
+    assert first.eval_dataset["label"][:] != other.eval_dataset["label"][:]
+    assert first.eval_dataset["label"][:] == again.eval_dataset["label"][:]
+    assert str(first._plan.rules.transform) == str(other._plan.rules.transform) == transform
+    with pytest.raises(ValueError, match=f"label_transform={transform} was fitted on other rows .*Pass the raw rows"):
+        other.evaluate(first.eval_dataset)
+    assert first.evaluate(again.eval_dataset)["eval_loss"] == again.evaluate()["eval_loss"]
+
+
+def test_the_report_has_one_label_of_several_raters(tiny_gpt2, tmp_path, capsys):
+    rows = rated([3.0, 3.0, 5.0, 1.0, 2.0, 4.0], rater=RATERS)
+    continuous(tiny_gpt2, rows, tmp_path, "center_raters,standardize", label_report=True)
+    report = json.loads((tmp_path / "label_report.json").read_text())
+    three = next(each for each in report["continuous"]["raw"]["histogram"] if each["low"] == 3)
+    assert three["learned_low"] < three["learned_high"]
+    assert report["raters"] == pytest.approx(rater_offsets(np.array(rows["label"][:]), RATERS))
+    assert "2, above or below an average one by Tom -" in " ".join(capsys.readouterr().out.split())
 
 
 def test_rows_that_name_the_other_type_are_taken_as_they_are(tiny_gpt2, tmp_path):

@@ -17,7 +17,7 @@ from trl_ulma.labels import DECIMAL_COMMA, is_messages, worded_number
 TEXTS = ("prompt", "completion", "chosen", "rejected")
 NUMBERS = ("label", "weight", "log_z", "trials")
 BOOLS = ("sft_mask", "eos")
-OTHERS = (*BOOLS, "label_type", "tools", "chat_template_kwargs", "image", "images", UNREAD)
+OTHERS = (*BOOLS, "label_type", "rater", "tools", "chat_template_kwargs", "image", "images", UNREAD)
 READ = (*TEXTS, *NUMBERS, *OTHERS)
 # Columns that can be JSON text in a CSV file
 CONVERSATIONS = (*TEXTS, "messages", "conversations", "conversation_a", "conversation_b", "answers", "completions")

@@ -228,7 +228,7 @@ def _by_name(path: Path) -> dict[str, list[str]]:
 
 def _check_partitions(path: Path, names: Names) -> None:
     """Raise ValueError if a column that trainers read is only in the names of subfolders, such as `label=1`."""
-    wanted = {*READ, *names.columns.values()}
+    wanted = ({*READ} - {"rater"}) | {*names.columns.values()}  # few trainings read raters
     parts = {part for file in data_files(path) for part in file.relative_to(path).parts[:-1]}
     found = sorted(part for part in parts if part.partition("=")[0] in wanted and "=" in part)
     if found:

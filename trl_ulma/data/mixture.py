@@ -254,6 +254,9 @@ def _mixed(
         )
     read = _OF_PAIRS if all(paired.values()) else [name for name in READ if name not in ("chosen", "rejected")]
     columns = [name for name in read if any(name in row for row in first.values())]
+    reads_raters = rules.transform is not None and "raters" in rules.transform.reads
+    if not reads_raters and {"image", "images"}.intersection(columns):  # whose parts must have columns of one type
+        columns = [name for name in columns if name != "rater"]
     rows_of = [(_Part(name, set(first[name]), columns, rules, log_z, name in made_chat), rows) for name, rows in loaded]
     if isinstance(loaded[0][1], IterableDataset):
         # `concatenate_datasets` would assume that all rows have the types of the first rows

@@ -13,7 +13,7 @@ from trl_ulma.data.columns import CONVERSATIONS, READ, Notice, number, read_valu
 from trl_ulma.data.unread import Unread
 
 # Columns that have no use without labels
-_OF_LABELS = ("label", "label_type", "sft_mask", "trials", "weight")
+_OF_LABELS = ("label", "label_type", "rater", "sft_mask", "trials", "weight")
 # Characters that cannot be seen, and characters that look like others
 _LOOKS = dict.fromkeys((*range(0xFE00, 0xFE10), *range(0x200B, 0x2010), 0xAD, 0x2060, 0xFEFF)) | str.maketrans(
     "\u00a0\u2007\u202f\u2018\u2019\u02bc\u201c\u201d", "   '''\"\""

@@ -76,7 +76,7 @@ def as_trained(
         sources: folders of the models, or their names on the Hub.
         label_type: "binary" or "continuous"; only records with this type are then used. "binary" if it is not given and
             there is no record.
-        label_transform: the setting with its numbers, or "none".
+        label_transform: the setting with its numbers, or "none". A transform as it was printed is the saved one.
         sft_threshold: rows whose continuous label, after the transform, is at or above it are demonstrations.
         max_length: longest sequence in tokens.
         truncation_mode: "keep_start" or "keep_end".
@@ -109,10 +109,13 @@ def as_trained(
             read_as = f"Labels are read as in the training of {name}: {_described(chosen, transform)}."
     else:
         transform = None if label_transform == "none" else parse_transform(label_transform, chosen)
+        if transform is not None and str(transform) == str(first.label_transform):
+            transform = first.label_transform  # as it was printed: rounded, without the numbers of some steps
         if transform is not None and not transform.is_fitted:
             raise ValueError(
                 f"label_transform={label_transform!r} has no numbers, which a training fits on its own rows. Give "
-                "them, as in standardize:2.5,1.2, or leave it out to take those of the models' training."
+                "them, as in standardize:2.5,1.2 (quantile and center_raters take none), or leave it out to take those "
+                "of the models' training."
             )
     notes = [
         f"{source} was trained on {_described(saved.label_type, saved.label_transform)}, and the rows here have "

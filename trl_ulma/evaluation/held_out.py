@@ -1,7 +1,7 @@
 """Held-out rows for evaluation: one answer per row, numbered prompts, and answers to compare with."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Self
@@ -100,9 +100,11 @@ class HeldOut:
         invalid_rows: str = "error",
         *,
         takes_images: bool = False,
+        note: Callable[[str], None] | None = None,
     ) -> Self:
         """The rows of a dataset. Pairs become two rows each. Halves without an answer are left out, with a warning.
-        `takes_images` says whether they may have images, which tell prompts of the same words apart.
+        `takes_images` says whether they may have images, which tell prompts of the same words apart. `note` is called
+        with a message about raters that the training did not have.
 
         Labels go through the rules' transform, which pairs must not have. With `invalid_rows="drop"`, invalid rows are
         left out with a warning that lists them.
@@ -117,7 +119,7 @@ class HeldOut:
         if "chosen" in dataset.column_names:
             check_pairs(rules, name)
         invalid: dict[int, InvalidRow] = {}
-        transformed = transformed_labels(rows, name, rules, invalid)
+        transformed = transformed_labels(rows, name, rules, invalid, note)
         if transformed is not None:
             columns["label"] = transformed
         read = read_labels(columns, range(len(rows)), name, rules, invalid)

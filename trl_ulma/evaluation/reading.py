@@ -129,7 +129,7 @@ def _read(
         tell(how.read_as)
     for each in how.notes:
         note(each)
-    held_out = HeldOut.of(rows, name, how.rules, args.invalid_rows, takes_images=True)
+    held_out = HeldOut.of(rows, name, how.rules, args.invalid_rows, takes_images=True, note=note)
     own = held_out.continuous == (how.rules.label_type == "continuous")
     note(beyond_training(held_out.own_label[own], how.rules))
     note(unweighted(held_out.rows["weight"][:] if "weight" in held_out.rows.column_names else ()))

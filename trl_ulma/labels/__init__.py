@@ -35,7 +35,7 @@ from trl_ulma.labels.rows import (
     worded_number,
 )
 from trl_ulma.labels.texts import is_empty, is_messages, shown, start_of
-from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transform
+from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transform, with_centered_raters
 
 __all__ = [
     "ASKING_ROLES",
@@ -73,5 +73,6 @@ __all__ = [
     "start_of",
     "transform_labels",
     "unread",
+    "with_centered_raters",
     "worded_number",
 ]

@@ -1,6 +1,6 @@
 """Columns along which labels differ, such as the names of strict and lenient raters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,19 +15,24 @@ _F = 8.0
 _NAMED = 6
 
 
-def raters_in_words(label: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> list[str]:
+def raters_in_words(
+    label: np.ndarray,
+    columns: Mapping[str, Sequence[Any]],
+    remedy: Callable[[str], str] = 'columns="rater={}" and label_transform="center_raters,standardize"'.format,
+) -> list[str]:
     """A warning about each column whose values have labels of different means.
 
     Args:
         label: `(N,)` labels, NaN where unknown.
         columns: name → `(N,)` values of a column that is not read.
+        remedy: returns the settings that remove the differences between the raters that a column names.
 
     Example:
         >>> label = np.array([1.0, 2.0] * 10 + [4.0, 5.0] * 10)
         >>> print(raters_in_words(label, {"who": ["Tom"] * 20 + ["Ann"] * 20, "row": range(40)})[0])
-        Labels differ by the column who, which is not read: Tom 1.5, Ann 4.5 on average. If it names raters, subtract
-        each one's mean before training (docs/faq.md, "Several people rated"). If it names what was rated, such as a
-        model or a topic, this may be right.
+        Labels differ by the column who, which is not read: Tom 1.5, Ann 4.5 on average. If it names raters, set
+        columns="rater=who" and label_transform="center_raters,standardize". If it names what was rated, such as a model
+        or a topic, this may be right.
     """
     found = []
     label = np.array(label, dtype=np.float64)
@@ -43,8 +48,7 @@ def raters_in_words(label: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> 
             shown = [*shown[:half], "…", *shown[-half:]]
         found.append(
             f"Labels differ by the column {name}, which is not read: {', '.join(shown)} on average. If it names "
-            'raters, subtract each one\'s mean before training (docs/faq.md, "Several people rated"). If it names what '
-            "was rated, such as a model or a topic, this may be right."
+            f"raters, set {remedy(name)}. If it names what was rated, such as a model or a topic, this may be right."
         )
     return found
 

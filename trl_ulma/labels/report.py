@@ -14,6 +14,8 @@ _WIDTH = 80
 _LISTED = 5
 # Rows from which they are taken, and one more: both halves of a pair have its name
 _NAMED = 2 * (_LISTED + 1)
+# Raters whose offsets are printed
+_RATERS = 6
 _BINS = 10
 # With more distinct values than this, labels are counted in bins
 _VALUES = 12
@@ -458,6 +460,8 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
     by_number = ", ".join(f"{_count(count, 'prompt')} with {number}" for number, count in numbers)
     facts["answers per prompt"] = f"mean {prompts['mean_answers']:.3g}, most {prompts['max_answers']:,}; {by_number}"
     facts |= _repeats_in_words(report)
+    if report.get("raters"):
+        facts["raters"] = _raters_in_words(report["raters"])
     undecided = report.get("binary", {}).get("undecided")
     if undecided:
         facts["undecided"] = f"{_count(undecided, 'row')} with a label of ½, which accuracy and AUC leave out"
@@ -492,6 +496,21 @@ def _repeats_in_words(found: Mapping[str, Any]) -> dict[str, str]:
     if found["contradicting"]:
         facts["contradicting"] = _count(found["contradicting"], "row")
     return facts
+
+
+def _raters_in_words(offsets: Mapping[str, float]) -> str:
+    """Return by how much raters are above or below an average one, the strictest and the most lenient of many.
+
+    Example:
+        >>> _raters_in_words({"Ann": 0.51, "Tom": -0.48})
+        '2, above or below an average one by Tom -0.48, Ann +0.51'
+    """
+    if not any(offsets.values()):
+        return f"{len(offsets):,}, who do not differ by more than chance, so labels stay as they are"
+    shown = [f"{rater} {_signed(offset)}" for rater, offset in sorted(offsets.items(), key=lambda each: each[1])]
+    if len(shown) > _RATERS:
+        shown = [*shown[: _RATERS // 2], "…", *shown[-(_RATERS // 2) :]]
+    return f"{len(offsets):,}, above or below an average one by {', '.join(shown)}"
 
 
 def _render_facts(facts: Mapping[str, str]) -> list[str]:

@@ -1,13 +1,14 @@
 """The schema of a pointwise row, and the rules for reading its label."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from trl_ulma.labels.invalid_rows import NOT_BINARY, InvalidRow, refuse_invalid
+from trl_ulma.labels.rater_offsets import rater_name
 from trl_ulma.labels.texts import is_empty, is_messages, shown
 from trl_ulma.labels.transforms import LabelTransform
 
@@ -102,13 +103,16 @@ def raw_labels(
     where: str,
     rules: LabelRules,
     invalid: dict[int, InvalidRow] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Return the labels that `rules.transform` applies to, before it. The arguments are those of `read_labels`.
+    prompts: Sequence[Any] | None = None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Return the labels that `rules.transform` applies to, before it. The arguments are those of `read_labels`, plus
+    keys of the prompts.
 
     Rows that `invalid` already holds are left out.
 
     Returns:
-        `(M,)` positions among the rows, `(M,)` labels, and `(M,)` trials if the transform reads them, else None.
+        `(M,)` positions among the rows, `(M,)` labels, and what else the transform reads of these rows, as keywords for
+        `LabelTransform.apply`.
 
     Raises:
         ValueError: naming the rows whose label is no number, or whose votes are none, unless `invalid` takes them.
@@ -118,10 +122,11 @@ def raw_labels(
         >>> raw_labels(columns, [0, 1, 2], "train", LabelRules("continuous"))[:2]
         (array([0, 2]), array([3., 1.]))
     """
-    needs_trials = rules.transform is not None and rules.transform.needs_trials
-    has_trials = needs_trials and "trials" in columns
+    reads = frozenset() if rules.transform is None else rules.transform.reads
+    has_trials = "trials" in reads and "trials" in columns
+    raters_of = columns.get("rater") if "raters" in reads else None
     types = columns.get("label_type")
-    own, labels, trials = [], [], []
+    own, labels, trials, raters = [], [], [], []
     found: dict[int, InvalidRow] = {}
     for i, row in enumerate(rows):
         if (types is not None and types[i] != rules.label_type) or (invalid is not None and i in invalid):
@@ -135,19 +140,26 @@ def raw_labels(
                     "votes outside [0, trials]",
                     "label",
                 )
+            rater = "" if raters_of is None else rater_name(raters_of[i])
         except InvalidRow as error:
             found[i] = error.at(row, where).at_prompt(_at(columns, "prompt", i))
             continue
         own.append(i)
         labels.append(label)
         trials.append(cast)
+        raters.append(rater)
     _hand_on(found, invalid, len(rows), where)
-    if needs_trials and not has_trials:
+    if "trials" in reads and not has_trials:
         raise ValueError(
             f"label_transform=votes reads a column `trials`, the number of votes cast, which the {where} dataset "
             "does not have. Add it; `label` is how many of them are for the answer."
         )
-    return np.array(own, dtype=int), np.array(labels), np.array(trials) if needs_trials else None
+    beside = {
+        "trials": np.array(trials),
+        "prompts": None if prompts is None else [prompts[i] for i in own],
+        "raters": raters,
+    }
+    return np.array(own, dtype=int), np.array(labels), {name: beside[name] for name in reads}
 
 
 def transform_labels(
@@ -157,8 +169,10 @@ def transform_labels(
     rules: LabelRules,
     prompts: Sequence[Any] | None = None,
     invalid: dict[int, InvalidRow] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Any]:
-    """Return the label column after `rules.transform`. The arguments are those of `read_labels`, plus prompt keys.
+    """Return the label column after `rules.transform`. The arguments are those of `raw_labels`, plus `note`, which is
+    called with a message about raters that the transform does not know.
 
     Example:
         >>> from trl_ulma.labels import parse_transform
@@ -168,11 +182,13 @@ def transform_labels(
     """
     found = list(columns["label"])
     if rules.transform is not None:
-        own, labels, trials = raw_labels(columns, rows, where, rules, invalid)
+        own, labels, beside = raw_labels(columns, rows, where, rules, invalid, prompts)
         if not len(own):
             return found
-        keys = None if prompts is None else [prompts[i] for i in own]
-        for i, label in zip(own, rules.transform.apply(labels, trials, keys).tolist(), strict=True):
+        told = rules.transform.unknown_raters(beside.get("raters"), where)
+        if told is not None and note is not None:
+            note(told)
+        for i, label in zip(own, rules.transform.apply(labels, **beside).tolist(), strict=True):
             found[i] = label
     return found
 

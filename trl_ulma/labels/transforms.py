@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from trl_ulma.labels.rater_offsets import rater_name, rater_offsets, unknown_raters
+
 # name: (its optional numbers, its formula)
 TRANSFORMS = {
     "center": ("the mean", "z − mean"),
@@ -15,6 +17,7 @@ TRANSFORMS = {
     "min_max": ("least and greatest", "(z − least) / (greatest − least)"),
     "quantile": ("", "share of training labels below z, plus half the share equal to z: in (0, 1)"),
     "prompt_quantile": ("", "the same, among the labels of the row's own prompt in its own dataset"),
+    "center_raters": ("", "z − offset of the row's rater, the column `rater`, see `rater_offsets`"),
     "lower_is_better": ("greatest", "greatest − z, where greatest is 1 for binary labels and 0 for continuous ones"),
     "threshold": ("least good", "1 where z ≥ least good, else 0"),
     "votes": (
@@ -23,13 +26,24 @@ TRANSFORMS = {
     ),
 }
 # British spellings, which older settings and saved models may contain
-_BRITISH = {"centre": "center", "standardise": "standardize"}
+_BRITISH = {"centre": "center", "standardise": "standardize", "centre_raters": "center_raters"}
 _COUNTS = {"center": 1, "standardize": 2, "min_max": 2, "lower_is_better": 1, "threshold": 1, "votes": 2}
 _ALWAYS_GIVEN = ("threshold",)
+# What a step reads of each row besides its label
+_READS = {"votes": "trials", "prompt_quantile": "prompts", "center_raters": "raters"}
+# The numbers of these are too many to be shown, and cannot be given
+_FITTED_ONLY = ("quantile", "center_raters")
+# After these, labels are still those that a rater gave
+_BEFORE_RATERS = ("lower_is_better", "votes")
 # Their results lie in [0, 1]
 _IN_UNIT = ("min_max", "quantile", "prompt_quantile", "threshold", "votes")
 # These cannot be inverted: `invert` stops at their scale
 _ONE_WAY = ("prompt_quantile", "threshold", "votes")
+# Why these make all labels equal, and what to do
+_ALL_EQUAL = {
+    "prompt_quantile": "no prompt has answers with different labels. Use quantile, or leave it out.",
+    "center_raters": "no rater gave different labels. Leave it out.",
+}
 # Number of points kept of a distribution that has more distinct labels
 _KNOTS = 1000
 
@@ -38,19 +52,26 @@ _KNOTS = 1000
 class Step:
     """One transform. `numbers` are its arguments, given or fitted; None before fitting.
 
-    The numbers of "quantile" are k labels in ascending order, followed by their k quantiles.
+    The numbers of "quantile" are k labels in ascending order, followed by their k quantiles. Those of "center_raters"
+    are the offsets of `raters`, which are empty for other steps.
     """
 
     name: str
     numbers: tuple[float, ...] | None
+    raters: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.name == "quantile" or not self.numbers:
+        if self.name in _FITTED_ONLY or not self.numbers:
             return self.name
         return f"{self.name}:{','.join(f'{number:g}' for number in self.numbers)}"
 
-    def fit(self, labels: np.ndarray) -> Self:
-        """Return this step with numbers fitted on its `(N,)` input labels, or itself if it has numbers."""
+    def fit(self, labels: np.ndarray, beside: Mapping[str, Any]) -> Self:
+        """Return this step with numbers fitted on its `(N,)` input labels, or itself if it has numbers.
+
+        Args:
+            labels: the labels.
+            beside: `(N,)` values of each entry of `_READS`, or None, as in `LabelTransform.fit`.
+        """
         if self.numbers is not None:
             return self
         if self.name != "center" and labels.min() == labels.max():
@@ -58,6 +79,9 @@ class Step:
                 f"label_transform: {self.name} needs labels that differ, but all {len(labels)} labels that it is "
                 f"given are {labels[0]:g}. Leave it out."
             )
+        if self.name == "center_raters":
+            offsets = rater_offsets(labels, self._read(beside))
+            return replace(self, numbers=tuple(offsets.values()), raters=tuple(offsets))
         if self.name == "center":
             numbers = (labels.mean(),)
         elif self.name == "standardize":
@@ -71,8 +95,8 @@ class Step:
             numbers = (*values[kept], *quantiles[kept])
         return replace(self, numbers=tuple(map(float, numbers)))
 
-    def apply(self, labels: np.ndarray, trials: np.ndarray | None, prompts: Sequence[Any] | None) -> np.ndarray:
-        """Return `(N,)` labels after this step. "votes" needs `(N,)` trials, "prompt_quantile" `(N,)` prompt keys."""
+    def apply(self, labels: np.ndarray, beside: Mapping[str, Any]) -> np.ndarray:
+        """Return `(N,)` labels after this step. The arguments are those of `fit`."""
         if self.numbers is None:
             raise ValueError(f"label_transform: {self.name} has not been fitted.")
         first, second = (*self.numbers, 0.0, 0.0)[:2]
@@ -87,17 +111,22 @@ class Step:
                 values, quantiles = np.split(np.array(self.numbers), 2)
                 return np.interp(labels, values, quantiles)
             case "prompt_quantile":
-                if prompts is None:
-                    raise ValueError("label_transform: prompt_quantile needs the rows' prompts.")
-                return _quantiles_within(labels, prompts)
+                return _quantiles_within(labels, self._read(beside))
+            case "center_raters":
+                offsets = dict(zip(self.raters, self.numbers, strict=True))
+                return labels - np.array([offsets.get(rater_name(rater), 0.0) for rater in self._read(beside)])
             case "lower_is_better":
                 return first - labels
             case "threshold":
                 return (labels >= first).astype(np.float64)
             case _:
-                if trials is None:
-                    raise ValueError("label_transform: votes needs the rows' trials.")
-                return (labels + first) / (trials + first + second)
+                return (labels + first) / (self._read(beside) + first + second)
+
+    def _read(self, beside: Mapping[str, Any]) -> Any:
+        what = _READS[self.name]
+        if beside.get(what) is None:
+            raise ValueError(f"label_transform: {self.name} needs the rows' {what}.")
+        return beside[what]
 
     def invert(self, labels: np.ndarray) -> np.ndarray:
         """Return the `(N,)` labels before this step, given the labels after it."""
@@ -111,6 +140,8 @@ class Step:
                 return labels * (second - first) + first
             case "lower_is_better":
                 return first - labels
+            case "center_raters":  # labels of an average rater
+                return labels
             case _:
                 values, quantiles = np.split(np.array(self.numbers), 2)
                 return np.interp(labels, quantiles, values)
@@ -141,19 +172,29 @@ class LabelTransform:
         return all(step.numbers is not None for step in self.steps)
 
     @property
-    def needs_trials(self) -> bool:
-        """Whether rows need a column `trials`."""
-        return any(step.name == "votes" for step in self.steps)
+    def reads(self) -> frozenset[str]:
+        """What the steps read of each row besides its label: "trials", "prompts" (all rows must be known), "raters".
+
+        Example:
+            >>> parse_transform("center_raters,standardize", "continuous").reads
+            frozenset({'raters'})
+        """
+        return frozenset(_READS[step.name] for step in self.steps if step.name in _READS)
 
     @property
-    def needs_prompts(self) -> bool:
-        """Whether a label depends on the other rows of its prompt, so that all rows must be known."""
-        return any(step.name == "prompt_quantile" for step in self.steps)
+    def offsets(self) -> dict[str, float]:
+        """The offset of each rater of the training, which "center_raters" subtracts. Empty without this step."""
+        return {
+            rater: offset
+            for step in self.steps
+            for rater, offset in zip(step.raters, step.numbers or (), strict=step.name == "center_raters")
+        }
 
     @property
     def ends(self) -> tuple[float, float] | None:
         """The least and the greatest label that are told from those beyond, on the scale of `own_scale`. None if there
         is no such limit; "quantile" has one, because it reads labels beyond those of the training set as its ends.
+        After "center_raters", a label of any rater of the training set is beyond these limits if it is told.
 
         Example:
             >>> import numpy as np
@@ -166,30 +207,42 @@ class LabelTransform:
             if step.name == "quantile":
                 ends = np.array(step.numbers)[[0, len(step.numbers or ()) // 2 - 1]]
                 for before in reversed(back[:number]):
-                    ends = before.invert(ends)
+                    ends = np.sort(before.invert(ends))
+                    if before.name == "center_raters":
+                        offsets = before.numbers or ()
+                        ends += np.array([min(0.0, *offsets), max(0.0, *offsets)])
                 return float(ends.min()), float(ends.max())
         return None
 
     def own_scale(
-        self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
+        self,
+        labels: np.ndarray,
+        trials: np.ndarray | None = None,
+        prompts: Sequence[Any] | None = None,
+        raters: Sequence[Any] | None = None,
     ) -> np.ndarray:
         """`(N,)` labels on the scale that `invert` returns, of labels as rows carry them; arguments as in `fit`.
 
-        These are the labels themselves, if there is a way back to them.
+        These are the labels themselves, if there is a way back to them. The scale of "center_raters" is that of the
+        labels, so that a predicted label is the one that an average rater would give.
 
         Example:
             >>> import numpy as np
             >>> parse_transform("standardize:3,1", "continuous").own_scale(np.array([5.0]))
             array([5.])
         """
-        return LabelTransform(self.steps[: self._way_back()]).apply(labels, trials, prompts)
+        return LabelTransform(self.steps[: self._way_back()]).apply(labels, trials, prompts, raters)
 
     def _way_back(self) -> int:
         """The number of the first step that `invert` can go back through."""
         return max((number for number, step in enumerate(self.steps, 1) if step.name in _ONE_WAY), default=0)
 
     def fit(
-        self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
+        self,
+        labels: np.ndarray,
+        trials: np.ndarray | None = None,
+        prompts: Sequence[Any] | None = None,
+        raters: Sequence[Any] | None = None,
     ) -> "LabelTransform":
         """Return this transform with all numbers, each step fitted on the output of the steps before it.
 
@@ -197,31 +250,51 @@ class LabelTransform:
             labels: `(N,)` labels in the data. Each row counts once, whatever its weight.
             trials: `(N,)` numbers of votes cast, for "votes".
             prompts: `(N,)` keys of the prompts, for "prompt_quantile".
+            raters: `(N,)` names or whole numbers of the raters, None or "" if unknown, for "center_raters".
 
         Raises:
-            ValueError: if labels that must differ are all equal.
+            ValueError: if labels or raters that must differ are all equal.
         """
         labels = np.asarray(labels, dtype=np.float64)
+        beside = {"trials": trials, "prompts": prompts, "raters": raters}
         fitted = []
         for step in self.steps:
-            step = step.fit(labels)
-            labels = step.apply(labels, trials, prompts)
-            if step.name == "prompt_quantile" and (labels == labels[0]).all():
+            step = step.fit(labels, beside)
+            labels = step.apply(labels, beside)
+            if step.name in _ALL_EQUAL and np.ptp(labels) <= 1e-9 * max(1.0, abs(labels[0])):
                 raise ValueError(
-                    f"label_transform: prompt_quantile makes all {len(labels)} labels {labels[0]:g}, because no prompt "
-                    "has answers with different labels. Use quantile, or leave it out."
+                    f"label_transform: {step.name} makes all {len(labels)} labels {labels[0]:g}, because "
+                    f"{_ALL_EQUAL[step.name]}"
                 )
             fitted.append(step)
         return LabelTransform(tuple(fitted))
 
     def apply(
-        self, labels: np.ndarray, trials: np.ndarray | None = None, prompts: Sequence[Any] | None = None
+        self,
+        labels: np.ndarray,
+        trials: np.ndarray | None = None,
+        prompts: Sequence[Any] | None = None,
+        raters: Sequence[Any] | None = None,
     ) -> np.ndarray:
-        """Return the `(N,)` labels to learn, given the labels in the data. The arguments are those of `fit`."""
+        """Return the `(N,)` labels to learn, given the labels in the data. The arguments are those of `fit`.
+
+        Raters that the training set did not have are average ones, and so are unknown raters.
+
+        Example:
+            >>> labels, raters = np.array([1.0, 1.0, 2.0, 4.0, 4.0, 5.0]), ["Tom"] * 3 + ["Ann"] * 3
+            >>> transform = parse_transform("center_raters", "continuous").fit(labels, raters=raters)
+            >>> transform.apply(np.array([3.0, 3.0, 3.0]), raters=["Tom", "Ann", "Zoe"]).round(2)
+            array([4.46, 1.54, 3.  ])
+        """
         labels = np.asarray(labels, dtype=np.float64)
+        beside = {"trials": trials, "prompts": prompts, "raters": raters}
         for step in self.steps:
-            labels = step.apply(labels, trials, prompts)
+            labels = step.apply(labels, beside)
         return labels
+
+    def unknown_raters(self, raters: Sequence[str] | None, where: str) -> str | None:
+        """What to say of rows whose rater the training set did not have, see `rater_offsets.unknown_raters`."""
+        return None if raters is None else unknown_raters(raters, self.offsets, where)
 
     def invert(self, labels: np.ndarray) -> np.ndarray:
         """Return `(N,)` labels on the scale of the data, given labels that are learned.
@@ -249,7 +322,11 @@ class LabelTransform:
             >>> parse_transform("center:3", "continuous").to_json()
             [{'name': 'center', 'numbers': [3.0]}]
         """
-        return [{"name": step.name, "numbers": list(step.numbers or ())} for step in self.steps]
+        return [
+            {"name": step.name, "numbers": list(step.numbers or ())}
+            | ({"raters": list(step.raters)} if step.name == "center_raters" else {})
+            for step in self.steps
+        ]
 
     @classmethod
     def from_json(cls, steps: Sequence[Mapping[str, Any]]) -> Self:
@@ -265,7 +342,11 @@ class LabelTransform:
             count = _COUNTS.get(name, 0)
             found = len(step["numbers"])
             right = found >= 4 and found % 2 == 0 if name == "quantile" else found == count
-            made.append(Step(name, tuple(map(float, step["numbers"]))))
+            raters: Sequence[str] = ()
+            if name == "center_raters":
+                raters = step["raters"]
+                right = found == len(set(raters)) == len(raters) > 0 and all(isinstance(each, str) for each in raters)
+            made.append(Step(name, tuple(map(float, step["numbers"])), tuple(raters)))
             if name not in TRANSFORMS or not right:
                 raise ValueError(f"{dict(step)} is no label transform. The known ones are {_known()}.")
         return cls(tuple(made))
@@ -334,9 +415,35 @@ def _step(name: str, numbers: list[float], label_type: str, spec: str) -> Step:
     return Step(name, tuple(numbers) if numbers else fixed.get(name))
 
 
+def with_centered_raters(spec: str | None) -> str:
+    """The setting with the step "center_raters" at its place.
+
+    Example:
+        >>> with_centered_raters(None), with_centered_raters("lower_is_better:4,standardize")
+        ('center_raters,standardize', 'lower_is_better:4,center_raters,standardize')
+    """
+    pieces = [piece.strip() for piece in (spec or "standardize").split(",")]
+    place = 0
+    while place < len(pieces) and (
+        pieces[place].partition(":")[0] in _BEFORE_RATERS or (place and _number(pieces[place]) is not None)
+    ):
+        place += 1
+    return ",".join([*pieces[:place], "center_raters", *pieces[place:]])
+
+
 def _check_order(names: list[str], label_type: str, spec: str) -> None:
     if "votes" in names[1:]:
         raise ValueError(f"label_transform={spec!r}: votes reads the vote counts of the rows. Put it first.")
+    if "center_raters" in names:
+        before = names[: len(names) - names[::-1].index("center_raters") - 1]
+        others = [name for name in before if name not in _BEFORE_RATERS]
+        if others:
+            raise ValueError(
+                f"label_transform={spec!r}: center_raters reads labels as raters gave them, not after {others[0]}. Put "
+                f"it first; only {' and '.join(_BEFORE_RATERS)} may be before it."
+                if others[0] != "center_raters"
+                else f"label_transform={spec!r} has center_raters twice. Keep one."
+            )
     if "threshold" in names and "lower_is_better" in names[: names.index("threshold")]:
         raise ValueError(
             f"label_transform={spec!r}: it is unclear whether the threshold is meant before or after lower_is_better "

@@ -2,7 +2,8 @@
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +62,8 @@ class RawBatches:
     # The number of shards of a stream, and the origins of its rows
     shards: int = 1
     place: StreamOrigins = StreamOrigins(None)
+    # What was logged about raters of a stream that the training did not have
+    told: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         rows: list[int] = list(indices) if self.numbers is None else self.numbers[list(indices)].tolist()
@@ -180,7 +183,8 @@ class RawBatches:
         """The columns of labels. Errors are added to `invalid`."""
         rules = self.how.rules
         if self.labels is None:
-            label = transform_labels(columns, numbers, self.name, rules, invalid=invalid)
+            note = partial(self._tell_once, numbers)
+            label = transform_labels(columns, numbers, self.name, rules, invalid=invalid, note=note)
         else:
             label = [self.labels[row] for row in indices]
             known = self.invalid or {}
@@ -188,6 +192,12 @@ class RawBatches:
         # Only take columns that are read, because a batch decodes each column that is taken from it
         optional = {name: columns[name] for name in OPTIONAL_COLUMNS if name in columns}
         return read_labels({**optional, "label": label}, numbers, self.name, rules, invalid)
+
+    def _tell_once(self, numbers: list, raters: str) -> None:
+        """Log what is to be said of the raters in a batch of a stream, for the first such batch."""
+        if not self.told:
+            logger.warning(f"Rows {numbers[0]} to {numbers[-1]}: {raters} Later rows of the stream are not counted.")
+        self.told.add(raters)
 
     def _number(self, row: int) -> int | str:
         """The number of a row in messages. In a worker of a data loader, rows are counted within its shards."""

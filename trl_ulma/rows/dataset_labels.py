@@ -5,17 +5,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset
 
 from trl_ulma.data.columns import READ, number
 from trl_ulma.data.directions import words_of
-from trl_ulma.data.origins import located, origin
+from trl_ulma.data.origins import located, names_in_files, origin
+from trl_ulma.data.proposals import as_option
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
     MOST_RATERS,
@@ -34,6 +36,7 @@ from trl_ulma.labels import (
     start_of,
     transform_labels,
     unread,
+    with_centered_raters,
 )
 from trl_ulma.losses import Terms, group_means, is_informative, route
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards, is_sided
@@ -95,29 +98,44 @@ def with_transform(rules: LabelRules, label_transform: str | None, train_dataset
         )
     if check_columns(names, "train", takes_images=True):
         check_pairs(rules, "train")
-    if transform.is_fitted and not transform.needs_prompts:
+    if "raters" in transform.reads and "rater" not in names:
+        raise ValueError(_lacks_raters(names, train_dataset, label_transform))
+    if transform.is_fitted and "prompts" not in transform.reads:
         return rules
     columns = _read(train_dataset, rules, "train")
     # Preparation raises an error for rows with invalid labels, or leaves them out
     invalid = _invalid_texts(train_dataset, "train")
-    own, labels, trials = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid)
+    keys = _prompt_keys(columns, len(train_dataset), rules)
+    own, labels, beside = raw_labels(columns, range(len(train_dataset)), "train", rules, invalid, keys)
     if not len(own):
         refuse_invalid(located(sorted(invalid.items()), train_dataset), len(train_dataset), "train")
         raise ValueError(
             f"label_transform={label_transform!r} applies to rows with label_type={rules.label_type!r}, but no row of "
             "the train dataset has this type. Remove label_transform, or set label_type to the other type."
         )
-    prompts = prompt_keys(columns, own.tolist()) if transform.needs_prompts else None
-    return replace(rules, transform=transform.fit(labels, trials, prompts))
+    return replace(rules, transform=transform.fit(labels, **beside))
+
+
+def _lacks_raters(names: list[str], rows: Dataset, label_transform: str) -> str:
+    """The error that rows do not say who gave their labels, with the column that looks like it."""
+    said = (
+        f"label_transform={label_transform!r} reads a column `rater`, the name or number of the person who gave the "
+        f"label, which the train dataset does not have; found {', '.join(sorted(names))}. "
+    )
+    like = [name for name in names if name not in READ and not _RATER_WORDS.isdisjoint(words_of(name))]
+    if not like:
+        return f"{said}Add it, or name the column that has it, as in --columns rater=NAME."
+    option = as_option({**names_in_files(rows), "rater": like[0]})
+    return f"{said}If it is the column {like[0]}, rename that to rater (on the command line --columns {option})."
 
 
 def check_stream(rules: LabelRules, name: str) -> None:
     """Raise ValueError if a transform needs all rows at once, which a stream does not provide."""
     transform = rules.transform
-    if transform is None or (transform.is_fitted and not transform.needs_prompts):
+    if transform is None or (transform.is_fitted and "prompts" not in transform.reads):
         return
     remedy = "Load the dataset without streaming"
-    if not transform.needs_prompts:
+    if transform.reads <= {"trials"}:
         remedy += ", or give the numbers, as in standardize:2.5,1.2"
     raise ValueError(
         f"label_transform={str(transform)!r} needs all labels at once, but the {name} dataset is a stream. {remedy}."
@@ -134,20 +152,25 @@ def check_pairs(rules: LabelRules, name: str) -> None:
 
 
 def transformed_labels(
-    dataset: Dataset, name: str, rules: LabelRules, invalid: dict[int, InvalidRow] | None = None
+    dataset: Dataset,
+    name: str,
+    rules: LabelRules,
+    invalid: dict[int, InvalidRow] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> list[Any] | None:
     """The label of each raw row after the fitted transform. None if there is no transform.
 
-    Errors of rows without a label to transform are added to `invalid`, and if the transform compares the answers to a
-    prompt, also those of rows with an invalid prompt or completion. If it is None, rows without a label raise an error.
+    Errors of rows without a label to transform are added to `invalid`, and if the transform compares rows of a prompt
+    or of a rater, also those of rows with an invalid prompt or completion. If it is None, rows without a label raise an
+    error. `note` is called with a message about raters that the training set does not have.
     """
     if rules.transform is None:
         return None
-    if invalid is not None and rules.transform.needs_prompts:
+    if invalid is not None and rules.transform.reads & {"prompts", "raters"}:
         invalid |= _invalid_texts(dataset, name)
     columns = _read(dataset, rules, name)
-    keys = prompt_keys(columns, range(len(dataset))) if rules.transform.needs_prompts else None
-    return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid)
+    keys = _prompt_keys(columns, len(dataset), rules)
+    return transform_labels(columns, range(len(dataset)), name, rules, keys, invalid, note)
 
 
 def own_labels(dataset: Dataset, name: str, rules: LabelRules, label: np.ndarray) -> np.ndarray:
@@ -170,18 +193,25 @@ def own_labels(dataset: Dataset, name: str, rules: LabelRules, label: np.ndarray
     if rules.transform is not None:
         columns = _read(dataset, rules, name)
         # Rows that cannot be read are told of elsewhere
-        rows, labels, trials = raw_labels(columns, range(len(dataset)), name, rules, {})
-        keys = prompt_keys(columns, rows.tolist()) if rules.transform.needs_prompts else None
+        keys = _prompt_keys(columns, len(dataset), rules)
+        rows, labels, beside = raw_labels(columns, range(len(dataset)), name, rules, {}, keys)
         if len(rows):
-            found[rows] = rules.transform.own_scale(labels, trials, keys)
+            found[rows] = rules.transform.own_scale(labels, **beside)
     return found
+
+
+def _prompt_keys(columns: Mapping[str, list], rows: int, rules: LabelRules) -> list[str] | None:
+    """The keys of the rows' prompts, if the transform reads them."""
+    reads = rules.transform is not None and "prompts" in rules.transform.reads
+    return prompt_keys(columns, range(rows)) if reads else None
 
 
 def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
     """The columns that a transform reads, as plain values. Images are replaced by their key, one row at a time."""
     wanted = {"label", "label_type", "trials"}
-    if rules.transform is not None and rules.transform.needs_prompts:
-        wanted |= {"prompt", "image", "images"}
+    reads = frozenset() if rules.transform is None else rules.transform.reads
+    wanted |= {"prompt", "image", "images"} if "prompts" in reads else set()
+    wanted |= {"rater"} if "raters" in reads else set()
     images = image_column([name for name in dataset[0] if name in wanted], where)
     if images is not None:
         wanted = wanted - {images}
@@ -193,6 +223,9 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
         names = [name for name in dataset.column_names if name in wanted]
         found = dict(dataset.select_columns(names).with_format(None)[:]) if names else {}
         raw = undecoded_column(dataset, images) if images else ()
+        if "rater" in found and isinstance(kind := dataset.features["rater"], ClassLabel):
+            # The same person can have another number in another dataset
+            found["rater"] = [None if each is None or each < 0 else kind.names[each] for each in found["rater"]]
     if images is not None:
         found["image_key"] = [_image_key(row, value) for row, value in enumerate(raw)]
     return found
@@ -449,13 +482,14 @@ def _begins(rows: Dataset, raw: Any) -> Callable[[int], str]:
 
 def _of_raters(rows: Dataset, raw: Any) -> dict[str, list[Any]]:
     """Column that can name raters → its values, in the order of the prepared rows: an unread one of few texts, or of
-    numbers if it is called so.
+    numbers if it is called so. A column `rater` is only read by the label transform "center_raters".
     """
     if not isinstance(raw, Dataset) or raw.format["type"] == "custom":
         return {}
     found = {}
     for name, kind in raw.features.items():
-        if name in READ or getattr(kind, "dtype", None) not in ("string", "large_string", "int64"):
+        is_read = name in READ and name != "rater"
+        if is_read or getattr(kind, "dtype", None) not in ("string", "large_string", "int64"):
             continue
         values = raw.with_format(None).select_columns(name)
         first = set(values[:_FIRST][name]) - {None}
@@ -469,7 +503,7 @@ def report_labels(
     rows: Dataset, args: Any, raw: np.ndarray | None = None, transform: Any = None, raw_rows: Any = None
 ) -> dict[str, Any]:
     """The label report of prepared rows, see `trl_ulma.labels.label_report`; with `left_out`, how many raw rows were
-    left out for which reason, if any were.
+    left out for which reason, if any were, and with `raters`, the offset of each rater if the transform has them.
 
     Args:
         raw: `(N,)` labels before the label transform, see `labels_before`.
@@ -500,11 +534,30 @@ def report_labels(
         named=_named(rows, raw_rows),
         begins=_begins(rows, raw_rows),
     )
-    if columns := _of_raters(rows, raw_rows) if continuous.all() or not continuous.any() else {}:
-        report["warnings"] += raters_in_words(_labels_to_show(rows, args, raw_rows), columns)
+    if transform is not None and "raters" in transform.reads:
+        report["raters"] = transform.offsets
+    elif columns := _of_raters(rows, raw_rows) if continuous.all() or not continuous.any() else {}:
+        names = names_in_files(raw_rows)
+        columns = {names.get(name, name): values for name, values in columns.items()}
+        remedy = partial(_remedy_of_raters, args, names)
+        report["warnings"] += raters_in_words(_labels_to_show(rows, args, raw_rows), columns, remedy)
     report["warnings"] += _threshold_warnings(rows, args, continuous, raw_rows)
     left_out = left_out_of(rows)
     return report | {"left_out": left_out} if left_out else report
+
+
+def _remedy_of_raters(args: Any, names: Mapping[str, str], column: str) -> str:
+    """The settings that remove the differences between the raters that a column names."""
+    found = {"label_transform": with_centered_raters(args.label_transform)}
+    try:
+        parse_transform(found["label_transform"], args.label_type)
+    except ValueError:  # its labels are no longer in [0, 1]
+        found = {"label_type": "continuous", **found}
+    if column not in ("rater", names.get("rater")):
+        named = {**names, "rater": column}
+        found = {"columns": ",".join(f"{ours}={named[ours]}" for ours in READ if ours in named), **found}
+    *others, last = (f'{name}="{value}"' for name, value in found.items())
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _threshold_warnings(rows: Dataset, args: Any, continuous: np.ndarray, raw_rows: Any) -> list[str]:

@@ -3,6 +3,8 @@
 # In the type hints of transformers, a tokenizer's tokens and backend have many types
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -21,6 +23,7 @@ from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
     InvalidRow,
     LabelRules,
+    LabelTransform,
     check_columns,
     is_messages,
     list_invalid,
@@ -212,7 +215,8 @@ class Preparation:
             if column in names:
                 logger.warning(f"The {name} dataset is paired, so its column `{column}` is ignored.")
         transform = self.rules.transform
-        if self.is_for_training and "trials" in names and not paired and not (transform and transform.needs_trials):
+        reads = frozenset() if transform is None else transform.reads
+        if self.is_for_training and "trials" in names and not paired and "trials" not in reads:
             logger.warning(
                 f'The {name} dataset has a column `trials`, which only label_transform="votes:1,1" reads. Set it if '
                 "the labels count the votes for an answer. If not, rename the column."
@@ -254,6 +258,7 @@ class Preparation:
         tokenizer = serialized(self)
         rules = {
             "transform": str(self.rules.transform),
+            "fitted": _fitted(transform),
             "names_demonstrations": "sft_mask" in names,
             "demonstrations": self._marks_demonstrations,
             "is_for_training": self.is_for_training,
@@ -270,7 +275,7 @@ class Preparation:
             check_stream_has_rows(stream, name)
             return stream
 
-        labels = transformed_labels(raw, name, self.rules, invalid := {})
+        labels = transformed_labels(raw, name, self.rules, invalid := {}, logger.warning)
         kept_prompts = self._type_of_prompts(raw, is_text, is_made_chat) if images is None else None
         if kept_prompts is not None:
             features["prompt"] = kept_prompts
@@ -301,11 +306,16 @@ class Preparation:
         rules = noted(rows).get("rules", {})
         # Rows that were prepared for scoring only may have no labels
         is_for_training = rules.get("is_for_training", True)
-        transform = str(self.rules.transform)
+        transform, fitted = str(self.rules.transform), _fitted(self.rules.transform)
         if is_for_training and rules.get("transform", transform) != transform:
             raise ValueError(
                 f"The {name} dataset was prepared by a trainer with label_transform={rules['transform']}, but this "
                 f"trainer has label_transform={transform}. Pass the raw rows."
+            )
+        if is_for_training and rules.get("fitted", fitted) != fitted:
+            raise ValueError(
+                f"The {name} dataset was prepared by a trainer whose label_transform={transform} was fitted on other "
+                "rows than that of this trainer. Pass the raw rows."
             )
         tokenizer = serialized(self)
         made, own = rules.get("tokens", {}), token_rules(self, not rules.get("is_chat", False), tokenizer)
@@ -416,6 +426,13 @@ class Preparation:
                 f"The rows are conversations, but the {kind} has no chat template. Set {kind}.chat_template (or use "
                 f"the {kind} of an instruction-tuned model), and pass it as processing_class."
             )
+
+
+def _fitted(transform: LabelTransform | None) -> str:
+    """A hash of all that was fitted, most of which the text of a transform leaves out, up to the rounding of sums."""
+    steps = [] if transform is None else transform.to_json()
+    text = json.dumps([{**step, "numbers": [f"{number:g}" for number in step["numbers"]]} for step in steps])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_prepared_columns(names: Sequence[str], name: str) -> None:
