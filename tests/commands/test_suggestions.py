@@ -78,6 +78,18 @@ def test_a_low_number_can_be_better(tmp_path, labels, name, expected):
     assert {name: value for name, value in found.items() if name.startswith("--label")} == expected
 
 
+@pytest.mark.parametrize("name", ["who", "rater"])
+def test_strict_raters_are_centered(tmp_path, name):
+    labels = [1, 2, 2, 3] * 5 + [4, 5, 4, 5] * 5
+    found = options(write(tmp_path, answers(labels, **{name: ["Tom"] * 20 + ["Ann"] * 20})))
+    assert found["--label_transform"] == "center_raters,standardize"
+    assert found.get("--columns") == {"who": "rater=who", "rater": None}[name]
+    alike = options(write(tmp_path, answers(labels, **{name: ["Tom", "Ann"] * 20}), "alike.jsonl"))
+    assert alike["--label_transform"] == "standardize"
+    models = options(write(tmp_path, answers(labels, model=["a"] * 20 + ["b"] * 20), "models.jsonl"))
+    assert models["--label_transform"] == "standardize"  # one model may be better than the other
+
+
 def test_other_columns_decide(tmp_path):
     votes = options(write(tmp_path, answers([3, 0, 2], trials=[4, 2, 9])))
     assert votes["--label_transform"] == "votes:1,1"

@@ -558,23 +558,31 @@ def _in_words(transform: str) -> str:
 
 def _render_histogram(histogram: Sequence[Mapping[str, Any]], rows: int, has_weights: bool) -> list[str]:
     is_raw = "learned_low" in histogram[0]
-    column, bar = (33, 10) if is_raw and any(each["low"] != each["high"] for each in histogram) else (19, 24)
+    spans = [_span(each, is_raw=is_raw) for each in histogram]
+    column = max(19, *map(len, spans))
+    bar = max(43 - column, 10)
     name = "label → learned" if is_raw else "label"
     lines = [f"{name:>{column}} {'':<{bar}} {'rows':>9} {'':>6} {'weight' if has_weights else '':>6} {'tokens':>6}"]
     most = max(each["rows"] for each in histogram)
     total = sum(each["weight"] for each in histogram)
-    for each in histogram:
-        low, high, count = each["low"], each["high"], each["rows"]
-        span = f"{low:.6g}" if low == high else f"{low:.4g} … {high:.4g}"
-        if is_raw and count:
-            learned = [_signed(each["learned_low"]), _signed(each["learned_high"])]
-            span += f" → {' … '.join(dict.fromkeys(learned))}"
+    for each, span in zip(histogram, spans, strict=True):
+        count = each["rows"]
         weight = f"{each['weight'] / total:.1%}" if has_weights and total else ""
         lines.append(
             f"{span:>{column}} {_bar(count / most, bar):<{bar}} {count:>9,} {count / rows:>6.1%} {weight:>6} "
             f"{each['tokens']:>6.0f}"
         )
     return lines
+
+
+def _span(each: Mapping[str, Any], *, is_raw: bool) -> str:
+    """The label or the labels of a bin, and what is learned of them."""
+    low, high = each["low"], each["high"]
+    span = f"{low:.6g}" if low == high else f"{low:.4g} … {high:.4g}"
+    if is_raw and each["rows"]:
+        learned = [_signed(each["learned_low"]), _signed(each["learned_high"])]
+        span += f" → {' … '.join(dict.fromkeys(learned))}"
+    return span
 
 
 def _moments(found: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ _LABELS = ("label", "label_type")
 # Rows that a warning names
 _LISTED = 5
 # Words in the name of a column of raters' numbers
-_RATER_WORDS = frozenset(
+RATER_WORDS = frozenset(
     ("rater", "annotator", "worker", "labeler", "judge", "reviewer", "evaluator", "user", "person", "who")
 )
 # Rows that are looked at for the number of raters
@@ -122,7 +122,7 @@ def _lacks_raters(names: list[str], rows: Dataset, label_transform: str) -> str:
         f"label_transform={label_transform!r} reads a column `rater`, the name or number of the person who gave the "
         f"label, which the train dataset does not have; found {', '.join(sorted(names))}. "
     )
-    like = [name for name in names if name not in READ and not _RATER_WORDS.isdisjoint(words_of(name))]
+    like = [name for name in names if name not in READ and not RATER_WORDS.isdisjoint(words_of(name))]
     if not like:
         return f"{said}Add it, or name the column that has it, as in --columns rater=NAME."
     option = as_option({**names_in_files(rows), "rater": like[0]})
@@ -494,7 +494,7 @@ def _of_raters(rows: Dataset, raw: Any) -> dict[str, list[Any]]:
         values = raw.with_format(None).select_columns(name)
         first = set(values[:_FIRST][name]) - {None}
         are_numbers = all(isinstance(value, int) or number(value) is not None for value in first)
-        if len(first) <= MOST_RATERS and not (are_numbers and _RATER_WORDS.isdisjoint(words_of(name))):
+        if len(first) <= MOST_RATERS and not (are_numbers and RATER_WORDS.isdisjoint(words_of(name))):
             found[name] = values.select(rows["row"][:])[name][:]
     return found
 

@@ -86,11 +86,16 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     pairs = {"chosen", "rejected"} <= set(rows)
     if not rows or not (pairs or {"completion", "label"} <= set(rows)):
         return []
+    settings: list[Suggestion] = []
+    if not pairs and given.isdisjoint(_LABELS):
+        rater = None if args.columns else _rater_column(rows)
+        settings = _of_labels(rows, columns, args.label_map, rater)
+        if rater and rater != "rater" and any("center_raters" in each.options[-1] for each in settings):
+            likely["rater"] = rater
     suggested = [_method(rows, given, pairs=pairs)]
     if likely:
-        suggested.append(Suggestion(("--columns", columns), "by the names of the columns"))
-    if not pairs and given.isdisjoint(_LABELS):
-        suggested += _of_labels(rows, columns, args.label_map)
+        suggested.append(Suggestion(("--columns", as_value(likely)), "by the names of the columns"))
+    suggested += settings
     if given.isdisjoint(_TRAINING):
         options = ("--use_peft", "--learning_rate", "1e-4")
         suggested.append(Suggestion(options, "trains an adapter (LoRA), not all weights"))
@@ -167,7 +172,22 @@ def _method(rows: Mapping[str, Sequence[Any]], given: set[str], *, pairs: bool) 
     return Suggestion(("--method", "pointwise-dpo"), "learns from labels; ulma also imitates good answers")
 
 
-def _of_labels(rows: Mapping[str, Sequence[Any]], columns: str | None, label_map: str | None) -> list[Suggestion]:
+def _rater_column(rows: Mapping[str, Sequence[Any]]) -> str | None:
+    """The column that names raters of whom some are stricter than others by more than chance. None if there is none."""
+    import numpy as np
+
+    from trl_ulma.data.directions import words_of
+    from trl_ulma.labels import raters_in_words
+    from trl_ulma.rows.dataset_labels import RATER_WORDS
+
+    label = np.array([value if isinstance(value, int | float) else np.nan for value in rows["label"]])
+    named = {name: values for name, values in rows.items() if not RATER_WORDS.isdisjoint(words_of(name))}
+    return next((name for name, values in named.items() if raters_in_words(label, {name: values})), None)
+
+
+def _of_labels(
+    rows: Mapping[str, Sequence[Any]], columns: str | None, label_map: str | None, rater: str | None
+) -> list[Suggestion]:
     """What the labels mean, as far as the first rows show it."""
     from trl_ulma.data.directions import reversing
     from trl_ulma.data.names import Names
@@ -201,10 +221,10 @@ def _of_labels(rows: Mapping[str, Sequence[Any]], columns: str | None, label_map
         return [
             Suggestion(("--label_transform", f"threshold:{high:g}"), f"labels are {low:g} and {high:g}, bad and good")
         ]
-    steps = reverse if "," in reverse else ",".join(filter(None, (reverse, "standardize")))
-    return [
-        Suggestion(
-            ("--label_type", "continuous", "--label_transform", steps),
-            f"labels are numbers from {low:g} to {high:g}{lower}",
-        )
-    ]
+    steps = reverse
+    if "," not in reverse:
+        steps = ",".join(filter(None, (reverse, "center_raters" if rater else "", "standardize")))
+    why = f"labels are numbers from {low:g} to {high:g}{lower}"
+    if "center_raters" in steps:
+        why += f"; some raters ({rater}) are stricter"
+    return [Suggestion(("--label_type", "continuous", "--label_transform", steps), why)]
