@@ -63,10 +63,9 @@ METHODS = {
     "ratings-learned": Method("pointwise DPO, ratings, log Z learned", "pointwise", continuous=True, log_z="learned"),
     "rounds": Method("pointwise DPO, ratings, log Z prior, 3 rounds", "pointwise", True, "prior", rounds=3),
     "ulma-ratings-1": Method("ULMA, ratings, sft_weight 1", "ulma", continuous=True, log_z="prior"),
-    "ulma-ratings-0.1": Method("ULMA, ratings, sft_weight 0.1", "ulma", True, "prior", 0.1),
+    # Its β is 0.1, which is one of the values of sft_weight to compare
     "ulma-ratings-beta": Method("ULMA, ratings, sft_weight β", "ulma", True, "prior", "beta"),
     "ulma-thumbs-1": Method("ULMA, thumbs, sft_weight 1", "ulma"),
-    "ulma-thumbs-0.1": Method("ULMA, thumbs, sft_weight 0.1", "ulma", sft_weight=0.1),
     "ulma-thumbs-beta": Method("ULMA, thumbs, sft_weight β", "ulma", sft_weight="beta"),
 }
 

@@ -41,9 +41,8 @@ QUESTIONS = (
     ("rounds", "ratings-prior", "three rounds against as many answers of the reference"),
     ("qrpo", "ratings-prior", "quantiles against ratings"),
     ("ulma-ratings-beta", "ratings-prior", "ULMA (β) against no demonstrations, ratings"),
-    ("ulma-ratings-0.1", "ulma-ratings-1", "ULMA, ratings: sft_weight 0.1 against 1"),
+    ("ulma-ratings-1", "ulma-ratings-beta", "ULMA, ratings: sft_weight 1 against β"),
     ("ulma-thumbs-beta", "thumbs-0", "ULMA (β) against no demonstrations, thumbs"),
-    ("ulma-thumbs-0.1", "ulma-thumbs-1", "ULMA, thumbs: sft_weight 0.1 against 1"),
     ("ulma-thumbs-1", "ulma-thumbs-beta", "ULMA, thumbs: sft_weight 1 against β"),
     ("ulma-thumbs-1", "thumbs-prior", "ULMA (1), thumbs, against the prior without demonstrations"),
     ("ulma-thumbs-1", "sft", "ULMA (1), thumbs, against SFT"),
@@ -286,8 +285,8 @@ reference. It answers "Write one simple sentence about …"; its answers are rat
 method learns from the same answers for {steps} steps of 16 rows, with LoRA of rank {rank} and a learning rate of
 {rate:g} (linear decay). What is measured is the true reward of fresh answers to 64 held-out prompts ({answers}
 answers to each), and their KL(π ‖ π_ref). The reward at a KL is read off the line through a method's β over √KL, which
-begins at the reference. Only the first comparison has two β: its points lie on such a line. SFT has no β; its line
-goes through trainings of a quarter of the steps and of all.
+begins at the reference. Only the first comparison has two β: its points lie on such a line. ULMA's β is 0.1, so
+`sft_weight` β is 0.1, too. SFT has no β; its line goes through trainings of a quarter of the steps and of all.
 
 Brackets are 95 % t-intervals over seeds. Each seed has its own prompts, answers, noise, adapters and order of rows, and
 differences are taken within seeds. The intervals are not corrected for the number of comparisons. Ratings, pairs and

@@ -438,10 +438,8 @@ def catch(monkeypatch, trainer: str) -> dict[str, Any]:
         ("ratings-prior", "PointwiseDPOTrainer", {"label_type": "continuous", "log_z": "prior"}),
         ("ratings-learned", "PointwiseDPOTrainer", {"label_type": "continuous", "log_z": "learned"}),
         ("ulma-ratings-1", "ULMATrainer", {"label_type": "continuous", "sft_weight": 1.0, "log_z": "prior"}),
-        ("ulma-ratings-0.1", "ULMATrainer", {"label_type": "continuous", "sft_weight": 0.1, "log_z": "prior"}),
         ("ulma-ratings-beta", "ULMATrainer", {"label_type": "continuous", "sft_weight": 0.1, "log_z": "prior"}),
         ("ulma-thumbs-1", "ULMATrainer", {"label_type": "binary", "sft_weight": 1.0, "log_z": 0.0}),
-        ("ulma-thumbs-0.1", "ULMATrainer", {"label_type": "binary", "sft_weight": 0.1}),
         ("ulma-thumbs-beta", "ULMATrainer", {"label_type": "binary", "sft_weight": 0.1}),
     ],
 )
