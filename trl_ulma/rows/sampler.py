@@ -70,6 +70,8 @@ class GroupSampler(Sampler[int]):
         seed: the seed of the order. The order differs between epochs and is the same in every process.
 
     Example:
+        >>> from accelerate import PartialState
+        >>> state = PartialState()  # which logging asks for the main process; a trainer makes it
         >>> sampler = GroupSampler([0, 1, 0, 1, 1, -1], [1, 0, 0, 1, 1, 1], size=4, multiple=1, seed=0)
         >>> list(sampler)
         [2, 0, 8, 6, 1, 4, 3, 5]
