@@ -331,6 +331,30 @@ def test_one_refused_request_does_not_end_an_evaluation(rows, tmp_path, capsys, 
     assert len(served.requests) == asked + 5 + 30  # all of it, none refused
 
 
+def test_another_model_that_answers_is_in_the_report(rows, tmp_path, capsys, served):
+    answer = served.answer
+
+    def by_another(prompt):
+        status, body = answer(prompt)
+        return status, {**body, "model": "llama-3-8b"}
+
+    served.answer = by_another
+    argv = serve_argv(rows, tmp_path, served)
+    assert main(argv) == 0
+    facts, text = facts_in(tmp_path), (tmp_path / "report.md").read_text()
+    assert facts["judges"][0]["answered_by"] == {"llama-3-8b": 24}
+    assert facts["models"][0]["answers"]["answered_by"] == {"llama-3-8b": 6}
+    assert "The server of m: 6 answers are of llama-3-8b, and not of m, which was asked." in text
+    assert "The judge's server: 24 answers are of llama-3-8b, and not of j, which was asked." in text
+    printed = capsys.readouterr().err
+    for name in ("m", "j"):
+        assert printed.count(f"{name}: the server answers with another model, llama-3-8b.") == 1
+    # They are read from the files of answers and verdicts in the next run
+    assert main(argv) == 0
+    assert facts_in(tmp_path)["judges"][0]["answered_by"] == {"llama-3-8b": 24}
+    assert facts_in(tmp_path)["models"][0]["answers"]["answered_by"] == {"llama-3-8b": 6}
+
+
 def test_a_limit_of_requests_is_kept_and_the_rest_is_asked_later(rows, tmp_path, capsys, served):
     argv = serve_argv(rows, tmp_path, served)
     assert main([*argv, "--max_requests", "15"]) == 0

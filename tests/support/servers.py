@@ -227,7 +227,10 @@ class LoopbackServer:
                 outer.headers.append(dict(self.headers))
                 outer.paths.append(self.path)
                 refused = outer.refuse(self.path, request)
-                self.send(*(refused or outer.answer(request.get("messages") or request.get("prompt"))))
+                status, body = refused or outer.answer(request.get("messages") or request.get("prompt"))
+                if isinstance(body, dict) and "choices" in body:
+                    body = {"model": request.get("model"), **body}
+                self.send(status, body)
 
             def send(self, status, body):
                 content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
@@ -263,7 +266,7 @@ def said(text: Any, finish_reason: str = "stop", **keys: Any) -> tuple[int, dict
     """A chat's answer, as the protocol has it, with further keys of its message."""
     message = {"role": "assistant", "content": text, **keys}
     choices = [{"index": 0, "message": message, "text": text, "finish_reason": finish_reason}]
-    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "choices": choices}
 
 
 # What servers refuse, in their own words

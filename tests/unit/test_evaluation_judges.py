@@ -311,6 +311,19 @@ def test_tokens_of_this_run_are_counted(judge, server, tmp_path):
     assert again.facts()["tokens"] == {"input": 200, "output": 6}
 
 
+def test_the_model_that_answers_is_in_the_facts_also_of_cached_verdicts(judge, server, tmp_path):
+    def answer(messages):
+        status, body = fair(messages)
+        return status, {**body, "model": "other"}
+
+    server.answer = answer
+    judge(comparisons(2), "helpful")
+    assert judge.facts()["answered_by"] == {"other": 4}
+    again = LLMJudge(judge.server, tmp_path / "verdicts.jsonl")
+    again(comparisons(2), "helpful")
+    assert (again.facts()["asked"], again.facts()["answered_by"]) == (0, {"other": 4})
+
+
 def test_a_plan_counts_what_will_be_asked_and_asks_nothing(judge, server, tmp_path):
     three = [*comparisons(3), Comparison("Hi", "Yes.", "Yes."), *comparisons(1)]
     plan = judge.plan(three, "helpful")

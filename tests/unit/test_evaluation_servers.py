@@ -1,5 +1,6 @@
 """Servers as they are: what each refuses is done without, and what it sends beside its answer is kept apart."""
 
+import itertools
 import json
 import time
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ import transformers
 from packaging.version import Version
 from servers import LoopbackServer, openai_error, said
 
+from trl_ulma.evaluation.model_names import is_same_model
 from trl_ulma.evaluation.refusals import Why, is_other_endpoint, refused_parameter, why
 from trl_ulma.evaluation.server import Refusal, Reply, Server, ServerError
 from trl_ulma.evaluation.turns import answer_text, as_text, for_server, split_reasoning
@@ -26,6 +28,92 @@ def strict(request):
     notes: list[str] = []
     yield server, Server("m", server.url, retries=0, note=notes.append), notes
     server.stop()
+
+
+# Which model answers
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [
+        ("gpt-4o", "gpt-4o-2024-08-06"),
+        ("gpt-4", "gpt-4-0613"),
+        ("gpt-4", "gpt-4-1106-preview"),
+        ("gemini-1.5-pro", "models/gemini-1.5-pro-002"),
+        ("gemini-2.5-flash", "gemini-2.5-flash-preview-05-20"),
+        ("claude-3-5-sonnet-latest", "claude-3-5-sonnet-20241022"),
+        ("anthropic/claude-sonnet", "claude-sonnet-20250514-v1:0"),
+        ("llama3", "llama3:latest"),
+        ("/models/tiny.gguf", "tiny.gguf"),
+        ("tiny", r"C:\models\tiny.gguf"),
+        ("Qwen/Qwen3-0.6B", "qwen/qwen3-0.6b"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@main"),
+        ("/home/me/out/judge", "out/judge"),
+    ],
+)
+def test_a_name_that_is_only_spelled_longer_or_shorter_is_the_same_model(asked, answered):
+    assert is_same_model(asked, answered)
+    assert is_same_model(answered, asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [
+        ("gpt-4o", "gpt-4o-mini"),
+        ("gpt-4", "gpt-4.1"),
+        ("gpt-4", "gpt-4o"),
+        ("o1", "o1-preview"),
+        ("llama-3", "llama-3-8b"),
+        ("gpt-4o-2024-05-13", "gpt-4o-2024-08-06"),
+        ("meta/llama", "other/llama"),
+        ("judge", "/models/llama.gguf"),
+    ],
+)
+def test_another_model_is_not_the_same(asked, answered):
+    assert not is_same_model(asked, answered)
+    assert not is_same_model(answered, asked)
+
+
+def as_if_by(*models):
+    """Answers by these models, one after the other. None is what does not say who it is."""
+    names = itertools.cycle(models)
+
+    def answer(messages):
+        status, body = said("Hello!")
+        return status, {**body, "model": next(names)}
+
+    return answer
+
+
+def test_another_model_that_answers_is_told_once(strict):
+    server, client, notes = strict
+    server.answer = as_if_by("m", "llama-3-8b", "llama-3-70b")
+    answered = [client.ask(CHAT, **DRAWN).answered_by for _ in range(6)]
+    assert answered == ["", "llama-3-8b", "llama-3-70b"] * 2
+    assert notes == [f"{server.url}, m: the server answers with another model, llama-3-8b. Is m the right name?"]
+
+
+@pytest.mark.parametrize("model", ["m-2024-08-06", "/models/m.gguf"])
+def test_a_name_that_extends_the_one_that_was_asked_is_kept_and_not_told(strict, model):
+    server, client, notes = strict
+    server.answer = as_if_by(model)
+    assert (client.ask(CHAT, **DRAWN).answered_by, notes) == (model, [])
+
+
+@pytest.mark.parametrize("model", [None, "", " m ", 3, ["m"]])
+def test_a_server_need_not_say_which_model_answers(strict, model):
+    server, client, notes = strict
+    server.answer = as_if_by(model)
+    assert (client.ask(CHAT, **DRAWN).answered_by, notes) == ("", [])
+
+
+def test_a_key_in_the_name_of_a_model_is_hidden(strict, monkeypatch):
+    server, _, notes = strict
+    server.answer = as_if_by("for sk-planted")
+    monkeypatch.setenv("THEIRS", "sk-planted")
+    client = Server("m", server.url, key_variable="THEIRS", note=notes.append)
+    assert client.ask(CHAT, **DRAWN).answered_by == "for [THEIRS]"
+    assert "planted" not in "".join(notes)
 
 
 # Parameters

@@ -276,6 +276,7 @@ def generate(
                     prompt = generator.text_of(by_key[batch[place]])
                     record = {"prompt": prompt, "answer": reply.text, "finished": reply.finished}
                     more = {"reasoning": reply.reasoning, "refused": reply.refused, "changes": list(reply.changes)}
+                    more["answered_by"] = reply.answered_by
                     kept.add(batch[place], record | {name: value for name, value in more.items() if value})
                 bar.update()
 
@@ -301,8 +302,14 @@ def _plain(model: Any) -> Iterator[None]:
 def _reply(record: Mapping[str, Any]) -> Reply:
     """Return the reply that a record holds."""
     refused = Why(record["refused"]) if "refused" in record else None
-    changes = tuple(record.get("changes", ()))
-    return Reply(record.get("answer", ""), record.get("finished", True), record.get("reasoning", ""), refused, changes)
+    return Reply(
+        record.get("answer", ""),
+        record.get("finished", True),
+        record.get("reasoning", ""),
+        refused,
+        changes=tuple(record.get("changes", ())),
+        answered_by=record.get("answered_by", ""),
+    )
 
 
 def _files(folder: Path) -> list[list[Any]]:

@@ -282,7 +282,8 @@ class LLMJudge:
                     record = {"model": self.name, "reply": reply.text, "finished": reply.finished}
                     if reply.is_refusal:
                         record = {"model": self.name, "refused": Why.REFUSED, "said": reply.text}
-                    more = {"reasoning": reply.reasoning, "changes": list(reply.changes)}
+                    more: dict[str, Any] = {"reasoning": reply.reasoning, "changes": list(reply.changes)}
+                    more["answered_by"] = reply.answered_by
                     more["tokens"] = list(reply.tokens) if any(reply.tokens) else []
                     self.cache.add(key, record | {name: value for name, value in more.items() if value})
                 if key not in self._missing or self._missing[key].why is not Why.NOT_ASKED:
@@ -342,6 +343,8 @@ class LLMJudge:
             "settings": self.sampling,
             "prompt": digest(INSTRUCTIONS, MATERIAL, MEANINGS)[:12],
             "changes": sorted({change for record in records for change in record.get("changes", ())}),
+            # Models that the server named otherwise in its answers, and the number of these
+            "answered_by": dict(Counter(record["answered_by"] for record in records if "answered_by" in record)),
             "asked": len(self._asked),
             "from_cache": len(self._from_cache),
             "tokens": {"input": sum(each[0] for each in tokens), "output": sum(each[1] for each in tokens)},

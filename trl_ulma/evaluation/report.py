@@ -30,6 +30,7 @@ from trl_ulma.evaluation.document import (
 from trl_ulma.evaluation.figures import save
 from trl_ulma.evaluation.intervals import over_seeds, shown
 from trl_ulma.evaluation.judging import is_above_chance
+from trl_ulma.evaluation.model_names import other_models
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
 from trl_ulma.predictions import TOO_CLOSE, too_close
 from trl_ulma.rows.dropped import reasons_in_words
@@ -459,6 +460,8 @@ def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
         if gained[0]["comparisons"] > 1:
             how = corrected(gained[0]).removeprefix(", ")
             parts.append(Text(f"These intervals are {how}, so that all hold together with 95%."))
+    if others := other_models(judge.get("model", ""), judge.get("answered_by", {})):
+        parts.append(Text(f"The judge's server: {' '.join(others)}"))
     return parts
 
 

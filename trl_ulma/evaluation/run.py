@@ -25,6 +25,7 @@ from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
 from trl_ulma.evaluation.judging import Judging
 from trl_ulma.evaluation.likelihoods import Likelihoods
 from trl_ulma.evaluation.llm_judge import LLMJudge
+from trl_ulma.evaluation.model_names import other_models
 from trl_ulma.evaluation.pictures import accuracy_in_training, pictures, training_log
 from trl_ulma.evaluation.reading import read
 from trl_ulma.evaluation.server import Budget, Reply, Server
@@ -398,8 +399,13 @@ class _Run:
             "empty": sum(not reply.text.strip() and reply.refused is None for reply in replies),
             "refused": dict(Counter(reply.refused.value for reply in replies if reply.refused is not None)),
             "changes": sorted({change for reply in replies for change in reply.changes}),
+            "answered_by": dict(Counter(reply.answered_by for reply in replies if reply.answered_by)),
         }
         self._note_answers(run, replies, told)
+        if isinstance(generator, ServerGenerator):
+            # The server has printed it, but not to the report
+            asked = generator.server.model
+            self.notes += [f"The server of {run}: {each}" for each in other_models(asked, told["answered_by"])]
         answers = [None if reply.refused is not None else reply.text for reply in replies]
         self.replies[key or run] = dict(zip((question.row for question in questions), answers, strict=True))
         return {"answers": told, "judged": self.judging.judge(run, questions, answers)}

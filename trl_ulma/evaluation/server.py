@@ -14,6 +14,7 @@ import openai
 from transformers.utils import logging
 
 from trl_ulma.data.conversations import is_transcript, parse_transcript
+from trl_ulma.evaluation.model_names import is_same_model
 from trl_ulma.evaluation.refusals import (
     Why,
     ended,
@@ -51,6 +52,7 @@ _SAMPLING = ("seed", "top_p", "temperature")
 _LIMITS = ("max_tokens", "max_completion_tokens")
 # In a refusal of the value of a limit, not of its name
 _OF_VALUES = ("too large", "at most", "at least", "greater than", "less than")
+_LONGEST_NAME = 200  # characters
 # Notices: a text was sent instead of a chat (True), or the reverse
 _FORMS = {
     True: "it takes no chats, so conversations are asked as text that it continues, without a chat template",
@@ -98,6 +100,7 @@ class Reply:
         changes: descriptions of what the server did not accept in the request.
         tokens: the numbers of tokens of request and answer that the server reports; otherwise zeros.
         is_refusal: whether the server marks the text as the model's refusal to answer.
+        answered_by: the name of the model that answered, if the server spells it otherwise than it was asked for.
     """
 
     text: str
@@ -107,6 +110,7 @@ class Reply:
     changes: tuple[str, ...] = ()
     tokens: tuple[int, int] = (0, 0)
     is_refusal: bool = False
+    answered_by: str = ""
 
 
 class Budget:
@@ -206,6 +210,7 @@ class Server:
         self._limit = _LIMITS[0]
         self._asks_chats: dict[bool, bool] = {True: True, False: False}
         self._told: set[str] = set()
+        self._other_model = ""  # the first that answered in place of the one that was asked for
         self._answered = self._failed = 0
 
     def ask(self, prompt: str | list[dict[str, Any]], **sampling: Any) -> Reply:
@@ -270,6 +275,11 @@ class Server:
             self._leave_out(name, error)
         with self._lock:
             self._answered, self._failed = self._answered + 1, 0
+            is_other = bool(reply.answered_by) and not is_same_model(self.model, reply.answered_by)
+            if is_other and not self._other_model:
+                self._other_model = reply.answered_by
+        if is_other:
+            self._tell(f"the server answers with another model, {self._other_model}. Is {self.model} the right name?")
         if reply.refused is not None:
             raise Refusal(f"{self.base_url} did not finish its answer ({reply.refused.value}).", reply.refused)
         changes = tuple(f"{name} is left out" for name in wanted if name in _SAMPLING and name not in sent)
@@ -383,6 +393,8 @@ class Server:
         finished, about = ended(choice.get("finish_reason"))
         within, text = split_reasoning(text, is_cut=not finished)
         usage = answer.get("usage")
+        model = answer.get("model")
+        is_named = isinstance(model, str) and model.strip() != self.model.strip()
         counted = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
         return Reply(
             self.without_key("\n\n".join(filter(None, (show_calls(text), calls_text([*calls]))))),
@@ -390,6 +402,7 @@ class Server:
             self.without_key("\n\n".join(filter(None, (thought, within)))),
             about,
             tokens=(int(counted[0] or 0), int(counted[1] or 0)),
+            answered_by=self.without_key(model.strip())[:_LONGEST_NAME] if is_named else "",
         )
 
     # Refusals
