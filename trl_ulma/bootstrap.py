@@ -7,6 +7,8 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+# Beyond each end of an interval there are at least so many resamples, or the end would be due to chance
+_BEYOND = 10
 # Of fewer prompts, the bootstrap gives intervals that are too narrow
 ENOUGH_PROMPTS = 30
 # A figure can be undefined in a resample, such as an AUC if all drawn answers are good. The others give the interval if
@@ -47,7 +49,8 @@ def bootstrap(statistic: Statistic, groups: np.ndarray, seed: int, comparisons: 
             many resamples at once, because one call for each would take minutes for a large dataset.
         groups: `(N,)` group of each row, such as the number of its prompt.
         seed: seed of the bootstrap.
-        comparisons: the number of intervals that shall hold together (Bonferroni).
+        comparisons: the number of intervals that shall hold together (Bonferroni). More than 5 need more resamples,
+            because the ends of the interval are further out.
 
     Raises:
         ValueError: if the statistic of all rows is not finite.
@@ -65,18 +68,19 @@ def bootstrap(statistic: Statistic, groups: np.ndarray, seed: int, comparisons: 
     if count < 2:
         return Estimate(value, None, None, count)
 
+    tail = (1 - CONFIDENCE) / 2 / comparisons
+    resamples = max(RESAMPLES, round(_BEYOND / tail))
     random = np.random.default_rng(seed)
     at_once = max(1, _AT_ONCE // len(group))
     figures = np.concatenate(
         [
-            statistic(_copies(random, min(at_once, RESAMPLES - done), count)[:, group])
-            for done in range(0, RESAMPLES, at_once)
+            statistic(_copies(random, min(at_once, resamples - done), count)[:, group])
+            for done in range(0, resamples, at_once)
         ]
     )
     defined = figures[~np.isnan(figures)]
     if len(defined) < _DEFINED * len(figures) or np.allclose(defined, value, rtol=1e-9, atol=1e-12):
         return Estimate(value, None, None, count)
-    tail = (1 - CONFIDENCE) / 2 / comparisons
     low, high = np.percentile(defined, [100 * tail, 100 * (1 - tail)])
     return Estimate(value, float(low), float(high), count)
 

@@ -119,6 +119,24 @@ def test_a_large_dataset_is_drawn_in_parts_as_at_once(monkeypatch):
     assert bootstrap(mean_of(values), groups, seed=0) == at_once
 
 
+@pytest.mark.parametrize("comparisons", [1, 5, 6, 60, 500])
+def test_resamples_lie_beyond_both_ends_however_many_intervals_hold_together(comparisons):
+    values = np.random.default_rng(0).normal(size=100)
+    mean, figures = mean_of(values), []
+
+    def statistic(copies):
+        figures.append(np.atleast_1d(mean(copies)))
+        return mean(copies)
+
+    found = bootstrap(statistic, np.arange(100), 0, comparisons)
+    of_resamples = np.concatenate(figures[1:])  # the first is of all rows
+    assert min((of_resamples < found.low).sum(), (of_resamples > found.high).sum()) >= 10
+    assert len(of_resamples) == max(2000, 400 * comparisons)
+    # Of a mean, the ends are nearly those of a normal distribution
+    half = stats.norm.isf(0.025 / comparisons) * values.std() / 10
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.12 * half)
+
+
 def test_no_interval_without_two_prompts_nor_where_a_resample_is_undefined():
     assert bootstrap(mean_of(np.ones(5)), np.zeros(5), seed=0) == Estimate(1.0, None, None, 1)
     undefined = bootstrap(lambda copies: np.where(copies[..., 0] > 0, 1.0, np.nan), np.arange(3), seed=0)
