@@ -755,6 +755,17 @@ def test_a_model_that_is_not_there_is_named_before_all_else(capsys, tiny_llama, 
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize("names", [("A", "a"), ("a b", "a_b"), ("Straße", "STRASSE"), ("ulma (1)", "Ulma_1_")])
+def test_runs_whose_files_would_have_one_name_are_refused_before_any_work(capsys, rows, tmp_path, names):
+    models = [part for name, model in zip(names, "xy", strict=True) for part in ("--model", f"{name}=served:{model}")]
+    argv = [*models, "--server_url", "http://127.0.0.1:1/v1", "--dataset", rows, "--output", str(tmp_path / "report")]
+    assert error_of(capsys, argv).endswith(
+        f"--model names the runs {names[0]!r}, {names[1]!r}, whose files would have the same name, at least on file "
+        "systems that ignore case. Give them names that differ in letters, digits, dots or dashes."
+    )
+    assert not (tmp_path / "report").exists()
+
+
 def test_a_missing_data_set_is_named(capsys, tiny_llama, tmp_path):
     argv = ["--model", tiny_llama, "--dataset", str(tmp_path / "x.jsonl"), "--output", str(tmp_path)]
     assert "There is no file or folder" in error_of(capsys, argv)

@@ -52,10 +52,14 @@ def name_before(before: str, run: str, runs: Iterable[str] = (), befores: Iterab
         ('model (base)', 'ulma before training')
         >>> name_before("a/model", "ulma", befores=["a/model", "b/model"])
         'a/model (base)'
+        >>> name_before("a/model", "ulma", runs=["Model (base)"])
+        'a/model (base)'
     """
     if before.endswith("/ref"):
         return f"{run} before training"
     own = before.rstrip("/")
     last = own.split("/")[-1]
-    alike = {each.rstrip("/") for each in befores if each is not None and each.rstrip("/").split("/")[-1] == last}
-    return f"{own if alike - {own} or f'{last} (base)' in runs else last} (base)"
+    others = {each.rstrip("/") for each in befores if each is not None} - {own}
+    # The names of files are made from these names, and some file systems ignore case
+    taken = [*(f"{each.split('/')[-1]} (base)".casefold() for each in others), *(run.casefold() for run in runs)]
+    return f"{own if f'{last} (base)'.casefold() in taken else last} (base)"

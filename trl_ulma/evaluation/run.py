@@ -93,11 +93,12 @@ class _Run:
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens or ANSWER_TOKENS, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])
-        files = [_file_name(name) for name in self.names]
+        files = [_file_name(name).casefold() for name in self.names]
         if alike := [name for name, file in zip(self.names, files, strict=True) if files.count(file) > 1]:
             raise ValueError(
-                f"--model names the runs {', '.join(map(repr, alike))}, whose files would have the same name. Give "
-                "them names that differ in letters, digits, dots or dashes."
+                f"--model names the runs {', '.join(map(repr, alike))}, whose files would have the same name, "
+                "at least on file systems that ignore case. Give them names that differ in letters, digits, dots or "
+                "dashes."
             )
         self.budget = Budget(args.max_requests)
         self.servers = {
