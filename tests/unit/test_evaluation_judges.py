@@ -1,6 +1,8 @@
 """Judges: what they prefer, and what the one behind a server does when that server fails."""
 
+import json
 import logging
+import shutil
 import threading
 import time
 import traceback
@@ -650,6 +652,46 @@ def test_a_classifier_judges_by_the_label_that_is_named(reward_models):
         RewardModelJudge(reward_models[2], "harmless", label="fine")
     with pytest.raises(ValueError, match="has one output, without labels, and none named 'good'"):
         RewardModelJudge(reward_models[1], "harmless", label="good")
+
+
+def with_labels(folder, labels, target):
+    """A copy of a classifier, with these names of its labels by number, in this order."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {"id2label": labels, "label2id": {name: int(number) for number, name in labels.items()}}
+    (target / "config.json").write_text(json.dumps(config))
+    return str(target)
+
+
+def test_a_label_is_found_by_its_number_and_not_by_its_place_in_the_configuration(reward_models, tmp_path):
+    turned = with_labels(reward_models[2], {"1": "good", "0": "bad"}, tmp_path / "turned")
+    for label in ("good", "bad"):
+        found, expected = (
+            RewardModelJudge(each, "harmless", label=label).scores(["The cat"], [" sat."])
+            for each in (turned, reward_models[2])
+        )
+        assert found.tolist() == expected.tolist()
+
+
+def test_a_label_whose_name_is_not_its_own_is_refused(reward_models, tmp_path):
+    twice = with_labels(reward_models[2], {"0": "good", "1": "good"}, tmp_path / "twice")
+    with pytest.raises(ValueError, match=r"has several labels named 'good': 0, 1\. Give each its own name in id2label"):
+        RewardModelJudge(twice, "harmless", label="good")
+    with pytest.raises(ValueError, match="has the labels good, good, and none named 'bad'"):
+        RewardModelJudge(twice, "harmless", label="bad")
+
+
+def test_labels_that_are_no_outputs_of_the_model_are_refused(reward_models, tmp_path):
+    gap = with_labels(reward_models[2], {"0": "bad", "2": "good"}, tmp_path / "gap")
+    with pytest.raises(ValueError, match="numbers its 2 labels 0, 2 in id2label; they must be 0 to 1"):
+        RewardModelJudge(gap, "harmless", label="good")
+
+
+def test_names_of_labels_may_be_numbers(reward_models, tmp_path):
+    numbers = with_labels(reward_models[2], {"0": 0, "1": 1}, tmp_path / "numbers")
+    assert RewardModelJudge(numbers, "harmless", label="1").facts()["label"] == "1"
+    with pytest.raises(ValueError, match="has the labels 0, 1, and none named '2'"):
+        RewardModelJudge(numbers, "harmless", label="2")
 
 
 @pytest.mark.parametrize("label", [None, "LABEL_1"])

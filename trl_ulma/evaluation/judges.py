@@ -110,7 +110,7 @@ class RewardModelJudge:
 
     Raises:
         ValueError: if the model cannot be loaded, or lacks weights; if it has several labels and `label` is none of
-            them, or if it has one output and `label` is given.
+            them, or is the name of two; or if it has one output and `label` is given.
 
     Example:
         >>> judge = RewardModelJudge("reward-model", "harmless")  # doctest: +SKIP
@@ -148,7 +148,13 @@ class RewardModelJudge:
                 f"{checkpoint} is no reward model and no classifier: it has no weights {', '.join(sorted(missing))}."
             )
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        labels = list(model.config.id2label.values())
+        names = {int(number): str(name) for number, name in sorted(model.config.id2label.items())}
+        labels = list(names.values())
+        if list(names) != list(range(len(names))):
+            raise ValueError(
+                f"{checkpoint} numbers its {len(names)} labels {', '.join(map(str, names))} in id2label; they must be "
+                f"0 to {len(names) - 1}. Correct its config.json."
+            )
         if label is None and len(labels) > 1:
             raise ValueError(
                 f"{checkpoint} has the labels {', '.join(labels)}, and nothing says which one good answers have. Name "
@@ -157,7 +163,13 @@ class RewardModelJudge:
         if label is not None and (len(labels) == 1 or label not in labels):
             found = "one output, without labels" if len(labels) == 1 else f"the labels {', '.join(labels)}"
             raise ValueError(f"{checkpoint} has {found}, and none named {label!r}.")
-        self.label = None if label is None else labels.index(label)
+        if label is not None and labels.count(label) > 1:
+            numbers = ", ".join(str(number) for number, name in names.items() if name == label)
+            raise ValueError(
+                f"{checkpoint} has several labels named {label!r}: {numbers}. Give each its own name in id2label of "
+                "its config.json."
+            )
+        self.label, self._label_name = None if label is None else labels.index(label), label
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if self.tokenizer.pad_token is None:
             raise ValueError(f"The tokenizer of {checkpoint} has neither a pad nor an EOS token. Set its pad_token.")
@@ -224,8 +236,7 @@ class RewardModelJudge:
 
     def facts(self) -> dict[str, Any]:
         """Return the checkpoint and the label of good answers."""
-        label = None if self.label is None else self.model.config.id2label[self.label]
-        return {"kind": "reward model", "checkpoint": self.name, "label": label}
+        return {"kind": "reward model", "checkpoint": self.name, "label": self._label_name}
 
     def _positions(self) -> int:
         """Return how many tokens the model can read: the limit of its positions or of its tokenizer."""
