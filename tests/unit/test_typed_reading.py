@@ -709,7 +709,7 @@ def test_a_long_field_and_blank_lines(tmp_path):
         ('[{"prompt": "a"}', r"is invalid JSON in line 1, column 17: the array is not closed"),
         ('[{"prompt": "a"}]\n[1]', r"is invalid JSON in line 2, column 1: there is text after the end of the array"),
         ('[{"prompt": "a"}, 5]', r"has '5\]' in line 1; each row must be an object"),
-        ('{"prompt": "\\ud800"}\n', r"has half of a surrogate pair \(\\ud800\), .* in line 1"),
+        ('{"prompt": "\\ud800"}\n', r"has half of a surrogate pair \(\\ud800\) in line 1"),
         ("[" * 100_000, r"holds|is"),
     ],
 )

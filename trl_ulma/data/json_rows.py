@@ -114,7 +114,7 @@ def _row(line: str, number: int) -> dict[str, Any] | Unread:
     if "\\ud" in line.lower():
         half = _half_pair(row)
         if half:
-            return Unread(f"{half} in line {number}. Correct or remove this row.", "half of a surrogate pair")
+            return Unread(_no_character(half, f"in line {number}"), "half of a surrogate pair")
     return row if isinstance(row, dict) else Unread(_no_object(line.strip()[:40], number), "no object")
 
 
@@ -178,20 +178,26 @@ class _Text:
                 raise ValueError(f"is invalid JSON in line {self.place(self.at)[0]} or below: {error}.") from error
             half = _half_pair(row) if "\\ud" in self.buffer[self.at : end].lower() else None
             if half:
-                line = self.place(self.at)[0]
-                row = Unread(f"{half} in line {line} or below. Correct or remove this row.", "half of a surrogate pair")
+                place = f"in line {self.place(self.at)[0]} or below"
+                row = Unread(_no_character(half, place), "half of a surrogate pair")
             self.at = end
             return row
 
 
 def _half_pair(value: Any) -> str | None:
-    """An error message if a text in a value has half of a surrogate pair, as in a text that is cut inside an emoji."""
+    """Half of a surrogate pair in the texts of a value, as in a text that is cut inside an emoji, or None."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        half = ord(error.object[error.start])
-        return f"has half of a surrogate pair (\\u{half:04x}), which is not a character,"
+        return error.object[error.start]
     return None
+
+
+def _no_character(half: str, where: str) -> str:
+    return (
+        f"has half of a surrogate pair (\\u{ord(half):04x}) {where}, which is not a character. Correct or remove this "
+        "row."
+    )
 
 
 def _values(text: TextIO, first: str, line: int) -> Iterator[tuple[int, dict[str, Any] | Unread]]:
