@@ -15,9 +15,8 @@ from transformers.utils import logging
 
 from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import origins, with_origins
-from trl_ulma.data.readable import are_missing
 from trl_ulma.data.splits import prompts_of
-from trl_ulma.labels import LABEL_TYPES, LabelRules
+from trl_ulma.labels import LABEL_TYPES, LabelRules, are_missing
 from trl_ulma.likelihood.layouts import positions_of
 from trl_ulma.likelihood.noise import evaluation_mode
 from trl_ulma.likelihood.reference import Reference

@@ -558,10 +558,17 @@ def test_words_for_a_missing_label_are_no_label_and_told(tiny_gpt2, tmp_path, ta
     (tmp_path / "rows.csv").write_text("\n".join(["prompt,completion,label", *lines, ""]))
     argv = ["--model", taught[0].args.output_dir, "--ref_model", tiny_gpt2, "--dataset", str(tmp_path / "rows.csv")]
     assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
-    found = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    scored = (tmp_path / "scored.jsonl").read_text()
+    found = [json.loads(line) for line in scored.splitlines()]
     assert {row["row"]: "surprise" in row for row in found} == {i: each == "1" for i, each in enumerate(labels)}
     assert [message for message in caplog.messages if "read as no label" in message] == ([told] if told else [])
     assert f"holds 3 scored rows{', the most surprising first' * ('1' in labels)}; 0 of 3" in capsys.readouterr().out
+    # The same if other labels are words
+    (tmp_path / "rows.csv").write_text((tmp_path / "rows.csv").read_text().replace(",1\n", ",up\n"))
+    caplog.clear()
+    assert main(["score", *argv, "--label_map", "up=1,down=0", "--output", str(tmp_path / "scored.jsonl")]) == 0
+    assert [message for message in caplog.messages if "read as no label" in message] == ([told] if told else [])
+    assert (tmp_path / "scored.jsonl").read_text().replace('"up"', "1") == scored
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):

@@ -1492,6 +1492,47 @@ def test_words_for_a_missing_label_are_no_vocabulary(tmp_path, missing, name):
         read_labels(labels, range(20), "train", LabelRules("continuous"))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("invalid_rows", ["error", "drop", "mark"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_words_for_a_missing_label_beside_a_label_map_are_read_as_without_one(tmp_path, kind, invalid_rows, streaming):
+    def found(words, label_map):
+        rows = [row(word) for word in words]
+        path = tmp_path / f"{'of words' if label_map else 'numbers'}.{kind}"
+        if kind == "jsonl":
+            write(path, lines(rows))
+        else:
+            table = Dataset.from_list([each | {"label": str(each["label"])} for each in rows])
+            table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
+        read = load_rows(path, label_map=label_map, invalid_rows=invalid_rows, streaming=streaming)["train"]
+        return [each["label"] for each in read]
+
+    missing = ["N/A", "n/a", "-", "None", "NaN", " NA "]
+    mapped = found(["up", *missing, "down"], "up=1,down=0")
+    assert mapped == found([1, *missing, 0], None) == [1, *missing, 0]
+    with pytest.raises(ValueError, match="6 × label is missing"):
+        read_labels({"label": mapped}, range(8), "train", LabelRules("continuous"))
+
+
+def test_a_label_map_can_name_words_for_a_missing_label(tmp_path):
+    path = write(tmp_path / "rows.jsonl", lines([row(word) for word in ("up", "n/a", "None", "-")]))
+    assert [each["label"] for each in read(path, label_map="up=1,N/A=0.5,none=0,-=0.25")] == [1, 0.5, 0, 0.25]
+    # Beside +, it is a label
+    signs = write(tmp_path / "signs.jsonl", lines([row(word) for word in ("+", "-", "-")]))
+    with pytest.raises(ValueError, match=r"label_map does not contain the labels '-' \(2 rows\)"):
+        read(signs, label_map="+=1")
+
+
+def test_a_label_that_is_no_number_needs_no_place_in_a_label_map(tmp_path):
+    rows = [row(label) for label in (5.0, math.nan, 1.0)]
+    path = write(tmp_path / "rows.jsonl", lines(rows))
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for file in (path, tmp_path / "rows.parquet"):
+        found = [each["label"] for each in read(file, label_map={5: 1, 1: 0})]
+        assert (found[0], found[2]) == (1, 0)
+        assert found[1] is None or math.isnan(found[1])
+
+
 @pytest.mark.parametrize(
     ("words", "label_map"),
     [(["up", "NA", "down", "NA", "NA"], "up=1,down=0"), (["+", "-", "NA"], r"\+=1,-=0"), (["+", "-"], r"\+=1,-=0")],

@@ -11,6 +11,7 @@ from typing import Any
 
 from trl_ulma.data.columns import CONVERSATIONS, READ, Notice, number, read_value
 from trl_ulma.data.unread import Unread
+from trl_ulma.labels import is_missing
 
 # Columns that have no use without labels
 _OF_LABELS = ("label", "label_type", "rater", "sft_mask", "trials", "weight")
@@ -120,7 +121,8 @@ class Names:
     def label(self, value: Any, unknown: Counter) -> Any:
         """The number of a label. A label that `label_map` does not name is returned unchanged and counted.
 
-        Blank text is a missing label, unless `label_map` names it.
+        Blank text is a missing label, and words for a missing label such as "N/A" are not counted, unless `label_map`
+        names them.
 
         Example:
             >>> Names.of(None, "up=1,down=0").label("Up ", Counter())
@@ -133,7 +135,8 @@ class Names:
             return self.label_map[key]
         if isinstance(value, str) and not key:
             return None
-        unknown[str(value)[:40]] += 1
+        if not is_missing(key, self.label_map):
+            unknown[str(value)[:40]] += 1
         return value
 
 

@@ -23,7 +23,7 @@ from trl_ulma.data.proposals import (
     unless_rated,
 )
 from trl_ulma.data.unread import UNREAD
-from trl_ulma.labels import is_messages
+from trl_ulma.labels import are_missing, is_messages
 
 _COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
 _PRINTED = re.compile(r"""['"]role['"]\s*:\s*['"](user|assistant|system)['"]""")  # in a list that cannot be read
@@ -66,26 +66,6 @@ def _is_turns(text: str) -> bool:
         )
         for turn in turns or ()
     )
-
-
-# Words of spreadsheets and programs for a missing value
-_MISSING = frozenset(
-    (
-        "", "na", "n/a", "n.a.", "#n/a", "nan", "<na>", "nat", "null", "nil", "none", "undefined", "missing", "\\n",
-        "-", "--", "\N{EN DASH}", "\N{EM DASH}", ".", "?",
-    )
-)  # fmt: skip
-
-
-def are_missing(labels: Sequence[Any]) -> list[bool]:
-    """Whether each label is a text for a missing value. `-` beside `+` is a label.
-
-    Example:
-        >>> are_missing([4, "NA", "good", "-"]), are_missing(["+", "-"])
-        ([False, True, False, True], [False, False])
-    """
-    words = _MISSING - {"-"} if "+" in labels else _MISSING
-    return [isinstance(label, str) and label.strip().lower() in words for label in labels]
 
 
 def check_readable(

@@ -11,6 +11,7 @@ from trl_ulma.labels.invalid_rows import (
     refuse_invalid,
     unread,
 )
+from trl_ulma.labels.missing import are_missing, is_missing
 from trl_ulma.labels.raters import MOST_RATERS, raters_in_words
 from trl_ulma.labels.report import (
     contradictions_in_words,
@@ -49,12 +50,14 @@ __all__ = [
     "InvalidRows",
     "LabelRules",
     "LabelTransform",
+    "are_missing",
     "are_ratings",
     "check_columns",
     "check_texts",
     "contradictions_in_words",
     "is_empty",
     "is_messages",
+    "is_missing",
     "label_report",
     "list_invalid",
     "look_like_ratings",

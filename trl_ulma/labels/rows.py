@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trl_ulma.labels.invalid_rows import NOT_BINARY, InvalidRow, refuse_invalid
+from trl_ulma.labels.missing import is_missing
 from trl_ulma.labels.rater_offsets import rater_name
 from trl_ulma.labels.texts import is_empty, is_messages, shown
 from trl_ulma.labels.transforms import LabelTransform
@@ -307,7 +308,7 @@ def _number(value: Any, name: str, wanted: str = "a number") -> float:
             found = f"the text {shown(value)}"
         raise InvalidRow(
             f"is {found}; it must be {wanted}." + (_hint(value.strip()) if isinstance(value, str) else ""),
-            f"{name} is {'missing' if value is None else 'no number'}",
+            f"{name} is {'missing' if value is None or is_missing(value) else 'no number'}",
             name,
         )
     if not abs(value) <= _LARGEST:

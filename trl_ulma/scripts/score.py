@@ -189,7 +189,8 @@ def as_named(scored: "Dataset", names: "Names") -> "Dataset":
     if is_paired or len(words) < len(names.label_map):
         columns.pop("label", None)
     elif words and "label" in there:
-        labels = [words.get(each) for each in scored["label"][:]]
+        # A text is a word for no label
+        labels = [each if isinstance(each, str) else words.get(each) for each in scored["label"][:]]
         scored = scored.remove_columns("label").add_column("label", labels).select_columns(there)
     taken = set(there) - set(columns)
     return scored.rename_columns(
