@@ -50,7 +50,7 @@ def test_of_very_many_prompts_some_are_unknown_and_none_is_called_new(tmp_path, 
     assert seen_prompts.in_words(np.full(3, UNKNOWN), "out") is None
 
 
-def test_evaluate_and_score_say_which_rows_were_trained_on(tiny_gpt2, tmp_path, capsys):
+def test_evaluate_and_score_say_which_rows_were_trained_on(tiny_gpt2, tmp_path, capsys, monkeypatch):
     rows = make_rows(15)
     adapter = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["c_attn"])
     trained = rows.select(range(10))
@@ -66,8 +66,13 @@ def test_evaluate_and_score_say_which_rows_were_trained_on(tiny_gpt2, tmp_path, 
 
     model = ["--model", str(tmp_path / "out"), "--dataset"]
     said = f"Rows whose prompt was in the training data of the model {tmp_path / 'out'}: {count} of 15."
-    assert main(["score", *model, str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "scored.jsonl")]) == 0
+    score = ["score", *model, str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "scored.jsonl")]
+    hashed, hash_of = [], seen_prompts._hash
+    with monkeypatch.context() as patch:
+        patch.setattr(seen_prompts, "_hash", lambda prompt: hashed.append(prompt) or hash_of(prompt))
+        assert main(score) == 0
     assert f"{said} Held out: {15 - count}." in capsys.readouterr().out.splitlines()
+    assert len(hashed) == 15  # each prompt once
     seen = set(trained["prompt"][:])
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert [row["held_out"] for row in scored] == [row["prompt"] not in seen for row in scored]

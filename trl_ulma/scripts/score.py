@@ -99,13 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """Load, score, sort and write; what to say of it."""
+    import numpy as np
+
     from trl_ulma.data import seen_prompts
     from trl_ulma.data.csv_rows import DELIMITERS
     from trl_ulma.data.files import check_splits, load_rows
     from trl_ulma.data.names import Names
-    from trl_ulma.data.splits import prompts_of
     from trl_ulma.data.unread import UNREAD
-    from trl_ulma.judge import Judge, check_free, saved_file, without_label
+    from trl_ulma.judge import Judge, check_free, without_label
     from trl_ulma.rows.dataset_labels import shown_by
 
     _make_folder(args.output)
@@ -159,9 +160,9 @@ def run(args: argparse.Namespace) -> str:
         print(f"{args.output} has {DELIMITERS[like.delimiter]}{marks}, as {args.dataset} has.", file=sys.stderr)
     write(as_named(scored, names), args.output, like)
     lines = [summary(args.output, rows, scored, order), *most_notable(scored)]
-    used = rows.with_format(None).select(sorted(set(scored["row"][:])))
-    found = seen_prompts.seen([row[0] for row in prompts_of(used)], saved_file(args.model, seen_prompts.FILE))
-    if told := seen_prompts.in_words(found, args.model):
+    held_out = dict(zip(scored["row"][:], scored["held_out"][:], strict=True))  # a pair has two rows
+    kinds = {True: seen_prompts.NEW, False: seen_prompts.SEEN, None: seen_prompts.UNKNOWN}
+    if told := seen_prompts.in_words(np.array([kinds[each] for each in held_out.values()]), args.model):
         lines.insert(1, told)
     return "\n".join(lines)
 
