@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 
 from trl_ulma.data.convert import convert
+from trl_ulma.data.files import load_rows
 from trl_ulma.data.seen_prompts import hashes_of
 from trl_ulma.scripts import data_options, pointwise_dpo
 from trl_ulma.scripts.cli import main
@@ -150,6 +151,44 @@ def test_another_file_is_read_by_the_names_of_the_training_if_it_has_them(
         assert (tmp_path / "o.csv").read_text().startswith(first)
         assert f"o.csv has semicolons and decimal commas, as {file} has." in said.err
     assert caplog.text.count("fields are separated") == 1  # also where it is looked at first
+
+
+NAMED = {"question": "Why?", "reply": "So."}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "has_them"),
+    [
+        ("a.jsonl", [{" question": "Why?", "reply\u200b": "So."}], "prompt=question,completion=reply", True),
+        ("a.jsonl", [{"reply": "So."}, NAMED], "prompt=question,completion=reply", True),  # an empty value is left out
+        ("a.csv", [{"\ufeffquestion ": "Why?", "reply": "So."}], "prompt=question,completion=reply", True),
+        ("a.parquet", [{"question ": "Why?", "reply": "So."}], "prompt=question,completion=reply", True),
+        ("a.jsonl", [{"don’t know": "Why?", "reply": "So."}], "prompt=don't know,completion=reply", True),
+        ("a.jsonl", [{"question": "Why?", "completion": "So."}], "prompt=question,completion=completion", True),
+        ("a.jsonl", [{"Question": "Why?", "reply": "So."}], "prompt=question,completion=reply", False),
+        ("a.jsonl", [NAMED | {"prompt": "How?"}], "prompt=question,completion=reply", False),
+        (
+            "a.jsonl",
+            [{"question": "Why?", "question ": "How?", "reply": ""}],
+            "prompt=question ,completion=reply",
+            True,
+        ),
+        ("a.jsonl", [NAMED], "label=stars", False),
+    ],
+)
+def test_a_file_has_the_columns_of_the_training_if_reading_finds_them(tmp_path, name, rows, columns, has_them):
+    file = tmp_path / name
+    table = Dataset.from_list(rows)
+    if name.endswith("jsonl"):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        table.to_csv(file, index=False) if name.endswith("csv") else table.to_parquet(file)
+    assert data_options._has_columns(str(file), columns) == has_them
+    if has_them:
+        assert set(load_rows(file, columns=columns, needs_label=False)["train"].column_names) >= {
+            "prompt",
+            "completion",
+        }
 
 
 def test_a_file_without_the_column_of_labels_is_scored_with_a_notice(trained, tmp_path, capsys):

@@ -111,17 +111,22 @@ def _has_columns(dataset: str, columns: str | None) -> bool:
     from trl_ulma.data.names import Names
 
     named = {ours: theirs for ours, theirs in Names.of(columns, None).columns.items() if ours in TEXTS}
+    others = set(named) - set(named.values())
     logger = logging.getLogger("trl_ulma.data")
     level = logger.level
     logger.setLevel(logging.ERROR)  # what is found in the file is logged when all of it is read
     try:
-        splits: Any = load_rows(dataset, streaming=True, invalid_rows="mark", needs_label=False)
+        how: Any = {"streaming": True, "invalid_rows": "mark", "needs_label": False}
+        splits: Any = load_rows(dataset, **how)
         there = [set(next(iter(rows), ())) for rows in splits.values()]
+        load_rows(
+            dataset, columns=named, **how
+        )  # raises an error if the file has no such names, or two that look alike
     except (OSError, TypeError, ValueError):  # which reading it says
         return False
     finally:
         logger.setLevel(level)
-    return bool(named) and all(each.issuperset(named.values()) and each.isdisjoint(named) for each in there)
+    return bool(named) and all(map(others.isdisjoint, there))
 
 
 def _as_text(names: Any) -> str | None:
