@@ -1,5 +1,6 @@
 """Rows are named by the file and line that the user sees in an editor, whichever part of a split they are in."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,11 +10,11 @@ from datasets import Dataset
 from tiny import make_tokenizer
 
 from trl_ulma.data.files import load_rows, split_by_prompt
-from trl_ulma.data.origins import origin, origins, with_origins
+from trl_ulma.data.origins import StreamOrigins, located, origin, origins, places_of, with_origins
 from trl_ulma.evaluation.findings import surprises
 from trl_ulma.evaluation.held_out import HeldOut
 from trl_ulma.judge import Judge
-from trl_ulma.labels import LabelRules
+from trl_ulma.labels import InvalidRow, LabelRules, list_invalid
 from trl_ulma.saved import SavedSettings
 from trl_ulma.scripts import check
 from trl_ulma.scripts.command_line import VERBOSE
@@ -35,7 +36,62 @@ def file(tmp_path, monkeypatch):
 def test_rows_keep_their_lines_when_they_are_selected(file):
     rows = load_rows(file)["train"]
     assert origins(rows.select([4, 0])) == ["rows.csv, line 7", "rows.csv, line 2"]
-    assert with_origins([0, -1, 1], rows.select([4, 0])) == "0 (rows.csv, line 7), -1, 1 (rows.csv, line 2)"
+    assert (
+        with_origins([0, -1, 1], rows.select([4, 0]))
+        == "0 (rows.csv, line 7 (row 6 in a spreadsheet)), -1, 1 (rows.csv, line 2)"
+    )
+
+
+# (text of a file, row → the row that LibreOffice and Excel show)
+SHEETS = {
+    "no line breaks": ("prompt,completion,label\na,b,1\nc,d,0\n", [2, 3]),
+    "line breaks": ('prompt,completion,label\n"a\n\nb","c\nd",1\ne,"f\ng",0\nh,i,1\n', [2, 3, 4]),
+    "in the header": ('prompt,completion,label,"a\nnote"\na,b,1,\nc,d,0,\n', [2, 3]),
+    "blank lines": ('prompt,completion,label\n\n"a\nb",c,1\n\nd,e,0\n', [3, 5]),
+    "a declaration": ('sep=;\nprompt;completion;label\n"a\nb";c;1\nd;e;0\n', [2, 3]),
+    "lines that end as on Windows": ('prompt,completion,label\r\n"a\r\nb",c,1\r\nd,e,0\r\n', [2, 3]),
+}
+
+
+@pytest.mark.parametrize(("text", "rows"), SHEETS.values(), ids=SHEETS)
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz"])
+def test_a_row_is_also_named_as_a_spreadsheet_shows_it(tmp_path, monkeypatch, name, text, rows):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    found = load_rows(name)["train"]
+    lines = [int(place.rpartition(" ")[2]) for place in origins(found)]
+    for i, (line, row) in enumerate(zip(lines, rows, strict=True)):
+        told = "" if line == row else f" (row {row} in a spreadsheet)"
+        assert origin(found, i) == f"{name}, line {line}{told}"
+    stream = StreamOrigins(places_of(load_rows(name, streaming=True)["train"]))
+    assert [stream(i) for i in range(len(rows))] == [origin(found, i) for i in range(len(rows))]
+
+
+def test_a_file_that_is_gone_has_lines_only(file):
+    rows = load_rows(file)["train"]
+    Path(file).unlink()
+    assert origin(rows, 1) == "rows.csv, line 4"
+
+
+def test_lines_that_cannot_be_read_are_also_named_as_a_spreadsheet_shows_them(file):
+    with Path(file).open("a") as more:
+        more.write("only one\nand one\n")
+    with pytest.raises(
+        ValueError, match=r"1 field in line 9 \(row 8 in a spreadsheet\), .* 10 \(row 9 in a spr.* \(1 f"
+    ):
+        load_rows(file)
+
+
+def test_invalid_rows_beyond_those_listed_are_also_named_as_a_spreadsheet_shows_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text('prompt,completion,label\n"a\nb",c,1\n' + "d,e,\n" * 25)
+    rows = load_rows("rows.csv")["train"]
+    errors = [
+        (row, InvalidRow("is None; set it.", "label is missing", "label").at(row, "x")) for row in range(25, 0, -1)
+    ]
+    told = list_invalid(located(errors, rows), 26, "x")
+    assert "  rows.csv, line 4 (row 3 in a spreadsheet): label is empty; set it." in told
+    assert "… and 5 more: rows.csv, lines 24, 25, 26, 27, 28 (rows 23, 24, 25, 26, 27 in a spreadsheet)." in told
 
 
 def test_check_names_the_line_of_each_row_that_it_shows(tiny_gpt2, file, capsys, monkeypatch):
@@ -45,7 +101,7 @@ def test_check_names_the_line_of_each_row_that_it_shows(tiny_gpt2, file, capsys,
     shown = [line.split(":")[0] for line in said.splitlines() if line.startswith("rows.csv, line")]
     assert len(shown) == 2
     for place in shown:
-        row = LINES.index(int(place.split()[-1]))
+        row = LINES.index(int(place.split()[2]))
         assert f"⟦answer {row}<|end|>⟧" in said
     assert "Row 0" not in said
 
@@ -107,7 +163,7 @@ def test_scored_rows_have_their_line(file):
     assert scored["file_line"][:] == ["rows.csv, line 8", "rows.csv, line 6", "rows.csv, line 4"]
     assert scored.column_names[3:6] == ["row", "file_line", "reward"]
     (first, *_) = most_notable(scored.sort("surprise", reverse=True))[1:]
-    assert first.startswith("  rows.csv, line 8: label 1, predicted 0.50")
+    assert first.startswith("  rows.csv, line 8 (row 7 in a spreadsheet): label 1, predicted 0.50")
     assert "file_line" not in judge.score(Dataset.from_dict({"prompt": ["Hi"], "completion": ["Ho"]})).column_names
 
 
@@ -120,7 +176,10 @@ def test_surprising_rows_of_an_evaluation_have_their_line(file, tmp_path):
     found = surprises(
         np.array([0.0, 9.0]), label, label, label > 1, LabelRules(), held_out.rows, [0, 1], held_out.places
     )
-    assert [each["file_line"] for each in found] == ["rows.csv, line 2", "rows.csv, line 8"]
+    assert [each["file_line"] for each in found] == [
+        "rows.csv, line 2",
+        "rows.csv, line 8 (row 7 in a spreadsheet)",
+    ]
     json.dumps(found)
 
 

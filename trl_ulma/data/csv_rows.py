@@ -20,7 +20,7 @@ _IMPORT_ID = re.compile(r"""\{\s*['"]ImportId['"]\s*:""")
 _SURVEY_MONKEY = frozenset(("Response", "Open-Ended Response"))
 _LINE_ENDS = re.compile(r"[\r\n]+")
 # By default, csv rejects fields of more than 131,072 characters, but long answers can have more
-_LONGEST_FIELD = 2**31 - 1
+LONGEST_FIELD = 2**31 - 1
 
 
 def csv_rows(
@@ -51,7 +51,7 @@ def csv_rows(
     """
     encoding = encoding_of(path, takes_cp1252=True)
     delimiter, is_declared = _delimiter(path, encoding, known)
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
     line = 1
     try:
         with opened_text(path, encoding, newline="") as text:

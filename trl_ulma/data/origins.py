@@ -14,12 +14,15 @@ import numpy as np
 from datasets import Dataset, config
 from datasets.table import ConcatenationTable, MemoryMappedTable
 
+from trl_ulma.data.sheet_rows import with_sheet_row
 from trl_ulma.labels import LISTED, InvalidRow
 
 
 @dataclass(frozen=True)
 class Origins:
     """The origin of each row of an Arrow file. Arrays are `(N,)`.
+
+    Indexing returns the file and line of a row for messages, with the row that a spreadsheet shows, if it differs.
 
     Attributes:
         names: the files, or what else rows came from.
@@ -36,6 +39,10 @@ class Origins:
     columns: Sequence[Mapping[str, str]] = ()
 
     def __getitem__(self, row: int) -> str:
+        return with_sheet_row(self.place(row))
+
+    def place(self, row: int) -> str:
+        """The file and line of a row, without the row that a spreadsheet shows, which takes time to find out."""
         source = self.source[row]
         return f"{self.names[source]}, {self.units[source]} {self.line[row]}"
 
@@ -99,6 +106,7 @@ class StreamOrigins:
             self._rest, self._row = self.places(), -1
         self._place = next(islice(self._rest, row - self._row - 1, None), None)
         self._row = row
+        self._place = self._place and with_sheet_row(self._place)
         return self._place
 
     def __reduce__(self) -> Any:
@@ -106,7 +114,7 @@ class StreamOrigins:
 
 
 def origin(rows: Any, row: int) -> str | None:
-    """The file and line that a row was read from. None if unknown.
+    """The file and line that a row was read from, and the row that a spreadsheet shows, if it differs. None if unknown.
 
     Args:
         rows: the result of `load_rows`, or rows that were selected, split off or concatenated from it.
@@ -118,8 +126,8 @@ def origin(rows: Any, row: int) -> str | None:
         >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
         ...     _ = file.write('prompt,completion\\n"Two\\nlines",4\\nHi,Hello\\n'), file.flush()
         ...     rows = load_rows(file.name)["train"]
-        >>> origin(rows, 1)
-        '/.../tmp....csv, line 4'
+        ...     origin(rows, 1)
+        '/.../tmp....csv, line 4 (row 3 in a spreadsheet)'
     """
     if not isinstance(rows, Dataset) or not -len(rows) <= row < len(rows):
         return None
@@ -134,14 +142,15 @@ def origin(rows: Any, row: int) -> str | None:
 
 
 def origins(rows: Dataset) -> list[str | None]:
-    """The file and line of each row that `load_rows` has read. None for other rows. Faster than `origin` per row.
+    """The file and line of each row that `load_rows` has read. None for other rows. Faster than `origin` per row, and
+    without the row that a spreadsheet shows.
 
     Example:
         >>> origins(Dataset.from_dict({"prompt": ["Hi"]}))
         [None]
     """
     found = joined_origins([("", rows)])
-    return [found[row] if found.names[found.source[row]] else None for row in range(len(rows))]
+    return [found.place(row) if found.names[found.source[row]] else None for row in range(len(rows))]
 
 
 def with_origins(numbers: Sequence[int], rows: Any) -> str:

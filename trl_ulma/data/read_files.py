@@ -21,6 +21,7 @@ from trl_ulma.data.file_rows import FileRows, check_downloaded, suffix_of, unit_
 from trl_ulma.data.known_types import renamed
 from trl_ulma.data.names import Names
 from trl_ulma.data.origins import Origins, note_places
+from trl_ulma.data.sheet_rows import with_sheet_row
 from trl_ulma.data.tables import as_dataset
 from trl_ulma.data.unread import list_unread
 
@@ -58,7 +59,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     key = [code_hash(), about, [*names.columns.items()], [*names.label_map.items()], invalid_rows]
     key += [] if names.needs_label else ["needs no label"]
     other: Counter[str] = Counter()
-    rows = as_dataset(reader, reader.place, key, lambda what: other.update([what]))
+    rows = as_dataset(reader, lambda row: with_sheet_row(reader.place(row)), key, lambda what: other.update([what]))
     say(reader.found | other, reader.where, reader.shown)
     if reader.unread and invalid_rows == "drop":
         logger.warning(f"Left out {len(reader.unread):,} of {len(rows) + len(reader.unread):,} rows, which cannot be "
@@ -104,7 +105,7 @@ def _stream(files: list[Path], names: Names, invalid_rows: str, known: frozenset
         reader.check()
         if len(reader.found) > len(known):
             for what in reader.found.keys() - known:
-                say_once(what, reader.where if row is None else reader.place(len(reader.lines) - 1))
+                say_once(what, reader.where if row is None else with_sheet_row(reader.place(len(reader.lines) - 1)))
             known |= reader.found.keys()
         if invalid_rows == "drop":
             for line in reader.unread[said:]:

@@ -34,12 +34,21 @@ def list_unread(lines: Sequence[tuple[str, int, Unread]]) -> str:
         a.csv has 1 field in line 3, but 2 columns. Write a comma. These lines cannot be read either: 5 (1 field),
         line 2 of b.csv (1 field).
     """
-    (file, _, first), *others = lines
+    (file, line, first), *others = lines
+    message = first.message.replace(f"in line {line}", f"in line {line}{_in_sheet(file, line)}", 1)
     if not others:
-        return f"{file} {first.message}"
+        return f"{file} {message}"
     shown = ", ".join(
-        f"{line if other == file else f'line {line} of {other}'} ({fault.found})"
+        f"{line if other == file else f'line {line} of {other}'}{_in_sheet(other, line)} ({fault.found})"
         for other, line, fault in others[:_LISTED]
     )
     more = f" and {len(others) - _LISTED:,} more" if len(others) > _LISTED else ""
-    return f"{file} {first.message} These lines cannot be read either: {shown}{more}."
+    return f"{file} {message} These lines cannot be read either: {shown}{more}."
+
+
+def _in_sheet(file: str, line: int) -> str:
+    """The row of a spreadsheet that is in a line of a file, in parentheses, or "" if it is no other number."""
+    from trl_ulma.data.sheet_rows import with_sheet_row  # imported here, because it imports the reader
+
+    place = f"{file}, line {line}"
+    return with_sheet_row(place).removeprefix(place)

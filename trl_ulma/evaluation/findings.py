@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_ulma.data.sheet_rows import with_sheet_row
 from trl_ulma.evaluation.implicit_reward import BINS, calibration_curve
 from trl_ulma.evaluation.intervals import Estimate, bootstrap, mean_of, ratio_of
 from trl_ulma.evaluation.turns import answer_text, as_text
@@ -114,7 +115,7 @@ def surprises(
     return [
         {
             "row": int(numbers[i]),
-            "file_line": places[int(numbers[i])] if places else None,
+            "file_line": with_sheet_row(places[int(numbers[i])] or "") or None if places else None,
             "prompt": shortened(as_text(rows[int(numbers[i])]["prompt"])),
             "answer": shortened(answer_text(rows[int(numbers[i])]["completion"])),
             "label": float(given[i]),

@@ -15,6 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 from trl_ulma.data import seen_prompts
+from trl_ulma.data.sheet_rows import with_sheet_row
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.before import model_before, revision_before
 from trl_ulma.evaluation.conclusions import counted
@@ -330,7 +331,8 @@ class _Run:
         missing = np.setdiff1d(np.arange(len(self.reading.held_out.rows)), rows["row"][:])
         facts["left_out"] = len(missing)
         facts["left_out_reasons"] = left_out_of(rows)
-        facts["left_out_rows"] = [self.reading.held_out.places[row] or f"row {row}" for row in missing[:_LISTED]]
+        places = self.reading.held_out.places
+        facts["left_out_rows"] = [with_sheet_row(places[row] or f"row {row}") for row in missing[:_LISTED]]
         facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
         facts["accuracy_in_training"] = accuracy_in_training(training_log(Path(source)))
         model = load_model(source, dtype=args.dtype, **self.loading)

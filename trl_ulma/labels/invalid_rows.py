@@ -22,6 +22,8 @@ _ARE_RATINGS = (
     "out: the low ratings would stay, and count as likes."
 )
 _UNREADABLE = "a row that cannot be read"
+# What an origin can have after the file and line, see `trl_ulma.data.sheet_rows`
+_SHEET_ROW = re.compile(r" \(row (\d+) in a spreadsheet\)$")
 # The origin of a row of a table, whose empty cells are read as None
 _OF_TABLE = re.compile(r"\.[ct]sv(\.gz)?, line \d+", re.IGNORECASE)
 
@@ -88,7 +90,8 @@ class InvalidRow(ValueError):
             return self
         fault, kind, subject = self.fault, self.kind, self.subject
         if kind == _UNREADABLE:  # its fault names the line, too
-            fault = re.sub(rf" in {re.escape(origin.rpartition(', ')[2])}(?!\d| or below|, column)", "", fault, count=1)
+            line = _SHEET_ROW.sub("", origin).rpartition(", ")[2]
+            fault = re.sub(rf" in {re.escape(line)}(?!\d| or below|, column)", "", fault, count=1)
         if _OF_TABLE.search(origin) and fault.startswith("is None;"):
             fault = "is empty;" + fault.removeprefix("is None;")
             kind = re.sub(" is missing$", " is empty", kind)
@@ -227,14 +230,21 @@ def places(found: Sequence[InvalidRow]) -> str:
         >>> error = InvalidRow("is None; set it.", "k", "label")
         >>> places([error.at_origin(f"a.csv, line {line}") for line in (3, 7)])
         ': a.csv, lines 3, 7'
+        >>> places([error.at_origin(f"a.csv, line {line} (row 2 in a spreadsheet)") for line in (3,)])
+        ': a.csv, lines 3 (rows 2 in a spreadsheet)'
     """
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, dict[str, str]] = {}
     for each in found[:PLACES]:
         if not each.origin:
             return ""
-        file, _, line = each.origin.rpartition(" ")
-        lines.setdefault(f"{file}s", []).append(line)
-    files = [f"{file} {', '.join(dict.fromkeys(numbers))}" for file, numbers in lines.items()]
+        file, _, line = _SHEET_ROW.sub("", each.origin).rpartition(" ")
+        sheet_row = _SHEET_ROW.search(each.origin)
+        lines.setdefault(f"{file}s", {})[line] = line if sheet_row is None else sheet_row[1]
+    files = []
+    for file, numbers in lines.items():
+        files.append(f"{file} {', '.join(numbers)}")
+        if [*numbers] != [*numbers.values()]:
+            files[-1] += f" (rows {', '.join(numbers.values())} in a spreadsheet)"
     return f": {'; '.join(files)}{', …' if len(found) > PLACES else ''}"
 
 
@@ -242,7 +252,7 @@ def _in_order(found: Sequence[InvalidRow]) -> Sequence[InvalidRow]:
     """Return the errors in the order of the lines of their files, or as they are if they are not all from files."""
     if not all(each.origin for each in found):
         return found
-    places = [each.origin.rpartition(" ") for each in found]
+    places = [_SHEET_ROW.sub("", each.origin).rpartition(" ") for each in found]
     files = {file: number for number, file in enumerate(dict.fromkeys(file for file, _, _ in places))}
     keys = [(files[file], int(line)) for file, _, line in places]
     return [found[i] for i in sorted(range(len(found)), key=keys.__getitem__)]

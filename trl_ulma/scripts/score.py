@@ -305,11 +305,13 @@ def most_notable(scored: "Dataset") -> list[str]:
 
 
 def _lines(rows: "Dataset") -> list[str]:
+    from trl_ulma.data.sheet_rows import with_sheet_row
+
     lines = []
     row: Any
     for row in rows:
         answer = row.get("completion") or row["chosen" if row.get("label") == 1 else "rejected"]
-        place = row.get("file_line") or f"row {row['row']}"
+        place = with_sheet_row(row.get("file_line") or f"row {row['row']}")
         label = "" if row.get("surprise") is None else f"label {row['label']:g}, "
         lines.append(f"  {place}: {label}predicted {row['predicted_label']:.2f}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
