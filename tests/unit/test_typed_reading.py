@@ -31,6 +31,7 @@ from trl_ulma.data.proposals import rating_of
 from trl_ulma.data.read_files import code_hash
 from trl_ulma.labels import InvalidRow, LabelRules, read_labels
 from trl_ulma.scripts.cli import main
+from trl_ulma.scripts.data_options import _as_text
 
 
 @pytest.fixture(autouse=True)
@@ -1177,6 +1178,25 @@ def test_points_that_may_separate_thousands_are_refused(tmp_path, streaming):
     assert labels("1.000", "0.500") == [1.0, 0.5]
     assert labels("2.500", "1.5", "2,5") == [2.5, 1.5, 2.5]
     assert labels("1.000", "2.500", delimiter=",") == [1.0, 2.5]
+
+
+ODD_LABELS = {"yes, please": 1, "no": 0, "a=b": 0.5, "a=1,b": 0.25, "it's, well, fine": 0.75, "=": 0}
+
+
+def test_labels_with_commas_and_equals_signs_can_be_mapped(tmp_path):
+    path = write(tmp_path / "rows.jsonl", lines([row(word) for word in ODD_LABELS]))
+    written = """"yes, please"=1,no=0, a=b =0.5,'a=1,b'=0.25,"it's, well, fine"=0.75,"="=0"""
+    for label_map in (ODD_LABELS, written, _as_text(ODD_LABELS)):
+        assert [each["label"] for each in read(path, label_map=label_map)] == [*ODD_LABELS.values()]
+    # Quotes are only needed if a part of a label looks like an entry
+    assert Names.of(None, "yes, please=1,no=0").label_map == {"yes, please": 1, "no": 0}
+    assert Names.of(None, '\'tis=1,"no"=0').label_map == {"'tis": 1, '"no"': 0}
+
+
+def test_columns_with_commas_and_equals_signs_can_be_named():
+    named = {"prompt": "Ask, label=x", "label": "5=good, 1=bad"}
+    for columns in (named, """prompt="Ask, label=x",label='5=good, 1=bad'""", _as_text(named)):
+        assert Names.of(columns, None).columns == named
 
 
 @pytest.mark.parametrize("label_map", ["Up=1,up=0", {5: 1, "5.0": 0}, {True: 1, "Yes": 0}])

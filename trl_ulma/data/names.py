@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,11 @@ _OF_LABELS = ("label", "label_type", "rater", "sft_mask", "trials", "weight")
 _LOOKS = dict.fromkeys((*range(0xFE00, 0xFE10), *range(0x200B, 0x2010), 0xAD, 0x2060, 0xFEFF)) | str.maketrans(
     "\u00a0\u2007\u202f\u2018\u2019\u02bc\u201c\u201d", "   '''\"\""
 )
+# Names between quotes that contain a comma or "=", as keys or as values of settings; and what stands for one meanwhile
+_NAME = r"""(?P<mark>["'])(?P<name>(?:(?!(?P=mark)).)*[,=](?:(?!(?P=mark)).)*)(?P=mark)"""
+_QUOTED_KEY = re.compile(rf"(?:^|(?<=,))\s*{_NAME}(?=\s*=)")
+_QUOTED_VALUE = re.compile(rf"(?<==)\s*{_NAME}\s*(?=,|$)")
+_HELD = "\0"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Names:
             Names(columns={'prompt': 'question', 'label': 'rating'}, label_map={'up': 1, 'down': 0})
             >>> Names.of("prompt=Question, in full,label=rating", "Yes, good=1,bad=0")
             Names(columns={'prompt': 'Question, in full', 'label': 'rating'}, label_map={'yes, good': 1, 'bad': 0})
+            >>> Names.of("prompt='a,label=b',label=c", '"a=1,b"=1,c=0')
+            Names(columns={'prompt': 'a,label=b', 'label': 'c'}, label_map={'a=1,b': 1, 'c': 0})
         """
         named = _entries(columns, "columns", "prompt=question,label=rating", str.partition)
         for ours, theirs in named.items():
@@ -148,6 +156,10 @@ def _entries(given: Any, name: str, example: str, cut: Callable[[str, str], tupl
     if not isinstance(given, str):
         raise ValueError(f"{name} is {given!r}; it must be a mapping, or text such as {example}.")
     found: dict[str, str] = {}
+    # A name between quotes is kept in one piece
+    is_key = cut is str.rpartition
+    names = [each["name"] for each in (_QUOTED_KEY if is_key else _QUOTED_VALUE).finditer(given)]
+    given = (_QUOTED_KEY if is_key else _QUOTED_VALUE).sub(_HELD, given)
     entries = given.split(",")
     # The names in a file can have commas, but a part that is no entry belongs to the name before or after it
     for place in range(len(entries) - 1, 0, -1):
@@ -159,6 +171,7 @@ def _entries(given: Any, name: str, example: str, cut: Callable[[str, str], tupl
             entries[place - 1 : place + 1] = [",".join(entries[place - 1 : place + 1])]
     for entry in entries:
         key, equals, value = (part.strip() for part in cut(entry, "="))
+        key, value = (part.replace(_HELD, names.pop(0)) if _HELD in part else part for part in (key, value))
         if not (key and equals and value) or key in found:
             raise ValueError(f"{name} has {entry.strip()!r}; it must be written as {example}, each name once.")
         found[key] = value

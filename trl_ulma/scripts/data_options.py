@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,17 +134,23 @@ def _as_text(names: Any) -> str | None:
     """Names of columns or labels as they are written on the command line. In YAML they can be a mapping.
 
     Example:
-        >>> _as_text({True: 1, "meh": 0}), _as_text("label=stars")
-        ('true=1,yes=1,meh=0', 'label=stars')
+        >>> _as_text({True: 1, "meh": 0}), _as_text("label=stars"), _as_text({"yes, please": 1})
+        ('true=1,yes=1,meh=0', 'label=stars', '"yes, please"=1')
     """
     if not isinstance(names, Mapping):
         return names
     words = {True: ("true", "yes"), False: ("false", "no")}  # `yes` and `no` are true and false in YAML
     return ",".join(
-        f"{word}={value}"
+        f"{_between_quotes(word)}={_between_quotes(value)}"
         for name, value in names.items()
         for word in (words[name] if isinstance(name, bool) else (name,))
     )
+
+
+def _between_quotes(name: Any) -> str:
+    """A name, between quotes if it contains what separates names."""
+    mark = "'" if '"' in str(name) else '"'
+    return f"{mark}{name}{mark}" if re.search("[,=]", str(name)) else str(name)
 
 
 def _known_as(dataset: str) -> str:
