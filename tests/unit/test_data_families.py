@@ -144,6 +144,17 @@ def test_alpaca():
     ]
     empty = [raw | {"input": given} for given in ("<noinput>", "<No Input>", " noinput\n", " ", None)]
     assert outcomes("alpaca", *empty) == [(["Add."], "4", 1.0, True)] * 5
+    # The four spellings in Alpaca's data, and spaces, beside the other column
+    for given in ("<noinput>", "<no input>", "noinput", "No input", " ", "", None):
+        for both in ({"input": given, "context": "2 + 2"}, {"input": "2 + 2", "context": given}):
+            assert outcomes("alpaca", raw | both) == [(["Add.\n\n2 + 2"], "4", 1.0, True)]
+        assert outcomes("alpaca", raw | {"input": given, "context": given}) == [(["Add."], "4", 1.0, True)]
+    assert outcomes("alpaca", raw | {"input": "1", "context": "2"}) == ["it has both an input and a context"]
+    # No established marker
+    assert outcomes("alpaca", raw | {"input": "N/A"})[0][0] == ["Add.\n\nN/A"]
+    assert outcomes("alpaca", raw | {"input": "", "context": 3}) == outcomes(
+        "alpaca", raw | {"input": 3, "context": "x"}
+    )
     assert outcomes("alpaca", raw | {"input": "<noinput> is a tag"})[0][0] == ["Add.\n\n<noinput> is a tag"]
     assert outcomes("alpaca", raw | {"output": "<nooutput>"}) == ["its output is a marker of an empty one"]
     assert outcomes("alpaca", raw | {"output": "No output"})[0][1] == "No output"
