@@ -153,7 +153,7 @@ def test_another_file_is_read_by_the_names_of_the_training_if_it_has_them(
     assert caplog.text.count("fields are separated") == 1  # also where it is looked at first
 
 
-def test_labels_of_a_config_with_commas_are_read_later_as_in_training(tiny_gpt2, tmp_path, capsys):
+def test_labels_of_a_config_with_commas_are_read_later_as_in_training(tiny_gpt2, tmp_path):
     file = tmp_path / "rows.jsonl"
     labels = ["Yes, please", "no", "a=1,b"] * 4
     rows = [{"prompt": f"Why {i}?", "completion": "So.", "label": label} for i, label in enumerate(labels)]
@@ -164,11 +164,11 @@ def test_labels_of_a_config_with_commas_are_read_later_as_in_training(tiny_gpt2,
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     words = ["--config", str(tmp_path / "config.yaml")]
     pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
-    capsys.readouterr()
     scored = tmp_path / "scored.jsonl"
     argv = ["--model", str(tmp_path / "out"), "--dataset", str(file), "--sort", "row", "--output", str(scored)]
     assert main(["score", *argv]) == 0
-    assert """--label_map '"yes, please"=1,no=0,"a=1,b"=0.5'""" in capsys.readouterr().err
+    saved = json.loads((tmp_path / "out" / "data_options.json").read_text())
+    assert saved["label_map"] == '"yes, please"=1,no=0,"a=1,b"=0.5'
     found = [json.loads(line) for line in scored.read_text().splitlines()]
     assert [row["label"] for row in found] == [label.lower() for label in labels]
 

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import cache
 from types import MappingProxyType
@@ -303,6 +304,18 @@ def say(found: Mapping[str, int], where: str, shown: Mapping[str, Sequence[str]]
     long = [each for each in told if ". " in each]
     for each in filter(None, ["; ".join(each for each in told if each not in long), *long]):
         logger.warning(f"{where}: {each}.")
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Log no findings meanwhile, because a file is read again later, and then as a whole."""
+    package = logging.getLogger("trl_ulma.data")
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 @cache

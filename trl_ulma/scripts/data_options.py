@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -107,26 +106,21 @@ def _saved(model: str) -> dict[str, Any] | None:
 
 def _has_columns(dataset: str, columns: str | None) -> bool:
     """Whether a file or folder has the columns that a training's prompts and answers were in, and none by our names."""
-    from trl_ulma.data.columns import TEXTS
+    from trl_ulma.data.columns import TEXTS, unsaid
     from trl_ulma.data.files import load_rows
     from trl_ulma.data.names import Names
 
     named = {ours: theirs for ours, theirs in Names.of(columns, None).columns.items() if ours in TEXTS}
     others = set(named) - set(named.values())
-    logger = logging.getLogger("trl_ulma.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # what is found in the file is logged when all of it is read
+    how: Any = {"streaming": True, "invalid_rows": "mark", "needs_label": False}
     try:
-        how: Any = {"streaming": True, "invalid_rows": "mark", "needs_label": False}
-        splits: Any = load_rows(dataset, **how)
-        there = [set(next(iter(rows), ())) for rows in splits.values()]
-        load_rows(
-            dataset, columns=named, **how
-        )  # raises an error if the file has no such names, or two that look alike
+        with unsaid():
+            splits: Any = load_rows(dataset, **how)
+            there = [set(next(iter(rows), ())) for rows in splits.values()]
+            # Raises an error if the file has no such names, or two that look alike
+            load_rows(dataset, columns=named, **how)
     except (OSError, TypeError, ValueError):  # which reading it says
         return False
-    finally:
-        logger.setLevel(level)
     return bool(named) and all(map(others.isdisjoint, there))
 
 

@@ -4,10 +4,8 @@ A suggestion is a few options and the reason for them, found from the names of t
 is suggested beside an option that was given.
 """
 
-import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -66,6 +64,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     Raises:
         OSError: if there is no such dataset, or the Hub cannot be reached.
     """
+    from trl_ulma.data.columns import unsaid
     from trl_ulma.data.proposals import as_value, proposed
 
     parser = CommandParser(add_help=False)
@@ -75,7 +74,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     args, _ = parser.parse_known_args(words)
     given = _given(words)
     try:
-        with _silent():
+        with unsaid():
             rows = _first_rows(args, args.columns)
             likely = {} if args.columns else proposed(rows)
             columns = as_value(likely) if likely else args.columns
@@ -127,18 +126,6 @@ def in_words(suggested: Sequence[Suggestion]) -> str:
 
 def _given(words: Sequence[str]) -> set[str]:
     return {f"--{word[2:].partition('=')[0].replace('-', '_')}" for word in words if word.startswith("--")}
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Log nothing about the file meanwhile. What is found in it is logged when all of it is read."""
-    logger = logging.getLogger("trl_ulma.data")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _first_rows(args: Any, columns: str | None) -> dict[str, list[Any]]:
