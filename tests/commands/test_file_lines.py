@@ -77,7 +77,7 @@ def test_lines_that_cannot_be_read_are_also_named_as_a_spreadsheet_shows_them(fi
     with Path(file).open("a") as more:
         more.write("only one\nand one\n")
     with pytest.raises(
-        ValueError, match=r"1 field in line 9 \(row 8 in a spreadsheet\), .* 10 \(row 9 in a spr.* \(1 f"
+        ValueError, match=r"1 field in line 9 \(row 8 in a spreadsheet\), .* 10 \(1 field; row 9 in a spreadsheet\)"
     ):
         load_rows(file)
 

@@ -535,7 +535,8 @@ RAGGED = "prompt,completion,label\nWhy?,Because.,1\n{}\nWho?,Me.,1\n"
         (RAGGED.format('"two\nlines","more\n\n",1\nHow?'), r"has 1 field in line 7"),
         (
             RAGGED.format('How?,1\n"a\nb",\nOk,Ok,1\n\nHow?,a,b,c,1'),
-            r"has 2 fields in line 3, .* cannot be read either: 4 \(2 fields\), 8 \(5 fields\)\. .*--invalid_rows drop",
+            r"has 2 fields in line 3, .* cannot be read either: 4 \(2 fields\), 8 "
+            r"\(5 fields; row 7 in a spreadsheet\)\. .*--invalid_rows drop",
         ),
         (RAGGED.format('How?,"He said ""so"",1'), r"is invalid CSV in line 3: unexpected end of data\. Put each field"),
         (RAGGED.format('How?,"He said \\"so\\"",1'), r"is invalid CSV in line 3: ',' expected after '\"'"),
@@ -765,7 +766,9 @@ def test_an_array_is_read_in_pieces(tmp_path, monkeypatch, size):
 def test_the_line_of_a_row(tmp_path):
     text = 'prompt,label\n"a\n\nb",1\n\nc,0\nd,1\n'
     rows = csv_file(tmp_path / "rows.csv", text)
-    assert [origin(rows, i) for i in (0, 1, 2, -1)] == [f"{tmp_path / 'rows.csv'}, line {n}" for n in (2, 6, 7, 7)]
+    sheet = {2: "", 6: " (row 4 in a spreadsheet)", 7: " (row 5 in a spreadsheet)"}
+    expected = [f"{tmp_path / 'rows.csv'}, line {line}{sheet[line]}" for line in (2, 6, 7, 7)]
+    assert [origin(rows, i) for i in (0, 1, 2, -1)] == expected
     assert origin(rows.select([2, 0]), 1) == f"{tmp_path / 'rows.csv'}, line 2"
     write(tmp_path / "many" / "a.jsonl", "\n" + lines([row(1)]))
     write(tmp_path / "many" / "b.csv", "prompt,label\na,1\n")
@@ -849,7 +852,7 @@ def test_the_line_of_a_row_of_a_stream(tmp_path):
     place = StreamOrigins(places_of(stream))
     expected = [
         *(f"{folder / 'a.jsonl'}, line {n}" for n in (2, 3, 4)),
-        *(f"{folder / 'b.csv'}, line {n}" for n in (2, 4)),
+        *(f"{folder / 'b.csv'}, line {n}" for n in ("2", "4 (row 3 in a spreadsheet)")),
     ]
     assert [place(number) for number in (0, 1, 1, 2, 4, 3, 5)] == [expected[i] for i in (0, 1, 1, 2, 4, 3)] + [None]
     assert pickle.loads(pickle.dumps(place))(4) == expected[4]

@@ -35,11 +35,13 @@ def list_unread(lines: Sequence[tuple[str, int, Unread]]) -> str:
         line 2 of b.csv (1 field).
     """
     (file, line, first), *others = lines
-    message = first.message.replace(f"in line {line}", f"in line {line}{_in_sheet(file, line)}", 1)
+    there = _in_sheet(file, line)
+    message = first.message.replace(f"in line {line}", f"in line {line} ({there})", 1) if there else first.message
     if not others:
         return f"{file} {message}"
     shown = ", ".join(
-        f"{line if other == file else f'line {line} of {other}'}{_in_sheet(other, line)} ({fault.found})"
+        f"{line if other == file else f'line {line} of {other}'} "
+        f"({'; '.join(filter(None, (fault.found, _in_sheet(other, line))))})"
         for other, line, fault in others[:_LISTED]
     )
     more = f" and {len(others) - _LISTED:,} more" if len(others) > _LISTED else ""
@@ -47,8 +49,8 @@ def list_unread(lines: Sequence[tuple[str, int, Unread]]) -> str:
 
 
 def _in_sheet(file: str, line: int) -> str:
-    """The row of a spreadsheet that is in a line of a file, in parentheses, or "" if it is no other number."""
+    """The row of a spreadsheet that is in a line of a file. "" if it has the same number."""
     from trl_ulma.data.sheet_rows import with_sheet_row  # imported here, because it imports the reader
 
     place = f"{file}, line {line}"
-    return with_sheet_row(place).removeprefix(place)
+    return with_sheet_row(place).removeprefix(place).strip(" ()")
