@@ -78,12 +78,12 @@ def test_a_low_number_can_be_better(tmp_path, labels, name, expected):
     assert {name: value for name, value in found.items() if name.startswith("--label")} == expected
 
 
-@pytest.mark.parametrize("name", ["who", "rater"])
+@pytest.mark.parametrize("name", ["who", "rater", "reviewed by"])
 def test_strict_raters_are_centered(tmp_path, name):
     labels = [1, 2, 2, 3] * 5 + [4, 5, 4, 5] * 5
     found = options(write(tmp_path, answers(labels, **{name: ["Tom"] * 20 + ["Ann"] * 20})))
     assert found["--label_transform"] == "center_raters,standardize"
-    assert found.get("--columns") == {"who": "rater=who", "rater": None}[name]
+    assert found.get("--columns") == (None if name == "rater" else f"rater={name}")
     alike = options(write(tmp_path, answers(labels, **{name: ["Tom", "Ann"] * 20}), "alike.jsonl"))
     assert alike["--label_transform"] == "standardize"
     models = options(write(tmp_path, answers(labels, model=["a"] * 20 + ["b"] * 20), "models.jsonl"))

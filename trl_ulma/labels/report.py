@@ -416,13 +416,20 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: bool = False) -> str:
+def render_report(
+    report: Mapping[str, Any],
+    name: str = "train",
+    *,
+    in_short: bool = False,
+    spelling: Callable[[str], str] = str,
+) -> str:
     """Return the report as text, at most 80 columns wide.
 
     Args:
         report: the result of `label_report`.
         name: name of the dataset.
         in_short: whether to return only the numbers of rows and prompts, the means, and the warnings.
+        spelling: how settings are spelled, such as on the command line, in a warning or a fact.
 
     Example:
         >>> ones = np.ones(4, dtype=int)
@@ -445,7 +452,7 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
     if in_short:
         for kind in kinds:
             lines += _render_type(kind, report[kind], weight["is_given"])[:1]
-        return "\n".join(lines + _render_warnings(report))
+        return "\n".join(lines + _render_warnings(report, spelling))
     for kind in kinds:
         lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
     facts = {"demonstrations": f"{report['demonstrations']:.1%} of rows"} if report["demonstrations"] else {}
@@ -467,12 +474,12 @@ def render_report(report: Mapping[str, Any], name: str = "train", *, in_short: b
         facts["undecided"] = f"{_count(undecided, 'row')} with a label of ½, which accuracy and AUC leave out"
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
-        facts["balanced with"] = ", ".join(f"{key}={value:g}" for key, value in class_weights.items())
+        facts["balanced with"] = ", ".join(spelling(f"{key}={value:g}") for key, value in class_weights.items())
     if report.get("left_out"):
         facts["left out"] = "; ".join(
             f"{reason} ({_count(count, 'row')})" for reason, count in report["left_out"].items()
         )
-    return "\n".join([*lines, "", *_render_facts(facts), *_render_warnings(report)])
+    return "\n".join([*lines, "", *_render_facts(facts), *_render_warnings(report, spelling)])
 
 
 def render_repeats(found: Mapping[str, Any], name: str, rows: int) -> str:
@@ -518,10 +525,10 @@ def _render_facts(facts: Mapping[str, str]) -> list[str]:
     return [line for lines in wrapped for line in lines]
 
 
-def _render_warnings(report: Mapping[str, Any]) -> list[str]:
+def _render_warnings(report: Mapping[str, Any], spelling: Callable[[str], str]) -> list[str]:
     lines = []
     for warning in report["warnings"]:
-        lines += ["", *textwrap.wrap(f"! {warning}", _WIDTH, subsequent_indent="  ")]
+        lines += ["", *textwrap.wrap(f"! {spelling(warning)}", _WIDTH, subsequent_indent="  ")]
     return lines
 
 
@@ -595,12 +602,12 @@ def _signed(label: float) -> str:
     """Return a transformed label with its sign.
 
     Example:
-        >>> _signed(0.4267), _signed(-1.4142), _signed(0.0)
-        ('+0.43', '-1.41', '0.00')
+        >>> _signed(0.4267), _signed(0.0455), _signed(-0.0012), _signed(0.0)
+        ('+0.43', '+0.05', '-0.0012', '0.00')
     """
     if not label:
         return "0.00"
-    return f"{label:+.2f}" if 0.1 <= abs(label) < 100 else f"{label:+.3g}"
+    return f"{label:+.2f}" if 0.01 <= abs(label) < 100 else f"{label:+.3g}"
 
 
 def _bar(share: float, width: int) -> str:

@@ -53,10 +53,14 @@ SPELLING: ContextVar[Callable[[str], str]] = ContextVar("SPELLING", default=str)
 _LABELS = ("label", "label_type")
 # Rows that a warning names
 _LISTED = 5
-# Words in the name of a column of raters' numbers
+# Words in the name of a column of raters
 RATER_WORDS = frozenset(
-    ("rater", "annotator", "worker", "labeler", "judge", "reviewer", "evaluator", "user", "person", "who")
-)
+    (
+        "rater", "annotator", "worker", "labeler", "labeller", "judge", "reviewer", "evaluator", "assessor", "grader",
+        "user", "person", "who", "rated", "annotated", "labeled", "labelled", "judged", "reviewed", "evaluated",
+        "assessed", "graded",
+    )
+)  # fmt: skip
 # Rows that are looked at for the number of raters
 _FIRST = 1000
 
@@ -601,7 +605,7 @@ def show_report(
     whole = f"As JSON: {folder / REPORT_FILE}"
     if command is not None:
         whole = f"The whole report: {folder / REPORT_FILE}, or `{command}` with the same options."
-    text = SPELLING.get()(render_report(report, in_short=command is not None))
+    text = render_report(report, in_short=command is not None, spelling=SPELLING.get())
     print(f"\n{text}\n\n{whole}\n", flush=True)
     return report
 

@@ -153,7 +153,7 @@ def check(
         report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
         outliers = report["outliers"]
         report["warnings"] = [warning for warning in report["warnings"] if warning not in outliers]
-        text = as_options(render_report(report), parser._option_string_actions)
+        text = render_report(report, spelling=lambda said: as_options(said, parser._option_string_actions))
     else:
         text = "The rows are a stream. They are checked as they are read, and have no label report."
     if invalid:  # what the others are like is shown by the next check
