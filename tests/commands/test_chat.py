@@ -6,7 +6,9 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -502,7 +504,7 @@ def test_a_message_that_is_too_long_does_not_end_the_chat(tiny_llama, monkeypatc
 def read_until(terminal: int, wanted: str, seconds: float = 120) -> str:
     """What a terminal shows, up to a text."""
     shown, end = "", time.monotonic() + seconds
-    while wanted not in shown and time.monotonic() < end:
+    while wanted not in shown and select.select([terminal], [], [], max(end - time.monotonic(), 0))[0]:
         try:
             shown += os.read(terminal, 1000).decode(errors="replace")
         except OSError:  # the command has ended
@@ -519,6 +521,7 @@ def test_a_person_at_a_terminal(chat_adapter, end):
         with contextlib.suppress(BaseException):
             sys.stdin, sys.stdout, sys.stderr = (os.fdopen(os.dup(i), "rw"[i > 0], buffering=1) for i in range(3))
             torch.set_num_threads(1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
             os._exit(cli.main(["chat", "--model", chat_adapter, *GREEDY]))
         os._exit(99)
     shown = read_until(terminal, "You: ")
@@ -527,8 +530,9 @@ def test_a_person_at_a_terminal(chat_adapter, end):
     shown = read_until(terminal, "\r\nYou: ")
     assert "How are you?\r\nout: " in shown
     os.write(terminal, end)
-    with contextlib.suppress(OSError):
-        while os.read(terminal, 1000):
+    with contextlib.suppress(OSError):  # raised when the command has ended
+        while select.select([terminal], [], [], 60)[0] and os.read(terminal, 1000):
             pass
+        os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     os.close(terminal)
