@@ -133,6 +133,7 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
         assert {verdict: count for verdict, count in found["counts"].items() if count} == {"tie": 6}
         assert (found["unjudged"], found["unanswered"]) == ({}, 0)
     served = facts["models"][2]
+    assert served["answers"].pop("answered_by") == {f"{parrot}@main": 6}
     assert served["answers"] == {"prompts": 6, "cut_at_max_new_tokens": 0, "empty": 0, "refused": {}, "changes": []}
     answers = [
         json.loads(line)["answer"] for line in next((report / "answers").glob("*parrot*")).read_text().splitlines()

@@ -188,7 +188,7 @@ def test_invalid_rows_are_listed_with_their_file_and_line(tmp_path, tiny_gpt2, c
     argv = ["--config", str(tmp_path / "run.yaml"), "--model", tiny_gpt2, "--bf16", "false", "--eval_strategy", "no"]
     assert check.main(argv) == 1
     said = capsys.readouterr().err
-    places = [f"{table}, line 4", f"{stars}, line 2", f"part 3 of the mixture ({tmp_path / 'saved'}), row 1"]
+    places = [f"{table}, line 4 (row 3 in a spreadsheet)", f"{stars}, line 2", f"part 3 of the mixture ({tmp_path / 'saved'}), row 1"]
     places += [f"{pairs}, line 2", f"{tmp_path / 'e.parquet'}, row 1"]
     for place in places:
         assert f"\n  {place}: " in said, place
@@ -200,7 +200,7 @@ def test_invalid_rows_are_listed_with_their_file_and_line(tmp_path, tiny_gpt2, c
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"datasets": parts, "streaming": True, "max_steps": 1}))
     assert check.main(argv) == 1
     said = capsys.readouterr().err
-    assert f"\n  {table}, line 4: " in said
+    assert f"\n  {table}, line 4 (row 3 in a spreadsheet): " in said
     assert f"\n  {stars}, line 2: " in said
 
 
@@ -290,7 +290,7 @@ NAMES = ["--columns", "prompt=question,completion=response,label=rating", "--lab
 @pytest.mark.parametrize("in_yaml", [False, True])
 def test_check_takes_names_and_labels(tmp_path, tiny_gpt2, capsys, in_yaml):
     file = write(tmp_path / "votes.csv", VOTES)
-    options = ["--model", tiny_gpt2, "--dataset", file, "--bf16", "false"]
+    options = ["--method", "ulma", "--model", tiny_gpt2, "--dataset", file, "--bf16", "false"]
     assert check.main(options) == 1
     assert (
         "`question` looks like the prompt, `response` like the completion and `rating` like the label: --columns "

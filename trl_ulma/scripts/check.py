@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     suggested: list[Suggestion] = []
     if may_suggest(words) and HELP.isdisjoint(words):
+        make_parser().parse_for_launch(list(words))  # wrong options are told before the data is read
         code = attempt(CommandParser(prog=PROG), lambda: suggested.extend(suggest(words)))
         if code:
             return code
