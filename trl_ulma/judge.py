@@ -26,7 +26,7 @@ from trl_ulma.log_partition import LogPartition
 from trl_ulma.log_z import FILE as LOG_Z_FILE
 from trl_ulma.log_z import saved_log_partition
 from trl_ulma.predictions import ENOUGH, alike, beyond_training, judged, thumbs
-from trl_ulma.rows.dataset_labels import is_continuous, own_labels
+from trl_ulma.rows.dataset_labels import is_continuous, own_labels, raters_of
 from trl_ulma.rows.preparation import Preparation
 from trl_ulma.saved import (
     SETTINGS_FILE,
@@ -208,7 +208,9 @@ class Judge:
 
         label = np.asarray(prepared["label"][:])
         continuous = is_continuous(prepared, rules.label_type)
-        found: Mapping[str, Any] = judged(reward, label, continuous, rules)
+        raters = None if is_paired else raters_of(rows, rules)
+        raters = None if raters is None else [raters[row] for row in prepared["row"][:]]
+        found: Mapping[str, Any] = judged(reward, label, continuous, rules, raters)
         given_label = label
         own = (continuous == (rules.label_type == "continuous")) & ~(is_missing & is_labeled)
         if is_labeled and not is_paired and rules.transform is not None:

@@ -1,5 +1,8 @@
 """What implicit rewards predict: the labels that a model expects, and what has to be said of them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from trl_ulma.labels import LabelRules
@@ -13,7 +16,13 @@ _ALIKE, _SCALE = 0.1, 1.0
 TOO_CLOSE, ENOUGH = 2.0, 30
 
 
-def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules: LabelRules) -> dict[str, np.ndarray]:
+def judged(
+    reward: np.ndarray,
+    label: np.ndarray,
+    continuous: np.ndarray,
+    rules: LabelRules,
+    raters: Sequence[Any] | None = None,
+) -> dict[str, np.ndarray]:
     r"""What an implicit reward says of rows.
 
         binary:      P(label = 1) = σ(r),  surprise −z·log σ(r) − (1 − z)·log σ(−r)
@@ -24,6 +33,7 @@ def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules:
         label: `(N,)` z after the transform.
         continuous: `(N,)` bool.
         rules: how labels were read.
+        raters: `(N,)` the raters whose labels are predicted. None for an average rater, see "center_raters".
 
     Returns:
         `probability` (NaN for continuous labels), `predicted_label` (the expected label on the scale that rows carry)
@@ -40,7 +50,7 @@ def judged(reward: np.ndarray, label: np.ndarray, continuous: np.ndarray, rules:
     predicted = expected
     if rules.transform is not None:
         own = continuous == (rules.label_type == "continuous")
-        predicted = np.where(own, rules.transform.invert(expected), expected)
+        predicted = np.where(own, rules.transform.invert(expected, raters), expected)
     surprise = np.where(continuous, (label - reward) ** 2, label * positive + (1 - label) * negative)
     return {
         "probability": np.where(continuous, np.nan, probability),
@@ -225,10 +235,14 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
     if not np.isfinite(reward).all():
         return None
     predicted = judged(reward, label, continuous[own].astype(bool), rules)["predicted_label"]
-    return alike(
+    said = alike(
         reward,
         predicted,
         label if rules.transform is None else rules.transform.invert(label),
         continuous=rules.label_type == "continuous",
         trained_on=0,
     )
+    centered = (
+        "" if rules.transform is None or not rules.transform.offsets else " (Labels are those of an average rater.)"
+    )
+    return None if said is None else said + centered

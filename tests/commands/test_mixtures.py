@@ -188,7 +188,11 @@ def test_invalid_rows_are_listed_with_their_file_and_line(tmp_path, tiny_gpt2, c
     argv = ["--config", str(tmp_path / "run.yaml"), "--model", tiny_gpt2, "--bf16", "false", "--eval_strategy", "no"]
     assert check.main(argv) == 1
     said = capsys.readouterr().err
-    places = [f"{table}, line 4 (row 3 in a spreadsheet)", f"{stars}, line 2", f"part 3 of the mixture ({tmp_path / 'saved'}), row 1"]
+    places = [
+        f"{table}, line 4 (row 3 in a spreadsheet)",
+        f"{stars}, line 2",
+        f"part 3 of the mixture ({tmp_path / 'saved'}), row 1",
+    ]
     places += [f"{pairs}, line 2", f"{tmp_path / 'e.parquet'}, row 1"]
     for place in places:
         assert f"\n  {place}: " in said, place

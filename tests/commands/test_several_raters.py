@@ -1,5 +1,6 @@
 """Strict and lenient raters on the command line: the warning, a training, its evaluation and scores."""
 
+import csv
 import json
 import shlex
 
@@ -114,7 +115,9 @@ def test_score_reads_labels_by_their_rater(trained, later, tmp_path, capsys, cap
     for row in scored:
         learned = (row["stars"] - offsets.get(row["who"] or "", 0.0) - mean) / std
         assert row["surprise"] == pytest.approx((learned - row["reward"]) ** 2, rel=1e-5)
-        assert row["predicted_label"] == pytest.approx(row["reward"] * std + mean)
+        # What this rater is expected to give, so that it can be compared with the label in the file
+        expected = row["reward"] * std + mean + offsets.get(row["who"] or "", 0.0)
+        assert row["predicted_label"] == pytest.approx(expected)
     # Rows without labels need no raters
     (tmp_path / "answers.csv").write_text("question,reply\nWhy?,So.\n")
     caplog.clear()
@@ -134,6 +137,12 @@ def test_evaluate_reads_labels_by_their_rater_and_its_report_says_it(trained, la
         "Such labels are read as those of an average rater."
     )
     assert facts["data"]["labels"] == {"2": 1, "4": 3}
+    raters, standardize = json.loads((model / "pointwise.json").read_text())["label_transform"]
+    offsets = dict(zip(raters["raters"], raters["numbers"], strict=True))
+    with open(later, newline="") as file:
+        whose = [offsets.get(row["who"], 0.0) + standardize["numbers"][0] for row in csv.DictReader(file)]
+    assert any(offsets.values())
+    assert sorted(row["predicted_before"] for row in facts["models"][0]["surprises"]) == pytest.approx(sorted(whose))
     found = facts["models"][0]["implicit_reward"]["mse"]["value"]
     # The transform as it was printed is the saved one
     printed = facts["data"]["label_transform"]

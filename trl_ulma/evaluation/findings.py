@@ -23,6 +23,7 @@ def on_own_scale(
     continuous: np.ndarray,
     prompt: np.ndarray,
     rules: LabelRules,
+    raters: Sequence[Any] | None = None,
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def on_own_scale(
         continuous: `(N,)` bool.
         prompt: `(N,)` numbers of the prompts.
         rules: rules for labels, with their transform.
+        raters: `(N,)` raters, see `judged`.
         seed: seed of the bootstrap.
 
     Returns:
@@ -51,7 +53,7 @@ def on_own_scale(
         >>> found["slope"].value
         0.5
     """
-    predicted = judged(reward, label, continuous, rules)["predicted_label"]
+    predicted = judged(reward, label, continuous, rules, raters)["predicted_label"]
     wrong, of_mean = np.abs(predicted - label), np.abs(label.mean() - label)
     apart = predicted - predicted.mean()
     values = np.unique(label)
@@ -88,6 +90,7 @@ def surprises(
     rows: Any,
     numbers: np.ndarray | Sequence[int],
     places: Sequence[str | None] | None = None,
+    raters: Sequence[Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows whose labels surprise a model most, most surprising first. Check these for mistakes.
 
@@ -100,6 +103,7 @@ def surprises(
         rows: rows with `prompt` and `completion`, by number: a list or a `Dataset`.
         numbers: `(N,)` numbers of the rows.
         places: the file and line of each row by its number, or None where it is not known.
+        raters: `(N,)` raters, see `judged`.
 
     Example:
         >>> rows = [{"prompt": "Hi", "completion": " Hello!"}, {"prompt": "Hi", "completion": " Go away!"}]
@@ -108,8 +112,8 @@ def surprises(
         >>> [(each["row"], each["answer"], round(each["predicted"], 3)) for each in found]
         [(0, 'Hello!', 0.047), (1, 'Go away!', 0.047)]
     """
-    told = judged(reward, label, continuous, rules)
-    before = judged(np.zeros_like(reward), label, continuous, rules)["predicted_label"]
+    told = judged(reward, label, continuous, rules, raters)
+    before = judged(np.zeros_like(reward), label, continuous, rules, raters)["predicted_label"]
     kind = continuous == (continuous.mean() > 0.5)
     order = np.flatnonzero(kind)[np.argsort(-told["surprise"][kind], kind="stable")][:SURPRISES]
     return [

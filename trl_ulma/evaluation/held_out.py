@@ -28,7 +28,7 @@ from trl_ulma.labels import (
     unread,
 )
 from trl_ulma.rows.batches import SAME_ANSWERS
-from trl_ulma.rows.dataset_labels import SHOWN_BY, check_pairs, own_labels, prompt_keys, transformed_labels
+from trl_ulma.rows.dataset_labels import SHOWN_BY, check_pairs, own_labels, prompt_keys, raters_of, transformed_labels
 from trl_ulma.rows.dropped import in_short, reasons_in_words
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 
@@ -77,6 +77,7 @@ class HeldOut:
         continuous: bool, whether the label is continuous.
         prompt: the number of the prompt.
         places: the file and line of each row, or None where it is not known.
+        raters: the raters of the rows, if the transform reads them.
         left_out: reason → number of the rows that were left out, of which `invalid` has the errors.
         invalid: see `left_out`.
     """
@@ -88,6 +89,7 @@ class HeldOut:
     continuous: np.ndarray
     prompt: np.ndarray
     places: Sequence[str | None] = ()
+    raters: Sequence[Any] | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
     invalid: Sequence[InvalidRow] = ()
 
@@ -153,6 +155,7 @@ class HeldOut:
             own = own[kept]
             raw_row = [raw_row[row] for row in kept]
             columns, read = ({c: [v[row] for row in kept] for c, v in each.items()} for each in (columns, read))
+        raters = raters_of(rows, rules)
         rows = rows.remove_columns("label").add_column("label", read["label"], feature=Value("float64"))
         prompts = prompt_keys(columns, range(len(rows)))
         numbers: dict[Any, int] = {}
@@ -167,6 +170,7 @@ class HeldOut:
             # In the order of the rows, as in the model card, whose intervals are the same then
             np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts]),
             [places[row] for row in raw_row],
+            raters,
             left_out,
             errors,
         )

@@ -117,8 +117,9 @@ class Likelihoods:
             rewards, tokens, label, continuous, prompt, facts["length_alone"], seed=args.seed
         )
         self._write(run, raw, held_out.own_label[raw], rewards)
+        raters = None if held_out.raters is None else [held_out.raters[row] for row in raw]
         facts["surprises"] = surprises(
-            rewards, label, held_out.own_label[raw], continuous, how.rules, held_out.rows, raw, held_out.places
+            rewards, label, held_out.own_label[raw], continuous, how.rules, held_out.rows, raw, held_out.places, raters
         )
         before = model_before(source, args.ref_model)
         if args.base and before is not None and before not in (*self.befores, *dict(args.model).values()):
@@ -212,7 +213,8 @@ class Likelihoods:
         own = continuous == (rules.label_type == "continuous")
         if own.any() and (rules.label_type == "continuous" or rules.transform is not None):
             which = (rewards[own], held_out.own_label[raw][own], continuous[own], prompt[own])
-            found["own_scale"] = on_own_scale(*which, rules, seed=seed)
+            raters = None if held_out.raters is None else [held_out.raters[row] for row in raw[own]]
+            found["own_scale"] = on_own_scale(*which, rules, raters, seed=seed)
         return found
 
     def _reference(

@@ -113,8 +113,7 @@ class Step:
             case "prompt_quantile":
                 return _quantiles_within(labels, self._read(beside))
             case "center_raters":
-                offsets = dict(zip(self.raters, self.numbers, strict=True))
-                return labels - np.array([offsets.get(rater_name(rater), 0.0) for rater in self._read(beside)])
+                return labels - self._offsets(self._read(beside))
             case "lower_is_better":
                 return first - labels
             case "threshold":
@@ -122,14 +121,19 @@ class Step:
             case _:
                 return (labels + first) / (self._read(beside) + first + second)
 
+    def _offsets(self, raters: Sequence[Any]) -> np.ndarray:
+        """`(N,)` offsets of "center_raters". Those of unknown raters are 0."""
+        offsets = dict(zip(self.raters, self.numbers or (), strict=True))
+        return np.array([offsets.get(rater_name(rater), 0.0) for rater in raters])
+
     def _read(self, beside: Mapping[str, Any]) -> Any:
         what = _READS[self.name]
         if beside.get(what) is None:
             raise ValueError(f"label_transform: {self.name} needs the rows' {what}.")
         return beside[what]
 
-    def invert(self, labels: np.ndarray) -> np.ndarray:
-        """Return the `(N,)` labels before this step, given the labels after it."""
+    def invert(self, labels: np.ndarray, raters: Sequence[Any] | None = None) -> np.ndarray:
+        """Return the `(N,)` labels before this step, given the labels after it, see `LabelTransform.invert`."""
         first, second = (*(self.numbers or ()), 0.0, 0.0)[:2]
         match self.name:
             case "center":
@@ -140,8 +144,8 @@ class Step:
                 return labels * (second - first) + first
             case "lower_is_better":
                 return first - labels
-            case "center_raters":  # labels of an average rater
-                return labels
+            case "center_raters":
+                return labels if raters is None else labels + self._offsets(raters)
             case _:
                 values, quantiles = np.split(np.array(self.numbers), 2)
                 return np.interp(labels, quantiles, values)
@@ -223,8 +227,7 @@ class LabelTransform:
     ) -> np.ndarray:
         """`(N,)` labels on the scale that `invert` returns, of labels as rows carry them; arguments as in `fit`.
 
-        These are the labels themselves, if there is a way back to them. The scale of "center_raters" is that of the
-        labels, so that a predicted label is the one that an average rater would give.
+        These are the labels themselves, if there is a way back to them.
 
         Example:
             >>> import numpy as np
@@ -296,8 +299,10 @@ class LabelTransform:
         """What to say of rows whose rater the training set did not have, see `rater_offsets.unknown_raters`."""
         return None if raters is None else unknown_raters(raters, self.offsets, where)
 
-    def invert(self, labels: np.ndarray) -> np.ndarray:
+    def invert(self, labels: np.ndarray, raters: Sequence[Any] | None = None) -> np.ndarray:
         """Return `(N,)` labels on the scale of the data, given labels that are learned.
+
+        After "center_raters", these are the labels that `(N,)` raters would give, or without `raters` an average rater.
 
         Three steps cannot be inverted. The result is then on the scale of that step: 1 means "at or above the
         threshold" for "threshold", a share of votes for "votes" (the number of votes is unknown), and a rank among the
@@ -312,7 +317,7 @@ class LabelTransform:
         """
         labels = np.asarray(labels, dtype=np.float64)
         for step in reversed(self.steps[self._way_back() :]):
-            labels = step.invert(labels)
+            labels = step.invert(labels, raters)
         return labels
 
     def to_json(self) -> list[dict[str, Any]]:

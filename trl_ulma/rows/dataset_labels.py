@@ -204,6 +204,20 @@ def own_labels(dataset: Dataset, name: str, rules: LabelRules, label: np.ndarray
     return found
 
 
+def raters_of(dataset: Dataset, rules: LabelRules) -> list[Any] | None:
+    """`(N,)` the raters of raw rows. None if the transform does not read them, or if there are none.
+
+    Example:
+        >>> from trl_ulma.labels import parse_transform
+        >>> rows = Dataset.from_dict({"label": [5], "rater": ["Ann"]})
+        >>> rules = LabelRules("continuous", transform=parse_transform("center_raters", "continuous"))
+        >>> raters_of(rows, rules), raters_of(rows, LabelRules("continuous"))
+        (['Ann'], None)
+    """
+    reads = rules.transform is not None and "raters" in rules.transform.reads
+    return _read(dataset, rules, "").get("rater") if reads else None
+
+
 def _prompt_keys(columns: Mapping[str, list], rows: int, rules: LabelRules) -> list[str] | None:
     """The keys of the rows' prompts, if the transform reads them."""
     reads = rules.transform is not None and "prompts" in rules.transform.reads
