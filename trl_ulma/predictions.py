@@ -195,7 +195,7 @@ def alike(
                 return None
             return (
                 f"{too_close(these, f'{slope:.1f}')} Until then, the most surprising labels are mostly the lowest and "
-                "the highest, and few are mistakes."
+                "the highest."
             )
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     order = "" if label is None else order_in_words(predicted, label, continuous)

@@ -632,7 +632,7 @@ def test_the_report_names_the_rows_that_were_left_out(tiny_llama, tmp_path, monk
     for part in (
         "2 rows were left out. Reasons: invalid: stars is empty (1 row); invalid: reply is empty (1 row).",
         "- answers.csv, line 3: stars is empty; it must be a number.\n"
-        "- answers.csv, line 4: reply is empty, so there is nothing to learn. Drop the row.",
+        "- answers.csv, line 4: reply is empty, so there is nothing to learn. Fill it in, or drop the row.",
         "m: 1 row was left out. Reason: its prompt alone fills max_length (1 row). The first: answers.csv, line 6.",
     ):
         assert f"\n\n{part}\n\n" in text

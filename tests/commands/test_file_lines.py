@@ -121,7 +121,7 @@ def answers(tmp_path, monkeypatch):
 
 FOUND = [
     "  answers.csv, line 3: stars is empty; it must be a number. Prompt: 'Where?'",
-    "  answers.csv, line 4: reply is empty, so there is nothing to learn. Drop the row. Prompt: 'Who?'",
+    "  answers.csv, line 4: reply is empty, so there is nothing to learn. Fill it in, or drop the row. Prompt: 'Who?'",
     "  answers.csv, line 6: stars is the text '4,5'; it must be a number. Did you mean 4.5? Write it "
     "as in 0.5 or 1234, with a decimal point and without separators. Prompt: 'How?'",
     "  answers.csv, line 9: stars is empty; it must be a number. Prompt: 'Where?'",

@@ -395,11 +395,11 @@ TEXTS = {
     ),
     "empty completion": (
         two(completion=(" a", "")),
-        f"{AT}: completion is empty, so there is nothing to learn. Drop the row.",
+        f"{AT}: completion is empty, so there is nothing to learn. Fill it in, or drop the row.",
     ),
     "blank completion": (
         two(completion=(" a", " \n\t")),
-        f"{AT}: completion is empty, so there is nothing to learn. Drop the row.",
+        f"{AT}: completion is empty, so there is nothing to learn. Fill it in, or drop the row.",
     ),
     "completion None": (two(completion=(" a", None)), f"{AT}: completion is None; {TEXT_OR_MESSAGES}"),
     "prompt None": (two(prompt=("Hi", None)), f"{AT}: prompt is None; {TEXT_OR_MESSAGES}"),
@@ -439,7 +439,7 @@ TEXTS = {
     ),
     "an empty message": (
         [CHAT, CHAT | {"completion": assistant(" ")}],
-        f"{AT}: completion is empty, so there is nothing to learn. Drop the row.",
+        f"{AT}: completion is empty, so there is nothing to learn. Fill it in, or drop the row.",
     ),
     "content a number": (
         [CHAT | {"completion": assistant(3)}],

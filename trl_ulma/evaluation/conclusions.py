@@ -95,17 +95,19 @@ def what_next(sentences: Sequence[str], models: Sequence[Mapping[str, Any]]) -> 
         if own is None or new is None:
             continue
         said += (
-            f"at the end of its training, {model['name']} was right about {own:.0%} of the rows that it was trained "
-            f"on, and here about {new.value:.0%}. "
+            f"at the end of its training, the rewards of {own:.0%} of the training rows were on the side of their "
+            f"label, and here those of {new.value:.0%}. "
         )
         if own >= _KNOWS:
             return said + (
-                "So it knows its own rows, and no more epochs are needed. Rate answers to more prompts, for the "
-                "training and for this evaluation: an interval of four times as many prompts is half as wide."
+                f"So {model['name']} has learned to tell its own rows apart, and needs no more epochs. Rate answers to "
+                "more prompts, for training and evaluation: four times as many halve the width of the interval."
             )
-        return said + "So it has learned little. Train for more epochs, or with 3 times the learning rate."
+        return (
+            said + f"So {model['name']} has learned little. Train for more epochs, or with 3 times the learning rate."
+        )
     return said + (
-        "rate answers to more prompts: an interval of four times as many is half as wide. If a figure stays near "
+        "rate answers to more prompts: four times as many halve the width of the interval. If a figure stays near "
         "chance, train for more epochs or with a higher learning rate."
     )
 

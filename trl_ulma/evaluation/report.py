@@ -258,8 +258,9 @@ def _meanings(facts: Mapping[str, Any]) -> list[str]:
         said.append("Mean error: how far predicted labels are from the given ones on average, in units of the labels.")
     if any(model.get("length_alone") for model in models):
         said.append(
-            f"{_LENGTH.capitalize()}: the figures if answers are ranked by their number of tokens, the longest first. "
-            "A model should do better."
+            f"{_LENGTH.capitalize()}: the figures if answers are ranked by their number of tokens, longest first. A "
+            "negative correlation means that shorter answers have better labels. A model should be further from chance "
+            "than length, in either direction."
         )
     if any(model.get("is_base") for model in models):
         said.append("A model before training has the reward 0 for every answer, which ranks nothing.")
@@ -393,12 +394,13 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
     ]
     if not rows:
         return []
-    return [
-        Heading(f"The most surprising labels, for the model {model['name']}"),
+    why = _why_few_mistakes(model.get("own_scale"))
+    title = f"The most surprising labels, for the model {model['name']}"
+    parts: list[Part] = [
         Text(
             (
-                f"{why}, so these are mostly the lowest and the highest labels, and few are mistakes."
-                if (why := _why_few_mistakes(model.get("own_scale")))
+                f"{why}, so these are mostly the lowest and the highest labels. The list does not point to mistakes."
+                if why
                 else "Check these labels for mistakes first."
             )
             + (
@@ -409,6 +411,7 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
         ),
         Table(["row", "label", "predicted", "before training", "prompt", "answer"], rows, is_text=True),
     ]
+    return [Details(title, parts)] if why else [Heading(title), *parts]
 
 
 def _changed_in_words(found: Mapping[str, Any]) -> str:
@@ -419,7 +422,8 @@ def _changed(model: Mapping[str, Any]) -> list[Part]:
     found = model.get("changed")
     if not found:
         return []
-    parts: list[Part] = [Heading(f"What changed: {model['name']}"), Text(_changed_in_words(found))]
+    heading: list[Part] = [Heading(f"What changed: {model['name']}"), Text(_changed_in_words(found))]
+    parts: list[Part] = []
     for number, each in enumerate(found["examples"], start=1):
         parts += [
             Heading(f"Example {number}", 3),
@@ -431,7 +435,7 @@ def _changed(model: Mapping[str, Any]) -> list[Part]:
             ),
             Quote("The data's answer", each["chosen"]),
         ]
-    return parts
+    return [*heading, *([Details("Answers before and after training", parts)] if parts else [])]
 
 
 _NOT_JUDGED = ("refused", "cut", "unparsable", "unread")

@@ -432,7 +432,9 @@ def check_texts(prompt: Any, completion: Any, *, takes_images: bool = False) -> 
             "completion",
         )
     if is_empty(completion):
-        raise InvalidRow("is empty, so there is nothing to learn. Drop the row.", "completion is empty", "completion")
+        raise InvalidRow(
+            "is empty, so there is nothing to learn. Fill it in, or drop the row.", "completion is empty", "completion"
+        )
 
 
 def one_class(label: np.ndarray, continuous: np.ndarray) -> str | None:

@@ -312,6 +312,7 @@ def _lines(rows: "Dataset") -> list[str]:
     for row in rows:
         answer = row.get("completion") or row["chosen" if row.get("label") == 1 else "rejected"]
         place = with_sheet_row(row.get("file_line") or f"row {row['row']}")
+        place += ", held out" if row.get("held_out") else ""
         label = "" if row.get("surprise") is None else f"label {row['label']:g}, "
         lines.append(f"  {place}: {label}predicted {row['predicted_label']:.2f}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
