@@ -452,6 +452,8 @@ def render_report(
     if in_short:
         for kind in kinds:
             lines += _render_type(kind, report[kind], weight["is_given"])[:1]
+        if report.get("raters"):
+            lines += _render_facts({"raters": _raters_in_words(report["raters"])})
         return "\n".join(lines + _render_warnings(report, spelling))
     for kind in kinds:
         lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
@@ -510,14 +512,15 @@ def _raters_in_words(offsets: Mapping[str, float]) -> str:
 
     Example:
         >>> _raters_in_words({"Ann": 0.51, "Tom": -0.48})
-        '2, above or below an average one by Tom -0.48, Ann +0.51'
+        '2, whose strictness is removed: Tom gives -0.48, Ann +0.51 against an average rater'
     """
     if not any(offsets.values()):
         return f"{len(offsets):,}, who do not differ by more than chance, so labels stay as they are"
     shown = [f"{rater} {_signed(offset)}" for rater, offset in sorted(offsets.items(), key=lambda each: each[1])]
     if len(shown) > _RATERS:
         shown = [*shown[: _RATERS // 2], "…", *shown[-(_RATERS // 2) :]]
-    return f"{len(offsets):,}, above or below an average one by {', '.join(shown)}"
+    shown[0] = f"{shown[0].rpartition(' ')[0]} gives {shown[0].rpartition(' ')[2]}"
+    return f"{len(offsets):,}, whose strictness is removed: {', '.join(shown)} against an average rater"
 
 
 def _render_facts(facts: Mapping[str, str]) -> list[str]:
