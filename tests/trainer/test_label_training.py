@@ -172,7 +172,8 @@ def test_offsets_of_raters_are_those_of_the_training_set(tiny_gpt2, tmp_path, ca
     assert "rater" not in trainer.train_dataset.column_names
     assert trainer.predict(held_out).label_ids[:2] == pytest.approx([2 - offsets["Ann"], 2 - offsets["Tom"]])
     scored = trainer.score(held_out)
-    assert scored["predicted_label"][:] == pytest.approx(scored["reward"][:])
+    own = [offsets["Ann"], offsets["Tom"], 0, 0]
+    assert scored["predicted_label"][:] == pytest.approx(np.array(scored["reward"][:]) + own)
     assert scored["surprise"][1] == pytest.approx((2 - offsets["Tom"] - scored["reward"][1]) ** 2, rel=1e-4)
     trainer.save_model(str(tmp_path / "saved"))
     saved = SavedSettings.read(tmp_path / "saved" / "pointwise.json")
