@@ -71,3 +71,10 @@ def test_check_looks_at_columns_that_are_not_read(tiny_gpt2, tmp_path, capsys, c
     told = f"! Labels differ by the column {column}, which is not read: {values[0]} 2, {values[1]} 4"
     assert (told in said) == is_told
     assert ("Labels differ" in said) == is_told
+
+
+def test_numbers_beside_empty_cells_name_raters():
+    label = np.array([1.0, 2.0] * 10 + [4.0, 5.0] * 10)
+    (said,) = raters_in_words(label, {"who": [17.0] * 19 + [None] + [23.0] * 20})
+    assert "17 1.47, 23 4.5 on average" in said
+    assert raters_in_words(label, {"share": [0.5] * 20 + [0.7] * 20}) == []

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from trl_ulma.labels.invalid_rows import InvalidRow
 from trl_ulma.labels.outliers import outliers
+from trl_ulma.labels.rater_offsets import rater_name
 
 # A column is looked at if it has at most so many values, and each of two or more values has so many rows at least
 MOST_RATERS, _ROWS = 50, 8
@@ -55,9 +57,10 @@ def raters_in_words(
 
 def _means(label: np.ndarray, values: Sequence[Any]) -> list[tuple[str, float]] | None:
     """(value, mean of its labels), lowest mean first, if the means differ by more than chance. None if not."""
-    if not all(isinstance(value, str | int | bool | None) for value in values):
+    try:  # a column of whole numbers with empty cells has floats
+        texts = np.array([rater_name(value) for value in values], dtype=object)
+    except InvalidRow:
         return None
-    texts = np.array(["" if value is None else str(value).strip() for value in values], dtype=object)
     there = np.isfinite(label) & (texts != "")
     names, group, rows = np.unique(texts[there].astype(str), return_inverse=True, return_counts=True)
     large = np.flatnonzero(rows >= _ROWS)
