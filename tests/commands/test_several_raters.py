@@ -62,6 +62,16 @@ def test_check_prints_the_options_that_remove_the_difference(tiny_gpt2, tmp_path
     assert f"If it names raters, set --label_transform {TRANSFORM}. If it names what" in said
 
 
+def test_names_that_are_nearly_alike_are_told(tiny_gpt2, tmp_path, capsys):
+    rows = [(*row, f" {who} " if i % 2 else who.upper()) for i, (*row, who) in enumerate(cells())]
+    file = write(tmp_path / "rows.csv", rows)
+    argv = ["check", "--method", "pointwise-dpo", "--model", tiny_gpt2, "--dataset", file, "--bf16", "false"]
+    options = ["--columns", f"{COLUMNS},rater=who", "--label_type", "continuous", "--label_transform", TRANSFORM]
+    assert main([*argv, *options]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "count as different ones: 'JO' and 'jo'; 'MIRA' and 'mira'; 'TOM' and 'tom'. If they are the same" in said
+
+
 def test_thumbs_and_other_transforms_have_options_of_their_own(tiny_gpt2, tmp_path, capsys):
     thumbs = [(prompt, reply, int(stars > 3), who) for prompt, reply, stars, who in cells()]
     file = write(tmp_path / "thumbs.csv", thumbs)

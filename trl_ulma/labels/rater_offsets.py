@@ -1,6 +1,6 @@
 """By how much the labels of each rater are above or below those of an average rater."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,28 @@ def rater_offsets(labels: np.ndarray, raters: Sequence[Any]) -> dict[str, float]
     trust = rows / (rows + within / between)
     average = (trust * means).sum() / trust.sum()
     return dict(zip(names.tolist(), (trust * (means - average)).tolist(), strict=True))
+
+
+def alike_raters(raters: Iterable[str]) -> str | None:
+    """A warning about names that only differ in capital letters or spaces. None if there are none.
+
+    Example:
+        >>> print(alike_raters(["Tom", "tom", "Ann"]))
+        Raters whose names only differ in capital letters or spaces count as different ones: 'Tom' and 'tom'. If they
+        are the same person, write one name in all rows.
+    """
+    found: dict[str, list[str]] = {}
+    for rater in raters:
+        found.setdefault("".join(rater.casefold().split()), []).append(rater)
+    alike = [names for names in found.values() if len(names) > 1]
+    if not alike:
+        return None
+    listed = "; ".join(" and ".join(map(repr, names)) for names in alike[:_NAMED])
+    listed += f"; and {len(alike) - _NAMED:,} more" if alike[_NAMED:] else ""
+    return (
+        f"Raters whose names only differ in capital letters or spaces count as different ones: {listed}. If they are "
+        "the same person, write one name in all rows."
+    )
 
 
 def unknown_raters(raters: Sequence[str], known: Mapping[str, float], where: str) -> str | None:

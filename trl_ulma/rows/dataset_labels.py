@@ -38,6 +38,7 @@ from trl_ulma.labels import (
     unread,
     with_centered_raters,
 )
+from trl_ulma.labels.rater_offsets import alike_raters
 from trl_ulma.losses import Terms, group_means, is_informative, route
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards, is_sided
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
@@ -554,6 +555,7 @@ def report_labels(
     )
     if transform is not None and "raters" in transform.reads:
         report["raters"] = transform.offsets
+        report["warnings"] += filter(None, [alike_raters(transform.offsets)])
     elif columns := _of_raters(rows, raw_rows) if continuous.all() or not continuous.any() else {}:
         names = names_in_files(raw_rows)
         columns = {names.get(name, name): values for name, values in columns.items()}
