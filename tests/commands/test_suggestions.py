@@ -5,6 +5,7 @@ import re
 import shlex
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from trl_ulma.scripts import check, pointwise_dpo
 from trl_ulma.scripts.cli import main
@@ -155,3 +156,93 @@ def test_a_named_method_gets_no_suggestions(tiny_gpt2, tmp_path, capfd):
     config.write_text("beta: 0.2\n")
     assert check.main([*words, "--config", str(config)]) == 0  # the file is a whole plan
     assert "Suggested" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [
+        (["yes", "no"], "harmful", "yes=0,no=1"),  # yes, it is harmful
+        (["no", "yes"], "thumbs_down", "no=1,yes=0"),
+        (["safe", "unsafe"], "harmful", "safe=1,unsafe=0"),
+        (["yes", "safe", "no"], "harmful", None),  # of which only the user knows what it means
+        (["yes", "no"], "helpful", "yes=1,no=0"),
+        (["-", "+"], "label", "+=1,-=0"),  # --label_map -=0 would be an option
+    ],
+)
+def test_words_are_read_by_the_name_of_their_column(tmp_path, words, name, expected):
+    rows = answers(words)
+    rows[name] = rows.pop("label")
+    assert options(write(tmp_path, rows)).get("--label_map") == expected
+
+
+def test_a_text_beside_the_prompt_is_not_left_out(tiny_gpt2, tmp_path, capsys):
+    rows = {"instruction": ["Add."] * 4, "input": ["1", "2", "3", "4"], "output": ["a"] * 4, "rating": [1, 2, 3, 4]}
+    file = write(tmp_path, rows)
+    assert suggest(["--dataset", str(file)]) == []
+    assert check.main(["--model", tiny_gpt2, "--dataset", str(file)]) == 1
+    assert "`rating` looks like the label of alpaca data: trl-ulma prepare alpaca" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"likes": STARS, "dislikes": STARS}, "by the names of the columns; `dislikes` stays unread"),
+        ({"rating_1": STARS, "rating_2": STARS}, "`rating_2` stays unread. To keep all ratings, write one row per"),
+        ({"stars": STARS, "note": STARS}, "by the names of the columns"),
+    ],
+)
+def test_labels_that_stay_unread_are_named(tmp_path, columns, said):
+    rows = answers(STARS)
+    del rows["label"]
+    (reason,) = (
+        each.reason
+        for each in suggest(["--dataset", str(write(tmp_path, {**rows, **columns}))])
+        if each.options[0] == "--columns"
+    )
+    assert said in reason
+    assert reason.endswith(said) or "rating" in said
+
+
+def test_a_sorted_file_is_read_beyond_its_first_labels(tmp_path, monkeypatch):
+    labels = sorted([1, 2, 3, 4, 5] * 800)
+    found = options(write(tmp_path, answers(labels)))
+    assert (found["--label_type"], found["--label_transform"]) == ("continuous", "standardize")
+    # Two labels decide nothing if others may follow
+    monkeypatch.setattr("trl_ulma.scripts.suggestions._MOST_ROWS", 1_500)
+    told = suggest(["--dataset", str(tmp_path / "rows.jsonl")])
+    (reason,) = (each.reason for each in told if each.options[0] == "--label_type")
+    assert reason == "labels are numbers from 1 to 2 in the first 1,500 rows"
+
+
+def test_numbers_beside_words_are_not_the_whole_scale(tmp_path):
+    found = options(write(tmp_path, answers(["1,234", "5", "17", "2,001"])))
+    assert "--label_transform" not in found
+
+
+def test_shares_are_no_votes(tmp_path):
+    assert "--label_transform" not in options(write(tmp_path, answers([0.25, 0.5, 1.0], trials=[4, 2, 9])))
+
+
+def test_raters_can_be_numbers_beside_empty_cells(tmp_path):
+    labels = [1, 2, 2, 3] * 5 + [4, 5, 4, 5] * 5
+    raters = [17.0] * 19 + [None] + [23.0] * 20
+    found = options(write(tmp_path, answers(labels, rater=raters)))
+    assert found["--label_transform"] == "center_raters,standardize"
+
+
+def test_no_suggestion_contradicts_what_is_given(tmp_path):
+    turns = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": said}] for said in "abcd"]
+    pairs = write(tmp_path, {"chosen": turns[:2], "rejected": turns[2:]}, "pairs.jsonl")
+    assert "--eval_strategy" not in options(pairs)  # all have one prompt
+    assert "--share_prompts" not in options(pairs, "--padding_free")
+    rows = write(tmp_path, answers(STARS))
+    assert "--use_peft" not in options(rows, "--sync_ref_model")
+    assert "--eval_strategy" not in options(rows, "--eval_steps", "10")
+
+
+def test_options_may_have_dashes(tmp_path):
+    rows = answers(STARS)
+    rows["stars"] = rows.pop("label")
+    DatasetDict({"fit": Dataset.from_dict(rows)}).save_to_disk(tmp_path / "saved")
+    found = options(tmp_path / "saved", "--dataset-train-split", "fit")
+    assert (found["--columns"], found["--label_type"]) == ("label=stars", "continuous")

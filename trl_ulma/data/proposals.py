@@ -130,7 +130,8 @@ def label_map_for(words: Sequence[str]) -> str:
         >>> label_map_for(["thumbs_down", "👍🏽"]), label_map_for(["very good", "poor"])
         ('thumbs_down=0,👍🏽=1', '"very good=NUMBER,poor=NUMBER"')
     """
-    numbers = {word: known_number(word) for word in words[:10]}
+    # A value of an option must not begin with a dash
+    numbers = {word: known_number(word) for word in sorted(words[:10], key=lambda word: word.startswith("-"))}
     return quoted(",".join(f"{word}={'NUMBER' if number is None else number}" for word, number in numbers.items()))
 
 
@@ -143,6 +144,25 @@ def known_number(word: str) -> int | None:
     """
     plain = _plain(word)
     return 1 if plain in _GOOD else 0 if plain in _BAD else None
+
+
+# Those that only say whether what the name of the column says is true
+_ANSWERS = frozenset(
+    (
+        "yes", "no", "true", "false", "y", "n", "t", "f", "ja", "nein", "oui", "non", "sí", "wahr", "falsch", "vrai",
+        "faux", "verdadero", "falso", "positive", "negative", "pos", "neg",
+    )
+)  # fmt: skip
+
+
+def says_yes(word: str) -> bool:
+    """Whether a label is an answer such as yes or no, so that the name of its column says which one is good.
+
+    Example:
+        >>> says_yes("No"), says_yes("unsafe")
+        (True, False)
+    """
+    return _plain(word) in _ANSWERS
 
 
 def _plain(word: str) -> str:
@@ -262,6 +282,23 @@ def _others(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> 
         f" {unread} stay{'s' * is_one} unread. To keep all {'answers' if answers else 'ratings'}, write one row per "
         f"{'answer' if answers else 'rating'}."
     )
+
+
+def unread_labels(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> str:
+    """What to say of other columns that look like labels, without a full stop. "" if there are none.
+
+    Example:
+        >>> unread_labels({"label": "likes"}, {"likes": [4], "dislikes": [5]})
+        '; `dislikes` stays unread'
+    """
+    if others := _others(likely, columns):
+        return f";{others.removesuffix('.')}"
+    unread: list[str] = []
+    rest = {name: values for name, values in columns.items() if name not in likely.values()}
+    while "label" in likely and (name := _like("label", rest)):
+        unread.append(name)
+        del rest[name]
+    return f"; {listed([f'`{name}`' for name in unread])} stay{'s' * (len(unread) == 1)} unread" if unread else ""
 
 
 def _without_number(name: str) -> list[str]:

@@ -15,12 +15,17 @@ from trl_ulma.scripts.help_page import GROUPS
 
 # The column of the options
 _WIDTH = 34
-# The rows of the training split that are read
-_FIRST_ROWS = 10_000
+# The rows of the training split in which columns are looked for, and those whose labels are looked at. In a sorted
+# file, the first labels are all alike.
+_FIRST_ROWS, _MOST_ROWS = 1_000, 100_000
+# Longer texts are read in the first rows only
+_LONGEST = 100
 # The share of labels in [0, 1] from which on all others are taken for mistakes
 _MOSTLY = 0.9
 # Options that choose which weights are trained, and how fast
-_TRAINING = ("--use_peft", "--learning_rate", "--load_in_4bit", "--load_in_8bit")
+_TRAINING = ("--use_peft", "--learning_rate", "--load_in_4bit", "--load_in_8bit", "--sync_ref_model")
+# Options of which each excludes --share_prompts
+_LAYOUTS = ("--share_prompts", "--padding_free")
 _ONLY_ULMA = {option.name for options in GROUPS.values() for option in options if option.methods == ("ulma",)}
 # Options that say what labels mean
 _LABELS = ("--label_type", "--label_transform", "--preset", "--sft_threshold")
@@ -65,21 +70,22 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
         OSError: if there is no such dataset, or the Hub cannot be reached.
     """
     from trl_ulma.data.columns import unsaid
-    from trl_ulma.data.proposals import as_value, proposed
+    from trl_ulma.data.proposals import as_rated, as_value, families_of, proposed, unread_labels
 
     parser = CommandParser(add_help=False)
     for name in ("--dataset", "--dataset_config", "--columns", "--label_map"):
-        parser.add_argument(name)
-    parser.add_argument("--dataset_train_split", default="train")
+        parser.add_argument(name, name.replace("_", "-"))
+    parser.add_argument("--dataset_train_split", "--dataset-train-split", default="train")
     args, _ = parser.parse_known_args(words)
     given = _given(words)
     try:
         with unsaid():
-            rows = _first_rows(args, args.columns)
-            likely = {} if args.columns else proposed(rows)
+            first = _first_rows(args, args.columns, _FIRST_ROWS)
+            likely = {} if args.columns else proposed(first)
+            if as_rated(args.dataset, first, likely, families_of(first)):
+                return []  # a text besides the prompt belongs to it, as `prepare` knows
             columns = as_value(likely) if likely else args.columns
-            if likely:
-                rows = _first_rows(args, columns)
+            rows = _first_rows(args, columns, _MOST_ROWS)
     except (TypeError, ValueError):
         return []
     pairs = {"chosen", "rejected"} <= set(rows)
@@ -93,13 +99,13 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
             likely["rater"] = rater
     suggested = [_method(rows, given, pairs=pairs)]
     if likely:
-        suggested.append(Suggestion(("--columns", as_value(likely)), "by the names of the columns"))
+        why = f"by the names of the columns{unread_labels(likely, first)}"
+        suggested.append(Suggestion(("--columns", as_value(likely)), why))
     suggested += settings
     if given.isdisjoint(_TRAINING):
         options = ("--use_peft", "--learning_rate", "1e-4")
         suggested.append(Suggestion(options, "trains an adapter (LoRA), not all weights"))
-    prompts = rows.get("prompt", rows.get("chosen", ()))
-    if given.isdisjoint(("--eval_strategy", "--do_eval")) and len(set(map(repr, prompts))) > 1:
+    if given.isdisjoint(("--eval_strategy", "--do_eval", "--eval_steps")) and _has_prompts(rows):
         suggested.append(Suggestion(("--eval_strategy", "epoch"), "evaluates on held-out rows after each epoch"))
     if given.isdisjoint(("--output", "--output_dir")):
         suggested.append(Suggestion(("--output", "out"), "where the model is saved"))
@@ -128,8 +134,8 @@ def _given(words: Sequence[str]) -> set[str]:
     return {f"--{word[2:].partition('=')[0].replace('-', '_')}" for word in words if word.startswith("--")}
 
 
-def _first_rows(args: Any, columns: str | None) -> dict[str, list[Any]]:
-    """The first rows of the training split: column → values."""
+def _first_rows(args: Any, columns: str | None, most: int) -> dict[str, list[Any]]:
+    """The first rows of the training split, up to `most`: column → values."""
     from trl_ulma.data.files import load_rows
 
     splits: Any = load_rows(
@@ -141,9 +147,29 @@ def _first_rows(args: Any, columns: str | None) -> dict[str, list[Any]]:
         invalid_rows="mark",
         needs_label=False,
     )
-    rows = list(islice(splits[args.dataset_train_split], _FIRST_ROWS)) if args.dataset_train_split in splits else []
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
+    found: dict[str, list[Any]] = {}
+    for number, row in enumerate(islice(splits.get(args.dataset_train_split, ()), most)):
+        for name, value in row.items():
+            is_long = isinstance(value, list | dict) or (isinstance(value, str) and len(value) > _LONGEST)
+            # Rows before this one may lack the column
+            values = found.setdefault(name, [])
+            values += [None] * (number - len(values))
+            values.append(None if number >= _FIRST_ROWS and is_long else value)
+    rows = max(map(len, found.values()), default=0)
+    return {name: values + [None] * (rows - len(values)) for name, values in found.items()}
+
+
+def _has_prompts(rows: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether the first rows have two different prompts, so that one can be held out."""
+    from datasets import Dataset
+
+    from trl_ulma.data.splits import count_prompts
+
+    names = ["prompt"] if "prompt" in rows else ["chosen", "rejected"]
+    try:
+        return count_prompts(Dataset.from_dict({name: list(rows[name][:_FIRST_ROWS]) for name in names})) > 1
+    except (TypeError, ValueError):  # the command that reads the rows says so
+        return False
 
 
 def _method(rows: Mapping[str, Sequence[Any]], given: set[str], *, pairs: bool) -> Suggestion:
@@ -152,10 +178,8 @@ def _method(rows: Mapping[str, Sequence[Any]], given: set[str], *, pairs: bool) 
     if any(mask is True for mask in rows.get("sft_mask", ())):
         return Suggestion(("--method", "ulma"), "imitates the rows with sft_mask, and learns from all labels")
     if pairs:
-        return Suggestion(
-            ("--method", "pointwise-dpo", "--share_prompts", "True"),
-            "a pair becomes two rows; also try `trl dpo`",
-        )
+        shared = ("--share_prompts", "True") if given.isdisjoint(_LAYOUTS) else ()
+        return Suggestion(("--method", "pointwise-dpo", *shared), "a pair becomes two rows; also try `trl dpo`")
     return Suggestion(("--method", "pointwise-dpo"), "learns from labels; ulma also imitates good answers")
 
 
@@ -178,40 +202,52 @@ def _of_labels(
     """What the labels mean, as far as the first rows show it."""
     from trl_ulma.data.directions import reversing
     from trl_ulma.data.names import Names
-    from trl_ulma.data.proposals import known_number
+    from trl_ulma.data.proposals import known_number, says_yes
     from trl_ulma.data.readable import are_missing
 
     if any(value is not None for value in rows.get("label_type", ())):
         return []
-    if any(value is not None for value in rows.get("trials", ())):
-        return [Suggestion(("--label_transform", "votes:1,1"), "labels are votes for, and trials are votes cast")]
     labels = [value for value in rows["label"] if value is not None]
+    if any(value is not None for value in rows.get("trials", ())):
+        if any(isinstance(value, float) and not value.is_integer() for value in labels):
+            return []  # shares of the votes, or another scale
+        return [Suggestion(("--label_transform", "votes:1,1"), "labels are votes for, and trials are votes cast")]
     labels = [value for value, is_none in zip(labels, are_missing(labels), strict=True) if not is_none]
+    name = Names.of(columns, None).columns.get("label", "label")
+    reverse = "" if label_map else reversing(name)
+    lower = f", and a low `{name}` looks better" if reverse else ""
     words = [value for value in labels if isinstance(value, str)]
     if 2 * len(words) > len(labels):
         meant = {word: known_number(word) for word in words}
-        if label_map or None in meant.values():
+        answers = {says_yes(word) for word in meant}
+        if label_map or None in meant.values() or (reverse and answers == {True, False}):
             return []
-        return [Suggestion(("--label_map", ",".join(f"{word}={n}" for word, n in meant.items())), "labels are words")]
+        why = "labels are words"
+        if reverse and answers == {True}:  # yes, it is harmful
+            meant = {word: 1 - (n or 0) for word, n in meant.items()}
+            why += f", and yes in `{name}` looks bad"
+        # A value must not begin with a dash
+        pairs = sorted(meant.items(), key=lambda pair: pair[0].startswith("-"))
+        return [Suggestion(("--label_map", ",".join(f"{word}={n}" for word, n in pairs)), why)]
     values = [float(value) for value in labels if isinstance(value, bool | int | float)]
     numbers = sorted(set(values))
     if len(numbers) < 2:
         return []
     low, high = numbers[0], numbers[-1]
     is_binary = sum(0 <= value <= 1 for value in values) > _MOSTLY * len(values)  # the others are invalid rows
-    name = Names.of(columns, None).columns.get("label", "label")
-    reverse = "" if label_map else reversing(name)
-    lower = f", and a low {name} looks better" if reverse else ""
     if is_binary:
         return [Suggestion(("--label_transform", reverse), f"labels are in [0, 1]{lower}")] if reverse else []
-    if len(numbers) == 2 and not reverse:
-        return [
-            Suggestion(("--label_transform", f"threshold:{high:g}"), f"labels are {low:g} and {high:g}, bad and good")
-        ]
+    is_whole = len(rows["label"]) < _MOST_ROWS
+    if len(numbers) == 2 and not reverse and is_whole:
+        if words:  # which may be the other numbers of a scale, such as 1,234
+            return []
+        why = f"labels are {low:g} and {high:g}, read as bad and good"
+        return [Suggestion(("--label_transform", f"threshold:{high:g}"), why)]
     steps = reverse
     if "," not in reverse:
         steps = ",".join(filter(None, (reverse, "center_raters" if rater else "", "standardize")))
-    why = f"labels are numbers from {low:g} to {high:g}{lower}"
+    where = "" if is_whole else f" in the first {_MOST_ROWS:,} rows"
+    why = f"labels are numbers from {low:g} to {high:g}{where}{lower}"
     if "center_raters" in steps:
         why += f"; some raters ({rater}) are stricter"
     return [Suggestion(("--label_type", "continuous", "--label_transform", steps), why)]
