@@ -32,6 +32,8 @@ from transformers import (
 )
 from world import make_rows, make_trainer
 
+from trl_ulma.evaluation.generation import TransformersGenerator
+from trl_ulma.evaluation.server import Reply
 from trl_ulma.scripts import cli
 
 SYSTEM = "Write a short letter."
@@ -404,6 +406,7 @@ def test_conversations_need_the_template_of_the_training(chat_adapter, tmp_path,
     [
         (["--prompt", " "], 2, "--prompt is empty."),
         (["--temperature", "-1"], 2, "--temperature must be 0 or above; got -1.0."),
+        (["--seed", str(2**70)], 2, f"--seed must be within ±2**62; got {2**70}."),
         (["--max_new_tokens", "0"], 2, "--max_new_tokens must be 1 or above; got 0."),
         (["--temperature", "0", "--top_p", "0.9"], 2, "--top_p needs --temperature above 0. Leave it out."),
         (["--prompt", "a\ud800"], 1, "The prompt contains half of a surrogate pair, which is not a character."),
@@ -419,6 +422,49 @@ def test_options_that_cannot_be_are_named(tiny_gpt2, chat, words, code, message)
     assert (found, out) == (code, "")
     assert f"trl-ulma chat: error: {message}" in err
     assert "Traceback" not in err
+
+
+def test_a_closed_stdin_is_an_error(tiny_gpt2, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.main(["chat", "--model", tiny_gpt2]) == 1
+    assert capsys.readouterr().err == (
+        "trl-ulma chat: error: stdin is closed, so there is no message. Give one with --prompt.\n"
+    )
+
+
+def test_a_closed_stdout_is_no_error(tiny_gpt2, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.main(["chat", "--model", tiny_gpt2, *GREEDY, "--prompt", "The cat"]) == 0
+
+
+def test_a_line_that_does_not_fit_is_named(tiny_gpt2, chat):
+    code, _, err = chat(tiny_gpt2, *GREEDY, stdin="The cat\n" + "The cat " * 300 + "\n")
+    assert code == 1
+    assert "trl-ulma chat: error: Line 2 of stdin: The prompt has " in err
+
+
+def test_a_byte_order_mark_is_not_read(tiny_gpt2, chat, generated):
+    assert chat(tiny_gpt2, *GREEDY, stdin="\ufeffThe cat\n")[0] == 0
+    assert generated == [AutoTokenizer.from_pretrained(tiny_gpt2)("The cat")["input_ids"]]
+
+
+def test_a_character_that_stdout_lacks_is_replaced(tiny_gpt2, monkeypatch, capsys):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setattr(TransformersGenerator, "reply", lambda self, *_: print("Grün") or Reply("Grün", True))
+    assert cli.main(["chat", "--model", tiny_gpt2, "--prompt", "The cat"]) == 0
+    assert stdout.buffer.getvalue() == b"Gr?n\n"
+
+
+def test_the_token_that_ends_an_answer_is_not_shown(tiny_gpt2, tmp_path, chat):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_gpt2), AutoTokenizer.from_pretrained(tiny_gpt2)
+    ids = tokenizer("The cat", return_tensors="pt")["input_ids"]
+    model.generation_config.eos_token_id = [model(ids).logits[0, -1].argmax().item()]  # which is no special token
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code, out, err = chat(str(tmp_path), "--prompt", "The cat", *GREEDY)
+    assert (code, out) == (0, "\n")
+    assert "[an empty answer]" in err
 
 
 def test_lines_in_another_encoding_are_an_error(tiny_gpt2, monkeypatch, capsys):

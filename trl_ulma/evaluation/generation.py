@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import is_peft_model
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from trl_ulma.evaluation.records import RecordFile, digest
 from trl_ulma.evaluation.refusals import PASSING, Why
@@ -46,6 +46,8 @@ class Sampling:
             raise ValueError(f"temperature must be 0 or above; got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}.")
+        if not -(2**62) <= self.seed <= 2**62:  # of a generator, which takes 64 bits, with room for later seeds
+            raise ValueError(f"seed must be within ±2**62; got {self.seed}.")
 
 
 class Generator(Protocol):
@@ -182,6 +184,23 @@ class TransformersGenerator:
         special = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         without = re.compile("|".join(map(re.escape, special)) or "(?!)")
         return without.sub("", reasoning).strip(), without.sub("", text).strip()
+
+
+class Shown(TextStreamer):
+    """Prints an answer to stdout while it is generated, without the tokens that end it, which may be no special ones.
+
+    Args:
+        generator: generates the answer.
+    """
+
+    def __init__(self, generator: TransformersGenerator):
+        super().__init__(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.ends = generator.ends
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, and then each token."""
+        if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in self.ends:
+            super().put(value)
 
 
 class ServerGenerator:

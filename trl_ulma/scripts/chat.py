@@ -11,6 +11,7 @@ prompt by itself. The answers are printed to stdout, and everything else to stde
 
 import argparse
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, sampling: "Sampling") -> None:
     """Load the model, say what it is, and answer: `--prompt`, or what is typed, or the lines of stdin."""
+    if args.prompt is None and sys.stdin is None:
+        raise ValueError("stdin is closed, so there is no message. Give one with --prompt.")
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # an answer can have any character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     chat = load(args, sampling)
     is_typed = args.prompt is None and sys.stdin.isatty()
     for line in chat.description:
@@ -151,7 +157,7 @@ class Chat:
         Raises:
             TooLongError: if the message does not fit the model's context.
         """
-        from transformers import TextStreamer
+        from trl_ulma.evaluation.generation import Shown
 
         turns, ids = self._fitted(text)
         seed = self.sampling.seed + self.count
@@ -161,7 +167,7 @@ class Chat:
             if len(self.models) > 1:
                 heading = "\n" * (place > 0) + f"{model.name}:\n"
             print(heading, end="", flush=True)
-            streamer = TextStreamer(model.generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer = Shown(model.generator)
             with model.activated():
                 reply = model.generator.reply(ids, self.sampling, seed, streamer)
             if not reply.finished:
@@ -373,19 +379,23 @@ def _typed(prompt: str) -> str:
 def _answer_lines(chat: Chat) -> None:
     """Answer each line of stdin, with an empty line between two answers."""
     is_first = True
-    for text in _lines():
+    for number, text in enumerate(_lines(), 1):
         if not text.strip() or _is_clear(chat, text):
             continue
         if not is_first:
             print(flush=True)
         is_first = False
-        chat.answer(text)
+        try:
+            chat.answer(text)
+        except TooLongError as problem:
+            raise TooLongError(f"Line {number} of stdin: {problem}") from problem
 
 
 def _lines() -> Iterator[str]:
     try:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
+        for number, line in enumerate(sys.stdin):
+            # PowerShell begins what it pipes with a byte order mark
+            yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"A line of stdin is not {sys.stdin.encoding} ({error}). Convert it.") from error
 
