@@ -103,6 +103,11 @@ def test_other_columns_decide(tmp_path):
     assert "--label_type" not in pairs
 
 
+def test_a_typing_mistake_is_not_an_end_of_the_scale(tmp_path):
+    file = write(tmp_path, answers([*STARS * 5, 33]))
+    assert "labels are numbers from 1 to 5" in [each.reason for each in suggest(["--dataset", str(file)])]
+
+
 def test_what_is_given_is_not_suggested(tmp_path):
     file = write(tmp_path, answers(STARS))
     given = ["--label_transform=min_max", "--learning-rate", "1e-5", "--do_eval", "--output_dir", "here"]

@@ -200,10 +200,13 @@ def _of_labels(
     rows: Mapping[str, Sequence[Any]], columns: str | None, label_map: str | None, rater: str | None
 ) -> list[Suggestion]:
     """What the labels mean, as far as the first rows show it."""
+    import numpy as np
+
     from trl_ulma.data.directions import reversing
     from trl_ulma.data.names import Names
     from trl_ulma.data.proposals import known_number, says_yes
     from trl_ulma.data.readable import are_missing
+    from trl_ulma.labels.outliers import outliers
 
     if any(value is not None for value in rows.get("label_type", ())):
         return []
@@ -247,7 +250,8 @@ def _of_labels(
     if "," not in reverse:
         steps = ",".join(filter(None, (reverse, "center_raters" if rater else "", "standardize")))
     where = "" if is_whole else f" in the first {_MOST_ROWS:,} rows"
-    why = f"labels are numbers from {low:g} to {high:g}{where}{lower}"
+    usual = np.delete(values, outliers(np.array(values)))  # the others are named when all rows are read
+    why = f"labels are numbers from {usual.min():g} to {usual.max():g}{where}{lower}"
     if "center_raters" in steps:
         why += f"; some raters ({rater}) are stricter"
     return [Suggestion(("--label_type", "continuous", "--label_transform", steps), why)]
