@@ -196,7 +196,7 @@ def test_invalid_rows_are_listed_with_their_file_and_line(tmp_path, tiny_gpt2, c
     places += [f"{pairs}, line 2", f"{tmp_path / 'e.parquet'}, row 1"]
     for place in places:
         assert f"\n  {place}: " in said, place
-    assert check.main(["--dataset", parts[2], *argv[2:]]) == 1
+    assert check.main(["--method", "ulma", "--dataset", parts[2], *argv[2:]]) == 1
     assert f"{tmp_path / 'saved' / 'data-00000-of-00001.arrow'}, row 1: " in capsys.readouterr().err
     assert check.main(["--dataset", table, *argv[2:], "--invalid_rows", "drop"]) == 0
     capsys.readouterr()
