@@ -267,7 +267,7 @@ def test_each_row_says_whether_it_was_held_out_of_the_training(tmp_path, monkeyp
     assert held_out(rows.remove_columns("label"), file)["held_out"][:] == [False, True, True]
     halves = held_out(pairs, file)
     assert [(row["row"], row["held_out"]) for row in halves] == [(i, i > 0) for i in (0, 0, 1, 1, 2, 2)]
-    # Of the greatest hashes of very many prompts nothing is known
+    # If there are very many prompts, the greatest hashes are not stored, so nothing is known of their rows
     monkeypatch.setattr(seen_prompts, "MOST", 1)
     greater = seen_prompts.hashes_of(rows["prompt"][:]) > hashes.max()
     found = [None if is_greater else i > 0 for i, is_greater in enumerate(greater)]

@@ -132,7 +132,7 @@ def test_resamples_lie_beyond_both_ends_however_many_intervals_hold_together(com
     of_resamples = np.concatenate(figures[1:])  # the first is of all rows
     assert min((of_resamples < found.low).sum(), (of_resamples > found.high).sum()) >= 10
     assert len(of_resamples) == max(2000, 400 * comparisons)
-    # Of a mean, the ends are nearly those of a normal distribution
+    # The ends of a mean's interval are nearly those of a normal distribution
     half = stats.norm.isf(0.025 / comparisons) * values.std() / 10
     assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.12 * half)
 

@@ -273,7 +273,6 @@ class Truths:
         }
 
 
-# What to do about labels such as ["good"], which no label_map can contain
 class Shown(dict[str, list[str]]):
     """The first values of some findings, with their places.
 

@@ -6,7 +6,7 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from gzip import BadGzipFile
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,8 @@ from trl_ulma.data.columns import DELIMITERS, NUMBERS, READ, TEXTS, THOUSAND_COM
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.names import Names, read_row, unknown_label, unknown_labels
-from trl_ulma.data.unread import UNREAD, Unread, list_unread
+from trl_ulma.data.sheet_rows import with_sheet_row
+from trl_ulma.data.unread import UNREAD, Unread
 from trl_ulma.labels import DECIMAL_COMMA
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
@@ -48,6 +49,8 @@ _POINTERS = (
 )
 # What is done with lines that cannot be read
 UNREAD_LINES = ("error", "drop", "mark")
+# The number of lines that an error lists besides the first one
+_LISTED = 20
 _BATCH = 1000
 # Rows of a JSON file that are looked at for columns that the first row lacks
 _AHEAD = 10_000
@@ -317,3 +320,35 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for row in batch.to_pylist():
                 yield number, row
                 number += 1
+
+
+def list_unread(lines: Sequence[tuple[str, int, Unread]]) -> str:
+    """An error message for lines that cannot be read: the first one with its message, and up to 20 others.
+
+    Args:
+        lines: (file, line, fault).
+
+    Example:
+        >>> fault = Unread("has 1 field in line 3, but 2 columns. Write a comma.", "1 field")
+        >>> print(list_unread([("a.csv", 3, fault), ("a.csv", 5, fault), ("b.csv", 2, fault)]))
+        a.csv has 1 field in line 3, but 2 columns. Write a comma. These lines cannot be read either: 5 (1 field),
+        line 2 of b.csv (1 field).
+    """
+    (file, line, first), *others = lines
+    there = _in_sheet(file, line)
+    message = first.message.replace(f"in line {line}", f"in line {line} ({there})", 1) if there else first.message
+    if not others:
+        return f"{file} {message}"
+    shown = ", ".join(
+        f"{line if other == file else f'line {line} of {other}'} "
+        f"({'; '.join(filter(None, (fault.found, _in_sheet(other, line))))})"
+        for other, line, fault in others[:_LISTED]
+    )
+    more = f" and {len(others) - _LISTED:,} more" if len(others) > _LISTED else ""
+    return f"{file} {message} These lines cannot be read either: {shown}{more}."
+
+
+def _in_sheet(file: str, line: int) -> str:
+    """The row of a spreadsheet that is in a line of a file. "" if it has the same number."""
+    place = f"{file}, line {line}"
+    return with_sheet_row(place).removeprefix(place).strip(" ()")

@@ -17,13 +17,12 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetGenerationError
 
 from trl_ulma.data.columns import say, say_once
-from trl_ulma.data.file_rows import FileRows, check_downloaded, suffix_of, unit_of
+from trl_ulma.data.file_rows import FileRows, check_downloaded, list_unread, suffix_of, unit_of
 from trl_ulma.data.known_types import renamed
 from trl_ulma.data.names import Names
 from trl_ulma.data.origins import Origins, note_places
 from trl_ulma.data.sheet_rows import with_sheet_row
 from trl_ulma.data.tables import as_dataset
-from trl_ulma.data.unread import list_unread
 
 # The `info.builder_name` of rows of CSV and TSV files (as in `datasets`), and of rows of which some are
 TABLES, SOME_TABLES = "csv", "csv and others"

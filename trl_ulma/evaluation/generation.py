@@ -186,7 +186,7 @@ class TransformersGenerator:
         return without.sub("", reasoning).strip(), without.sub("", text).strip()
 
 
-class Shown(TextStreamer):
+class AnswerPrinter(TextStreamer):
     """Prints an answer to stdout while it is generated, without the tokens that end it, which may be no special ones.
 
     Args:

@@ -66,16 +66,21 @@ _MAYBE_HELD_OUT = (
 )
 
 
-def run(args: Namespace) -> dict[str, Any]:
+def run(
+    args: Namespace, *, command: str | None = None, data_note: str | None = None, is_as_in_training: bool = False
+) -> dict[str, Any]:
     """Evaluate, write the report, and return the contents of `report.json`.
 
     Args:
         args: the options of `trl_ulma.scripts.evaluate`, with `model` as (name, source) and `judge` as (kind, name).
+        command: the command that makes the report again.
+        data_note: says which options of the data are those of the training.
+        is_as_in_training: whether all of them are.
 
     Raises:
         ValueError, OSError, ServerError: if rows, models or servers cannot be used.
     """
-    return _Run(args)()
+    return _Run(args, command, data_note, is_as_in_training)()
 
 
 def _file_name(run: str) -> str:
@@ -83,14 +88,11 @@ def _file_name(run: str) -> str:
 
 
 class _Run:
-    def __init__(self, args: Namespace):
-        self.args = args
+    def __init__(self, args: Namespace, command: str | None, data_note: str | None, is_as_in_training: bool):
+        self.args, self.command, self.is_as_in_training = args, command, is_as_in_training
         self.notes: list[str] = []
-        options = vars(args)
-        self.command: str | None = options.pop("command", None)
-        self.is_as_in_training: bool = options.pop("is_as_in_training", False)
         # How the rows are read, which needs no action
-        self.how_read: list[str] = [note] if (note := options.pop("data_note", None)) else []
+        self.how_read: list[str] = [] if data_note is None else [data_note]
         self.loading = {"trust_remote_code": args.trust_remote_code}
         self.sampling = Sampling(args.max_new_tokens or ANSWER_TOKENS, args.temperature, args.top_p, args.seed)
         self.names = run_names([name for name, _ in args.model])

@@ -17,10 +17,9 @@ from trl_ulma.labels.report import (
     contradictions_in_words,
     label_report,
     outliers_in_words,
-    render_repeats,
-    render_report,
     repeats,
 )
+from trl_ulma.labels.report_text import render_repeats, render_report
 from trl_ulma.labels.rows import (
     ASKING_ROLES,
     DECIMAL_COMMA,

@@ -11,7 +11,7 @@ from trl_ulma.labels.texts import start_of
 # How many invalid rows an error lists, and of how many others it gives the lines
 LISTED = 20
 PLACES = 200
-# Of more rows than these, a reason for which all are invalid is told once
+# If more rows than these are invalid, all for one reason, it is told once
 _FEW = 3
 # The end of the fault of a label outside [0, 1]
 NOT_BINARY = 'Rescale it, or set label_type="continuous".'

@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, IterableDataset
 from trl_ulma.data.columns import READ, number
 from trl_ulma.data.directions import words_of
 from trl_ulma.data.origins import located, names_in_files, origin
-from trl_ulma.data.proposals import as_option
+from trl_ulma.data.proposals import as_option, as_value
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import (
     MOST_RATERS,
@@ -575,7 +575,7 @@ def _remedy_of_raters(args: Any, names: Mapping[str, str], column: str) -> str:
         found = {"label_type": "continuous", **found}
     if column not in ("rater", names.get("rater")):
         named = {**names, "rater": column}
-        found = {"columns": ",".join(f"{ours}={named[ours]}" for ours in READ if ours in named), **found}
+        found = {"columns": as_value(named), **found}
     *others, last = (f'{name}="{value}"' for name, value in found.items())
     return f"{', '.join(others)} and {last}" if others else last
 

@@ -157,7 +157,7 @@ class Chat:
         Raises:
             TooLongError: if the message does not fit the model's context.
         """
-        from trl_ulma.evaluation.generation import Shown
+        from trl_ulma.evaluation.generation import AnswerPrinter
 
         turns, ids = self._fitted(text)
         seed = self.sampling.seed + self.count
@@ -167,7 +167,7 @@ class Chat:
             if len(self.models) > 1:
                 heading = "\n" * (place > 0) + f"{model.name}:\n"
             print(heading, end="", flush=True)
-            streamer = Shown(model.generator)
+            streamer = AnswerPrinter(model.generator)
             with model.activated():
                 reply = model.generator.reply(ids, self.sampling, seed, streamer)
             if not reply.finished:

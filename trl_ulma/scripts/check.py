@@ -29,7 +29,7 @@ PROG = "trl-ulma check"
 DEFAULT_OUTPUT = "trainer_output"
 METHODS = {"ulma": "ULMATrainer", "pointwise-dpo": "PointwiseDPOTrainer"}
 HELP = {"-h", "--help", "--help-all", "--help_all"}
-# Of a prompt and of a completion, with --verbose and without
+# The most characters of a prompt and a completion that are shown, with --verbose and without
 CHARACTERS_SHOWN, FEW_CHARACTERS = 1_000, 400
 
 

@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the evaluation, and return its exit code."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.command = in_lines(_words(parser, args))
+    command = in_lines(_words(parser, args))
     args.model = _named(args.model)
     sources = [source for _, source in args.model]
     if len(set(sources)) < len(sources):
@@ -264,11 +264,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         args.chose_part = args.test_split_size is not None or args.split_seed is not None
         trained = [source for source in sources if source not in served]
-        args.data_note = fill(args, trained)
+        note = fill(args, trained)
         is_own = any(getattr(args, name) is not None for name in _LABELS)
-        args.is_as_in_training = not is_own and is_as_in_training(args, trained)
+        is_usual = not is_own and is_as_in_training(args, trained)
         with shown_by(None if is_verbose() else parser.prog):
-            print(in_terminal(run(args), min(terminal_width(), 100)))
+            facts = run(args, command=command, data_note=note, is_as_in_training=is_usual)
+        print(in_terminal(facts, min(terminal_width(), 100)))
 
     if code := attempt(parser, evaluate):
         return code
