@@ -1,7 +1,9 @@
 """The functions that `datasets.map` runs on batches of rows: raw ones, and ones that are prepared already."""
 
+import gc
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,22 @@ SAME_ANSWERS = "chosen and rejected are the same"
 _READ = {"prompt", "completion", "chosen", "rejected", "label", "trials", "eos", "image", "images", *OPTIONAL_COLUMNS}
 
 
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Turn Python's garbage collector off, if it is on.
+
+    A batch makes many lists and no cycles, so the collector would visit all objects of the process and find nothing.
+    This takes 5% of the time of the preparation.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 @dataclass(frozen=True)
 class RawBatches:
     """The function that `datasets.map` runs on batches of raw rows."""
@@ -66,6 +84,10 @@ class RawBatches:
     told: set[str] = field(default_factory=set, compare=False)
 
     def __call__(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
+        with _no_garbage_collection():
+            return self._prepared(batch, indices)
+
+    def _prepared(self, batch: Mapping[str, list], indices: Sequence[int]) -> dict[str, list]:
         rows: list[int] = list(indices) if self.numbers is None else self.numbers[list(indices)].tolist()
         found, needed = sorted(_READ.intersection(batch)), sorted(_READ.intersection(self.names))
         if found != needed:

@@ -110,10 +110,15 @@ def _lists(values: Any, column: str, name: str) -> tuple[np.ndarray, np.ndarray,
     is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
     if not is_list or not (pa.types.is_integer(lists.type.value_type) or pa.types.is_boolean(lists.type.value_type)):
         raise ValueError(_wrong_kind(column, name, str(lists.type)))
-    lengths = pc.fill_null(pc.call_function("list_value_length", [lists]), -1).to_numpy(zero_copy_only=False)
-    values_of_all = pc.call_function("list_flatten", [lists]).cast(pa.int64())
+    lengths = _array(pc.call_function("list_value_length", [lists]))
     owners = pc.call_function("list_parent_indices", [lists]).to_numpy(zero_copy_only=False)
-    return lengths, owners, pc.fill_null(values_of_all, -1).to_numpy(zero_copy_only=False)
+    return lengths, owners, _array(pc.call_function("list_flatten", [lists]).cast(pa.int64()))
+
+
+def _array(numbers: Any) -> np.ndarray:
+    """Numbers of Arrow as an array, with -1 for None."""
+    filled = pc.fill_null(numbers, -1) if numbers.null_count else numbers  # a copy
+    return filled.to_numpy(zero_copy_only=False)
 
 
 def _wrong_kind(column: str, name: str, found: str) -> str:
