@@ -126,7 +126,7 @@ def too_close(whose: str, slope: str) -> str:
 
 
 def order_in_words(predicted: np.ndarray, label: np.ndarray, continuous: bool) -> str:
-    """How well predictions rank rows. "" if that is undefined.
+    """How well the order of predictions ranks rows. "" if that is undefined.
 
     Args:
         predicted: `(N,)` predicted labels.
@@ -135,17 +135,17 @@ def order_in_words(predicted: np.ndarray, label: np.ndarray, continuous: bool) -
 
     Example:
         >>> order_in_words(np.array([0.1, 0.2, 0.3]), np.array([1.0, 3.0, 2.0]), True)
-        'Their order agrees with that of the labels at a rank correlation of 0.50 (Spearman; 0 by chance).'
+        'It agrees with that of the labels at a rank correlation of 0.50 (Spearman; 0 by chance).'
         >>> order_in_words(np.array([0.1, 0.3]), np.array([0.0, 1.0]), False)
-        'They rank a good answer above a bad one with a probability of 1.00 (AUC; 0.5 by chance).'
+        'It puts a good answer above a bad one with a probability of 1.00 (AUC; 0.5 by chance).'
     """
     if continuous:
         figure = float(spearman(predicted, label))
-        said = "Their order agrees with that of the labels at a rank correlation of {} (Spearman; 0 by chance)."
+        said = "It agrees with that of the labels at a rank correlation of {} (Spearman; 0 by chance)."
     else:
         decided = label != 0.5
         figure = float(auc(predicted[decided], label[decided] > 0.5))
-        said = "They rank a good answer above a bad one with a probability of {} (AUC; 0.5 by chance)."
+        said = "It puts a good answer above a bad one with a probability of {} (AUC; 0.5 by chance)."
     return said.format(f"{figure:.2f}".replace("-", "−")) if np.isfinite(figure) else ""
 
 
@@ -156,6 +156,7 @@ def alike(
     *,
     continuous: bool = True,
     trained_on: int | None = None,
+    are_listed: bool = False,
 ) -> str | None:
     """A warning if predictions are nearly alike, or too close to one another for the labels. None if they are not, or
     if there are fewer than two rows.
@@ -166,6 +167,7 @@ def alike(
         label: `(N,)` labels, or None.
         continuous: whether the labels are continuous.
         trained_on: how many of the rows were trained on; None if that is not known.
+        are_listed: whether the most surprising labels are listed for the user.
 
     Example:
         >>> alike(np.zeros(3), np.full(3, 0.5), None)
@@ -181,6 +183,7 @@ def alike(
             f"The rewards of all {rows:,} rows are 0, because the model computes the same log-probabilities as its "
             "reference. Was it trained?"
         )
+    listed = " The most surprising labels are mostly the lowest and the highest." * are_listed
     low, high = np.quantile(predicted, [0.05, 0.95])
     if label is None:
         if high - low > _ALIKE * _SCALE:
@@ -193,22 +196,18 @@ def alike(
             slope = float(apart @ label) / max(float(apart @ apart), np.finfo(float).tiny)
             if greatest == least or rows < ENOUGH or slope < TOO_CLOSE:
                 return None
-            return (
-                f"{too_close(these, f'{slope:.1f}')} Until then, the most surprising labels are mostly the lowest and "
-                "the highest."
-            )
+            return too_close(these, f"{slope:.1f}") + listed
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     order = "" if label is None else order_in_words(predicted, label, continuous)
-    few = "" if label is None else ", and the most surprising labels are mostly the lowest and the highest"
     if order and trained_on:
         order += f" This includes {trained_on:,} that were trained on; `trl-ulma evaluate` measures held-out ones."
     elif order:
         order += " `trl-ulma evaluate` gives its interval."
     else:
-        order = "Their order can be right all the same; `trl-ulma evaluate` measures it on rows with labels."
+        order = "`trl-ulma evaluate` measures it on rows with labels."
     return (
         f"The predicted labels of {these} are nearly alike: 90% of them are between {low:.3g} and {high:.3g}{than}. "
-        f"Their values say little{few}. {order}"
+        f"Their order can be used, but not their values. {order}{listed}"
     )
 
 
@@ -223,9 +222,8 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
         >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
         >>> held_out_alike(rows, LabelRules("continuous"))
         'The predicted labels of the 3 held-out rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90%
-        of their labels between -0.9 and 0.9. Their values say little, and the most surprising labels are mostly the
-        lowest and the highest. Their order agrees with that of the labels at a rank correlation of 1.00 (Spearman; 0 by
-        chance). `trl-ulma evaluate` gives its interval.'
+        of their labels between -0.9 and 0.9. Their order can be used, but not their values. It agrees with that of the
+        labels at a rank correlation of 1.00 (Spearman; 0 by chance). `trl-ulma evaluate` gives its interval.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """

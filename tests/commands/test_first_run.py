@@ -136,7 +136,7 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
         assert f"{ratings}, line {number + 1}: " in said
         assert f"{rows[number]['prompt']}⟦{rows[number]['completion']}<|end|>⟧" in said.replace("\n  ", " ")
     assert "20 rows make 3 steps per epoch; 9 steps in total (3 epochs)." in said
-    assert re.search(r"Memory on one device, about \S+ MiB\. The longest row has \d+ tokens\. \w+", said)
+    assert re.search(r"The longest row has \d+ tokens\. Memory on one device, about \S+ MiB\. \w+", said)
     assert said.endswith(
         "Ready. To train:\n\n"
         f"    trl-ulma ulma --model {without_weights} --dataset {ratings} --bf16 False --output out\n"
@@ -145,6 +145,7 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     assert main(["check", "--method", "ulma", *words, "--verbose"]) == 0
     said = capfd.readouterr().out
     assert "label 1, compared" in said
+    assert re.search(r"completion of \d+ tokens", said)
     assert re.search(r"Memory on one device, about \S+ MiB: weights .*, gradients", said)
 
 
@@ -160,6 +161,7 @@ def test_odd_labels_are_named_once_more_beside_what_has_to_be_corrected(without_
     assert end.startswith("1 label is far outside the others, which are between 1 and 5: 9 (")
     assert "rows.csv, line 21, prompt 'Why 19?')" in end
     assert "far outside" not in before
+    assert "labels ask log π" not in before  # only with --verbose
     assert ("Memory on one device" in before) == (not is_invalid)
     if is_invalid:  # the rows are looked at once more before the training
         assert "trl-ulma check --method pointwise-dpo" in err

@@ -436,7 +436,7 @@ def test_the_order_of_predictions_that_are_nearly_alike_is_measured(trained_on, 
     said = alike(predicted - 0.5, predicted, likes, continuous=False, trained_on=trained_on)
     wins = stats.mannwhitneyu(predicted[likes == 1], predicted[likes == 0]).statistic
     area = wins / (likes.sum() * (1 - likes).sum())
-    assert f"above a bad one with a probability of {area:.2f} (AUC; 0.5 by chance).{ends}" in said
+    assert f"It puts a good answer above a bad one with a probability of {area:.2f} (AUC; 0.5 by chance).{ends}" in said
 
 
 def test_tables_are_the_records_digit_for_digit(tmp_path):

@@ -420,3 +420,19 @@ def test_targets_out_of_reach_are_told_beside_a_label_far_outside():
         assert bool(told) == is_told
         assert not told or told[0].startswith("48 target log-ratios")
         assert report["continuous"]["targets"]["max"] == pytest.approx(40 / beta)
+
+
+@pytest.mark.parametrize("slope", [0.0, 3.0])
+def test_what_is_usual_is_only_shown_in_detail(slope):
+    random = np.random.default_rng(0)
+    label = random.normal(size=60)
+    tokens = np.round(20 + slope * label + random.normal(size=60)).astype(int)
+    report = report_of(label, True, tokens=tokens, raw=3 + random.integers(0, 2, 60) + label / 9, transform="mine")
+    detailed, brief = render_report(report), render_report(report, in_detail=False)
+    for said in ("labels ask log π to move", "continuous labels as they are learned"):
+        assert said in detailed
+        assert said not in brief
+    assert "label → learned" in brief
+    assert "correlation of label and tokens" in detailed
+    assert ("correlation of label and tokens" in brief) == bool(slope)
+    assert {*brief.splitlines()} < {*detailed.splitlines()}

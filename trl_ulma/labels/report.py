@@ -18,7 +18,7 @@ _BINS = 10
 # With more distinct values than this, labels are counted in bins
 _VALUES = 12
 # A label that correlates this much with length is suspect: length then explains 0.3², about a tenth, of its variance
-_LENGTH_BIAS = 0.3
+LENGTH_BIAS = 0.3
 # In nats. Below this range a target log-ratio is lost in the noise; above it a policy cannot reach it
 TARGETS = (1.0, 50.0)
 _GOOD_TARGET = 10.0
@@ -109,7 +109,7 @@ def label_report(
         if rows.any():
             report[name] = _of_type(name, label[rows], sft_mask[rows], weights[rows], tokens[rows])
             correlation = report[name]["length_correlation"]
-            if correlation is not None and abs(correlation) >= _LENGTH_BIAS:
+            if correlation is not None and abs(correlation) >= LENGTH_BIAS:
                 warnings.append(_length_bias(name, correlation, None if length_normalize else tokens.mean()))
             own = label
             if raw is not None and np.isfinite(raw[rows]).all():
@@ -147,7 +147,7 @@ def label_report(
                 'possible. Set log_z="prior" or label_transform="center" to remove the mean.'
             )
     correlations = [report[name]["length_correlation"] for name in ("binary", "continuous") if name in report]
-    if groups_lengths and any(value is not None and abs(value) >= _LENGTH_BIAS for value in correlations):
+    if groups_lengths and any(value is not None and abs(value) >= LENGTH_BIAS for value in correlations):
         warnings.append(
             'With train_sampling_strategy="group_by_length", the rows of a step have similar lengths, and here also '
             'similar labels: most steps see mainly good rows or mainly bad ones. Set train_sampling_strategy="random".'

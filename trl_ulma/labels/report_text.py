@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trl_ulma.labels.report import LISTED, TARGETS, counted
+from trl_ulma.labels.report import LENGTH_BIAS, LISTED, TARGETS, counted
 
 _WIDTH = 80
 # Raters whose offsets are printed
@@ -17,6 +17,7 @@ def render_report(
     name: str = "train",
     *,
     in_short: bool = False,
+    in_detail: bool = True,
     spelling: Callable[[str], str] = str,
 ) -> str:
     """Return the report as text, at most 80 columns wide.
@@ -25,6 +26,9 @@ def render_report(
         report: the result of `label_report`.
         name: name of the dataset.
         in_short: whether to return only the numbers of rows and prompts, the means, and the warnings.
+        in_detail: whether to also return what is usual: a second histogram, of the labels as they are learned, if there
+            is one of the labels as they were given; a low correlation of label and tokens; and how far labels ask
+            log π to move.
         spelling: how settings are spelled, such as on the command line, in a warning or a fact.
 
     Example:
@@ -54,7 +58,7 @@ def render_report(
             lines += _render_facts({"raters": _raters_in_words(report["raters"])})
         return "\n".join(lines + _render_warnings(report, spelling))
     for kind in kinds:
-        lines += ["", *_render_type(kind, report[kind], weight["is_given"])]
+        lines += ["", *_render_type(kind, report[kind], weight["is_given"], in_detail)]
     facts = {"demonstrations": f"{report['demonstrations']:.1%} of rows"} if report["demonstrations"] else {}
     if weight["is_given"]:
         if facts and weight["demonstrations"] is not None:
@@ -133,7 +137,7 @@ def _render_warnings(report: Mapping[str, Any], spelling: Callable[[str], str]) 
     return lines
 
 
-def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list[str]:
+def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool, in_detail: bool = True) -> list[str]:
     raw = found.get("raw")
     shown = found if raw is None else raw
     lines = [f"{kind} labels: {counted(found['rows'], 'row')}, {_moments(shown)}"]
@@ -141,13 +145,14 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
         lines.append(f"after {_in_words(raw['transform'])}: {_moments(found)}")
         lines += _render_histogram(raw["histogram"], found["rows"], has_weights)
     # One table says everything if each label becomes exactly one other
-    if raw is None or any(each["learned_low"] != each["learned_high"] for each in raw["histogram"]):
+    if raw is None or (in_detail and any(each["learned_low"] != each["learned_high"] for each in raw["histogram"])):
         if raw is not None:
             lines += ["", f"{kind} labels as they are learned"]
         lines += _render_histogram(found["histogram"], found["rows"], has_weights)
-    if found["length_correlation"] is not None:
-        lines.append(f"{'':<20}correlation of label and tokens {found['length_correlation']:+.2f}")
-    if "targets" in found:
+    correlation = found["length_correlation"]
+    if correlation is not None and (in_detail or abs(correlation) >= LENGTH_BIAS):
+        lines.append(f"{'':<20}correlation of label and tokens {correlation:+.2f}")
+    if "targets" in found and in_detail:
         targets = found["targets"]
         low, high = TARGETS
         without = "" if targets["log_z_is_known"] else ", without log Z"
@@ -159,9 +164,17 @@ def _render_type(kind: str, found: Mapping[str, Any], has_weights: bool) -> list
 
 
 def _in_words(transform: str) -> str:
-    """A label transform, with what `standardize` subtracts and divides by."""
-    found = re.fullmatch(r"standardize:([^,]+),([^,]+)", transform)
-    return f"standardize, (label − {float(found[1]):.4g}) / {float(found[2]):.4g}" if found else transform
+    """A label transform, with what `standardize` subtracts and divides by.
+
+    Example:
+        >>> _in_words("center_raters,standardize:3.00787,0.844452")
+        'center_raters and standardize, (label − 3.008) / 0.8445'
+    """
+    return re.sub(
+        r"standardize:([^,]+),([^,]+)",
+        lambda found: f"standardize, (label − {float(found[1]):.4g}) / {float(found[2]):.4g}",
+        transform.replace("center_raters,", "center_raters and "),
+    )
 
 
 def _render_histogram(histogram: Sequence[Mapping[str, Any]], rows: int, has_weights: bool) -> list[str]:

@@ -130,8 +130,6 @@ def check(
     no_bars_in_files()
     console = Console(highlight=False, soft_wrap=True)
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
-    if said:
-        console.print(said, markup=False)
     training_args.model_init_kwargs = loading(training_args, model_args)
     check_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     peft_config = get_peft_config(model_args)
@@ -154,7 +152,11 @@ def check(
         report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
         outliers = report["outliers"]
         report["warnings"] = [warning for warning in report["warnings"] if warning not in outliers]
-        text = render_report(report, spelling=lambda said: as_options(said, parser._option_string_actions))
+        text = render_report(
+            report,
+            in_detail=is_verbose(),
+            spelling=lambda said: as_options(said, parser._option_string_actions),
+        )
     else:
         text = "The rows are a stream. They are checked as they are read, and have no label report."
     if invalid:  # what the others are like is shown by the next check
@@ -163,12 +165,14 @@ def check(
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
         raise InvalidRows.joined(invalid).with_command(again)
+    if said:
+        console.print(said, markup=False)
     console.print(f"\n{text}", markup=False)
     if hasattr(start.eval_dataset, "__len__"):
         found = repeats_of(start.eval_dataset, training_args, eval_dataset)
         if found["repeated"] or found["contradicting"]:
             console.print("\n" + render_repeats(found, "eval", len(start.eval_dataset)), markup=False)
-    console.print(f"\nRows as the model sees them, {_LEGEND[console.is_terminal]}:", markup=False)
+    console.print(f"\nRows as the model sees them. The label is that of the part {_LEGEND[console.is_terminal]}:", markup=False)
     for title, text in rows_shown(start, training_args, in_color=console.is_terminal):
         console.print(f"\n{title}", markup=False)
         console.print(Padding(text, (0, 2)), soft_wrap=False)
@@ -182,7 +186,7 @@ def check(
 
 
 _ODD = "Look at this before you train: "
-_LEGEND = {True: "with the scored part in color", False: "with the scored part between ⟦ and ⟧"}
+_LEGEND = {True: "in color", False: "between ⟦ and ⟧"}
 
 
 def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, "Text"]]:
@@ -217,8 +221,8 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
             learned = f"{start.raw_labels[i]:g} → {row['label']:+.2f}"
         place = origin(start.raw_rows, row["row"]) or f"Row {row['row']}"
         title = (
-            f"{place}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; "
-            f"{len(prompt)} + {len(completion)} tokens{cut}"
+            f"{place}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; prompt of "
+            f"{len(prompt)} and completion of {len(completion)} tokens{cut}"
         )
         left, right = ("", "") if in_color else ("⟦", "⟧")
         style = "bold green" if "imitated" in what or row["label"] >= 0.5 else "bold red"
@@ -319,8 +323,8 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
         there, where = psutil.virtual_memory().total, "This machine"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size)
     fits = total < 0.9 * there
-    said = f"Memory on one device, about {_gib(total)}{'' if fits and not is_verbose() else f': {parts}'}. "
-    said += f"The longest row has {count(longest, 'token')}. {where} has {_gib(there)}."
+    said = f"The longest row has {count(longest, 'token')}. Memory on one device, about {_gib(total)}"
+    said += f"{'' if fits and not is_verbose() else f': {parts}'}. {where} has {_gib(there)}."
     return said if fits else f"{said} That does not fit: try --use_peft, --load_in_4bit or a smaller batch."
 
 

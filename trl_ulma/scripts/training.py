@@ -197,15 +197,15 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         dataset_args.test_split_size = default_part(train, seed=training_args.seed)
     halves = split_by_prompt(train, test_size=dataset_args.test_split_size, seed=training_args.seed)
     said += (
-        f"{name} has no test split: {len(halves['test']):,} of its {len(train):,} rows are held out for evaluation, "
-        f"by prompt (seed {training_args.seed}); {len(halves['train']):,} rows are left for training."
+        f"{name} has no test split, so {len(halves['test']):,} of its {len(train):,} rows are held out for "
+        f"evaluation, by prompt (seed {training_args.seed})."
     )
+    held_out = count_prompts(halves["test"])
+    said += _least_told_apart(held_out, getattr(training_args, "label_type", "binary"))
     for other in ("validation", "valid", "dev", "eval"):
         if other in splits:
             said += f" Its split {other!r} is not used; --dataset_test_split {other} evaluates on it."
-    held_out = count_prompts(halves["test"])
     said += _few_prompts(train, held_out, training_args.seed)
-    said += _least_told_apart(held_out, getattr(training_args, "label_type", "binary"))
     return halves["train"], halves["test"], said
 
 
@@ -272,9 +272,9 @@ def _least_told_apart(held_out: int, label_type: str) -> str:
 
     Example:
         >>> print(_least_told_apart(40, "continuous").strip())
-        40 held-out prompts tell a rank correlation from chance if it is above about 0.31.
+        Their 40 prompts tell a rank correlation above about 0.31 from chance.
         >>> print(_least_told_apart(40, "binary").strip())
-        40 held-out prompts tell an AUC from chance if it is above about 0.68.
+        Their 40 prompts tell an AUC above about 0.68 from chance.
     """
     from trl_ulma.bootstrap import ENOUGH_PROMPTS
 
@@ -284,7 +284,7 @@ def _least_told_apart(held_out: int, label_type: str) -> str:
         what, least = "a rank correlation", 1.96 / math.sqrt(held_out - 1)
     else:
         what, least = "an AUC", 0.5 + 1.96 * math.sqrt((held_out + 1) / 3) / held_out
-    return f"\n{held_out} held-out prompts tell {what} from chance if it is above about {least:.2f}."
+    return f" Their {held_out} prompts tell {what} above about {least:.2f} from chance."
 
 
 def _refuse_beside_mixture(script_args: Any) -> None:
