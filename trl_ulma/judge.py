@@ -59,7 +59,8 @@ class Judge:
         rewards: gives `(N,)` implicit rewards of prepared rows.
         positions: how many tokens the model can read at most; None if that has no end.
         num_proc: processes that prepare rows.
-        training_prompts: the file of the hashes of the prompts that were trained on; None if there is none.
+        training_prompts: the hashes of the prompts that were trained on, or the file with them, see
+            `trl_ulma.data.seen_prompts`; None if they are not known.
 
     Example:
         >>> judge = Judge.from_pretrained("out", ref_model="Qwen/Qwen3-0.6B")  # doctest: +SKIP
@@ -74,7 +75,7 @@ class Judge:
         *,
         positions: int | None = None,
         num_proc: int | None = None,
-        training_prompts: str | None = None,
+        training_prompts: str | np.ndarray | None = None,
     ):
         self.settings = settings
         self.processing_class = processing_class

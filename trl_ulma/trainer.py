@@ -886,6 +886,7 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._rewards,
             positions=self._plan.positions,
             num_proc=self.args.dataset_num_proc,
+            training_prompts=self._training_prompts if self.state.global_step > 0 else None,
         )
         return judge.score(dataset, invalid_rows=self.args.invalid_rows)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from scipy.special import expit, logit
@@ -376,6 +376,14 @@ def test_a_loaded_model_scores_as_its_trainer_did(taught, tiny_gpt2, tmp_path, c
     for name in ("reward", "probability", "predicted_label", "surprise"):
         assert [row[name] for row in there] == pytest.approx(here[name][:], rel=2e-5, abs=2e-5)
     assert [row["completion"] for row in there] == held_out["completion"][:]
+
+
+def test_a_trainer_knows_which_rows_it_was_not_trained_on(taught, tiny_gpt2, tmp_path):
+    trainer, held_out, _ = taught
+    rows = concatenate_datasets([held_out.select(range(20)), asked(TRAINED, 2)[0].select(range(20))])
+    assert trainer.score(rows)["held_out"][:] == [True] * 20 + [False] * 20
+    untrained = make_trainer(tiny_gpt2, rows, tmp_path, pointwise=True)
+    assert untrained.score(rows)["held_out"][:] == [None] * 40
 
 
 @pytest.mark.parametrize("log_z", [0.4, "prior", "running_mean", "learned", "learned_constant"])

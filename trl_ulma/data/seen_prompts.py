@@ -53,27 +53,31 @@ def save(hashes: np.ndarray | None, folder: Path) -> None:
         np.save(folder / FILE, hashes)
 
 
-def seen(prompts: Iterable[Any], file: str | None) -> np.ndarray:
-    """`(N,)` `SEEN`, `NEW` or `UNKNOWN`: whether prompts were in the training data of the model that `file` is beside.
+def seen(prompts: Iterable[Any], trained: str | np.ndarray | None) -> np.ndarray:
+    """`(N,)` `SEEN`, `NEW` or `UNKNOWN`: whether prompts were in the training data of a model.
 
     Args:
         prompts: `(N,)` text or messages.
-        file: the path of `FILE` in the model's folder, or None if there is none.
+        trained: `training_hashes`, or the path of `FILE` in the model's folder. None if they are not known.
 
     Raises:
         ValueError: if the file contains something else.
     """
     hashes = hashes_of(prompts)
-    if file is None:
+    if trained is None:
         return np.full(len(hashes), UNKNOWN)
-    try:
-        known = np.load(file)
-    except (EOFError, ValueError) as error:
-        raise ValueError(f"{file} does not contain the hashes of training prompts ({error}). Delete it.") from error
+    known = _load(trained) if isinstance(trained, str) else trained
     found = np.where(np.isin(hashes, known), SEEN, NEW)
     if len(known) == MOST:
         found[hashes > known.max()] = UNKNOWN
     return found
+
+
+def _load(file: str) -> np.ndarray:
+    try:
+        return np.load(file)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"{file} does not contain the hashes of training prompts ({error}). Delete it.") from error
 
 
 def in_words(found: np.ndarray, model: str) -> str | None:
