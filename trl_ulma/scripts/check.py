@@ -172,7 +172,8 @@ def check(
         found = repeats_of(start.eval_dataset, training_args, eval_dataset)
         if found["repeated"] or found["contradicting"]:
             console.print("\n" + render_repeats(found, "eval", len(start.eval_dataset)), markup=False)
-    console.print(f"\nRows as the model sees them. The label is that of the part {_LEGEND[console.is_terminal]}:", markup=False)
+    legend = _LEGEND[console.is_terminal]
+    console.print(f"\nRows as the model sees them. The label is that of the part {legend}:", markup=False)
     for title, text in rows_shown(start, training_args, in_color=console.is_terminal):
         console.print(f"\n{title}", markup=False)
         console.print(Padding(text, (0, 2)), soft_wrap=False)
