@@ -25,6 +25,7 @@ from transformers import (
     GenerationMixin,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     LlavaForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
@@ -333,6 +334,152 @@ def test_cut_and_empty_answers_are_told(tiny_gpt2, tmp_path, chat):
     code, out, err = chat(str(tmp_path), "--prompt", "The cat", *GREEDY)
     assert (code, out) == (0, "\n")
     assert "[an empty answer]" in err
+
+
+# Answers that repeat themselves
+
+
+def scripted(folder: Path, prompt: list[int], answer: str, *, template: str | None = None) -> str:
+    """A GPT-2 whose likeliest answer to a prompt of that length is a text. It reads positions only."""
+    tokenizer = make_tokenizer(template)
+    size = 512
+    config = GPT2Config(
+        n_embd=size, n_inner=1, n_layer=1, n_head=1, n_positions=size, vocab_size=384, tie_word_embeddings=False
+    )
+    model = GPT2LMHeadModel(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    block = model.transformer.h[0]
+    answers = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        for weight in (model.transformer.wte.weight, block.attn.c_proj.weight, block.mlp.c_proj.weight):
+            weight.zero_()
+        model.transformer.wpe.weight.copy_(torch.eye(size))
+        model.lm_head.weight.zero_()
+        for place, token in enumerate(answers, len(prompt) - 1):
+            model.lm_head.weight[token, place] = 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+LONG = ("--max_new_tokens", "400", "--temperature", "0")
+STOPPED = "[stopped here, because the answer repeats itself; --allow_repetition shows all of it]\n"
+RIVER = "The longest river is the Nile. "
+LOOPS = {
+    "a sentence": ("Here it is: ", RIVER, "Here it is: The longest river is the Nile."),
+    "from the start": ("", RIVER, "The longest river is the Nile."),
+    "after another sentence": ("It flows. ", RIVER, "It flows. The longest river is the Nile."),
+    "lines": ("Rivers:\n", "- the Nile\n", "Rivers:\n- the Nile"),
+    "a word": ("It is ", "very ", "It is very"),
+    "a paragraph": ("", "The rain falls on the mat.\nThe cat sat on it.\n\n", None),
+    "from within a sentence": (
+        "The dog sat. ",
+        "The cat ran, the dog sat. ",
+        "The dog sat. The cat ran, the dog sat.",
+    ),
+    "another script": ("", "Нил. ", "Нил."),
+}
+
+
+@pytest.mark.parametrize(("start", "span", "shown"), LOOPS.values(), ids=LOOPS)
+def test_an_answer_that_repeats_itself_is_stopped(tmp_path, chat, start, span, shown):
+    tokenizer = make_tokenizer()
+    prompt = tokenizer("The cat")["input_ids"]
+    repeats = 390 // len(tokenizer(span)["input_ids"]) - 1
+    model = scripted(tmp_path, prompt, start + span * repeats)
+    code, out, err = chat(model, "--prompt", "The cat", *LONG)
+    assert (code, out.rstrip()) == (0, shown or (start + span).rstrip())
+    assert err.endswith(STOPPED)
+    assert err.count(STOPPED) == 1
+    assert "[cut at" not in err
+    code, out, err = chat(model, "--prompt", "The cat", *LONG, "--allow_repetition")
+    assert (code, out) == (0, f"{start}{span * repeats}\n")
+    assert "[stopped" not in err
+
+
+def test_the_model_does_not_go_on_after_the_stop(tmp_path, chat, monkeypatch):
+    lengths = []
+    generate = GenerationMixin.generate
+
+    def recorded(self, *args, **kwargs):
+        made = generate(self, *args, **kwargs)
+        lengths.append(made.shape[1] - kwargs["input_ids"].shape[1])
+        return made
+
+    monkeypatch.setattr(GenerationMixin, "generate", recorded)
+    tokenizer = make_tokenizer()
+    model = scripted(tmp_path, tokenizer("The cat")["input_ids"], "very " * 70)
+    chat(model, "--prompt", "The cat", *LONG)
+    chat(model, "--prompt", "The cat", *LONG, "--allow_repetition")
+    assert lengths[0] < 80 < 200 < lengths[1]
+
+
+ROW = "[0, 0, 0, 0, 0, 0],\n"
+NORMAL = {
+    "laughing": "Ha ha ha ha ha ha ha ha! That is fine.",
+    "zeros": f"x = [{'0, ' * 50}0]",
+    "rows of zeros": f"x = [\n{ROW * 6}]",
+    "a rule": f"Title\n{'-' * 80}\nText",
+    "a table": "| a | b | c |\n|---|---|---|\n" + "| no | no | no |\n" * 4,
+    "a refrain": "".join(f"Row {i} of the boat.\nLet it be, let it be, let it be, let it be.\n\n" for i in range(4)),
+    "a list": "".join(f"{i}. The cat sat on the mat.\n" for i in range(1, 10)),
+    "code": "a = [None, None, None, None, None]\n" + 'print("Hi")\n' * 4,
+    "twice": "No, thank you, I am fine today. " * 2,
+}
+
+
+@pytest.mark.parametrize("answer", NORMAL.values(), ids=NORMAL)
+def test_normal_repetitions_are_shown(tmp_path, chat, answer):
+    model = scripted(tmp_path, make_tokenizer()("The cat")["input_ids"], answer)
+    code, out, err = chat(model, "--prompt", "The cat", *LONG)
+    assert (code, out) == (0, f"{answer}\n")
+    assert "[stopped" not in err
+    assert "[cut" not in err
+
+
+def test_an_answer_cut_within_a_repetition_is_shown_to_its_end(tmp_path, chat):
+    tokenizer = make_tokenizer()
+    model = scripted(tmp_path, tokenizer("The cat")["input_ids"], "very " * 70)
+    _, out, err = chat(model, "--prompt", "The cat", "--max_new_tokens", "30", "--temperature", "0")
+    assert out == tokenizer.decode(tokenizer("very " * 70)["input_ids"][:30]) + "\n"
+    assert "[cut at 30 tokens; see --max_new_tokens]" in err
+
+
+def test_the_conversation_keeps_what_was_shown(tmp_path, chat, generated):
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    question = as_chat("user", "Why?")
+    model = scripted(tmp_path, chat_ids(tokenizer, question), RIVER * 12, template=CHAT_TEMPLATE)
+    code, out, _ = chat(model, "--max_new_tokens", "250", "--temperature", "0", stdin="Why?\nHow?\n")
+    assert (code, out.split("\n\n")[0]) == (0, RIVER)
+    assert generated[1] == chat_ids(tokenizer, question, as_chat("assistant", RIVER), as_chat("user", "How?"))
+
+
+def test_both_answers_of_a_comparison_are_stopped(tmp_path, chat):
+    tokenizer = make_tokenizer()
+    base = scripted(tmp_path / "base", tokenizer("The cat")["input_ids"], RIVER * 15)
+    adapter = saved_adapter(base, tmp_path / "out", seed=None)
+    tokenizer.save_pretrained(adapter)
+    code, out, err = chat(adapter, "--compare", "--prompt", "The cat", *LONG)
+    assert code == 0
+    assert [said for _, said in compared(out)] == [RIVER] * 2
+    assert err.count(STOPPED) == 2
+    assert err.endswith("[the same answer]\n")
+
+
+def test_an_answer_is_shown_while_it_is_generated(tmp_path, chat, monkeypatch):
+    shown = []
+    show = TextStreamer.on_finalized_text
+
+    def recorded(self, text, stream_end=False):
+        show(self, text, stream_end)
+        shown.append(text)
+
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", recorded)
+    answer = "The cat sat on the mat. How are you today?"
+    chat(scripted(tmp_path, make_tokenizer()("The cat")["input_ids"], answer), "--prompt", "The cat", *LONG)
+    parts = [text for text in shown if text]
+    assert "".join(parts) == answer
+    assert len(parts) == len(answer.split())
 
 
 # Errors

@@ -10,10 +10,17 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import is_peft_model
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from trl_ulma.evaluation.records import RecordFile, digest
 from trl_ulma.evaluation.refusals import PASSING, Why
+from trl_ulma.evaluation.repetition import Repetition
 from trl_ulma.evaluation.server import Refusal, Reply, Server
 from trl_ulma.evaluation.turns import opens_reasoning, show_calls, split_reasoning
 
@@ -132,13 +139,13 @@ class TransformersGenerator:
         sampling: Sampling,
         seed: int,
         done: Callable[[int, Reply], None],
-        streamer: Any = None,
+        printer: "AnswerPrinter | None" = None,
     ) -> None:
         """Answer prompts of a batch. The whole batch is generated, because its rows draw from one random state.
 
         Args:
             prompts, wanted, sampling, seed, done: see `Generator`.
-            streamer: of transformers, is given the tokens of a single prompt's answer one by one.
+            printer: prints the answer to a single prompt. It can stop the answer.
 
         Raises:
             ValueError: if a prompt is empty or too long.
@@ -159,20 +166,21 @@ class TransformersGenerator:
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self.ends or None,
                 pad_token_id=self.tokenizer.pad_token_id,
-                streamer=streamer,
+                streamer=printer,
+                stopping_criteria=None if printer is None else StoppingCriteriaList([_Stop(printer)]),
             )
         answers = generated[:, inputs["input_ids"].size(1) :].tolist()
         for place in wanted:
-            ids = answers[place]
+            ids = answers[place] if printer is None else answers[place][: printer.kept]
             end = next((i for i, token in enumerate(ids) if token in self.ends), None)
             is_open = opens_reasoning(self.text_of(prompts[place][-8:]))
             reasoning, text = self._split(ids[:end], is_open=is_open, is_cut=end is None)
             done(place, Reply(show_calls(text), end is not None, reasoning))
 
-    def reply(self, prompt: Sequence[int], sampling: Sampling, seed: int, streamer: Any) -> Reply:
-        """Return the answer to one prompt, whose tokens are given to a streamer of transformers one by one."""
+    def reply(self, prompt: Sequence[int], sampling: Sampling, seed: int, printer: "AnswerPrinter") -> Reply:
+        """Return the answer to one prompt, which is printed while it is generated."""
         found: list[Reply] = []
-        self([prompt], [0], sampling, seed, lambda _, reply: found.append(reply), streamer)
+        self([prompt], [0], sampling, seed, lambda _, reply: found.append(reply), printer)
         return found[0]
 
     def _split(self, ids: list[int], *, is_open: bool, is_cut: bool) -> tuple[str, str]:
@@ -189,18 +197,57 @@ class TransformersGenerator:
 class AnswerPrinter(TextStreamer):
     """Prints an answer to stdout while it is generated, without the tokens that end it, which may be no special ones.
 
+    Tokens that repeat the ones before them are printed when something else follows. If they go on, the answer is
+    stopped, and they are left out.
+
     Args:
         generator: generates the answer.
+        allow_repetition: whether to print all tokens at once, and not to stop the answer.
     """
 
-    def __init__(self, generator: TransformersGenerator):
+    def __init__(self, generator: TransformersGenerator, *, allow_repetition: bool = False):
         super().__init__(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self.ends = generator.ends
+        self.allow_repetition = allow_repetition
+        self._repetition = Repetition(lambda ids: str(self.tokenizer.decode(list(ids), skip_special_tokens=True)))
+        self._printed = 0
+
+    @property
+    def kept(self) -> int | None:
+        """How many tokens of an answer that repeats itself are printed. None if the answer is not stopped."""
+        return None if self.allow_repetition else self._repetition.kept
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, and then each token."""
-        if self.next_tokens_are_prompt or int(value.flatten()[-1]) not in self.ends:
-            super().put(value)
+        token = int(value.flatten()[-1])
+        if self.allow_repetition or self.next_tokens_are_prompt:
+            if self.next_tokens_are_prompt or token not in self.ends:
+                super().put(value)
+        elif token not in self.ends:
+            self._repetition.add(token)
+            self._print(len(self._repetition.tokens) - self._repetition.undecided)
+
+    def end(self) -> None:
+        """Print what is left of the answer."""
+        self._print(self.kept)
+        super().end()
+
+    def _print(self, stop: int | None) -> None:
+        """Print the tokens up to a place; with None all."""
+        for token in self._repetition.tokens[self._printed : stop]:
+            super().put(torch.tensor([token]))
+            self._printed += 1
+
+
+class _Stop(StoppingCriteria):
+    """Stops an answer that repeats itself."""
+
+    def __init__(self, printer: AnswerPrinter):
+        self.printer = printer
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """Whether each row of the batch, which is one, is stopped."""
+        return torch.full((len(input_ids),), self.printer.kept is not None, device=input_ids.device)
 
 
 class ServerGenerator:

@@ -54,6 +54,11 @@ def make_parser(prog: str = "trl-ulma chat") -> argparse.ArgumentParser:
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the answers (default: 0)")
     parser.add_argument(
+        "--allow_repetition",
+        action="store_true",
+        help="do not stop an answer that repeats the same words without end",
+    )
+    parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
@@ -129,6 +134,7 @@ class Chat:
         context: the largest number of tokens of prompt and answer, or None.
         system_message: of the training, or None.
         description: lines that say what is loaded.
+        allow_repetition: whether not to stop an answer that repeats itself.
         turns: the conversation so far. For bare text it remains empty.
         count: how many messages were answered. Each has a seed of its own.
     """
@@ -139,6 +145,7 @@ class Chat:
     context: int | None
     system_message: str | None
     description: list[str]
+    allow_repetition: bool = False
     turns: list[dict[str, Any]] = field(default_factory=list)
     count: int = 0
 
@@ -167,10 +174,12 @@ class Chat:
             if len(self.models) > 1:
                 heading = "\n" * (place > 0) + f"{model.name}:\n"
             print(heading, end="", flush=True)
-            streamer = AnswerPrinter(model.generator)
+            printer = AnswerPrinter(model.generator, allow_repetition=self.allow_repetition)
             with model.activated():
-                reply = model.generator.reply(ids, self.sampling, seed, streamer)
-            if not reply.finished:
+                reply = model.generator.reply(ids, self.sampling, seed, printer)
+            if printer.kept is not None:
+                _note("[stopped here, because the answer repeats itself; --allow_repetition shows all of it]")
+            elif not reply.finished:
                 _note(f"[cut at {self.sampling.max_new_tokens} tokens; see --max_new_tokens]")
             elif not reply.text.strip():
                 _note("[an empty answer]")
@@ -270,7 +279,7 @@ def load(args: argparse.Namespace, sampling: "Sampling") -> Chat:
     if before is not None:
         description.append(f"Compared with the model before training: {before}")
     encoder = Encoder(processing_class, not is_chat, False, None, "keep_start")
-    return Chat(models, encoder, sampling, context, system_message, description)
+    return Chat(models, encoder, sampling, context, system_message, description, args.allow_repetition)
 
 
 def _name_before(source: str) -> str:
