@@ -17,7 +17,7 @@ from trl import DPOConfig
 from trl_ulma import PointwiseDPOConfig, ULMAConfig
 from trl_ulma.scripts import check, demo, evaluate, pointwise_dpo, prepare, score, ulma
 from trl_ulma.scripts.cli import main
-from trl_ulma.scripts.command_line import VERBOSE, CommandParser, as_options, attempt, is_refusal
+from trl_ulma.scripts.command_line import VERBOSE, CommandParser, as_options, attempt, is_refusal, tell_last_counts
 from trl_ulma.scripts.help_page import GROUPS, help_page
 from trl_ulma.scripts.options import DataArguments
 
@@ -112,13 +112,62 @@ def test_two_values_under_two_names_are_an_error(words, capsys):
     )
 
 
-def test_one_value_under_two_names_and_two_under_one_are_none(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["chat", "--model", "a", "--model", "b"], "--model is given twice. Its last value counts: b."),
+        (["chat", "--model", "a", "--seed=1", "--seed", "2"], "--seed is given twice. Its last value counts: 2."),
+        (["score", "--output=o.csv", "--output", "p.csv"], "--output is given twice. Its last value counts: p.csv."),
+        (["demo", "--steps", "1", "--steps", "1"], None),
+        (["ulma", "--beta", "0.1", "--beta=0.2"], "--beta is given twice. Its last value counts: 0.2."),
+        (["ulma", "--beta", "0.1", "--beta=0.10"], None),
+        (["ulma", "--use_peft", "--use_peft", "false"], "--use_peft is given twice. Its last value counts: false."),
+        (["ulma", "--use_peft", "--use_peft", "true"], None),
+        (["ulma", "--lora_target_modules", "q", "v"], None),
+        (
+            ["ulma", "--num_processes", "1", "--num_processes=2"],
+            "--num_processes is given twice. Its last value counts: 2.",
+        ),
+    ],
+)
+def test_the_last_value_of_an_option_counts_and_this_is_said_once(words, told, capsys):
+    command, *options = words
+    tell_last_counts.cache_clear()
+    needed = ["--model", "m", "--dataset", "d"] if command == "ulma" else ["--no_such_option"]
+    assert main([command, *options, *needed])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "given twice" in line]
+    assert lines == ([] if told is None else [f"trl-ulma {command}: {told}"])
+
+
+def test_the_last_value_is_used_and_several_values_are_collected(tmp_path):
     words = ["--dataset", "d", "--output", str(tmp_path), "--model", "a", "--model_name_or_path", "a"]
     assert ulma.make_parser().parse_settings(words)[2].model_name_or_path == "a"
-    words = ["--dataset", "d", "--output", str(tmp_path), "--model", "a", "--model", "b"]
-    assert ulma.make_parser().parse_settings(words)[2].model_name_or_path == "b"
-    several = ["--model", "a", "--model_name_or_path", "b", "--dataset", "d", "--output", "o"]
-    assert evaluate.make_parser().parse_args(several).model == ["a", "b"]
+    words = ["--dataset", "d", "--output", str(tmp_path), "--model", "a", "--model", "b", "--beta", "0.1", "--beta=1"]
+    settings = ulma.make_parser().parse_settings(words)
+    assert (settings[2].model_name_or_path, settings[1].beta) == ("b", 1.0)
+    launched, _ = ulma.make_parser().parse_for_launch([*words, "--num_processes", "1", "--num_processes", "2"])
+    assert launched == ["--num_processes", "2"]
+    several = ["--model", "a", "--model", "b", "--model_name_or_path", "c", "--dataset", "d", "--output", "o"]
+    assert evaluate.make_parser().parse_args(several).model == ["a", "b", "c"]
+
+
+def test_an_option_beside_a_yaml_file_overrides_it(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"model": "m", "dataset": "d", "beta": 0.5, "num_processes": 2}))
+    words = ["--config", str(file), "--beta", "0.1", "--num_processes", "1", "--output", str(tmp_path / "out")]
+    launched, _ = ulma.make_parser().parse_for_launch(words)
+    assert launched == ["--num_processes", "1"]
+    assert ulma.make_parser().parse_settings([*words[:4], *words[6:]])[1].beta == 0.1
+
+
+def test_an_invalid_value_of_an_option_that_is_given_twice_is_reported_as_ever(capsys):
+    for words, message in (
+        (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
+        (["--seed", "one", "--seed", "2"], "argument --seed: invalid int value: 'one'"),
+        (["--model", "--model", "b"], "argument --model: expected one argument"),
+    ):
+        assert main(["chat", "--model", "b", *words]) == 2
+        assert capsys.readouterr().err == f"trl-ulma chat: error: {message}\n"
 
 
 # Help

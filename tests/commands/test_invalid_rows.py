@@ -54,6 +54,9 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert said.replace(" \\\n       ", "").endswith(
         f"\nFix these rows and check again, or leave them out:\n\n    {without}\n"
     )
+    assert check.main([*command, "--invalid_rows=error"]) == 1
+    assert "--invalid_rows drop" in (said := capsys.readouterr().err)
+    assert "--invalid_rows=error" not in said
 
     assert check.main([*command, "--invalid_rows", "drop"]) == 0
     shown = capsys.readouterr().out

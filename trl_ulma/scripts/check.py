@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parser.parse_settings(script_words)
     training_args = settings[1]
     following = following_command(chosen.method, words, has_output=training_args.output_dir != DEFAULT_OUTPUT)
-    again = in_lines(["trl-ulma", "check", "--method", chosen.method, *words, "--invalid_rows", "drop"])
+    chooser = CommandParser(prog=PROG, add_help=False)
+    chooser.add_argument("--invalid_rows", "--invalid-rows")
+    others = chooser.parse_known_args(words)[1]  # an option with two values is an error
+    again = in_lines(["trl-ulma", "check", "--method", chosen.method, *others, "--invalid_rows", "drop"])
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
         return attempt(parser, lambda: check(METHODS[chosen.method], following, again, processes, parser, *settings))

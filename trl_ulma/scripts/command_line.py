@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import dis
+import functools
 import logging
 import os
 import re
@@ -181,20 +182,42 @@ def accept_other_names(parser: argparse.ArgumentParser, action: argparse.Action)
 def refuse_contradictions(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Exit with code 2 if an option has different values under two of its names.
 
-    If a name is repeated, its last value counts, as in argparse. Options that collect values are not checked.
+    If one name has different values, the last one counts, as in argparse, and a line on stderr says so. Options that
+    collect values are not checked. A value that the option does not accept is left to argparse, which reports it.
     """
-    given: dict[argparse.Action, dict[str, str]] = {}
+    given: dict[argparse.Action, list[tuple[str, str, Any]]] = {}
     for place, word in enumerate(words):
+        if word == "--":
+            break
         name, equals, value = word.partition("=")
         action = parser._option_string_actions.get(name)
-        if action is None or isinstance(action, argparse._AppendAction) or action.nargs is not None:
+        if action is None or isinstance(action, argparse._AppendAction) or action.nargs not in (None, "?"):
             continue
-        if equals or place + 1 < len(words):
-            given.setdefault(action, {})[name] = value if equals else words[place + 1]
-    for values in given.values():
-        if len(set(values.values())) > 1:
-            both = " and ".join(f"{name} {value}" for name, value in values.items())
-            parser.error(f"{both} are two names of one option, with two values. Give it once.")
+        if not equals:
+            value = words[place + 1] if place + 1 < len(words) else ""
+            if not value or value.startswith("--"):
+                if action.nargs is None:  # which argparse reports
+                    continue
+                value = str(action.const)  # --bf16 is --bf16 true
+        with contextlib.suppress(argparse.ArgumentError):
+            use = (name, value, parser._get_value(action, value))
+            given.setdefault(action, []).append(use)
+    for uses in given.values():
+        last, text, value = uses[-1]
+        for other_name, other_text, other_value in uses[:-1]:
+            if other_value == value:
+                continue
+            if other_name != last:
+                both = f"{other_name} {other_text} and {last} {text}"
+                parser.error(f"{both} are two names of one option, with two values. Give it once.")
+            tell_last_counts(parser.prog, last, text)
+
+
+@functools.cache  # a command can parse its options several times
+def tell_last_counts(prog: str, name: str, text: str) -> None:
+    """Say on stderr that an option was given twice, and that its last value counts."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: {name} is given twice. Its last value counts: {text}.", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ from trl_ulma.scripts.command_line import (
     did_you_mean,
     one_line,
     refuse_contradictions,
+    tell_last_counts,
 )
 from trl_ulma.scripts.help_page import GROUPS, NAMES, help_page, usage
 
@@ -330,6 +331,8 @@ class OptionParser(TrlParser):
                 if not words or words[0].startswith("--"):
                     self.error(f"{option} needs a value.")
                 value = words.pop(0)
+            if chosen.get(action.dest, [option, value])[-1] != value:
+                tell_last_counts(self.prog, option, value)
             chosen[action.dest] = [option, value]
         return chosen
 
