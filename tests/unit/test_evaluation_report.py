@@ -668,7 +668,8 @@ def test_of_long_answers_the_part_is_shown_in_which_they_differ():
     assert found["others"] == 1
     for name, word in (("before", "yes"), ("after", "no")):
         assert f"words. {word} and so on" in example[name]
-        assert 600 <= len(example[name]) <= 602
+        assert 580 <= len(example[name]) <= 602
+        assert re.fullmatch(r"…(words\.|same|The) .* (and|so|on)…", example[name])
     facts = facts_of(5)
     facts["models"][0]["changed"] = {"base": "base", **found}
     quotes = [part.text for part in report.document({**facts, "pictures": []}) if isinstance(part, Quote)]
@@ -827,6 +828,25 @@ def test_the_terminal_shows_a_report_on_one_screen():
     assert "What to do next: " in text
     assert "\nlength alone" in text
     assert text.count("\n") <= 22
+
+
+@pytest.mark.parametrize(("words", "space"), [(" many words", " "), (" 字", ""), ("\nlines", " ")])
+def test_texts_are_cut_between_words(words, space):
+    text = "Question" + words * 400
+    rows = [{"prompt": text, "completion": text}]
+    zeros = np.zeros(1)
+    (found,) = surprises(zeros, zeros, zeros, zeros.astype(bool), LabelRules(), rows, [0])
+    (example,) = changed([text], [f"Yes. {text}"], [f"No. {text}"], [text])["examples"]
+    known = set(f"Yes. No. {text}".split())
+    for each in (found["prompt"], found["answer"], *example.values()):
+        assert len(each) <= 602
+        assert "…" in each
+        assert set(each.replace("…", " ").split()) <= known
+    # A text without spaces is cut at the limit
+    (found,) = surprises(
+        zeros, zeros, zeros, zeros.astype(bool), LabelRules(), [{"prompt": "字" * 900, "completion": "x"}], [0]
+    )
+    assert len(found["prompt"]) == 301
 
 
 def test_text_is_in_columns_of_letters_of_any_width():

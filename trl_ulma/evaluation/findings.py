@@ -1,5 +1,6 @@
 """Rewards on the scale of the labels in the data: calibration, errors, and the most surprising rows."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,11 +163,11 @@ def changed(
 
 
 def where_they_differ(one: str, other: str, most: int = _LONGEST_ANSWER) -> tuple[str, str]:
-    """Return two texts, of long ones the part from shortly before their first difference.
+    """Return two texts, of long ones the part from shortly before their first difference. Words stay whole.
 
     Example:
         >>> where_they_differ("The cat sat on the mat.", "The cat sat on the roof.", 8)
-        ('…e mat.', '…e roof.')
+        ('…mat.', '…roof.')
         >>> where_they_differ("The cat", "The dog", 8)
         ('The cat', 'The dog')
     """
@@ -175,25 +176,59 @@ def where_they_differ(one: str, other: str, most: int = _LONGEST_ANSWER) -> tupl
         return shortened(one, most), shortened(other, most)
     shorter = min(len(one), len(other))
     same = next((place for place in range(shorter) if one[place] != other[place]), shorter)
+    # The word of the first difference is whole, unless it is very long
+    own_word = max((place.end() for place in re.finditer(r"\s", one[:same])), default=0)
     start = max(0, same - most // 4)
-
-    def part(text: str) -> str:
-        end = start + most
-        return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"
-
-    return part(one), part(other)
+    start = next((place.end() for place in re.finditer(r"\s+", one[:same]) if place.start() >= start - 1), start)
+    if start > own_word >= same - most // 2:
+        start = own_word
+    before = "…" if start else ""
+    return before + whole_words(one[start:], most), before + whole_words(other[start:], most)
 
 
 def shortened(text: str, most: int = _LONGEST) -> str:
-    """Return a text, shortened in the middle if it is too long for a table.
+    """Return a text, shortened in the middle if it is too long for a table. Words stay whole.
 
     Example:
-        >>> shortened("0123456789", 7), shortened(" short ", 7)
-        ('012…789', 'short')
+        >>> shortened("One two three four five", 14), shortened("0123456789", 7), shortened(" short ", 7)
+        ('One two…five', '012…789', 'short')
     """
     text = text.strip()
     half = most // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+    if len(text) <= most:
+        return text
+    end = whole_words(text[::-1], half)[::-1].removeprefix("…")
+    return whole_words(text, half) + end
+
+
+def whole_words(text: str, most: int) -> str:
+    """Return the beginning of a text up to the end of a word, with "…" if it is not all of it.
+
+    A text without spaces is cut at `most` characters.
+
+    Example:
+        >>> whole_words("One two three", 10), whole_words("0123456789", 4), whole_words("One two", 7)
+        ('One two…', '0123…', 'One two')
+    """
+    if len(text) <= most:
+        return text
+    part = text[:most]
+    if not text[most].isspace():
+        spaces = [place.start() for place in re.finditer(r"\s", part)]
+        # A long part of one word is shown, because texts of some languages have no spaces
+        part = part[: spaces[-1]] if spaces and spaces[-1] >= most // 2 else part
+    return f"{part.rstrip()}…"
+
+
+def without_part_of_word(text: str) -> str:
+    """Return an answer that a limit of tokens ended, without the part of a word at its end, and with "…".
+
+    Example:
+        >>> without_part_of_word("It is a mista"), without_part_of_word("It is."), without_part_of_word("")
+        ('It is a…', 'It is.…', '')
+    """
+    text = text.rstrip()
+    return whole_words(f"{text}x", len(text)) if text[-1:].isalnum() else text and f"{text}…"
 
 
 def _mean(values: np.ndarray, prompt: np.ndarray, seed: int) -> Estimate:

@@ -19,7 +19,7 @@ from trl_ulma.data.sheet_rows import with_sheet_row
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.before import model_before, revision_before
 from trl_ulma.evaluation.conclusions import counted
-from trl_ulma.evaluation.findings import changed
+from trl_ulma.evaluation.findings import changed, without_part_of_word
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import Question, invalid_in_words
 from trl_ulma.evaluation.judges import Judge, ProfanityJudge, RewardModelJudge
@@ -125,7 +125,8 @@ class _Run:
         self.is_usual = self._tell_reading(trained)
         self.questions = self._questions() if self.answers_all else self._examples()
         self.likelihoods = Likelihoods(args, self.reading, self._note, partial(self._file, "rewards"))
-        # Answers by the name of the run; of a model before training, by its own name or folder
+        # Answers by the name of the run; of a model before training, by its own name or folder. They are as the report
+        # shows them: with "…" if the limit of tokens ended them
         self.replies: dict[str, dict[int, str | None]] = {}
 
     def __call__(self) -> dict[str, Any]:
@@ -412,7 +413,10 @@ class _Run:
             asked = generator.server.model
             self.notes += [f"The server of {run}: {each}" for each in other_models(asked, told["answered_by"])]
         answers = [None if reply.refused is not None else reply.text for reply in replies]
-        self.replies[key or run] = dict(zip((question.row for question in questions), answers, strict=True))
+        self.replies[key or run] = {
+            question.row: text if text is None or reply.finished else without_part_of_word(text)
+            for question, text, reply in zip(questions, answers, replies, strict=True)
+        }
         return {"answers": told, "judged": self.judging.judge(run, questions, answers)}
 
     def _note_answers(self, run: str, replies: list[Reply], told: dict[str, Any]) -> None:
