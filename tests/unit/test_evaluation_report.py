@@ -459,8 +459,8 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
             assert known in text
             assert known in page
     for each in record["models"][0]["surprises"]:
-        row = f"| {each['row']} | {each['label']:g} | {each['predicted']:.2f} | 3.00 | Question {each['row']} |"
-        assert row in text
+        row = f" | {each['label']:g} | {each['predicted']:.2f} | 3.00 | Question {each['row']} |"
+        assert re.search(rf"\| row {each['row']}( \(counted from 0\))?{re.escape(row)}", text)
     assert len(record["models"][0]["surprises"]) == 10
     # Both models in each table, but for those of rewards, which are 0 before training
     for heading in ("## Main figures", "## Helpful"):
@@ -847,6 +847,19 @@ def test_texts_are_cut_between_words(words, space):
         zeros, zeros, zeros, zeros.astype(bool), LabelRules(), [{"prompt": "字" * 900, "completion": "x"}], [0]
     )
     assert len(found["prompt"]) == 301
+
+
+def test_rows_have_their_line_or_a_number_that_says_how_it_is_counted():
+    facts = facts_of()
+    rows = facts["models"][0]["surprises"]
+    for number, each in enumerate(rows[:-3]):
+        each["file_line"] = f"a.csv, line {number + 2}"
+    text = to_markdown(report.document(facts | {"pictures": []}))
+    names = re.findall(r"^\| ([^|]*) \| [0-9.]* \| [0-9.]* \| 3.00 \|", text, re.M)
+    assert names[:-3] == [f"a.csv, line {number + 2}" for number in range(len(rows) - 3)]
+    assert names[-3:] == [f"row {rows[-3]['row']} (counted from 0)", *(f"row {each['row']}" for each in rows[-2:])]
+    assert text.count("counted from 0") == 1
+    assert "numbered from 0" not in text
 
 
 def test_text_is_in_columns_of_letters_of_any_width():

@@ -4,6 +4,7 @@ import csv
 import re
 from array import array
 from bisect import bisect_left
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,6 +34,24 @@ def with_sheet_row(place: str) -> str:
     found = _PLACE.fullmatch(place)
     row = None if found is None else sheet_row(Path(found[1]), int(found[2]))
     return place if row is None else f"{place} (row {row:d} in a spreadsheet)"
+
+
+def named_rows(numbers: Sequence[int], places: Sequence[str | None]) -> list[str]:
+    """A name of each row of a list: its file and line, or its number if they are not known.
+
+    Args:
+        numbers: `(N,)` numbers of the rows, counted from 0, as the first one says.
+        places: `(N,)` file and line, with `with_sheet_row`.
+
+    Example:
+        >>> named_rows([3, 12, 13], ["a.csv, line 5", None, None])
+        ['a.csv, line 5', 'row 12 (counted from 0)', 'row 13']
+    """
+    first = next((i for i, place in enumerate(places) if not place), None)
+    return [
+        place or f"row {number}{' (counted from 0)' if i == first else ''}"
+        for i, (number, place) in enumerate(zip(numbers, places, strict=True))
+    ]
 
 
 def sheet_row(file: Path, line: int) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
+from trl_ulma.data.sheet_rows import named_rows
 from trl_ulma.evaluation.conclusions import conclusions, corrected, counted, of_prompts, what_next
 from trl_ulma.evaluation.document import (
     Bullets,
@@ -381,33 +382,28 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Details]:
 
 
 def _surprises(model: Mapping[str, Any]) -> list[Part]:
+    found = model.get("surprises", ())
+    if not found:
+        return []
+    places = named_rows([each["row"] for each in found], [each["file_line"] for each in found])
     rows = [
         [
-            each["file_line"] or str(each["row"]),
+            place,
             f"{each['label']:g}",
             f"{each['predicted']:.2f}",
             f"{each['predicted_before']:.2f}",
             each["prompt"],
             each["answer"],
         ]
-        for each in model.get("surprises", ())
+        for place, each in zip(places, found, strict=True)
     ]
-    if not rows:
-        return []
     why = _why_few_mistakes(model.get("own_scale"))
     title = f"The most surprising labels, for the model {model['name']}"
     parts: list[Part] = [
         Text(
-            (
-                f"{why}, so these are mostly the lowest and the highest labels. The list does not point to mistakes."
-                if why
-                else "Check these labels for mistakes first."
-            )
-            + (
-                ""
-                if all(each["file_line"] for each in model["surprises"])
-                else " Rows that were not read from a file are numbered from 0, in the order of evaluation."
-            )
+            f"{why}, so these are mostly the lowest and the highest labels. The list does not point to mistakes."
+            if why
+            else "Check these labels for mistakes first."
         ),
         Table(["row", "label", "predicted", "before training", "prompt", "answer"], rows, is_text=True),
     ]

@@ -15,7 +15,7 @@ import numpy as np
 from transformers.utils import logging
 
 from trl_ulma.data import seen_prompts
-from trl_ulma.data.sheet_rows import with_sheet_row
+from trl_ulma.data.sheet_rows import named_rows, with_sheet_row
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.before import model_before, revision_before
 from trl_ulma.evaluation.conclusions import counted
@@ -335,7 +335,8 @@ class _Run:
         facts["left_out"] = len(missing)
         facts["left_out_reasons"] = left_out_of(rows)
         places = self.reading.held_out.places
-        facts["left_out_rows"] = [with_sheet_row(places[row] or f"row {row}") for row in missing[:_LISTED]]
+        first = missing[:_LISTED].tolist()
+        facts["left_out_rows"] = named_rows(first, [with_sheet_row(places[row] or "") for row in first])
         facts["trained_on"] = self._note_seen(run, source, np.asarray(rows["row"][:]))
         facts["accuracy_in_training"] = accuracy_in_training(training_log(Path(source)))
         model = load_model(source, dtype=args.dtype, **self.loading)
