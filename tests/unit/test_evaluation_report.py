@@ -862,6 +862,54 @@ def test_rows_have_their_line_or_a_number_that_says_how_it_is_counted():
     assert "numbered from 0" not in text
 
 
+def test_a_picture_has_a_sentence_on_what_to_look_at_and_its_numbers_in_words(tmp_path):
+    facts = facts_of()
+    facts["models"][0]["source"] = str(tmp_path)
+    logs = [{"step": step, "loss": 1 / step, "eval_loss": 0.5} for step in (1, 2, 4)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    stars = np.repeat([1.0, 5.0], [150, 50])
+    drawings, _ = pictures(facts["models"], stars, np.zeros(200, dtype=bool))
+    report.write(tmp_path, facts, drawings)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    names = ["labels", "training", "calibration", "predicted-labels", "verdicts-1-helpful"]
+    assert facts["pictures"] == names
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert len(captions) == len(names)
+    for caption in captions:
+        assert re.fullmatch(r"[A-Z][^.]*\.", caption), "one sentence"
+        assert caption in text
+    said = re.findall(r'<img alt="([^"]*)"', page)
+    assert said == re.findall(r'<img alt="([^"]*)"', text)
+    labels, training, calibrated, predicted, verdicts = said
+    assert labels == "Bar chart of the labels. 200 rows: 150 rows with label 1, 50 rows with label 5."
+    assert "loss: 1 at step 1, 0.25 at step 4. eval_loss: 0.5 at step 1, 0.5 at step 4." in training
+    first, groups = facts["models"][0]["own_scale"]["calibration"][0], facts["models"][0]["own_scale"]["by_label"]
+    assert f"the model after training: {first.predicted:.2f} for {first.observed:.2f}, " in calibrated
+    for each in groups:
+        assert f"{report.shown(each['predicted'], '.2f')} for label {each['label']:g}" in predicted
+    assert "the model before training: 3.00" in predicted
+    assert "the model after training: win 50.0%, tie 30.0%, lose 20.0% of 100 comparisons." in verdicts
+    # Legends say who is who
+    names = [text.get_text() for text in drawings["predicted-labels"].draw().legends[0].get_texts()]
+    assert names == ["perfect prediction", "the model after training", "the model before training"]
+
+
+def test_words_for_a_picture_cannot_break_out(tmp_path):
+    facts = facts_of()
+    facts["models"].append(copy.deepcopy(facts["models"][0]) | {"name": '"><b>\n\nx'})
+    drawings, _ = pictures(facts["models"], np.arange(200.0), np.arange(200) < 20)
+    report.write(tmp_path, facts, drawings)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "<b>" not in page
+    (said,) = [each for each in re.findall(r'<img alt="([^"]*)"', page) if "predicted label" in each]
+    assert "&quot;&gt;&lt;b&gt; x: " in said
+    assert "tuned: " in said
+    assert said in text
+    (said,) = [each for each in re.findall(r'<img alt="([^"]*)"', page) if "of the labels" in each]
+    assert "20 demonstrations: labels from 0 to 19, half of them from 4.75 to 14.2, median 9.5." in said
+    assert "180 other rows: labels from 20 to 199" in said
+
+
 def test_text_is_in_columns_of_letters_of_any_width():
     lines = to_text([Table(["model", "auc"], [["模型", "0.5"], ["é", "0.75"]])]).splitlines()
     assert lines == ["model   auc", "模型    0.5", "é      0.75"]

@@ -13,6 +13,11 @@ _UNDECIDED = "nothing can be concluded: the interval includes"
 _KNOWS = 0.7
 
 
+def are_alone(models: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether only one of these models is not a model before training. Sentences call it "the model" then."""
+    return sum(not model.get("is_base") for model in models) == 1
+
+
 def conclusions(facts: Mapping[str, Any]) -> list[str]:
     """The conclusions, one sentence each: first about rewards, then about judged answers.
 

@@ -18,8 +18,9 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
   font-variant-numeric: tabular-nums }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; vertical-align: top }
 th:first-child, td:first-child, .text th, .text td { text-align: left } th { background: var(--soft) }
-.text td:not(:first-child), p, li, code { overflow-wrap: anywhere }
-picture { display: block; margin: 1rem 0 } img { max-width: 100%; height: auto }
+.text td:not(:first-child), p, li, code, figcaption { overflow-wrap: anywhere }
+figure { margin: 1rem 0 2rem } picture { display: block } figcaption { max-width: 40rem }
+img { max-width: 100%; height: auto }
 p.title { font-weight: 600; margin-bottom: .2rem }
 blockquote { border-left: 3px solid var(--line); margin: .2rem 0 1rem; padding: .1rem 1rem; white-space: pre-wrap;
   overflow-wrap: anywhere }
@@ -80,9 +81,17 @@ class Quote:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture. The folder of the report has `name`.svg and `name`-dark.svg, and the same as .png."""
+    """A picture. The folder of the report has `name`.svg and `name`-dark.svg, and the same as .png.
+
+    Attributes:
+        name: see above.
+        caption: one sentence below it on what to look at; "" for none.
+        alternative: what it shows, in words and numbers, for readers who do not see it; `name` if it is "".
+    """
 
     name: str
+    caption: str = ""
+    alternative: str = ""
 
 
 @dataclass(frozen=True)
@@ -264,10 +273,11 @@ def _markdown(part: Part) -> str:
     if isinstance(part, Quote):
         lines = [_quoted(line) for line in part.text.splitlines() or [""]]
         return f"{_plain(part.title)}:\n\n" + "\n".join(f"> {line}".rstrip() for line in lines)
-    return (
+    picture = (
         f'<picture>\n<source media="(prefers-color-scheme: dark)" srcset="{part.name}-dark.png">\n'
-        f'<img alt="{part.name}" src="{part.name}.png">\n</picture>'
+        f'<img alt="{_alternative(part)}" src="{part.name}.png">\n</picture>'
     )
+    return f"{picture}\n\n{_plain(part.caption)}" if part.caption else picture
 
 
 def _plain(text: str) -> str:
@@ -311,10 +321,16 @@ def _html(part: Part, folder: Path) -> str:
     if isinstance(part, Quote):
         return f'<p class="title">{_inline(part.title)}:</p>\n<blockquote>{html.escape(part.text)}</blockquote>'
     light, dark = (_embedded(folder / f"{part.name}{suffix}.svg") for suffix in ("", "-dark"))
+    caption = f"\n<figcaption>{_inline(part.caption)}</figcaption>" if part.caption else ""
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{html.escape(part.name)}" src="{light}"></picture>'
+        f'<figure>\n<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{_alternative(part)}" src="{light}"></picture>{caption}\n</figure>'
     )
+
+
+def _alternative(part: Picture) -> str:
+    """The text of a picture as the value of an attribute, in one line."""
+    return html.escape(" ".join((part.alternative or part.name).split()))
 
 
 def _cell(header: str, cell: str, is_text: bool) -> str:

@@ -254,10 +254,10 @@ def label_histogram(label: np.ndarray, is_demonstration: np.ndarray, *, raw: np.
         known = np.isfinite(raw)
         _draw_labels(before, raw[known], is_demonstration[known], named=False)
         before.set_xlabel("label in the data")
-        before.set_ylabel("rows")
+        before.set_ylabel("number of rows")
         _quiet(before)
         _draw_labels(axes, label, is_demonstration, named=True)
-    x_label, y_label = ("label", "rows") if raw is None else ("label that is learned", "")
+    x_label, y_label = ("label", "number of rows") if raw is None else ("label that is learned", "")
     _finish(figure, axes, x_label, y_label, "Labels", legend=bool(is_demonstration.any()))
     return figure
 
@@ -307,7 +307,7 @@ def calibration(models: Mapping[str, Sequence[CalibrationBin]], *, own_scale: bo
     ends = [value for bins in models.values() for each in bins for value in (each.predicted, each.observed)]
     low, high = (min(ends), max(ends)) if own_scale else (0.0, 1.0)
     margin = 0.02 if not own_scale else max(high - low, 1e-6) * 0.04
-    axes.plot([low, high], [low, high], color=_GUIDE, linewidth=1, label="calibrated")
+    axes.plot([low, high], [low, high], color=_GUIDE, linewidth=1, label="perfect calibration")
     for i, (name, bins) in enumerate(models.items()):
         predicted, observed = [each.predicted for each in bins], [each.observed for each in bins]
         axes.plot(predicted, observed, label=_name(name), markersize=6, linewidth=1.6, **_line_style(i))
@@ -315,7 +315,8 @@ def calibration(models: Mapping[str, Sequence[CalibrationBin]], *, own_scale: bo
     axes.set_ylim(low - margin, high + margin)
     axes.set_aspect("equal")
     predicted = "predicted label" if own_scale else "σ(r)"
-    _finish(figure, axes, f"{predicted}, mean of a tenth of the rows", "mean label", "Calibration", legend=True)
+    x_label = f"{predicted}, mean of a tenth of the rows"
+    _finish(figure, axes, x_label, "label in the data, mean of these rows", "Calibration", legend=True)
     return figure
 
 
@@ -338,7 +339,7 @@ def predicted_by_label(
         raise ValueError("A figure of predicted labels needs a model at least.")
     figure, axes = _single(height=4.2)
     values = sorted({each["label"] for groups in models.values() for each in groups})
-    axes.plot(values, values, color=_GUIDE, linewidth=1, label="right")
+    axes.plot(values, values, color=_GUIDE, linewidth=1, label="perfect prediction")
     aside = 0.01 * (values[-1] - values[0])
     for i, (name, groups) in enumerate(models.items()):
         style = _line_style(i)
@@ -351,7 +352,7 @@ def predicted_by_label(
     ticks = labels if labels is not None else values if len(values) <= 10 else None
     if ticks is not None:
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
-    _finish(figure, axes, "label of the rows", "mean predicted label", "Predicted labels", legend=True)
+    _finish(figure, axes, "label in the data", "mean predicted label", "Predicted labels", legend=True)
     return figure
 
 

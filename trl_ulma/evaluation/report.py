@@ -66,15 +66,18 @@ def commit() -> str | None:
 
 
 def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) -> None:
-    """Write `report.json`, `report.md`, `report.html` and the pictures, and add the names of the pictures to the facts.
+    """Write `report.json`, `report.md`, `report.html` and the pictures, whose names and texts are added to the facts.
 
     Raises:
         ValueError: if a number is not finite, because JSON cannot hold it.
     """
     facts["pictures"] = list(pictures)
-    for name, draw in pictures.items():
-        save(draw(), folder, name)
-        save(draw(dark=True), folder, f"{name}-dark")
+    facts["picture_texts"] = {
+        name: {"caption": picture.caption, "alternative": picture.alternative} for name, picture in pictures.items()
+    }
+    for name, picture in pictures.items():
+        save(picture.draw(), folder, name)
+        save(picture.draw(dark=True), folder, f"{name}-dark")
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     parts = document(facts)
@@ -131,7 +134,8 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
         told = [_changed_in_words(model["changed"]) for model in changed]
         return [*parts, *(Text(name + each) for name, each in zip(whose, told, strict=True))]
     if facts["pictures"]:
-        parts += [Heading("Pictures"), *map(Picture, facts["pictures"])]
+        texts = facts.get("picture_texts", {})
+        parts += [Heading("Pictures"), *(Picture(name, **texts.get(name, {})) for name in facts["pictures"])]
     for model in models:
         parts += _surprises(model)
     for model in models:
