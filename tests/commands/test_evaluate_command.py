@@ -147,11 +147,12 @@ def test_a_whole_run_with_a_judge_behind_transformers_serve(
     text = (report / "report.md").read_text()
     assert "which are too few to show that it is above chance: no ranking is claimed" in text
     assert "6 prompts are too few for a conclusion from judged answers. Use 200 or more." in text
-    assert "**ulma (1): 6 prompts are too few for a conclusion (AUC " in text
+    few = "ulma (1): 6 prompts are too few for a conclusion about how well it ranks answers. Use 30 or more. AUC (how"
+    assert f"**{few}" in text
     assert "100.0% of them name the one shown first" in text
     assert f"| ulma (1) | {first['perplexity']['demonstrations']['value']:.2f} [" in text
     printed = capsys.readouterr().out
-    assert "ulma (1): 6 prompts are too few for a conclusion (AUC " in " ".join(printed.split())
+    assert few in " ".join(printed.split())
     assert f"Open {report / 'report.html'} in a browser." in printed
     assert facts["pictures"] == ["training"]
     assert len(facts["not_drawn"]) == 4
@@ -926,7 +927,8 @@ def test_ratings_are_split_as_in_the_trainings_evaluation_and_shown_as_they_are(
     assert facts["data"]["label_center"] == pytest.approx(2.5)
     text = (tmp_path / "report" / "report.md").read_text()
     higher = "below" if transform and transform.startswith("lower") else "above"
-    assert f"The mean reward of rows with a label of 2.5 (the mean) or {higher}, and of the others." in text
+    mean = "the mean label of the training rows"
+    assert f"The mean reward of rows with a label of 2.5 ({mean}) or {higher}, and of the others." in text
     # Stars are stars
     assert facts["data"]["labels"] == {"0": 1, "1": 2, "2": 2, "3": 2, "4": 1, "7": 1}
     assert [(each["label"], each["rows"]) for each in tuned["own_scale"]["by_label"]] == [
@@ -945,6 +947,7 @@ def test_without_a_training_rows_are_split_at_their_own_mean(tiny_llama, adapter
     assert main([*argv, "--label_type", "continuous", "--output", str(tmp_path)]) == 0
     facts = json.loads((tmp_path / "report.json").read_text())
     assert facts["data"]["label_center"] == 3
+    assert "(the mean label of the evaluated rows) or above" in (tmp_path / "report.md").read_text()
     assert any(note.startswith("The mean of the training labels is not known, so rows") for note in facts["notes"])
     rewards = [json.loads(line) for file in (tmp_path / "rewards").iterdir() for line in file.read_text().splitlines()]
     chosen = [each["reward"] for each in rewards if each["label"] >= 3]

@@ -342,7 +342,7 @@ def test_length_alone_is_a_row_of_the_table_of_rewards_and_one_per_tokenizer():
 @pytest.mark.parametrize(
     ("difference", "told"),
     [
-        (Estimate(0.2, 0.1, 0.3, 200), "chance (Spearman"),
+        (Estimate(0.2, 0.1, 0.3, 200), "better than chance. Spearman"),
         (Estimate(0.2, 0.1, 0.3, 200), "It also ranks them better than their length does, by 0.200 [0.100, 0.300]."),
         (Estimate(0.1, -0.1, 0.3, 200), "was found (+0.100 [-0.100, +0.300]), so the model may have learned"),
         (Estimate(-0.2, -0.3, -0.1, 200), "Their length ranks them better than it does (-0.200 [-0.300, -0.100])."),
@@ -370,7 +370,7 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     facts = facts_of()
     facts["models"][0]["own_scale"] = on_own_scale(reward, stars, np.ones(120, bool), prompt, rules)
     text = to_markdown(report.document(facts | {"pictures": []}))
-    told = "The predicted labels of tuned are too close to one another: where two of them differ by 1, the labels "
+    told = "The predicted labels of the model are too close to one another: where two of them differ by 1, the labels "
     told += "differ by 9."
     assert (told in text) == is_told
     are_few = is_told or not learned
@@ -381,7 +381,10 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     facts["models"][0]["own_scale"] = noise
     text = to_markdown(report.document(facts | {"pictures": []}))
     assert "too close to one another" not in text
-    assert "hardly better than the mean of all labels, so these are mostly the lowest and the highest labels" in text
+    said = (
+        "hardly better than the mean label of the evaluated rows, so these are mostly the lowest and the highest labels"
+    )
+    assert said in text
 
 
 def test_noise_of_a_correlation_does_not_fill_its_axis():
@@ -469,14 +472,16 @@ def test_tables_are_the_records_digit_for_digit(tmp_path):
         assert "m (base)" in section
     for heading, has_base in (
         *[("More figures: rewards and labels", True), ("More figures: perplexity of the given answers", True)],
-        *[("Rows at or above the mean label, and below", False), ("More figures: predicted labels", False)],
+        ("Rows at or above the mean label of the training rows, and below", False),
+        ("More figures: predicted labels", False),
         ("More figures: calibration", False),
     ):
         section = text.split(f"<summary>{heading}</summary>")[1].split("</details>")[0]
         assert "tuned" in section
         assert ("m (base)" in section) == has_base
     assert record["pictures"] == ["labels", "calibration", "predicted-labels", "verdicts-1-helpful"]
-    assert "The mean reward of rows with a label of 3 (the mean) or above, and of the others." in text
+    whose = "the mean label of the training rows"
+    assert f"The mean reward of rows with a label of 3 ({whose}) or above, and of the others." in text
     assert "| model | at or above | below | difference | accuracy, all rows |" in text
     assert "3 refused, 1 cut" in text
     assert "| tuned | the model's answer first | 2 | filtered |" in text
@@ -491,10 +496,9 @@ def test_a_reader_sees_the_main_figures_first_and_opens_the_others(tmp_path):
     drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
     report.write(tmp_path, facts, drawings)
     page = (tmp_path / "report.html").read_text()
-    places = [page.index(each) for each in ("better than chance", "<h2>Main figures", "<summary>What the figures")]
-    places += [page.index(f"<h2>{each}") for each in ("Pictures", "What changed")]
-    places.insert(-1, page.index("The most surprising labels"))
-    places.append(page.index("<summary>Settings"))
+    sections = ("What the figures", "Pictures", "The most surprising labels", "Answers before and after", "Settings")
+    places = [page.index(each) for each in ("better than chance", "<h2>Main figures")]
+    places += [page.index(f"<summary>{each}") for each in sections]
     assert places == sorted(places)
     assert "<details open" not in page
     closed = re.findall(r"<details>.*?</details>", page, re.S)
@@ -522,7 +526,11 @@ def test_likes_are_split_into_chosen_and_rejected_rows_and_reversed_stars_at_the
     facts = facts_of() | {"pictures": []}
     facts["data"]["is_reversed"] = True
     text = to_markdown(report.document(facts))
-    assert "<summary>Rows at or below the mean label, and above</summary>" in text
+    assert "<summary>Rows at or below the mean label of the training rows, and above</summary>" in text
+    facts["data"]["is_training_center"] = False
+    text = to_markdown(report.document(facts))
+    assert "<summary>Rows at or below the mean label of the evaluated rows, and above</summary>" in text
+    assert "Good and bad: a label at or below the mean label of the evaluated rows (3) is good." in text
     assert "| model | at or below | above |" in text
     facts["data"]["label_center"] = None
     text = to_markdown(report.document(facts))
@@ -569,26 +577,61 @@ def test_the_page_is_one_file_that_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "strength", "said"),
     [
-        (15, 0.5, "tuned: 15 prompts are too few for a conclusion (Spearman's correlation "),
-        (2, 0.5, "tuned: 2 prompts are too few for a conclusion ("),
-        (200, 0.0, "tuned: nothing can be concluded: the interval includes 0 ("),
-        (200, 0.5, "tuned: its reward ranks answers better than chance ("),
-        (200, -0.5, "tuned: its reward ranks answers worse than chance ("),
+        (15, 0.5, "15 prompts are too few for a conclusion about how well the model ranks answers. Use 30 or more. "),
+        (2, 0.5, "2 prompts are too few for a conclusion about how well the model ranks answers. Use 30 or more. "),
+        (200, 0.0, "Nothing can be concluded about how well the model ranks answers. "),
+        (200, 0.5, "The model's reward ranks answers better than chance. "),
+        (200, -0.5, "The model's reward ranks answers worse than chance. "),
     ],
 )
 def test_what_can_be_concluded_is_said_first(rows, strength, said):
     facts = facts_of(rows, strength)
     sentence = report.conclusions(facts)[0]
-    assert sentence.startswith(said)
-    figure = report.shown(facts["models"][0]["implicit_reward"].get("spearman"))
+    assert sentence.startswith(f"{said}Spearman's correlation of reward and label (1: the same order, 0: chance) is ")
+    figure = facts["models"][0]["implicit_reward"].get("spearman")
     s = "s" if rows > 1 else ""
-    assert f"{figure}, on {rows} row{s} of {rows} prompt{s})" in sentence
+    ends = "" if figure.low is None else f" [{figure.low:.3f}, {figure.high:.3f}]"
+    where = {"Nothing": " includes 0", "better": " is above 0", "worse": " is below 0"}
+    where = f"{ends}{next((each for word, each in where.items() if word in said), '')}"
+    if rows < 30:
+        where = f" is{ends}"
+    interval = f" The 95% interval{where}." if ends else ""
+    assert f"is {figure.value:.3f} on {rows} row{s} of {rows} prompt{s}.{interval}" in sentence
     parts = report.document({**facts, "pictures": []})
     assert next(part.text for part in parts if isinstance(part, Text) and part.strong) == sentence
-    is_open = "the interval includes" in sentence
+    is_open = "includes" in sentence
     for is_short in (False, True):
         parts = report.document({**facts, "pictures": [], "judges": []}, is_short=is_short)
         assert any("What to do next: " in part.text for part in parts if isinstance(part, Text)) == is_open
+
+
+def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
+    facts = facts_of(strength=0.0)
+    facts["models"][0] |= {"accuracy_in_training": 0.9, "trained_on": 0, "length_alone": {}}
+    report.write(tmp_path, facts, {})
+    text = (tmp_path / "report.md").read_text()
+    sentences = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    assert sentences.count("tuned") == 1  # in the title
+    assert "tuned" not in report.in_terminal(facts | {"judges": []}).split("\n\nmodel")[0]
+    assert "Nothing can be concluded about how well the model ranks held-out answers." in text
+    assert "The model's answers do better than before training. The difference in points" in text
+    assert "The model needs no more epochs" in text
+    assert "| tuned |" in text
+    other = copy.deepcopy(facts["models"][0]) | {"name": "other"}
+    facts["models"].append(other)
+    text = to_markdown(report.document(facts | {"pictures": []}))
+    for each in (
+        "tuned: nothing can be concluded about how well it ranks held-out answers. Spearman's correlation of reward "
+        "and label (1: the same order, 0: chance) is",
+        "other: nothing can be concluded about how well it ranks held-out answers. Spearman's correlation of reward "
+        "and label is",
+        "tuned: its answers do better than those of m (base).",
+        "tuned needs no more epochs",
+        "<summary>The most surprising labels, for the model tuned</summary>",
+        "<summary>Answers before and after training, for the model other: 5 of 9 answers changed</summary>",
+        "After, by other:",
+    ):
+        assert each in text
 
 
 @pytest.mark.parametrize(
@@ -596,9 +639,10 @@ def test_what_can_be_concluded_is_said_first(rows, strength, said):
     [
         (
             0.9,
-            "the rewards of 90% of the training rows were on the side of their label, and here those of 51%. So tuned",
+            "The model needs no more epochs, because its reward tells good from bad in 90% of the training rows, and "
+            "in 51% of the rows here.",
         ),
-        (0.5, "label, and here those of 51%. So tuned has learned little. Train for more epochs"),
+        (0.5, "train for more epochs, or with 3 times the learning rate. The model has learned little: its reward"),
         (None, "What to do next: rate answers to more prompts"),
     ],
 )
@@ -615,9 +659,7 @@ def test_a_figure_without_an_interval_is_not_said_to_include_chance():
     facts = facts_of(200, 0.5)
     facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 200)
     sentence = report.conclusions(facts)[0]
-    assert sentence.startswith(
-        "tuned: nothing can be concluded: there is no interval, because the figure is the same in"
-    )
+    assert sentence.startswith("Nothing can be concluded about how well the model ranks answers: there is no interval,")
     assert "includes" not in sentence
 
 
@@ -627,7 +669,7 @@ def test_a_model_whose_rewards_rank_nothing_has_a_conclusion_too(missing):
     figures = facts["models"][0]["implicit_reward"]
     for name in list(figures) if missing == "all" else ["spearman"]:
         del figures[name]
-    said = "tuned: nothing can be concluded about its ranking of answers, because all labels are on one side, or all"
+    said = "Nothing can be concluded about how well the model ranks answers, because all labels are on one side, or all"
     assert report.conclusions(facts)[0].startswith(said) == (missing == "spearman")  # without rewards, a note says why
 
 
@@ -653,11 +695,11 @@ def test_a_judge_is_counted_by_what_it_has_judged():
 
 def test_the_seen_rows_are_part_of_the_conclusion():
     facts = facts_of(200, 0.5)
-    for trained_on, said in ((0, "its reward ranks held-out answers better"), (3, "its reward ranks answers better")):
+    for trained_on, said in ((0, "reward ranks held-out answers better"), (3, "reward ranks answers better")):
         facts["models"][0]["trained_on"] = trained_on
         sentence = report.conclusions(facts)[0]
         assert said in sentence
-        assert ("; training saw the prompts of 3 rows)" in sentence) == (trained_on > 0)
+        assert ("Training saw the prompts of 3 rows." in sentence) == (trained_on > 0)
 
 
 def test_of_long_answers_the_part_is_shown_in_which_they_differ():
@@ -679,7 +721,14 @@ def test_of_long_answers_the_part_is_shown_in_which_they_differ():
     assert (whole["before"], whole["after"]) == ("a" * 599, "a" * 598 + "b")
 
 
-@pytest.mark.parametrize(("points", "said"), [(0.2, "better"), (0.05, "nothing can be concluded"), (-0.2, "worse")])
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        (0.2, "The model's answers do better than before training. "),
+        (0.05, "Nothing can be concluded about whether the model's answers do better than before training. "),
+        (-0.2, "The model's answers do worse than before training. "),
+    ],
+)
 @pytest.mark.parametrize("turned", [False, True])
 def test_judged_answers_are_concluded_from_against_the_base(points, said, turned):
     facts = facts_of(judge_points=points)
@@ -689,9 +738,9 @@ def test_judged_answers_are_concluded_from_against_the_base(points, said, turned
         turned_points = Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.n)
         facts["differences"] = [{**found, "one": "m (base)", "other": "tuned", "points": turned_points}]
     sentence = report.conclusions(facts)[1]
-    assert sentence.startswith("tuned: ")
-    assert said in sentence
-    assert f"{points:+.3f} [{points - 0.1:+.3f}, {points + 0.1:+.3f}] points per prompt on 200 prompts" in sentence
+    assert sentence.startswith(said)
+    assert f"The difference in points per prompt (1 for a win, ½ for a tie) is {points:+.3f} on 200 prompts" in sentence
+    assert f"The 95% interval [{points - 0.1:+.3f}, {points + 0.1:+.3f}] " in sentence
 
 
 def test_differences_of_several_runs_say_that_they_are_corrected():
@@ -810,56 +859,58 @@ def test_a_terminal_shows_the_figures_within_its_width(tmp_path, width):
     report.write(tmp_path, facts, {})
     text = report.in_terminal(facts, width)
     assert max(map(len, text.splitlines())) <= width
-    assert text.startswith("Evaluation of tuned\n───────────────────\ntuned: ")
+    assert text.startswith("The model's reward ranks ")
     words = " ".join(text.split())
     for model in facts["models"]:
         assert report.shown(model["implicit_reward"].get("spearman")) in words
         assert report.shown(model["own_scale"]["error"], ".2f") in words
     assert "\nHelpful: " in text
     others = ("Settings", "Versions", "A note.", "Pictures", "&lt;", "| ", "Before, by", "most surprising")
-    for left_out in (*others, "alibration", "pearson", "Training logs these figures", "mean label"):
+    for left_out in (*others, "alibration", "pearson", "Training logs these figures", "mean label", "Training changed"):
         assert left_out not in text.replace("Answer | ", "")
 
 
+def short_facts():
+    """The facts of an evaluation that concludes nothing, without judges."""
+    facts = facts_of(strength=0.0) | {"judges": [], "differences": [], "notes": []}
+    facts["models"][0] |= {
+        "length_alone": {"spearman": Estimate(0.25, 0.125, 0.375, 200)},
+        "accuracy_in_training": 0.9,
+        "trained_on": 0,
+    }
+    facts["models"][1]["name"] = "SmolLM2-135M-Instruct (base)"
+    return facts
+
+
 def test_the_terminal_shows_a_report_on_one_screen():
-    facts = facts_of(strength=0.0) | {"judges": [], "differences": []}
-    facts["models"][0]["length_alone"] = {"spearman": Estimate(0.25, 0.125, 0.375, 200)}
-    text = report.in_terminal(facts, 80)
+    text = report.in_terminal(short_facts(), 80)
     assert "What to do next: " in text
     assert "\nlength alone" in text
-    assert text.count("\n") <= 22
+    assert text.count("\n") <= 18 - 2  # the command adds an empty line and where the page is
+    assert len(text.split()) <= 130 - 8
+    # What was left out is said in any case
+    facts = short_facts()
+    facts["models"][0]["left_out"] = 3
+    assert "3 left out for tuned. Brackets hold 95% intervals." in " ".join(report.in_terminal(facts, 80).split())
 
 
-@pytest.mark.parametrize(("words", "space"), [(" many words", " "), (" 字", ""), ("\nlines", " ")])
-def test_texts_are_cut_between_words(words, space):
-    text = "Question" + words * 400
-    rows = [{"prompt": text, "completion": text}]
-    zeros = np.zeros(1)
-    (found,) = surprises(zeros, zeros, zeros, zeros.astype(bool), LabelRules(), rows, [0])
-    (example,) = changed([text], [f"Yes. {text}"], [f"No. {text}"], [text])["examples"]
-    known = set(f"Yes. No. {text}".split())
-    for each in (found["prompt"], found["answer"], *example.values()):
-        assert len(each) <= 602
-        assert "…" in each
-        assert set(each.replace("…", " ").split()) <= known
-    # A text without spaces is cut at the limit
-    (found,) = surprises(
-        zeros, zeros, zeros, zeros.astype(bool), LabelRules(), [{"prompt": "字" * 900, "completion": "x"}], [0]
-    )
-    assert len(found["prompt"]) == 301
+def seen_words(page: str) -> list[str]:
+    """The words that a browser shows before a reader opens a section. Sections are not nested."""
+    body = page.split("<body>")[1]
+    closed = re.sub(r"<details>\s*(<summary>.*?</summary>).*?</details>", r"\1", body, flags=re.S)
+    return re.sub(r"<[^>]+>", " ", closed).split()
 
 
-def test_rows_have_their_line_or_a_number_that_says_how_it_is_counted():
-    facts = facts_of()
-    rows = facts["models"][0]["surprises"]
-    for number, each in enumerate(rows[:-3]):
-        each["file_line"] = f"a.csv, line {number + 2}"
-    text = to_markdown(report.document(facts | {"pictures": []}))
-    names = re.findall(r"^\| ([^|]*) \| [0-9.]* \| [0-9.]* \| 3.00 \|", text, re.M)
-    assert names[:-3] == [f"a.csv, line {number + 2}" for number in range(len(rows) - 3)]
-    assert names[-3:] == [f"row {rows[-3]['row']} (counted from 0)", *(f"row {each['row']}" for each in rows[-2:])]
-    assert text.count("counted from 0") == 1
-    assert "numbered from 0" not in text
+def test_a_page_shows_what_a_decision_needs_and_the_rest_in_closed_sections(tmp_path):
+    facts = short_facts()
+    drawings, _ = pictures(facts["models"], np.arange(200.0), np.zeros(200, dtype=bool))
+    report.write(tmp_path, facts, drawings)
+    page = (tmp_path / "report.html").read_text()
+    assert len(seen_words(page)) <= 220
+    shown = re.sub(r"<details>.*?</details>", "", page, flags=re.S)
+    assert shown.count("<table") == 1
+    assert "<img" not in shown
+    assert page.count("<img") == len(facts["pictures"]) > 2
 
 
 def test_a_picture_has_a_sentence_on_what_to_look_at_and_its_numbers_in_words(tmp_path):
@@ -910,6 +961,38 @@ def test_words_for_a_picture_cannot_break_out(tmp_path):
     assert "180 other rows: labels from 20 to 199" in said
 
 
+@pytest.mark.parametrize(("words", "space"), [(" many words", " "), (" 字", ""), ("\nlines", " ")])
+def test_texts_are_cut_between_words(words, space):
+    text = "Question" + words * 400
+    rows = [{"prompt": text, "completion": text}]
+    zeros = np.zeros(1)
+    (found,) = surprises(zeros, zeros, zeros, zeros.astype(bool), LabelRules(), rows, [0])
+    (example,) = changed([text], [f"Yes. {text}"], [f"No. {text}"], [text])["examples"]
+    known = set(f"Yes. No. {text}".split())
+    for each in (found["prompt"], found["answer"], *example.values()):
+        assert len(each) <= 602
+        assert "…" in each
+        assert set(each.replace("…", " ").split()) <= known
+    # A text without spaces is cut at the limit
+    (found,) = surprises(
+        zeros, zeros, zeros, zeros.astype(bool), LabelRules(), [{"prompt": "字" * 900, "completion": "x"}], [0]
+    )
+    assert len(found["prompt"]) == 301
+
+
+def test_rows_have_their_line_or_a_number_that_says_how_it_is_counted():
+    facts = facts_of()
+    rows = facts["models"][0]["surprises"]
+    for number, each in enumerate(rows[:-3]):
+        each["file_line"] = f"a.csv, line {number + 2}"
+    text = to_markdown(report.document(facts | {"pictures": []}))
+    names = re.findall(r"^\| ([^|]*) \| [0-9.]* \| [0-9.]* \| 3.00 \|", text, re.M)
+    assert names[:-3] == [f"a.csv, line {number + 2}" for number in range(len(rows) - 3)]
+    assert names[-3:] == [f"row {rows[-3]['row']} (counted from 0)", *(f"row {each['row']}" for each in rows[-2:])]
+    assert text.count("counted from 0") == 1
+    assert "numbered from 0" not in text
+
+
 def test_text_is_in_columns_of_letters_of_any_width():
     lines = to_text([Table(["model", "auc"], [["模型", "0.5"], ["é", "0.75"]])]).splitlines()
     assert lines == ["model   auc", "模型    0.5", "é      0.75"]
@@ -922,8 +1005,9 @@ def test_one_row_is_one_row():
     facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 1)
     facts["models"][0]["ranked_rows"] = facts["data"]["rows"] = facts["data"]["prompts"] = 1
     text = report.in_terminal(facts, 200)
-    assert "tuned: 1 prompt is too few for a conclusion (" in text
-    assert "correlation 1.000, on 1 row of 1 prompt)." in text
+    assert "1 prompt is too few for a conclusion about how well the model ranks answers. Use 30 or more." in text
+    assert "is 1.000 on 1 row of 1 prompt." in text
+    text = to_markdown(report.document(facts | {"pictures": []}))
     assert "1 row of 1 prompt from d (test). Brackets hold 95% intervals." in text
 
 
@@ -949,9 +1033,10 @@ def test_answers_that_training_did_not_change_are_shown_last():
     assert (found["answers"], found["others"]) == (3, 2)
     facts = facts_of()
     facts["models"][0]["changed"] = {"base": "m (base)", **found}
-    assert "Training changed 2 of 3 answers of m (base)." in report.in_terminal(facts)
     text = to_text(report.document(facts | {"pictures": []}))
-    assert "After, by tuned:\n  (the same)" in text
+    assert "Answers before and after training: 2 of 3 answers changed" in text
+    assert "Training changed 2 of 3 answers of m (base)." in text
+    assert "After training:\n  (the same)" in text
 
 
 def test_cells_and_quotes_cannot_break_out():

@@ -7,8 +7,12 @@ from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.implicit_reward import CHANCE
 from trl_ulma.evaluation.intervals import shown
 
-_NAMES = {"auc": "AUC", "spearman": "Spearman's correlation"}
-_UNDECIDED = "nothing can be concluded: the interval includes"
+# Figure → its name, and in half a sentence what it is
+_NAMES = {
+    "auc": ("AUC", "how often a good answer has a higher reward than a bad one, 0.5 by chance"),
+    "spearman": ("Spearman's correlation of reward and label", "1: the same order, 0: chance"),
+}
+_UNDECIDED = "] includes "
 # From this accuracy in training on, a model knows the rows that it was trained on
 _KNOWS = 0.7
 
@@ -19,33 +23,44 @@ def are_alone(models: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def conclusions(facts: Mapping[str, Any]) -> list[str]:
-    """The conclusions, one sentence each: first about rewards, then about judged answers.
+    """The conclusions, a few sentences each: first about rewards, then about judged answers.
 
     Nothing is concluded from an interval that includes chance, nor from fewer than `ENOUGH_PROMPTS` prompts, of which
-    the bootstrap gives intervals that are too narrow.
+    the bootstrap gives intervals that are too narrow. If there is only one model beside its base, it is "the model".
     """
-    found = []
+    found: list[str] = []
+    is_alone = are_alone(facts["models"])
+    it, its = ("the model", "the model's") if is_alone else ("it", "its")
+    explained: set[str] = set()
+
+    def add(name: str, said: str) -> None:
+        found.append(said[0].upper() + said[1:] if is_alone else f"{name}: {said}")
+
     for model in facts["models"]:
         if model.get("is_base"):
             continue
         name, chance = next(((n, c) for n, c in CHANCE.items() if n in model["implicit_reward"]), ("", 0.0))
         if name:
-            figure = model["implicit_reward"][name]
-            of = f"{_NAMES[name]} {shown(figure)}, on {of_prompts(model['ranked_rows'], figure.n)}"
-            trained_on = model.get("trained_on")
-            what = f"its reward ranks {'held-out ' if trained_on == 0 else ''}answers"
+            figure, trained_on = model["implicit_reward"][name], model.get("trained_on")
+            (called, meaning), rows = _NAMES[name], of_prompts(model["ranked_rows"], figure.n)
+            explanation = "" if name in explained else f" ({meaning})"
+            explained.add(name)
+            measured = _measured(f"{called}{explanation}", figure, chance, rows)
             if trained_on:
-                of += f"; training saw the prompts of {counted(trained_on, 'row')}"
-            told = _concluded(figure, chance, what, of)
+                measured += f" Training saw the prompts of {counted(trained_on, 'row')}."
+            answers = f"{'held-out ' if trained_on == 0 else ''}answers"
+            about, what = f"how well {it} ranks {answers}", f"{its} reward ranks {answers}"
+            told = _concluded(figure, chance, about, what, measured)
             hint = " Check whether higher labels are better: --label_transform lower_is_better reverses them."
             more = hint if "worse than chance" in told else ""
             if "better than chance" in told:
                 more = _than_length(model.get("over_length", {}).get(name))
-            found.append(f"{model['name']}: {told}{more}")
+            add(model["name"], told + more)
         elif model["implicit_reward"]:
-            found.append(
-                f"{model['name']}: nothing can be concluded about its ranking of answers, because all labels are on "
-                "one side, or all rewards are the same."
+            add(
+                model["name"],
+                f"nothing can be concluded about how well {it} ranks answers, because all labels are on one side, or "
+                "all rewards are the same.",
             )
     bases = {model["name"] for model in facts["models"] if model.get("is_base")}
     for each in facts["differences"]:
@@ -57,12 +72,26 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
             one, other, sign = other, one, -1
             ends = (None, None) if points.low is None else (-points.high, -points.low)
             points = Estimate(sign * points.value, *ends, points.n)
-        of = (
-            f"{shown(points, '+.3f')} points per prompt on {counted(points.n, 'prompt')}, criterion "
-            f"{each['criterion']}, judge {each['judge']}{corrected(each)}"
-        )
-        found.append(f"{one}: {_concluded(points, 0.0, 'its answers do', of, f' than those of {other}')}")
+        of = f"{counted(points.n, 'prompt')}, criterion {each['criterion']}, judge {each['judge']}{corrected(each)}"
+        measured = _measured("The difference in points per prompt (1 for a win, ½ for a tie)", points, 0.0, of, "+.3f")
+        than = "before training" if is_alone and other in bases else f"those of {other}"
+        about, what = f"whether {its} answers do better than {than}", f"{its} answers do"
+        add(one, _concluded(points, 0.0, about, what, measured, than))
     return found
+
+
+def _measured(what: str, figure: Estimate, chance: float, of: str, form: str = ".3f") -> str:
+    """What was measured, on which rows or prompts, and where its interval lies."""
+    said = f"{what} is {figure.value:{form}} on {of}."
+    if figure.low is None or figure.high is None:
+        return said
+    ends = f"[{figure.low:{form}}, {figure.high:{form}}]"
+    if figure.n < ENOUGH_PROMPTS:
+        return f"{said} The 95% interval is {ends}."
+    where = f"is {'above' if figure.low > chance else 'below'} "
+    if figure.low <= chance <= figure.high:
+        where = _UNDECIDED.removeprefix("] ")
+    return f"{said} The 95% interval {ends} {where}{chance:g}."
 
 
 def _than_length(difference: Estimate | None) -> str:
@@ -94,43 +123,52 @@ def what_next(sentences: Sequence[str], models: Sequence[Mapping[str, Any]]) -> 
     """
     if not any(_UNDECIDED in sentence for sentence in sentences):
         return ""
-    said = "What to do next: "
+    said, prompts = "What to do next: ", "four times as many halve the width of the interval"
     for model in models:
         own, new = model.get("accuracy_in_training"), (model.get("split") or {}).get("accuracies")
         if own is None or new is None:
             continue
-        said += (
-            f"at the end of its training, the rewards of {own:.0%} of the training rows were on the side of their "
-            f"label, and here those of {new.value:.0%}. "
-        )
+        name = "The model" if are_alone(models) else model["name"]
+        rows = "held-out rows" if model.get("trained_on") == 0 else "rows here"
+        learned = f"its reward tells good from bad in {own:.0%} of the training rows, and in {new.value:.0%} of the"
         if own >= _KNOWS:
-            return said + (
-                f"So {model['name']} has learned to tell its own rows apart, and needs no more epochs. Rate answers to "
-                "more prompts, for training and evaluation: four times as many halve the width of the interval."
+            return (
+                f"{said}rate answers to more prompts, for training and evaluation: {prompts}. {name} needs no more "
+                f"epochs, because {learned} {rows}."
             )
         return (
-            said + f"So {model['name']} has learned little. Train for more epochs, or with 3 times the learning rate."
+            f"{said}train for more epochs, or with 3 times the learning rate. {name} has learned little: {learned} "
+            f"{rows}."
         )
-    return said + (
-        "rate answers to more prompts: four times as many halve the width of the interval. If a figure stays near "
-        "chance, train for more epochs or with a higher learning rate."
+    return (
+        f"{said}rate answers to more prompts: {prompts}. If a figure stays near chance, train for more epochs or with "
+        "a higher learning rate."
     )
 
 
-def _concluded(figure: Estimate, chance: float, what: str, of: str, than: str = " than chance") -> str:
+def _concluded(figure: Estimate, chance: float, about: str, what: str, measured: str, than: str = "chance") -> str:
+    """A conclusion, and what it was measured by.
+
+    Args:
+        figure: the figure with its interval.
+        chance: its value by chance.
+        about: what is not known if nothing can be concluded.
+        what: what is better or worse than `than` otherwise.
+        measured: a sentence with the figure.
+        than: see `what`.
+    """
     if figure.n < ENOUGH_PROMPTS:
         are = "is" if figure.n == 1 else "are"
-        return f"{counted(figure.n, 'prompt')} {are} too few for a conclusion ({of}). Use {ENOUGH_PROMPTS} or more."
+        few = f"{counted(figure.n, 'prompt')} {are} too few for a conclusion about {about}."
+        return f"{few} Use {ENOUGH_PROMPTS} or more. {measured}"
     if figure.low is None or figure.high is None:
         return (
-            f"nothing can be concluded: there is no interval, because the figure is the same in all resamples, or "
-            f"undefined in many of them ({of})."
+            f"nothing can be concluded about {about}: there is no interval, because the figure is the same in all "
+            f"resamples, or undefined in many of them. {measured}"
         )
     if figure.low <= chance <= figure.high:
-        return f"{_UNDECIDED} {chance:g} ({of})."
-    if figure.low > chance:
-        return f"{what} better{than} ({of})."
-    return f"{what} worse{than} ({of})."
+        return f"nothing can be concluded about {about}. {measured}"
+    return f"{what} {'better' if figure.low > chance else 'worse'} than {than}. {measured}"
 
 
 def counted(number: int, what: str) -> str:

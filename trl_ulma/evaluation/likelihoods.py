@@ -138,31 +138,38 @@ class Likelihoods:
 
     def _has_reference(self, run: str, source: str, saved: SavedSettings | None) -> bool:
         """Whether the reference of a model is known, without which there are no rewards. Notes if it is not."""
-        identity = None if saved is None else saved.reference
+        identity, called = None if saved is None else saved.reference, self._called(run)
         if self.args.ref_model is not None:
             return True
         if identity is not None and identity.kind == "none":
             self.note(
-                f"{run} has no implicit rewards, because it was trained without a reference. Name one with --ref_model."
+                f"{called} has no implicit rewards, because it was trained without a reference. Name one with "
+                "--ref_model."
             )
             return False
         if adapter_base(source) is None and (identity is None or not identity.name):
-            self.note(f"{run} has no implicit rewards, because its reference is not known. Name it with --ref_model.")
+            self.note(
+                f"{called} has no implicit rewards, because its reference is not known. Name it with --ref_model."
+            )
             return False
         return True
 
+    def _called(self, run: str) -> str:
+        """What notes call a model, at the beginning of a sentence."""
+        return "The model" if len(self.args.model) == 1 else run
+
     def _note_training(self, run: str, saved: SavedSettings | None, has_log_z: bool) -> None:
         """Note if the scale of the rewards is unknown or another one in training."""
-        args = self.args
+        args, called = self.args, self._called(run)
         if has_log_z and saved is not None and saved.log_z not in (0, "column"):
             self.note(
-                f"{run} has its own log Z ({saved.log_z}), but the column log_z of the rows is used. Remove the column "
-                "to get the rewards of the training."
+                f"{called} has its own log Z ({saved.log_z}), but the column log_z of the rows is used. Remove the "
+                "column to get the rewards of the training."
             )
         unknown = [f"--{name}" for name in ("beta", "log_z") if getattr(args, name) is None]
         if saved is None and unknown:
             self.note(
-                f"{run} has no {SETTINGS_FILE}, so the scale of its rewards is unknown. They are computed with "
+                f"{called} has no {SETTINGS_FILE}, so the scale of its rewards is unknown. They are computed with "
                 f"β = {args.beta or BETA:g} and log Z = {args.log_z or 0:g}. Set {' and '.join(unknown)} as in "
                 "training."
             )

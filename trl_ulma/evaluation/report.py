@@ -12,7 +12,7 @@ from typing import Any
 
 from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.data.sheet_rows import named_rows
-from trl_ulma.evaluation.conclusions import conclusions, corrected, counted, of_prompts, what_next
+from trl_ulma.evaluation.conclusions import are_alone, conclusions, corrected, counted, of_prompts, what_next
 from trl_ulma.evaluation.document import (
     Bullets,
     Code,
@@ -88,8 +88,8 @@ def write(folder: Path, facts: dict[str, Any], pictures: Mapping[str, Drawing]) 
 def in_terminal(facts: Mapping[str, Any], width: int = 80) -> str:
     """Return the report as text for a terminal.
 
-    It has the conclusions, the main figures and the judged answers. All else is in `report.html`. Notes are left out,
-    because they were printed when they came up.
+    It has the conclusions, what to do next, the main figures and the judged answers. All else is in `report.html`.
+    Notes are left out, because they were printed when they came up.
     """
     return to_text(document(facts, is_short=True), width)
 
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 
 def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
-    """The parts of the report: conclusions first, then the main figures, pictures and rows, then closed sections.
+    """The parts of the report: conclusions first, then the main figures, then closed sections with all else.
 
     Args:
         facts: the contents of `report.json`, with `Estimate`s.
@@ -110,18 +110,22 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     data, models = facts["data"], facts["models"]
     # A model before training has the reward 0 for every answer
     trained = [model for model in models if not model.get("is_base")]
-    parts: list[Part] = [Heading(f"Evaluation of {', '.join(model['name'] for model in trained)}", 1)]
     sentences = conclusions(facts)
-    parts += [Text(sentence, strong=True) for sentence in sentences]
+    parts: list[Part] = [Text(sentence, strong=True) for sentence in sentences]
     if advice := what_next(sentences, models):
         parts.append(Text(advice))
-    if facts["notes"] and not is_short:
-        parts.append(Bullets(facts["notes"]))
-    parts += [] if is_short else [Heading("Main figures")]
-    parts += [Text(_which_rows(data, models)), *_main_figures(models, data)]
+    rows, is_special = _which_rows(data, models)
+    if is_short:
+        # The conclusion says how many rows there are
+        parts += [Text(rows)] if is_special or not sentences else []
+    else:
+        parts.insert(0, Heading(f"Evaluation of {', '.join(model['name'] for model in trained)}", 1))
+        parts += [Bullets(facts["notes"])] if facts["notes"] else []
+        parts += [Heading("Main figures"), Text(rows)]
+    parts += _main_figures(models, data)
     parts += [] if is_short else [Details("What the figures mean", [Bullets(_meanings(facts))])]
     parts += [
-        Text(too_close(model["name"], shown(model["own_scale"]["slope"], ".1f")))
+        Text(too_close(_called(model, models), shown(model["own_scale"]["slope"], ".1f")))
         for model in trained
         if _is_too_close(model.get("own_scale"))
     ]
@@ -129,18 +133,11 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
         parts += _judged(facts, judge)
     parts += _over_seeds(facts["over_seeds"])
     if is_short:
-        changed = [model for model in models if model.get("changed")]
-        whose = [f"{model['name']}: " * (len(changed) > 1) for model in changed]
-        told = [_changed_in_words(model["changed"]) for model in changed]
-        return [*parts, *(Text(name + each) for name, each in zip(whose, told, strict=True))]
-    if facts["pictures"]:
-        texts = facts.get("picture_texts", {})
-        parts += [Heading("Pictures"), *(Picture(name, **texts.get(name, {})) for name in facts["pictures"])]
-    for model in models:
-        parts += _surprises(model)
-    for model in models:
-        parts += _changed(model)
+        return parts
     details = [
+        *_pictures(facts),
+        *(part for model in models for part in _surprises(model, facts)),
+        *(part for model in models for part in _changed(model, models)),
         *_figures("More figures: rewards and labels", [*models, *_by_length(models)], "implicit_reward", ".3f"),
         *_figures(
             "More figures: perplexity of the given answers",
@@ -150,7 +147,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
             names={} if data["demonstrations"] else _ALL_ANSWERS,
         ),
         *_split(trained, data),
-        *_own_scale(trained),
+        *_own_scale(trained, facts),
         *_calibration(trained),
         *(part for judge in facts["judges"] for part in _more_of_judge(facts, judge)),
         *_reading(facts),
@@ -159,16 +156,29 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     return [*parts, *details]
 
 
-def _which_rows(data: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
-    """How many rows are evaluated, and how many are left out."""
+def _called(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
+    """What sentences call a trained model."""
+    return "the model" if are_alone(models) else model["name"]
+
+
+def _rows_in_words(facts: Mapping[str, Any]) -> str:
+    """What sentences call the evaluated rows: held-out ones if no model was trained on any of their prompts."""
+    trained = [model for model in facts["models"] if not model.get("is_base")]
+    are_new = bool(trained) and all(model.get("trained_on") == 0 for model in trained)
+    return "held-out rows" if are_new else "evaluated rows"
+
+
+def _which_rows(data: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+    """A sentence on how many rows are evaluated, and how many are left out or demonstrations; and whether any are."""
     left_out = [f"{count:,} left out" for count in [sum(data.get("left_out", {}).values())] if count]
     left_out += [f"{model['left_out']:,} left out for {model['name']}" for model in models if model.get("left_out")]
-    return (
+    said = (
         f"{of_prompts(data['rows'], data['prompts'])} from {data['dataset']} ({data['split']})"
         + (f", {data['demonstrations']:,} of them demonstrations" if data["demonstrations"] else "")
         + "".join(f", {each}" for each in left_out)
         + ". Brackets hold 95% intervals."
     )
+    return said, bool(left_out or data["demonstrations"])
 
 
 # Main figure of rewards → its column
@@ -240,12 +250,16 @@ def _figures(
     return [Details(title, [Table(header, rows)])]
 
 
+_REWARD = (
+    "Reward: how much more likely the model makes an answer than its reference does, usually the model before training."
+)
 # Figure of rewards → description, with the value if rewards and labels are independent
 _MEANINGS = {
     "auc": "AUC: how often a good answer has a higher reward than a bad one (0.5 by chance).",
     "accuracy": "Accuracy: how often a reward has the sign of its label.",
     "brier": "Brier: mean squared error of the predicted probability (0 is best, 0.25 without a prediction).",
-    "spearman": "Spearman, Pearson: correlation of rewards and labels, of ranks and of values (0 by chance).",
+    "spearman": "Spearman: how well the order of the rewards agrees with that of the labels (1: the same order, 0 by "
+    "chance, -1: the opposite order). Pearson: the same for their values instead of their order.",
     "mse": "MSE: mean squared error of the reward as a prediction of the label that was learned (0 is best).",
 }
 
@@ -258,7 +272,8 @@ def _meanings(facts: Mapping[str, Any]) -> list[str]:
     """Explanations of the figures, and what is not drawn."""
     models = facts["models"]
     there = {name for model in models for name in model["implicit_reward"]}
-    said = [meaning for name, meaning in _MEANINGS.items() if name in there]
+    said = [_REWARD] if there else []
+    said += [meaning for name, meaning in _MEANINGS.items() if name in there]
     if any(model.get("own_scale") for model in models):
         said.append("Mean error: how far predicted labels are from the given ones on average, in units of the labels.")
     if any(model.get("length_alone") for model in models):
@@ -271,6 +286,13 @@ def _meanings(facts: Mapping[str, Any]) -> list[str]:
         said.append("A model before training has the reward 0 for every answer, which ranks nothing.")
     if any(model["perplexity"] for model in models):
         said.append("Perplexity: lower is better for answers to be imitated.")
+    if any(model.get("split") for model in models):
+        center = _center_in_words(facts["data"])
+        side = "below" if facts["data"].get("is_reversed") else "above"
+        is_good = "of ½ or above" if center is None else f"at or {side} {center[0]} ({center[1]})"
+        said.append(
+            f"Good and bad: a label {is_good} is good. A reward tells both apart if it is on the side of the label."
+        )
     methods = ["bootstrap over prompts"]
     methods += ["Wilson for shares"] if facts["judges"] else []
     methods += ["Student's t over seeds"] if facts["over_seeds"] else []
@@ -290,18 +312,27 @@ def _by_length(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def _center_in_words(data: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The label that separates good from bad ratings: which mean it is, and its value. None if labels are binary."""
+    if data.get("label_center") is None:
+        return None
+    whose = "training rows" if data.get("is_training_center", True) else "evaluated rows"
+    return f"the mean label of the {whose}", f"{data['label_center']:g}"
+
+
 def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Details]:
     found = [model for model in models if model.get("split")]
     if not found:
         return []
-    center = data.get("label_center")
+    center = _center_in_words(data)
     higher, lower = ("below", "above") if data.get("is_reversed") else ("above", "below")
     if center is None:
         title, sides = "More figures: rewards of chosen and rejected rows", ("chosen", "rejected")
         which = "Rows with a label of ½ and above are chosen. Accuracy and AUC leave out labels of exactly ½."
     else:
-        title, sides = f"Rows at or {higher} the mean label, and {lower}", (f"at or {higher}", lower)
-        which = f"The mean reward of rows with a label of {center:g} (the mean) or {higher}, and of the others."
+        mean, value = center
+        title, sides = f"Rows at or {higher} {mean}, and {lower}", (f"at or {higher}", lower)
+        which = f"The mean reward of rows with a label of {value} ({mean}) or {higher}, and of the others."
     names = {"chosen": sides[0], "rejected": sides[1], "margins": "difference", "accuracies": "accuracy, all rows"}
     columns = [name for name in names if any(name in model["split"] for model in found)]
     rows = [[model["name"], *(shown(model["split"].get(name)) for name in columns)] for model in found]
@@ -310,7 +341,14 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list
         "as 0, counts as half. Training logs these figures as rewards/chosen, rejected, margins and accuracies, but "
         "counts a reward between the sides as that of a rejected row."
     )
-    return [Details(title, [Text(which), Table(["model", *(names[name] for name in columns)], rows), Text(meaning)])]
+    known = [
+        f"{'' if len(found) == 1 else model['name'] + ': '}The mean accuracy of the training rows in the last quarter "
+        f"of the training log is {model['accuracy_in_training']:.3f}."
+        for model in found
+        if model.get("accuracy_in_training") is not None
+    ]
+    table = Table(["model", *(names[name] for name in columns)], rows)
+    return [Details(title, [Text(which), table, Text(meaning), *map(Text, known)])]
 
 
 # Predictions whose mean error is within this share of the error of the mean label say no more than it does
@@ -323,16 +361,21 @@ def _is_too_close(scale: Mapping[str, Any] | None) -> bool:
     return slope is not None and (slope.low or 0) > TOO_CLOSE
 
 
-def _why_few_mistakes(scale: Mapping[str, Any] | None) -> str:
-    """Why the most surprising labels are the extreme ones rather than mistakes; "" if they are not."""
+def _why_few_mistakes(scale: Mapping[str, Any] | None, rows: str) -> str:
+    """Why the most surprising labels are the extreme ones rather than mistakes; "" if they are not.
+
+    Args:
+        scale: the predictions on the scale of the labels.
+        rows: what sentences call the rows.
+    """
     if _is_too_close(scale):
         return "The predictions are too close to one another"
     if scale and abs(scale["error"].value - scale["error_of_mean"].value) < _AS_THE_MEAN * scale["error_of_mean"].value:
-        return "The predictions are hardly better than the mean of all labels"
+        return f"The predictions are hardly better than the mean label of the {rows}"
     return ""
 
 
-def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Details]:
+def _own_scale(models: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[Details]:
     scales = {model["name"]: model["own_scale"] for model in models if model.get("own_scale")}
     if not scales:
         return []
@@ -352,14 +395,15 @@ def _own_scale(models: Sequence[Mapping[str, Any]]) -> list[Details]:
     errors = [
         [name, shown(scale["error"], ".2f"), shown(scale["error_of_mean"], ".2f")] for name, scale in scales.items()
     ]
+    mean = f"the mean label of the {_rows_in_words(facts)}"
     return [
         Details(
             "More figures: predicted labels",
             [
                 Text("The mean predicted label of rows with each label. A perfect model predicts the label itself."),
                 Table(["label", "rows", *scales], rows),
-                Text("The mean error of predicted labels, and that of predicting the mean of all labels."),
-                Table(["model", "mean error", "error if every row got the mean label"], errors),
+                Text(f"The mean error of predicted labels, and that of predicting {mean} for every row."),
+                Table(["model", "mean error", f"error if every row got {mean}"], errors),
             ],
         )
     ]
@@ -379,13 +423,22 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Details]:
         for each in of_model
     ]
     what = "predicted label" if any(model.get("own_scale") for model in models) else "σ(r)"
-    text = f"Rows in groups with a similar {what}. In each group, a calibrated model predicts the mean label."
+    text = f"Rows in groups with a similar {what}. A calibrated model predicts the mean label of each group."
     return [
-        Details("More figures: calibration", [Text(text), Table(["model", f"mean {what}", "mean label", "rows"], rows)])
+        Details(
+            "More figures: calibration",
+            [Text(text), Table(["model", f"mean {what}", "mean label of the group", "rows"], rows)],
+        )
     ]
 
 
-def _surprises(model: Mapping[str, Any]) -> list[Part]:
+def _pictures(facts: Mapping[str, Any]) -> list[Details]:
+    texts = facts.get("picture_texts", {})
+    found = [Picture(name, **texts.get(name, {})) for name in facts["pictures"]]
+    return [Details("Pictures", found)] if found else []
+
+
+def _surprises(model: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Details]:
     found = model.get("surprises", ())
     if not found:
         return []
@@ -401,41 +454,40 @@ def _surprises(model: Mapping[str, Any]) -> list[Part]:
         ]
         for place, each in zip(places, found, strict=True)
     ]
-    why = _why_few_mistakes(model.get("own_scale"))
-    title = f"The most surprising labels, for the model {model['name']}"
-    parts: list[Part] = [
-        Text(
-            f"{why}, so these are mostly the lowest and the highest labels. The list does not point to mistakes."
-            if why
-            else "Check these labels for mistakes first."
-        ),
-        Table(["row", "label", "predicted", "before training", "prompt", "answer"], rows, is_text=True),
-    ]
-    return [Details(title, parts)] if why else [Heading(title), *parts]
+    why = _why_few_mistakes(model.get("own_scale"), _rows_in_words(facts))
+    said = (
+        f"{why}, so these are mostly the lowest and the highest labels. The list does not point to mistakes."
+        if why
+        else "Check these labels for mistakes first."
+    )
+    title = "The most surprising labels" + _for(model, facts["models"])
+    header = ["row", "label", "predicted", "before training", "prompt", "answer"]
+    return [Details(title, [Text(said), Table(header, rows, is_text=True)])]
 
 
-def _changed_in_words(found: Mapping[str, Any]) -> str:
-    return f"Training changed {found['others']} of {counted(found['answers'], 'answer')} of {found['base']}."
+def _for(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
+    """Whose section it is, for its title; "" if there is only one model."""
+    return "" if are_alone(models) else f", for the model {model['name']}"
 
 
-def _changed(model: Mapping[str, Any]) -> list[Part]:
+def _changed(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> list[Details]:
     found = model.get("changed")
     if not found:
         return []
-    heading: list[Part] = [Heading(f"What changed: {model['name']}"), Text(_changed_in_words(found))]
-    parts: list[Part] = []
+    before, after = f"Before, by {found['base']}", f"After, by {model['name']}"
+    if are_alone(models):
+        before, after = "Before training", "After training"
+    count = f"{found['others']} of {counted(found['answers'], 'answer')}"
+    parts: list[Part] = [Text(f"Training changed {count} of {found['base']}.")]
     for number, each in enumerate(found["examples"], start=1):
         parts += [
             Heading(f"Example {number}", 3),
             Quote("Prompt", each["prompt"]),
-            Quote(f"Before, by {found['base']}", each["before"] or "(no answer)"),
-            Quote(
-                f"After, by {model['name']}",
-                "(the same)" if each["after"] == each["before"] else each["after"] or "(no answer)",
-            ),
+            Quote(before, each["before"] or "(no answer)"),
+            Quote(after, "(the same)" if each["after"] == each["before"] else each["after"] or "(no answer)"),
             Quote("The data's answer", each["chosen"]),
         ]
-    return [*heading, *([Details("Answers before and after training", parts)] if parts else [])]
+    return [Details(f"Answers before and after training{_for(model, models)}: {count} changed", parts)]
 
 
 _NOT_JUDGED = ("refused", "cut", "unparsable", "unread")

@@ -167,6 +167,7 @@ class _Run:
                 "demonstrations": int(held_out.sft_mask.sum()),
                 "labels": {f"{label:g}": n for label, n in sorted(labels.most_common(_MOST_LABELS))},
                 "label_center": reading.own_center if held_out.continuous.any() else None,
+                "is_training_center": reading.how.label_center is not None,
                 "is_reversed": reading.is_reversed,
                 "questions": len(self.questions) if self.answers_all else 0,
             },
@@ -378,10 +379,10 @@ class _Run:
             longest = float("inf") if most is None else most - self.sampling.max_new_tokens
             found = [question for question in found if 0 < len(ids[question.row]) <= longest]
         elif len(found) < len(self.questions):
-            fewer = len(self.questions) - len(found)
+            fewer, called = len(self.questions) - len(found), self._called(run)
             self._note(
-                f"{run} does not answer {fewer} of the {len(self.questions)} prompts, because their rows were left out "
-                "for it."
+                f"{fewer} of the {len(self.questions)} prompts are not answered by {called}, because their rows were "
+                "left out for it."
             )
         return found, [ids[question.row] for question in found]
 
@@ -421,6 +422,7 @@ class _Run:
         return {"answers": told, "judged": self.judging.judge(run, questions, answers)}
 
     def _note_answers(self, run: str, replies: list[Reply], told: dict[str, Any]) -> None:
+        called = self._called(run)
         if told["changes"]:
             self._note(f"The server of {run}: {'; '.join(told['changes'])}.")
         if told["refused"]:
@@ -433,16 +435,20 @@ class _Run:
         cut, empty = told["cut_at_max_new_tokens"], told["empty"] - unfinished
         if cut and self.answers_all:
             self._note(
-                f"{cut} of {len(replies)} answers of {run} were cut at {self.sampling.max_new_tokens} tokens, and are "
-                "judged as they are. Raise --max_new_tokens."
+                f"{cut} of {len(replies)} answers of {called} were cut at {self.sampling.max_new_tokens} tokens, and "
+                "are judged as they are. Raise --max_new_tokens."
             )
         if empty and self.answers_all:
-            self._note(f"{empty} of {len(replies)} answers of {run} are empty.")
+            self._note(f"{empty} of {len(replies)} answers of {called} are empty.")
         if unfinished:
             self._note(
-                f"{unfinished} of {len(replies)} answers of {run} contain only reasoning, which is not judged, so they "
-                "count as empty. Raise --max_new_tokens."
+                f"{unfinished} of {len(replies)} answers of {called} contain only reasoning, which is not judged, so "
+                "they count as empty. Raise --max_new_tokens."
             )
+
+    def _called(self, run: str) -> str:
+        """What notes call a model."""
+        return "the model" if self.names == [run] else run
 
     def _compare_answers(self, model: dict[str, Any]) -> None:
         """Add answers before and after training to the facts of a model, if both exist."""

@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if code := attempt(parser, evaluate):
         return code
-    print(f"Open {args.output / 'report.html'} in a browser. It explains the figures, and shows rows and pictures.")
+    print(f"Open {args.output / 'report.html'} in a browser. It explains the figures.")
     return 0
 
 
