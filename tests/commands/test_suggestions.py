@@ -63,6 +63,33 @@ def test_labels_decide_their_settings(tmp_path, labels, expected):
     assert found["--method"] == "pointwise-dpo"
 
 
+def test_counts_with_a_long_tail_are_read_by_their_order(tmp_path):
+    likes = [round(1.05**i) for i in range(180)]
+    file = write(tmp_path, answers(likes))
+    found = options(file)
+    assert (found["--label_type"], found["--label_transform"]) == ("continuous", "quantile,center")
+    (reason,) = (each.reason for each in suggest(["--dataset", str(file)]) if each.options[0] == "--label_type")
+    assert reason == (
+        "labels are numbers from 1 to 6,207; 5% of them have 56% of the variance, so only their order is learned"
+    )
+    rows = {"errors" if name == "label" else name: values for name, values in answers(likes).items()}
+    assert options(write(tmp_path, rows))["--label_transform"] == "lower_is_better,quantile,center"
+
+
+def test_ratings_are_standardized_however_skewed_they_are(tmp_path):
+    for number, labels in enumerate(
+        (
+            [5] * 95 + STARS,
+            [*STARS * 20, 33],
+            list(range(101)),
+            [*range(101), 750],
+            [100] * 95 + [*range(20)],
+            [900, 1, 0, 3, 2],
+        )
+    ):
+        assert options(write(tmp_path, answers(labels), f"{number}.jsonl"))["--label_transform"] == "standardize"
+
+
 @pytest.mark.parametrize(
     ("labels", "name", "expected"),
     [

@@ -9,7 +9,7 @@ import pytest
 
 from trl_ulma.evaluation.figures import label_histogram
 from trl_ulma.labels import label_report, render_report
-from trl_ulma.labels.outliers import outliers
+from trl_ulma.labels.outliers import outliers, tail_share
 
 
 def report_of(label, continuous=False, sft_mask=False, **kwargs):
@@ -436,3 +436,41 @@ def test_what_is_usual_is_only_shown_in_detail(slope):
     assert "correlation of label and tokens" in detailed
     assert ("correlation of label and tokens" in brief) == bool(slope)
     assert {*brief.splitlines()} < {*detailed.splitlines()}
+
+
+def counts(sigma: float, rows: int = 400) -> np.ndarray:
+    """Numbers of likes: log-normal ones, rounded down."""
+    return np.floor(10 * np.exp(np.random.default_rng(0).normal(0, sigma, rows)))
+
+
+@pytest.mark.parametrize(
+    ("label", "is_long"),
+    [
+        (counts(1.5), True),
+        (np.minimum(counts(2.0), 10_000), True),
+        (-counts(1.5), True),
+        (np.where(np.arange(400) % 3, 0, counts(1.5)), True),
+        (np.arange(101.0), False),
+        (np.r_[np.arange(101.0), 330], False),  # which may be 33
+        (np.random.default_rng(0).normal(size=2_000), False),
+        (np.floor(-20 * np.log(np.linspace(1, 0.002, 500))), False),  # exponential
+        (np.r_[[5.0] * 980, [1, 2, 3, 4] * 5], False),  # stars, most of which are the best
+        (np.r_[[100.0] * 950, np.arange(50) * 2], False),  # of 100 points
+        (counts(2.0, rows=15), False),  # too few to see it
+        (np.array([5.0, 5.0]), False),
+    ],
+)
+def test_labels_with_a_long_tail(label, is_long):
+    assert (tail_share(label) is not None) == is_long
+
+
+def test_the_warning_about_large_targets_names_the_transform_for_long_tails():
+    likes = counts(2.0)
+    standardized = (likes - likes.mean()) / likes.std()
+    (said,) = [each for each in report_of(standardized, True, beta=0.1)["warnings"] if "above 50 nats" in each]
+    assert said.endswith(
+        "The root mean square is 10 at beta=0.1. 5% of the labels have 93% of their variance. If their order is what "
+        'counts, set label_transform="quantile,center".'
+    )
+    order = likes.argsort().argsort() / len(likes) - 0.5
+    assert not any("above 50" in each or "variance" in each for each in report_of(order, True, beta=0.1)["warnings"])

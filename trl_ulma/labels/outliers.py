@@ -1,5 +1,7 @@
 """Labels far outside the others, such as a 55 among ratings from 1 to 5."""
 
+import math
+
 import numpy as np
 
 # With fewer labels than this, no label is called far outside
@@ -16,6 +18,16 @@ _WELL_KNOWN, _AT_THE_END = 4, 0.05
 _GAP_OF_RATINGS, _GAP = 1.0, 5.0
 # What survey programs write if there is no answer, in any number of rows
 _CODES = tuple(sign * code for code in (9, 77, 88, 97, 98, 99, 997, 998, 999, 9999) for sign in (-1, 1))
+
+# Labels have a long tail if this part of them has this share of their variance. The tail of an exponential distribution
+# has 0.48, a normal one 0.28, and a log-normal one with a sigma of 1 has 0.68.
+_TAIL, _HEAVY = 0.05, 0.5
+# With fewer labels than this, no tail is called long
+_ENOUGH_FOR_TAIL = 20
+# Of the labels farthest from the mean, this share, or one, can be typing mistakes
+_MISTAKES = 0.001
+# The greatest labels of scales that can have many values
+_FULL_MARKS = (5, 7, 10, 100)
 
 
 def outliers(label: np.ndarray) -> np.ndarray:
@@ -66,6 +78,38 @@ def outliers(label: np.ndarray) -> np.ndarray:
         if high > low and far.sum() > most:
             return order[far]
     return order[:0]
+
+
+def tail_share(label: np.ndarray) -> float | None:
+    """The share of the variance that the 5% of labels farthest from the mean have, if labels have a long tail.
+
+    They have one, as numbers of likes do, if this share is above one half. A few labels then dominate a squared error.
+    The farthest label, or 0.1% of all, does not count, because it can be a typing mistake.
+
+    Args:
+        label: `(N,)` labels, without outliers.
+
+    Returns:
+        The share; None if there is no long tail. Scales of ratings have none, however rare their ends are: those with
+        at most 12 values, or from 0 or more to 5, 7, 10 or 100. Fewer than 20 labels have none either.
+
+    Example:
+        >>> tail_share(np.arange(100.0)) is None
+        True
+        >>> round(tail_share(np.exp(np.arange(100.0) / 10)), 2)
+        0.61
+    """
+    label = np.asarray(label, dtype=np.float64)
+    if len(label) < _ENOUGH_FOR_TAIL or len(np.unique(label)) <= _VALUES:
+        return None
+    if label.min() >= 0 and label.max() in _FULL_MARKS:
+        return None
+    order = np.argsort(np.abs(label - label.mean()))
+    kept = label[order[: -max(1, round(_MISTAKES * len(label)))]]
+    squares = np.sort((kept - kept.mean()) ** 2)
+    total = squares.sum()
+    share = float(squares[-math.ceil(_TAIL * len(squares)) :].sum() / total) if total else 0.0
+    return share if share > _HEAVY else None
 
 
 def is_code(label: float) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ulma.labels.outliers import is_code, outliers
+from trl_ulma.labels.outliers import is_code, outliers, tail_share
 
 # Rows that a warning names
 LISTED = 5
@@ -134,11 +134,12 @@ def label_report(
     if "continuous" in report:
         shift = 0.0 if log_z is None else np.broadcast_to(log_z, label.shape)[continuous]
         targets = np.abs(label[continuous] / beta - shift) * (tokens[continuous] if length_normalize else 1)
-        report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, [])
+        report["continuous"]["targets"] = _targets(targets, beta, log_z is not None, [], tail=None)
         # Labels far outside the others are told already
         own = label if raw is None else np.where(np.isfinite(raw), raw, label)
-        usual = np.delete(targets, outliers(own[continuous])) if far else targets
-        _targets(usual, beta, log_z is not None, warnings)
+        told = outliers(own[continuous]) if far else []
+        tail = tail_share(np.delete(label[continuous], told))
+        _targets(np.delete(targets, told), beta, log_z is not None, warnings, tail=tail)
         mean, std = report["continuous"]["mean"], report["continuous"]["std"]
         if is_zero and 0 < std < abs(mean):
             warnings.append(
@@ -268,7 +269,13 @@ def _histogram(label: np.ndarray, weight: np.ndarray, tokens: np.ndarray) -> lis
     ]
 
 
-def _targets(targets: np.ndarray, beta: float, is_known: bool, warnings: list[str]) -> dict[str, Any]:
+def _targets(
+    targets: np.ndarray, beta: float, is_known: bool, warnings: list[str], *, tail: float | None
+) -> dict[str, Any]:
+    """Return the sizes of targets, and append a warning if they are too small or too large.
+
+    `tail` is the share of the labels' variance that 5% of them have, if they have a long tail, see `tail_share`.
+    """
     size, greatest = float(np.sqrt((targets**2).mean())), float(targets.max())
     low, high = TARGETS
     beyond = int((targets > high).sum())
@@ -280,10 +287,15 @@ def _targets(targets: np.ndarray, beta: float, is_known: bool, warnings: list[st
             f"to learn at beta={beta:g}. {advice}".rstrip()
         )
     elif beyond:
+        if tail:  # which another β does not change
+            advice += (
+                f" 5% of the labels have {tail:.0%} of their variance. If their order is what counts, set "
+                'label_transform="quantile,center".'
+            )
         warnings.append(
             f"{counted(beyond, 'target log-ratio')} (z − c)/β above {high:g} nats, up to {greatest:.0f}. A model "
             f"cannot move that far from its reference and still write well. The root mean square is {size:.3g} at "
-            f"beta={beta:g}. {advice}".rstrip()
+            f"beta={beta:g}. {advice.strip()}".rstrip()
         )
     return {
         "rms": _rounded(size),

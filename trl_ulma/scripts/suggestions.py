@@ -206,7 +206,7 @@ def _of_labels(
     from trl_ulma.data.names import Names
     from trl_ulma.data.proposals import known_number, says_yes
     from trl_ulma.data.readable import are_missing
-    from trl_ulma.labels.outliers import outliers
+    from trl_ulma.labels.outliers import outliers, tail_share
 
     if any(value is not None for value in rows.get("label_type", ())):
         return []
@@ -246,12 +246,16 @@ def _of_labels(
             return []
         why = f"labels are {low:g} and {high:g}, read as bad and good"
         return [Suggestion(("--label_transform", f"threshold:{high:g}"), why)]
+    usual = np.delete(values, outliers(np.array(values)))  # the others are named when all rows are read
+    tail = tail_share(usual)
     steps = reverse
     if "," not in reverse:
-        steps = ",".join(filter(None, (reverse, "center_raters" if rater else "", "standardize")))
+        scaled = "quantile,center" if tail else "standardize"
+        steps = ",".join(filter(None, (reverse, "center_raters" if rater else "", scaled)))
     where = "" if is_whole else f" in the first {_MOST_ROWS:,} rows"
-    usual = np.delete(values, outliers(np.array(values)))  # the others are named when all rows are read
-    why = f"labels are numbers from {usual.min():g} to {usual.max():g}{where}{lower}"
+    why = f"labels are numbers from {usual.min():,.10g} to {usual.max():,.10g}{where}{lower}"
+    if "quantile,center" in steps:
+        why += f"; 5% of them have {tail:.0%} of the variance, so only their order is learned"
     if "center_raters" in steps:
         why += f"; some raters ({rater}) are stricter"
     return [Suggestion(("--label_type", "continuous", "--label_transform", steps), why)]
