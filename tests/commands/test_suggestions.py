@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 
 from trl_ulma.scripts import check, pointwise_dpo
 from trl_ulma.scripts.cli import main
+from trl_ulma.scripts.needed_options import needed
 from trl_ulma.scripts.suggestions import suggest
 
 STARS = [5, 4, 1, 2, 3, 5]
@@ -269,7 +270,78 @@ def test_no_suggestion_contradicts_what_is_given(tmp_path):
     assert "--share_prompts" not in options(pairs, "--padding_free")
     rows = write(tmp_path, answers(STARS))
     assert "--use_peft" not in options(rows, "--sync_ref_model")
-    assert "--eval_strategy" not in options(rows, "--eval_steps", "10")
+    assert options(rows, "--label_type", "continuous")["--label_transform"] == "standardize"
+    assert "--label_transform" not in options(rows, "--label_type", "binary")
+    threshold = options(rows, "--sft_threshold", "4")  # of labels as they are
+    assert threshold["--label_type"] == "continuous"
+    assert "--label_transform" not in threshold
+    assert "--eval_strategy" not in options(rows, "--test_split_size", "0.0")
+    assert options(rows, "--test_split_size", "0.2")["--eval_strategy"] == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--load_in_4bit", "--use_peft --learning_rate 1e-4"),
+        ("--load-in-8bit True --learning_rate 1e-5", "--use_peft"),
+        ("--load_in_4bit --use_peft", "--learning_rate 1e-4"),
+        ("--load_in_4bit False", ""),
+        ("--load_in_4bit --use_peft False", ""),  # the training says that this cannot be
+        ("--lora_r 8", "--use_peft --learning_rate 1e-4"),
+        ("--bnb_4bit_quant_type nf4", "--load_in_4bit --use_peft --learning_rate 1e-4"),
+        ("--load_best_model_at_end", "--eval_strategy epoch --save_strategy epoch"),
+        ("--load_best_model_at_end False", ""),
+        ("--load_best_model_at_end --save_strategy steps", "--eval_strategy steps"),
+        ("--load_best_model_at_end --save_strategy best", "--eval_strategy epoch"),
+        ("--load_best_model_at_end --save_steps 20", "--eval_strategy steps --eval_steps 20"),
+        ("--load_best_model_at_end --eval_steps 30", "--eval_strategy steps --save_steps 30"),
+        ("--load_best_model_at_end --eval_steps 20 --save_steps 40", "--eval_strategy steps"),
+        ("--load_best_model_at_end --eval_strategy epoch", "--save_strategy epoch"),
+        ("--load_best_model_at_end --eval_strategy steps --eval_steps 30", "--save_steps 30"),
+        (
+            "--metric_for_best_model eval_rewards/spearman",
+            "--load_best_model_at_end --eval_strategy epoch --save_strategy epoch",
+        ),
+        ("--save_strategy best", "--eval_strategy epoch --metric_for_best_model eval_loss"),
+        ("--lr_scheduler_type reduce_lr_on_plateau", "--eval_strategy epoch"),
+        ("--eval_steps 20", "--eval_strategy steps"),
+        ("--eval_strategy no", ""),
+        ("--label_transform standardize", "--label_type continuous"),
+        ("--label_transform threshold:4", ""),
+        ("--label_transform standardise:1,2,3", ""),
+        ("--beta 0.1", ""),
+    ],
+)
+def test_options_come_with_those_that_they_need(given, expected):
+    words = given.split()
+    more = [word for each in needed(words) for word in each.options]
+    assert " ".join(more) == expected
+    if "False" not in words and "standardise:1,2,3" not in words:  # the command accepts them together
+        pointwise_dpo.make_parser().parse_settings(["--model", "m", "--dataset", "d.csv", *words, *more])
+
+
+def test_check_accepts_an_option_without_the_one_that_it_needs(tiny_gpt2, tmp_path, capfd):
+    file = write(tmp_path, answers(STARS * 2))
+    words = ["--model", tiny_gpt2, "--dataset", str(file), "--bf16", "False"]
+    assert check.main([*words, "--load_best_model_at_end"]) == 0
+    said = capfd.readouterr().out
+    assert "--save_strategy epoch              saves a checkpoint after each evaluation" in said
+    following = said.split("To train:\n")[1]
+    assert all(following.count(option) == 1 for option in ("--eval_strategy epoch", "--save_strategy epoch"))
+
+
+def test_no_rows_are_held_out_with_a_test_split_of_size_0(tiny_gpt2, tmp_path, capfd):
+    file = write(tmp_path, answers(STARS * 2))
+    words = ["--model", tiny_gpt2, "--dataset", str(file), "--bf16", "False", "--test_split_size", "0"]
+    assert check.main(words) == 0
+    said = capfd.readouterr().out
+    assert "--eval_strategy" not in said
+    assert "12 rows make" in said
+    assert check.main([*words, "--eval_strategy", "epoch"]) == 1
+    assert (
+        "has no test split, and --test_split_size 0 holds out no rows, so there is nothing to evaluate on. Leave "
+        "--test_split_size out to hold out some, or switch the evaluation off (--eval_strategy no)."
+    ) in capfd.readouterr().err
 
 
 def test_options_may_have_dashes(tmp_path):

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, in_lines, is_verbose
+from trl_ulma.scripts.needed_options import needed
 from trl_ulma.scripts.suggestions import Suggestion, in_words, may_suggest, suggest
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     suggested: list[Suggestion] = []
     if may_suggest(words) and HELP.isdisjoint(words):
+        others = needed(words)
+        words += [word for each in others for word in each.options]
         make_parser().parse_for_launch(list(words))  # wrong options are told before the data is read
         code = attempt(CommandParser(prog=PROG), lambda: suggested.extend(suggest(words)))
         if code:
             return code
-    if suggested:
-        print(in_words(suggested) + "\n", flush=True)
-        words += [word for each in suggested for word in each.options]
+        if suggested:
+            print(in_words([*suggested, *others]) + "\n", flush=True)
+            words += [word for each in suggested for word in each.options]
     chooser = CommandParser(prog=PROG, add_help=False)
     chooser.add_argument("--method", choices=METHODS, default="ulma")
     chosen, words = chooser.parse_known_args(words)

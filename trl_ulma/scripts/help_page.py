@@ -161,7 +161,7 @@ GROUPS: dict[str, list[Option]] = {
         Option(
             "--test_split_size",
             "SIZE",
-            "rows to hold out: a fraction, or a number (default: 0.1, or what 30 prompts need, up to 0.3)",
+            "rows to hold out: a fraction, a number, or 0 for none (default: 0.1, or what 30 prompts need, up to 0.3)",
         ),
         Option("--per_device_eval_batch_size", "ROWS", "rows per batch on each device", "8"),
         Option("--load_best_model_at_end", "", "keep the checkpoint with the best --metric_for_best_model"),

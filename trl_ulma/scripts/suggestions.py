@@ -7,7 +7,7 @@ is suggested beside an option that was given.
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any
 
 from trl_ulma.scripts.command_line import CommandParser
@@ -29,6 +29,9 @@ _LAYOUTS = ("--share_prompts", "--padding_free")
 _ONLY_ULMA = {option.name for options in GROUPS.values() for option in options if option.methods == ("ulma",)}
 # Options that say what labels mean
 _LABELS = ("--label_type", "--label_transform", "--preset", "--sft_threshold")
+_CONTINUOUS = ("--label_type", "continuous")
+# Options with which an evaluation is chosen
+_EVALUATIONS = ("--eval_strategy", "--do_eval", "--eval_steps")
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     if not rows or not (pairs or {"completion", "label"} <= set(rows)):
         return []
     settings: list[Suggestion] = []
-    if not pairs and given.isdisjoint(_LABELS):
+    if not pairs:
         rater = None if args.columns else _rater_column(rows)
-        settings = _of_labels(rows, columns, args.label_map, rater)
+        settings = _beside(_of_labels(rows, columns, args.label_map, rater), values_of(words))
         if rater and rater != "rater" and any("center_raters" in each.options[-1] for each in settings):
             likely["rater"] = rater
     suggested = [_method(rows, given, pairs=pairs)]
@@ -105,7 +108,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     if given.isdisjoint(_TRAINING):
         options = ("--use_peft", "--learning_rate", "1e-4")
         suggested.append(Suggestion(options, "trains an adapter (LoRA), not all weights"))
-    if given.isdisjoint(("--eval_strategy", "--do_eval", "--eval_steps")) and _has_prompts(rows):
+    if given.isdisjoint(_EVALUATIONS) and not _holds_out_none(words) and _has_prompts(rows):
         suggested.append(Suggestion(("--eval_strategy", "epoch"), "evaluates on held-out rows after each epoch"))
     if given.isdisjoint(("--output", "--output_dir")):
         suggested.append(Suggestion(("--output", "out"), "where the model is saved"))
@@ -130,8 +133,32 @@ def in_words(suggested: Sequence[Suggestion]) -> str:
     return "\n".join(lines)
 
 
+def values_of(words: Sequence[str]) -> dict[str, str]:
+    """The options of a command, without dashes, and their values as text: "True" for a flag.
+
+    Example:
+        >>> values_of(["--use-peft", "--beta", "0.1", "--columns=label=stars"])
+        {'use_peft': 'True', 'beta': '0.1', 'columns': 'label=stars'}
+    """
+    found = {}
+    for word, following in zip_longest(words, words[1:], fillvalue="--"):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flag = "True" if following.startswith("--") else following
+            found[name.replace("-", "_")] = value if equals else flag
+    return found
+
+
 def _given(words: Sequence[str]) -> set[str]:
-    return {f"--{word[2:].partition('=')[0].replace('-', '_')}" for word in words if word.startswith("--")}
+    return {f"--{name}" for name in values_of(words)}
+
+
+def _holds_out_none(words: Sequence[str]) -> bool:
+    """Whether the command has `--test_split_size 0`."""
+    try:
+        return float(values_of(words).get("test_split_size", 1)) == 0
+    except ValueError:
+        return False
 
 
 def _first_rows(args: Any, columns: str | None, most: int) -> dict[str, list[Any]]:
@@ -181,6 +208,19 @@ def _method(rows: Mapping[str, Sequence[Any]], given: set[str], *, pairs: bool) 
         shared = ("--share_prompts", "True") if given.isdisjoint(_LAYOUTS) else ()
         return Suggestion(("--method", "pointwise-dpo", *shared), "a pair becomes two rows; also try `trl dpo`")
     return Suggestion(("--method", "pointwise-dpo"), "learns from labels; ulma also imitates good answers")
+
+
+def _beside(settings: list[Suggestion], given: Mapping[str, str]) -> list[Suggestion]:
+    """What is left of the suggestions about labels if options about labels are given."""
+    said = {name for name in given if f"--{name}" in _LABELS}
+    if not said:
+        return settings
+    continuous = [each for each in settings if each.options[: len(_CONTINUOUS)] == _CONTINUOUS]
+    if said == {"label_type"} and given["label_type"] == "continuous":
+        return [Suggestion(each.options[len(_CONTINUOUS) :], each.reason) for each in continuous]
+    if said == {"sft_threshold"}:  # a label as rows have it, so they are not transformed
+        return [Suggestion(_CONTINUOUS, each.reason) for each in continuous]
+    return []
 
 
 def _rater_column(rows: Mapping[str, Sequence[Any]]) -> str | None:
@@ -258,4 +298,4 @@ def _of_labels(
         why += f"; 5% of them have {tail:.0%} of the variance, so only their order is learned"
     if "center_raters" in steps:
         why += f"; some raters ({rater}) are stricter"
-    return [Suggestion(("--label_type", "continuous", "--label_transform", steps), why)]
+    return [Suggestion((*_CONTINUOUS, "--label_transform", steps), why)]

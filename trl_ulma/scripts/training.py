@@ -130,7 +130,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     """Returns (training rows, evaluation rows or None, notes to print).
 
     If there is an evaluation but no test split, some prompts and their rows are held out, and
-    `dataset_args.test_split_size` is set to their part if it was not.
+    `dataset_args.test_split_size` is set to their part if it was not. A `test_split_size` of 0 holds out no rows.
 
     Raises:
         FileNotFoundError: if the dataset does not exist.
@@ -178,6 +178,9 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     if train_split not in splits:
         raise ValueError(f"{name} has no split {train_split!r}, but {there}. Set --dataset_train_split to one of them.")
     train = splits[train_split]
+    holds_out_none = dataset_args.test_split_size == 0
+    if holds_out_none:
+        dataset_args.test_split_size = None
     if not training_args.do_eval and dataset_args.test_split_size is None:
         return train, None, said
     if test_split in splits:
@@ -187,6 +190,11 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         return train, splits[test_split], said
     if test_split != "test":
         raise ValueError(f"{name} has no split {test_split!r}, but {there}. Set --dataset_test_split to one of them.")
+    if holds_out_none:
+        raise ValueError(
+            f"{name} has no test split, and --test_split_size 0 holds out no rows, so there is nothing to evaluate on. "
+            "Leave --test_split_size out to hold out some, or switch the evaluation off (--eval_strategy no)."
+        )
     if not isinstance(train, Dataset):
         raise ValueError(
             f"{name} has no test split, but {there}, and rows that are streamed cannot be split. Set "
