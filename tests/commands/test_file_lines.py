@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from tiny import make_tokenizer
 
-from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.files import load_files, load_rows, split_by_prompt
 from trl_ulma.data.origins import StreamOrigins, located, origin, origins, places_of, with_origins
 from trl_ulma.evaluation.findings import surprises
 from trl_ulma.evaluation.held_out import HeldOut
@@ -65,6 +65,29 @@ def test_a_row_is_also_named_as_a_spreadsheet_shows_it(tmp_path, monkeypatch, na
         assert origin(found, i) == f"{name}, line {line}{told}"
     stream = StreamOrigins(places_of(load_rows(name, streaming=True)["train"]))
     assert [stream(i) for i in range(len(rows))] == [origin(found, i) for i in range(len(rows))]
+
+
+def test_notices_about_values_name_the_row_of_a_spreadsheet_too(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text('prompt,completion,label\n"a\nb",c &amp; d,4 stars\n,,\ne,f &amp; g,5 stars\n')
+    load_rows("rows.csv")
+    assert "(2 values: '4 stars' in line 2, '5 stars' in line 5 (row 4 in a spreadsheet))" in caplog.text
+    assert "'&amp;' in line 5 (row 4 in a spreadsheet)" in caplog.text
+    assert "rows whose fields are all empty, as in line 4 (row 3 in a spreadsheet), are left out" in caplog.text
+    caplog.clear()
+    other = Path("other.csv")
+    other.write_text('prompt,completion,label\n"a\nb",c,4 stars\ne,f,5 stars\n')
+    load_files([Path("rows.csv"), other])
+    assert "'5 stars' in rows.csv, line 5 (row 4 in a spreadsheet), '4 stars' in other.csv, line 2" in caplog.text
+
+
+def test_an_unclear_number_is_named_by_the_row_of_a_spreadsheet_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text('prompt;completion;label\n"a\nb";c;4\ne;f;1.000\n')
+    with pytest.raises(
+        ValueError, match=r"rows\.csv, line 4 \(row 3 in a spreadsheet\): label is '1\.000'\. Semicolons"
+    ):
+        load_rows("rows.csv")
 
 
 def test_a_file_that_is_gone_has_lines_only(file):

@@ -283,10 +283,10 @@ class Shown(dict[str, list[str]]):
         {'label: numbers with a unit': ["'4 stars' in line 2"]}
     """
 
-    def add(self, what: str, value: str, place: str) -> None:
-        """Keep a value, if it is one of the first."""
+    def add(self, what: str, value: str, place: str | Callable[[], str]) -> None:
+        """Keep a value, if it is one of the first. Only then a `place` is called that is a function."""
         if len(first := self.setdefault(what, [])) < _SHOWN:
-            first.append(f"{value.strip()!r} in {place}")
+            first.append(f"{value.strip()!r} in {place() if callable(place) else place}")
 
 
 def say(found: Mapping[str, int], where: str, shown: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:

@@ -143,9 +143,9 @@ class FileRows:
         self.lines, self.firsts = array("q"), []
         self.unread: list[tuple[str, int, Unread]] = []
         self._unknown: Counter[str] = Counter()
-        # Of CSV files: (column, mark) → the first number such as 1.000 or 1,000, with its place and the delimiter, and
-        # the marks that are known to be decimal, such as the point of 0.500
-        self._grouped: dict[tuple[str, str], tuple[str, str]] = {}
+        # Of CSV files: (column, mark) → the place of the first number such as 1.000 or 1,000, the number, and the
+        # delimiter; and the marks that are known to be decimal, such as the point of 0.500
+        self._grouped: dict[tuple[str, str], tuple[str, str, str]] = {}
         self._decimal: set[tuple[str, str]] = set()
         # Of one CSV file: column → its texts, and (column, mark) → its texts between such marks
         self._texts: Counter[str] = Counter()
@@ -157,7 +157,7 @@ class FileRows:
                 self._at = file, line
                 own: Counter[str] = Counter()
                 if self._delimiter not in (None, ","):
-                    self._note_points(row, f"{file}, line {line}")
+                    self._note_points(row)
                 row = read_row(row, self.names, own, self._notice, delimiter=self._delimiter)
                 self._unknown.update(own)
                 if own and self.invalid_rows != "error":
@@ -177,12 +177,13 @@ class FileRows:
         self.check_points()
         self.check()
 
-    def _note_points(self, row: dict[str, Any], place: str) -> None:
+    def _note_points(self, row: dict[str, Any]) -> None:
+        file, line = self._at
         for name in NUMBERS:
             text = str(row.get(self.names.columns.get(name, name)) or "").strip()
             if name == "label" and self.names.label_map:
                 continue
-            found = f"{place}: {self.names.columns.get(name, name)} is {text!r}", str(self._delimiter)
+            found = f"{file}, line {line}", f"{self.names.columns.get(name, name)} is {text!r}", str(self._delimiter)
             if _GROUPED.fullmatch(text):
                 self._grouped.setdefault((name, "."), found)
             elif THOUSAND_COMMA.fullmatch(text):
@@ -217,14 +218,14 @@ class FileRows:
 
     def check_points(self) -> None:
         """Raise ValueError if it is unknown whether points or commas in the numbers so far separate thousands."""
-        for (name, mark), (found, delimiter) in self._grouped.items():
+        for (name, mark), (place, found, delimiter) in self._grouped.items():
             # Where tabs separate the fields, points are decimal, unless commas are
             is_usual = mark == "." and delimiter != ";" and (name, ",") not in self._decimal
             if (name, mark) not in self._decimal and not is_usual:
                 raise ValueError(
-                    f"{found}. {DELIMITERS[delimiter].capitalize()} separate the fields, so this can be a thousand or "
-                    "have three decimals, and no other number in the column shows which. Write such numbers as 1000 or "
-                    "as 1.0."
+                    f"{with_sheet_row(place)}: {found}. {DELIMITERS[delimiter].capitalize()} separate the fields, so "
+                    "this can be a thousand or have three decimals, and no other number in the column shows which. "
+                    "Write such numbers as 1000 or as 1.0."
                 )
 
     def check(self) -> None:
@@ -263,7 +264,7 @@ class FileRows:
             if kind == "csv":
                 known = (*READ, *self.names.columns.values())
                 self._delimiter = delimiter_of(file, known)
-                rows = csv_rows(file, known, self._notice)
+                rows = csv_rows(file, known, lambda what: self._notice(_with_sheet_row(what, str(file))))
             else:
                 rows = self._with_all_names(json_rows(file)) if kind == "json" else _parquet_rows(file)
             for line, row in rows:
@@ -308,9 +309,14 @@ class FileRows:
     def _notice(self, what: str, value: str | None = None) -> None:
         self.found[what] += 1
         if value is not None:
-            file, line = self._at
-            place = f"{unit_of(file)} {line}"
-            self.shown.add(what, value, place if len(self.files) == 1 else f"{file}, {place}")
+            self.shown.add(what, value, self._place_shown)
+
+    def _place_shown(self) -> str:
+        """The place of the current row, for a notice that names the files."""
+        file, line = self._at
+        there = _in_sheet(str(file), line)
+        place = f"{unit_of(file)} {line}{f' ({there})' if there else ''}"
+        return place if len(self.files) == 1 else f"{file}, {place}"
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -334,9 +340,8 @@ def list_unread(lines: Sequence[tuple[str, int, Unread]]) -> str:
         a.csv has 1 field in line 3, but 2 columns. Write a comma. These lines cannot be read either: 5 (1 field),
         line 2 of b.csv (1 field).
     """
-    (file, line, first), *others = lines
-    there = _in_sheet(file, line)
-    message = first.message.replace(f"in line {line}", f"in line {line} ({there})", 1) if there else first.message
+    (file, _, first), *others = lines
+    message = _with_sheet_row(first.message, file)
     if not others:
         return f"{file} {message}"
     shown = ", ".join(
@@ -352,3 +357,10 @@ def _in_sheet(file: str, line: int) -> str:
     """The row of a spreadsheet that is in a line of a file. "" if it has the same number."""
     place = f"{file}, line {line}"
     return with_sheet_row(place).removeprefix(place).strip(" ()")
+
+
+def _with_sheet_row(said: str, file: str) -> str:
+    """What is said of a line of a file, also with the row of a spreadsheet that is in it, if it has another number."""
+    found = re.search(r"\bin line (\d+)", said)
+    there = _in_sheet(file, int(found[1])) if found else ""
+    return f"{said[: found.end()]} ({there}){said[found.end() :]}" if found and there else said
