@@ -138,6 +138,7 @@ def test_a_collator_that_pads_on_the_left_is_refused(tiny_gpt2, tmp_path, rows):
         (["--lora_r", "4"], "--lora_r has no effect without --use_peft: all weights are trained"),
         (["--use_dora"], "--use_dora has no effect without --use_peft"),
         (["--bnb_4bit_quant_type", "fp4"], "--bnb_4bit_quant_type has no effect without --load_in_4bit"),
+        (["--load_in_8bit"], "--load_in_8bit needs --use_peft: quantized weights cannot be trained, but an adapter"),
     ],
 )
 def test_options_without_their_switch_are_refused(capsys, words, message):

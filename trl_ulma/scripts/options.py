@@ -196,7 +196,7 @@ class OptionParser(TrlParser):
         return namespace, left
 
     def _refuse_unused(self, namespace: argparse.Namespace) -> None:
-        """Exit if options of LoRA or of quantization are given, but not the option that switches it on."""
+        """Exit if options of LoRA or of quantization are given, but not the option that they need."""
         options = ModelConfig.__dataclass_fields__
         for switch, prefixes, what in (
             ("use_peft", ("lora_", "use_dora", "use_rslora"), "all weights are trained"),
@@ -209,6 +209,11 @@ class OptionParser(TrlParser):
             ]
             if given and not getattr(namespace, switch):
                 self.error(f"--{given[0]} has no effect without --{switch}: {what}. Add it, or leave --{given[0]} out.")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(namespace, name) and not namespace.use_peft:
+                self.error(
+                    f"--{name} needs --use_peft: quantized weights cannot be trained, but an adapter (LoRA) can."
+                )
 
     def _check_config_file(self, argv: list[str]) -> list[str]:
         """`argv` with `--config=FILE` as two words, as TRL expects."""
