@@ -96,14 +96,29 @@ def test_ratings_are_standardized_however_skewed_they_are(tmp_path):
     [
         ([0, 1, 0], "toxic", {"--label_transform": "lower_is_better"}),
         (STARS, "harm_score", {"--label_type": "continuous", "--label_transform": "lower_is_better,standardize"}),
+        ([0.1, 0.5, 0.9], "error_rate", {"--label_transform": "lower_is_better"}),
+        ([0.3, 0.5, 1.9], "wer", {"--label_type": "continuous", "--label_transform": "lower_is_better,standardize"}),
+        (
+            [3.1, 9, 20.5],
+            "perplexity",
+            {"--label_type": "continuous", "--label_transform": "lower_is_better,standardize"},
+        ),
+        (STARS, "nps", {"--label_type": "continuous", "--label_transform": "standardize"}),
+        (STARS, "csat", {"--label_type": "continuous", "--label_transform": "standardize"}),
+        (STARS, "satisfaction", {"--label_type": "continuous", "--label_transform": "standardize"}),
+        (STARS, "score_0_100", {"--label_type": "continuous", "--label_transform": "standardize"}),
         (STARS, "rank", {"--label_type": "continuous", "--label_transform": "lower_is_better,prompt_quantile"}),
     ],
 )
-def test_a_low_number_can_be_better(tmp_path, labels, name, expected):
+def test_the_name_of_a_column_says_which_numbers_are_better(tmp_path, labels, name, expected):
     rows = answers(labels)
     rows[name] = rows.pop("label")
-    found = options(write(tmp_path, rows))
+    file = write(tmp_path, rows)
+    found = options(file)
     assert found["--columns"] == f"label={name}"
+    reasons = " ".join(each.reason for each in suggest(["--dataset", str(file)]))
+    better = "low" if "lower_is_better" in expected["--label_transform"] else "high"
+    assert f"a {better} `{name}` looks better" in reasons
     assert {name: value for name, value in found.items() if name.startswith("--label")} == expected
 
 
@@ -286,7 +301,7 @@ def test_no_suggestion_contradicts_what_is_given(tmp_path):
         ("--load-in-8bit True --learning_rate 1e-5", "--use_peft"),
         ("--load_in_4bit --use_peft", "--learning_rate 1e-4"),
         ("--load_in_4bit False", ""),
-        ("--load_in_4bit --use_peft False", ""),  # the training says that this cannot be
+        ("--load_in_4bit --use_peft False", ""),  # which the command refuses
         ("--lora_r 8", "--use_peft --learning_rate 1e-4"),
         ("--bnb_4bit_quant_type nf4", "--load_in_4bit --use_peft --learning_rate 1e-4"),
         ("--load_best_model_at_end", "--eval_strategy epoch --save_strategy epoch"),

@@ -1344,15 +1344,42 @@ def test_names_are_made_once():
         ([{"prompt": "a", "completion": "b", "harm_score": 1, "help_rating": 1}], "--columns label=help_rating$"),
         (
             [{"prompt": "a", "completion": "b", "feedback_id": 1, "score_latency": 2, "n votes": 3}],
-            "votes. If a column says .* it looks like demonstrations data",
+            'votes. If `n votes` says how good answers are, set --columns "label=n votes". If not',
         ),
         ([{"prompt": "a", "completion": "b", "user_rating_count": 3, "user_rating": 3}], "label=user_rating$"),
         ([{"prompt": "a", "completion": "b", "rating_max": 5, "rating_mean": 3}], "label=rating_mean$"),
         ([{"prompt": "a", "completion": "b", "is_bad": True}], "label=is_bad. A low `is_bad` looks better, so train"),
         (
             [{"prompt": "a", "completion": "b", "mark": 1}],
+            r"If `mark` says how good answers are, set --columns label=mark\. If not, it looks like demonstrations "
+            r"data: trl-ulma prepare demonstrations --dataset rows.jsonl --output FOLDER$",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "mark": 1, "tier": 2}],
             r"If a column says how good answers are, name it: --columns label=COLUMN\. If not, it looks like "
             r"demonstrations data: trl-ulma prepare demonstrations",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "num_errors": 1}],
+            r"set --columns label=num_errors\. A low `num_errors` looks better, so train with --label_transform "
+            r"lower_is_better\. If not",
+        ),
+        (
+            [{"question": "a", "answer": "b"}],
+            "`question` looks like the prompt and `answer` like the completion. It looks like demonstrations data: "
+            "trl-ulma prepare demonstrations --dataset rows.jsonl --output FOLDER --columns "
+            "prompt=question,completion=answer$",
+        ),
+        (
+            [{"prompt": "a", "response": "b", "views": 3}],
+            "`response` looks like the completion. If `views` says how good answers are, set --columns "
+            "completion=response,label=views. If not, it looks like demonstrations data: .* --columns "
+            "completion=response$",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rating": 4}],
+            "`rating` looks like the label of messages data: trl-ulma prepare messages --dataset rows.jsonl --output "
+            "FOLDER --columns label=rating --label_type continuous$",
         ),
         ([{"prompt": "a", "completion": "b"}], r"completion\. It looks like demonstrations data"),
         (

@@ -15,11 +15,11 @@ _GOOD_STARTS = re.compile(
     "valid|verif"
 )
 _BAD_STARTS = re.compile(
-    "abus|against$|aggress|annoy|attack|bad$|bias|complain|concern|confus|contradict|danger|deduct|defect|down$|"
-    "downvot|error|evasi|fail|false|fault|flag|flaw|frustrat|hallucinat|harm(?!on)|hate|hostil|illegal|insult|"
-    "issues?$|jailbreak|loss$|misinform|mislead|mistake|negativ|nonsens|nsfw|obscen|offens|penalt|perplex|poor|profan|"
-    "racis|rank(ing)?$|redundan|refus|reject|repetit|risk|rude|severity|sexis|sexual|spam|stereotyp|terrible|threat|"
-    "thumbs?down$|tox|useless|violat|violen|warning|wors|wrong"
+    "abus|against$|aggress|annoy|attack|bad$|bias|brier$|cer$|complain|concern|confus|contradict|danger|deduct|defect|"
+    "distance$|down$|downvot|error|evasi|fail|false|fault|flag|flaw|frustrat|hallucinat|harm(?!on)|hate|hostil|illegal|insult|"
+    "issues?$|jailbreak|loss$|mae$|misinform|mislead|mistake|mse$|negativ|nonsens|nsfw|obscen|offens|penalt|perplex|poor|ppl$|profan|"
+    "racis|rank(ing)?$|redundan|refus|reject|repetit|risk|rmse$|rude|severity|sexis|sexual|spam|stereotyp|terrible|threat|"
+    "thumbs?down$|tox|useless|violat|violen|warning|wer$|wors|wrong"
 )
 _OPPOSITE = re.compile("(?:un|in|im|ir|dis|non|mis)(?=[a-z]{4})")  # unhelpful, inaccurate, unbiased
 _NOT = frozenset(("no", "not", "non", "never", "without", "lack", "low"))  # not_helpful, no_errors, low_toxicity

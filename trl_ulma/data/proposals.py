@@ -18,9 +18,13 @@ CALLED = {
     "label": (
         "labels", "rating", "score", "feedback", "thumb", "thumbs", "vote", "votes", "reward", "quality", "overall",
         "stars", "grade", "preference", "is_good", "liked", "upvoted", "correct", "likes", "upvotes", "helpful",
-        "passed", "success", "rank", "toxicity", "toxic", "harmful", "flagged", "bad", "dislikes", "downvotes",
-        "errors", "disliked", "downvoted", "unhelpful", "incorrect", "wrong", "complaints", "complaint", "issues",
-        "refusal", "inaccurate", "inaccuracy", "unsafe",
+        "passed", "success", "satisfaction", "satisfied", "csat", "nps", "points", "marks", "rated", "verdict",
+        "judgment", "judgement", "helpfulness", "correctness", "accuracy", "relevance", "usefulness", "utility",
+        "win_rate", "elo", "karma", "mos", "pass", "bleu", "rouge", "f1", "rank", "toxicity", "toxic", "harmful",
+        "flagged", "bad", "dislikes", "downvotes", "errors", "disliked", "downvoted", "unhelpful", "incorrect", "wrong",
+        "complaints", "complaint", "issues", "refusal", "inaccurate", "inaccuracy", "unsafe", "error_rate", "loss",
+        "perplexity", "ppl", "wer", "cer", "mse", "rmse", "mae", "brier", "edit_distance", "severity", "harm",
+        "harmfulness", "hallucination", "hallucinations", "hallucinated", "violation", "violations", "mistakes",
     ),
     "chosen": ("preferred", "better", "winner", "accepted", "good", "best", "positive", "response_j"),
     "rejected": ("dispreferred", "worse", "loser", "bad", "worst", "negative", "response_k"),
@@ -33,6 +37,8 @@ _NO_LABELS = frozenset(
         "max", "min", "std", "sd", "variance", "suggestion", "suggestions",
     )
 )  # fmt: skip
+# Those of them that can be numbers of good or bad votes
+_COUNTS = frozenset(("count", "counts", "num", "n"))
 # What Prodigy writes in its column `answer` about a row
 VERDICTS = frozenset(("accept", "reject", "ignore"))
 
@@ -206,10 +212,13 @@ def proposal(
             "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
             "columns with --columns, as in --columns prompt=question,completion=response,label=rating"
         )
-    (first, theirs), *others = likely.items()
-    said = listed([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
     hint = direction(likely.get("label", "")) + _others(likely, columns)
-    return f"{said}: --columns {as_option({**likely, **given})}" + (f".{hint}" if hint else "")
+    return f"{_looks_like(likely)}: --columns {as_option({**likely, **given})}" + (f".{hint}" if hint else "")
+
+
+def _looks_like(likely: Mapping[str, str]) -> str:
+    (first, theirs), *others = likely.items()
+    return listed([f"`{theirs}` looks like the {first}", *(f"`{column}` like the {name}" for name, column in others)])
 
 
 def as_rated(
@@ -225,7 +234,10 @@ def as_rated(
     """
     from trl_ulma.data.adapters import find
 
-    if "label" not in likely or not families or find(families[0]).rated != families[0]:
+    family = find(families[0]).rated if families else ""
+    if "label" not in likely or not family:
+        return ""
+    if family != families[0] and not any({*layout} <= {*columns, "label"} for layout in find(family).needs):
         return ""
     unused = find(families[0]).unused(columns)
     if not any(name not in (*unused, *likely.values()) and is_lost(name, columns) for name in columns):
@@ -235,7 +247,7 @@ def as_rated(
     is_rating = any(isinstance(value, int | float | Decimal) and not 0 <= value <= 1 for value in values)
     hint = direction(label) + _others(likely, columns)
     return (
-        f"`{label}` looks like the label of {families[0]} data: trl-ulma prepare {families[0]} --dataset {where} "
+        f"`{label}` looks like the label of {family} data: trl-ulma prepare {family} --dataset {where} "
         f"--output FOLDER --columns {as_option({'label': label})}{' --label_type continuous' * is_rating}"
         + (f".{hint}" if hint else "")
     )
@@ -248,13 +260,60 @@ def families_of(columns: Mapping[str, Sequence[Any]]) -> list[str]:
     return [name for name in FAMILIES if find(name).reads(columns)]
 
 
-def unless_rated(names: Sequence[str], families: Sequence[str]) -> str:
-    """The start of a proposal. A family that makes demonstrations of all answers may ignore a column of labels."""
+def without_label(
+    where: str, columns: Mapping[str, Sequence[Any]], likely: Mapping[str, str], given: Mapping[str, str]
+) -> str:
+    """The proposal for prompts and answers of which no column looks like the label: to name it, or demonstrations.
+
+    Args:
+        where: the name of the dataset.
+        columns: name → the values of a few rows.
+        likely: the columns that look like those that are missing.
+        given: the columns that `--columns` gives.
+
+    Example:
+        >>> print(without_label("a.csv", {"prompt": ["Hi"], "answer": ["Ho"]}, {"completion": "answer"}, {}))
+        `answer` looks like the completion. It looks like demonstrations data: trl-ulma prepare demonstrations --dataset
+        a.csv --output FOLDER --columns completion=answer
+    """
+    known = {**likely, **given}
+    start = f"{_looks_like(likely)}. " if likely else ""
+    return start + as_family(where, ["demonstrations"], [*{*columns} - {*likely.values()}], known, columns)
+
+
+def as_family(
+    where: str,
+    families: Sequence[str],
+    names: Sequence[str],
+    given: Mapping[str, str],
+    columns: Mapping[str, Sequence[Any]],
+) -> str:
+    """The proposal of `trl-ulma prepare`. A family that makes demonstrations of all answers may ignore a label.
+
+    Args:
+        where: the name of the dataset.
+        families: the families that have these columns.
+        names: the columns that may be labels.
+        given: column → its name in the data, as far as it is another.
+        columns: name → the values of a few rows.
+    """
     from trl_ulma.data.adapters import find
 
-    if not find(families[0]).rated or not find(families[0]).unused(names):
-        return "It"
-    return "If a column says how good answers are, name it: --columns label=COLUMN. If not, it"
+    start = "It"
+    if find(families[0]).rated and (unused := find(families[0]).unused(names)):
+        labels = [name for name in unused if _may_be("label", columns[name])]
+        labels = [name for name in labels if not (_NO_LABELS - _COUNTS).intersection(words_of(name))]
+        option = as_option({**given, "label": labels[0] if len(labels) == 1 else "COLUMN"})
+        start = f"If a column says how good answers are, name it: --columns {option}. If not, it"
+        if len(labels) == 1:
+            start = (
+                f"If `{labels[0]}` says how good answers are, set --columns {option}.{direction(labels[0])} If not, it"
+            )
+    used = {ours: theirs for ours, theirs in given.items() if not find(families[0]).unused([ours])}
+    return (
+        f"{start} looks like {' or '.join(families)} data: trl-ulma prepare {families[0]} --dataset {where} --output "
+        f"FOLDER{f' --columns {as_option(used)}' if used else ''}"
+    )
 
 
 def _others(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> str:

@@ -11,6 +11,7 @@ from trl_ulma.data.directions import words_of
 from trl_ulma.data.proposals import (
     CALLED,
     VERDICTS,
+    as_family,
     as_option,
     as_rated,
     families_of,
@@ -20,7 +21,7 @@ from trl_ulma.data.proposals import (
     proposal,
     proposed,
     quoted,
-    unless_rated,
+    without_label,
 )
 from trl_ulma.data.unread import UNREAD
 from trl_ulma.labels import are_missing, is_messages
@@ -133,15 +134,16 @@ def _check_columns(
     names, likely = [name for name in columns if name != UNREAD], proposed(columns)
     if fault := _header_fault(names, columns):
         raise ValueError(f"{where} {fault}")
+    remedy = as_rated(where, columns, likely, families)
+    if not remedy and not set(missing) <= set(likely):
+        if families:
+            remedy = as_family(where, families, names, given, columns)
+        elif "label" not in likely and {"prompt", "completion"} <= {*names, *likely}:
+            remedy = without_label(where, {name: columns[name] for name in names}, likely, given)
     raise ValueError(
         f"{where} lacks the column{'s' * (len(missing) > 1)} {listed(missing)}; found "
         f"{', '.join(given.get(name, name) for name in names)}. "
-        + (
-            as_rated(where, columns, likely, families) or proposal(likely, given, columns, missing)
-            if set(missing) <= set(likely) or not families
-            else f"{unless_rated(names, families)} looks like {' or '.join(families)} data: trl-ulma prepare "
-            f"{families[0]} --dataset {where} --output FOLDER"
-        )
+        + (remedy or proposal(likely, given, columns, missing))
     )
 
 

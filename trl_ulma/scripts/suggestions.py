@@ -259,6 +259,7 @@ def _of_labels(
     name = Names.of(columns, None).columns.get("label", "label")
     reverse = "" if label_map else reversing(name)
     lower = f", and a low `{name}` looks better" if reverse else ""
+    better = lower or (f", and a high `{name}` looks better" if name != "label" else "")
     words = [value for value in labels if isinstance(value, str)]
     if 2 * len(words) > len(labels):
         meant = {word: known_number(word) for word in words}
@@ -293,7 +294,7 @@ def _of_labels(
         scaled = "quantile,center" if tail else "standardize"
         steps = ",".join(filter(None, (reverse, "center_raters" if rater else "", scaled)))
     where = "" if is_whole else f" in the first {_MOST_ROWS:,} rows"
-    why = f"labels are numbers from {usual.min():,.10g} to {usual.max():,.10g}{where}{lower}"
+    why = f"labels are numbers from {usual.min():,.10g} to {usual.max():,.10g}{where}{better}"
     if "quantile,center" in steps:
         why += f"; 5% of them have {tail:.0%} of the variance, so only their order is learned"
     if "center_raters" in steps:
