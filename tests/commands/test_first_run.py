@@ -171,7 +171,12 @@ def test_odd_labels_are_named_once_more_beside_what_has_to_be_corrected(without_
 
 @pytest.mark.parametrize(
     ("options", "is_said"),
-    [(["--use_peft"], True), (["--use_peft", "--learning_rate", "1e-4"], False), ([], False)],
+    [
+        (["--method", "ulma", "--use_peft"], True),
+        (["--method", "ulma", "--use_peft", "--learning_rate", "1e-4"], False),
+        (["--use_peft"], False),  # it is suggested
+        ([], False),
+    ],
 )
 def test_loras_learning_rate_is_named_if_it_is_trls_default(without_weights, ratings, capfd, options, is_said):
     assert main(["check", "--model", without_weights, "--dataset", ratings, "--bf16", "False", *options]) == 0
