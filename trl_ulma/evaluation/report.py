@@ -134,8 +134,9 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     parts += _over_seeds(facts["over_seeds"])
     if is_short:
         return parts
+    first, others = _pictures(facts)
     details = [
-        *_pictures(facts),
+        *([Details("More pictures" if first else "Pictures", others)] if others else []),
         *(part for model in models for part in _surprises(model, facts)),
         *(part for model in models for part in _changed(model, models)),
         *_figures("More figures: rewards and labels", [*models, *_by_length(models)], "implicit_reward", ".3f"),
@@ -153,7 +154,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
         *_reading(facts),
         Details("Settings and versions", _settings(facts)),
     ]
-    return [*parts, *details]
+    return [*parts, *first, *details]
 
 
 def _called(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
@@ -432,10 +433,16 @@ def _calibration(models: Sequence[Mapping[str, Any]]) -> list[Details]:
     ]
 
 
-def _pictures(facts: Mapping[str, Any]) -> list[Details]:
-    texts = facts.get("picture_texts", {})
-    found = [Picture(name, **texts.get(name, {})) for name in facts["pictures"]]
-    return [Details("Pictures", found)] if found else []
+# The beginnings of the names of pictures that show best what the model learned, the first one first
+_TELLING = ("verdicts", "predicted-labels", "calibration")
+
+
+def _pictures(facts: Mapping[str, Any]) -> tuple[list[Part], list[Part]]:
+    """The picture that shows best what the model learned, if there is one, and the others."""
+    texts, names = facts.get("picture_texts", {}), facts["pictures"]
+    first = [name for begin in _TELLING for name in names if name.startswith(begin)][:1]
+    pictures: dict[str, Part] = {name: Picture(name, **texts.get(name, {})) for name in names}
+    return [pictures[name] for name in first], [pictures[name] for name in names if name not in first]
 
 
 def _surprises(model: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Details]:
