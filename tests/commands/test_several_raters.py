@@ -152,6 +152,7 @@ def test_evaluate_reads_labels_by_their_rater_and_its_report_says_it(trained, la
     with open(later, newline="") as file:
         whose = [offsets.get(row["who"], 0.0) + standardize["numbers"][0] for row in csv.DictReader(file)]
     assert any(offsets.values())
+    assert facts["models"][0]["own_scale"]["knows_raters"]
     assert sorted(row["predicted_before"] for row in facts["models"][0]["surprises"]) == pytest.approx(sorted(whose))
     found = facts["models"][0]["implicit_reward"]["mse"]["value"]
     # The transform as it was printed is the saved one

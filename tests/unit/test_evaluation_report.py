@@ -940,6 +940,10 @@ def test_a_picture_has_a_sentence_on_what_to_look_at_and_its_numbers_in_words(tm
         assert f"{report.shown(each['predicted'], '.2f')} for label {each['label']:g}" in predicted
     assert "the model before training: 3.00" in predicted
     assert "the model after training: win 50.0%, tie 30.0%, lose 20.0% of 100 comparisons." in verdicts
+    assert "how strict the rater" not in page
+    facts["models"][0]["own_scale"]["knows_raters"] = True
+    caption = pictures(facts["models"], stars, np.zeros(200, dtype=bool))[0]["predicted-labels"].caption
+    assert caption.endswith("than the line before training; all predictions include how strict the rater of a row is.")
     # Legends say who is who
     names = [text.get_text() for text in drawings["predicted-labels"].draw().legends[0].get_texts()]
     assert names == ["perfect prediction", "the model after training", "the model before training"]

@@ -44,7 +44,7 @@ def on_own_scale(
         of these rows were predicted for every row; `slope`, how much more the labels of rows differ than their
         predictions (least squares; None if all predictions are the same); `by_label`, for each label (or each tenth of
         many distinct labels) the number of rows, their mean label and the mean prediction; `calibration`, bins of rows
-        with similar predictions.
+        with similar predictions; `knows_raters`, whether predictions depend on who rated.
 
     Example:
         >>> found = on_own_scale(np.array([0.0, 2.0]), np.array([0.0, 1.0]), np.ones(2, bool), np.arange(2),
@@ -79,6 +79,7 @@ def on_own_scale(
             for rows in groups
         ],
         "calibration": calibration_curve(predicted, label),
+        "knows_raters": raters is not None,
     }
 
 

@@ -175,6 +175,8 @@ def _predicted(groups: Mapping[str, Sequence[Mapping[str, Any]]], models: Sequen
             "Predicted labels of rows with each label: where training helped, the line of the model is closer to the "
             "gray one than the line before training."
         )
+    if any((model.get("own_scale") or {}).get("knows_raters") for model in models):
+        caption = f"{caption[:-1]}; all predictions include how strict the rater of a row is."
     return Drawing(
         partial(figures.predicted_by_label, groups),
         caption,
