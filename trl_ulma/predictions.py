@@ -199,7 +199,9 @@ def alike(
             return too_close(these, f"{slope:.1f}") + listed
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     order = "" if label is None else order_in_words(predicted, label, continuous)
-    if order and trained_on:
+    if order and rows < ENOUGH:
+        order = "So few rows do not measure how good it is."
+    elif order and trained_on:
         order += f" This includes {trained_on:,} that were trained on; `trl-ulma evaluate` measures held-out ones."
     elif order:
         order += " `trl-ulma evaluate` gives its interval."
@@ -222,8 +224,8 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
         >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
         >>> held_out_alike(rows, LabelRules("continuous"))
         'The predicted labels of the 3 held-out rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90%
-        of their labels between -0.9 and 0.9. Their order can be used, but not their values. It agrees with that of the
-        labels at a rank correlation of 1.00 (Spearman; 0 by chance). `trl-ulma evaluate` gives its interval.'
+        of their labels between -0.9 and 0.9. Their order can be used, but not their values. So few rows do not measure
+        how good it is.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """
