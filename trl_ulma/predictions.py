@@ -135,17 +135,17 @@ def order_in_words(predicted: np.ndarray, label: np.ndarray, continuous: bool) -
 
     Example:
         >>> order_in_words(np.array([0.1, 0.2, 0.3]), np.array([1.0, 3.0, 2.0]), True)
-        'It agrees with that of the labels at a rank correlation of 0.50 (Spearman; 0 by chance).'
+        'Their order has a rank correlation of 0.50 with that of the labels (Spearman; 0 by chance).'
         >>> order_in_words(np.array([0.1, 0.3]), np.array([0.0, 1.0]), False)
-        'It puts a good answer above a bad one with a probability of 1.00 (AUC; 0.5 by chance).'
+        'Their order puts a good answer above a bad one with a probability of 1.00 (AUC; 0.5 by chance).'
     """
     if continuous:
         figure = float(spearman(predicted, label))
-        said = "It agrees with that of the labels at a rank correlation of {} (Spearman; 0 by chance)."
+        said = "Their order has a rank correlation of {} with that of the labels (Spearman; 0 by chance)."
     else:
         decided = label != 0.5
         figure = float(auc(predicted[decided], label[decided] > 0.5))
-        said = "It puts a good answer above a bad one with a probability of {} (AUC; 0.5 by chance)."
+        said = "Their order puts a good answer above a bad one with a probability of {} (AUC; 0.5 by chance)."
     return said.format(f"{figure:.2f}".replace("-", "−")) if np.isfinite(figure) else ""
 
 
@@ -200,16 +200,16 @@ def alike(
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     order = "" if label is None else order_in_words(predicted, label, continuous)
     if order and rows < ENOUGH:
-        order = "So few rows do not measure how good it is."
+        order = "So few rows do not measure how good their order is."
     elif order and trained_on:
         order += f" This includes {trained_on:,} that were trained on; `trl-ulma evaluate` measures held-out ones."
     elif order:
         order += " `trl-ulma evaluate` gives its interval."
     else:
-        order = "`trl-ulma evaluate` measures it on rows with labels."
+        order = "`trl-ulma evaluate` measures their order on rows with labels."
     return (
         f"The predicted labels of {these} are nearly alike: 90% of them are between {low:.3g} and {high:.3g}{than}. "
-        f"Their order can be used, but not their values. {order}{listed}"
+        f"Their values say little. {order}{listed}"
     )
 
 
@@ -224,8 +224,8 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
         >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
         >>> held_out_alike(rows, LabelRules("continuous"))
         'The predicted labels of the 3 held-out rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90%
-        of their labels between -0.9 and 0.9. Their order can be used, but not their values. So few rows do not measure
-        how good it is.'
+        of their labels between -0.9 and 0.9. Their values say little. So few rows do not measure how good their order
+        is.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """

@@ -396,16 +396,16 @@ def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog, tmp_pat
     assert near.startswith(
         "The predicted labels of the 6 rows are nearly alike: 90% of them are between 3.1 and 3.27, "
     )
-    assert "and 90% of their labels between 1.25 and 5. Their order can be used, but not their values." in near
-    few = "So few rows do not measure how good it is. The most surprising labels are mostly the lowest and the highest."
-    assert near.endswith(few)
+    assert "and 90% of their labels between 1.25 and 5. Their values say little." in near
+    assert "So few rows do not measure how good their order is." in near
+    assert near.endswith(" The most surprising labels are mostly the lowest and the highest.")
     assert warned([1.0, 2, 3, 3, 4, 3], stars, "continuous") == []
     assert warned([-2.0, 2, -2, 2, -2, 2], rows) == []
     (near,) = warned([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], rows.remove_columns("label"))
     assert near.startswith(
         "The predicted labels of the 6 rows are nearly alike: 90% of them are between 0.525 and 0.55."
     )
-    assert near.endswith(" `trl-ulma evaluate` measures it on rows with labels.")
+    assert near.endswith(" `trl-ulma evaluate` measures their order on rows with labels.")
     # Enough held-out rows are looked at without those that were trained on
     many = make_rows(100).map(lambda row, i: {"prompt": f"What is {i}?"}, with_indices=True)
     rewards = np.where(np.arange(100) < 60, np.linspace(-3, 3, 100), np.linspace(0, 0.1, 100))

@@ -433,13 +433,17 @@ def test_the_order_of_predictions_that_are_nearly_alike_is_measured(trained_on, 
         said = alike(predicted - 3, predicted, stars, trained_on=trained_on)
         assert f"The predicted labels of {rows} are nearly alike" in said
         order = f"{stats.spearmanr(predicted, stars).statistic:.2f}".replace("-", "−")
-        assert said.endswith(f"at a rank correlation of {order} (Spearman; 0 by chance).{ends}")
+        ranked = f"Their order has a rank correlation of {order} with that of the labels (Spearman; 0 by chance)."
+        assert said.endswith(ranked + ends)
     likes = (stars > 3).astype(float)
     predicted = 0.5 + 0.001 * (likes + noise)
     said = alike(predicted - 0.5, predicted, likes, continuous=False, trained_on=trained_on)
     wins = stats.mannwhitneyu(predicted[likes == 1], predicted[likes == 0]).statistic
     area = wins / (likes.sum() * (1 - likes).sum())
-    assert f"It puts a good answer above a bad one with a probability of {area:.2f} (AUC; 0.5 by chance).{ends}" in said
+    assert (
+        f"Their order puts a good answer above a bad one with a probability of {area:.2f} (AUC; 0.5 by chance).{ends}"
+        in said
+    )
 
 
 def test_tables_are_the_records_digit_for_digit(tmp_path):
