@@ -235,7 +235,6 @@ class Judge:
             given_label[own] if is_labeled else None,
             continuous=rules.label_type == "continuous",
             trained_on=trained_on,
-            are_listed=is_labeled,
         )
         if note is not None:
             logger.warning(note)

@@ -14,6 +14,8 @@ _NO_REWARD = 1e-6
 _ALIKE, _SCALE = 0.1, 1.0
 # They are too close to one another if labels differ this many times as much, in so many rows at least
 TOO_CLOSE, ENOUGH = 2.0, 30
+# Predictions whose mean error is within this share of the error of the mean label say no more than it does
+AS_THE_MEAN = 0.05
 
 
 def judged(
@@ -156,7 +158,6 @@ def alike(
     *,
     continuous: bool = True,
     trained_on: int | None = None,
-    are_listed: bool = False,
 ) -> str | None:
     """A warning if predictions are nearly alike, or too close to one another for the labels. None if they are not, or
     if there are fewer than two rows.
@@ -167,7 +168,6 @@ def alike(
         label: `(N,)` labels, or None.
         continuous: whether the labels are continuous.
         trained_on: how many of the rows were trained on; None if that is not known.
-        are_listed: whether the most surprising labels are listed for the user.
 
     Example:
         >>> alike(np.zeros(3), np.full(3, 0.5), None)
@@ -183,7 +183,6 @@ def alike(
             f"The rewards of all {rows:,} rows are 0, because the model computes the same log-probabilities as its "
             "reference. Was it trained?"
         )
-    listed = " The most surprising labels are mostly the lowest and the highest." * are_listed
     low, high = np.quantile(predicted, [0.05, 0.95])
     if label is None:
         if high - low > _ALIKE * _SCALE:
@@ -196,7 +195,7 @@ def alike(
             slope = float(apart @ label) / max(float(apart @ apart), np.finfo(float).tiny)
             if greatest == least or rows < ENOUGH or slope < TOO_CLOSE:
                 return None
-            return too_close(these, f"{slope:.1f}") + listed
+            return too_close(these, f"{slope:.1f}")
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     order = "" if label is None else order_in_words(predicted, label, continuous)
     if order and rows < ENOUGH:
@@ -209,7 +208,7 @@ def alike(
         order = "`trl-ulma evaluate` measures their order on rows with labels."
     return (
         f"The predicted labels of {these} are nearly alike: 90% of them are between {low:.3g} and {high:.3g}{than}. "
-        f"Their values say little. {order}{listed}"
+        f"Their values say little. {order}"
     )
 
 

@@ -49,7 +49,6 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
         assert said.count(f"{file}, line {line}") == 1
     assert "line 2: label is None;" in said  # JSON has null, and no empty cells
     assert "Prompt: 'What is this?'" in said
-    assert "1 × label is missing; 1 × completion is empty; 1 × label outside [0, 1]" in said
     without = shlex.join(["trl-ulma", "check", *command, "--invalid_rows", "drop"])
     assert said.replace(" \\\n       ", "").endswith(
         f"\nFix these rows and check again, or leave them out:\n\n    {without}\n"
@@ -183,7 +182,7 @@ def test_lines_that_cannot_be_read_are_invalid_rows(tiny_gpt2, ragged, tmp_path,
     assert "error: 3 of 5 rows of the train dataset are invalid:" in said
     for what in WRONG:
         assert f"  {ragged}, {what}" in said
-    assert "By kind: 2 × a row that cannot be read; 1 × label is no number." in said
+    assert "By kind" not in said  # a list of few rows is not counted
 
     training += ["--output", str(out), "--invalid_rows", "drop"]
     pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(training))

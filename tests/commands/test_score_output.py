@@ -214,6 +214,31 @@ def test_the_five_most_notable_rows_are_shown():
     assert len(second) < 100
 
 
+@pytest.mark.parametrize("held_out", [None, True])
+@pytest.mark.parametrize("skill", [0.0, 1.0])
+def test_a_list_of_extreme_labels_is_named_so_and_raters_are_named(held_out, skill):
+    label = np.tile([1.0, 2, 3, 4, 5], 16)
+    predicted = 3 + skill * (label - 3)
+    known = np.arange(80) < 40
+    # What a model knows of rows that it was trained on does not count
+    predicted = np.where(known & (held_out is True), label, predicted)
+    rows = {
+        "prompt": ["Why?"] * 80,
+        "completion": ["So."] * 80,
+        "rater": ["Mira", None] * 40,
+        "label": label,
+        "row": np.arange(80),
+        "predicted_label": predicted,
+        "surprise": (predicted - label) ** 2 + np.arange(80) / 1e6,
+        "held_out": [held_out and not each for each in known.tolist()],
+    }
+    first, *lines = most_notable(Dataset.from_dict(rows))
+    assert ("mostly the lowest and the highest" in first) == (skill == 0)
+    named = {line.split(": ", 1)[1].split(",")[0] for line in lines if "predicted" in line}
+    assert any(each.endswith(" by Mira") for each in named)
+    assert any(" by" not in each for each in named)
+
+
 @pytest.mark.parametrize(
     ("rows", "places"),
     [
@@ -397,8 +422,7 @@ def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog, tmp_pat
         "The predicted labels of the 6 rows are nearly alike: 90% of them are between 3.1 and 3.27, "
     )
     assert "and 90% of their labels between 1.25 and 5. Their values say little." in near
-    assert "So few rows do not measure how good their order is." in near
-    assert near.endswith(" The most surprising labels are mostly the lowest and the highest.")
+    assert near.endswith("So few rows do not measure how good their order is.")
     assert warned([1.0, 2, 3, 3, 4, 3], stars, "continuous") == []
     assert warned([-2.0, 2, -2, 2, -2, 2], rows) == []
     (near,) = warned([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], rows.remove_columns("label"))

@@ -193,6 +193,26 @@ def test_check_trains_as_it_suggests(tiny_gpt2, tmp_path, monkeypatch, capfd, ca
     assert saved["columns"] == settings[0].columns
 
 
+def test_rows_to_correct_are_shown_before_suggestions(tiny_gpt2, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    lines = [f"Why {i // 2}?,So {i}.,{'none' if i == 3 else i % 5 + 1}\n" for i in range(12)]
+    (tmp_path / "rows.csv").write_text("question,reply,stars\n" + "".join(lines))
+    words = ["check", "--model", tiny_gpt2, "--dataset", "rows.csv"]
+    assert main(words) == 1
+    out, err = capfd.readouterr()
+    assert "Suggested settings" not in out
+    assert "rows.csv, line 5: stars is the text 'none'" in err
+    again = shlex.join(["trl-ulma", *words, "--invalid_rows", "drop"])
+    assert err.replace(" \\\n       ", "").endswith(f"leave them out:\n\n    {again}\n")
+    assert main(shlex.split(again)[1:]) == 0
+    assert capfd.readouterr().out.startswith("Suggested settings")
+    # Another error can be about a suggested setting
+    assert main([*words, "--invalid_rows", "drop", "--eval_strategy", "epoch", "--dataset_test_split", "none"]) == 1
+    out, err = capfd.readouterr()
+    assert out.startswith("Suggested settings")
+    assert "has no split 'none'" in err
+
+
 def test_a_named_method_gets_no_suggestions(tiny_gpt2, tmp_path, capfd):
     file = write(tmp_path, answers([1, 0, 1, 0]))
     words = ["--model", tiny_gpt2, "--dataset", str(file), "--bf16", "False"]

@@ -643,7 +643,7 @@ def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
     [
         (
             0.9,
-            "The model needs no more epochs, because its reward tells good from bad in 90% of the training rows, and "
+            "The model needs no more epochs: its reward tells good from bad in 90% of its training rows, and "
             "in 51% of the rows here.",
         ),
         (0.5, "train for more epochs, or with 3 times the learning rate. The model has learned little: its reward"),

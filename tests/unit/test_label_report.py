@@ -394,7 +394,7 @@ def test_labels_far_outside_are_named_with_their_rows():
     (warning,) = warned([*STARS, 55], continuous=True)
     assert warning.startswith(said)
     (warning,) = warned([*STARS, *[99] * 6], continuous=True)
-    assert warning.endswith("In surveys, such numbers mean that there is no answer. If so, remove these rows.")
+    assert warning.endswith("In surveys, such numbers mean that there is no answer: remove these rows.")
     assert "99 (ratings.csv, line 18), and 1 more." in warning
     # The label in the data counts, not what a transform makes of it
     raw = np.array([*STARS, 55.0])

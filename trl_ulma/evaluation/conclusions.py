@@ -130,15 +130,15 @@ def what_next(sentences: Sequence[str], models: Sequence[Mapping[str, Any]]) -> 
             continue
         name = "The model" if are_alone(models) else model["name"]
         rows = "held-out rows" if model.get("trained_on") == 0 else "rows here"
-        learned = f"its reward tells good from bad in {own:.0%} of the training rows, and in {new.value:.0%} of the"
+        learned = f"its reward tells good from bad in {own:.0%} of its training rows"
         if own >= _KNOWS:
             return (
                 f"{said}rate answers to more prompts, for training and evaluation: {prompts}. {name} needs no more "
-                f"epochs, because {learned} {rows}."
+                f"epochs: {learned}, and in {new.value:.0%} of the {rows}."
             )
         return (
-            f"{said}train for more epochs, or with 3 times the learning rate. {name} has learned little: {learned} "
-            f"{rows}."
+            f"{said}train for more epochs, or with 3 times the learning rate. {name} has learned little: {learned}, "
+            f"and in {new.value:.0%} of the {rows}."
         )
     return (
         f"{said}rate answers to more prompts: {prompts}. If a figure stays near chance, train for more epochs or with "

@@ -33,7 +33,7 @@ from trl_ulma.evaluation.intervals import over_seeds, shown
 from trl_ulma.evaluation.judging import is_above_chance
 from trl_ulma.evaluation.model_names import other_models
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
-from trl_ulma.predictions import TOO_CLOSE, too_close
+from trl_ulma.predictions import AS_THE_MEAN, TOO_CLOSE, too_close
 from trl_ulma.rows.dropped import reasons_in_words
 
 __all__ = ["commit", "conclusions", "document", "in_terminal", "over_runs", "shown", "table", "versions", "write"]
@@ -352,10 +352,6 @@ def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list
     return [Details(title, [Text(which), table, Text(meaning), *map(Text, known)])]
 
 
-# Predictions whose mean error is within this share of the error of the mean label say no more than it does
-_AS_THE_MEAN = 0.05
-
-
 def _is_too_close(scale: Mapping[str, Any] | None) -> bool:
     """Whether predicted labels are too close to one another, even at the lower end of the interval."""
     slope = (scale or {}).get("slope")
@@ -371,7 +367,7 @@ def _why_few_mistakes(scale: Mapping[str, Any] | None, rows: str) -> str:
     """
     if _is_too_close(scale):
         return "The predictions are too close to one another"
-    if scale and abs(scale["error"].value - scale["error_of_mean"].value) < _AS_THE_MEAN * scale["error_of_mean"].value:
+    if scale and abs(scale["error"].value - scale["error_of_mean"].value) < AS_THE_MEAN * scale["error_of_mean"].value:
         return f"The predictions are hardly better than the mean label of the {rows}"
     return ""
 

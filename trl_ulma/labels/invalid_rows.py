@@ -13,6 +13,8 @@ LISTED = 20
 PLACES = 200
 # If more rows than these are invalid, all for one reason, it is told once
 _FEW = 3
+# Up to so many errors are not counted by kind
+_COUNTED = 10
 # The end of the fault of a label outside [0, 1]
 NOT_BINARY = 'Rescale it, or set label_type="continuous".'
 _FIX = 'Fix these rows, or set invalid_rows="drop" (on the command line --invalid_rows drop) to leave them out.'
@@ -161,7 +163,6 @@ class InvalidRows(ValueError):
             2 of 20 rows are invalid:
               a.csv, line 3: label is empty; set it.
               a.csv, line 7: label is empty; set it.
-            By kind: 2 × k.
             Fix it.
         """
         if len(errors) == 1:
@@ -218,8 +219,9 @@ def list_invalid(found: Sequence[InvalidRow], total: int | None, where: str | No
     lines += dict.fromkeys(listed)
     if len(found) > LISTED:
         lines.append(f"  … and {len(found) - LISTED:,} more{places(found[LISTED:])}.")
-    kinds = Counter(each.kind for each in found)
-    lines.append("By kind: " + "; ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common()) + ".")
+    if len(found) > _COUNTED:
+        kinds = Counter(each.kind for each in found)
+        lines.append("By kind: " + "; ".join(f"{count:,} × {kind}" for kind, count in kinds.most_common()) + ".")
     return "\n".join(lines)
 
 

@@ -225,7 +225,7 @@ def outliers_in_words(
     are = "1 label is" if len(far) == 1 else f"{len(far):,} labels are"
     remedy = "Check for typing mistakes."
     if all(is_code(value) for value in label[far]):
-        remedy = "In surveys, such numbers mean that there is no answer. If so, remove these rows."
+        remedy = "Correct typing mistakes. In surveys, such numbers mean that there is no answer: remove these rows."
     return [
         f"{are} far outside the others, which are between {others.min():g} and {others.max():g}: {listed}{more}. "
         f"{remedy}"

@@ -9,12 +9,13 @@ label report, a few rows as the model will see them, the number of steps, the me
 trains. It trains nothing and writes nothing.
 """
 
+import functools
 import itertools
 import math
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,9 @@ def make_parser(method: str = "ulma") -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check. Returns the exit code: 2 for invalid options, 1 for invalid rows or settings."""
     words = list(sys.argv[1:] if argv is None else argv)
+    given = list(words)
     suggested: list[Suggestion] = []
+    introduction = ""
     if may_suggest(words) and HELP.isdisjoint(words):
         others = needed(words)
         words += [word for each in others for word in each.options]
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code:
             return code
         if suggested:
-            print(in_words([*suggested, *others]) + "\n", flush=True)
+            introduction = in_words([*suggested, *others]) + "\n"
             words += [word for each in suggested for word in each.options]
     chooser = CommandParser(prog=PROG, add_help=False)
     chooser.add_argument("--method", choices=METHODS, default="ulma")
@@ -82,11 +85,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     following = following_command(chosen.method, words, has_output=training_args.output_dir != DEFAULT_OUTPUT)
     chooser = CommandParser(prog=PROG, add_help=False)
     chooser.add_argument("--invalid_rows", "--invalid-rows")
-    others = chooser.parse_known_args(words)[1]  # an option with two values is an error
-    again = in_lines(["trl-ulma", "check", "--method", chosen.method, *others, "--invalid_rows", "drop"])
+    # It suggests the same settings again
+    others = chooser.parse_known_args(given if suggested else ["--method", chosen.method, *words])[1]
+    again = in_lines(["trl-ulma", "check", *others, "--invalid_rows", "drop"])
+    introduce = functools.cache(lambda: print(introduction, flush=True) if introduction else None)
+
+    def run() -> None:
+        from trl_ulma.labels import InvalidRows
+
+        try:
+            check(METHODS[chosen.method], following, again, introduce, processes, parser, *settings)
+        except InvalidRows:  # which are corrected first
+            raise
+        except Exception:  # can be about a suggested setting
+            introduce()
+            raise
+
     with tempfile.TemporaryDirectory() as folder:
         training_args.output_dir = folder
-        return attempt(parser, lambda: check(METHODS[chosen.method], following, again, processes, parser, *settings))
+        return attempt(parser, run)
 
 
 def following_command(method: str, words: Sequence[str], *, has_output: bool) -> str:
@@ -103,6 +120,7 @@ def check(
     trainer: str,
     following: str,
     again: str,
+    introduce: Callable[[], None],
     processes: int,
     parser: Any,
     script_args: Any,
@@ -116,6 +134,7 @@ def check(
         trainer: the name of the trainer's class.
         following: the command that trains.
         again: this command, leaving out invalid rows.
+        introduce: prints the suggested settings. It is not called if there are invalid rows to correct first.
         processes: the number of processes.
         parser: the parser of the command.
         script_args, training_args, model_args, dataset_args: the results of the parser.
@@ -171,6 +190,7 @@ def check(
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
         raise InvalidRows.joined(invalid).with_command(again)
+    introduce()
     if said:
         console.print(said, markup=False)
     console.print(f"\n{text}", markup=False)
@@ -215,6 +235,11 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
         positive, negative = args.cell
         terms = route(label, mask, continuous, positive_loss=positive, negative_loss=negative)
         what = [name for name in ("imitated", "unlearned", "compared") if getattr(terms, name).item()]
+        named = (
+            ""
+            if what == ["compared"] and positive == negative
+            else f", {' and '.join(what) or 'in no term of the loss'}"
+        )
         kind = (*what, is_verbose() and row["label"] >= 0.5)
         if kind in seen:
             continue
@@ -228,8 +253,8 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
             learned = f"{start.raw_labels[i]:g} → {row['label']:+.2f}"
         place = origin(start.raw_rows, row["row"]) or f"Row {row['row']}"
         title = (
-            f"{place}: label {learned}{weight}, {' and '.join(what) or 'in no term of the loss'}; prompt of "
-            f"{len(prompt)} and completion of {len(completion)} tokens{cut}"
+            f"{place}: label {learned}{weight}{named}; prompt of {len(prompt)} and completion of {len(completion)} "
+            f"tokens{cut}"
         )
         left, right = ("", "") if in_color else ("⟦", "⟧")
         style = "bold green" if "imitated" in what or row["label"] >= 0.5 else "bold red"

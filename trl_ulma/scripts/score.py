@@ -296,12 +296,32 @@ def most_notable(scored: "Dataset") -> list[str]:
     labeled = [row for row, each in enumerate(surprise) if each is not None]
     if labeled:
         top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
-        return ["The most surprising labels:", *_lines(top)]
+        return [f"The most surprising labels{_why_extreme(scored.select(labeled))}:", *_lines(top)]
     ordered = scored.sort("reward", reverse=True)
     if len(ordered) <= 2 * SHOWN:
         return ["From the best to the worst:", *_lines(ordered)]
     best, worst = ordered.select(range(SHOWN)), ordered.select(range(len(ordered) - SHOWN, len(ordered)))
     return ["The best:", *_lines(best), "The worst:", *_lines(worst)]
+
+
+def _why_extreme(rows: "Dataset") -> str:
+    """In parentheses, why the most surprising labels of these rows may be no mistakes. "" if they may be some.
+
+    Held-out rows decide if there are enough, because a model can know the labels of the others by heart.
+    """
+    import numpy as np
+
+    from trl_ulma.predictions import AS_THE_MEAN, ENOUGH
+
+    label, predicted = (np.array(rows[name][:], dtype=np.float64) for name in ("label", "predicted_label"))
+    held_out = rows["held_out"][:] if "held_out" in rows.column_names else [None] * len(rows)
+    is_new = np.array([each is True for each in held_out])
+    if is_new.sum() >= ENOUGH:
+        label, predicted = label[is_new], predicted[is_new]
+    of_mean = np.abs(label - label.mean()).mean()
+    if len(label) < ENOUGH or np.abs(label - predicted).mean() < (1 - AS_THE_MEAN) * of_mean:
+        return ""
+    return ", which are mostly the lowest and the highest, because predictions are hardly better than the mean"
 
 
 def _lines(rows: "Dataset") -> list[str]:
@@ -313,7 +333,8 @@ def _lines(rows: "Dataset") -> list[str]:
         answer = row.get("completion") or row["chosen" if row.get("label") == 1 else "rejected"]
         place = with_sheet_row(row.get("file_line") or f"row {row['row']}")
         place += ", held out" if row.get("held_out") else ""
-        label = "" if row.get("surprise") is None else f"label {row['label']:g}, "
+        rater = f" by {row['rater']}" if row.get("rater") else ""
+        label = "" if row.get("surprise") is None else f"label {row['label']:g}{rater}, "
         lines.append(f"  {place}: {label}predicted {row['predicted_label']:.2f}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
         lines += [f"    {name}: {in_one_line(text)}" for name, text in texts.items() if text is not None]

@@ -280,9 +280,9 @@ def _least_told_apart(held_out: int, label_type: str) -> str:
 
     Example:
         >>> print(_least_told_apart(40, "continuous").strip())
-        Their 40 prompts tell a rank correlation above about 0.31 from chance.
+        With their 40 prompts, a rank correlation below about 0.31 can be chance.
         >>> print(_least_told_apart(40, "binary").strip())
-        Their 40 prompts tell an AUC above about 0.68 from chance.
+        With their 40 prompts, an AUC below about 0.68 can be chance.
     """
     from trl_ulma.bootstrap import ENOUGH_PROMPTS
 
@@ -292,7 +292,7 @@ def _least_told_apart(held_out: int, label_type: str) -> str:
         what, least = "a rank correlation", 1.96 / math.sqrt(held_out - 1)
     else:
         what, least = "an AUC", 0.5 + 1.96 * math.sqrt((held_out + 1) / 3) / held_out
-    return f" Their {held_out} prompts tell {what} above about {least:.2f} from chance."
+    return f" With their {held_out} prompts, {what} below about {least:.2f} can be chance."
 
 
 def _refuse_beside_mixture(script_args: Any) -> None:
