@@ -199,7 +199,7 @@ def alike(
         than = f", and 90% of their labels between {least:.3g} and {greatest:.3g}"
     order = "" if label is None else order_in_words(predicted, label, continuous)
     if order and rows < ENOUGH:
-        order = "So few rows do not measure how good their order is."
+        order = "These are too few rows to measure how good their order is."
     elif order and trained_on:
         order += f" This includes {trained_on:,} that were trained on; `trl-ulma evaluate` measures held-out ones."
     elif order:
@@ -223,8 +223,8 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
         >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
         >>> held_out_alike(rows, LabelRules("continuous"))
         'The predicted labels of the 3 held-out rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90%
-        of their labels between -0.9 and 0.9. Their values say little. So few rows do not measure how good their order
-        is.'
+        of their labels between -0.9 and 0.9. Their values say little. These are too few rows to measure how good their
+        order is.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """

@@ -422,7 +422,7 @@ def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog, tmp_pat
         "The predicted labels of the 6 rows are nearly alike: 90% of them are between 3.1 and 3.27, "
     )
     assert "and 90% of their labels between 1.25 and 5. Their values say little." in near
-    assert near.endswith("So few rows do not measure how good their order is.")
+    assert near.endswith("These are too few rows to measure how good their order is.")
     assert warned([1.0, 2, 3, 3, 4, 3], stars, "continuous") == []
     assert warned([-2.0, 2, -2, 2, -2, 2], rows) == []
     (near,) = warned([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], rows.remove_columns("label"))

@@ -71,7 +71,8 @@ def test_counts_with_a_long_tail_are_read_by_their_order(tmp_path):
     assert (found["--label_type"], found["--label_transform"]) == ("continuous", "quantile,center")
     (reason,) = (each.reason for each in suggest(["--dataset", str(file)]) if each.options[0] == "--label_type")
     assert reason == (
-        "labels are numbers from 1 to 6,207; 5% of them have 56% of the variance, so only their order is learned"
+        "labels are numbers from 1 to 6,207; a few of them have more than half of the variance, so only their order is "
+        "learned"
     )
     rows = {"errors" if name == "label" else name: values for name, values in answers(likes).items()}
     assert options(write(tmp_path, rows))["--label_transform"] == "lower_is_better,quantile,center"
@@ -118,7 +119,7 @@ def test_the_name_of_a_column_says_which_numbers_are_better(tmp_path, labels, na
     assert found["--columns"] == f"label={name}"
     reasons = " ".join(each.reason for each in suggest(["--dataset", str(file)]))
     better = "low" if "lower_is_better" in expected["--label_transform"] else "high"
-    assert f"a {better} `{name}` looks better" in reasons
+    assert f"a {better} `{name}` {'is read as' if better == 'high' else 'looks'} better" in reasons
     assert {name: value for name, value in found.items() if name.startswith("--label")} == expected
 
 
@@ -372,10 +373,13 @@ def test_no_rows_are_held_out_with_a_test_split_of_size_0(tiny_gpt2, tmp_path, c
     said = capfd.readouterr().out
     assert "--eval_strategy" not in said
     assert "12 rows make" in said
+    assert check.main([*words, "--eval_steps", "5"]) == 0
+    assert "--eval_strategy epoch" not in capfd.readouterr().out
     assert check.main([*words, "--eval_strategy", "epoch"]) == 1
     assert (
         "has no test split, and --test_split_size 0 holds out no rows, so there is nothing to evaluate on. Leave "
-        "--test_split_size out to hold out some, or switch the evaluation off (--eval_strategy no)."
+        "--test_split_size out to hold out some, or switch the evaluation off: --eval_strategy no, without "
+        "--eval_steps and --load_best_model_at_end."
     ) in capfd.readouterr().err
 
 

@@ -484,7 +484,7 @@ def test_a_template_that_fails_on_some_rows_names_them_all():
         "{% for m in messages %}{{ raise_exception('no ' + m.role) if m.role == 'critic' }}{% endfor %}" + CHAT_TEMPLATE
     )
     critic = CHAT | {"prompt": [{"role": "critic", "content": "Hm"}]}
-    with pytest.raises(ValueError, match=r"(?s)^2 of 3 rows .*Row 0 of.*Row 2 of.*2 × the chat template fails"):
+    with pytest.raises(ValueError, match=r"(?s)^2 of 3 rows .*Row 0 of.*the chat template fails.*Row 2 of"):
         prepared(make_tokenizer(template), [critic, CHAT, critic])
 
 

@@ -16,17 +16,24 @@ _GOOD_STARTS = re.compile(
 )
 _BAD_STARTS = re.compile(
     "abus|against$|aggress|annoy|attack|bad$|bias|brier$|cer$|complain|concern|confus|contradict|danger|deduct|defect|"
-    "distance$|down$|downvot|error|evasi|fail|false|fault|flag|flaw|frustrat|hallucinat|harm(?!on)|hate|hostil|illegal|insult|"
-    "issues?$|jailbreak|loss$|mae$|misinform|mislead|mistake|mse$|negativ|nonsens|nsfw|obscen|offens|penalt|perplex|poor|ppl$|profan|"
-    "racis|rank(ing)?$|redundan|refus|reject|repetit|risk|rmse$|rude|severity|sexis|sexual|spam|stereotyp|terrible|threat|"
-    "thumbs?down$|tox|useless|violat|violen|warning|wer$|wors|wrong"
+    "distances?$|down$|downvot|error|evasi|fail|false|fault|flag|flaw|frustrat|hallucinat|harm(?!on)|hate|hostil|"
+    "illegal|insult|issues?$|jailbreak|latency$|loss(es)?$|mae$|misinform|mislead|mistake|mse$|negativ|nll$|nonsens|"
+    "nsfw|obscen|offens|penalt|perplex|poor|ppl$|profan|racis|rank(ing)?$|redundan|refus|regret|reject|repetit|risk|"
+    "rmse$|rude|severity|sexis|sexual|spam|stereotyp|terrible|threat|thumbs?down$|tox|useless|violat|violen|warning|"
+    "wer$|wors|wrong"
 )
 _OPPOSITE = re.compile("(?:un|in|im|ir|dis|non|mis)(?=[a-z]{4})")  # unhelpful, inaccurate, unbiased
-_NOT = frozenset(("no", "not", "non", "never", "without", "lack", "low"))  # not_helpful, no_errors, low_toxicity
-_ENDED = frozenset(("free", "fixed", "resolved", "solved"))  # error_free
+_NOT = frozenset(("no", "not", "non", "never", "without", "lack", "absence", "low"))  # no_errors
+# Words that turn a number around, so that a high one is better, before a word for what is bad: neg_loss, 1_minus_wer
+_TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "inverted", "anti", "reverse", "reversed"))
+_TURNED |= {"reciprocal", "percentile"}
+_ENDED = frozenset(  # error_free, toxicity_reduction
+    ("free", "fixed", "resolved", "solved", "reduction", "detection", "avoidance", "resistance", "prevention")
+)
 # Words of scales from bad to good, such as thumbs_up_or_down
 _BEST = frozenset(("up", "yes", "good", "like", "likes", "positive", "safe", "correct", "right", "true", "helpful"))
-_FILLERS = frozenset(("a", "any", "at", "all", "is", "really", "so", "too", "very", "was"))  # not_very_helpful
+_BEST |= {"pass", "passed", "win", "wins", "better"}
+_FILLERS = frozenset(("a", "any", "at", "all", "is", "of", "really", "so", "too", "very", "was"))  # not_very_helpful
 
 
 def direction(name: str) -> str:
@@ -82,12 +89,15 @@ def is_lower_better(name: str) -> bool:
         [True, True, True, True]
         >>> [is_lower_better(name) for name in ("thumbs_up", "not_toxic", "unbiased", "harmless", "up_or_down")]
         [False, False, False, False, False]
+        >>> [is_lower_better(name) for name in ("pass_fail", "neg_loss", "error_reduction", "absence_of_harm", "nll")]
+        [False, False, False, False, True]
     """
     words = [word for word in words_of(name) if word not in _FILLERS]
     senses = [_sense(word) for word in words]
     is_not = "yes" not in words and any(
         word in _NOT and sense != 0 for word, sense in zip(words, [*senses[1:], 1], strict=True)
     )
+    is_not |= any(word in _TURNED and sense == -1 for word, sense in zip(words, [*senses[1:], 0], strict=True))
     if -1 in senses:
         return not (is_not or not _ENDED.isdisjoint(words) or not _BEST.isdisjoint(words))
     return 1 in senses and is_not

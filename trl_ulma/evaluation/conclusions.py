@@ -126,7 +126,7 @@ def what_next(sentences: Sequence[str], models: Sequence[Mapping[str, Any]]) -> 
     said, prompts = "What to do next: ", "four times as many halve the width of the interval"
     for model in models:
         own, new = model.get("accuracy_in_training"), (model.get("split") or {}).get("accuracies")
-        if own is None or new is None:
+        if own is None or new is None or not _is_undecided(model):
             continue
         name = "The model" if are_alone(models) else model["name"]
         rows = "held-out rows" if model.get("trained_on") == 0 else "rows here"
@@ -144,6 +144,15 @@ def what_next(sentences: Sequence[str], models: Sequence[Mapping[str, Any]]) -> 
         f"{said}rate answers to more prompts: {prompts}. If a figure stays near chance, train for more epochs or with "
         "a higher learning rate."
     )
+
+
+def _is_undecided(model: Mapping[str, Any]) -> bool:
+    """Whether the interval of how well a model ranks answers includes chance."""
+    for name, chance in CHANCE.items():
+        figure = (model.get("implicit_reward") or {}).get(name)
+        if figure is not None and figure.low is not None:
+            return figure.low <= chance <= figure.high
+    return False
 
 
 def _concluded(figure: Estimate, chance: float, about: str, what: str, measured: str, than: str = "chance") -> str:

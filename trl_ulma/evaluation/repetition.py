@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 # The longest span whose repetition is found, in tokens
 LONGEST = 128
-# A loop has this many tokens after the first occurrence of its span, and at least two more occurrences. Shorter
-# repetitions are normal: laughter, a refrain, the empty cells of a table.
-LETTERS = 64
+# A loop has this many tokens after the first occurrence of its span, and at least four more occurrences. Shorter
+# repetitions are normal: laughter, a refrain, cards of a web page, the empty cells of a table.
+LETTERS = 128
 # The same for spans without letters, such as the zeros of a matrix or a line of dashes
-OTHERS = 256
+OTHERS = 192
 # What ends a sentence or a line, and what can follow it there
 _ENDS = (".", "!", "?", "…", "。", "！", "？", "\n")
 _AFTER = " \"'”’»)]*`"
@@ -51,7 +51,7 @@ class Repetition:
             self._equal[period] = self._equal[period] + 1 if self.tokens[-period] == token else 0
         self.tokens.append(token)
         for period, equal in enumerate(self._equal[1:], 1):
-            if equal >= max(2 * period, LETTERS):
+            if equal >= max(4 * period, LETTERS):
                 if equal >= OTHERS or any(map(str.isalpha, self.text_of(self.tokens[-period:]))):
                     self.kept = self._end(len(self.tokens) - equal, period)
                 return  # a longer period is a multiple of this one

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import subprocess  # nosec B404
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -318,7 +319,9 @@ def _center_in_words(data: Mapping[str, Any]) -> tuple[str, str] | None:
     if data.get("label_center") is None:
         return None
     whose = "training rows" if data.get("is_training_center", True) else "evaluated rows"
-    return f"the mean label of the {whose}", f"{data['label_center']:g}"
+    # What is the mean of the transformed labels is not the mean of the labels
+    which = "middle" if re.search("quantile|log", data.get("label_transform") or "") else "mean"
+    return f"the {which} label of the {whose}", f"{data['label_center']:g}"
 
 
 def _split(models: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> list[Details]:

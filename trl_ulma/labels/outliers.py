@@ -1,7 +1,5 @@
 """Labels far outside the others, such as a 55 among ratings from 1 to 5."""
 
-import math
-
 import numpy as np
 
 # With fewer labels than this, no label is called far outside
@@ -23,7 +21,7 @@ _CODES = tuple(sign * code for code in (9, 77, 88, 97, 98, 99, 997, 998, 999, 99
 # has 0.48, a normal one 0.28, and a log-normal one with a sigma of 1 has 0.68.
 _TAIL, _HEAVY = 0.05, 0.5
 # With fewer labels than this, no tail is called long
-_ENOUGH_FOR_TAIL = 20
+_ENOUGH_FOR_TAIL = 50
 # Of the labels farthest from the mean, this share, or one, can be typing mistakes
 _MISTAKES = 0.001
 # The greatest labels of scales that can have many values
@@ -91,24 +89,27 @@ def tail_share(label: np.ndarray) -> float | None:
 
     Returns:
         The share; None if there is no long tail. Scales of ratings have none, however rare their ends are: those with
-        at most 12 values, or from 0 or more to 5, 7, 10 or 100. Fewer than 20 labels have none either.
+        at most 12 values, from 0 or more to 5, 7, 10 or 100, or with a tail toward 0. Fewer than 50 labels have none.
 
     Example:
         >>> tail_share(np.arange(100.0)) is None
         True
         >>> round(tail_share(np.exp(np.arange(100.0) / 10)), 2)
-        0.61
+        0.53
     """
     label = np.asarray(label, dtype=np.float64)
     if len(label) < _ENOUGH_FOR_TAIL or len(np.unique(label)) <= _VALUES:
         return None
     if label.min() >= 0 and label.max() in _FULL_MARKS:
         return None
+    middle = np.median(label)
+    if label.min() >= 0 and middle - label.min() > label.max() - middle:  # which ends at 0
+        return None
     order = np.argsort(np.abs(label - label.mean()))
     kept = label[order[: -max(1, round(_MISTAKES * len(label)))]]
     squares = np.sort((kept - kept.mean()) ** 2)
     total = squares.sum()
-    share = float(squares[-math.ceil(_TAIL * len(squares)) :].sum() / total) if total else 0.0
+    share = float(squares[-int(_TAIL * len(squares)) :].sum() / total) if total else 0.0
     return share if share > _HEAVY else None
 
 

@@ -289,7 +289,7 @@ def _targets(
     elif beyond:
         if tail:  # which another β does not change
             advice += (
-                f" 5% of the labels have {tail:.0%} of their variance. If their order is what counts, set "
+                " A few of the labels have more than half of their variance. If their order is what counts, set "
                 'label_transform="quantile,center".'
             )
         warnings.append(

@@ -67,8 +67,8 @@ def becomes_chat(
     if chat == "true" or (chat == "auto" and has_template and kind == TABLES):
         if chat == "auto":
             logger.warning_once(  # not again for the evaluation dataset
-                "As the rows come from CSV or TSV and the tokenizer has a chat template, each prompt becomes a user "
-                "message, and each completion the answer, without surrounding whitespace. Set chat=False (--chat "
+                "Because the rows come from CSV or TSV and the tokenizer has a chat template, each prompt becomes a "
+                "user message, and each completion the answer, without surrounding whitespace. Set chat=False (--chat "
                 "false) to train on the plain text."
             )
         return True

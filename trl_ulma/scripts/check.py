@@ -357,7 +357,7 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
     fits = total < 0.9 * there
     said = f"The longest row has {count(longest, 'token')}. Memory on one device, about {_gib(total)}"
     said += f"{'' if fits and not is_verbose() else f': {parts}'}. {where} has {_gib(there)}."
-    return said if fits else f"{said} That does not fit: try --use_peft, --load_in_4bit or a smaller batch."
+    return said if fits else f"{said} That does not fit: try --use_peft, also with --load_in_4bit, or a smaller batch."
 
 
 def empty_model(model_args: Any, args: Any) -> Any:

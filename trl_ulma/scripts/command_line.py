@@ -210,14 +210,14 @@ def refuse_contradictions(parser: argparse.ArgumentParser, words: Sequence[str])
             if other_name != last:
                 both = f"{other_name} {other_text} and {last} {text}"
                 parser.error(f"{both} are two names of one option, with two values. Give it once.")
-            tell_last_counts(parser.prog, last, text)
+            tell_last_counts(parser.prog, last)
 
 
 @functools.cache  # a command can parse its options several times
-def tell_last_counts(prog: str, name: str, text: str) -> None:
-    """Say on stderr that an option was given twice, and that its last value counts."""
+def tell_last_counts(prog: str, name: str) -> None:
+    """Say on stderr that an option was given more than once, and that its last value counts, which can be a secret."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: {name} is given twice. Its last value counts: {text}.", file=sys.stderr, flush=True)
+        print(f"{prog}: {name} is given more than once. Its last value counts.", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

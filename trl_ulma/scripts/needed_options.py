@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trl_ulma.scripts.suggestions import Suggestion, values_of
+from trl_ulma.scripts.suggestions import Suggestion, holds_out_none, values_of
 
 _FALSE = ("false", "f", "no", "n", "0")
 # The beginnings of options that have no effect without the option that switches them on
@@ -53,7 +53,7 @@ def _of_labels(given: dict[str, str]) -> list[Suggestion]:
 def _of_adapter(given: dict[str, str]) -> list[Suggestion]:
     found = []
     of_4bit = next((name for name in given if name.startswith(_OF_4BIT)), None)
-    if of_4bit and "load_in_4bit" not in given:
+    if of_4bit and "load_in_4bit" not in given and not _is_on(given, "load_in_8bit"):
         found.append(Suggestion(("--load_in_4bit",), f"--{of_4bit} is for a model in 4 bits"))
     rate = () if "learning_rate" in given else LEARNING_RATE
     if _is_on(given, "use_peft"):
@@ -71,6 +71,8 @@ def _of_adapter(given: dict[str, str]) -> list[Suggestion]:
 
 
 def _of_evaluation(given: dict[str, str]) -> list[Suggestion]:
+    if holds_out_none(given):
+        return []  # the command says what has to be switched off
     found = []
     is_best = _is_on(given, "load_best_model_at_end")
     saving = given.get("save_strategy", "")

@@ -337,7 +337,7 @@ class OptionParser(TrlParser):
                     self.error(f"{option} needs a value.")
                 value = words.pop(0)
             if chosen.get(action.dest, [option, value])[-1] != value:
-                tell_last_counts(self.prog, option, value)
+                tell_last_counts(self.prog, option)
             chosen[action.dest] = [option, value]
         return chosen
 

@@ -108,7 +108,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
     if given.isdisjoint(_TRAINING):
         options = ("--use_peft", "--learning_rate", "1e-4")
         suggested.append(Suggestion(options, "trains an adapter (LoRA), not all weights"))
-    if given.isdisjoint(_EVALUATIONS) and not _holds_out_none(words) and _has_prompts(rows):
+    if given.isdisjoint(_EVALUATIONS) and not holds_out_none(values_of(words)) and _has_prompts(rows):
         suggested.append(Suggestion(("--eval_strategy", "epoch"), "evaluates on held-out rows after each epoch"))
     if given.isdisjoint(("--output", "--output_dir")):
         suggested.append(Suggestion(("--output", "out"), "where the model is saved"))
@@ -153,10 +153,10 @@ def _given(words: Sequence[str]) -> set[str]:
     return {f"--{name}" for name in values_of(words)}
 
 
-def _holds_out_none(words: Sequence[str]) -> bool:
-    """Whether the command has `--test_split_size 0`."""
+def holds_out_none(given: Mapping[str, str]) -> bool:
+    """Whether a command with these options has `--test_split_size 0`."""
     try:
-        return float(values_of(words).get("test_split_size", 1)) == 0
+        return float(given.get("test_split_size", 1)) == 0
     except ValueError:
         return False
 
@@ -259,7 +259,7 @@ def _of_labels(
     name = Names.of(columns, None).columns.get("label", "label")
     reverse = "" if label_map else reversing(name)
     lower = f", and a low `{name}` looks better" if reverse else ""
-    better = lower or (f", and a high `{name}` looks better" if name != "label" else "")
+    better = lower or (f", and a high `{name}` is read as better" if name != "label" else "")
     words = [value for value in labels if isinstance(value, str)]
     if 2 * len(words) > len(labels):
         meant = {word: known_number(word) for word in words}
@@ -296,7 +296,7 @@ def _of_labels(
     where = "" if is_whole else f" in the first {_MOST_ROWS:,} rows"
     why = f"labels are numbers from {usual.min():,.10g} to {usual.max():,.10g}{where}{better}"
     if "quantile,center" in steps:
-        why += f"; 5% of them have {tail:.0%} of the variance, so only their order is learned"
+        why += "; a few of them have more than half of the variance, so only their order is learned"
     if "center_raters" in steps:
         why += f"; some raters ({rater}) are stricter"
     return [Suggestion((*_CONTINUOUS, "--label_transform", steps), why)]

@@ -193,7 +193,8 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
     if holds_out_none:
         raise ValueError(
             f"{name} has no test split, and --test_split_size 0 holds out no rows, so there is nothing to evaluate on. "
-            "Leave --test_split_size out to hold out some, or switch the evaluation off (--eval_strategy no)."
+            "Leave --test_split_size out to hold out some, or switch the evaluation off: --eval_strategy no, without "
+            "--eval_steps and --load_best_model_at_end."
         )
     if not isinstance(train, Dataset):
         raise ValueError(
