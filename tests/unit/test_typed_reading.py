@@ -1518,7 +1518,7 @@ def test_what_is_proposed_keeps_the_columns_that_are_named_already(tmp_path):
 def test_a_number_too_large_for_a_label_is_left_to_the_check_of_rows(tmp_path):
     splits = load_rows(write(tmp_path / "rows.jsonl", lines([row(10**400), row(-(10**400)), row(1)])))
     assert not check_splits(splits, "rows.jsonl")
-    with pytest.raises(ValueError, match=r"^2 of 3 rows (?s:.)*not finite in float32"):
+    with pytest.raises(ValueError, match=r"^2 of 3 rows of the train dataset are invalid:"):
         read_labels(splits["train"][:], range(3), "train", LabelRules())
 
 
@@ -1560,7 +1560,7 @@ def test_words_for_a_missing_label_beside_a_label_map_are_read_as_without_one(tm
     missing = ["N/A", "n/a", "-", "None", "NaN", " NA "]
     mapped = found(["up", *missing, "down"], "up=1,down=0")
     assert mapped == found([1, *missing, 0], None) == [1, *missing, 0]
-    with pytest.raises(ValueError, match="^6 of 8 rows of the train dataset are invalid:"):
+    with pytest.raises(ValueError, match=r"^6 of 8 rows of the train dataset are invalid:"):
         read_labels({"label": mapped}, range(8), "train", LabelRules("continuous"))
 
 

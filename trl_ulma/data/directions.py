@@ -23,17 +23,16 @@ _BAD_STARTS = re.compile(
     "wer$|wors|wrong"
 )
 _OPPOSITE = re.compile("(?:un|in|im|ir|dis|non|mis)(?=[a-z]{4})")  # unhelpful, inaccurate, unbiased
-_NOT = frozenset(("no", "not", "non", "never", "without", "lack", "absence", "low"))  # no_errors
+_NOT = frozenset(("no", "not", "non", "never", "without", "lack", "low"))  # no_errors
 # Words that turn a number around, so that a high one is better, before a word for what is bad: neg_loss, 1_minus_wer
 _TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "inverted", "anti", "reverse", "reversed"))
 _TURNED |= {"reciprocal", "percentile"}
-_ENDED = frozenset(  # error_free, toxicity_reduction
-    ("free", "fixed", "resolved", "solved", "reduction", "detection", "avoidance", "resistance", "prevention")
-)
+_ENDED = frozenset(("free", "fixed", "resolved", "solved", "reduction", "avoidance", "resistance", "prevention"))
+_ENDED |= {"absence", "lack", "detection"}  # error_free, toxicity_reduction, absence_of_harm
 # Words of scales from bad to good, such as thumbs_up_or_down
 _BEST = frozenset(("up", "yes", "good", "like", "likes", "positive", "safe", "correct", "right", "true", "helpful"))
 _BEST |= {"pass", "passed", "win", "wins", "better"}
-_FILLERS = frozenset(("a", "any", "at", "all", "is", "of", "really", "so", "too", "very", "was"))  # not_very_helpful
+_FILLERS = frozenset(("a", "any", "at", "all", "is", "really", "so", "too", "very", "was"))  # not_very_helpful
 
 
 def direction(name: str) -> str:
