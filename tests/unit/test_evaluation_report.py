@@ -659,6 +659,24 @@ def test_an_open_evaluation_has_one_advice_by_what_was_learned_in_training(own, 
     assert ("more epochs" in text.replace("no more epochs", "")) == (own != 0.9)
 
 
+def test_an_open_comparison_of_answers_says_nothing_against_a_reward_that_ranks_well():
+    facts = facts_of(200, 0.5)
+    facts["models"][0] |= {"accuracy_in_training": 0.5, "split": {"accuracies": Estimate(0.6, 0.5, 0.7, 200)}}
+    sentences = ["The model's reward ranks answers better than chance.", "The 95% interval [-0.1, 0.1] includes 0."]
+    assert facts["models"][0]["implicit_reward"]["spearman"].low > 0
+    said = report.what_next(sentences, facts["models"])
+    assert "rate answers to more prompts" in said
+    assert "learned little" not in said
+
+
+def test_the_middle_of_an_order_is_not_called_a_mean():
+    facts = facts_of(200, 0.5)
+    for transform, called in (("quantile,center", "middle"), ("standardize", "mean")):
+        facts["data"] |= {"label_transform": transform, "label_center": 2.3}
+        text = to_markdown(report.document(facts | {"pictures": []}))
+        assert f"the {called} label of the training rows (2.3)" in text
+
+
 def test_a_figure_without_an_interval_is_not_said_to_include_chance():
     facts = facts_of(200, 0.5)
     facts["models"][0]["implicit_reward"]["spearman"] = Estimate(1.0, None, None, 200)
