@@ -927,7 +927,7 @@ def test_ratings_are_split_as_in_the_trainings_evaluation_and_shown_as_they_are(
     assert facts["data"]["label_center"] == pytest.approx(2.5)
     text = (tmp_path / "report" / "report.md").read_text()
     higher = "below" if transform and transform.startswith("lower") else "above"
-    mean = "the mean label of the training rows"
+    mean = f"the {'middle' if transform == 'quantile' else 'mean'} label of the training rows"
     assert f"The mean reward of rows with a label of 2.5 ({mean}) or {higher}, and of the others." in text
     # Stars are stars
     assert facts["data"]["labels"] == {"0": 1, "1": 2, "2": 2, "3": 2, "4": 1, "7": 1}

@@ -40,7 +40,7 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     command = ["--method", "ulma", "--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "no"]
     command += ["--max_length", "64"]
     assert check.main([*command[:-4], "--eval_strategy", "epoch"]) == 1
-    assert "held out" not in capsys.readouterr().out  # how the rows are split is said when they are corrected
+    assert "held out" not in capsys.readouterr().out  # the split is shown after the rows are corrected
     assert check.main(command) == 1
     shown, said = capsys.readouterr()
     assert shown.strip() == ""  # the other rows are shown when these are corrected or left out

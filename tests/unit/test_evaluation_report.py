@@ -30,6 +30,7 @@ from trl_ulma.evaluation.judges import Verdict
 from trl_ulma.evaluation.likelihoods import Likelihoods
 from trl_ulma.evaluation.pictures import pictures, training_log
 from trl_ulma.evaluation.rates import counts, rates
+from trl_ulma.evaluation.report_seeds import over_runs
 from trl_ulma.labels import LabelRules, parse_transform
 from trl_ulma.predictions import alike, beyond_training
 
@@ -223,7 +224,7 @@ def test_means_over_seeds_are_of_runs_with_one_name():
         perplexity = {"demonstrations": Estimate(value, 0.0, 99.0, 10)}
         return {"perplexity": perplexity, "implicit_reward": {}, "judged": {"j": {"helpful": {"rates": SHARES}}}}
 
-    found = report.over_runs(["a", "b", "a", "a"], [model(value) for value in (1.0, 50.0, 2.0, 3.0)])
+    found = over_runs(["a", "b", "a", "a"], [model(value) for value in (1.0, 50.0, 2.0, 3.0)])
     assert list(found) == ["a"]
     estimate = found["a"]["perplexity, demonstrations"]
     assert (estimate.value, estimate.n) == (2.0, 3)
@@ -662,9 +663,9 @@ def test_an_open_evaluation_has_one_advice_by_what_was_learned_in_training(own, 
 def test_an_open_comparison_of_answers_says_nothing_against_a_reward_that_ranks_well():
     facts = facts_of(200, 0.5)
     facts["models"][0] |= {"accuracy_in_training": 0.5, "split": {"accuracies": Estimate(0.6, 0.5, 0.7, 200)}}
-    sentences = ["The model's reward ranks answers better than chance.", "The 95% interval [-0.1, 0.1] includes 0."]
+    facts["differences"][0]["points"] = Estimate(0.0, -0.1, 0.1, 200)
     assert facts["models"][0]["implicit_reward"]["spearman"].low > 0
-    said = report.what_next(sentences, facts["models"])
+    said = report.what_next(facts)
     assert "rate answers to more prompts" in said
     assert "learned little" not in said
 
@@ -910,7 +911,7 @@ def test_the_terminal_shows_a_report_on_one_screen():
     assert "\nlength alone" in text
     assert text.count("\n") <= 18 - 2  # the command adds an empty line and where the page is
     assert len(text.split()) <= 130 - 8
-    # What was left out is said in any case
+    # The rows that were left out are always shown
     facts = short_facts()
     facts["models"][0]["left_out"] = 3
     assert "3 left out for tuned. Brackets hold 95% intervals." in " ".join(report.in_terminal(facts, 80).split())

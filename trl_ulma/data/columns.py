@@ -284,7 +284,7 @@ class Shown(dict[str, list[str]]):
     """
 
     def add(self, what: str, value: str, place: str | Callable[[], str]) -> None:
-        """Keep a value, if it is one of the first. Only then a `place` is called that is a function."""
+        """Keep a value, if it is one of the first. A place that takes time to find is a function, called only then."""
         if len(first := self.setdefault(what, [])) < _SHOWN:
             first.append(f"{value.strip()!r} in {place() if callable(place) else place}")
 

@@ -360,7 +360,7 @@ def _in_sheet(file: str, line: int) -> str:
 
 
 def _with_sheet_row(said: str, file: str) -> str:
-    """What is said of a line of a file, also with the row of a spreadsheet that is in it, if it has another number."""
+    """A message about a line of a file, with the row of a spreadsheet after the line, if the two numbers differ."""
     found = re.search(r"\bin line (\d+)", said)
     there = _in_sheet(file, int(found[1])) if found else ""
     return f"{said[: found.end()]} ({there}){said[found.end() :]}" if found and there else said

@@ -12,7 +12,6 @@ _NAMES = {
     "auc": ("AUC", "how often a good answer has a higher reward than a bad one, 0.5 by chance"),
     "spearman": ("Spearman's correlation of reward and label", "1: the same order, 0: chance"),
 }
-_UNDECIDED = "] includes "
 # From this accuracy in training on, a model knows the rows that it was trained on
 _KNOWS = 0.7
 
@@ -62,10 +61,8 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
                 f"nothing can be concluded about how well {it} ranks answers, because all labels are on one side, or "
                 "all rewards are the same.",
             )
-    bases = {model["name"] for model in facts["models"] if model.get("is_base")}
-    for each in facts["differences"]:
-        if bases and not bases & {each["one"], each["other"]}:
-            continue
+    bases = _bases(facts)
+    for each in _differences(facts):
         points, sign = each["points"], 1
         one, other = each["one"], each["other"]
         if one in bases:
@@ -80,6 +77,16 @@ def conclusions(facts: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _bases(facts: Mapping[str, Any]) -> set[str]:
+    return {model["name"] for model in facts["models"] if model.get("is_base")}
+
+
+def _differences(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The differences that conclusions are about: those to a model before training, or all if there is none."""
+    bases = _bases(facts)
+    return [each for each in facts["differences"] if not bases or bases & {each["one"], each["other"]}]
+
+
 def _measured(what: str, figure: Estimate, chance: float, of: str, form: str = ".3f") -> str:
     """What was measured, on which rows or prompts, and where its interval lies."""
     said = f"{what} is {figure.value:{form}} on {of}."
@@ -88,10 +95,8 @@ def _measured(what: str, figure: Estimate, chance: float, of: str, form: str = "
     ends = f"[{figure.low:{form}}, {figure.high:{form}}]"
     if figure.n < ENOUGH_PROMPTS:
         return f"{said} The 95% interval is {ends}."
-    where = f"is {'above' if figure.low > chance else 'below'} "
-    if figure.low <= chance <= figure.high:
-        where = _UNDECIDED.removeprefix("] ")
-    return f"{said} The 95% interval {ends} {where}{chance:g}."
+    where = "includes" if is_open(figure, chance) else f"is {'above' if figure.low > chance else 'below'}"
+    return f"{said} The 95% interval {ends} {where} {chance:g}."
 
 
 def _than_length(difference: Estimate | None) -> str:
@@ -114,19 +119,16 @@ def corrected(difference: Mapping[str, Any]) -> str:
     return f", corrected for {count} comparisons (Bonferroni)" if count > 1 else ""
 
 
-def what_next(sentences: Sequence[str], models: Sequence[Mapping[str, Any]]) -> str:
-    """What to do if an interval includes chance, as far as the accuracy in training tells. "" if none does.
-
-    Args:
-        sentences: the conclusions.
-        models: the models that they are about.
-    """
-    if not any(_UNDECIDED in sentence for sentence in sentences):
+def what_next(facts: Mapping[str, Any]) -> str:
+    """What to do if an interval includes chance, as far as the accuracy in training tells. "" if none does."""
+    models = facts["models"]
+    open_models = [model for model in models if not model.get("is_base") and _ranks_like_chance(model)]
+    if not open_models and not any(is_open(each["points"], 0.0) for each in _differences(facts)):
         return ""
     said, prompts = "What to do next: ", "four times as many halve the width of the interval"
-    for model in models:
+    for model in open_models:
         own, new = model.get("accuracy_in_training"), (model.get("split") or {}).get("accuracies")
-        if own is None or new is None or not _is_undecided(model):
+        if own is None or new is None:
             continue
         name = "The model" if are_alone(models) else model["name"]
         rows = "held-out rows" if model.get("trained_on") == 0 else "rows here"
@@ -146,13 +148,17 @@ def what_next(sentences: Sequence[str], models: Sequence[Mapping[str, Any]]) -> 
     )
 
 
-def _is_undecided(model: Mapping[str, Any]) -> bool:
-    """Whether the interval of how well a model ranks answers includes chance."""
-    for name, chance in CHANCE.items():
-        figure = (model.get("implicit_reward") or {}).get(name)
-        if figure is not None and figure.low is not None:
-            return figure.low <= chance <= figure.high
-    return False
+def is_open(figure: Estimate, chance: float) -> bool:
+    """Whether nothing can be concluded from a figure, because its interval includes chance."""
+    if figure.n < ENOUGH_PROMPTS or figure.low is None or figure.high is None:
+        return False
+    return figure.low <= chance <= figure.high
+
+
+def _ranks_like_chance(model: Mapping[str, Any]) -> bool:
+    return any(
+        is_open(model["implicit_reward"][name], CHANCE[name]) for name in CHANCE if name in model["implicit_reward"]
+    )
 
 
 def _concluded(figure: Estimate, chance: float, about: str, what: str, measured: str, than: str = "chance") -> str:
@@ -175,7 +181,7 @@ def _concluded(figure: Estimate, chance: float, about: str, what: str, measured:
             f"nothing can be concluded about {about}: there is no interval, because the figure is the same in all "
             f"resamples, or undefined in many of them. {measured}"
         )
-    if figure.low <= chance <= figure.high:
+    if is_open(figure, chance):
         return f"nothing can be concluded about {about}. {measured}"
     return f"{what} {'better' if figure.low > chance else 'worse'} than {than}. {measured}"
 

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import subprocess  # nosec B404
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,9 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.data.sheet_rows import named_rows
-from trl_ulma.evaluation.conclusions import are_alone, conclusions, corrected, counted, of_prompts, what_next
+from trl_ulma.evaluation.conclusions import are_alone, conclusions, counted, of_prompts, what_next
 from trl_ulma.evaluation.document import (
     Bullets,
     Code,
@@ -30,14 +28,14 @@ from trl_ulma.evaluation.document import (
     to_text,
 )
 from trl_ulma.evaluation.figures import save
-from trl_ulma.evaluation.intervals import over_seeds, shown
-from trl_ulma.evaluation.judging import is_above_chance
-from trl_ulma.evaluation.model_names import other_models
+from trl_ulma.evaluation.intervals import shown
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
+from trl_ulma.evaluation.report_judges import judged_section, more_of_judge
+from trl_ulma.evaluation.report_seeds import seeds_section
 from trl_ulma.predictions import AS_THE_MEAN, TOO_CLOSE, too_close
 from trl_ulma.rows.dropped import reasons_in_words
 
-__all__ = ["commit", "conclusions", "document", "in_terminal", "over_runs", "shown", "table", "versions", "write"]
+__all__ = ["commit", "conclusions", "document", "in_terminal", "shown", "table", "versions", "write"]
 
 _LIBRARIES = (
     *("trl-ulma", "trl", "transformers", "torch", "peft", "datasets"),
@@ -113,7 +111,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
     trained = [model for model in models if not model.get("is_base")]
     sentences = conclusions(facts)
     parts: list[Part] = [Text(sentence, strong=True) for sentence in sentences]
-    if advice := what_next(sentences, models):
+    if advice := what_next(facts):
         parts.append(Text(advice))
     rows, is_special = _which_rows(data, models)
     if is_short:
@@ -131,8 +129,8 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
         if _is_too_close(model.get("own_scale"))
     ]
     for judge in facts["judges"]:
-        parts += _judged(facts, judge)
-    parts += _over_seeds(facts["over_seeds"])
+        parts += judged_section(facts, judge)
+    parts += seeds_section(facts["over_seeds"])
     if is_short:
         return parts
     first, others = _pictures(facts)
@@ -151,7 +149,7 @@ def document(facts: Mapping[str, Any], *, is_short: bool = False) -> list[Part]:
         *_split(trained, data),
         *_own_scale(trained, facts),
         *_calibration(trained),
-        *(part for judge in facts["judges"] for part in _more_of_judge(facts, judge)),
+        *(part for judge in facts["judges"] for part in more_of_judge(facts, judge)),
         *_reading(facts),
         Details("Settings and versions", _settings(facts)),
     ]
@@ -320,7 +318,7 @@ def _center_in_words(data: Mapping[str, Any]) -> tuple[str, str] | None:
         return None
     whose = "training rows" if data.get("is_training_center", True) else "evaluated rows"
     # What is the mean of the transformed labels is not the mean of the labels
-    which = "middle" if re.search("quantile|log", data.get("label_transform") or "") else "mean"
+    which = "middle" if "quantile" in (data.get("label_transform") or "") else "mean"
     return f"the {which} label of the {whose}", f"{data['label_center']:g}"
 
 
@@ -494,119 +492,3 @@ def _changed(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> l
             Quote("The data's answer", each["chosen"]),
         ]
     return [Details(f"Answers before and after training{_for(model, models)}: {count} changed", parts)]
-
-
-_NOT_JUDGED = ("refused", "cut", "unparsable", "unread")
-
-
-def _judged(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Part]:
-    name, criterion = judge["judge"], judge["criterion"]
-    rows = []
-    for model in facts["models"]:
-        found = model["judged"].get(name, {}).get(criterion)
-        if found is None:
-            continue
-        shares = [shown(found["rates"].get(verdict), ".1%") for verdict in ("win", "tie", "lose", "win_or_tie")]
-        unjudged = {why: found["counts"][why] for why in _NOT_JUDGED if found["counts"][why]}
-        told = f" ({', '.join(f'{count} {why}' for why, count in unjudged.items())})" if unjudged else ""
-        rows.append([model["name"], *shares, f"{sum(unjudged.values())}{told}"])
-    parts: list[Part] = [
-        Heading(f"{criterion.capitalize()}: answers against the data's chosen ones, judged by {name}"),
-        Text(_agreement_said(judge["agreement"])),
-        Table(["model", "win", "tie", "lose", "win or tie", "not judged"], rows),
-    ]
-    gained = [each for each in facts["differences"] if (each["judge"], each["criterion"]) == (name, criterion)]
-    if gained:
-        lines = [[f"{each['one']} − {each['other']}", shown(each["points"], "+.3f")] for each in gained]
-        parts.append(Table(["points (win 1, tie ½), paired by prompt", "difference"], lines))
-        if gained[0]["comparisons"] > 1:
-            how = corrected(gained[0]).removeprefix(", ")
-            parts.append(Text(f"These intervals are {how}, so that all hold together with 95%."))
-    if others := other_models(judge.get("model", ""), judge.get("answered_by", {})):
-        parts.append(Text(f"The judge's server: {' '.join(others)}"))
-    return parts
-
-
-def _more_of_judge(facts: Mapping[str, Any], judge: Mapping[str, Any]) -> list[Details]:
-    """Missing replies of a judge, how it depends on the order of answers, and what its server does not accept."""
-    name, criterion = judge["judge"], judge["criterion"]
-    missing = []
-    for model in facts["models"]:
-        found = model["judged"].get(name, {}).get(criterion)
-        if found is None:
-            continue
-        missing += [
-            [model["name"], f"the model's answer {place}", str(count), why]
-            for place, whys in found["unjudged"].items()
-            for why, count in whys.items()
-        ]
-        if found["unanswered"]:
-            missing.append(
-                [model["name"], "not asked", str(found["unanswered"]), "the model's server refused to answer"]
-            )
-    parts: list[Part] = []
-    if missing:
-        parts.append(Table(["model", "position", "missing replies", "why"], missing, is_text=True))
-    replies = judge.get("replies")
-    if replies and replies["first"] + replies["second"]:
-        decided = replies["first"] + replies["second"]
-        parts.append(
-            Text(
-                f"Over all criteria, {decided} of the judge's replies to these comparisons name an answer, and "
-                f"{replies['first'] / decided:.1%} of them name the one shown first (50% without a position bias). "
-                "The two orders disagree in "
-                f"{judge['orders_disagree']} of {judge['judged']} comparisons with both verdicts, which count as ties."
-            )
-        )
-    if judge.get("changes"):
-        parts.append(Text(f"The judge's server: {'; '.join(judge['changes'])}."))
-    return [Details(f"More about the judge: {name}, {criterion}", parts)] if parts else []
-
-
-def _agreement_said(agreement: Estimate | None) -> str:
-    if agreement is None:
-        return (
-            "The judge's agreement with known labels could not be measured (no prompt has both a good and a bad "
-            "answer, or none of these comparisons was judged): no ranking is claimed."
-        )
-    said = (
-        f"On {agreement.n} of the data's own good and bad answers, the judge agrees with "
-        f"{shown(agreement, '.1%')} of the labels (a tie counts half)"
-    )
-    if agreement.n < ENOUGH_PROMPTS:
-        return f"{said}, which are too few to show that it is above chance: no ranking is claimed."
-    return said + ("." if is_above_chance(agreement) else ", which is not above chance: no ranking is claimed.")
-
-
-def over_runs(names: Sequence[str], models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Estimate]]:
-    """Name → figure → mean over runs, for names with several runs and figures that all of them have.
-
-    Args:
-        names: `(N,)` of the runs, the same for runs that differ in their seed.
-        models: `(N,)` facts of the runs.
-    """
-    found = {}
-    for name in dict.fromkeys(names):
-        runs = [_scalars(model) for own, model in zip(names, models, strict=True) if own == name]
-        if len(runs) > 1:
-            common = [figure for figure in runs[0] if all(figure in run for run in runs)]
-            found[name] = {figure: over_seeds([run[figure] for run in runs]) for figure in common}
-    return found
-
-
-def _scalars(model: Mapping[str, Any]) -> dict[str, float]:
-    named = {f"perplexity, {name}": each for name, each in model["perplexity"].items()}
-    named |= model["implicit_reward"]
-    for judge, criteria in model["judged"].items():
-        for criterion, found in criteria.items():
-            named |= {f"{judge}, {criterion}, {verdict}": each for verdict, each in found["rates"].items()}
-    return {name: estimate.value for name, estimate in named.items()}
-
-
-def _over_seeds(found: Mapping[str, Mapping[str, Estimate]]) -> list[Part]:
-    rows = [
-        [f"{name}: {figure}", shown(estimate), str(estimate.n)]
-        for name, of in found.items()
-        for figure, estimate in of.items()
-    ]
-    return [Heading("Over seeds"), Table(["", "mean", "runs"], rows)] if rows else []

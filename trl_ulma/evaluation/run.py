@@ -29,6 +29,7 @@ from trl_ulma.evaluation.llm_judge import LLMJudge
 from trl_ulma.evaluation.model_names import other_models
 from trl_ulma.evaluation.pictures import accuracy_in_training, pictures, training_log
 from trl_ulma.evaluation.reading import read
+from trl_ulma.evaluation.report_seeds import over_runs
 from trl_ulma.evaluation.server import Budget, Reply, Server
 from trl_ulma.judge import saved_file
 from trl_ulma.rows.dataset_labels import SHOWN_BY
@@ -174,7 +175,7 @@ class _Run:
             "models": models,
             "judges": self.judging.facts(),
             "differences": self.judging.differences(),
-            "over_seeds": report.over_runs([name for name, _ in args.model], models[: len(args.model)]),
+            "over_seeds": over_runs([name for name, _ in args.model], models[: len(args.model)]),
             "notes": self.notes,
             "how_read": self.how_read,
             "not_drawn": not_drawn,

@@ -22,7 +22,7 @@ _CODES = tuple(sign * code for code in (9, 77, 88, 97, 98, 99, 997, 998, 999, 99
 _TAIL, _HEAVY = 0.05, 0.5
 # With fewer labels than this, no tail is called long
 _ENOUGH_FOR_TAIL = 50
-# Of the labels farthest from the mean, this share, or one, can be typing mistakes
+# This share of the labels, and at least one, can be typing mistakes: those farthest from the mean
 _MISTAKES = 0.001
 # The greatest labels of scales that can have many values
 _FULL_MARKS = (5, 7, 10, 100)

@@ -50,20 +50,34 @@ def make_parser(method: str = "ulma") -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check. Returns the exit code: 2 for invalid options, 1 for invalid rows or settings."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    given = list(words)
+    given = list(sys.argv[1:] if argv is None else argv)
     suggested: list[Suggestion] = []
-    introduction = ""
-    if may_suggest(words) and HELP.isdisjoint(words):
-        others = needed(words)
-        words += [word for each in others for word in each.options]
+    if may_suggest(given) and HELP.isdisjoint(given):
+        others = needed(given)
+        words = [*given, *_words_of(others)]
         make_parser().parse_for_launch(list(words))  # wrong options are told before the data is read
         code = attempt(CommandParser(prog=PROG), lambda: suggested.extend(suggest(words)))
         if code:
             return code
-        if suggested:
-            introduction = in_words([*suggested, *others]) + "\n"
-            words += [word for each in suggested for word in each.options]
+        suggested += others
+    introduce = functools.cache(lambda: print(f"{in_words(suggested)}\n", flush=True) if suggested else None)
+    try:
+        return _run(given, suggested, introduce)
+    except SystemExit:  # a wrong option, which can be a suggested one
+        introduce()
+        raise
+
+
+def _words_of(suggested: Sequence[Suggestion]) -> list[str]:
+    return [word for each in suggested for word in each.options]
+
+
+def _run(given: Sequence[str], suggested: Sequence[Suggestion], introduce: Callable[[], None]) -> int:
+    """Check with the options that are given and those that are suggested. See `main` for the exit code.
+
+    `introduce` prints the suggested options, once.
+    """
+    words = [*given, *_words_of(suggested)]
     chooser = CommandParser(prog=PROG, add_help=False)
     chooser.add_argument("--method", choices=METHODS, default="ulma")
     chosen, words = chooser.parse_known_args(words)
@@ -88,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # It suggests the same settings again
     others = chooser.parse_known_args(given if suggested else ["--method", chosen.method, *words])[1]
     again = in_lines(["trl-ulma", "check", *others, "--invalid_rows", "drop"])
-    introduce = functools.cache(lambda: print(introduction, flush=True) if introduction else None)
 
     def run() -> None:
         from trl_ulma.labels import InvalidRows
