@@ -753,8 +753,10 @@ def test_a_run_from_yaml_with_lora_and_its_resumption(whole_runs):
     assert "loss/preference" in logged[0]
     # The run evaluates at its last step. That is not repeated, and printed once.
     assert run.stdout.count("Evaluation at step 2 of 2: eval_loss") == 1
-    assert f"The model is in {out}. Load it with:\n    from peft import AutoPeftModelForCausalLM\n" in run.stdout
-    assert f'model = AutoPeftModelForCausalLM.from_pretrained("{out}", dtype="float32")' in run.stdout
+    assert f"The model is in {out}. {out}/README.md shows how to load it in Python.\n" in run.stdout
+    assert (
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{out}", dtype="float32")' in (out / "README.md").read_text()
+    )
     assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
     AutoPeftModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)
@@ -776,7 +778,7 @@ def test_a_whole_run_says_nothing_of_other_libraries_unless_it_is_asked_to(whole
     said = whole_runs.quiet.stdout + whole_runs.quiet.stderr
     assert not [each for each in noise if each in said]
     # What is ours stays
-    assert said.count("each prompt becomes a user message") == 1  # of two datasets
+    assert said.count("files become conversations") == 1  # of two datasets
     assert "Labels of the train dataset" in said
     verbose = whole_runs.resumed
     assert "were not passed to `accelerate launch`" in verbose.stdout + verbose.stderr

@@ -165,7 +165,7 @@ def test_odd_labels_are_named_once_more_beside_what_has_to_be_corrected(without_
     assert ("Memory on one device" in before) == (not is_invalid)
     if is_invalid:  # the rows are looked at once more before the training
         assert "trl-ulma check --method pointwise-dpo" in err
-        assert err.endswith("--invalid_rows drop\n")
+        assert err.endswith("--invalid_rows drop\n\nOr correct them, and check again.\n")
     assert ("rows.csv, line 22: label is the text 'N/A'" in err) == is_invalid == ("Ready." not in end)
 
 

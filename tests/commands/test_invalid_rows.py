@@ -51,7 +51,8 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert "Prompt: 'What is this?'" in said
     without = shlex.join(["trl-ulma", "check", *command, "--invalid_rows", "drop"])
     assert said.replace(" \\\n       ", "").endswith(
-        f"\nFix these rows and check again, or leave them out:\n\n    {without}\n"
+        f"\n\nTo leave such rows out:\n\n    {without}\n\nOr correct them, and check again. If you delete rows, begin "
+        "with the last one, because the lines below it move up.\n"
     )
     assert check.main([*command, "--invalid_rows=error"]) == 1
     assert "--invalid_rows drop" in (said := capsys.readouterr().err)

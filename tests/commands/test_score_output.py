@@ -190,10 +190,10 @@ def test_halves_of_pairs_are_counted_as_answers():
     assert summary(Path("o"), rows, scored, "row") == "o holds 3 scored rows; 1 of 4 were left out."
 
 
-def test_the_five_most_notable_rows_are_shown():
+def test_the_three_most_notable_rows_are_shown():
     lines = most_notable(Dataset.from_list(ROWS))
-    assert len(lines) == 1 + 3 * 5
-    assert [line.split(":")[0].strip() for line in lines[1::3]] == ["row 6", "row 5", "row 4", "row 3", "row 2"]
+    assert len(lines) == 1 + 3 * 3
+    assert [line.split(":")[0].strip() for line in lines[1::3]] == ["row 6", "row 5", "row 4"]
     assert lines[4] == "  row 5: label 1, predicted 0.50"
     assert lines[5].startswith("    prompt: ")
     assert lines[6].startswith("    answer: ")
@@ -247,9 +247,9 @@ def test_a_list_of_extreme_labels_is_named_so_and_raters_are_named(held_out, ski
             12,
             [
                 "The best:",
-                *(f"row {i}" for i in (11, 10, 9, 8, 7)),
+                *(f"row {i}" for i in (11, 10, 9)),
                 "The worst:",
-                *(f"row {i}" for i in (4, 3, 2, 1, 0)),
+                *(f"row {i}" for i in (2, 1, 0)),
             ],
         ),
     ],
@@ -346,7 +346,7 @@ def test_a_column_of_labels_beside_pairs_does_not_hide_which_half_a_row_is(own):
     pairs = Dataset.from_dict({"prompt": ["a"] * 2, "chosen": [" b"] * 2, "rejected": [" c"] * 2, "label": [own] * 2})
     scored = judge().score(pairs)
     assert scored["label"][:] == [1.0, 0.0] * 2
-    assert [line.split(": ")[1] for line in most_notable(scored) if "answer:" in line] == ["c", "c", "b", "b"]
+    assert [line.split(": ")[1] for line in most_notable(scored) if "answer:" in line] == ["c", "c", "b"]
     assert summary(Path("o"), pairs.select([0]), scored.select([0, 1]), "row").startswith(
         "o holds 2 scored answers of 1 pair;"
     )

@@ -1,11 +1,14 @@
 """`check` suggests a method and settings that suit the rows, if none is named, and training runs with them."""
 
 import json
+import logging
 import re
 import shlex
+import sys
 
 import pytest
 from datasets import Dataset, DatasetDict
+from transformers.utils import logging as transformers_logging
 
 from trl_ulma.scripts import check, pointwise_dpo
 from trl_ulma.scripts.cli import main
@@ -204,7 +207,9 @@ def test_rows_to_correct_are_shown_before_suggestions(tiny_gpt2, tmp_path, monke
     assert "Suggested settings" not in out
     assert "rows.csv, line 5: stars is the text 'none'" in err
     again = shlex.join(["trl-ulma", *words, "--invalid_rows", "drop"])
-    assert err.replace(" \\\n       ", "").endswith(f"leave them out:\n\n    {again}\n")
+    assert err.replace(" \\\n       ", "").endswith(
+        f"To leave such rows out:\n\n    {again}\n\nOr correct them, and check again.\n"
+    )
     assert main(shlex.split(again)[1:]) == 0
     assert capfd.readouterr().out.startswith("Suggested settings")
     # Another error can be about a suggested setting
@@ -212,6 +217,27 @@ def test_rows_to_correct_are_shown_before_suggestions(tiny_gpt2, tmp_path, monke
     out, err = capfd.readouterr()
     assert out.startswith("Suggested settings")
     assert "has no split 'none'" in err
+
+
+@pytest.mark.parametrize(
+    ("label", "options", "is_told"), [("4", [], True), ("none", [], False), ("4", ["--log_z", "group"], True)]
+)
+def test_how_rows_are_read_is_told_after_the_suggestions(
+    tiny_llama, tmp_path, monkeypatch, capfd, label, options, is_told
+):
+    lines = [f"Why {i}?,So {i}.,{i % 5 + 1}\n" for i in range(12)]
+    file = tmp_path / "rows.csv"
+    file.write_text("".join(["prompt,completion,label\n", *lines, f"Who?,I.,{label}\n"]))
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's handlers would take the messages
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    code = main(["check", "--model", tiny_llama, "--dataset", str(file), *options])
+    assert code == (not is_told or bool(options))  # each prompt has one answer, so there are no groups
+    said = capfd.readouterr().out
+    assert said.count("files become conversations") == said.count("Suggested settings") == is_told
+    if is_told:
+        assert said.index("Suggested settings") < said.index("files become conversations")
+        assert ("check: error: " in said.partition("files become conversations")[2]) == bool(options)
 
 
 def test_a_named_method_gets_no_suggestions(tiny_gpt2, tmp_path, capfd):

@@ -555,7 +555,7 @@ def test_a_csv_becomes_a_chat_by_itself_if_there_is_a_template(csv_file, csv, ca
             ("<|user|>Hi<|end|><|assistant|>", "Hello!<|end|>"),
             ("<|user|>How are you today?<|end|><|assistant|>", "Fine<|end|>"),
         ]
-        assert any("each prompt becomes a user message" in message for message in caplog.messages)
+        assert any("files become conversations" in message for message in caplog.messages)
     as_text = texts(make_tokenizer(), prepared(make_tokenizer(), csv))
     assert as_text[1] == ("How are you today?", " Fine <|end|>")
     assert texts(tokenizer, prepared(tokenizer, csv, chat="false")) == as_text

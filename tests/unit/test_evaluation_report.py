@@ -620,7 +620,7 @@ def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
     assert "tuned" not in report.in_terminal(facts | {"judges": []}).split("\n\nmodel")[0]
     assert "Nothing can be concluded about how well the model ranks held-out answers." in text
     assert "The model's answers do better than before training. The difference in points" in text
-    assert "The model needs no more epochs" in text
+    assert "the model already knows the training rows" in text
     assert "| tuned |" in text
     other = copy.deepcopy(facts["models"][0]) | {"name": "other"}
     facts["models"].append(other)
@@ -631,7 +631,7 @@ def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
         "other: nothing can be concluded about how well it ranks held-out answers. Spearman's correlation of reward "
         "and label is",
         "tuned: its answers do better than those of m (base).",
-        "tuned needs no more epochs",
+        "tuned already knows the training rows",
         "<summary>The most surprising labels, for the model tuned</summary>",
         "<summary>Answers before and after training, for the model other: 5 of 9 answers changed</summary>",
         "After, by other:",
@@ -644,7 +644,7 @@ def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
     [
         (
             0.9,
-            "The model needs no more epochs: its reward tells good from bad in 90% of its training rows, and "
+            "because the model already knows the training rows: its reward tells good from bad in 90% of them, and "
             "in 51% of the rows here.",
         ),
         (0.5, "train for more epochs, or with 3 times the learning rate. The model has learned little: its reward"),

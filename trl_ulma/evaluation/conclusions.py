@@ -130,17 +130,17 @@ def what_next(facts: Mapping[str, Any]) -> str:
         own, new = model.get("accuracy_in_training"), (model.get("split") or {}).get("accuracies")
         if own is None or new is None:
             continue
-        name = "The model" if are_alone(models) else model["name"]
+        name, first = ("the model", "The model") if are_alone(models) else (model["name"], model["name"])
         rows = "held-out rows" if model.get("trained_on") == 0 else "rows here"
-        learned = f"its reward tells good from bad in {own:.0%} of its training rows"
+        learned = f"its reward tells good from bad in {own:.0%} of {{}}, and in {new.value:.0%} of the {rows}"
         if own >= _KNOWS:
             return (
-                f"{said}rate answers to more prompts, for training and evaluation: {prompts}. {name} needs no more "
-                f"epochs: {learned}, and in {new.value:.0%} of the {rows}."
+                f"{said}rate answers to more prompts, for training and evaluation: {prompts}. More epochs are no "
+                f"remedy, because {name} already knows the training rows: {learned.format('them')}."
             )
         return (
-            f"{said}train for more epochs, or with 3 times the learning rate. {name} has learned little: {learned}, "
-            f"and in {new.value:.0%} of the {rows}."
+            f"{said}train for more epochs, or with 3 times the learning rate. {first} has learned little: "
+            f"{learned.format('the training rows')}."
         )
     return (
         f"{said}rate answers to more prompts: {prompts}. If a figure stays near chance, train for more epochs or with "

@@ -141,14 +141,19 @@ class InvalidRows(ValueError):
             >>> error = InvalidRow("is None; set it.", "k", "label").at(3, "train")
             >>> print(InvalidRows.of([error], 10, "train", _FIX).with_command("trl-ulma check --invalid_rows drop"))
             Row 3 of the train dataset: label is None; set it.
-            Fix these rows and check again, or leave them out:
+            <BLANKLINE>
+            To leave such rows out:
             <BLANKLINE>
                 trl-ulma check --invalid_rows drop
+            <BLANKLINE>
+            Or correct them, and check again.
         """
         if self.remedy != _FIX:
             return self
-        remedy = "Fix these rows and check again, or leave them out:\n\n" + textwrap.indent(command, "    ")
-        made = InvalidRows(str(self).removesuffix(self.remedy) + remedy)
+        remedy = f"To leave such rows out:\n\n{textwrap.indent(command, '    ')}\n\nOr correct them, and check again."
+        if len(self.found) > 1 and all(each.origin for each in self.found):
+            remedy += " If you delete rows, begin with the last one, because the lines below it move up."
+        made = InvalidRows(f"{str(self).removesuffix(self.remedy)}\n{remedy}")
         made.found, made.total, made.remedy = self.found, self.total, remedy
         return made
 

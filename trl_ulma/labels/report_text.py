@@ -168,11 +168,12 @@ def _in_words(transform: str) -> str:
 
     Example:
         >>> _in_words("center_raters,standardize:3.00787,0.844452")
-        'center_raters and standardize, (label − 3.008) / 0.8445'
+        "center_raters and standardize, (label − the rater's offset − 3.008) / 0.8445"
     """
+    offset = " − the rater's offset" if "center_raters," in transform else ""
     return re.sub(
         r"standardize:([^,]+),([^,]+)",
-        lambda found: f"standardize, (label − {float(found[1]):.4g}) / {float(found[2]):.4g}",
+        lambda found: f"standardize, (label{offset} − {float(found[1]):.4g}) / {float(found[2]):.4g}",
         transform.replace("center_raters,", "center_raters and "),
     )
 

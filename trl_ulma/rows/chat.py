@@ -67,9 +67,9 @@ def becomes_chat(
     if chat == "true" or (chat == "auto" and has_template and kind == TABLES):
         if chat == "auto":
             logger.warning_once(  # not again for the evaluation dataset
-                "Because the rows come from CSV or TSV and the tokenizer has a chat template, each prompt becomes a "
-                "user message, and each completion the answer, without surrounding whitespace. Set chat=False (--chat "
-                "false) to train on the plain text."
+                "Rows of CSV and TSV files become conversations, because the tokenizer has a chat template: the "
+                "prompt is the user's message, the completion the answer, both without surrounding whitespace. Set "
+                "chat=False (--chat false) to train on the plain text."
             )
         return True
     if system_message is not None:

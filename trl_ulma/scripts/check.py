@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, in_lines, is_verbose
+from trl_ulma.scripts.command_line import CommandParser, as_options, attempt, held_back, in_lines, is_verbose, show
 from trl_ulma.scripts.needed_options import needed
 from trl_ulma.scripts.suggestions import Suggestion, in_words, may_suggest, suggest
 
@@ -174,14 +174,19 @@ def check(
     invalid: list[InvalidRows] = []
     token = COLLECTED.set(invalid)
     try:
-        with shown_by(None if is_verbose() else PROG):
+        # Notices about how the rows are read come after the suggested settings, and not if rows have to be corrected
+        with held_back() as notices, shown_by(None if is_verbose() else PROG):
             start = getattr(trl_ulma, trainer).dry_run(
                 model_args.model_name_or_path, training_args, train_dataset, eval_dataset, peft_config=peft_config
             )
-    except ValueError as problem:
-        if not invalid:
-            raise
-        raise InvalidRows.joined([*invalid, *([problem] if isinstance(problem, InvalidRows) else [])]) from problem
+    except Exception as problem:
+        if isinstance(problem, InvalidRows):
+            invalid.append(problem)
+        if invalid and isinstance(problem, ValueError):
+            raise InvalidRows.joined(invalid) from problem
+        introduce()
+        show(notices)
+        raise
     finally:
         COLLECTED.reset(token)
     rows = start.train_dataset
@@ -204,6 +209,8 @@ def check(
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
         raise InvalidRows.joined(invalid).with_command(again)
     introduce()
+    sys.stdout.flush()
+    show(notices)
     if said:
         console.print(said, markup=False)
     console.print(f"\n{text}", markup=False)

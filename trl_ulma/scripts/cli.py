@@ -48,7 +48,7 @@ COMMANDS = {
     "chat": (
         "trl_ulma.scripts.chat",
         "chat with a trained model, and compare its answers with those before training",
-        "trl-ulma chat --model out",
+        "trl-ulma chat --model out --compare",
     ),
     "prepare": (
         "trl_ulma.scripts.prepare",

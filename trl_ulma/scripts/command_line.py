@@ -346,6 +346,32 @@ def logging_as_options(options: Collection[str]) -> Iterator[None]:
         handler.removeFilter(spelling)
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[list[logging.LogRecord]]:
+    """Meanwhile, keep log messages of this package in a list instead of showing them. `show` shows them."""
+    held: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.name.split(".")[0] != "trl_ulma":
+            return True
+        held.append(record)
+        return False
+
+    handler: Any = logging.lastResort
+    handler.addFilter(keep)
+    try:
+        yield held
+    finally:
+        handler.removeFilter(keep)
+
+
+def show(held: list[logging.LogRecord]) -> None:
+    """Show the messages that were held back, once."""
+    handler: Any = logging.lastResort
+    while held:
+        handler.handle(held.pop(0))
+
+
 def attempt(parser: argparse.ArgumentParser, work: Callable[[], Any]) -> int:
     """Call `work`. Returns the exit code: 1 if it raised an error for which `is_refusal` is true."""
     try:

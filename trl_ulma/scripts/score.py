@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 WRITTEN = (".jsonl", ".csv", ".parquet")
 # Rows that are printed
-SHOWN = 5
+SHOWN = 3
 SORTS = ("surprise", "reward", "row")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -434,8 +434,8 @@ def _next_commands(folder: str, dataset: str, *, held_out: bool) -> str:
         >>> print(_next_commands("out", "my rows.csv", held_out=False))
         To score answers:
             trl-ulma score --model out --dataset 'my rows.csv' --output out/scored.jsonl
-        To chat with it:
-            trl-ulma chat --model out
+        To chat with it, and see how the model before training answers:
+            trl-ulma chat --model out --compare
     """
     model = ["--model", folder, "--dataset", dataset]
     told = []
@@ -444,7 +444,8 @@ def _next_commands(folder: str, dataset: str, *, held_out: bool) -> str:
         told.append(f"To evaluate it on the held-out rows:\n    {report}")
     scored = shlex.join(["trl-ulma", "score", *model, "--output", f"{folder}/scored.jsonl"])
     told.append(f"To score answers:\n    {scored}")
-    told.append(f"To chat with it:\n    {shlex.join(['trl-ulma', 'chat', '--model', folder])}")
+    chat = shlex.join(["trl-ulma", "chat", "--model", folder, "--compare"])
+    told.append(f"To chat with it, and see how the model before training answers:\n    {chat}")
     return "\n".join(told)
 
 
@@ -473,11 +474,9 @@ def _refuse(problem: Exception, prog: str, options: list[str]) -> NoReturn:
 
 def _train(trainer_class: type, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
     from accelerate import PartialState
-    from peft import PeftModel
     from trl import get_peft_config, get_quantization_config
 
     from trl_ulma.callbacks import TimeLeft, print_few_figures
-    from trl_ulma.model_card import as_trained
     from trl_ulma.predictions import held_out_alike
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
@@ -534,15 +533,8 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
             data_options.save(folder, script_args, training_args, dataset_args)
         if eval_dataset is not None and (note := held_out_alike(trainer.evaluated, trainer._plan.rules)):
             say(note)
-    is_adapter = isinstance(trainer.model, PeftModel)
-    library, loader = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
-    if getattr(trainer, "_is_vlm", False):
-        library, loader = ("peft", "AutoPeftModel") if is_adapter else ("transformers", "AutoModelForImageTextToText")
-    say(
-        f"The model is in {folder}. Load it with:\n"
-        f"    from {library} import {loader}\n"
-        f'    model = {loader}.from_pretrained("{folder}"{as_trained(trainer.model)})'
-    )
+    card = f" {Path(folder) / 'README.md'} shows how to load it in Python." if is_pointwise else ""
+    say(f"The model is in {folder}.{card}")
     if is_pointwise and not dataset_args.datasets:
         say(_next_commands(folder, script_args.dataset_name, held_out=eval_dataset is not None))
     if training_args.push_to_hub:
