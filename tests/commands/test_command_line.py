@@ -124,6 +124,11 @@ def test_two_values_under_two_names_are_an_error(words, capsys):
         (["ulma", "--use_peft", "--use_peft", "false"], "--use_peft is given more than once. Its last value counts."),
         (["ulma", "--use_peft", "--use_peft", "true"], None),
         (["ulma", "--lora_target_modules", "q", "v"], None),
+        (["ulma", "--lora_target_modules", "q", "v", "--lora_target_modules", "q", "v"], None),
+        (
+            ["ulma", "--lora_target_modules", "q", "v", "--beta", "1", "--lora_target_modules", "k"],
+            "--lora_target_modules is given more than once. Its last value counts.",
+        ),
         (
             ["ulma", "--num_processes", "1", "--num_processes=2"],
             "--num_processes is given more than once. Its last value counts.",

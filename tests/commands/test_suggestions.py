@@ -150,6 +150,39 @@ def test_other_columns_decide(tmp_path):
     assert "--label_type" not in pairs
 
 
+@pytest.mark.parametrize(
+    ("labels", "label_map", "transform"),
+    [
+        (["4/5", "1/5", "n/a", "2/5", "4/5"], "1/5=1,2/5=2,4/5=4", "standardize"),
+        (["★★★☆☆", "★☆☆☆☆", "★★★★★"], "★☆☆☆☆=1,★★★☆☆=3,★★★★★=5", "standardize"),
+        (["3 of 4", "2.5 of 4", "1 of 4"], "1 of 4=1,2.5 of 4=2.5,3 of 4=3", "standardize"),
+        (["⭐⭐⭐", "⭐", "⭐⭐⭐", "⭐"], "⭐=1,⭐⭐⭐=3", "threshold:3"),
+        (["pass", "fail", "pass"], "pass=1,fail=0", None),
+        (["4/5", "8/10"], None, None),
+        (["7/5", "4/5"], None, None),
+        (["4/5", "good"], None, None),
+    ],
+)
+def test_scales_as_text_become_numbers(tiny_gpt2, tmp_path, capfd, labels, label_map, transform):
+    file = write(tmp_path, answers(labels))
+    found = options(file)
+    assert (found.get("--label_map"), found.get("--label_transform")) == (label_map, transform)
+    if label_map is not None:  # and the suggested options are accepted
+        words = ["--model", tiny_gpt2, "--dataset", str(file), "--bf16", "False", "--invalid_rows", "drop"]
+        assert check.main([*words, "--eval_strategy", "no"]) == 0
+        assert f"{len(labels) - ('n/a' in labels)} rows, " in capfd.readouterr().out
+
+
+def test_a_column_that_may_mark_demonstrations_is_named(tmp_path):
+    file = write(tmp_path, answers(STARS, is_gold=[True, False, False, True, False, None], golden_age=STARS))
+    [reason] = [each.reason for each in suggest(["--dataset", str(file)]) if each.options[0] == "--method"]
+    assert (
+        "if `is_gold` marks answers to imitate, add sft_mask=is_gold to --columns, and choose --method ulma" in reason
+    )
+    given = ["--columns", "sft_mask=is_gold"]
+    assert options(file, *given)["--method"] == "ulma"
+
+
 def test_a_typing_mistake_is_not_an_end_of_the_scale(tmp_path):
     file = write(tmp_path, answers([*STARS * 5, 33]))
     assert "labels are numbers from 1 to 5" in [each.reason for each in suggest(["--dataset", str(file)])]

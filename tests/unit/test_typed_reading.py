@@ -1360,6 +1360,14 @@ def test_names_are_made_once():
             r"demonstrations data: trl-ulma prepare demonstrations",
         ),
         (
+            [{"prompt": "a", "completion": "b", "lang": "en", "Temperature": 1, "model_mark": 1}],
+            r"If `model_mark` says how good answers are, set --columns label=model_mark\. If not, it looks like",
+        ),
+        (
+            [{"prompt": "a", "completion": "b", "lang": "en"}],
+            r"lang\. If a column says how good answers are",
+        ),
+        (
             [{"prompt": "a", "completion": "b", "num_errors": 1}],
             r"set --columns label=num_errors\. A low `num_errors` looks better, so train with --label_transform "
             r"lower_is_better\. If not",

@@ -37,6 +37,14 @@ _NO_LABELS = frozenset(
         "max", "min", "std", "sd", "variance", "suggestion", "suggestions",
     )
 )  # fmt: skip
+# Whole names of columns that are no labels; model_score can be one
+_FACTS = frozenset(
+    (
+        "lang", "language", "locale", "temperature", "top_p", "top_k", "seed", "split", "topic", "category", "subject",
+        "title", "url", "domain", "tag", "tags", "license", "model", "model_name", "source", "name", "user_name",
+        "username", "country", "region", "platform", "device", "channel", "system", "type", "task", "difficulty",
+    )
+)  # fmt: skip
 # Those of them that can be numbers of good or bad votes
 _COUNTS = frozenset(("count", "counts", "num", "n"))
 # What Prodigy writes in its column `answer` about a row
@@ -115,16 +123,17 @@ def _may_be(name: str, values: Sequence[Any]) -> bool:
 _GOOD = frozenset(
     (
         "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
-        "right", "chosen", "accepted", "win", "helpful", "safe", "desirable", "satisfied", "y", "t", "+", "👍", "ja",
+        "right", "chosen", "accept", "accepted", "win", "helpful", "safe", "desirable", "satisfied", "y", "t", "+",
+        "👍", "ja", "pass", "passed", "approve", "approved",
         "oui", "sí", "wahr", "vrai", "verdadero", "thumbs up", "thumb up", "thumbsup", "+1", "upvote", "upvoted",
     )
 )  # fmt: skip
 _BAD = frozenset(
     (
         "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
-        "incorrect", "wrong", "rejected", "lose", "harmful", "unsafe", "undesirable", "dissatisfied", "n", "f", "-",
-        "👎", "nein", "non", "falsch", "faux", "falso", "thumbs down", "thumb down", "thumbsdown", "-1", "downvote",
-        "downvoted",
+        "incorrect", "wrong", "reject", "rejected", "lose", "harmful", "unsafe", "undesirable", "dissatisfied", "n",
+        "f", "-", "👎", "nein", "non", "falsch", "faux", "falso", "thumbs down", "thumb down", "thumbsdown", "-1",
+        "downvote", "downvoted", "fail", "failed", "disapprove", "disapproved",
     )
 )  # fmt: skip
 
@@ -150,6 +159,38 @@ def known_number(word: str) -> int | None:
     """
     plain = _plain(word)
     return 1 if plain in _GOOD else 0 if plain in _BAD else None
+
+
+# A number on a scale as text, such as 4/5, and as stars, of which empty ones can follow
+_FRACTION = re.compile(r"(\d+(?:[.,]\d+)?)\s*(?:/|out of|of|von|sur|de)\s*(\d+)(?:\s*\w+)?", re.IGNORECASE)
+_STARS = re.compile("([★⭐]+)([☆✩]*)")
+
+
+def on_one_scale(words: Sequence[str]) -> dict[str, int | float] | None:
+    """The numbers that words mean on one scale, such as 4/5 or ★★★☆☆, from the lowest. None if one means none.
+
+    Example:
+        >>> on_one_scale(["5/5", "2/5"]), on_one_scale(["★★☆", "★☆☆"]), on_one_scale(["5/5", "2/10"])
+        ({'2/5': 2, '5/5': 5}, {'★☆☆': 1, '★★☆': 2}, None)
+    """
+    found: dict[str, int | float] = {}
+    scales = set()
+    for word in words:
+        plain = word.strip().replace("\N{VARIATION SELECTOR-16}", "")
+        if fraction := _FRACTION.fullmatch(plain):
+            value = float(fraction[1].replace(",", "."))
+            found[word] = int(value) if value.is_integer() else value
+            scales.add(int(fraction[2]))
+        elif stars := _STARS.fullmatch(plain):
+            found[word] = len(stars[1])
+            scales.add(len(plain) if stars[2] else None)
+        else:
+            return None
+    wholes = scales - {None}
+    most = max(found.values(), default=0)
+    if len(wholes) > 1 or any(most > whole for whole in wholes):
+        return None
+    return dict(sorted(found.items(), key=lambda each: each[1]))
 
 
 # Those that only say whether what the name of the column says is true
@@ -303,6 +344,7 @@ def as_family(
     if find(families[0]).rated and (unused := find(families[0]).unused(names)):
         labels = [name for name in unused if _may_be("label", columns[name])]
         labels = [name for name in labels if not (_NO_LABELS - _COUNTS).intersection(words_of(name))]
+        labels = [name for name in labels if "_".join(words_of(name)) not in _FACTS]
         option = as_option({**given, "label": labels[0] if len(labels) == 1 else "COLUMN"})
         start = f"If a column says how good answers are, name it: --columns {option}. If not, it"
         if len(labels) == 1:

@@ -394,6 +394,7 @@ def _answer_lines(chat: Chat) -> None:
         if not is_first:
             print(flush=True)
         is_first = False
+        _note(f"You: {text.strip()}")
         try:
             chat.answer(text)
         except TooLongError as problem:

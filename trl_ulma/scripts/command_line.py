@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import dis
 import functools
+import itertools
 import logging
 import os
 import re
@@ -182,8 +183,9 @@ def accept_other_names(parser: argparse.ArgumentParser, action: argparse.Action)
 def refuse_contradictions(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Exit with code 2 if an option has different values under two of its names.
 
-    If one name has different values, the last one counts, as in argparse, and a line on stderr says so. Options that
-    collect values are not checked. A value that the option does not accept is left to argparse, which reports it.
+    If one name has different values, the last one counts, as in argparse, and a line on stderr says so. So does the
+    last list of an option that takes several values. Options that collect values over their uses are not checked. A
+    value that the option does not accept is left to argparse, which reports it.
     """
     given: dict[argparse.Action, list[tuple[str, str, Any]]] = {}
     for place, word in enumerate(words):
@@ -191,7 +193,13 @@ def refuse_contradictions(parser: argparse.ArgumentParser, words: Sequence[str])
             break
         name, equals, value = word.partition("=")
         action = parser._option_string_actions.get(name)
-        if action is None or isinstance(action, argparse._AppendAction) or action.nargs not in (None, "?"):
+        if action is None or isinstance(action, argparse._AppendAction) or action.nargs not in (None, "?", "*", "+"):
+            continue
+        if action.nargs in ("*", "+"):
+            values = [value] if equals else [*itertools.takewhile(lambda each: each[:2] != "--", words[place + 1 :])]
+            with contextlib.suppress(argparse.ArgumentError):
+                use = (name, " ".join(values), [parser._get_value(action, each) for each in values])
+                given.setdefault(action, []).append(use)
             continue
         if not equals:
             value = words[place + 1] if place + 1 < len(words) else ""

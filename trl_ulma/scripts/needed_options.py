@@ -92,6 +92,8 @@ def _of_evaluation(given: dict[str, str]) -> list[Suggestion]:
     if strategy is None and why:
         is_by_steps = "eval_steps" in given or (is_best and "save_steps" in given)
         strategy = saving if is_best and saving in ("steps", "epoch") else "steps" if is_by_steps else "epoch"
+        if strategy == "epoch" and "eval_steps" in given:
+            why += ", when checkpoints are saved; --eval_steps has no effect with them"
         every = ("--eval_steps", given["save_steps"]) if is_best and _lacks(given, "eval_steps", "save_steps") else ()
         found.append(Suggestion(("--eval_strategy", strategy, *(every if strategy == "steps" else ())), why))
     if is_best and not saving and strategy == "epoch":

@@ -30,6 +30,11 @@ _ONLY_ULMA = {option.name for options in GROUPS.values() for option in options i
 # Options that say what labels mean
 _LABELS = ("--label_type", "--label_transform", "--preset", "--sft_threshold")
 _CONTINUOUS = ("--label_type", "continuous")
+# With more different labels as text, no map of them is suggested
+_MOST_WORDS = 20
+# Words in names of columns that can mark demonstrations, and the values of such a column
+_DEMONSTRATIONS = frozenset(("gold", "golden", "demonstration", "demo", "expert", "reference", "human", "curated"))
+_FLAGS = frozenset(("true", "false", "1", "0", "1.0", "0.0", ""))
 # Options with which an evaluation is chosen
 _EVALUATIONS = ("--eval_strategy", "--do_eval", "--eval_steps")
 
@@ -96,8 +101,12 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
         return []
     settings: list[Suggestion] = []
     if not pairs:
+        if scale := {} if args.label_map else _scale(rows["label"]):
+            label_map = ",".join(f"{word}={number:g}" for word, number in scale.items())
+            settings.append(Suggestion(("--label_map", label_map), "labels are numbers of a scale as text"))
+            rows["label"] = [scale.get(value, value) if isinstance(value, str) else value for value in rows["label"]]
         rater = None if args.columns else _rater_column(rows)
-        settings = _beside(_of_labels(rows, columns, args.label_map, rater), values_of(words))
+        settings += _beside(_of_labels(rows, columns, args.label_map, rater), values_of(words))
         if rater and rater != "rater" and any("center_raters" in each.options[-1] for each in settings):
             likely["rater"] = rater
     suggested = [_method(rows, given, pairs=pairs)]
@@ -207,7 +216,23 @@ def _method(rows: Mapping[str, Sequence[Any]], given: set[str], *, pairs: bool) 
     if pairs:
         shared = ("--share_prompts", "True") if given.isdisjoint(_LAYOUTS) else ()
         return Suggestion(("--method", "pointwise-dpo", *shared), "a pair becomes two rows; also try `trl dpo`")
-    return Suggestion(("--method", "pointwise-dpo"), "learns from labels; ulma also imitates good answers")
+    also = "ulma also imitates good answers"
+    if name := next((name for name, values in rows.items() if _marks_demonstrations(name, values)), None):
+        also = f"if `{name}` marks answers to imitate, add sft_mask={name} to --columns, and choose --method ulma"
+    return Suggestion(("--method", "pointwise-dpo"), f"learns from labels; {also}")
+
+
+def _marks_demonstrations(name: str, values: Sequence[Any]) -> bool:
+    """Whether a column looks as if it marks demonstrations.
+
+    Example:
+        >>> _marks_demonstrations("is_gold", [True, False]), _marks_demonstrations("is_gold", [True, True])
+        (True, False)
+    """
+    from trl_ulma.data.directions import words_of
+
+    there = {str(value).strip().lower() for value in values if value is not None}
+    return len(there) > 1 and there <= _FLAGS and not _DEMONSTRATIONS.isdisjoint(words_of(name))
 
 
 def _beside(settings: list[Suggestion], given: Mapping[str, str]) -> list[Suggestion]:
@@ -234,6 +259,25 @@ def _rater_column(rows: Mapping[str, Sequence[Any]]) -> str | None:
     label = np.array([value if isinstance(value, int | float) else np.nan for value in rows["label"]])
     named = {name: values for name, values in rows.items() if not RATER_WORDS.isdisjoint(words_of(name))}
     return next((name for name, values in named.items() if raters_in_words(label, {name: values})), None)
+
+
+def _scale(labels: Sequence[Any]) -> dict[str, int | float]:
+    """The numbers of labels that are a scale as text, such as 4/5. {} if most are something else.
+
+    Example:
+        >>> _scale(["4/5", "2/5", None, "n/a"]), _scale(["4/5", "good"])
+        ({'2/5': 2, '4/5': 4}, {})
+    """
+    from trl_ulma.data.proposals import on_one_scale
+    from trl_ulma.data.readable import are_missing
+
+    there = [value for value in labels if value is not None]
+    words = [word for word, is_none in zip(there, are_missing(there), strict=True) if not is_none]
+    if not words or not all(isinstance(word, str) for word in words):
+        return {}
+    scale = on_one_scale(list(dict.fromkeys(words))) or {}
+    is_short = len(scale) <= _MOST_WORDS and not any({",", "="} & {*word} for word in scale)
+    return scale if is_short else {}
 
 
 def _of_labels(
