@@ -34,6 +34,7 @@ from transformers import (
 from world import make_rows, make_trainer
 
 from trl_ulma.evaluation.generation import TransformersGenerator
+from trl_ulma.evaluation.repetition import Repetition
 from trl_ulma.evaluation.server import Reply
 from trl_ulma.scripts import cli
 
@@ -397,6 +398,23 @@ def test_an_answer_that_repeats_itself_is_stopped(tmp_path, chat, start, span, s
     assert "[stopped" not in err
 
 
+def test_an_interrupt_prints_what_was_held_back(tmp_path, chat, monkeypatch):
+    tokenizer = make_tokenizer()
+    prompt = tokenizer("The cat")["input_ids"]
+    model = scripted(tmp_path, prompt, RIVER * 12)
+    add = Repetition.add
+
+    def interrupted(self, token):
+        add(self, token)
+        if len(self.tokens) == len(tokenizer(RIVER * 3)["input_ids"]):
+            assert self.undecided
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Repetition, "add", interrupted)
+    code, out, _ = chat(model, "--prompt", "The cat", *LONG)
+    assert (code, out.rstrip()) == (130, (RIVER * 3).rstrip())
+
+
 def test_the_model_does_not_go_on_after_the_stop(tmp_path, chat, monkeypatch):
     lengths = []
     generate = GenerationMixin.generate
@@ -669,7 +687,7 @@ def test_an_answer_can_be_stopped_and_is_left_out_of_the_conversation(chat_adapt
     type_lines(monkeypatch, "How are you?", "Stop!", "Why?", "")
     assert cli.main(["chat", "--model", chat_adapter, *GREEDY]) == 0
     said = capsys.readouterr().err
-    assert "\n[stopped, and left out of the conversation]\n" in said
+    assert "[stopped, and left out of the conversation]\n" in said
     assert "Traceback" not in said
     text = AutoTokenizer.from_pretrained(chat_adapter).decode(generated[2])
     assert "How are you?" in text

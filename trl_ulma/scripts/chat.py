@@ -175,8 +175,12 @@ class Chat:
                 heading = "\n" * (place > 0) + f"{model.name}:\n"
             print(heading, end="", flush=True)
             printer = AnswerPrinter(model.generator, allow_repetition=self.allow_repetition)
-            with model.activated():
-                reply = model.generator.reply(ids, self.sampling, seed, printer)
+            try:
+                with model.activated():
+                    reply = model.generator.reply(ids, self.sampling, seed, printer)
+            except KeyboardInterrupt:
+                printer.end()  # prints what was held back, because it repeated earlier tokens
+                raise
             if printer.kept is not None:
                 _note("[stopped here, because the answer repeats itself; --allow_repetition shows all of it]")
             elif not reply.finished:
@@ -371,7 +375,7 @@ def _answer_typed(chat: Chat) -> None:
             chat.answer(text, f"{chat.models[0].name}: ")
         except KeyboardInterrupt:
             is_left_out = chat.is_chat and chat.turns is turns
-            _note(f"\n[stopped{', and left out of the conversation' if is_left_out else ''}]")
+            _note(f"[stopped{', and left out of the conversation' if is_left_out else ''}]")
         except TooLongError as problem:
             _note(as_options(str(problem), ["--max_new_tokens"]))
         print(flush=True)
