@@ -984,7 +984,7 @@ def test_words_for_a_picture_cannot_break_out(tmp_path):
     assert "tuned: " in said
     assert said in text
     (said,) = [each for each in re.findall(r'<img alt="([^"]*)"', page) if "of the labels" in each]
-    assert "20 demonstrations: labels from 0 to 19, half of them from 4.75 to 14.2, median 9.5." in said
+    assert "20 demonstrations: labels from 0 to 19, half of them from 4.75 to 14.25, median 9.5." in said
     assert "180 other rows: labels from 20 to 199" in said
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from trl_ulma.bootstrap import ENOUGH_PROMPTS, Estimate
 from trl_ulma.evaluation.implicit_reward import CHANCE
 from trl_ulma.evaluation.intervals import shown
+from trl_ulma.labels.report import counted
 
 # Figure → its name, and in half a sentence what it is
 _NAMES = {
@@ -184,16 +185,6 @@ def _concluded(figure: Estimate, chance: float, about: str, what: str, measured:
     if is_open(figure, chance):
         return f"nothing can be concluded about {about}. {measured}"
     return f"{what} {'better' if figure.low > chance else 'worse'} than {than}. {measured}"
-
-
-def counted(number: int, what: str) -> str:
-    """A number and its noun.
-
-    Example:
-        >>> counted(1, "row"), counted(1200, "row")
-        ('1 row', '1,200 rows')
-    """
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def of_prompts(rows: int, prompts: int) -> str:

@@ -268,7 +268,7 @@ def _draw_labels(axes: Any, label: np.ndarray, is_demonstration: np.ndarray, *, 
     if few:
         edges = np.arange(len(values) + 1) - 0.5
         place = np.searchsorted(values, label).astype(float)
-        axes.set_xticks(range(len(values)), [f"{value:.3g}" for value in values])
+        axes.set_xticks(range(len(values)), [f"{value:.6g}" for value in values])
     else:
         edges, place = np.histogram_bin_edges(label, bins=20), label
     parts = [place[is_demonstration], place[~is_demonstration]]

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trl_ulma.evaluation import figures
-from trl_ulma.evaluation.conclusions import are_alone, counted
+from trl_ulma.evaluation.conclusions import are_alone
 from trl_ulma.evaluation.implicit_reward import CalibrationBin
 from trl_ulma.evaluation.intervals import shown
+from trl_ulma.labels.report import counted
 
 TRAINING_METRICS = (
     *("loss", "eval_loss", "rewards/margins", "eval_rewards/margins"),
@@ -123,11 +124,11 @@ def _distribution(label: np.ndarray) -> str:
     values, counts = np.unique(label, return_counts=True)
     if len(values) <= _MOST_LABELS:
         of = (
-            f"{counted(int(count), 'row')} with label {value:.3g}" for value, count in zip(values, counts, strict=True)
+            f"{counted(int(count), 'row')} with label {value:.6g}" for value, count in zip(values, counts, strict=True)
         )
         return f"{', '.join(of)}."
     low, quarter, middle, three, high = np.quantile(label, [0, 0.25, 0.5, 0.75, 1])
-    return f"labels from {low:.3g} to {high:.3g}, half of them from {quarter:.3g} to {three:.3g}, median {middle:.3g}."
+    return f"labels from {low:.6g} to {high:.6g}, half of them from {quarter:.6g} to {three:.6g}, median {middle:.6g}."
 
 
 def _training(history: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str]) -> Drawing:
@@ -167,7 +168,7 @@ def _calibration(curves: Mapping[str, Sequence[CalibrationBin]], *, own_scale: b
 def _predicted(groups: Mapping[str, Sequence[Mapping[str, Any]]], models: Sequence[Mapping[str, Any]]) -> Drawing:
     told = []
     for name, of in groups.items():
-        each_label = (f"{shown(each['predicted'], '.2f')} for label {each['label']:.3g}" for each in of)
+        each_label = (f"{shown(each['predicted'], '.2f')} for label {each['label']:.6g}" for each in of)
         told.append(f"{name}: {', '.join(each_label)}.")
     caption = "Predicted labels of rows with each label: the closer a line is to the gray one, the better it predicts."
     if any(model.get("is_base") for model in models):

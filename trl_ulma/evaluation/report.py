@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ulma.data.sheet_rows import named_rows
-from trl_ulma.evaluation.conclusions import are_alone, conclusions, counted, of_prompts, what_next
+from trl_ulma.evaluation.conclusions import are_alone, conclusions, of_prompts, what_next
 from trl_ulma.evaluation.document import (
     Bullets,
     Code,
@@ -32,6 +32,7 @@ from trl_ulma.evaluation.intervals import shown
 from trl_ulma.evaluation.pictures import ENOUGH, Drawing
 from trl_ulma.evaluation.report_judges import judged_section, more_of_judge
 from trl_ulma.evaluation.report_seeds import seeds_section
+from trl_ulma.labels.report import counted
 from trl_ulma.predictions import AS_THE_MEAN, TOO_CLOSE, too_close
 from trl_ulma.rows.dropped import reasons_in_words
 

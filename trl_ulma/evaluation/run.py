@@ -18,7 +18,6 @@ from trl_ulma.data import seen_prompts
 from trl_ulma.data.sheet_rows import named_rows, with_sheet_row
 from trl_ulma.evaluation import report
 from trl_ulma.evaluation.before import model_before, revision_before
-from trl_ulma.evaluation.conclusions import counted
 from trl_ulma.evaluation.findings import changed, without_part_of_word
 from trl_ulma.evaluation.generation import Generator, Sampling, ServerGenerator, TransformersGenerator, generate
 from trl_ulma.evaluation.held_out import Question, invalid_in_words
@@ -32,6 +31,7 @@ from trl_ulma.evaluation.reading import read
 from trl_ulma.evaluation.report_seeds import over_runs
 from trl_ulma.evaluation.server import Budget, Reply, Server
 from trl_ulma.judge import saved_file
+from trl_ulma.labels.report import counted
 from trl_ulma.rows.dataset_labels import SHOWN_BY
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.notes import left_out_of

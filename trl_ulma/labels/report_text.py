@@ -208,9 +208,16 @@ def _span(each: Mapping[str, Any], *, is_raw: bool) -> str:
 
 
 def _moments(found: Mapping[str, Any]) -> str:
+    """Return mean and standard deviation in words.
+
+    Example:
+        >>> _moments({"mean": 3.375, "std": 1.654}), _moments({"mean": 12345.6, "std": 804.2})
+        ('mean 3.38, standard deviation 1.65', 'mean 12,346, standard deviation 804')
+    """
     # A mean of 0 is not exactly 0 after rounding
     mean = 0.0 if abs(found["mean"]) < 1e-9 * found["std"] else found["mean"]
-    return f"mean {mean:.3g}, standard deviation {found['std']:.3g}"
+    mean, std = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in (mean, found["std"]))
+    return f"mean {mean}, standard deviation {std}"
 
 
 def _signed(label: float) -> str:

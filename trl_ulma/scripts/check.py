@@ -11,6 +11,7 @@ trains. It trains nothing and writes nothing.
 
 import functools
 import itertools
+import logging
 import math
 import sys
 import tempfile
@@ -172,10 +173,11 @@ def check(
     check_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     peft_config = get_peft_config(model_args)
     invalid: list[InvalidRows] = []
+    notices: list[logging.LogRecord] = []
     token = COLLECTED.set(invalid)
     try:
         # Notices about how the rows are read come after the suggested settings, and not if rows have to be corrected
-        with held_back() as notices, shown_by(None if is_verbose() else PROG):
+        with held_back(notices), shown_by(None if is_verbose() else PROG):
             start = getattr(trl_ulma, trainer).dry_run(
                 model_args.model_name_or_path, training_args, train_dataset, eval_dataset, peft_config=peft_config
             )

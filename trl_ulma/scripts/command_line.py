@@ -355,9 +355,8 @@ def logging_as_options(options: Collection[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[list[logging.LogRecord]]:
+def held_back(held: list[logging.LogRecord]) -> Iterator[None]:
     """Meanwhile, keep log messages of this package in a list instead of showing them. `show` shows them."""
-    held: list[logging.LogRecord] = []
 
     def keep(record: logging.LogRecord) -> bool:
         if record.name.split(".")[0] != "trl_ulma":
@@ -368,7 +367,7 @@ def held_back() -> Iterator[list[logging.LogRecord]]:
     handler: Any = logging.lastResort
     handler.addFilter(keep)
     try:
-        yield held
+        yield
     finally:
         handler.removeFilter(keep)
 
