@@ -95,7 +95,7 @@ class PointwiseDPOConfig(DPOConfig):
         log_z_learning_rate: Learning rate of the log_z choices "learned" and "learned_constant", in units of the reward
             per step. It follows the learning-rate schedule.
         length_normalize: Whether to divide every log-probability by the number of completion tokens, as the code of the
-            paper's authors does. If you set it, raise `beta` by about the number of tokens in a completion.
+            paper's authors does. If you set it, multiply `beta` by about the number of tokens in a completion.
         binary_loss: The loss of compared rows with binary or soft labels: "cross_entropy" (pointwise DPO, Eq. 8),
             "squared_error" (UNA) or "kto" (KTO's, which saturates).
         preset: A published method by its name, which sets the options that it stands for: "qrpo", "sppo", "bco", "una"
