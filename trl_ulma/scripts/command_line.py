@@ -340,36 +340,34 @@ class _Spelling(logging.Filter):
 
 
 @contextlib.contextmanager
-def logging_as_options(options: Collection[str]) -> Iterator[None]:
-    """Meanwhile, show log messages of this package as `as_options` spells them.
+def _filtered(by: Any) -> Iterator[None]:
+    """Meanwhile, filter log messages.
 
-    A command sets up no log handlers, so Python's handler of last resort shows its messages.
+    A command sets up no log handlers, so Python's handler of last resort shows the messages.
     """
-    spelling = _Spelling(options)
     handler: Any = logging.lastResort
-    handler.addFilter(spelling)
+    handler.addFilter(by)
     try:
         yield
     finally:
-        handler.removeFilter(spelling)
+        handler.removeFilter(by)
 
 
-@contextlib.contextmanager
-def held_back(held: list[logging.LogRecord]) -> Iterator[None]:
-    """Meanwhile, keep log messages of this package in a list instead of showing them. `show` shows them."""
+def logging_as_options(options: Collection[str]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which log messages of this package are shown as `as_options` spells them."""
+    return _filtered(_Spelling(options))
+
+
+def held_back(held: list[logging.LogRecord]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which log messages of this package go into a list instead. `show` shows them."""
 
     def keep(record: logging.LogRecord) -> bool:
-        if record.name.split(".")[0] != "trl_ulma":
-            return True
-        held.append(record)
-        return False
+        is_ours = record.name.split(".")[0] == "trl_ulma"
+        if is_ours:
+            held.append(record)
+        return not is_ours
 
-    handler: Any = logging.lastResort
-    handler.addFilter(keep)
-    try:
-        yield
-    finally:
-        handler.removeFilter(keep)
+    return _filtered(keep)
 
 
 def show(held: list[logging.LogRecord]) -> None:
