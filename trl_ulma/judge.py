@@ -312,7 +312,7 @@ def without_label(dataset: Dataset) -> np.ndarray:
 
 
 def _warn_of_words(rows: Dataset, missing: np.ndarray) -> None:
-    """Say which texts were read as no label."""
+    """Say which texts were read as missing labels."""
     if not missing.any() or "label" not in rows.column_names:
         return
     labels = rows.with_format(None)["label"][:]
@@ -320,8 +320,8 @@ def _warn_of_words(rows: Dataset, missing: np.ndarray) -> None:
     if words:
         named = list(dict.fromkeys(map(repr, words)))
         more = ", …" if len(named) > _NAMED else ""
-        texts = "1 text is" if len(words) == 1 else f"{len(words):,} texts are"
-        logger.warning(f"{texts} read as no label: {', '.join(named[:_NAMED])}{more}.")
+        are = "1 label is a word" if len(words) == 1 else f"{len(words):,} labels are words"
+        logger.warning(f"{are} for a missing value: {', '.join(named[:_NAMED])}{more}.")
 
 
 def _with_neutral_labels(rows: Dataset, missing: np.ndarray, label_type: str) -> Dataset:

@@ -207,8 +207,8 @@ def alike(
     else:
         order = "`trl-ulma evaluate` measures their order on rows with labels."
     return (
-        f"The predicted labels of {these} are nearly alike: 90% of them are between {low:.3g} and {high:.3g}{than}. "
-        f"Their values say little. {order}"
+        f"The predicted labels of {these} are nearly alike, as is common after little training: 90% of them are "
+        f"between {low:.3g} and {high:.3g}{than}. {order}"
     )
 
 
@@ -222,9 +222,9 @@ def held_out_alike(evaluated: np.ndarray, rules: LabelRules) -> str | None:
     Example:
         >>> rows = np.array([[0.01, -1.0, 1.0], [0.02, 0.0, 1.0], [0.03, 1.0, 1.0]])
         >>> held_out_alike(rows, LabelRules("continuous"))
-        'The predicted labels of the 3 held-out rows are nearly alike: 90% of them are between 0.011 and 0.029, and 90%
-        of their labels between -0.9 and 0.9. Their values say little. These are too few rows to measure how good their
-        order is.'
+        'The predicted labels of the 3 held-out rows are nearly alike, as is common after little training: 90% of them
+        are between 0.011 and 0.029, and 90% of their labels between -0.9 and 0.9. These are too few rows to measure how
+        good their order is.'
         >>> held_out_alike(rows * [[np.nan, 1, 1]], LabelRules("continuous")) is None
         True
     """

@@ -849,7 +849,7 @@ def test_data_that_cannot_be_read_ends_the_run_in_one_line(tmp_path):
 @pytest.mark.parametrize("prompts", [30, 120])
 @pytest.mark.parametrize("label_type", ["continuous", "binary"])
 def test_the_least_figure_that_is_told_from_chance_is_that_of_chance(prompts, label_type):
-    said = _least_told_apart(prompts, label_type)
+    said = _least_told_apart(prompts, prompts, label_type)
     random = np.random.default_rng(0)
     label = np.arange(prompts) % 2 if label_type == "binary" else random.normal(size=prompts)
     figure = auc if label_type == "binary" else spearman
@@ -860,7 +860,7 @@ def test_the_least_figure_that_is_told_from_chance_is_that_of_chance(prompts, la
 
 @pytest.mark.parametrize("prompts", [29, 200])
 def test_nothing_is_said_of_few_prompts_or_many(prompts):
-    assert _least_told_apart(prompts, "continuous") == ""
+    assert _least_told_apart(prompts, 100, "continuous") == ""
 
 
 def test_real_transcripts_as_they_are(shared_data, tmp_path, tiny_gpt2, capsys):
@@ -883,7 +883,9 @@ def test_a_training_that_learned_little_says_so_on_the_scale_of_the_labels(
     run_here(pointwise_dpo, *argv, "--eval_strategy", "epoch", "--bf16", "false")
     out = capsys.readouterr().out
     told = re.search(
-        r"The predicted labels of the 4 held-out rows are nearly alike: 90% of them are between (\S+) and", out
+        r"The predicted labels of the 4 held-out rows are nearly alike, as is common after little training: 90% of them "
+        r"are between (\S+) and",
+        out,
     )
     assert (told is not None) == is_told
     assert told is None or 1 <= float(told[1]) <= 5  # stars, not standardized ones

@@ -93,7 +93,7 @@ def test_the_next_commands_run_as_they_are_printed(tiny_gpt2, trained, capsys):
     assert main(words) == 0
     said = capsys.readouterr()
     assert "holds 24 scored rows" in said.out
-    assert "2 rows have no label, and so no surprise." in said.out
+    assert "2 rows have no label." in said.out
     assert f"{file} is read as in training.\n" in said.err
     assert "split" not in said.err
     assert "--columns" not in said.err

@@ -157,24 +157,24 @@ def test_check_lists_the_invalid_rows_of_both_halves_of_a_split_as_one_file(tiny
         assert {origin(half, row)[-1] for row in range(len(half))} & {"3", "4", "6", "9"}
     words = ["--method", "pointwise-dpo", "--label_type", "continuous", "--bf16", "false", "--seed", "0"]
     assert check.main(["--model", tiny_gpt2, *answers, *words, "--test_split_size", "0.5"]) == 1
-    said, remedy = capsys.readouterr().err.split("\n\nTo leave such rows out:\n")
+    said, remedy = capsys.readouterr().err.split("\n\nTo leave these 4 rows out:\n")
     first, *lines = said.splitlines()[-5:]
     assert first.endswith("error: 4 of 12 rows are invalid:")
     assert lines == FOUND
     assert remedy.count("--invalid_rows drop") == 1
 
 
-def test_invalid_rows_of_one_half_keep_the_name_of_the_dataset(tiny_gpt2, answers, capsys):
+def test_invalid_rows_of_one_half_keep_the_name_of_the_dataset(tiny_gpt2, answers, capsys, caplog):
     words = ["--method", "pointwise-dpo", "--label_type", "continuous", "--bf16", "false", "--eval_strategy", "no"]
     assert check.main(["--model", tiny_gpt2, *answers, *words]) == 1
-    first, *lines = capsys.readouterr().err.split("\n\nTo leave such rows out")[0].splitlines()[-5:]
+    first, *lines = capsys.readouterr().err.split("\n\nTo leave these 4 rows out")[0].splitlines()[-5:]
     assert first.endswith("error: 4 of 12 rows of the train dataset are invalid:")
     assert lines == FOUND
     assert check.main(["--model", tiny_gpt2, *answers, *words, "--invalid_rows", "drop"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "invalid: stars is empty (2 rows); invalid: reply is empty (1 row); invalid: stars is no number (1 row)" in (
-        said
-    )
+    kinds = (("stars is empty (2 rows", "lines 3, 9"), ("reply is empty (1 row", "line 4"))
+    kinds += (("stars is no number (1 row", "line 6"),)
+    reasons = "; ".join(f"{kind}: answers.csv, {lines})" for kind, lines in kinds)
+    assert f"Left out 4 of 12 rows of the train dataset. Reasons: {reasons}." in caplog.messages
 
 
 def test_scored_rows_have_their_line(file):

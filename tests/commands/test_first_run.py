@@ -136,7 +136,9 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
         assert f"{ratings}, line {number + 1}: " in said
         assert f"{rows[number]['prompt']}⟦{rows[number]['completion']}<|end|>⟧" in said.replace("\n  ", " ")
     assert "20 rows make 3 steps per epoch; 9 steps in total (3 epochs)." in said
-    assert re.search(r"The longest row has \d+ tokens\. Memory on one device, about \S+ MiB\. \w+", said)
+    assert re.search(
+        r"The longest row has \d+ tokens\. Training needs about \S+ MiB of memory on each device\. \w+", said
+    )
     assert said.endswith(
         "Ready. To train:\n\n"
         f"    trl-ulma ulma --model {without_weights} --dataset {ratings} --bf16 False --output out\n"
@@ -146,7 +148,7 @@ def test_all_that_is_known_is_shown_and_no_weight_is_read(without_weights, ratin
     said = capfd.readouterr().out
     assert "label 1, compared" in said
     assert re.search(r"completion of \d+ tokens", said)
-    assert re.search(r"Memory on one device, about \S+ MiB: weights .*, gradients", said)
+    assert re.search(r"Training needs about \S+ MiB of memory on each device: weights .*, gradients", said)
 
 
 @pytest.mark.parametrize("is_invalid", [True, False])
@@ -162,10 +164,10 @@ def test_odd_labels_are_named_once_more_beside_what_has_to_be_corrected(without_
     assert "rows.csv, line 21, prompt 'Why 19?')" in end
     assert "far outside" not in before
     assert "labels ask log π" not in before  # only with --verbose
-    assert ("Memory on one device" in before) == (not is_invalid)
+    assert ("of memory on each device" in before) == (not is_invalid)
     if is_invalid:  # the rows are looked at once more before the training
         assert "trl-ulma check --method pointwise-dpo" in err
-        assert err.endswith("--invalid_rows drop\n\nOr correct them, and check again.\n")
+        assert err.endswith("--invalid_rows drop\n\nOr correct it, and check again.\n")
     assert ("rows.csv, line 22: label is the text 'N/A'" in err) == is_invalid == ("Ready." not in end)
 
 

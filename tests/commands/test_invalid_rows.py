@@ -36,7 +36,7 @@ def file(tmp_path):
     return str(path)
 
 
-def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys):
+def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys, caplog, monkeypatch):
     command = ["--method", "ulma", "--model", tiny_gpt2, "--dataset", file, "--eval_strategy", "no"]
     command += ["--max_length", "64"]
     assert check.main([*command[:-4], "--eval_strategy", "epoch"]) == 1
@@ -51,8 +51,8 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert "Prompt: 'What is this?'" in said
     without = shlex.join(["trl-ulma", "check", *command, "--invalid_rows", "drop"])
     assert said.replace(" \\\n       ", "").endswith(
-        f"\n\nTo leave such rows out:\n\n    {without}\n\nOr correct them, and check again. If you delete rows, begin "
-        "with the last one, because the lines below it move up.\n"
+        f"\n\nTo leave these 3 rows out:\n\n    {without}\n\nOr correct them, and check again. "
+        "If you delete rows, begin with the last one, because the lines below it move up.\n"
     )
     assert check.main([*command, "--invalid_rows=error"]) == 1
     assert "--invalid_rows drop" in (said := capsys.readouterr().err)
@@ -63,8 +63,12 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert "Ready." in shown
     assert "invalid." not in shown
     assert "Labels of the train dataset: 2 rows" in shown
-    assert "left out" in shown
-    assert "invalid: label is missing (1 row)" in shown
+    assert "left out" not in shown  # which is said once, with the lines
+    assert f"label is missing (1 row: {file}, line 2)" in caplog.text
+    monkeypatch.setenv(VERBOSE, "1")
+    assert check.main([*command, "--invalid_rows", "drop"]) == 0
+    assert "invalid: label is missing (1 row)" in capsys.readouterr().out
+    monkeypatch.delenv(VERBOSE)
     assert "--length_normalize True" in shown
     assert "Rows as the model sees them" in shown
 

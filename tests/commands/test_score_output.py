@@ -232,8 +232,9 @@ def test_a_list_of_extreme_labels_is_named_so_and_raters_are_named(held_out, ski
         "surprise": (predicted - label) ** 2 + np.arange(80) / 1e6,
         "held_out": [held_out and not each for each in known.tolist()],
     }
-    first, *lines = most_notable(Dataset.from_dict(rows))
-    assert ("mostly the lowest and the highest" in first) == (skill == 0)
+    first, *lines = most_notable(Dataset.from_dict(rows), {"Mira"})
+    assert all(("by Mira" in line) == line.endswith(" for this rater") for line in lines if "predicted" in line)
+    assert ("mostly those farthest from the mean" in first) == (skill == 0)
     named = {line.split(": ", 1)[1].split(",")[0] for line in lines if "predicted" in line}
     assert any(each.endswith(" by Mira") for each in named)
     assert any(" by" not in each for each in named)
@@ -419,15 +420,17 @@ def test_rewards_that_do_not_tell_rows_apart_are_cautioned_about(caplog, tmp_pat
     assert warned([0.0] * 6, rows.remove_columns("label")) == [zero]
     (near,) = warned([3.1, 3.2, 3.3, 3.2, 3.1, 3.2], stars, "continuous")
     assert near.startswith(
-        "The predicted labels of the 6 rows are nearly alike: 90% of them are between 3.1 and 3.27, "
+        "The predicted labels of the 6 rows are nearly alike, as is common after little training: 90% of them are "
+        "between 3.1 and 3.27, "
     )
-    assert "and 90% of their labels between 1.25 and 5. Their values say little." in near
+    assert "and 90% of their labels between 1.25 and 5. " in near
     assert near.endswith("These are too few rows to measure how good their order is.")
     assert warned([1.0, 2, 3, 3, 4, 3], stars, "continuous") == []
     assert warned([-2.0, 2, -2, 2, -2, 2], rows) == []
     (near,) = warned([0.1, 0.2, 0.1, 0.2, 0.1, 0.2], rows.remove_columns("label"))
     assert near.startswith(
-        "The predicted labels of the 6 rows are nearly alike: 90% of them are between 0.525 and 0.55."
+        "The predicted labels of the 6 rows are nearly alike, as is common after little training: 90% of them are "
+        "between 0.525 and 0.55."
     )
     assert near.endswith(" `trl-ulma evaluate` measures their order on rows with labels.")
     # Enough held-out rows are looked at without those that were trained on

@@ -53,7 +53,7 @@ def test_check_prints_the_options_that_remove_the_difference(tiny_gpt2, tmp_path
     assert main([*argv, "--label_type", "continuous", *words]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Labels differ" not in said
-    assert "raters 3, whose strictness is removed: mira gives -" in said
+    assert "raters 3, whose strictness is removed. Compared with an average rater: mira -" in said
     assert " 3 → " in said
     # With the column named, but without the transform, the warning is the same
     assert main([*argv, "--label_type", "continuous", "--columns", f"{COLUMNS},rater=who"]) == 0
@@ -180,5 +180,5 @@ def test_parts_of_a_mixture_name_their_own_columns_of_raters(tiny_gpt2, tmp_path
     (tmp_path / "run.yaml").write_text(json.dumps({"model_name_or_path": tiny_gpt2, "chat": "false", **settings}))
     assert main(["check", "--method", "pointwise-dpo", "--config", str(tmp_path / "run.yaml")]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "raters 4, whose strictness is removed: mira gives -" in said
+    assert "raters 4, whose strictness is removed. Compared with an average rater: mira -" in said
     assert " 7 " in said

@@ -241,7 +241,7 @@ def test_rows_to_correct_are_shown_before_suggestions(tiny_gpt2, tmp_path, monke
     assert "rows.csv, line 5: stars is the text 'none'" in err
     again = shlex.join(["trl-ulma", *words, "--invalid_rows", "drop"])
     assert err.replace(" \\\n       ", "").endswith(
-        f"To leave such rows out:\n\n    {again}\n\nOr correct them, and check again.\n"
+        f"To leave this row out:\n\n    {again}\n\nOr correct it, and check again.\n"
     )
     assert main(shlex.split(again)[1:]) == 0
     assert capfd.readouterr().out.startswith("Suggested settings")
@@ -314,9 +314,9 @@ def test_a_text_beside_the_prompt_is_not_left_out(tiny_gpt2, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"likes": STARS, "dislikes": STARS}, "by the names of the columns; `dislikes` stays unread"),
+        ({"likes": STARS, "dislikes": STARS}, "guessed from the names of the columns; `dislikes` stays unread"),
         ({"rating_1": STARS, "rating_2": STARS}, "`rating_2` stays unread. To keep all ratings, write one row per"),
-        ({"stars": STARS, "note": STARS}, "by the names of the columns"),
+        ({"stars": STARS, "note": STARS}, "guessed from the names of the columns"),
     ],
 )
 def test_labels_that_stay_unread_are_named(tmp_path, columns, said):

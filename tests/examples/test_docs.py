@@ -144,7 +144,7 @@ def test_readmes_first_hour_runs_as_printed(tmp_path, tiny_gpt2, monkeypatch, ca
         run_command(command, monkeypatch)
     said = capsys.readouterr().out
     assert "10 rows" in said
-    assert "Memory on one device" in said
+    assert "Training needs about" in said
     assert "trained with pointwise DPO" in Path("out/README.md").read_text()
     assert "spearman" in Path("out/report/report.md").read_text()
     assert len(Path("out/scored.jsonl").read_text().splitlines()) == 10

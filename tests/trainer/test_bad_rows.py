@@ -221,7 +221,7 @@ LABELS = {
 }
 
 
-OUT_OF = " Write one number in all rows: {} if all are out of 5, else a share such as 0.8."
+OUT_OF = " Write {} if all labels are out of 5, or write all labels as shares, such as 0.8."
 
 
 @pytest.mark.parametrize(

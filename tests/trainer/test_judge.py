@@ -533,10 +533,7 @@ def test_rows_without_a_label_come_last_and_are_counted(tiny_gpt2, tmp_path, tau
     assert sorted(row["row"] for row in found[:2]) == [0, 2]
     assert (found[2]["row"], found[2]["label"], "surprise" in found[2]) == (1, None, False)
     out = capsys.readouterr().out
-    assert (
-        "holds 3 scored rows, the most surprising first; 0 of 3 were left out. 1 row has no label, and so no surprise."
-        in out
-    )
+    assert "holds 3 scored rows, the most surprising first; 0 of 3 were left out. 1 row has no label." in out
     assert "row 1:" not in out
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?, No.,\n")
     assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
@@ -554,9 +551,9 @@ def test_rows_without_a_label_come_last_and_are_counted(tiny_gpt2, tmp_path, tau
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        (["N/A", "", "1"], "1 text is read as no label: 'N/A'."),
-        (["n/a", "#N/A", "1"], "2 texts are read as no label: 'n/a', '#N/A'."),
-        (["-", "null", "."], "3 texts are read as no label: '-', 'null', '.'."),
+        (["N/A", "", "1"], "1 label is a word for a missing value: 'N/A'."),
+        (["n/a", "#N/A", "1"], "2 labels are words for a missing value: 'n/a', '#N/A'."),
+        (["-", "null", "."], "3 labels are words for a missing value: '-', 'null', '.'."),
         (["", "", "1"], None),
     ],
 )
@@ -569,13 +566,13 @@ def test_words_for_a_missing_label_are_no_label_and_told(tiny_gpt2, tmp_path, ta
     scored = (tmp_path / "scored.jsonl").read_text()
     found = [json.loads(line) for line in scored.splitlines()]
     assert {row["row"]: "surprise" in row for row in found} == {i: each == "1" for i, each in enumerate(labels)}
-    assert [message for message in caplog.messages if "read as no label" in message] == ([told] if told else [])
+    assert [message for message in caplog.messages if "for a missing value" in message] == ([told] if told else [])
     assert f"holds 3 scored rows{', the most surprising first' * ('1' in labels)}; 0 of 3" in capsys.readouterr().out
     # The same if other labels are words
     (tmp_path / "rows.csv").write_text((tmp_path / "rows.csv").read_text().replace(",1\n", ",up\n"))
     caplog.clear()
     assert main(["score", *argv, "--label_map", "up=1,down=0", "--output", str(tmp_path / "scored.jsonl")]) == 0
-    assert [message for message in caplog.messages if "read as no label" in message] == ([told] if told else [])
+    assert [message for message in caplog.messages if "for a missing value" in message] == ([told] if told else [])
     assert (tmp_path / "scored.jsonl").read_text().replace('"up"', "1") == scored
 
 

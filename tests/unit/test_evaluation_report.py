@@ -375,7 +375,7 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     told += "differ by 9."
     assert (told in text) == is_told
     are_few = is_told or not learned
-    assert ("mostly the lowest and the highest labels. The list does not point to mistakes" in text) == are_few
+    assert ("mostly the labels farthest from the mean. The list does not point to mistakes" in text) == are_few
     assert ("Check these labels for mistakes first" in text) == (not are_few)
     # A model that cannot know the labels is right to predict nearly the mean
     noise = on_own_scale(np.full(120, 0.1) + random.normal(0, 0.01, 120), stars, np.ones(120, bool), prompt, rules)
@@ -383,7 +383,7 @@ def test_rewards_of_a_short_training_are_said_to_be_too_close_to_one_another(lea
     text = to_markdown(report.document(facts | {"pictures": []}))
     assert "too close to one another" not in text
     said = (
-        "hardly better than the mean label of the evaluated rows, so these are mostly the lowest and the highest labels"
+        "hardly better than the mean label of the evaluated rows, so these are mostly the labels farthest from the mean"
     )
     assert said in text
 
@@ -620,7 +620,7 @@ def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
     assert "tuned" not in report.in_terminal(facts | {"judges": []}).split("\n\nmodel")[0]
     assert "Nothing can be concluded about how well the model ranks held-out answers." in text
     assert "The model's answers do better than before training. The difference in points" in text
-    assert "the model already knows the training rows" in text
+    assert "the model has learned the training rows" in text
     assert "| tuned |" in text
     other = copy.deepcopy(facts["models"][0]) | {"name": "other"}
     facts["models"].append(other)
@@ -631,7 +631,7 @@ def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
         "other: nothing can be concluded about how well it ranks held-out answers. Spearman's correlation of reward "
         "and label is",
         "tuned: its answers do better than those of m (base).",
-        "tuned already knows the training rows",
+        "tuned has learned the training rows",
         "<summary>The most surprising labels, for the model tuned</summary>",
         "<summary>Answers before and after training, for the model other: 5 of 9 answers changed</summary>",
         "After, by other:",
@@ -644,7 +644,7 @@ def test_one_model_is_the_model_and_several_have_their_names(tmp_path):
     [
         (
             0.9,
-            "because the model already knows the training rows: its reward tells good from bad in 90% of them, and "
+            "because the model has learned the training rows: its reward tells good from bad in 90% of them, and "
             "in 51% of the rows here.",
         ),
         (0.5, "train for more epochs, or with 3 times the learning rate. The model has learned little: its reward"),

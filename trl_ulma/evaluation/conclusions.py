@@ -126,7 +126,7 @@ def what_next(facts: Mapping[str, Any]) -> str:
     open_models = [model for model in models if not model.get("is_base") and _ranks_like_chance(model)]
     if not open_models and not any(is_open(each["points"], 0.0) for each in _differences(facts)):
         return ""
-    said, prompts = "What to do next: ", "four times as many halve the width of the interval"
+    said, prompts = "What to do next: ", "four times as many make the interval half as wide"
     for model in open_models:
         own, new = model.get("accuracy_in_training"), (model.get("split") or {}).get("accuracies")
         if own is None or new is None:
@@ -137,7 +137,7 @@ def what_next(facts: Mapping[str, Any]) -> str:
         if own >= _KNOWS:
             return (
                 f"{said}rate answers to more prompts, for training and evaluation: {prompts}. More epochs are no "
-                f"remedy, because {name} already knows the training rows: {learned.format('them')}."
+                f"remedy, because {name} has learned the training rows: {learned.format('them')}."
             )
         return (
             f"{said}train for more epochs, or with 3 times the learning rate. {first} has learned little: "

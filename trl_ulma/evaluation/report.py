@@ -461,7 +461,7 @@ def _surprises(model: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Detai
     ]
     why = _why_few_mistakes(model.get("own_scale"), _rows_in_words(facts))
     said = (
-        f"{why}, so these are mostly the lowest and the highest labels. The list does not point to mistakes."
+        f"{why}, so these are mostly the labels farthest from the mean. The list does not point to mistakes."
         if why
         else "Check these labels for mistakes first."
     )

@@ -142,16 +142,18 @@ class InvalidRows(ValueError):
             >>> print(InvalidRows.of([error], 10, "train", _FIX).with_command("trl-ulma check --invalid_rows drop"))
             Row 3 of the train dataset: label is None; set it.
             <BLANKLINE>
-            To leave such rows out:
+            To leave this row out:
             <BLANKLINE>
                 trl-ulma check --invalid_rows drop
             <BLANKLINE>
-            Or correct them, and check again.
+            Or correct it, and check again.
         """
         if self.remedy != _FIX:
             return self
-        remedy = f"To leave such rows out:\n\n{textwrap.indent(command, '    ')}\n\nOr correct them, and check again."
-        if len(self.found) > 1 and all(each.origin for each in self.found):
+        rows = len({each.origin or (each.dataset, each.row) for each in self.found})
+        these, them = ("this row", "it") if rows == 1 else (f"these {rows:,} rows", "them")
+        remedy = f"To leave {these} out:\n\n{textwrap.indent(command, '    ')}\n\nOr correct {them}, and check again."
+        if rows > 1 and all(each.origin for each in self.found):
             remedy += " If you delete rows, begin with the last one, because the lines below it move up."
         made = InvalidRows(f"{str(self).removesuffix(self.remedy)}\n{remedy}")
         made.found, made.total, made.remedy = self.found, self.total, remedy

@@ -114,15 +114,14 @@ def _raters_in_words(offsets: Mapping[str, float]) -> str:
 
     Example:
         >>> _raters_in_words({"Ann": 0.51, "Tom": -0.48})
-        '2, whose strictness is removed: Tom gives -0.48, Ann +0.51 against an average rater'
+        '2, whose strictness is removed. Compared with an average rater: Tom -0.48, Ann +0.51'
     """
     if not any(offsets.values()):
         return f"{len(offsets):,}, who do not differ by more than chance, so labels stay as they are"
     shown = [f"{rater} {_signed(offset)}" for rater, offset in sorted(offsets.items(), key=lambda each: each[1])]
     if len(shown) > _RATERS:
         shown = [*shown[: _RATERS // 2], "…", *shown[-(_RATERS // 2) :]]
-    shown[0] = f"{shown[0].rpartition(' ')[0]} gives {shown[0].rpartition(' ')[2]}"
-    return f"{len(offsets):,}, whose strictness is removed: {', '.join(shown)} against an average rater"
+    return f"{len(offsets):,}, whose strictness is removed. Compared with an average rater: {', '.join(shown)}"
 
 
 def _render_facts(facts: Mapping[str, str]) -> list[str]:

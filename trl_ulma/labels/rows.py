@@ -308,7 +308,7 @@ def _number(value: Any, name: str, wanted: str = "a number") -> float:
             found = f"the text {shown(value)}"
         raise InvalidRow(
             f"is {found}; it must be {wanted}." + (_hint(value.strip()) if isinstance(value, str) else ""),
-            f"{name} is {'missing' if value is None or is_missing(value) else 'no number'}",
+            f"{name} is {_kind_of(value)}",
             name,
         )
     if not abs(value) <= _LARGEST:
@@ -319,6 +319,18 @@ def _number(value: Any, name: str, wanted: str = "a number") -> float:
             name,
         )
     return float(value)
+
+
+def _kind_of(value: Any) -> str:
+    """Return what a value is that is no number, in a few words.
+
+    Example:
+        >>> _kind_of(None), _kind_of("n/a"), _kind_of("maybe")
+        ('missing', 'a word for a missing value', 'no number')
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "missing"
+    return "a word for a missing value" if is_missing(value) else "no number"
 
 
 def worded_number(text: str) -> tuple[str, str] | None:
@@ -350,7 +362,7 @@ def _hint(text: str) -> str:
     hint = f" Did you mean {meant}?" if meant != text else ""
     if out_of := _OUT_OF.fullmatch(text):
         first = out_of[1].replace(",", ".")
-        hint += f" Write one number in all rows: {first} if all are out of {out_of[4]}, else a share such as 0.8."
+        hint += f" Write {first} if all labels are out of {out_of[4]}, or write all labels as shares, such as 0.8."
     if _OTHER_FORM.fullmatch(text):
         hint += " Write it as in 0.5 or 1234, with a decimal point and without separators."
     return hint

@@ -196,6 +196,8 @@ def check(
     if hasattr(rows, "__len__"):
         report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
         outliers = report["outliers"]
+        if not is_verbose():
+            report["left_out"] = {}  # which a notice says with the lines of the rows
         report["warnings"] = [warning for warning in report["warnings"] if warning not in outliers]
         text = render_report(
             report,
@@ -206,7 +208,7 @@ def check(
         text = "The rows are a stream. They are checked as they are read, and have no label report."
     if invalid:  # what the others are like is shown by the next check
         for said in outliers:
-            console.print(f"\n{_ODD}{said}", markup=False)
+            console.print(f"\n{_ODD}{said} --invalid_rows drop keeps them.", markup=False)
         console.print()
         sys.stdout.flush()  # before the list of invalid rows, which goes to stderr
         raise InvalidRows.joined(invalid).with_command(again)
@@ -221,7 +223,7 @@ def check(
         if found["repeated"] or found["contradicting"]:
             console.print("\n" + render_repeats(found, "eval", len(start.eval_dataset)), markup=False)
     legend = _LEGEND[console.is_terminal]
-    console.print(f"\nRows as the model sees them. The label is that of the part {legend}:", markup=False)
+    console.print(f"\nRows as the model sees them. The rated answer is {legend}:", markup=False)
     for title, text in rows_shown(start, training_args, in_color=console.is_terminal):
         console.print(f"\n{title}", markup=False)
         console.print(Padding(text, (0, 2)), soft_wrap=False)
@@ -377,7 +379,7 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
         there, where = psutil.virtual_memory().total, "This machine"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size)
     fits = total < 0.9 * there
-    said = f"The longest row has {count(longest, 'token')}. Memory on one device, about {_gib(total)}"
+    said = f"The longest row has {count(longest, 'token')}. Training needs about {_gib(total)} of memory on each device"
     said += f"{'' if fits and not is_verbose() else f': {parts}'}. {where} has {_gib(there)}."
     return said if fits else f"{said} That does not fit: try --use_peft, also with --load_in_4bit, or a smaller batch."
 

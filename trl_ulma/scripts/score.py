@@ -17,7 +17,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,7 +159,8 @@ def run(args: argparse.Namespace) -> str:
         marks = f" and decimal {'commas' if like.decimal == ',' else 'points'}" * (like.delimiter == ";")
         print(f"{args.output} has {DELIMITERS[like.delimiter]}{marks}, as {args.dataset} has.", file=sys.stderr)
     write(as_named(scored, names), args.output, like)
-    lines = [summary(args.output, rows, scored, order), *most_notable(scored)]
+    raters = getattr(judge.settings.label_transform, "offsets", {})
+    lines = [summary(args.output, rows, scored, order), *most_notable(scored, raters)]
     held_out = dict(zip(scored["row"][:], scored["held_out"][:], strict=True))  # a pair has two rows
     kinds = {True: seen_prompts.NEW, False: seen_prompts.SEEN, None: seen_prompts.UNKNOWN}
     if told := seen_prompts.in_words(np.array([kinds[each] for each in held_out.values()]), args.model):
@@ -286,17 +287,22 @@ def summary(path: Path, rows: "Dataset", scored: "Dataset", order: str) -> str:
     unlabeled = sum(each is None for each in scored["surprise"][:]) if "surprise" in scored.column_names else 0
     if unlabeled:
         have = "row has" if unlabeled == 1 else "rows have"
-        message += f" {unlabeled:,} {have} no label, and so no surprise."
+        message += f" {unlabeled:,} {have} no label."
     return message
 
 
-def most_notable(scored: "Dataset") -> list[str]:
-    """Lines about the rows whose labels surprise the model most, or without labels, about the best and worst ones."""
+def most_notable(scored: "Dataset", raters: Container[str] = ()) -> list[str]:
+    """Lines about the rows whose labels surprise the model most, or without labels, about the best and worst ones.
+
+    Args:
+        scored: the scored rows.
+        raters: the raters whose own labels are predicted. For others, it is the label of an average one.
+    """
     surprise = scored["surprise"][:] if "surprise" in scored.column_names else [None] * len(scored)
     labeled = [row for row, each in enumerate(surprise) if each is not None]
     if labeled:
         top = scored.select(labeled).sort("surprise", reverse=True).select(range(min(SHOWN, len(labeled))))
-        return [f"The most surprising labels{_why_extreme(scored.select(labeled))}:", *_lines(top)]
+        return [f"The most surprising labels{_why_extreme(scored.select(labeled))}:", *_lines(top, raters)]
     ordered = scored.sort("reward", reverse=True)
     if len(ordered) <= 2 * SHOWN:
         return ["From the best to the worst:", *_lines(ordered)]
@@ -321,11 +327,12 @@ def _why_extreme(rows: "Dataset") -> str:
     of_mean = np.abs(label - label.mean()).mean()
     if len(label) < ENOUGH or np.abs(label - predicted).mean() < (1 - AS_THE_MEAN) * of_mean:
         return ""
-    return ", which are mostly the lowest and the highest, because predictions are hardly better than the mean"
+    return ", which are mostly those farthest from the mean, because predictions are hardly better than the mean"
 
 
-def _lines(rows: "Dataset") -> list[str]:
+def _lines(rows: "Dataset", raters: Container[str] = ()) -> list[str]:
     from trl_ulma.data.sheet_rows import with_sheet_row
+    from trl_ulma.labels.rater_offsets import rater_name
 
     lines = []
     row: Any
@@ -333,9 +340,10 @@ def _lines(rows: "Dataset") -> list[str]:
         answer = row.get("completion") or row["chosen" if row.get("label") == 1 else "rejected"]
         place = with_sheet_row(row.get("file_line") or f"row {row['row']}")
         place += ", held out" if row.get("held_out") else ""
-        rater = f" by {row['rater']}" if row.get("rater") else ""
-        label = "" if row.get("surprise") is None else f"label {row['label']:g}{rater}, "
-        lines.append(f"  {place}: {label}predicted {row['predicted_label']:.2f}")
+        rater = rater_name(row.get("rater"))
+        label = "" if row.get("surprise") is None else f"label {row['label']:g}{f' by {rater}' if rater else ''}, "
+        of = " for this rater" if rater in raters else ""
+        lines.append(f"  {place}: {label}predicted {row['predicted_label']:.2f}{of}")
         texts = {"prompt": row.get("prompt"), "answer": answer}
         lines += [f"    {name}: {in_one_line(text)}" for name, text in texts.items() if text is not None]
     return lines

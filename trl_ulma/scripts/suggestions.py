@@ -111,7 +111,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
             likely["rater"] = rater
     suggested = [_method(rows, given, pairs=pairs)]
     if likely:
-        why = f"by the names of the columns{unread_labels(likely, first)}"
+        why = f"guessed from the names of the columns{unread_labels(likely, first)}"
         suggested.append(Suggestion(("--columns", as_value(likely)), why))
     suggested += settings
     if given.isdisjoint(_TRAINING):

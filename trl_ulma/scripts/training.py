@@ -210,7 +210,7 @@ def load_splits(script_args: Any, training_args: Any, dataset_args: Any) -> tupl
         f"evaluation, by prompt (seed {training_args.seed})."
     )
     held_out = count_prompts(halves["test"])
-    said += _least_told_apart(held_out, getattr(training_args, "label_type", "binary"))
+    said += _least_told_apart(held_out, len(halves["test"]), getattr(training_args, "label_type", "binary"))
     for other in ("validation", "valid", "dev", "eval"):
         if other in splits:
             said += f" Its split {other!r} is not used; --dataset_test_split {other} evaluates on it."
@@ -273,27 +273,27 @@ def _few_prompts(rows: Dataset, held_out: int, seed: int) -> str:
     )
 
 
-def _least_told_apart(held_out: int, label_type: str) -> str:
-    """Which figure is the least that an evaluation tells from chance; "" if there are too few prompts, or many.
+def _least_told_apart(prompts: int, rows: int, label_type: str) -> str:
+    """Which figures an evaluation of so many rows does not tell from chance; "" if they have too few prompts, or many.
 
     Under chance, the standard error of Spearman's correlation is 1/√(n − 1), and that of the AUC √((n + 1)/3)/n with as
-    many likes as dislikes.
+    many likes as dislikes. They are larger if the labels of a prompt are alike.
 
     Example:
-        >>> print(_least_told_apart(40, "continuous").strip())
-        With their 40 prompts, a rank correlation below about 0.31 can be chance.
-        >>> print(_least_told_apart(40, "binary").strip())
-        With their 40 prompts, an AUC below about 0.68 can be chance.
+        >>> print(_least_told_apart(30, 40, "continuous").strip())
+        On these rows, a rank correlation below about 0.31 can be chance.
+        >>> print(_least_told_apart(30, 40, "binary").strip())
+        On these rows, an AUC below about 0.68 can be chance.
     """
     from trl_ulma.bootstrap import ENOUGH_PROMPTS
 
-    if not ENOUGH_PROMPTS <= held_out < _MANY_PROMPTS:
+    if not ENOUGH_PROMPTS <= prompts < _MANY_PROMPTS:
         return ""
     if label_type == "continuous":
-        what, least = "a rank correlation", 1.96 / math.sqrt(held_out - 1)
+        what, least = "a rank correlation", 1.96 / math.sqrt(rows - 1)
     else:
-        what, least = "an AUC", 0.5 + 1.96 * math.sqrt((held_out + 1) / 3) / held_out
-    return f" With their {held_out} prompts, {what} below about {least:.2f} can be chance."
+        what, least = "an AUC", 0.5 + 1.96 * math.sqrt((rows + 1) / 3) / rows
+    return f" On these rows, {what} below about {least:.2f} can be chance."
 
 
 def _refuse_beside_mixture(script_args: Any) -> None:
