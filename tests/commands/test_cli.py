@@ -883,8 +883,8 @@ def test_a_training_that_learned_little_says_so_on_the_scale_of_the_labels(
     run_here(pointwise_dpo, *argv, "--eval_strategy", "epoch", "--bf16", "false")
     out = capsys.readouterr().out
     told = re.search(
-        r"The predicted labels of the 4 held-out rows are nearly alike, as is common after little training: 90% of them "
-        r"are between (\S+) and",
+        r"The predicted labels of the 4 held-out rows are nearly alike, as is common after little training: 90% of "
+        r"them are between (\S+) and",
         out,
     )
     assert (told is not None) == is_told
