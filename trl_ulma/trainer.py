@@ -534,6 +534,8 @@ class PointwiseDPOTrainer(DPOTrainer):
                 rows, description, batch_size, self._made_train_sampler, is_training, dataloader_key
             )
         rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
+        if rebalances and not is_stream:
+            self._warn_of_repeats(len(dataset), batch_size)
         if self.accelerator.num_processes > 1 and (is_stream or not (self.args.dataloader_drop_last or rebalances)):
             size = self._rows_of_all(batch_size)
             rows = dataset if is_stream else self._remove_unused_columns(dataset, description=description)
@@ -543,6 +545,18 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._train_sampler = sampler_fn(dataset)
             sampler_fn = self._made_train_sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _warn_of_repeats(self, rows: int, batch_size: int) -> None:
+        """Warn if the sampler "batch_rebalance" fills the last step of an epoch, so that each micro-batch has a row."""
+        steps = self.args.gradient_accumulation_steps
+        left, groups = rows % (self._rows_of_all(batch_size) * steps), self.accelerator.num_processes * steps
+        if 0 < left < groups and not self.args.dataloader_drop_last:
+            count = f"{groups - left} rows" if groups - left > 1 else "1 row"
+            logger.warning(
+                f"train_sampling_strategy='batch_rebalance' fills the last step of an epoch, which has {left} of "
+                f"{groups} rows, with {count} of earlier steps, which then count twice. Set dataloader_drop_last=True "
+                "to leave this step out."
+            )
 
     def _made_train_sampler(self, train_dataset: Any) -> Any:
         return self._train_sampler

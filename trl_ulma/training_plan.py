@@ -15,6 +15,7 @@ import numpy as np
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, ProcessorMixin
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
@@ -50,6 +51,8 @@ _WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file", "trust_rem
 
 # Types of adapters that are a part of the cache of keys and values
 _CACHED = ("PREFIX_TUNING", "CARTRIDGE")
+# The ends of names of model classes that give labels to a text
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 NO_REFERENCE = (
     "The {} dataset has rows that are compared with the reference, but no reference was loaded, because no row seen at "
@@ -190,7 +193,10 @@ def make_plan(
     """
     _check_kinds(args, train_dataset, eval_dataset)
     if not isinstance(model, str):
-        _check_model(model)
+        _check_model(model, "model")
+        _check_layers(model)
+    if ref_model is not None and not isinstance(ref_model, str):
+        _check_model(ref_model, "ref_model")
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be one of PEFT's, such as a LoraConfig; got {type(peft_config).__name__}.")
     if isinstance(model, str):
@@ -211,6 +217,12 @@ def make_plan(
         refuse_pickle(model, loading)
         if "gguf_file" not in loading:
             args.model_init_kwargs = {"use_safetensors": True, **loading}
+    task = getattr(peft_config, "task_type", None)
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"peft_config has task_type={str(getattr(task, 'value', task))!r}, with which PEFT would load the saved "
+            "adapter as another kind of model. Set task_type='CAUSAL_LM'."
+        )
     has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if args.sync_ref_model and has_peft:
         raise ValueError(
@@ -345,14 +357,43 @@ def _check_kinds(args: PointwiseDPOConfig, train_dataset: Any, eval_dataset: Any
         )
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, argument: str) -> None:
     """Raise TypeError if a model in memory does not generate text token by token."""
     config = getattr(model, "config", None)
     if not hasattr(model, "generation_config") or getattr(config, "is_encoder_decoder", False):
         raise TypeError(
-            f"model is a {type(model).__name__}, which is not a causal language model. Load it with "
+            f"{argument} is a {type(model).__name__}, which is not a causal language model. Load it with "
             "AutoModelForCausalLM, and pass it without wrappers for several devices."
         )
+
+
+def _check_architecture(config: Any, name: str) -> None:
+    """Raise TypeError if the model of a configuration does not generate text token by token."""
+    architecture = (config.architectures or [""])[0]
+    is_bare = architecture.endswith("Model") and not architecture.endswith(("HeadModel", "HeadsModel"))
+    is_bare &= not getattr(config, "auto_map", None)  # a model with code of its own can have any name
+    if config.is_encoder_decoder or is_bare or architecture.endswith(_CLASSIFIERS):
+        raise TypeError(
+            f"{name} is a {architecture or config.model_type}, which is not a causal language model. Name a model "
+            "whose class generates text, such as LlamaForCausalLM."
+        )
+
+
+def _check_layers(model: Any) -> None:
+    """Raise ValueError if a model in memory would be saved without some of its weights, or under other names."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "model is compiled (torch.compile), so its weights would be saved under names that do not load. Pass the "
+            "model itself, and set torch_compile=True."
+        )
+    if not is_peft_model(model) and not getattr(model, "_hf_peft_config_loaded", False):
+        adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+        if adapted is not None:
+            raise ValueError(
+                f"model has layers of an adapter ({adapted}), which a PeftModel of it or an earlier training has put "
+                "there, so it would be saved without these layers' weights. Pass the PeftModel, call its unload() or "
+                "merge_and_unload() and pass the result, or load the model once more."
+            )
 
 
 def _check_padding(tokenizer: Any, vocab_size: int | None) -> None:
@@ -400,6 +441,7 @@ def _sizes(model: Any, args: PointwiseDPOConfig, peft_config: Any) -> tuple[int 
         loading = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in _WHERE}
         loading.setdefault("trust_remote_code", args.trust_remote_code)
         config = AutoConfig.from_pretrained(model, **loading)
+        _check_architecture(config, model)
     else:
         config = model.config
         embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)

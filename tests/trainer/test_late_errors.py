@@ -17,6 +17,8 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     LlamaForSequenceClassification,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TrainerCallback,
@@ -256,6 +258,80 @@ def test_what_is_no_causal_language_model(tiny_llama, tmp_path, other):
     processing = AutoTokenizer.from_pretrained(tiny_llama)
     with pytest.raises(TypeError, match=rf"model is a {type(model).__name__}, which is not a causal language model"):
         make_trainer(model, make_rows(6), tmp_path, processing_class=processing, **STEPS)
+
+
+@pytest.mark.parametrize("kind", ["backbone", "classifier", "encoder-decoder"])
+def test_the_folder_of_what_is_no_causal_language_model(tiny_llama, tmp_path, kind):
+    sizes = {"vocab_size": 384, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+    model = {
+        "backbone": lambda: load(tiny_llama).model,
+        "classifier": lambda: LlamaForSequenceClassification(load(tiny_llama).config),
+        "encoder-decoder": lambda: T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)),
+    }[kind]()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "model")
+    with pytest.raises(TypeError, match=rf"model is a {type(model).__name__}, which is not a causal language model"):
+        make_trainer(str(tmp_path / "model"), make_rows(6), tmp_path, **STEPS)
+    with pytest.raises(TypeError, match=rf"ref_model is a {type(model).__name__}, which is not a causal"):
+        make_trainer(tiny_llama, make_rows(6), tmp_path, ref_model=model, **STEPS)
+
+
+def test_a_compiled_model_is_refused_because_its_weights_get_other_names(tiny_llama, tmp_path):
+    compiled = torch.compile(load(tiny_llama))
+    with pytest.raises(ValueError, match=r"model is compiled .*set torch_compile=True"):
+        make_trainer(compiled, make_rows(6), tmp_path, processing_class=AutoTokenizer.from_pretrained(tiny_llama))
+
+
+def test_a_model_with_the_layers_of_an_adapter_is_refused_unless_they_are_taken_out(tiny_llama, tmp_path):
+    model, tokenizer = load(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    adapted = get_peft_model(model, LORA)
+    with pytest.raises(ValueError, match=r"layers of an adapter \(model\.layers\.0\.self_attn\.q_proj\).*unload\(\)"):
+        make_trainer(model, make_rows(6), tmp_path, processing_class=tokenizer, **STEPS)
+    model = adapted.unload().requires_grad_(True)
+    make_trainer(model, make_rows(6), tmp_path, processing_class=tokenizer, **STEPS).train()
+
+
+@pytest.mark.parametrize("rescale_every", [1, 0])
+def test_weights_that_an_evaluation_would_change(tiny_llama, tmp_path, rescale_every):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "context_length": 128}
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=rescale_every))
+    before = weights(model)
+    settings = STEPS | {"processing_class": tokenizer, "learning_rate": 1e-30}
+    if rescale_every:
+        with pytest.raises(ValueError, match=r"rescale_every=1 changes its weights .*Load it with rescale_every=0"):
+            make_trainer(model, make_rows(6), tmp_path, **settings)
+        return
+    trainer = make_trainer(model, make_rows(6), tmp_path, **settings)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.allclose(weights(saved), before, rtol=0, atol=1e-20)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "repeats"), [(9, {}, 1), (10, {}, 0), (9, {"dataloader_drop_last": True}, 0)]
+)
+def test_rows_that_count_twice_are_told(tiny_llama, tmp_path, caplog, rows, settings, repeats):
+    settings = {"train_sampling_strategy": "batch_rebalance", "gradient_accumulation_steps": 2, **settings}
+    try:
+        trainer = make_trainer(
+            tiny_llama, make_rows(rows), tmp_path, per_device_train_batch_size=2, num_train_epochs=1, **settings
+        )
+    except ValueError as problem:
+        pytest.skip(f"this version of transformers has no such sampler: {problem}")
+    seen: list[int] = []
+    step = trainer.training_step
+
+    def counted(model, inputs, *args, **kwargs):
+        seen.extend(inputs["row"].tolist())
+        return step(model, inputs, *args, **kwargs)
+
+    trainer.training_step = counted
+    trainer.train()
+    assert len(seen) - len(set(seen)) == repeats
+    assert ("with 1 row of earlier steps, which then count twice" in caplog.text) == bool(repeats)
 
 
 def smaller(folder: str, **sizes):

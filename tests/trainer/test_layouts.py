@@ -1,12 +1,21 @@
 """Packed rows and shared prompts compute what padded rows do, or are refused."""
 
+import copy
 import itertools
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, TaskType
-from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from world import make_rows, make_trainer, several_answers, weights
 
 from trl_ulma.likelihood.layouts import shared
@@ -73,8 +82,6 @@ def make_bloom(tokenizer):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
 def test_an_alibi_model_is_refused(tiny_gpt2, tmp_path, layout):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
     make_bloom(tokenizer).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
@@ -103,6 +110,44 @@ def test_sliding_windows_fall_back_and_say_so(tiny_llama, tmp_path, capsys):
     trainer = make_trainer(str(tmp_path / "mistral"), several_answers(), tmp_path, max_steps=1, share_prompts=True)
     trainer.train()
     assert trainer._scorer.layout == "padded"
+
+
+def test_tables_by_the_place_in_the_sequence_fall_back(tiny_llama, tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    config = GPTNeoConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    model, rows = GPTNeoForCausalLM(config), several_answers()
+    found = []
+    for layout in ({}, *LAYOUTS):
+        trainer = make_trainer(
+            copy.deepcopy(model), rows, tmp_path, processing_class=tokenizer, learning_rate=1e-12, max_steps=1, **layout
+        )
+        trainer.train()
+        assert trainer._scorer.layout == "padded"
+        found.append(trainer.predict(rows).predictions)
+    assert caplog.text.count("a gpt_neo model has tables by the place in the sequence") == 2
+    assert np.allclose(found[0], found[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("empty", [[0], [0, 1, 2], [3]])
+def test_a_first_prompt_that_is_empty_shares_nothing(tiny_llama, tmp_path, empty):
+    prompts = ["" if i in empty else "Why is it?" for i in range(6)]
+    rows = make_rows(6, prompt=prompts)
+    trained = []
+    for layout in ({}, {"share_prompts": True}):
+        settings = {"max_steps": 1, "per_device_train_batch_size": 6, "learning_rate": 1e-2}
+        trainer = make_trainer(tiny_llama, rows, tmp_path, **settings, **layout)
+        trainer.train()
+        trained.append(trainer.state.log_history[0]["loss"])
+    assert trained[0] == pytest.approx(trained[1], rel=1e-5)
 
 
 def test_adapters_with_virtual_tokens_are_padded(tiny_gpt2, tmp_path):

@@ -12,7 +12,9 @@ from packaging.version import Version
 from peft import get_peft_model
 from references import MOVING, hold, in_memory, load, lora, losses
 from transformers import TrainerCallback
-from world import make_rows, make_trainer
+from world import make_rows, make_trainer, several_answers, weights
+
+from trl_ulma.likelihood.table import forward_inputs
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 
@@ -155,3 +157,74 @@ def test_adalora_moves_its_ranks_with_the_callback_that_the_warning_names(tiny_l
     trainer.train()
     ranks = [int(p.any(1).sum()) for name, p in trainer.model.named_parameters() if "lora_E" in name]
     assert sum(ranks) == (2 if moves else 4) * len(ranks)
+
+
+NOISY: dict[str, tuple[str, dict[str, Any]]] = {
+    "loha-modules": ("LoHaConfig", {"r": 4, "module_dropout": 0.5}),
+    "loha-ranks": ("LoHaConfig", {"r": 4, "rank_dropout": 0.5}),
+    "lokr-modules": ("LoKrConfig", {"r": 4, "module_dropout": 0.5}),
+    "boft": ("BOFTConfig", {"boft_block_size": 4, "boft_dropout": 0.5}),
+    "lora": ("LoraConfig", {"r": 4, "lora_dropout": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_an_adapter_has_no_dropout_of_its_own_unless_it_is_asked_for(tiny_llama, tmp_path, name):
+    cls, settings = NOISY[name]
+    config = getattr(peft, cls)(task_type="CAUSAL_LM", **QV, **settings)
+    make = {"peft_config": config, "learning_rate": 3e-2, "max_steps": 3}
+    trainer = make_trainer(load(tiny_llama), make_rows(8), tmp_path, **make)
+    trainer.train()
+    model, batch = trainer.model, forward_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():
+        quiet = trainer._scorer(model.eval(), batch).logps
+        assert not torch.allclose(quiet, trainer._reference.logps(model, batch), atol=1e-2)  # it was trained
+        for _ in range(3):
+            assert torch.equal(trainer._scorer(model.train(), batch).logps, quiet)
+    noisy = make_trainer(load(tiny_llama), make_rows(8), tmp_path, disable_dropout=False, **make)
+    noisy.train()
+    with torch.no_grad():
+        first, *others = (noisy._scorer(noisy.model.train(), batch).logps for _ in range(10))
+    assert not all(torch.equal(other, first) for other in others)
+
+
+def test_noise_that_an_untrained_adapter_hides_is_found(tiny_llama, tmp_path):
+    if not hasattr(peft, "PveraConfig"):
+        pytest.skip("this version of PEFT has no adapter that samples")
+    model = get_peft_model(load(tiny_llama), peft.PveraConfig(task_type="CAUSAL_LM", r=4, **QV))
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"in training mode gives different .*config of the model or the adapter"):
+        make_trainer(model, make_rows(8), tmp_path, **MOVING).train()
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("layout", ["padding_free", "share_prompts"])
+def test_an_adapter_that_begins_at_its_tokens_is_padded(tiny_llama, tmp_path, caplog, layout):
+    trained = []
+    for settings in ({}, {layout: True}):
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            load(tiny_llama), several_answers(), tmp_path, peft_config=config_of("lora-activated"), **MOVING, **settings
+        )
+        trainer.train()
+        trained.append(losses(trainer))
+    assert "an aLoRA adapter begins at the last invocation tokens" in caplog.text
+    assert trained[0] == trained[1] or layout == "share_prompts"  # which has another order of rows
+    assert trainer._scorer.layout == "padded"
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_an_adapter_that_keeps_the_forward_of_the_model_is_refused(tiny_llama, tmp_path, precompute):
+    adapter = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1)
+    with pytest.raises(ValueError, match=r"AdaptionPrompt|precompute_ref_log_probs") as told:
+        make_trainer(
+            load(tiny_llama), make_rows(6), tmp_path, peft_config=adapter, precompute_ref_log_probs=precompute, **MOVING
+        ).train()
+    assert "NoneType" not in str(told.value)
+    assert not precompute or "Train another adapter" in str(told.value)
+
+
+def test_an_adapter_of_another_task_is_refused(tiny_llama, tmp_path):
+    adapter = peft.LoraConfig(task_type="SEQ_CLS", **QV)
+    with pytest.raises(ValueError, match=r"task_type='SEQ_CLS'.*Set task_type='CAUSAL_LM'"):
+        make_trainer(tiny_llama, make_rows(6), tmp_path, peft_config=adapter)

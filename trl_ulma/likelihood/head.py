@@ -265,6 +265,11 @@ class CompactHead:
         if log_probs is None and not torch.is_grad_enabled():
             # If virtual tokens are switched off, PEFT calls the model's forward directly and bypasses its hooks
             log_probs = self._log_probs
+        if log_probs is None:
+            raise ValueError(
+                f"Something calls a forward of {type(self.model).__name__} that was taken from it earlier, as PEFT's "
+                "AdaptionPrompt does, so its log-probabilities cannot be computed. Train another adapter, such as LoRA."
+            )
         # These log-probabilities passed through the wrappers' hooks. Statistics need no gradient.
         flat: Any = log_probs
         scores = self._scores._replace(log_probs=flat.reshape(-1))

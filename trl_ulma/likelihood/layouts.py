@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+# Types of models whose forward reads tables by the place of a token in the sequence: GPT-Neo's causal mask and local
+# windows, and BigBird's token types
+_TABLES_OF_PLACES = ("gpt_neo", "big_bird")
+
 
 class Layout(NamedTuple):
     """The rows of a batch, laid out as sequences.
@@ -112,6 +116,17 @@ def why_not_packed(config: Any) -> str | None:
     if getattr(config.get_text_config(), "attn_temperature_tuning", False):
         # Beyond some thousand tokens, so that a short batch does not show it
         return "its attention depends on the place of a token in the whole packed sequence (attn_temperature_tuning)"
+    return _why_places_count(config)
+
+
+def _why_places_count(config: Any) -> str | None:
+    """The reason why a forward pass depends on the places of tokens in a sequence, beside their positions, or None.
+
+    A short batch does not show it.
+    """
+    text = config.get_text_config()
+    if text.model_type in _TABLES_OF_PLACES:
+        return f"a {text.model_type} model has tables by the place in the sequence, which packed sequences can exceed"
     return None
 
 
@@ -124,6 +139,8 @@ def why_not_shared(config: Any) -> str | None:
     kinds = set(getattr(text, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(text, "sliding_window", None)):
         return "the model has sliding-window or recurrent layers"
+    if reason := _why_places_count(config):
+        return reason
     if getattr(text, "output_router_logits", None) is not None:
         return "the auxiliary loss of a mixture of experts is only defined for padded rows"
     return None

@@ -6,8 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
+
+# The standard deviation of parameters in `with_effect`
+_EFFECT = 0.02
 
 
 @contextmanager
@@ -37,10 +42,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def switch_off_noise(model: nn.Module) -> None:
     """Set every dropout rate of a model to 0, including those of functional dropout and skipped layers.
 
-    `nn.Dropout` modules have a rate `p`. Other modules pass a rate to `nn.functional.dropout` or to attention, and
-    read it from an attribute of their own or of their config, whose name contains "drop". The config that is saved with
-    the model keeps its rates. The jitter of routers is not changed, because it can also be a threshold in evaluation
-    mode.
+    `nn.Dropout` modules, and others of which the class is named so, have a rate `p`. Other modules pass a rate to
+    `nn.functional.dropout` or to attention, and read it from an attribute of their own or of their config, whose name
+    contains "drop". In adapters, it can be a dict with the rate of each adapter. The config that is saved with the
+    model keeps its rates. The jitter of routers is not changed, because it can also be a threshold in evaluation mode.
 
     Example:
         >>> from transformers import OPTConfig, OPTForCausalLM
@@ -55,10 +60,13 @@ def switch_off_noise(model: nn.Module) -> None:
     """
     quiet: dict[int, PretrainedConfig] = {}
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd) or "Dropout" in type(module).__name__:
+            module.p = 0.0  # type: ignore[assignment]
         for name in _rates(module):
             setattr(module, name, 0.0)
+        for name, rates in vars(module).items():
+            if "drop" in name.lower() and isinstance(rates, dict):
+                rates.update({key: 0.0 for key, rate in rates.items() if isinstance(rate, float)})
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig) and _reads(module, rates := _rates(config)):
             # A copy, because the config is saved with the model
@@ -66,6 +74,40 @@ def switch_off_noise(model: nn.Module) -> None:
                 quiet[id(config)] = copy.copy(config)
                 vars(quiet[id(config)]).update(dict.fromkeys(rates, 0.0))
             module.config = quiet[id(config)]  # type: ignore[assignment]
+
+
+@contextmanager
+def with_effect(model: nn.Module) -> Iterator[None]:
+    """A context in which an untrained adapter has an effect. Afterwards its parameters are what they were.
+
+    Many adapters begin with a matrix of zeros, which hides whatever else is wrong with them, such as dropout of their
+    own. Trainable parameters that are 0 get small random numbers meanwhile, which are the same in all processes.
+    Parameters of a sharded model (FSDP, ZeRO-3) are not changed.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = layer.weight.data.zero_()
+        >>> with with_effect(layer):
+        ...     bool(layer.weight.any())
+        True
+        >>> layer.weight.data
+        tensor([[0., 0.]])
+    """
+    zeros = [
+        p
+        for p in model.parameters()
+        if p.requires_grad and not isinstance(p, DTensor) and not hasattr(p, "ds_id") and p.numel() and not p.any()
+    ]
+    with torch.no_grad():
+        for number, p in enumerate(zeros):
+            generator = torch.Generator().manual_seed(number)
+            p.copy_(_EFFECT * torch.randn(p.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
 
 
 def _reads(module: nn.Module, rates: Sequence[str]) -> bool:

@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from trl_ulma.likelihood.head import forward_arguments, logits_of
-from trl_ulma.likelihood.layouts import Layout, packed, padded, shared
-from trl_ulma.likelihood.noise import evaluation_mode
+from trl_ulma.likelihood.layouts import Layout, packed, padded, shared, shares_prompts
+from trl_ulma.likelihood.noise import evaluation_mode, with_effect
 from trl_ulma.likelihood.reference import Reference, outside_adapter
 from trl_ulma.likelihood.scorer import (
     Batch,
@@ -42,7 +44,8 @@ LONGEST = 24
 
 
 def check_trainable(model: Any, reference: str) -> None:
-    """Raise ValueError if no parameter is trainable, or if training would also change the reference.
+    """Raise ValueError if no parameter is trainable, if training would also change the reference, or if evaluations
+    would change weights.
 
     Args:
         reference: the kind of the reference if it runs during training, see `ReferenceIdentity`. Otherwise "none".
@@ -54,6 +57,12 @@ def check_trainable(model: Any, reference: str) -> None:
             else "Set requires_grad=True on the parameters to train, or pass a peft_config"
         )
         raise ValueError(f"The model has no trainable parameters, so training would not change it. {remedy}.")
+    config: Any = getattr(without_adapter(model), "config", None)
+    if getattr(config, "model_type", "") == "rwkv" and 0 < config.rescale_every < config.num_hidden_layers:
+        raise ValueError(
+            f"RWKV with rescale_every={config.rescale_every} changes its weights in evaluation mode, so wrong ones "
+            "would be saved. Load it with rescale_every=0, which computes the same."
+        )
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta and len(places) > 1]
     if offloaded:
@@ -154,7 +163,8 @@ class StartupProof:
     2. The reference equals the policy before training, unless a `ref_model` was given.
     3. A second forward pass gives the same values. This is checked for the reference, and, if dropout is off, for the
        policy in training mode.
-    4. The chosen layout gives the same values as padding.
+    4. The chosen layout gives the same values as padding. Here and in training mode, an untrained adapter has an effect
+       (see `with_effect`).
     5. Training changes the policy, and does not change the reference.
 
     Args:
@@ -199,7 +209,8 @@ class StartupProof:
         self._check_head(policy, scored, own)
         self._check_causal(policy, scored, changed, batch)
         if layout_batch is not None and self.scorer.layout != "padded":
-            self._check_layout(policy, layout_batch)
+            with _with_effect(policy):
+                self._check_layout(policy, layout_batch)
         tokens = mask[:, 1:].sum(1).clamp(min=1).to(scored)
         if self.reference.is_live:
             first = self.reference.logps(policy, batch).double()
@@ -208,10 +219,14 @@ class StartupProof:
             if at_start and self.reference.kind != "given":
                 self.check_reference(policy, self.policy_logps(policy, batch), first, tokens)
         if self.is_quiet and is_training:
-            training = _in_training_mode(self.scorer, policy, batch, place)
+            with _with_effect(policy):
+                if isinstance(bare_model(policy), PeftModel):
+                    with evaluation_mode(policy):
+                        scored = self.scorer(policy, batch, layout=place).log_probs.double()
+                training = _in_training_mode(self.scorer, policy, batch, place)
             quiet = (
-                "dropout or noise that disable_dropout=True does not switch off. Set its rate to 0 in the model's "
-                "config, or set disable_dropout=False to train with it"
+                "dropout or noise that disable_dropout=True does not switch off. Set its rate to 0 in the config of "
+                "the model or the adapter, or set disable_dropout=False to train with it"
             )
             self._check_same(scored.sum(1), training.double().sum(1), tokens, "The policy in training mode", quiet)
 
@@ -329,11 +344,18 @@ class StartupProof:
         def scores(layout: Layout, batch: Batch) -> torch.Tensor:
             return self.scorer(policy, batch, layout=layout).log_probs.double()
 
+        if self.scorer.layout == "shared" and not shares_prompts(batch):
+            return  # such rows are padded
         with evaluation_mode(policy):
             if self.scorer.layout == "packed":
                 prove_packed(scores, batch, exact=self.is_exact)
             else:
                 prove_shared(scores, batch, exact=self.is_exact, dtype=dtype)
+
+
+def _with_effect(policy: Any) -> AbstractContextManager[None]:
+    """A context in which the policy's adapter has an effect, if it has one."""
+    return with_effect(bare_model(policy)) if isinstance(bare_model(policy), PeftModel) else nullcontext()
 
 
 def _leaves(output: torch.Tensor) -> set[int]:
@@ -465,14 +487,15 @@ def probe_rows(examples: Sequence[Mapping[str, Any]], longest: int, *, same_prom
     Args:
         examples: prepared rows.
         longest: maximum number of tokens of a prompt and of a completion.
-        same_prompt: whether all rows get the prompt of the first one.
+        same_prompt: whether all rows get the same prompt, the first that is not empty.
     """
     chosen = [examples[i % len(examples)] for i in range(4)]
+    prompt = next((row["prompt_ids"] for row in chosen if len(row["prompt_ids"])), [])
     # Rows of the same length would hide many errors
     lengths = [max(longest - 7 * i, 2) for i in range(4)]
     return [
         {
-            "prompt_ids": list((chosen[0] if same_prompt else row)["prompt_ids"])[-longest:],
+            "prompt_ids": list(prompt if same_prompt else row["prompt_ids"])[-longest:],
             "completion_ids": list(row["completion_ids"])[:length],
             "label": 1.0,
         }

@@ -153,6 +153,9 @@ class Scorer:
             reason = f"the forward of {type(inner).__name__} takes no {' and no '.join(missing)}"
         if isinstance(bare, PeftModel) and bare.active_peft_config.is_prompt_learning and self.layout != "padded":
             reason = "prompt-learning adapters put virtual tokens before the rows, which requires padded rows"
+        invocation = getattr(getattr(bare, "active_peft_config", None), "alora_invocation_tokens", None)
+        if invocation and self.layout != "padded":
+            reason = "an aLoRA adapter begins at the last invocation tokens of a sequence, which has to be one row"
         if reason:
             logger.warning(f"The layout is padded instead of {self.layout}: {reason}.")
             self.layout = "padded"
