@@ -445,6 +445,9 @@ def load_reference(
                     "so that the policy is another one, too. Load the base as it was, save it, and name its folder in "
                     "base_model_name_or_path of adapter_config.json."
                 )
+            now = str(bare_model(policy).dtype).removeprefix("torch.")
+            if settings.dtype not in (None, now):
+                remedy = f"The model was trained in {settings.dtype}, and is loaded in {now}: leave out dtype."
             raise ValueError(resized or f"{said} {remedy}")
     return found
 

@@ -132,6 +132,9 @@ def test_a_training_with_rounded_products_is_recognized_without(tiny_gpt2, tmp_p
     file.write_text(json.dumps(settings | {"rounds_float32": False}))
     with pytest.raises(ValueError, match="was trained against another reference"):
         Judge.from_pretrained(str(tmp_path / "model"))
+    file.write_text(json.dumps(settings | {"rounds_float32": False, "dtype": "bfloat16"}))
+    with pytest.raises(ValueError, match="trained in bfloat16, and is loaded in float32: leave out dtype"):
+        Judge.from_pretrained(str(tmp_path / "model"), dtype="float32")
 
 
 def test_half_precision_weights_give_rewards_in_float32(tiny_gpt2, tmp_path):
