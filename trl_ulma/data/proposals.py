@@ -167,7 +167,7 @@ _STARS = re.compile("([★⭐]+)([☆✩]*)")
 
 
 def on_one_scale(words: Sequence[str]) -> dict[str, int | float] | None:
-    """The numbers that words mean on one scale, such as 4/5 or ★★★☆☆, from the lowest. None if one means none.
+    """The numbers that words mean on one scale, such as 4/5 or ★★★☆☆, from the lowest. None for other words.
 
     Example:
         >>> on_one_scale(["5/5", "2/5"]), on_one_scale(["★★☆", "★☆☆"]), on_one_scale(["5/5", "2/10"])

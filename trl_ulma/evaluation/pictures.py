@@ -170,10 +170,10 @@ def _predicted(groups: Mapping[str, Sequence[Mapping[str, Any]]], models: Sequen
     for name, of in groups.items():
         each_label = (f"{shown(each['predicted'], '.2f')} for label {each['label']:.6g}" for each in of)
         told.append(f"{name}: {', '.join(each_label)}.")
-    each = "Predicted labels of rows with each label, beside the gray line of a perfect prediction"
-    caption = f"{each}: the closer a line is to it, the better."
+    shows = "Predicted labels of rows with each label, beside the gray line of a perfect prediction"
+    caption = f"{shows}: the closer a line is to it, the better."
     if any(model.get("is_base") for model in models):
-        caption = f"{each}: training helped where the model's line is closer to it than the line before training."
+        caption = f"{shows}: training helped where the model's line is closer to it than the line before training."
     if any((model.get("own_scale") or {}).get("knows_raters") for model in models):
         caption = f"{caption[:-1]}; all predictions include how strict the rater of a row is."
     return Drawing(
