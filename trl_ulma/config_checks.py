@@ -154,6 +154,11 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             args.padding_free and args.share_prompts,
             "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
         ),
+        (
+            args.length_column_name != "length",
+            f"length_column_name={args.length_column_name!r} is not used, because the trainer writes the number of "
+            "tokens of each row into the column 'length'. Leave it at 'length'.",
+        ),
     ]
 
 
@@ -237,13 +242,18 @@ def check_machine(args: Any) -> None:
 
 
 def check_batches(args: Any, rows: Any, size: int) -> None:
-    """Raise ValueError if `dataloader_drop_last` leaves no batch of the training rows.
+    """Raise ValueError if `dataloader_drop_last` leaves no batch of the training rows, or has no effect on them.
 
     Args:
-        rows: prepared rows. Streams are not checked.
+        rows: prepared rows.
         size: the number of rows of a batch over all processes.
     """
-    if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < size:
+    if args.dataloader_drop_last and not isinstance(rows, Dataset):
+        raise ValueError(
+            "dataloader_drop_last=True has no effect on a stream, of which the last batch is trained on, too. Set it "
+            "to False."
+        )
+    if args.dataloader_drop_last and len(rows) < size:
         raise ValueError(
             f"dataloader_drop_last=True leaves no rows of the train dataset: it has {len(rows)}, and a batch over all "
             f"processes has {size}. Set it to False, or lower the batch size."

@@ -1012,6 +1012,18 @@ def test_beta_may_be_changed_while_training(tiny_gpt2, tmp_path):
 # Nothing is left
 
 
+def test_the_last_batch_of_a_stream_cannot_be_dropped(tiny_gpt2, tmp_path):
+    stream = make_rows(5).to_iterable_dataset()
+    trainer = make_trainer(tiny_gpt2, stream, tmp_path, dataloader_drop_last=True, **STEPS)
+    with pytest.raises(ValueError, match="dataloader_drop_last=True has no effect on a stream"):
+        trainer.train()
+
+
+def test_the_column_of_lengths_is_the_trainers(tmp_path):
+    with pytest.raises(ValueError, match=r"length_column_name='tokens' is not used.*Leave it at 'length'"):
+        PointwiseDPOConfig(str(tmp_path), bf16=False, length_column_name="tokens")
+
+
 def test_a_last_batch_that_is_dropped_and_was_the_only_one(tiny_gpt2, tmp_path):
     settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
     trainer = make_trainer(tiny_gpt2, make_rows(3), tmp_path, **settings)
