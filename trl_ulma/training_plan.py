@@ -194,7 +194,7 @@ def make_plan(
     _check_kinds(args, train_dataset, eval_dataset)
     if not isinstance(model, str):
         _check_model(model, "model")
-        _check_layers(model)
+        _check_layers(model, has_peft=peft_config is not None)
     if ref_model is not None and not isinstance(ref_model, str):
         _check_model(ref_model, "ref_model")
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
@@ -379,14 +379,15 @@ def _check_architecture(config: Any, name: str) -> None:
         )
 
 
-def _check_layers(model: Any) -> None:
+def _check_layers(model: Any, *, has_peft: bool) -> None:
     """Raise ValueError if a model in memory would be saved without some of its weights, or under other names."""
     if hasattr(model, "_orig_mod"):
         raise ValueError(
             "model is compiled (torch.compile), so its weights would be saved under names that do not load. Pass the "
             "model itself, and set torch_compile=True."
         )
-    if not is_peft_model(model) and not getattr(model, "_hf_peft_config_loaded", False):
+    # With a peft_config, the new adapter is what is saved
+    if not (has_peft or is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False)):
         adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
         if adapted is not None:
             raise ValueError(

@@ -754,9 +754,9 @@ def test_a_run_from_yaml_with_lora_and_its_resumption(whole_runs):
     # The run evaluates at its last step. That is not repeated, and printed once.
     assert run.stdout.count("Evaluation at step 2 of 2: eval_loss") == 1
     assert f"The model is in {out}. {out}/README.md shows how to load it in Python.\n" in run.stdout
-    assert (
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{out}", dtype="float32")' in (out / "README.md").read_text()
-    )
+    card = (out / "README.md").read_text()
+    assert "model = AutoPeftModelForCausalLM.from_pretrained(" in card
+    assert 'dtype="float32"' in card
     assert "eval_loss" in json.loads((out / "eval_results.json").read_text())
     AutoPeftModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)
@@ -825,7 +825,7 @@ def test_point_wise_rows_from_a_csv_file(tmp_path, tiny_gpt2, capsys):
         "1",
     ]
     run_here(pointwise_dpo, *argv, "--ignore_bias_buffers")
-    assert f'model = AutoModelForCausalLM.from_pretrained("{out}")' in capsys.readouterr().out
+    assert f"The model is in {out}. {out}/README.md shows how to load it in Python.\n" in capsys.readouterr().out
     AutoModelForCausalLM.from_pretrained(out)
     assert not (out / "eval_results.json").exists()
 

@@ -241,7 +241,9 @@ def test_the_report_has_one_label_of_several_raters(tiny_gpt2, tmp_path, capsys)
     three = next(each for each in report["continuous"]["raw"]["histogram"] if each["low"] == 3)
     assert three["learned_low"] < three["learned_high"]
     assert report["raters"] == pytest.approx(rater_offsets(np.array(rows["label"][:]), RATERS))
-    assert "2, whose strictness is removed: Tom gives -" in " ".join(capsys.readouterr().out.split())
+    assert "2, whose strictness is removed. Compared with an average rater: Tom -" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_rows_that_name_the_other_type_are_taken_as_they_are(tiny_gpt2, tmp_path):

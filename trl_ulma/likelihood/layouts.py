@@ -125,7 +125,7 @@ def _why_places_count(config: Any) -> str | None:
     A short batch does not show it.
     """
     text = config.get_text_config()
-    if text.model_type in _TABLES_OF_PLACES:
+    if getattr(text, "model_type", "") in _TABLES_OF_PLACES:
         return f"a {text.model_type} model has tables by the place in the sequence, which packed sequences can exceed"
     return None
 
