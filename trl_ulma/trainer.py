@@ -57,7 +57,7 @@ from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
 from trl_ulma.likelihood.precomputed import cache_key, has_ref_logps, with_ref_logps
-from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable
+from trl_ulma.likelihood.proof import StartupProof, check_optimizer, check_trainable, check_weights_stay
 from trl_ulma.likelihood.reference import (
     ADAPTER,
     COARSE_TOLERANCE,
@@ -79,7 +79,7 @@ from trl_ulma.rows.dataset_labels import labels_before, show_report
 from trl_ulma.rows.filler import FilledRows, filled, is_real, mark_real
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.rendering import tokenizer_of
-from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler
+from trl_ulma.rows.sampler import GroupSampler, LengthSampler, PromptSampler, warn_of_repeats
 from trl_ulma.saved import SETTINGS_FILE, SavedSettings, identity_in, policy_logps_in
 from trl_ulma.saved_names import (
     refuse_lost_weights,
@@ -275,6 +275,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         self._refuse_lost_weights(args.output_dir)
         if args.disable_dropout:
             switch_off_noise(self.model)
+        check_weights_stay(self.model)
         self._check_trainable()
         if optimizers[0] is not None:
             check_optimizer(self.model, optimizers[0])
@@ -534,8 +535,9 @@ class PointwiseDPOTrainer(DPOTrainer):
                 rows, description, batch_size, self._made_train_sampler, is_training, dataloader_key
             )
         rebalances = is_training and self.args.train_sampling_strategy == "batch_rebalance"
-        if rebalances and not is_stream:
-            self._warn_of_repeats(len(dataset), batch_size)
+        if rebalances and not is_stream and not self.args.dataloader_drop_last:
+            steps = self.args.gradient_accumulation_steps
+            warn_of_repeats(len(dataset), self._rows_of_all(batch_size) * steps, self.accelerator.num_processes * steps)
         if self.accelerator.num_processes > 1 and (is_stream or not (self.args.dataloader_drop_last or rebalances)):
             size = self._rows_of_all(batch_size)
             rows = dataset if is_stream else self._remove_unused_columns(dataset, description=description)
@@ -545,18 +547,6 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._train_sampler = sampler_fn(dataset)
             sampler_fn = self._made_train_sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-
-    def _warn_of_repeats(self, rows: int, batch_size: int) -> None:
-        """Warn if the sampler "batch_rebalance" fills the last step of an epoch, so that each micro-batch has a row."""
-        steps = self.args.gradient_accumulation_steps
-        left, groups = rows % (self._rows_of_all(batch_size) * steps), self.accelerator.num_processes * steps
-        if 0 < left < groups and not self.args.dataloader_drop_last:
-            count = f"{groups - left} rows" if groups - left > 1 else "1 row"
-            logger.warning(
-                f"train_sampling_strategy='batch_rebalance' fills the last step of an epoch, which has {left} of "
-                f"{groups} rows, with {count} of earlier steps, which then count twice. Set dataloader_drop_last=True "
-                "to leave this step out."
-            )
 
     def _made_train_sampler(self, train_dataset: Any) -> Any:
         return self._train_sampler

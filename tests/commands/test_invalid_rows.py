@@ -63,7 +63,7 @@ def test_check_lists_all_invalid_rows_or_leaves_them_out(tiny_gpt2, file, capsys
     assert "Ready." in shown
     assert "invalid." not in shown
     assert "Labels of the train dataset: 2 rows" in shown
-    assert "left out" not in shown  # which is said once, with the lines
+    assert "left out" not in shown  # a warning says it, with the lines
     assert f"label is missing (1 row: {file}, line 2)" in caplog.text
     monkeypatch.setenv(VERBOSE, "1")
     assert check.main([*command, "--invalid_rows", "drop"]) == 0

@@ -331,7 +331,7 @@ def test_rows_that_count_twice_are_told(tiny_llama, tmp_path, caplog, rows, sett
     trainer.training_step = counted
     trainer.train()
     assert len(seen) - len(set(seen)) == repeats
-    assert ("with 1 row of earlier steps, which then count twice" in caplog.text) == bool(repeats)
+    assert ("adds 1 row of earlier steps, counted twice" in caplog.text) == bool(repeats)
 
 
 def smaller(folder: str, **sizes):

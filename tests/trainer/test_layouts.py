@@ -6,8 +6,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, TaskType
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
@@ -241,3 +242,21 @@ def test_the_head_scores_completion_tokens_only(tiny_gpt2, tmp_path):
     tokens = sum(len(ids) for ids in trainer.train_dataset["completion_ids"])
     assert [shape[-2] for shape in seen] == [tokens]
     assert head.forward is spy
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["packed", "shared"])
+def test_an_adapter_that_goes_by_the_place_in_the_sequence_is_found_before_it_has_an_effect(
+    tiny_llama, tmp_path, layout
+):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    matrices = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
+    for module in matrices:
+        module.register_forward_hook(lambda module, given, output: output * torch.arange(output.size(-2))[:, None])
+    settings = {"max_steps": 1, "processing_class": AutoTokenizer.from_pretrained(tiny_llama)}
+    make_trainer(model, several_answers(), tmp_path, learning_rate=0.0, **settings).train()
+    with pytest.raises(ValueError, match=r"=True is not exact with this model"):
+        make_trainer(model, several_answers(), tmp_path, **settings, **layout).train()
+    assert matrices
+    assert not any(module.weight.any() for module in matrices)  # which are zeros again

@@ -37,8 +37,8 @@ _NO_LABELS = frozenset(
         "max", "min", "std", "sd", "variance", "suggestion", "suggestions",
     )
 )  # fmt: skip
-# Whole names of columns that are no labels; model_score can be one
-_FACTS = frozenset(
+# Whole names of such columns; model_score can be a label
+_NO_LABEL_NAMES = frozenset(
     (
         "lang", "language", "locale", "temperature", "top_p", "top_k", "seed", "split", "topic", "category", "subject",
         "title", "url", "domain", "tag", "tags", "license", "model", "model_name", "source", "name", "user_name",
@@ -117,107 +117,6 @@ def _may_be(name: str, values: Sequence[Any]) -> bool:
     if all(str(value).strip().lower() in VERDICTS for value in values):
         return False
     return any(isinstance(value, str) or (isinstance(value, list) and is_messages(value)) for value in values)
-
-
-# Common words for good and bad labels
-_GOOD = frozenset(
-    (
-        "up", "yes", "good", "like", "liked", "positive", "pos", "true", "correct",
-        "right", "chosen", "accept", "accepted", "win", "helpful", "safe", "desirable", "satisfied", "y", "t", "+",
-        "👍", "ja", "pass", "passed", "approve", "approved",
-        "oui", "sí", "wahr", "vrai", "verdadero", "thumbs up", "thumb up", "thumbsup", "+1", "upvote", "upvoted",
-    )
-)  # fmt: skip
-_BAD = frozenset(
-    (
-        "down", "no", "bad", "dislike", "disliked", "negative", "neg", "false",
-        "incorrect", "wrong", "reject", "rejected", "lose", "harmful", "unsafe", "undesirable", "dissatisfied", "n",
-        "f", "-", "👎", "nein", "non", "falsch", "faux", "falso", "thumbs down", "thumb down", "thumbsdown", "-1",
-        "downvote", "downvoted", "fail", "failed", "disapprove", "disapproved",
-    )
-)  # fmt: skip
-
-
-def label_map_for(words: Sequence[str]) -> str:
-    """The value to suggest for `--label_map`, with numbers for known words, quoted for the shell.
-
-    Example:
-        >>> label_map_for(["thumbs_down", "👍🏽"]), label_map_for(["very good", "poor"])
-        ('thumbs_down=0,👍🏽=1', '"very good=NUMBER,poor=NUMBER"')
-    """
-    # A value of an option must not begin with a dash
-    numbers = {word: known_number(word) for word in sorted(words[:10], key=lambda word: word.startswith("-"))}
-    return quoted(",".join(f"{word}={'NUMBER' if number is None else number}" for word, number in numbers.items()))
-
-
-def known_number(word: str) -> int | None:
-    """1 for a common word for a good label, 0 for one for a bad label, and None for other words.
-
-    Example:
-        >>> known_number("thumbs_up"), known_number("No"), known_number("fair")
-        (1, 0, None)
-    """
-    plain = _plain(word)
-    return 1 if plain in _GOOD else 0 if plain in _BAD else None
-
-
-# A number on a scale as text, such as 4/5, and as stars, of which empty ones can follow
-_FRACTION = re.compile(r"(\d+(?:[.,]\d+)?)\s*(?:/|out of|of|von|sur|de)\s*(\d+)(?:\s*\w+)?", re.IGNORECASE)
-_STARS = re.compile("([★⭐]+)([☆✩]*)")
-
-
-def on_one_scale(words: Sequence[str]) -> dict[str, int | float] | None:
-    """The numbers that words mean on one scale, such as 4/5 or ★★★☆☆, from the lowest. None for other words.
-
-    Example:
-        >>> on_one_scale(["5/5", "2/5"]), on_one_scale(["★★☆", "★☆☆"]), on_one_scale(["5/5", "2/10"])
-        ({'2/5': 2, '5/5': 5}, {'★☆☆': 1, '★★☆': 2}, None)
-    """
-    found: dict[str, int | float] = {}
-    scales = set()
-    for word in words:
-        plain = word.strip().replace("\N{VARIATION SELECTOR-16}", "")
-        if fraction := _FRACTION.fullmatch(plain):
-            value = float(fraction[1].replace(",", "."))
-            found[word] = int(value) if value.is_integer() else value
-            scales.add(int(fraction[2]))
-        elif stars := _STARS.fullmatch(plain):
-            found[word] = len(stars[1])
-            scales.add(len(plain) if stars[2] else None)
-        else:
-            return None
-    wholes = scales - {None}
-    most = max(found.values(), default=0)
-    if len(wholes) > 1 or any(most > whole for whole in wholes):
-        return None
-    return dict(sorted(found.items(), key=lambda each: each[1]))
-
-
-# Those that only say whether what the name of the column says is true
-_ANSWERS = frozenset(
-    (
-        "yes", "no", "true", "false", "y", "n", "t", "f", "ja", "nein", "oui", "non", "sí", "wahr", "falsch", "vrai",
-        "faux", "verdadero", "falso", "positive", "negative", "pos", "neg",
-    )
-)  # fmt: skip
-
-
-def says_yes(word: str) -> bool:
-    """Whether a label is an answer such as yes or no, so that the name of its column says which one is good.
-
-    Example:
-        >>> says_yes("No"), says_yes("unsafe")
-        (True, False)
-    """
-    return _plain(word) in _ANSWERS
-
-
-def _plain(word: str) -> str:
-    """A label without skin tones, colons of emoji names, and the case."""
-    word = re.sub("[\N{VARIATION SELECTOR-16}\U0001f3fb-\U0001f3ff]", "", word.strip().lower())
-    if word.startswith(":") and word.endswith(":"):
-        word = word[1:-1]
-    return re.sub(r"(?<=\w)[_-](?=\w)", " ", word)
 
 
 def quoted(text: str) -> str:
@@ -344,7 +243,7 @@ def as_family(
     if find(families[0]).rated and (unused := find(families[0]).unused(names)):
         labels = [name for name in unused if _may_be("label", columns[name])]
         labels = [name for name in labels if not (_NO_LABELS - _COUNTS).intersection(words_of(name))]
-        labels = [name for name in labels if "_".join(words_of(name)) not in _FACTS]
+        labels = [name for name in labels if "_".join(words_of(name)) not in _NO_LABEL_NAMES]
         option = as_option({**given, "label": labels[0] if len(labels) == 1 else "COLUMN"})
         start = f"If a column says how good answers are, name it: --columns {option}. If not, it"
         if len(labels) == 1:

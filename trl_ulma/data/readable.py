@@ -8,6 +8,7 @@ from typing import Any
 from trl_ulma.data.columns import CONVERSATIONS, LIST, READ, TEXTS, number, parsed_list
 from trl_ulma.data.csv_rows import DELIMITERS
 from trl_ulma.data.directions import words_of
+from trl_ulma.data.label_words import label_map_for
 from trl_ulma.data.proposals import (
     CALLED,
     VERDICTS,
@@ -16,7 +17,6 @@ from trl_ulma.data.proposals import (
     as_rated,
     families_of,
     is_lost,
-    label_map_for,
     listed,
     proposal,
     proposed,

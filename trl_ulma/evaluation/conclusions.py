@@ -133,15 +133,16 @@ def what_next(facts: Mapping[str, Any]) -> str:
             continue
         name, first = ("the model", "The model") if are_alone(models) else (model["name"], model["name"])
         rows = "held-out rows" if model.get("trained_on") == 0 else "rows here"
-        learned = f"its reward tells good from bad in {own:.0%} of {{}}, and in {new.value:.0%} of the {rows}"
+        among_new = f"and in {new.value:.0%} of the {rows}"
         if own >= _KNOWS:
             return (
                 f"{said}rate answers to more prompts, for training and evaluation: {prompts}. More epochs are no "
-                f"remedy, because {name} has learned the training rows: {learned.format('them')}."
+                f"remedy, because {name} has learned the training rows: its reward tells good from bad in {own:.0%} of "
+                f"them, {among_new}."
             )
         return (
             f"{said}train for more epochs, or with 3 times the learning rate. {first} has learned little: "
-            f"{learned.format('the training rows')}."
+            f"its reward tells good from bad in {own:.0%} of the training rows, {among_new}."
         )
     return (
         f"{said}rate answers to more prompts: {prompts}. If a figure stays near chance, train for more epochs or with "

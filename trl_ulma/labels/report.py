@@ -426,11 +426,11 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def counted(count: int, noun: str) -> str:
-    """A number and its noun.
+def counted(count: float, noun: str) -> str:
+    """A number and its noun, which is in the plural unless the number is 1.
 
     Example:
-        >>> counted(1, "row"), counted(1200, "row")
-        ('1 row', '1,200 rows')
+        >>> counted(1, "row"), counted(1200, "row"), counted(1.5, "epoch")
+        ('1 row', '1,200 rows', '1.5 epochs')
     """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,.12g} {noun}{'' if count == 1 else 's'}"

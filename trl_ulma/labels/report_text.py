@@ -79,7 +79,7 @@ def render_report(
     class_weights = report.get("binary", {}).get("class_weights")
     if class_weights:
         facts["balanced with"] = ", ".join(spelling(f"{key}={value:g}") for key, value in class_weights.items())
-    if report.get("left_out"):
+    if in_detail and report.get("left_out"):  # a warning says it, too, with the lines of the rows
         facts["left out"] = "; ".join(
             f"{reason} ({counted(count, 'row')})" for reason, count in report["left_out"].items()
         )

@@ -60,13 +60,14 @@ def switch_off_noise(model: nn.Module) -> None:
     """
     quiet: dict[int, PretrainedConfig] = {}
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) or "Dropout" in type(module).__name__:
+        is_named_so = "Dropout" in type(module).__name__ and isinstance(vars(module).get("p"), float)
+        if isinstance(module, nn.modules.dropout._DropoutNd) or is_named_so:
             module.p = 0.0  # type: ignore[assignment]
         for name in _rates(module):
             setattr(module, name, 0.0)
-        for name, rates in vars(module).items():
-            if "drop" in name.lower() and isinstance(rates, dict):
-                rates.update({key: 0.0 for key, rate in rates.items() if isinstance(rate, float)})
+        for name, of_adapters in vars(module).items():
+            if "drop" in name.lower() and isinstance(of_adapters, dict):
+                of_adapters.update({key: 0.0 for key, rate in of_adapters.items() if isinstance(rate, float)})
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig) and _reads(module, rates := _rates(config)):
             # A copy, because the config is saved with the model
@@ -82,7 +83,7 @@ def with_effect(model: nn.Module) -> Iterator[None]:
 
     Many adapters begin with a matrix of zeros, which hides whatever else is wrong with them, such as dropout of their
     own. Trainable parameters that are 0 get small random numbers meanwhile, which are the same in all processes.
-    Parameters of a sharded model (FSDP, ZeRO-3) are not changed.
+    Parameters that FSDP2 or ZeRO-3 shard are not changed.
 
     Example:
         >>> layer = nn.Linear(2, 1)

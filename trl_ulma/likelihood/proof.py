@@ -44,8 +44,7 @@ LONGEST = 24
 
 
 def check_trainable(model: Any, reference: str) -> None:
-    """Raise ValueError if no parameter is trainable, if training would also change the reference, or if evaluations
-    would change weights.
+    """Raise ValueError if no parameter is trainable, or if training would also change the reference.
 
     Args:
         reference: the kind of the reference if it runs during training, see `ReferenceIdentity`. Otherwise "none".
@@ -57,12 +56,6 @@ def check_trainable(model: Any, reference: str) -> None:
             else "Set requires_grad=True on the parameters to train, or pass a peft_config"
         )
         raise ValueError(f"The model has no trainable parameters, so training would not change it. {remedy}.")
-    config: Any = getattr(without_adapter(model), "config", None)
-    if getattr(config, "model_type", "") == "rwkv" and 0 < config.rescale_every < config.num_hidden_layers:
-        raise ValueError(
-            f"RWKV with rescale_every={config.rescale_every} changes its weights in evaluation mode, so wrong ones "
-            "would be saved. Load it with rescale_every=0, which computes the same."
-        )
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     offloaded = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta and len(places) > 1]
     if offloaded:
@@ -85,6 +78,16 @@ def check_trainable(model: Any, reference: str) -> None:
         raise ValueError(
             f"PEFT supports one adapter with bias={bias!r} per model, so the reference cannot be a copy of it. Set "
             "precompute_ref_log_probs=True, pass a ref_model, or use bias='none'."
+        )
+
+
+def check_weights_stay(model: Any) -> None:
+    """Raise ValueError if a forward pass in evaluation mode would change the weights of a model."""
+    config: Any = getattr(without_adapter(model), "config", None)
+    if getattr(config, "model_type", "") == "rwkv" and 0 < config.rescale_every < config.num_hidden_layers:
+        raise ValueError(
+            f"RWKV with rescale_every={config.rescale_every} changes its weights in evaluation mode, so wrong ones "
+            "would be saved. Load it with rescale_every=0, which computes the same."
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from trl_ulma.labels.report import counted
 from trl_ulma.main_process import get_logger
 
 logger = get_logger(__name__)
@@ -173,3 +174,20 @@ class LengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         self._grouped.generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return iter(self._grouped)
+
+
+def warn_of_repeats(rows: int, of_step: int, micro_batches: int) -> None:
+    """Warn if transformers' sampler "batch_rebalance" repeats rows, so that no micro-batch of the last step is empty.
+
+    Args:
+        rows: the number of rows of an epoch.
+        of_step: the number of rows of a step over all processes.
+        micro_batches: the number of micro-batches of a step over all processes.
+    """
+    left = rows % of_step
+    if 0 < left < micro_batches:
+        logger.warning(
+            f"The last step of an epoch has {counted(left, 'row')} for {micro_batches} micro-batches. So that none is "
+            f"empty, train_sampling_strategy='batch_rebalance' adds {counted(micro_batches - left, 'row')} of earlier "
+            "steps, counted twice. Set dataloader_drop_last=True to leave this step out."
+        )

@@ -196,8 +196,6 @@ def check(
     if hasattr(rows, "__len__"):
         report = report_labels(rows, training_args, start.raw_labels, start.rules.transform, start.raw_rows)
         outliers = report["outliers"]
-        if not is_verbose():
-            report["left_out"] = {}  # which a notice says with the lines of the rows
         report["warnings"] = [warning for warning in report["warnings"] if warning not in outliers]
         text = render_report(
             report,
@@ -301,27 +299,29 @@ def rows_shown(start: Any, args: Any, *, in_color: bool) -> Iterator[tuple[str, 
 
 def steps_in_words(start: Any, args: Any, processes: int) -> str:
     """A sentence on the number of steps, the rows per step, and when evaluations and checkpoints happen."""
+    from trl_ulma.labels.report import counted
+
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     rows = start.train_dataset
     steps = args.max_steps
-    parts = [f"{count(args.per_device_train_batch_size, 'row')} per micro-batch"]
+    parts = [f"{counted(args.per_device_train_batch_size, 'row')} per micro-batch"]
     if args.gradient_accumulation_steps > 1:
         parts.append(f"{args.gradient_accumulation_steps} micro-batches")
     if processes > 1:
         parts.append(f"{processes} processes")
-    said = f"Each step takes {count(batch, 'row')}" + (f": {' × '.join(parts)}. " if len(parts) > 1 else ". ")
+    said = f"Each step takes {counted(batch, 'row')}" + (f": {' × '.join(parts)}. " if len(parts) > 1 else ". ")
     if hasattr(rows, "__len__"):
         micro = len(rows) / (args.per_device_train_batch_size * processes)
         micro = math.floor(micro) if args.dataloader_drop_last else math.ceil(micro)
         an_epoch = max(math.ceil(micro / args.gradient_accumulation_steps), 1)
         if steps <= 0:
             steps = math.ceil(an_epoch * args.num_train_epochs)
-        said += f"{count(len(rows), 'row')} make {count(an_epoch, 'step')} per epoch; "
-    said += f"{count(steps, 'step')} in total"
+        said += f"{counted(len(rows), 'row')} make {counted(an_epoch, 'step')} per epoch; "
+    said += f"{counted(steps, 'step')} in total"
     if args.max_steps <= 0:
-        said += f" ({count(args.num_train_epochs, 'epoch')})"
+        said += f" ({counted(args.num_train_epochs, 'epoch')})"
     warmup = args.get_warmup_steps(steps)
-    said += f", including {count(warmup, 'warmup step')}." if warmup else "."
+    said += f", including {counted(warmup, 'warmup step')}." if warmup else "."
     for what, strategy, every in (
         ("Evaluation", args.eval_strategy, args.eval_steps),
         ("A checkpoint", args.save_strategy, args.save_steps),
@@ -330,26 +330,17 @@ def steps_in_words(start: Any, args: Any, processes: int) -> str:
             every = max(math.ceil(every * steps), 1) if every < 1 else int(every)
             if every > steps:
                 continue
-            said += f" {what} every {count(every, 'step')}." if every > 1 else f" {what} after each step."
+            said += f" {what} every {counted(every, 'step')}." if every > 1 else f" {what} after each step."
         elif strategy == "epoch":
             said += f" {what} after each epoch."
     return said
-
-
-def count(number: float, noun: str) -> str:
-    """A number and its noun, which is in the plural unless the number is 1.
-
-    Example:
-        >>> count(1, "step"), count(1200, "row"), count(1.5, "epoch")
-        ('1 step', '1,200 rows', '1.5 epochs')
-    """
-    return f"{number:,.12g} {noun}{'' if number == 1 else 's'}"
 
 
 def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) -> str:
     """A sentence on the estimated memory and the memory of this machine."""
     import torch
 
+    from trl_ulma.labels.report import counted
     from trl_ulma.scripts.memory import estimate_memory
 
     model = empty_model(model_args, args)
@@ -379,7 +370,9 @@ def memory_in_words(start: Any, args: Any, model_args: Any, peft_config: Any) ->
         there, where = psutil.virtual_memory().total, "This machine"
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size)
     fits = total < 0.9 * there
-    said = f"The longest row has {count(longest, 'token')}. Training needs about {_gib(total)} of memory on each device"
+    said = (
+        f"The longest row has {counted(longest, 'token')}. Training needs about {_gib(total)} of memory on each device"
+    )
     said += f"{'' if fits and not is_verbose() else f': {parts}'}. {where} has {_gib(there)}."
     return said if fits else f"{said} That does not fit: try --use_peft, also with --load_in_4bit, or a smaller batch."
 

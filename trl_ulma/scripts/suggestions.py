@@ -30,8 +30,6 @@ _ONLY_ULMA = {option.name for options in GROUPS.values() for option in options i
 # Options that say what labels mean
 _LABELS = ("--label_type", "--label_transform", "--preset", "--sft_threshold")
 _CONTINUOUS = ("--label_type", "continuous")
-# With more different labels as text, no map of them is suggested
-_MOST_WORDS = 20
 # Words in names of columns that can mark demonstrations, and the values of such a column
 _DEMONSTRATIONS = frozenset(("gold", "golden", "demonstration", "demo", "expert", "reference", "human", "curated"))
 _FLAGS = frozenset(("true", "false", "1", "0", "1.0", "0.0", ""))
@@ -78,6 +76,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
         OSError: if there is no such dataset, or the Hub cannot be reached.
     """
     from trl_ulma.data.columns import unsaid
+    from trl_ulma.data.label_words import scale_of
     from trl_ulma.data.proposals import as_rated, as_value, families_of, proposed, unread_labels
 
     parser = CommandParser(add_help=False)
@@ -101,7 +100,7 @@ def suggest(words: Sequence[str]) -> list[Suggestion]:
         return []
     settings: list[Suggestion] = []
     if not pairs:
-        if scale := {} if args.label_map else _scale(rows["label"]):
+        if scale := {} if args.label_map else scale_of(rows["label"]):
             label_map = ",".join(f"{word}={number:g}" for word, number in scale.items())
             settings.append(Suggestion(("--label_map", label_map), "labels are numbers of a scale as text"))
             rows["label"] = [scale.get(value, value) if isinstance(value, str) else value for value in rows["label"]]
@@ -261,25 +260,6 @@ def _rater_column(rows: Mapping[str, Sequence[Any]]) -> str | None:
     return next((name for name, values in named.items() if raters_in_words(label, {name: values})), None)
 
 
-def _scale(labels: Sequence[Any]) -> dict[str, int | float]:
-    """The numbers of labels that are a scale as text, such as 4/5. {} if most are something else.
-
-    Example:
-        >>> _scale(["4/5", "2/5", None, "n/a"]), _scale(["4/5", "good"])
-        ({'2/5': 2, '4/5': 4}, {})
-    """
-    from trl_ulma.data.proposals import on_one_scale
-    from trl_ulma.data.readable import are_missing
-
-    there = [value for value in labels if value is not None]
-    words = [word for word, is_none in zip(there, are_missing(there), strict=True) if not is_none]
-    if not words or not all(isinstance(word, str) for word in words):
-        return {}
-    scale = on_one_scale(list(dict.fromkeys(words))) or {}
-    is_short = len(scale) <= _MOST_WORDS and not any({",", "="} & {*word} for word in scale)
-    return scale if is_short else {}
-
-
 def _of_labels(
     rows: Mapping[str, Sequence[Any]], columns: str | None, label_map: str | None, rater: str | None
 ) -> list[Suggestion]:
@@ -287,8 +267,8 @@ def _of_labels(
     import numpy as np
 
     from trl_ulma.data.directions import reversing
+    from trl_ulma.data.label_words import known_number, says_yes
     from trl_ulma.data.names import Names
-    from trl_ulma.data.proposals import known_number, says_yes
     from trl_ulma.data.readable import are_missing
     from trl_ulma.labels.outliers import outliers, tail_share
 
