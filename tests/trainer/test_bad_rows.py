@@ -180,6 +180,11 @@ LABELS = {
         "above 0: set sft_mask=False, or drop the row.",
     ),
     "negative weight": (two(weight=(1.0, -0.5)), f"{AT}: weight is -0.5; it must be 0 or above."),
+    "tiny weight": (
+        two(weight=(1.0, 1e-300)),
+        f"{AT}: weight is 1e-300, which float32 rounds to 0. Write 0 if the row is not to count, or scale all weights "
+        "up.",
+    ),
     "NaN weight": (
         two(weight=(1.0, float("nan"))),
         f"{AT}: weight is nan; it must be finite, and within ±3.4e38, the range of float32.",

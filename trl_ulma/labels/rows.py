@@ -292,8 +292,15 @@ def _read_label(columns: Mapping[str, Sequence[Any]], i: int, rules: LabelRules)
     for name in ("log_z", "weight"):
         if name in columns:
             values[name] = _number(columns[name][i], name)
-    if values.get("weight", 0) < 0:
-        raise InvalidRow(f"is {values['weight']}; it must be 0 or above.", "weight below 0", "weight")
+    weight = values.get("weight", 0)
+    if weight < 0:
+        raise InvalidRow(f"is {weight}; it must be 0 or above.", "weight below 0", "weight")
+    if weight > 0 and np.float32(weight) == 0:
+        raise InvalidRow(
+            f"is {weight}, which float32 rounds to 0. Write 0 if the row is not to count, or scale all weights up.",
+            "weight that float32 rounds to 0",
+            "weight",
+        )
     return values
 
 
