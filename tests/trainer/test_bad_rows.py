@@ -969,6 +969,12 @@ def test_classes_in_an_unknown_order_are_refused(tokenizer, names, message):
         prepare(tokenizer, rows)
 
 
+def test_weights_that_are_classes_are_refused(tokenizer):
+    rows = Dataset.from_list([GOOD | {"weight": 0}, GOOD | {"weight": 1}])
+    with pytest.raises(ValueError, match=r"The train dataset has classes in the column weight, .* Convert the column"):
+        prepare(tokenizer, rows.cast_column("weight", ClassLabel(names=["1", "5"])))
+
+
 def test_a_row_of_100_000_tokens_is_cut_and_counted(tokenizer, caplog):
     rows = [GOOD | {"completion": " a" * 100_000}, GOOD | {"label": 0}]
     assert [row["length"] for row in prepare(tokenizer, rows)] == [100_003, 9]

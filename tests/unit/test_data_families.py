@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset
 from family_samples import SAMPLES
 
 from trl_ulma.data.adapters import FAMILIES, SAME, LeftOut, Noted, find
@@ -494,6 +494,16 @@ def test_pairs_of_stack_exchange():
 
 
 # Files of text
+
+
+def test_classes_go_by_their_names():
+    """A label "good" of the classes good and bad was 0, its number."""
+    rows = Dataset.from_dict({"prompt": ["Hi"], "completion": ["Go."], "label": [0]})
+    with pytest.raises(ValueError, match="The dataset has labels of the classes good, bad"):
+        convert("kto", rows.cast_column("label", ClassLabel(names=["good", "bad"])))
+    rows = rows.cast_column("label", ClassLabel(names=["1", "0"]))
+    for raw in (rows, rows.to_iterable_dataset()):
+        assert convert("kto", raw)[0]["label"][:] == [1]
 
 
 def test_numbers_of_a_csv_file(tmp_path, monkeypatch):

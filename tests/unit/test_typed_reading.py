@@ -1159,6 +1159,39 @@ def test_classes_in_parquet_files_go_by_their_names(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_classes_of_other_columns_go_by_their_names(tmp_path, streaming):
+    """A weight of 5 was read as 1, the number of its class."""
+    columns = {"label": [1, 1], "weight": [1, 5], "sft_mask": [True, False], "label_type": ["binary", "continuous"]}
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["x", "y"], **columns})
+    for column in columns:
+        rows = rows.class_encode_column(column) if column != "label" else rows
+    rows.to_parquet(tmp_path / "rows.parquet")
+    [one, other] = read(tmp_path / "rows.parquet", streaming=streaming)
+    assert (one["weight"], one["sft_mask"], one["label_type"]) == (1, True, "binary")
+    assert (other["weight"], other["sft_mask"], other["label_type"]) == (5, False, "continuous")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("more", [{}, {"note": ["new"]}])
+def test_each_parquet_file_has_its_own_classes(tmp_path, streaming, more):
+    """The second file was read with the classes of the first, or, with another column, as the numbers of classes."""
+    for name, order, columns in (("a", ["5", "1"], {}), ("b", ["1", "5"], more)):
+        rows = Dataset.from_dict({"prompt": [name], "label": [0], **columns})
+        rows.cast_column("label", ClassLabel(names=order)).to_parquet(tmp_path / f"{name}.parquet")
+    assert [row["label"] for row in read(tmp_path, streaming=streaming)] == [5, 1]
+    assert [row["label"] for row in read(tmp_path, streaming=streaming, label_map="5=1,1=-1")] == [1, -1]
+
+
+def test_each_parquet_file_with_an_unknown_order_of_classes_is_named(tmp_path):
+    for name, order in (("a", ["bad", "good"]), ("b", ["good", "bad"])):
+        rows = Dataset.from_dict({"prompt": [name], "label": [0]})
+        rows.cast_column("label", ClassLabel(names=order)).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has labels of the classes good, bad, and their numbers do not"):
+        read(tmp_path)
+    assert read(tmp_path, label_map="good=1,bad=0")["label"][:] == [0, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
 def test_an_empty_label_is_missing_also_with_a_label_map(tmp_path, name, streaming):
     rows = [row(label) for label in ("up", "", " ", "down")]

@@ -209,6 +209,16 @@ def class_labels(names: Sequence[str]) -> list[float]:
     )
 
 
+def class_of(number: Any, classes: Sequence[Any]) -> Any:
+    """The class of a number in a column of the type `datasets.ClassLabel`. A number below 0 is no class.
+
+    Example:
+        >>> class_of(1, ["bad", "good"]), class_of(-1, ["bad", "good"])
+        ('good', None)
+    """
+    return None if number is None or number < 0 else classes[number]
+
+
 class Truths:
     """Finds thumbs among ratings, if the rows have no `label_type`: labels true and false, which count as 1 and 0, and
     files with only 0 and 1 beside files with ratings.

@@ -11,6 +11,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from trl_ulma.data.adapters import FAMILIES, OFF_SCALE, OUTSIDE, Adapter, LeftOut, Noted, find, is_number
 from trl_ulma.data.columns import OTHERS
 from trl_ulma.data.directions import direction
+from trl_ulma.data.known_types import without_classes
+from trl_ulma.data.names import Names
 from trl_ulma.data.proposals import proposed, rating_of
 from trl_ulma.data.readable import whole_file
 from trl_ulma.data.tables import Kind, feature_of, joined, kind_of
@@ -98,7 +100,7 @@ def convert(
         (-3.0, 1, 1)
     """
     adapter, account = find(family), Account()
-    stream = iter(rows)
+    stream = iter(without_classes(rows, Names(), "The dataset"))
     first = next(stream, None)
     if first is None:
         raise ValueError("The dataset contains no rows. Pass at least one row.")

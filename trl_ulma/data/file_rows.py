@@ -1,6 +1,7 @@
 """Reads the rows of CSV, JSON and Parquet files one by one, with the values that trainers read."""
 
 import difflib
+import json
 import os
 import re
 import zlib
@@ -16,7 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_ulma.data.columns import DELIMITERS, NUMBERS, READ, TEXTS, THOUSAND_COMMA, Shown, Truths, number
+from trl_ulma.data.columns import (
+    DELIMITERS,
+    NUMBERS,
+    READ,
+    TEXTS,
+    THOUSAND_COMMA,
+    Shown,
+    Truths,
+    class_labels,
+    class_of,
+    number,
+)
 from trl_ulma.data.csv_rows import csv_rows, delimiter_of
 from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.names import Names, read_row, unknown_label, unknown_labels
@@ -266,7 +278,7 @@ class FileRows:
                 self._delimiter = delimiter_of(file, known)
                 rows = csv_rows(file, known, lambda what: self._notice(_with_sheet_row(what, str(file))))
             else:
-                rows = self._with_all_names(json_rows(file)) if kind == "json" else _parquet_rows(file)
+                rows = self._with_all_names(json_rows(file)) if kind == "json" else _parquet_rows(file, self.names)
             for line, row in rows:
                 if isinstance(row, Unread):
                     self.unread.append((str(file), line, row))
@@ -319,13 +331,26 @@ class FileRows:
         return place if len(self.files) == 1 else f"{file}, {place}"
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(file: Path, names: Names) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     with pq.ParquetFile(file) as table:
+        classes = classes_in(table.schema_arrow)
+        label = names.columns.get("label", "label")
+        if label in classes and not names.label_map:
+            classes[label] = class_labels(classes[label])
         for batch in table.iter_batches(_BATCH):
             for row in batch.to_pylist():
-                yield number, row
+                yield number, row | {name: class_of(row[name], known) for name, known in classes.items()}
                 number += 1
+
+
+def classes_in(schema: pa.Schema) -> dict[str, Sequence[Any]]:
+    """The names of the classes of columns of numbers, which `datasets` writes beside the types of a Parquet file."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: about["names"] for name, about in features.items() if about.get("_type") == "ClassLabel"}
+    except (AttributeError, KeyError, TypeError, ValueError):  # they are not from `datasets`
+        return {}
 
 
 def list_unread(lines: Sequence[tuple[str, int, Unread]]) -> str:

@@ -4,12 +4,13 @@
 # pyright: reportAttributeAccessIssue=false
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from trl_ulma.data.columns import (
     BOOLS,
@@ -20,6 +21,7 @@ from trl_ulma.data.columns import (
     Shown,
     Truths,
     class_labels,
+    class_of,
     read_value,
     say,
     say_once,
@@ -36,18 +38,54 @@ def renamed_splits(splits: Any, names: Names, where: str, invalid_rows: str) -> 
     return IterableDatasetDict(made) if is_stream else DatasetDict(made)
 
 
+Rows = TypeVar("Rows", bound=Dataset | IterableDataset)
+
+
+def without_classes(rows: Rows, names: Names, where: str) -> Rows:
+    """A dataset or stream with the names of classes in place of their numbers, or of labels what the names mean.
+
+    A label stays a name if `label_map` gives the names their numbers.
+
+    Example:
+        >>> from datasets import Features
+        >>> features = Features({"label": ClassLabel(names=["5", "1"]), "who": ClassLabel(names=["Ann", "Tom"])})
+        >>> rows = Dataset.from_dict({"label": [0, 1], "who": [1, -1]}, features=features)
+        >>> without_classes(rows, Names(), "the dataset")[:]
+        {'label': [5.0, 1.0], 'who': ['Tom', None]}
+    """
+    made: Any = rows
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        if not isinstance(feature, ClassLabel):
+            continue
+        is_label = name == names.columns.get("label", "label") and not names.label_map
+        try:
+            classes = class_labels(feature.names) if is_label else feature.names
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from error
+        kind = Value("float64" if is_label else "string")
+        if isinstance(made, IterableDataset):
+            features: Any = Features({**(made.features or {}), name: kind})
+            made = made.map(partial(_name_class, name=name, classes=classes), features=features)
+        else:
+            values: Any = [class_of(number, classes) for number in made.with_format(None)[name][:]]
+            columns = made.column_names
+            made = made.remove_columns(name).add_column(name, values, feature=kind).select_columns(columns)
+    return made
+
+
+def _name_class(row: dict[str, Any], name: str, classes: Sequence[Any]) -> dict[str, Any]:
+    return {name: class_of(row[name], classes)}
+
+
 class _Read:
     """Converts a row of a stream to the form that trainers read."""
 
-    def __init__(self, names: Names, where: str, classes: list[Any] | None):
-        self.names, self.where, self.classes = names, where, classes
+    def __init__(self, names: Names, where: str):
+        self.names, self.where = names, where
         self.truths = Truths(names.columns.get("label", "label"))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         unknown: Counter[str] = Counter()
-        theirs = self.names.columns.get("label", "label")
-        if self.classes is not None and isinstance(row[theirs], int):  # a number below 0 is no class
-            row = row | {theirs: self.classes[row[theirs]] if row[theirs] >= 0 else None}
         row = read_row(row, self.names, unknown, lambda what, _="": say_once(what, self.where), delimiter=None)
         problem = unknown_labels(unknown, self.names.label_map, self.where)
         if problem:
@@ -69,20 +107,18 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
         if alike := _check_names(names, list(first), where):
             rows = rows.rename_columns(alike)
             first = {alike.get(name, name): value for name, value in first.items()}
+        rows = without_classes(rows, names, where)
         known = rows.features or {}
-        feature, is_mapped = known.get(names.columns.get("label", "label")), bool(names.label_map)
-        classes = None
-        if isinstance(feature, ClassLabel):
-            classes = _labels_of(feature.names, None if is_mapped else where)
-        read = _Read(names, where, classes)
+        read = _Read(names, where)
         odd = [name for name in (*NUMBERS, *BOOLS) if name in first and not _is_as_read(name, known.get(name))]
-        if not (names.columns or names.label_map or odd or classes):
+        if not (names.columns or names.label_map or odd):
             texts = [name for name in TEXTS if isinstance(first.get(name), str) or _is_text(known.get(name))]
             look = partial(_look, names=texts, where=where)
             return rows.map(look, input_columns=texts, features=rows.features) if texts else rows
         return rows.map(read, remove_columns=[name for name in names.columns.values() if name in first])
     if alike := _check_names(names, rows.column_names, where):
         rows = rows.rename_columns(alike)
+    rows = without_classes(rows, names, where)
     found: Counter[str] = Counter()
     if names.columns:
         taken = {*names.columns, *names.columns.values()}
@@ -100,12 +136,9 @@ def renamed(rows: Dataset | IterableDataset, names: Names, where: str, invalid_r
     for name in [name for name in (*NUMBERS, *BOOLS) if name in rows.column_names]:
         feature = rows.features[name]
         is_mapped = name == "label" and bool(names.label_map)
-        is_class = name == "label" and isinstance(feature, ClassLabel)
-        if _is_as_read(name, feature) and not (is_mapped or is_class):
+        if _is_as_read(name, feature) and not is_mapped:
             continue
         values = rows.with_format(None)[name][:]
-        if is_class:
-            values = _of_classes(values, feature.names, None if is_mapped else where)
         if is_mapped:
             for row, value in enumerate(values):
                 own: Counter[str] = Counter()
@@ -182,20 +215,6 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
-def _of_classes(values: list[Any], names: list[str], where: str | None) -> list[Any]:
-    """The labels of classes, see `_labels_of`. A number below 0 is no class."""
-    labels = _labels_of(names, where)
-    return [None if value is None or value < 0 else labels[value] for value in values]
-
-
-def _labels_of(names: list[str], where: str | None) -> list[Any]:
-    """The label of each class, or its name if `where` is None."""
-    try:
-        return list(names if where is None else class_labels(names))
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from error
-
-
 def _check_names(names: Names, there: list[str], where: str) -> dict[str, str]:
     try:
         return names.check(there)
@@ -204,7 +223,5 @@ def _check_names(names: Names, there: list[str], where: str) -> dict[str, str]:
 
 
 def _is_as_read(name: str, feature: Any) -> bool:
-    if isinstance(feature, ClassLabel):
-        return True
     dtype = getattr(feature, "dtype", "")
     return dtype.startswith("bool") or (name not in BOOLS and dtype.startswith(("int", "uint", "float")))

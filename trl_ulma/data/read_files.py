@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetGenerationError
 
 from trl_ulma.data.columns import say, say_once
-from trl_ulma.data.file_rows import FileRows, check_downloaded, list_unread, suffix_of, unit_of
+from trl_ulma.data.file_rows import FileRows, check_downloaded, classes_in, list_unread, suffix_of, unit_of
 from trl_ulma.data.known_types import renamed
 from trl_ulma.data.names import Names
 from trl_ulma.data.origins import Origins, note_places
@@ -129,7 +129,7 @@ def _read_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
                 schemas.append(pq.read_schema(file))
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"{file} cannot be read as parquet: {error}") from error
-        if not all(schema.equals(schemas[0]) for schema in schemas):
+        if not all(schema.equals(schemas[0]) and classes_in(schema) == classes_in(schemas[0]) for schema in schemas):
             return None
         sizes = [pq.read_metadata(file).num_rows for file in files]
         if not sum(sizes):

@@ -17,7 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from trl_ulma.data.columns import class_labels
+from trl_ulma.data.columns import NUMBERS, class_labels
 from trl_ulma.data.origins import StreamOrigins, located, places_of
 from trl_ulma.labels import (
     OPTIONAL_COLUMNS,
@@ -359,8 +359,15 @@ class Preparation:
 
     @staticmethod
     def _check_classes(raw: Dataset | IterableDataset, name: str) -> None:
-        """Raise ValueError if labels are classes whose numbers are not their labels."""
-        feature = (raw.features or {}).get("label")
+        """Raise ValueError if labels are classes whose numbers are not their labels, or if weights are classes."""
+        kinds = raw.features or {}
+        for column in NUMBERS[1:]:
+            if isinstance(kinds.get(column), ClassLabel):
+                raise ValueError(
+                    f"The {name} dataset has classes in the column {column}, whose numbers only count the classes. "
+                    "Convert the column to numbers."
+                )
+        feature = kinds.get("label")
         if not isinstance(feature, ClassLabel):
             return
         try:
