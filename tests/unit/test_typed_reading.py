@@ -1182,6 +1182,17 @@ def test_each_parquet_file_has_its_own_classes(tmp_path, streaming, more):
     assert [row["label"] for row in read(tmp_path, streaming=streaming, label_map="5=1,1=-1")] == [1, -1]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_files_with_two_columns_of_a_name_are_refused(tmp_path, streaming):
+    """Beside a file of other columns, the last of the two was read."""
+    pq.write_table(pa.table([["a"], [1], [0]], ["prompt", "label", "label"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has several columns label\. Give each column its own name"):
+        read(tmp_path / "a.parquet", streaming=streaming)
+    pq.write_table(pa.table([["b"], [1]], ["prompt", "label"]), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has several columns label\. Give each column its own name"):
+        read(tmp_path, streaming=streaming)
+
+
 def test_each_parquet_file_with_an_unknown_order_of_classes_is_named(tmp_path):
     for name, order in (("a", ["bad", "good"]), ("b", ["good", "bad"])):
         rows = Dataset.from_dict({"prompt": [name], "label": [0]})

@@ -129,6 +129,9 @@ def _read_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
                 schemas.append(pq.read_schema(file))
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        for file, schema in zip(files, schemas, strict=True):
+            if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+                raise ValueError(f"{file} has several columns {', '.join(twice)}. Give each column its own name.")
         if not all(schema.equals(schemas[0]) and classes_in(schema) == classes_in(schemas[0]) for schema in schemas):
             return None
         sizes = [pq.read_metadata(file).num_rows for file in files]
