@@ -174,6 +174,12 @@ def test_a_folder_saved_to_disk(tmp_path, streaming):
     assert list(two["test"]) == ROWS[:1]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_saved_to_disk_with_a_format_has_all_columns(tmp_path, streaming):
+    Dataset.from_list(ROWS).with_format("numpy", columns=["label"]).save_to_disk(tmp_path / "saved")
+    assert list(load_rows(tmp_path / "saved", streaming=streaming)["train"]) == ROWS
+
+
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "rows.jsonl", LINES)

@@ -92,7 +92,7 @@ def load_folder(
         if config is not None:
             raise ValueError(f"{path} was written by save_to_disk, so it has no configurations. Remove {config!r}.")
         _check_saved(path)
-        saved: Any = load_from_disk(str(path))
+        saved: Any = load_from_disk(str(path)).with_format(None)  # a format can hide columns
         splits: Any = renamed_splits(
             saved if isinstance(saved, DatasetDict) else {"train": saved}, names, str(path), invalid_rows
         )
