@@ -229,6 +229,28 @@ def test_a_row_of_which_the_template_drops_text_is_left_out_and_counted(caplog, 
     assert said in caplog.messages
 
 
+@pytest.mark.parametrize(
+    ("side", "turn", "lacks"),
+    [
+        ("completion", {"content": "Yes", "function_call": {"name": "add", "arguments": "{}"}}, "key 'function_call'"),
+        ("completion", {"content": "Yes", "refusal": "I can't."}, "key 'refusal'"),
+        ("completion", {"content": "Yes", "tool_calls": '[{"name": "add"}]'}, "tool calls in JSON text"),
+        ("completion", {"content": None, "tool_calls": '[{"name": "add"}]'}, "tool calls in JSON text"),
+        ("prompt", {"content": None, "function_call": {"name": "add", "arguments": "{}"}}, "key 'function_call'"),
+        ("prompt", {"parts": [{"text": "Hi"}]}, "key 'parts'"),
+        ("prompt", {"value": "Hi"}, "key 'value'"),
+    ],
+)
+def test_what_is_said_in_a_key_that_the_template_does_not_know_is_missed(side, turn, lacks):
+    """The rest of the row was trained on without a message."""
+    sides: dict[str, list[dict]] = {"prompt": [USER], "completion": [ANSWER]}
+    row = {**sides, side: [*sides[side], {"role": "assistant", **turn}]}
+    tokenizer = tokenizer_for(PLAIN.replace("{{ m.content }}", "{{ m.content or '' }}"))
+    assert f"leaves out the {lacks} of its assistant message" in refusal(tokenizer, row)
+    empty = {**row, side: [*sides[side], {"role": "assistant", "content": "Yes", "refusal": None, "value": 4}]}
+    assert len(prepared(tokenizer, empty)) == 1
+
+
 def test_an_answer_that_the_prompt_has_too_is_missed():
     """ "Yes" stands in the prompt, and the template drops the answer."""
     template = PLAIN.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}")

@@ -9,6 +9,8 @@ import numpy as np
 # Keys of messages for the reasoning before the answer
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _SYSTEM = ("system", "developer")
+# Keys of messages in formats that few chat templates know: for what is said besides the content, and in its place
+_BESIDES, _INSTEAD = ("function_call", "tool_call", "refusal"), ("text", "value", "parts")
 
 
 def without_nones(value: Any) -> Any:
@@ -178,6 +180,12 @@ def _texts(turn: Mapping[str, Any], is_scored: bool) -> Iterator[tuple[str, str]
             yield "tool call", call["name"]
         for text in _leaves(call.get("arguments")):
             yield "tool call's arguments", text
+    calls = turn.get("tool_calls")
+    for text in _leaves(calls if isinstance(calls, str) else None):
+        yield "tool calls in JSON text", text
+    for name in (*_BESIDES, *(() if content else _INSTEAD)):
+        for text in _leaves(turn.get(name)):
+            yield f"key {name!r}", text
 
 
 def _leaves(value: Any, *, parts: bool = False) -> Iterator[str]:
