@@ -647,6 +647,15 @@ def test_further_keys_of_messages_are_kept():
     assert rows[1]["prompt"][0]["id"] == 7
 
 
+def test_empty_lists_in_messages_are_no_more_than_text():
+    """Replies of OpenAI have `annotations: []`, and their rows were left out for images or tool calls."""
+    answer = {"role": "assistant", "content": "Yes", "refusal": None, "annotations": [], "tool_calls": []}
+    part = {"type": "text", "text": "Yes", "citations": []}
+    for content in ("Yes", [part]):
+        [row] = demonstrations([{"prompt": turns("Hi"), "completion": [answer | {"content": content}]}])
+        assert row["completion"] == [{"role": "assistant", "content": "Yes"}]
+
+
 def test_further_keys_of_messages_may_differ(monkeypatch):
     monkeypatch.setattr("trl_ulma.data.convert._CHUNK", 1)
     raw = [

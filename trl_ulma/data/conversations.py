@@ -168,8 +168,8 @@ def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _present(value: Any) -> list[str]:
-    """The keys that have a value. (Arrow gives every message the keys of all messages.)"""
-    return [key for key, each in value.items() if each is not None] if isinstance(value, Mapping) else []
+    """The keys that have a value. (Arrow gives every message the keys of all messages, and servers empty lists.)"""
+    return [key for key, each in value.items() if each not in (None, [], {})] if isinstance(value, Mapping) else []
 
 
 def as_chat(prompts: Sequence[Any], completions: Sequence[Any]) -> tuple[list, list]:
