@@ -256,6 +256,20 @@ def test_errors_of_a_spreadsheet_are_counted(tmp_path, caplog):
 SHEET_ERRORS = "#WERT! #NV #BEZUG! #VALEUR! #ZAHL! #ERROR! #ÜBERLAUF! #¡REF! #NOM? Err:502 Loading... ########"
 
 
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [("'- Yes", "an apostrophe before -"), ("'=1+1", "an apostrophe before ="), ('="Yes"', '="…"'), ("'Yes'", "")],
+)
+def test_guards_against_formulas_in_cells_are_counted(tmp_path, caplog, cell, said):
+    lines = [["prompt", "completion", "label"], ["a", cell, "1"], ["b", "Fine, 'thank you'.", "0"], ["c", "=1+1", "1"]]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+    assert read(tmp_path / "rows.csv")["completion"][0] == cell
+    counted = f"completion: cells have {said}, which exports write so that a spreadsheet takes no text for a formula"
+    assert (counted in caplog.text) == bool(said)
+    assert caplog.text.count("cells have") == bool(said)
+
+
 @pytest.mark.parametrize("cell", SHEET_ERRORS.split())
 def test_errors_of_a_spreadsheet_in_other_languages_are_counted(tmp_path, caplog, cell):
     rows = csv_file(tmp_path / "rows.csv", f"prompt,completion,label\nHi,{cell},1\n{cell} ,No,0\n")

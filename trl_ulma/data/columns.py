@@ -34,6 +34,8 @@ _SHEET_ERROR = re.compile(
     r"SPILL|ÜBERLAUF|PROPAGATION|¡DESBORDAMIENTO|ESPANSIONE|OVERLOOP|CALC|KALK|¡CALC|"
     r"ERROR|BLOCKED|CONNECT|FIELD|UNKNOWN|BUSY|EXTERNAL|PYTHON)!)|#{5,}|Err:5\d\d|Loading\.\.\."
 )
+# What exports write around or before a text so that a spreadsheet does not take it for a number or a formula
+_GUARD = re.compile(r"""="(?:[^"]|"")*"|'[=+\-@\t\r].*""", re.DOTALL)
 # The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
 _MOJIBAKE = re.compile("\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
 # At the start of a text, a byte order mark is left from a file that was appended
@@ -126,6 +128,13 @@ def read_value(
     if is_cell and name in TEXTS and isinstance(value, str) and _SHEET_ERROR.fullmatch(value.strip()):
         notice(
             f"{theirs}: cells that are errors of a spreadsheet, such as {value.strip()}, are read as text. Restore them"
+        )
+    if is_cell and name in TEXTS and isinstance(value, str) and _GUARD.fullmatch(value):
+        sign = '="…"' if value[0] == "=" else f"an apostrophe before {value[1]}"
+        notice(
+            f"{theirs}: cells have {sign}, which exports write so that a spreadsheet takes no text for a formula, and "
+            "which is read as text. Remove it",
+            value[:20],
         )
     if is_cell and name in TEXTS and isinstance(value, str) and len(value) == _LONGEST_CELL:
         notice(f"{theirs}: texts have exactly {_LONGEST_CELL:,} characters, after which Excel cuts a cell", value[:20])
