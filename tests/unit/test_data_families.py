@@ -150,6 +150,7 @@ def test_alpaca():
             assert outcomes("alpaca", raw | both) == [(["Add.\n\n2 + 2"], "4", 1.0, True)]
         assert outcomes("alpaca", raw | {"input": given, "context": given}) == [(["Add."], "4", 1.0, True)]
     assert outcomes("alpaca", raw | {"input": "1", "context": "2"}) == ["it has both an input and a context"]
+    assert outcomes("alpaca", raw | {"instruction": "", "input": "2 + 2"})[0][0] == ["2 + 2"]
     # No established marker
     assert outcomes("alpaca", raw | {"input": "N/A"})[0][0] == ["Add.\n\nN/A"]
     assert outcomes("alpaca", raw | {"input": "", "context": 3}) == outcomes(

@@ -43,7 +43,7 @@ def alpaca(rows: Iterable[Mapping[str, Any]], *, label_type: str = "binary", lik
         prompt = [{"role": "system", "content": system}] if system else []
         for question, answer in history:
             prompt += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        prompt.append({"role": "user", "content": f"{instruction}\n\n{given}" if given else instruction})
+        prompt.append({"role": "user", "content": "\n\n".join(filter(None, (instruction, given)))})
         if _NONE.fullmatch(raw["output"]):
             yield LeftOut("its output is a marker of an empty one")
             continue
