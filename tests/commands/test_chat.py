@@ -632,6 +632,20 @@ def test_the_token_that_ends_an_answer_is_not_shown(tiny_gpt2, tmp_path, chat):
     assert "[an empty answer]" in err
 
 
+def test_an_answer_ends_with_the_turn_also_if_the_eos_token_is_another(tmp_path, chat):
+    # As of base models with a chat template, whose EOS token ends documents
+    prompt = chat_ids(make_tokenizer(CHAT_TEMPLATE), as_chat("user", "The cat"))
+    folder = scripted(tmp_path, prompt, "Yes.<|end|> No, no", template=CHAT_TEMPLATE)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "<|pad|>"
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    code, out, err = chat(folder, "--prompt", "The cat", *GREEDY)
+    assert (code, out) == (0, "Yes.\n")
+    assert "[cut" not in err
+
+
 def test_lines_in_another_encoding_are_an_error(tiny_gpt2, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Grün\n".encode("cp1252")), encoding="utf-8"))
     assert cli.main(["chat", "--model", tiny_gpt2, *GREEDY]) == 1

@@ -23,6 +23,7 @@ from trl_ulma.evaluation.refusals import PASSING, Why
 from trl_ulma.evaluation.repetition import Repetition
 from trl_ulma.evaluation.server import Refusal, Reply, Server
 from trl_ulma.evaluation.turns import opens_reasoning, show_calls, split_reasoning
+from trl_ulma.rows.turns import end_of_turn
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.gguf", "*.jinja")
 
@@ -111,7 +112,9 @@ class TransformersGenerator:
         commit, quantized = (getattr(model.config, key, None) for key in ("_commit_hash", "quantization_config"))
         ends = getattr(model.generation_config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [ends]
-        self.ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)})
+        known = {end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)}
+        turn = end_of_turn(tokenizer, known)
+        self.ends = sorted(known if turn is None else {*known, turn})
         loaded = (str(model.dtype), commit, quantized and str(quantized), self.ends)
         self.identity = digest(name, base, files, *loaded)
 

@@ -1,7 +1,8 @@
 """Finds the characters of a rendered conversation that the assistant wrote, if a completion has several turns."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from trl_ulma.rows.messages import REASONING
@@ -79,6 +80,35 @@ def rendered_spans(
             )
         found.append((start, end))
     return found
+
+
+def end_of_turn(tokenizer: Any, ends: Iterable[int]) -> int | None:
+    """The token with which a chat template ends the assistant's turn, if it is none of the known `ends`. None without
+    one.
+
+    Of a base model with a chat template, the EOS token often ends documents, and another token ends turns.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"<eos>": 0, "<end>": 1}))
+        >>> tokenizer = PreTrainedTokenizerFast(
+        ...     tokenizer_object=words, eos_token="<eos>", extra_special_tokens=["<end>"],
+        ...     chat_template="{% for message in messages %}{{ message.content }}<end>{% endfor %}")
+        >>> end_of_turn(tokenizer, [0])
+        1
+    """
+    if not tokenizer.chat_template:
+        return None
+    answer = "\u2600\u2600\u2600"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    _, is_found, after = _try(partial(tokenizer.apply_chat_template, tokenize=False), turns).rpartition(answer)
+    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    known = {str(tokenizer.convert_ids_to_tokens(end)) for end in ends}
+    if not is_found or any(token in after for token in known):
+        return None
+    first = max((token for token in added if token and after.lstrip().startswith(token)), key=len, default=None)
+    return None if first is None else added[first]
 
 
 def _start(render: Callable[..., str], messages: Sequence[Mapping[str, Any]], whole: str, least: int, most: int) -> int:
