@@ -684,6 +684,7 @@ NEEDED = ["--model", "m", "--dataset", "org/d", "--output", "o"]
         (["--judge", "llm:"], "'llm:' is no judge"),
         (["--judge", "profanity", "--judge", "profanity"], "a --judge is given twice"),
         (["--model", "m"], "a --model is given twice; each run needs a folder of its own"),
+        (["--model", "a=tests", "--model", "b=./tests/"], "a --model is given twice; each run needs a folder of its"),
         (["--judge_label", "good"], "--judge_label needs a reward:CHECKPOINT judge, which is not given"),
         (["--judge_url", f"http://u:{PLANTED}@h/v1"], "--judge_url needs an llm:MODEL judge, which is not given."),
         (

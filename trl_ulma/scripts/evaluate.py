@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = in_lines(_words(parser, args))
     args.model = _named(args.model)
     sources = [source for _, source in args.model]
-    if len(set(sources)) < len(sources):
+    if len({_whole_path(source) for source in sources}) < len(sources):
         parser.error("a --model is given twice; each run needs a folder of its own.")
     if len(set(args.judge)) < len(args.judge):
         parser.error("a --judge is given twice.")
@@ -309,17 +309,24 @@ def _named(models: Sequence[str]) -> list[tuple[str, str]]:
         [('a', 'out/1'), ('a', 'out/2'), ('base', 'base'), ('x/final', 'x/final'), ('y/final', 'y/final')]
         >>> _named(["served:m"])
         [('m', 'served:m')]
+        >>> _named(["."]) == [(Path.cwd().name, ".")]
+        True
     """
     pairs = []
     for model in models:
         name, equals, source = model.partition("=")
         is_named = equals and name and source and not re.search(r"[/\\]", name) and not Path(model).exists()
         pairs.append((name, source) if is_named else ("", model))
-    last = [name or Path(source.removeprefix("served:")).name for name, source in pairs]
+    last = [name or Path(_whole_path(source.removeprefix("served:"))).name for name, source in pairs]
     return [
         (name or (part if last.count(part) == 1 else source), source)
         for (name, source), part in zip(pairs, last, strict=True)
     ]
+
+
+def _whole_path(source: str) -> str:
+    """The whole path of a folder, of which there are several spellings, such as "." and "out/"."""
+    return os.path.abspath(source) if Path(source).exists() else source
 
 
 def _judge(text: str) -> tuple[str, str]:
