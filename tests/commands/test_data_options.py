@@ -25,7 +25,7 @@ def trained(tiny_gpt2, tmp_path_factory):
     file.write_text("\n".join(["question,reply,stars", *rows, ""]))
     words = ["--model", tiny_gpt2, "--dataset", str(file), "--columns", COLUMNS, "--label_type", "continuous"]
     words += ["--invalid_rows", "drop", "--test_split_size", "0.5", "--seed", "5", "--output", str(folder / "out")]
-    words += ["--max_steps", "1", "--bf16", "false", "--report_to", "none"]
+    words += ["--max_steps", "1", "--bf16", "false", "--report_to", "none", "--save_steps", "1"]
     pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings(words))
     return folder / "out", file
 
@@ -68,6 +68,14 @@ def test_an_evaluation_takes_the_rows_that_training_held_out(trained, tmp_path, 
     assert beginnings[0] in said
     assert main([*command, "--split", "typo"]) == 1
     assert beginnings[0] in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_evaluated_on_the_rows_that_training_held_out(trained, tmp_path, capsys):
+    model, file = trained
+    command = ["evaluate", "--model", str(model / "checkpoint-1"), "--dataset", str(file), "--output", str(tmp_path)]
+    assert main([*command, "--examples", "0"]) == 0
+    assert f"{file} is read as in training, and only its " in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["models"][0]["trained_on"] == 0
 
 
 @pytest.mark.parametrize("was_trained", [True, False])

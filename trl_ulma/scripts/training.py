@@ -476,7 +476,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from accelerate import PartialState
     from trl import get_peft_config, get_quantization_config
 
-    from trl_ulma.callbacks import TimeLeft, print_few_figures
+    from trl_ulma.callbacks import Calls, TimeLeft, print_few_figures
     from trl_ulma.predictions import held_out_alike
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
@@ -512,12 +512,22 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
 
+    folder = training_args.output_dir
+    is_pointwise = isinstance(trainer, PointwiseDPOTrainer)  # examples/paper trains reward models, too
+
+    def save_data_options(place: Path) -> None:
+        if is_pointwise and trainer.is_world_process_zero() and place.is_dir():
+            data_options.save(str(place), script_args, training_args, dataset_args)
+
+    # Checkpoints can be evaluated, too
+    trainer.add_callback(
+        Calls(on_save=lambda state: save_data_options(Path(folder) / f"checkpoint-{state.global_step}"))
+    )
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint_or(training_args.resume_from_checkpoint))
     except KeyboardInterrupt:  # the trainer has printed how to continue
         raise SystemExit(STOPPED) from None
 
-    folder = training_args.output_dir
     trainer.save_model(folder)
     if eval_dataset is not None:
         figures = _last_evaluation(trainer)
@@ -526,11 +536,9 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
             figures = trainer.evaluate()  # which prints them
         trainer.save_metrics("eval", figures)
     trainer.save_state()  # with all figures
-    is_pointwise = isinstance(trainer, PointwiseDPOTrainer)  # examples/paper trains reward models, too
+    save_data_options(Path(folder))
     if is_pointwise:
         trainer.create_model_card(dataset_name=script_args.dataset_name)
-        if trainer.is_world_process_zero():
-            data_options.save(folder, script_args, training_args, dataset_args)
         if eval_dataset is not None and (note := held_out_alike(trainer.evaluated, trainer._plan.rules)):
             say(note)
     card = f" {Path(folder) / 'README.md'} shows how to load it in Python." if is_pointwise else ""
