@@ -171,6 +171,11 @@ class Judge:
         self._check_columns(names)
         missing = without_label(dataset)
         _warn_of_words(dataset, missing)
+        if self.settings.log_z == "group" and "log_z" not in names:
+            logger.warning(
+                'The model was trained with log_z="group", so only the rewards of one prompt can be compared. '
+                "probability, predicted_label and surprise are computed with log Z = 0, and hold for no single row."
+            )
         is_paired = "chosen" in names
         is_labeled = is_paired or not missing.all()
         # A pair's labels are 1 and 0 by themselves, whatever labels the training had

@@ -1,16 +1,19 @@
 """log_z="group": the rows of a prompt stay together, are compared with each other only, and log Z cancels."""
 
+import json
+
 import numpy as np
 import oracle
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 from world import ANSWERS, PROMPTS, make_trainer, plain_logps, trains_with_trl, weights
 
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 from trl_ulma.rows.sampler import GroupSampler
+from trl_ulma.scripts.cli import main
 
 SETTINGS = {"beta": 0.5, "learning_rate": 1e-2, "log_z": "group", "pointwise": True, "optim": "sgd"}
 SETTINGS |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 8}
@@ -267,6 +270,34 @@ def test_a_saved_model_scores_with_log_z_0(tiny_gpt2, tmp_path, other):
     soft = rows.remove_columns("label").add_column("label", [0.3] * 16)
     scored = trainer.score(soft)
     np.testing.assert_allclose(scored["reward"], 0.5 * (policy - ref), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["binary", "continuous"])
+def test_an_evaluation_compares_rows_within_their_prompt_as_training_does(tiny_gpt2, tmp_path, caplog, kind):
+    stars = {"label": [float(1 + i * 7 % 5) for i in range(16)]} if kind == "continuous" else {}
+    rows = group_rows(**stars)
+    alone = Dataset.from_list([{**rows[0], "prompt": "Who?"}])  # without another row of its prompt
+    settings = SETTINGS | {"label_type": kind, "max_steps": 2}
+    trainer = make_trainer(tiny_gpt2, rows, tmp_path, eval_dataset=concatenate_datasets([rows, alone]), **settings)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    logged = trainer.evaluate()
+    concatenate_datasets([rows, alone]).to_json(tmp_path / "rows.jsonl")
+    argv = ["--model", str(tmp_path / "out"), "--dataset", str(tmp_path / "rows.jsonl")]
+    assert main(["evaluate", *argv, "--split", "train", "--output", str(tmp_path / "report"), "--examples", "0"]) == 0
+    facts = json.loads((tmp_path / "report" / "report.json").read_text())
+    model = facts["models"][0]
+    found = {f"eval_rewards/{name}": each["value"] for name, each in model["implicit_reward"].items()}
+    found["eval_rewards/accuracies"] = found.pop("eval_rewards/accuracy", logged["eval_rewards/accuracies"])
+    assert found == pytest.approx({name: logged[name] for name in found}, abs=1e-4)
+    assert len(found) == (2 if kind == "binary" else 4)
+    assert model["ranked_rows"] == 16
+    assert not {"own_scale", "calibration", "surprises"} & set(model)
+    assert any(
+        "within the prompt, and no labels are predicted. 1 of 17 rows have no other" in n for n in facts["notes"]
+    )
+    assert main(["score", *argv, "--output", str(tmp_path / "scored.jsonl")]) == 0
+    assert any("so only the rewards of one prompt can be compared" in said for said in caplog.messages)
 
 
 # What is refused, and what is told

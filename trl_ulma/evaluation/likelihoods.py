@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from scipy.special import expit
 
@@ -29,6 +30,7 @@ from trl_ulma.evaluation.perplexity import perplexity
 from trl_ulma.evaluation.reading import Note, Reading
 from trl_ulma.evaluation.records import digest
 from trl_ulma.likelihood.table import batching_difference, collator_for, completion_logps, prompt_states
+from trl_ulma.losses import group_means, is_informative
 from trl_ulma.rows.rendering import tokenizer_of
 from trl_ulma.saved import (
     SETTINGS_FILE,
@@ -111,16 +113,19 @@ class Likelihoods:
         per = tokens.clip(min=1) if scale.length_normalize else 1
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
-        facts |= self._of_rewards(rewards, raw)
-        facts["length_alone"] = length_figures(tokens, label, continuous, prompt, seed=args.seed)
-        facts["over_length"] = over_length(
-            rewards, tokens, label, continuous, prompt, facts["length_alone"], seed=args.seed
-        )
         self._write(run, raw, held_out.own_label[raw], rewards)
-        raters = None if held_out.raters is None else [held_out.raters[row] for row in raw]
-        facts["surprises"] = surprises(
-            rewards, label, held_out.own_label[raw], continuous, how.rules, held_out.rows, raw, held_out.places, raters
-        )
+        groups = None
+        if saved is not None and saved.log_z == "group" and args.log_z is None and not has_log_z:
+            groups = torch.from_numpy(2 * prompt + continuous)  # as in training
+            groups[~is_informative(torch.from_numpy(label), groups, torch.from_numpy(continuous))] = -1
+            self._note_groups(run, int((groups >= 0).sum()), len(groups))
+        facts |= self._of_rewards(rewards, tokens, raw, groups)
+        if groups is None:
+            raters = None if held_out.raters is None else [held_out.raters[row] for row in raw]
+            own = held_out.own_label[raw]
+            facts["surprises"] = surprises(
+                rewards, label, own, continuous, how.rules, held_out.rows, raw, held_out.places, raters
+            )
         before = model_before(source, args.ref_model)
         if args.base and before is not None and before not in (*self.befores, *dict(args.model).values()):
             others = [model_before(each, args.ref_model) for _, each in args.model if not each.startswith("served:")]
@@ -131,7 +136,7 @@ class Likelihoods:
                 "is_base": True,
                 "rows": len(rows),
                 "perplexity": self._perplexity(ref_logps, tokens, prompt, mask),
-                **self._of_rewards(np.zeros(len(rows)), raw),
+                **self._of_rewards(np.zeros(len(rows)), None, raw, groups),
                 "judged": {},
             }
         return facts
@@ -174,6 +179,17 @@ class Likelihoods:
                 "training."
             )
 
+    def _note_groups(self, run: str, compared: int, rows: int) -> None:
+        """Note that only rows of one prompt are compared."""
+        alone = (
+            f" {rows - compared} of {rows} rows have no other of their prompt to compare." if compared < rows else ""
+        )
+        self.note(
+            f'{self._called(run)} was trained with log_z="group", so only the rewards of one prompt can be compared. '
+            "As in the training's own evaluation, the figures are of rewards and ratings that are centered within the "
+            f"prompt, and no labels are predicted.{alone}"
+        )
+
     def _write(self, run: str, rows: np.ndarray, label: np.ndarray, rewards: np.ndarray) -> None:
         """Write the reward of each row."""
         path = self.file(run)
@@ -195,25 +211,44 @@ class Likelihoods:
             if which.any()
         }
 
-    def _of_rewards(self, rewards: np.ndarray, raw: np.ndarray) -> dict[str, Any]:
+    def _of_rewards(
+        self, rewards: np.ndarray, tokens: np.ndarray | None, raw: np.ndarray, groups: torch.Tensor | None
+    ) -> dict[str, Any]:
         """Figures of rewards, also on the scale of the labels if it is not 0 and 1.
 
         Args:
             rewards: `(N,)`.
+            tokens: `(N,)` number of tokens of each completion, with which rewards are compared, or None.
             raw: `(N,)` numbers of the rows.
+            groups: `(N,)` groups within which rows are compared, as a training with log_z="group" does, negative for
+                rows that are not compared. None if all rows are compared with each other.
         """
         seed, rules, held_out = self.args.seed, self.reading.how.rules, self.reading.held_out
         label, continuous, prompt = held_out.label[raw], held_out.continuous[raw], held_out.prompt[raw]
-        found: dict[str, Any] = {
-            "implicit_reward": {
-                name: estimate
-                for which, of in ((~continuous, binary_figures), (continuous, continuous_figures))
-                if which.any()
-                for name, estimate in of(rewards[which], label[which], prompt[which], seed=seed).items()
-            }
+        found: dict[str, Any] = {"implicit_reward": {}}
+        if groups is not None:
+            kept = (groups >= 0).numpy()
+            if not kept.any():
+                return found
+            rewards, tokens = _centered(rewards, groups), None if tokens is None else _centered(tokens, groups)[kept]
+            label = np.where(continuous, _centered(label, groups), label)
+            rewards, label, continuous, prompt = (each[kept] for each in (rewards, label, continuous, prompt))
+        found["implicit_reward"] = {
+            name: estimate
+            for which, of in ((~continuous, binary_figures), (continuous, continuous_figures))
+            if which.any()
+            for name, estimate in of(rewards[which], label[which], prompt[which], seed=seed).items()
         }
         has_auc = "auc" in found["implicit_reward"]  # of which the report concludes first
         found["ranked_rows"] = int((~continuous & (label != 0.5) if has_auc else continuous).sum())
+        if tokens is not None:
+            found["length_alone"] = length_figures(tokens, label, continuous, prompt, seed=seed)
+            found["over_length"] = over_length(
+                rewards, tokens, label, continuous, prompt, found["length_alone"], seed=seed
+            )
+        if groups is not None:  # no probability or label is predicted
+            found["implicit_reward"].pop("brier", None)
+            return found
         found["split"] = split_figures(rewards, label, continuous, prompt, self.reading.center, seed=seed)
         if not continuous.all():
             found["calibration"] = calibration_curve(expit(rewards[~continuous]), label[~continuous])
@@ -256,3 +291,9 @@ class Likelihoods:
         del reference
         gc.collect()
         return logps
+
+
+def _centered(values: np.ndarray, groups: torch.Tensor) -> np.ndarray:
+    """Values `(N,)` without the mean of their group."""
+    of = torch.from_numpy(values.astype(np.float64))
+    return (of - group_means(of, groups)).numpy()
