@@ -625,6 +625,26 @@ def test_answers_are_kept_apart_from_reasoning_and_calls_are_shown(strict, answe
     assert reply.finished == (answer[1]["choices"][0]["finish_reason"] != "length")
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (json.dumps(said("Grün")[1], ensure_ascii=False), "Grün"),
+        ("\ufeff" + json.dumps(said("Yes.")[1]), "Yes."),
+        (json.dumps(said("One-Two")[1]).replace("-", "\n"), "One\nTwo"),
+        (json.dumps(said("Yes.<|im_end|>")[1]), "Yes."),
+        (json.dumps(said("<think>Hm.</think>Yes.<|eot_id|>\n")[1]), "Yes."),
+        (json.dumps(said("VERDICT: 1</s>")[1]), "VERDICT: 1"),
+        (json.dumps({**said("Yes.")[1], "usage": {"prompt_tokens": "seven"}}), "Yes."),
+        (json.dumps({**said("Yes.")[1], "usage": {"prompt_tokens": float("nan")}}), "Yes."),
+    ],
+)
+def test_answers_are_read_whatever_a_server_puts_around_them(strict, body, text):
+    server, client, _ = strict
+    server.wait = {"Content-Type": "text/plain; charset=ISO-8859-1"}
+    server.answer = lambda messages: (200, body)
+    assert client.ask(CHAT, max_tokens=7).text == text
+
+
 def test_a_refusal_is_marked_as_one_where_the_server_says_so(strict):
     server, client, _ = strict
     parts = [{"type": "refusal", "refusal": "I can't."}]

@@ -36,6 +36,7 @@ from trl_ulma.evaluation.turns import (
     refusal_text,
     show_calls,
     split_reasoning,
+    without_end,
 )
 
 logger = logging.get_logger(__name__)
@@ -366,9 +367,10 @@ class Server:
         Raises:
             _Within: if it is not an answer.
         """
-        text = response.text.strip()
+        # JSON is UTF-8, whatever the headers say, and some servers mark it as such or leave line breaks in its texts
+        text = response.content.decode("utf-8-sig", "replace").strip()
         try:
-            answer = joined_stream(text) or json.loads(text)
+            answer = joined_stream(text) or json.loads(text, strict=False)
         except ValueError:
             what = "an HTML page" if text[:1] == "<" else "what is no JSON" if text else "nothing"
             raise self._within(response, 500, f"{what}: {text[:100]}" if text else what, is_api=False) from None
@@ -391,17 +393,18 @@ class Server:
 
     def _reply(self, text: str, thought: str, choice: Any, answer: Any, calls: Iterable[Any] = ()) -> Reply:
         finished, about = ended(choice.get("finish_reason"))
-        within, text = split_reasoning(text, is_cut=not finished)
+        within, text = split_reasoning(without_end(text), is_cut=not finished)
         usage = answer.get("usage")
         model = answer.get("model")
         is_named = isinstance(model, str) and model.strip() != self.model.strip()
-        counted = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
+        counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
+        counted = [count if isinstance(count, int) else 0 for count in counts]
         return Reply(
             self.without_key("\n\n".join(filter(None, (show_calls(text), calls_text([*calls]))))),
             finished,
             self.without_key("\n\n".join(filter(None, (thought, within)))),
             about,
-            tokens=(int(counted[0] or 0), int(counted[1] or 0)),
+            tokens=(counted[0], counted[1]),
             answered_by=self.without_key(model.strip())[:_LONGEST_NAME] if is_named else "",
         )
 

@@ -17,6 +17,10 @@ _CHANNEL = re.compile(
     r"<\|channel\|>\s*(\w+)(.*?)<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)", re.DOTALL
 )
 _BARE_CHANNELS = re.compile(r"\s*analysis(.*?)assistant(?:commentary.*?assistant)?final(.*)", re.DOTALL)
+# Tokens that end a turn. Some servers leave them in the answer
+_ENDS = re.compile(
+    r"(?:\s*(?:<\|(?:im_end|eot_id|eom_id|end|endoftext|end_of_text|return)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>))+\s*\Z"
+)
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
@@ -72,6 +76,16 @@ def _split_channels(text: str) -> tuple[str, str] | None:
         else:
             (answer if channel == "final" else reasoning).append(said.strip())
     return "\n\n".join(reasoning), "\n\n".join(answer)
+
+
+def without_end(text: str) -> str:
+    """An answer of a server without the special token that ended it.
+
+    Example:
+        >>> without_end("Yes.<|im_end|>"), without_end("Yes.</s>"), without_end("Not <s>this</s>")
+        ('Yes.', 'Yes.', 'Not <s>this</s>')
+    """
+    return text if "<s>" in text else _ENDS.sub("", text)
 
 
 def opens_reasoning(prompt: str) -> bool:
