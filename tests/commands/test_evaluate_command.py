@@ -290,6 +290,19 @@ def test_a_served_model_reads_rows_of_csv_as_messages(tmp_path, served):
     assert asked == [[{"role": "user", "content": "How are you?"}]]
 
 
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_tools_that_a_served_model_does_not_get_are_told(tmp_path, served, is_paired):
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    prompt, answer = ([{"role": role, "content": text}] for role, text in (("user", "Time?"), ("assistant", "Noon.")))
+    answers = {"chosen": answer, "rejected": [{"role": "assistant", "content": "No."}]}
+    rows = [{"prompt": prompt, **(answers if is_paired else {"completion": answer, "label": 1}), "tools": [tool]}]
+    rows.append({**rows[0], "prompt": [{"role": "user", "content": "Hi"}], "tools": None})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(serve_argv(str(tmp_path / "rows.jsonl"), tmp_path / "report", served)) == 0
+    told = "1 of 2 prompts have tools, which are not sent to the server of m."
+    assert any(note.startswith(told) for note in facts_in(tmp_path / "report")["notes"])
+
+
 def test_csv_of_pairs_is_read_as_messages_like_rows(tmp_path):
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nHow are you?,Fine.,Bad.\n", encoding="utf-8")
     rows = load_rows(str(tmp_path / "pairs.csv"))["train"]

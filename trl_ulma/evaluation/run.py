@@ -315,6 +315,7 @@ class _Run:
         facts: dict[str, Any] = {"name": run, "source": source, "perplexity": {}, "implicit_reward": {}, "judged": {}}
         if source in self.servers:
             prompts = [question.prompt for question in self.questions]
+            self._note_unsent(run)
             return facts | self._answers(run, ServerGenerator(self.servers[source]), self.questions, prompts)
         args = self.args
         processing_class = load_processing_class(source, **self.loading)
@@ -362,6 +363,18 @@ class _Run:
         del model
         gc.collect()
         return facts
+
+    def _note_unsent(self, run: str) -> None:
+        """Note what the rows have for the chat template that servers are not sent."""
+        rows = self.reading.held_out.rows
+        for name in ("tools", "chat_template_kwargs"):
+            values = rows[name][:] if name in rows.column_names else []
+            count = sum(bool(values[question.row]) for question in self.questions) if len(values) else 0
+            if count:
+                self._note(
+                    f"{count} of {len(self.questions)} prompts have {name}, which are not sent to the server of {run}. "
+                    "Its answers are those to the messages alone."
+                )
 
     def _before(self, source: str) -> str | None:
         return None if source in self.servers else model_before(source, self.args.ref_model)
