@@ -96,6 +96,8 @@ def write(
     is_chat = trained_on_chat(plan)
     takes_images = isinstance(plan.processing_class, ProcessorMixin)
     columns = {"prompt": "prompt", "completion": "completion", **names_in_files(plan.raw_rows)}
+    location = location or (f"{title}/checkpoint-{unfinished[0]}" if unfinished else title)
+    began_with = name or head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM"
     template = importlib.resources.files("trl_ulma") / "templates" / "model_card.md.jinja"
     with importlib.resources.as_file(template) as path:
         card = ModelCard.from_template(
@@ -112,10 +114,11 @@ def write(
             takes_images=takes_images,
             is_chat=is_chat,
             messages=json.dumps(_messages(args.system_message, takes_images), ensure_ascii=False),
-            location=location or (f"{title}/checkpoint-{unfinished[0]}" if unfinished else title),
+            location=location,
+            location_in_shell=shlex.quote(location),
             unfinished=unfinished,
             has_reference=plan.needs_reference,
-            reference=None if is_adapter else name or head.base_model or "THE-MODEL-THAT-TRAINING-BEGAN-FROM",
+            reference=None if is_adapter else shlex.quote(began_with),
             reference_in_words=reference_in_words(kind, name, args),
             columns=columns,
             names=_names_option(columns),

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -166,6 +167,15 @@ def test_every_method_of_the_grid_has_its_name_and_its_formulas():
         assert ("+log π_θ" in text) == (negative == "unlearning")
         assert ("bad answers: nothing" in text) == (negative == "none")
         assert ("good answers: nothing" in text) == (positive == "none")
+
+
+def test_names_with_spaces_are_quoted_in_the_commands_of_the_card(tiny_gpt2, tmp_path):
+    shutil.copytree(tiny_gpt2, tmp_path / "my base")
+    card = card_of(make_trainer(str(tmp_path / "my base"), make_rows(4), tmp_path / "my out"))
+    commands = re.findall(r"trl-ulma (?:chat|score)[^`\n]*", card)
+    words = [shlex.split(command) for command in commands]
+    assert [each[2:4] for each in words] == [["--model", "my out"]] * 2
+    assert words[1][4:6] == ["--ref_model", str(tmp_path / "my base")]
 
 
 def test_a_run_without_compared_rows_is_no_judge(tiny_gpt2, tmp_path):

@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -1724,13 +1725,13 @@ def test_a_question_of_pairs_that_is_not_read_is_said(tmp_path, pair, is_said):
 
 def test_the_input_of_rated_alpaca_data_is_kept(tmp_path):
     rows = [{"instruction": "Add.", "input": f"{i} + 2", "output": f"{i + 2}", "rating": i % 5 + 1} for i in range(6)]
-    file = write(tmp_path / "rows.jsonl", lines(rows))
+    file = write(tmp_path / "my rows.jsonl", lines(rows))
     proposal = r"`rating` looks like the label of alpaca data: (trl-ulma prepare alpaca --dataset .*)$"
     with pytest.raises(ValueError, match=proposal) as error:
         check_splits(load_rows(file), str(file))
     found = re.search(proposal, str(error.value))
     assert found is not None
-    assert main(["prepare", *found[1].replace("FOLDER", str(tmp_path / "out")).split()[2:]]) == 0
+    assert main(shlex.split(found[1].replace("FOLDER", str(tmp_path / "out")))[1:]) == 0
     made = load_rows(tmp_path / "out")["train"]
     assert "Add.\n\n" in made["prompt"][0][-1]["content"]
     assert set(made["label"][:]) <= {1, 2, 3, 4, 5}

@@ -187,7 +187,7 @@ def as_rated(
     is_rating = any(isinstance(value, int | float | Decimal) and not 0 <= value <= 1 for value in values)
     hint = direction(label) + _others(likely, columns)
     return (
-        f"`{label}` looks like the label of {family} data: trl-ulma prepare {family} --dataset {where} "
+        f"`{label}` looks like the label of {family} data: trl-ulma prepare {family} --dataset {quoted(where)} "
         f"--output FOLDER --columns {as_option({'label': label})}{' --label_type continuous' * is_rating}"
         + (f".{hint}" if hint else "")
     )
@@ -252,8 +252,8 @@ def as_family(
             )
     used = {ours: theirs for ours, theirs in given.items() if not find(families[0]).unused([ours])}
     return (
-        f"{start} looks like {' or '.join(families)} data: trl-ulma prepare {families[0]} --dataset {where} --output "
-        f"FOLDER{f' --columns {as_option(used)}' if used else ''}"
+        f"{start} looks like {' or '.join(families)} data: trl-ulma prepare {families[0]} --dataset {quoted(where)} "
+        f"--output FOLDER{f' --columns {as_option(used)}' if used else ''}"
     )
 
 
