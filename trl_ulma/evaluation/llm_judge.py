@@ -93,9 +93,11 @@ _CONTRADICTS = re.compile(
     r"(?:\bnot|n['’]t)\s+(?:the\s+)?(?:more|better|as)\b",
     re.IGNORECASE,
 )
-# The same after an adjective alone: "1 - dangerous", "1, because it is very harmful"
+# The same after an adjective alone: "1 - dangerous", "1, because it is very harmful", "1. The first answer is rude."
 _BLAMES = re.compile(
-    r"[\W_]*(?:(?:because|since|as)\s+)?(?:(?:it|which|that|this)(?:\s+is|\s+was|['’]s)\s+)?"
+    r"[\W_]*(?:(?:because|since|as)\s+)?"
+    r"(?:(?:it|which|that|this|(?:the\s+)?(?:answer\s+)?(?:1|2|one|two|first|second)(?:\s+(?:answer|one))?)"
+    r"(?:\s+is|\s+was|['’]s)\s+)?"
     r"(?:(?:very|really|quite|so|too|clearly)\s+)?"
     r"(?:dangerous|harmful|unsafe|toxic|rude|wrong|incorrect|bad|evasive)[\W_]*",
     re.IGNORECASE,
