@@ -28,6 +28,8 @@ from trl_ulma.data.origins import names_in_files
 from trl_ulma.labels import render_report
 from trl_ulma.ranking import RANKING_FIGURES
 from trl_ulma.rows.notes import noted
+from trl_ulma.rows.rendering import tokenizer_of
+from trl_ulma.rows.turns import ends_in_config, ends_of_answers
 
 # (positive_loss, negative_loss): the method's name in the paper
 METHODS = {
@@ -114,6 +116,7 @@ def write(
             takes_images=takes_images,
             is_chat=is_chat,
             messages=json.dumps(_messages(args.system_message, takes_images), ensure_ascii=False),
+            ends=_ends_in_words(model, tokenizer_of(plan.processing_class)) if is_chat else "",
             location=location,
             location_in_shell=shlex.quote(location),
             unfinished=unfinished,
@@ -159,6 +162,12 @@ def trained_on_chat(plan: Any) -> bool:
     """
     has_template = getattr(plan.processing_class, "chat_template", None) is not None
     return noted(plan.train_dataset).get("rules", {}).get("is_chat", has_template)
+
+
+def _ends_in_words(model: Any, tokenizer: Any) -> str:
+    """The argument of `generate` that ends answers with the assistant's turn; "" if it does so by itself."""
+    ends = ends_of_answers(model, tokenizer)
+    return "" if set(ends) == {*ends_in_config(model)} else f", eos_token_id={ends}"
 
 
 def _names_option(columns: dict[str, str]) -> str:

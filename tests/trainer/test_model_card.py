@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import make_rows, make_trainer
 
 from trl_ulma.evaluation.held_out import HeldOut
@@ -227,6 +227,18 @@ def test_the_snippet_prompts_the_model_as_it_was_trained(
     assert said in card
     capsys.readouterr()
     assert prompt_of(snippet_of(card), tmp_path, monkeypatch, capsys) == prompt
+
+
+def test_the_snippet_ends_answers_with_the_turn_also_if_the_eos_token_is_another(tiny_llama, tmp_path):
+    # As of base models with a chat template, whose EOS token ends documents
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    for eos, said in (("<|pad|>", f", eos_token_id={sorted([tokenizer.pad_token_id, end])})"), ("<|end|>", "0.7)\n")):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        tokenizer.eos_token, model.generation_config.eos_token_id = eos, tokenizer.convert_tokens_to_ids(eos)
+        settings = {"processing_class": tokenizer, "chat": "true"}
+        trainer = make_trainer(model, make_rows(2), tmp_path / eos.strip("<|>"), max_steps=1, **settings)
+        assert said in snippet_of(card_of(trainer))
 
 
 def test_messages_are_a_chat_without_being_asked(tiny_llama, tmp_path):

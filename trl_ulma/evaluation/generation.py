@@ -23,7 +23,7 @@ from trl_ulma.evaluation.refusals import PASSING, Why
 from trl_ulma.evaluation.repetition import Repetition
 from trl_ulma.evaluation.server import Refusal, Reply, Server
 from trl_ulma.evaluation.turns import opens_reasoning, show_calls, split_reasoning
-from trl_ulma.rows.turns import end_of_turn
+from trl_ulma.rows.turns import ends_of_answers
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.gguf", "*.jinja")
 
@@ -110,11 +110,7 @@ class TransformersGenerator:
         base = model.peft_config[model.active_adapter].base_model_name_or_path if is_peft_model(model) else None
         files = [_files(Path(each)) for each in (name, base) if each]
         commit, quantized = (getattr(model.config, key, None) for key in ("_commit_hash", "quantization_config"))
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        ends = ends if isinstance(ends, list) else [ends]
-        known = {end for end in (*ends, tokenizer.eos_token_id) if isinstance(end, int)}
-        turn = end_of_turn(tokenizer, known)
-        self.ends = sorted(known if turn is None else {*known, turn})
+        self.ends = ends_of_answers(model, tokenizer)
         loaded = (str(model.dtype), commit, quantized and str(quantized), self.ends)
         self.identity = digest(name, base, files, *loaded)
 

@@ -82,6 +82,20 @@ def rendered_spans(
     return found
 
 
+def ends_of_answers(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: those of the model's `generation_config`, the tokenizer's EOS token, and the one
+    with which the chat template ends the assistant's turn."""
+    known = {*ends_in_config(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    turn = end_of_turn(tokenizer, known)
+    return sorted(known if turn is None else {*known, turn})
+
+
+def ends_in_config(model: Any) -> list[int]:
+    """The tokens with which `model.generate` ends by default."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+
+
 def end_of_turn(tokenizer: Any, ends: Iterable[int]) -> int | None:
     """The token with which a chat template ends the assistant's turn, if it is none of the known `ends`. None without
     one.
