@@ -224,7 +224,8 @@ def test_one_speaker_twice_is_noted_or_left_out():
         (f"{HI} Sure.", 4.0, ("Sure.", -4.0, False)),
         (f"{HI} Sure.", "4.0", ("Sure.", -4.0, False)),
         (f"{HI} Sure.\n\nHuman: Thanks", 4.0, HUMAN_LAST),
-        *((f"{HI} Sure.", rating, "its rating is not a number from 0 to 4") for rating in (None, "much", 5, -1, True)),
+        *((f"{HI} Sure.", rating, "its rating is not a number") for rating in (None, "much", True)),
+        *((f"{HI} Sure.", rating, "its label is outside [0, 4], the scale of this rating") for rating in (5, -1)),
     ],
 )
 def test_a_rated_transcript(transcript, rating, outcome):
@@ -285,6 +286,13 @@ def test_a_correction_and_a_flawed_prediction():
     assert good["prompt"] == bad["prompt"] == turns(prompt)
     assert shape([good, bad]) == [("Paris. ", 1.0, True), ("Lyon.", 0.0, False)]
     assert good["label_type"] == bad["label_type"] == "binary"
+
+
+def test_a_question_with_an_empty_passage_or_equal_predictions_does_not_stop_the_rest():
+    found = list(qa_feedback([QUESTION | {"passages": [[]]}, QUESTION]))
+    assert [isinstance(each, LeftOut) for each in found] == [True, True, False, False]
+    same = list(qa_feedback([QUESTION | {"prediction 2": "Rome."}], wins=True))
+    assert [isinstance(each, LeftOut) for each in same] == [False, False, True, False, True]
 
 
 def test_passages_that_are_cited_or_none():

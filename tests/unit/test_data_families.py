@@ -415,9 +415,9 @@ def test_ranks():
     raw = SAMPLES["nectar"](0) | {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: "}
     assert outcomes("nectar", raw)[0][0] == ["Hi", "Hello!", "Bye"]
     raw["answers"][1] = {"answer": "Yes", "rank": None}
-    assert labels("nectar", raw) == [-1.0, "its rank is not a number from 1 on", -3.0]
+    assert labels("nectar", raw) == [-1.0, "its rank is not a number", -3.0]
     raw["answers"][1]["rank"] = 0
-    assert labels("nectar", raw) == [-1.0, "its rank is not a number from 1 on", -3.0]
+    assert labels("nectar", raw) == [-1.0, "its label is outside [1, inf], the scale of this rating", -3.0]
 
 
 def test_equal_answers_with_different_scores_are_left_out():
@@ -463,7 +463,7 @@ def test_summaries():
     rated = {"info": {"article": "News."}, "summary": {"text": "Short.", "policy": "ref", "axes": axes}, "worker": "w"}
     assert outcomes("tldr", rated) == [(["News.\n\nTL;DR:"], "Short.", 5.0, False)]
     assert labels("tldr", rated, aspect="coverage") == ["its label is not a number"]
-    assert labels("tldr", rated | {"info": None}) == ["its post is not text"]
+    assert labels("tldr", rated | {"info": None}) == ["its post is empty or not text"]
 
 
 def test_answers_that_are_the_same_are_not_better_and_worse():
@@ -492,6 +492,63 @@ def test_pairs_of_stack_exchange():
     assert Counter(labels("stack-exchange-paired", raw | {"response_k": "Boil it."})) == {
         "both halves of its pair are the same": 2
     }
+
+
+def test_ratings_on_another_scale_are_not_left_out_at_one_end():
+    talk = "\n\nHuman: Harm!\n\nAssistant: No "
+    attempts = [{"transcript": f"{talk}{i}.", "rating": i % 5 + 1} for i in range(20)]
+    answers = [{"answer": f"No {rank}", "rank": rank} for rank in range(7)]
+    ranked = [{"prompt": f"{i}?", "answers": answers} for i in range(5)]
+    preferred = [SAMPLES["helpsteer3"](i) | {"overall_preference": i % 11 - 5} for i in range(22)]
+    for family, raw in (("red-team", attempts), ("nectar", ranked), ("helpsteer3", preferred)):
+        with pytest.raises(ValueError, match=rf"Convert the ratings to the scale of {family} data"):
+            convert(family, Dataset.from_list(raw))
+
+
+def test_an_article_beside_an_empty_post_is_the_text_that_is_summarized():
+    raw = SAMPLES["tldr"](1)
+    article = raw | {"info": {"post": "", "title": None, "article": "News."}}
+    assert [prompt for [prompt], *_ in outcomes("tldr", article)] == ["News.\n\nTL;DR:"] * 2
+    assert labels("tldr", raw | {"info": {"post": " ", "title": "So"}}) == ["its post is empty or not text"] * 2
+
+
+def test_a_question_that_is_an_object_as_text_is_no_question():
+    raw = SAMPLES["webgpt"](1)
+    for text in (str({"dataset": "eli5", "full_text": "Why?"}), json.dumps({"full_text": "Why?"})):
+        assert labels("webgpt", raw | {"question": text}) == ["its question is not text"] * 2
+    assert labels("webgpt", raw | {"question": "{'a': 1} is what?"}) == labels("webgpt", raw)
+    quotes = {"quotes_0": {"title": ["Tea"], "extract": [None]}}
+    assert labels("webgpt", raw | quotes, quotes=True)[0] == "its quotes are not lists of titles and extracts"
+
+
+def test_accepted_answers_are_found_if_the_mark_is_a_number_or_text():
+    answers = [{"text": f"{mark}", "score": 1, "selected": mark} for mark in (1, "true", 0, "false")]
+    found = outcomes("votes", {"question": "An egg?", "answers": answers}, accepted=True)
+    assert [demonstration for *_, demonstration in found] == [True, True, False, False]
+
+
+def test_an_answer_without_votes_does_not_hide_its_next_pair():
+    post = {"post_id": "p", "history": "Hi?", "human_ref_B": "No", "score_B": 1, "human_ref_A": "Yes"}
+    found = labels("votes", post | {"score_A": None}, post | {"score_A": 3})
+    assert found == ["its votes are not a number", 1.0, 2.0, "an earlier pair has the same answer"]
+
+
+def test_markers_of_turns_in_helpsteer():
+    def prompts(prompt):
+        return outcomes("helpsteer", SAMPLES["helpsteer"](3) | {"prompt": prompt})
+
+    turns = ["Hi", "Hello!", "Bye"]
+    opened = "Hi\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nBye"
+    for prompt in (opened, f"{opened}\n<extra_id_1>Assistant\n", f"{opened}\n<extra_id_1>Assistant"):
+        for ends in (prompt, prompt.replace("\n", "\r\n")):
+            assert prompts(ends)[0][0] == turns
+    assert prompts("<extra_id_0>System\nBe brief.")[0].startswith("a prompt with <extra_id_ in its text")
+
+
+def test_a_label_of_a_step_that_the_map_lacks_is_named():
+    raw = {"prompt": "2 + 3?", "completions": ["5.", "So 5."], "labels": ["good", "fair"]}
+    found = labels("stepwise", raw, label_map={"good": 1, "bad": 0})
+    assert found == [1.0, "its label is 'fair', which label_map does not contain"]
 
 
 # Files of text

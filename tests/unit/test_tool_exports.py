@@ -370,7 +370,8 @@ def test_preferences_of_helpsteer3_and_gemini():
         [1.0, 0.0], [0.5, 0.5], [0.0, 1.0],
     ]  # fmt: skip
     assert (
-        labels("helpsteer3", sample | {"overall_preference": 4}) == ["its preference is not a number from −3 to 3"] * 2
+        labels("helpsteer3", sample | {"overall_preference": 4})
+        == ["its label is outside [-3, 3], the scale of this rating"] * 2
     )
     as_text = sample | {"context": json.dumps([HELLO, HI])}
     assert outcomes("helpsteer3", as_text)[1] == (["Hello!", "Hi"], "No", 0.0, False)

@@ -182,6 +182,17 @@ def row(
     }
 
 
+def off_scale(low: float, high: float) -> LeftOut:
+    """The reason why an answer is left out whose label is not on the scale of its family. If there are many, the data
+    has another scale, which is an error.
+
+    Example:
+        >>> off_scale(0, 4)
+        LeftOut(why='its label is outside [0, 4], the scale of this rating')
+    """
+    return LeftOut(f"{OFF_SCALE} [{low:g}, {high:g}], the scale of this rating")
+
+
 def as_number(value: Any) -> int | float | None:
     """A value, or its text, as a number. None if it is not a finite number. (All values in CSV files are text.)
 
@@ -254,7 +265,7 @@ def labeled(
     if value is None:
         return LeftOut("its label is not a number")
     if scale is not None and not scale[0] <= value <= scale[1]:
-        return LeftOut(f"{OFF_SCALE} [{scale[0]:g}, {scale[1]:g}], the scale of this rating")
+        return off_scale(*scale)
     if label_type == "binary" and not 0 <= value <= 1:
         return LeftOut(OUTSIDE)
     try:

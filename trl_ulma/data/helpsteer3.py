@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, compared, labeled
+from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, compared, labeled, off_scale
 from trl_ulma.data.payloads import messages_in
 
 
@@ -23,7 +23,7 @@ def helpsteer3(rows: Iterable[Mapping[str, Any]], *, liked: bool = False) -> Ite
     for raw in rows:
         preference = as_number(raw["overall_preference"])
         if preference is None or not -3 <= preference <= 3:
-            yield from [LeftOut("its preference is not a number from −3 to 3")] * 2
+            yield from [LeftOut("its preference is not a number") if preference is None else off_scale(-3, 3)] * 2
             continue
         try:
             context = messages_in(raw["context"], "user")  # as JSON text in a CSV file

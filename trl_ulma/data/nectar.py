@@ -1,9 +1,10 @@
 """Nectar: several answers to a conversation, ranked."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, compared, labeled
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, compared, labeled, off_scale
 from trl_ulma.data.conversations import ASSISTANT, is_transcript, parse_transcript
 
 
@@ -38,7 +39,7 @@ def nectar(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
         for answer in answers:
             rank = as_number(answer.get("rank")) if isinstance(answer, Mapping) else None
             if rank is None or rank < 1:
-                found.append(LeftOut("its rank is not a number from 1 on"))
+                found.append(LeftOut("its rank is not a number") if rank is None else off_scale(1, math.inf))
                 continue
             found.append(labeled(prompt, answer.get("answer"), 0.0 - rank, label_type="continuous"))
         yield from compared(found)

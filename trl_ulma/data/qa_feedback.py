@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, row
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, compared, row
 
 PREDICTIONS = (1, 2, 3, 4)
 PASSAGES = ("all", "cited", "none")
@@ -56,7 +56,7 @@ def qa_feedback(rows: Iterable[Mapping[str, Any]], *, passages: str = "all", win
             texts = [prompt, correction, prediction, *(raw[f"prediction {number}"] for number in labels)]
             if not all(isinstance(text, str) for text in texts):
                 raise TypeError
-        except (IndexError, KeyError, TypeError):
+        except (IndexError, KeyError, TypeError, ValueError):
             yield from [LeftOut("a field of its question is missing or invalid")] * answers
             continue
         if note:
@@ -68,8 +68,9 @@ def qa_feedback(rows: Iterable[Mapping[str, Any]], *, passages: str = "all", win
         else:
             yield row(prompt, correction, 1.0, demonstration=True) if correction.strip() else LeftOut(NO_CORRECTION)
             yield row(prompt, prediction, 0.0)
-        for number, label in labels.items():
-            yield row(prompt, raw[f"prediction {number}"], label, label_type="continuous")
+        yield from compared(
+            row(prompt, raw[f"prediction {number}"], label, label_type="continuous") for number, label in labels.items()
+        )
 
 
 def _passages(raw: Mapping[str, Any], which: str) -> tuple[list[str], str | None]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, as_number, row
+from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, as_number, off_scale, row
 from trl_ulma.data.conversations import names_in_text, split_turns
 from trl_ulma.data.hh import NAME_IN_TEXT
 
@@ -22,7 +22,7 @@ def red_team(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
     for attempt in rows:
         rating = as_number(attempt["rating"])
         if rating is None or not 0 <= rating <= 4:
-            yield LeftOut("its rating is not a number from 0 to 4")
+            yield LeftOut("its rating is not a number") if rating is None else off_scale(0, 4)
             continue
         try:
             prompt, completion = split_turns(attempt["transcript"])

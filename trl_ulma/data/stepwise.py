@@ -46,9 +46,12 @@ def stepwise(
             prompt += separator
             steps = [step + separator for step in steps[:-1]] + steps[-1:]
         for place, (step, label) in enumerate(zip(steps, labels, strict=True), start=1):
-            value = as_label(names.label(label, Counter()))
+            unknown: Counter = Counter()
+            value = as_label(names.label(label, unknown))
             if not is_text:
                 yield LeftOut("its question or one of its steps is not text")
+            elif unknown:
+                yield LeftOut(f"its label is {next(iter(unknown))!r}, which label_map does not contain")
             elif value is None:
                 yield LeftOut("its label is not a number")
             elif not 0 <= value <= 1:

@@ -6,6 +6,7 @@ from typing import Any
 from trl_ulma.data.adapters import LIKED, Adapter, LeftOut, Outcome, as_number, compared, labeled
 
 ASPECTS = ("overall", "accuracy", "coverage", "coherence")
+_POSTS = ("post", "article")  # what is summarized: one of them, the other is empty or missing
 
 
 def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: bool = False) -> Iterator[Outcome]:
@@ -33,7 +34,7 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
         if is_rated:
             summary = raw["summary"] if isinstance(raw["summary"], Mapping) else {}
             if prompt is None:
-                yield LeftOut("its post is not text")
+                yield LeftOut("its post is empty or not text")
                 continue
             axes = summary.get("axes")
             rating = axes.get(aspect) if isinstance(axes, Mapping) else None
@@ -43,7 +44,7 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
         if not isinstance(summaries, list) or not all(isinstance(each, Mapping) for each in summaries):
             yield from [LeftOut("its summaries are not a list")] * 2
         elif prompt is None:
-            yield from [LeftOut("its post is not text")] * len(summaries)
+            yield from [LeftOut("its post is empty or not text")] * len(summaries)
         elif choice not in range(len(summaries)):
             yield from [LeftOut("its choice is not one of the summaries")] * len(summaries)
         else:
@@ -56,12 +57,12 @@ def tldr(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall", liked: b
 def _prompt(info: Any) -> str | None:
     if not isinstance(info, Mapping):
         return None
-    if isinstance(info.get("post"), str):
-        named = (("SUBREDDIT", f"r/{info.get('subreddit')}"), ("TITLE", info.get("title")), ("POST", info["post"]))
+    post, article = (text if isinstance(text := info.get(name), str) and text.strip() else None for name in _POSTS)
+    if post is not None:
+        named = (("SUBREDDIT", f"r/{info.get('subreddit')}"), ("TITLE", info.get("title")), ("POST", post))
         shown = [f"{name}: {text}" for name, text in named if text and text != "r/None"]
         return "\n\n".join([*shown, "TL;DR:"])
-    article = info.get("article")
-    return f"{article}\n\nTL;DR:" if isinstance(article, str) else None
+    return None if article is None else f"{article}\n\nTL;DR:"
 
 
 TLDR = Adapter(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_number, compared, row
+from trl_ulma.data.adapters import Adapter, LeftOut, Outcome, as_bool, as_number, compared, row
 
 LABELS = ("log", "votes")
 NOT_A_NUMBER = "its votes are not a number"
@@ -61,12 +61,12 @@ def _stack_exchange(raw: Mapping[str, Any], label: str, accepted: bool) -> Itera
             raise ValueError(
                 "The answers have a `pm_score`, which is a logarithm, but no `score`. Use the label 'log'."
             )
-        if accepted and answer.get("selected") is None:
+        selected = as_bool(answer.get("selected"))
+        if accepted and selected is None:
             raise ValueError("The answers have no information on accepted answers (`selected`). Remove `accepted`.")
         if label == "log":
             value = answer["pm_score"] if answer.get("pm_score") is not None else _log(value)
-        is_accepted = accepted and answer["selected"] is True
-        found.append(_row(raw["question"], answer.get("text"), value, demonstration=is_accepted))
+        found.append(_row(raw["question"], answer.get("text"), value, demonstration=accepted and selected is True))
     yield from compared(found)
 
 
@@ -77,8 +77,10 @@ def _shp(raw: Mapping[str, Any], label: str, seen: set[int]) -> Iterator[Outcome
         if key in seen:
             yield LeftOut(SEEN)
             continue
-        seen.add(key)
-        yield _row(raw["history"], text, _log(value) if label == "log" else value)
+        found = _row(raw["history"], text, _log(value) if label == "log" else value)
+        if isinstance(found, dict):
+            seen.add(key)
+        yield found
 
 
 def _row(question: Any, text: Any, value: Any, *, demonstration: bool = False) -> Outcome:

@@ -1,10 +1,13 @@
 """WebGPT comparisons: two answers to a question, with scores that sum to 0."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, compared, labeled
 
+# The question as an object that a CSV file holds as text, which cannot be told from its quotes
+_OBJECT = re.compile(r"""\s*\{["'](dataset|id|full_text)["']:""")
 NO_QUOTES = "its answer has no quotes"
 
 
@@ -29,13 +32,15 @@ def webgpt(rows: Iterable[Mapping[str, Any]], *, quotes: bool = False) -> Iterat
         answers: list[Outcome] = []
         for number in (0, 1):
             prompt = question
-            if not isinstance(prompt, str):
+            if not isinstance(prompt, str) or _OBJECT.match(prompt):
                 answers.append(LeftOut("its question is not text"))
                 continue
             if quotes:
                 try:
                     found = raw[f"quotes_{number}"]
                     pairs = list(zip(found["title"], found["extract"], strict=True))
+                    if not all(isinstance(text, str) for pair in pairs for text in pair):
+                        raise TypeError
                     prompt = "\n\n".join([*(f"{title}\n{extract}" for title, extract in pairs), prompt])
                 except (KeyError, TypeError, ValueError):
                     answers.append(LeftOut("its quotes are not lists of titles and extracts"))
