@@ -129,6 +129,40 @@ def test_other_names_are_read_as_datasets_reads_them(tmp_path, names, caplog):
     assert ("test.jsonl is read as the split train, because of its folder" in caplog.text) == (len(names) == 1)
 
 
+def test_a_file_that_names_two_splits_is_refused_and_not_read_twice(tmp_path):
+    write(tmp_path / "rows/train_val.jsonl", LINES)
+    with pytest.raises(ValueError, match=r"train_val\.jsonl names several splits \(train, validation\), .* Rename it"):
+        load_rows(tmp_path / "rows")
+    for name in ("train", "test"):
+        write(tmp_path / f"halves/train-test-split/{name}.jsonl", LINES)
+    assert load_rows(tmp_path / "halves").num_rows == {"train": 5, "test": 5}
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "train.jsonl.gz"), ("train.csv", "train.jsonl"), "Parquet"])
+def test_copies_of_a_file_are_named(tmp_path, monkeypatch, names, caplog):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    if names == "Parquet":
+        names = ("train.parquet", "train_2.parquet")
+        for name in names:
+            write(tmp_path / "rows" / name, "")
+            Dataset.from_list(ROWS).to_parquet(tmp_path / "rows" / name)
+    else:
+        for name in names:
+            write(tmp_path / "rows" / name, CSV if name.endswith("csv") else LINES)
+    write(tmp_path / "rows/test.jsonl", LINES)  # another split
+    load_rows("rows")
+    assert caplog.text.count("counts twice. Remove one of the files") == 1
+    assert f"{names[1]}: the rows are those of" in caplog.text
+
+
+def test_other_files_with_as_many_rows_are_no_copies(tmp_path, caplog):
+    write(tmp_path / "train_1.jsonl", LINES)
+    write(tmp_path / "train_2.jsonl", LINES.replace("4", "5"))
+    assert len(load_rows(tmp_path)["train"]) == 10
+    assert "counts twice" not in caplog.text
+
+
 def test_a_column_in_the_names_of_subfolders_is_refused(tmp_path):
     for label in (0, 1):
         write(tmp_path / f"label={label}/rows.jsonl", LINES)

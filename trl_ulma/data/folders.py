@@ -215,8 +215,13 @@ def _by_name(path: Path) -> dict[str, list[str]]:
         name, parts = os.path.abspath(file), file.relative_to(path).parts
         words = [[split for split, word in _SPLITS.items() if word.search(part.lower())] for part in parts]
         now = [split for split, files in found.items() if name in files]
-        meant = next((each for each in words if each), [])
-        if len(meant) == 1 and meant[0] not in now:
+        meant = next((each for each in words if len(each) == 1), [])
+        if len(now) > 1 and not meant:
+            raise ValueError(
+                f"{file} names several splits ({', '.join(sorted(now))}), so each of them would have its rows. Rename "
+                "it, or the folder."
+            )
+        if meant and (len(now) > 1 or meant[0] not in now):
             for split in now:
                 found[split].remove(name)
             found.setdefault(meant[0], []).append(name)

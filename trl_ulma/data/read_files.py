@@ -6,7 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from trl_ulma.data.columns import say, say_once
+from trl_ulma.data.columns import READ, say, say_once
 from trl_ulma.data.file_rows import FileRows, check_downloaded, classes_in, list_unread, suffix_of, unit_of
 from trl_ulma.data.known_types import renamed
 from trl_ulma.data.names import Names
@@ -39,7 +39,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     for file in files:
         check_downloaded(file)
     if all(suffix_of(file) == ".parquet" for file in files):
-        rows = _read_parquet(files, streaming)
+        rows = _read_parquet(files, streaming, names)
         if rows is not None:
             return renamed(rows, names, str(files[0]), invalid_rows)
     reader = FileRows(files, names, invalid_rows)
@@ -63,6 +63,7 @@ def read_files(files: list[Path], streaming: bool, names: Names, invalid_rows: s
     if reader.unread and invalid_rows == "drop":
         logger.warning(f"Left out {len(reader.unread):,} of {len(rows) + len(reader.unread):,} rows, which cannot be "
                        f"read. {list_unread(reader.unread)}")  # fmt: skip
+    _note_copies(rows, files, reader.firsts, names)
     lines = np.frombuffer(reader.lines, dtype=np.int64)
     source = np.searchsorted(reader.firsts, np.arange(len(lines)), side="right") - 1
     units, columns = [unit_of(file) for file in files], [names.columns] * len(files)
@@ -120,7 +121,29 @@ def _places(files: list[Path], names: Names, invalid_rows: str) -> Iterator[str]
         yield reader.place(number)
 
 
-def _read_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDataset | None:
+def _note_copies(rows: Dataset, files: Sequence[Path], firsts: Sequence[int], names: Names) -> None:
+    """Log files whose rows are all those of another file, such as train.jsonl.gz beside train.jsonl.
+
+    Args:
+        rows: the rows of all files.
+        files: the files.
+        firsts: the number of the first row of each file.
+        names: the names of columns in the files.
+    """
+    read = [name for name in rows.column_names if name in (*READ, *names.columns.values())] or rows.column_names
+    parts = rows.select_columns(read)
+    seen: dict[tuple[int, str], int] = {}
+    for number, (first, end) in enumerate(pairwise((*firsts, len(rows)))):
+        if first == end:
+            continue
+        size = end - first
+        same = seen.setdefault((size, str(parts[first])), number)
+        if same != number and parts.data.slice(first, size).equals(parts.data.slice(firsts[same], size)):
+            say({f"the rows are those of {files[same]}, so each of them counts twice. Remove one of the files": 1},
+                str(files[number]))  # fmt: skip
+
+
+def _read_parquet(files: list[Path], streaming: bool, names: Names) -> Dataset | IterableDataset | None:
     """The rows of Parquet files as `datasets` reads them. None if their types differ or are not supported."""
     try:
         schemas = []
@@ -146,6 +169,7 @@ def _read_parquet(files: list[Path], streaming: bool) -> Dataset | IterableDatas
             source = np.repeat(np.arange(len(files)), sizes)
             numbers = np.concatenate([np.arange(size) for size in sizes])
             Origins([str(file) for file in files], ["row"] * len(files), source, numbers).save(splits["train"])
+            _note_copies(splits["train"], files, [0, *np.cumsum(sizes[:-1]).tolist()], names)
     except UNREADABLE as error:
         if isinstance(error, ValueError) and str(error).startswith(str(files[0].parent)):
             raise
