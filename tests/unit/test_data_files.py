@@ -189,7 +189,7 @@ def test_files_in_a_folder_that_are_ignored_are_counted(tmp_path, caplog):
 
 def test_missing_files_of_a_numbered_dataset_are_counted(tmp_path, caplog):
     for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00001", "train-3-of-4"):
-        write(tmp_path / "rows" / f"{name}.jsonl", LINES)
+        write(tmp_path / "rows" / f"{name}.jsonl", LINES.replace("answer", name))
     load_rows(tmp_path / "rows")
     [said] = caplog.messages
     assert said.endswith("rows: 1 of 3 files train-*-of-00003.jsonl are missing. Download them, too.")

@@ -254,6 +254,36 @@ def test_errors_of_a_spreadsheet_are_counted(tmp_path, caplog):
     ]
 
 
+def test_labels_that_a_spreadsheet_turned_into_dates_are_named(tmp_path):
+    start = "prompt;completion;label\n"
+    file = tmp_path / "rows.csv"
+    for dates in ("05.04.2024 04.Mai", "5-Apr Apr-5", "2024-04-05 2024-04-06T00:00:00"):
+        file.write_text(start + "".join(f"{i}?;No {i};{date}\n" for i, date in enumerate(dates.split())))
+        with pytest.raises(
+            ValueError, match=r"has labels that are dates \(.*\)\. Spreadsheets turn ratings such as 4/5"
+        ):
+            check_splits(load_rows(file), str(file))
+    with pytest.raises(ValueError, match=r"It is a date\. Spreadsheets turn ratings"):
+        read_labels({"label": ["5-Apr"], "prompt": ["Hi"]}, [0], "train", LabelRules())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_day_among_decimal_commas_is_no_number(tmp_path, streaming):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt;completion;label\nHi;Ho;3,5\nHi;No;01.05\n")
+    with pytest.raises(ValueError, match=r"rows\.csv, line 3: label is '01.05', .* looks like a day and a month"):
+        load_rows(file, streaming=streaming)
+    file.write_text("prompt;completion;label\nHi;Ho;03.50\nHi;No;01.05\n")
+    assert [row["label"] for row in load_rows(file, streaming=streaming)["train"]] == [3.5, 1.05]
+
+
+def test_the_guard_around_a_number_is_no_part_of_it(tmp_path, caplog):
+    file = tmp_path / "rows.csv"
+    file.write_text('prompt,completion,label\nHi,Ho,\'-1\nHi,No,"=""4.5"""\nHi,Yes,2\n')
+    assert load_rows(file)["train"]["label"][:] == [-1, 4.5, 2]
+    assert 'label: numbers that exports guard, as in \'-1 and ="4", are read without the guard (2 values' in caplog.text
+
+
 SHEET_ERRORS = "#WERT! #NV #BEZUG! #VALEUR! #ZAHL! #ERROR! #ÜBERLAUF! #¡REF! #NOM? Err:502 Loading... ########"
 
 

@@ -36,6 +36,7 @@ _SHEET_ERROR = re.compile(
 )
 # What exports write around or before a text so that a spreadsheet does not take it for a number or a formula
 _GUARD = re.compile(r"""="(?:[^"]|"")*"|'[=+\-@\t\r].*""", re.DOTALL)
+_GUARDED_NUMBER = re.compile(r"""="([^"]*)"|'([^']*)""")
 # The replacement character, and UTF-8 of letters and of typographic quotes that was read as cp1252
 _MOJIBAKE = re.compile("\ufffd|Ã[\u00a0-\u00bf]|â€[\u0090-\u00ff\u2000-\u2122œž]")
 # At the start of a text, a byte order mark is left from a file that was appended
@@ -149,6 +150,12 @@ def read_value(
     if name in NUMBERS or name in BOOLS:
         if isinstance(value, str):
             found = number(value)
+            if found is None and is_cell and (guarded := _GUARDED_NUMBER.fullmatch(value.strip())):
+                found = number(guarded[1] or guarded[2] or "")
+                if found is not None:
+                    notice(
+                        f'{theirs}: numbers that exports guard, as in \'-1 and ="4", are read without the guard', value
+                    )
             is_comma = DECIMAL_COMMA.fullmatch(value.strip()) or (
                 name in NUMBERS and THOUSAND_COMMA.fullmatch(value.strip())  # `FileRows.check_points` refuses thousands
             )

@@ -34,7 +34,7 @@ from trl_ulma.data.json_rows import json_rows
 from trl_ulma.data.names import Names, read_row, unknown_label, unknown_labels
 from trl_ulma.data.sheet_rows import with_sheet_row
 from trl_ulma.data.unread import UNREAD, Unread
-from trl_ulma.labels import DECIMAL_COMMA
+from trl_ulma.labels import DECIMAL_COMMA, WERE_RATINGS
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 KINDS |= {f"{suffix}.gz": kind for suffix, kind in KINDS.items()}
@@ -66,6 +66,8 @@ _LISTED = 20
 _BATCH = 1000
 # Rows of a JSON file that are looked at for columns that the first row lacks
 _AHEAD = 10_000
+# A number that looks like a day and a month
+_DAY = re.compile(r"0[1-9]\.(0[1-9]|1[0-2])", re.ASCII)
 # Whole numbers with points between thousands, or numbers with three decimals
 _GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+", re.ASCII)
 
@@ -159,6 +161,8 @@ class FileRows:
         # delimiter; and the marks that are known to be decimal, such as the point of 0.500
         self._grouped: dict[tuple[str, str], tuple[str, str, str]] = {}
         self._decimal: set[tuple[str, str]] = set()
+        # Of CSV files: column → the place of the first number such as 01.05, and the number
+        self._days: dict[str, tuple[str, str, str]] = {}
         # Of one CSV file: column → its texts, and (column, mark) → its texts between such marks
         self._texts: Counter[str] = Counter()
         self._quoted: Counter[tuple[str, str]] = Counter()
@@ -202,6 +206,8 @@ class FileRows:
                 self._grouped.setdefault((name, ","), found)
             elif "." in text and number(text) is not None:
                 self._decimal.add((name, "."))
+                if _DAY.fullmatch(text):
+                    self._days.setdefault(name, found)
             elif DECIMAL_COMMA.fullmatch(text):
                 self._decimal.add((name, ","))
 
@@ -238,6 +244,13 @@ class FileRows:
                     f"{with_sheet_row(place)}: {found}. {DELIMITERS[delimiter].capitalize()} separate the fields, so "
                     "this can be a thousand or have three decimals, and no other number in the column shows which. "
                     "Write such numbers as 1000 or as 1.0."
+                )
+
+        for name, (place, found, _) in self._days.items():
+            if (name, ",") in self._decimal:
+                raise ValueError(
+                    f"{with_sheet_row(place)}: {found}, but other numbers in the column have a decimal comma, so this "
+                    f"looks like a day and a month. {WERE_RATINGS}"
                 )
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ from trl_ulma.data.proposals import (
     without_label,
 )
 from trl_ulma.data.unread import UNREAD
-from trl_ulma.labels import are_missing, is_messages
+from trl_ulma.labels import WERE_RATINGS, are_missing, is_date, is_messages
 
 _COMMA = re.compile(r"[+-]?[\d.]+(,\d+)+(\.\d+)?", re.ASCII)
 _PRINTED = re.compile(r"""['"]role['"]\s*:\s*['"](user|assistant|system)['"]""")  # in a list that cannot be read
@@ -182,6 +182,8 @@ def _check_labels(values: Sequence[Any], where: str) -> None:
             f"{where} has labels with a comma ({shown}). Write them with a decimal point and without separators, as in "
             "0.5 and 1234."
         )
+    if any(map(is_date, words)):
+        raise ValueError(f"{where} has labels that are dates ({shown}). {WERE_RATINGS}")
     if all(word.rstrip().endswith("%") for word in words):
         raise ValueError(
             f"{where} has labels with a percent sign ({shown}). Write them as numbers between 0 and 1, as in 0.8."

@@ -28,6 +28,20 @@ _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
 _UNIT = r"(stars?|points?|pts?\.?|sterne?|punkte?|étoiles?|estrellas?|stell[ae]|puntos?|punti|[★⭐]\ufe0f?)"
 _OF_UNITS = re.compile(rf"([+-]?\d+([.,]\d\d?)?)\s*{_UNIT}", re.IGNORECASE)
 _OUT_OF = re.compile(rf"(\d+([.,]\d+)?)\s*(/|of|out of|von|sur|de|su)\s*(\d+([.,]\d+)?)\s*{_UNIT}?", re.IGNORECASE)
+# What spreadsheets make of a rating such as 4/5 or 4.5: 05.04.2024, 2024-04-05 00:00:00, 5-Apr
+WERE_RATINGS = (
+    "Spreadsheets turn ratings such as 4/5 and 4.5 into dates. Format the column as text, and enter or import them "
+    "again."
+)
+_MONTH = (
+    r"(jan|feb|fév|fev|mar|mär|mrz|apr|avr|abr|ma[yijg]|jun|jui|giu|jul|lug|aug|ago|ao[uû]|sep|set|o[ckt]t|nov|de[czs]|"
+    r"déc|dic|gen|ene)"
+)
+_DATE = re.compile(
+    rf"\d{{1,2}}([./-])\d{{1,2}}\1(\d\d|\d{{4}})|\d{{4}}-\d\d-\d\d([ T]00:00(:00)?(\.0+)?)?|"
+    rf"\d{{1,2}}[.\s/-]{{1,2}}{_MONTH}[^\W\d]*\.?|{_MONTH}[^\W\d]*[.\s/-]{{1,2}}\d{{1,2}}",
+    re.IGNORECASE,
+)
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # A number with one decimal comma. The comma of 1,234 may separate thousands
 DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
@@ -357,6 +371,16 @@ def worded_number(text: str) -> tuple[str, str] | None:
     return (found[1].replace(",", "."), found[3].lower()) if found else None
 
 
+def is_date(text: str) -> bool:
+    """Return whether a text is a date, as spreadsheets write it.
+
+    Example:
+        >>> is_date("05.04.2024"), is_date("5-Apr"), is_date("4/5"), is_date("4.5")
+        (True, True, False, False)
+    """
+    return _DATE.fullmatch(text.strip()) is not None
+
+
 def _hint(text: str) -> str:
     """Return what a text was probably meant as and how to write it, or "" if neither is known.
 
@@ -364,6 +388,8 @@ def _hint(text: str) -> str:
         >>> _hint("4 stars"), _hint("Five"), _hint("good")
         (' Did you mean 4?', ' Did you mean 5?', '')
     """
+    if is_date(text):
+        return f" It is a date. {WERE_RATINGS}"
     named = worded_number(text)
     meant = named[0] if named else text.replace(",", ".") if DECIMAL_COMMA.fullmatch(text) else text
     hint = f" Did you mean {meant}?" if meant != text else ""
