@@ -402,6 +402,11 @@ TEXTS = {
         two(completion=(" a", "")),
         f"{AT}: completion is empty, so there is nothing to learn. Fill it in, or drop the row.",
     ),
+    "an answer that is only a refusal": (
+        [CHAT, CHAT | {"completion": [{"role": "assistant", "content": None, "refusal": "No."}]}],
+        f"{AT}: completion has no content, only refusal, which chat templates do not read. Write a text into content "
+        "and a call into tool_calls.",
+    ),
     "blank completion": (
         two(completion=(" a", " \n\t")),
         f"{AT}: completion is empty, so there is nothing to learn. Fill it in, or drop the row.",

@@ -18,6 +18,8 @@ OPTIONAL_COLUMNS = ("sft_mask", "label_type", "log_z", "weight")
 # Roles of the turns that a prompt may end with
 ASKING_ROLES = ("user", "system", "developer")
 
+# Keys of messages that have what an answer says, in formats that few chat templates know
+_ELSEWHERE = ("refusal", "function_call", "tool_call", "text", "value", "parts")
 # Batches hold labels, weights and log Z in float32
 _LARGEST = float(np.finfo(np.float32).max)
 _WANTED = {"binary": "a number, true or false", "continuous": "a number"}
@@ -477,6 +479,15 @@ def check_texts(prompt: Any, completion: Any, *, takes_images: bool = False) -> 
             "completion",
         )
     if is_empty(completion):
+        turns = () if isinstance(completion, str) else completion
+        elsewhere = [key for key in _ELSEWHERE if any(turn.get(key) for turn in turns)]
+        if elsewhere:
+            raise InvalidRow(
+                f"has no content, only {', '.join(elsewhere)}, which chat templates do not read. Write a text into "
+                "content and a call into tool_calls.",
+                f"completion has only {', '.join(elsewhere)}",
+                "completion",
+            )
         raise InvalidRow(
             "is empty, so there is nothing to learn. Fill it in, or drop the row.", "completion is empty", "completion"
         )
