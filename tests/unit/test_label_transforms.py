@@ -269,3 +269,14 @@ def test_british_spellings_are_read():
 
 
 SPELLINGS = (("standardise", "centre"), ("standardize", "center"))
+
+
+def test_a_label_that_is_the_threshold_reaches_it_after_rounding():
+    labels = np.array([0.1, 0.7, 0.9])
+    for spec, threshold in (("lower_is_better:1", 0.1), ("min_max", 0.75), ("center", 0.0)):
+        given = np.array([0.1, 0.2, 0.3]) if spec == "center" else labels
+        learned = parse_transform(spec, "continuous").fit(given).apply(given)
+        assert sum(LabelRules("continuous", threshold).is_demonstration(label) for label in learned) >= 2
+    assert LabelRules("continuous", 0.7).is_demonstration(float(np.float32(0.7)))
+    steps = parse_transform("lower_is_better,threshold:0.1", "binary")
+    assert steps.apply(np.array([0.9, 0.91])).tolist() == [1.0, 0.0]

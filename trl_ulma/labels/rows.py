@@ -11,7 +11,7 @@ from trl_ulma.labels.invalid_rows import NOT_BINARY, InvalidRow, refuse_invalid
 from trl_ulma.labels.missing import is_missing
 from trl_ulma.labels.rater_offsets import rater_name
 from trl_ulma.labels.texts import is_empty, is_messages, shown
-from trl_ulma.labels.transforms import LabelTransform
+from trl_ulma.labels.transforms import LabelTransform, reaches
 
 LABEL_TYPES = ("binary", "continuous")
 OPTIONAL_COLUMNS = ("sft_mask", "label_type", "log_z", "weight")
@@ -78,7 +78,7 @@ class LabelRules:
         """
         if (label_type or self.label_type) == "binary":
             return label == 1
-        return self.sft_threshold is not None and label >= self.sft_threshold
+        return self.sft_threshold is not None and bool(reaches(label, self.sft_threshold))
 
 
 def check_columns(names: Sequence[str], where: str, *, takes_images: bool = False) -> bool:

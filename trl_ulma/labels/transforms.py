@@ -48,6 +48,16 @@ _ALL_EQUAL = {
 _KNOTS = 1000
 
 
+def reaches(label: Any, threshold: float) -> Any:
+    """Return whether labels are at or above a threshold, as far as float32 and transforms keep their decimals.
+
+    Example:
+        >>> reaches(1 - 0.9, 0.1), reaches(float(np.float32(0.7)), 0.7), reaches(0.69, 0.7)
+        (True, True, False)
+    """
+    return label >= threshold - 1e-6 * abs(threshold) - 1e-9
+
+
 @dataclass(frozen=True)
 class Step:
     """One transform. `numbers` are its arguments, given or fitted; None before fitting.
@@ -117,7 +127,7 @@ class Step:
             case "lower_is_better":
                 return first - labels
             case "threshold":
-                return (labels >= first).astype(np.float64)
+                return np.asarray(reaches(labels, first), dtype=np.float64)
             case _:
                 return (labels + first) / (self._read(beside) + first + second)
 
