@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from trl_ulma.data.files import load_rows, split_by_prompt
+from trl_ulma.data.files import check_splits, load_rows, split_by_prompt
 from trl_ulma.data.mixture import load_mixture
 from trl_ulma.data.origins import origin
 from trl_ulma.scripts.options import PartConfig
@@ -161,6 +161,13 @@ def test_other_files_with_as_many_rows_are_no_copies(tmp_path, caplog):
     write(tmp_path / "train_2.jsonl", LINES.replace("4", "5"))
     assert len(load_rows(tmp_path)["train"]) == 10
     assert "counts twice" not in caplog.text
+
+
+def test_a_split_with_other_columns_is_named(tmp_path):
+    write(tmp_path / "train.jsonl", LINES)
+    write(tmp_path / "test.jsonl", LINES.replace("prompt", "question"))
+    with pytest.raises(ValueError, match=r"^The split 'test' differs from 'train': .* lacks the column prompt"):
+        check_splits(load_rows(tmp_path), str(tmp_path))
 
 
 def test_a_column_in_the_names_of_subfolders_is_refused(tmp_path):

@@ -278,5 +278,5 @@ def test_a_label_that_is_the_threshold_reaches_it_after_rounding():
         learned = parse_transform(spec, "continuous").fit(given).apply(given)
         assert sum(LabelRules("continuous", threshold).is_demonstration(label) for label in learned) >= 2
     assert LabelRules("continuous", 0.7).is_demonstration(float(np.float32(0.7)))
-    steps = parse_transform("lower_is_better,threshold:0.1", "binary")
-    assert steps.apply(np.array([0.9, 0.91])).tolist() == [1.0, 0.0]
+    steps = parse_transform("threshold:0.7", "binary")
+    assert steps.apply(np.array([0.7, 0.69], dtype=np.float32)).tolist() == [1.0, 0.0]

@@ -143,13 +143,22 @@ def check_splits(
     """
     said: dict[str, None] = {}
     given = Names.of(columns, None).columns
-    for rows in splits.values():
+    names = list(splits)
+    for split, rows in splits.items():
         first = list(rows.take(20)) if isinstance(rows, IterableDataset) else rows.with_format(None)[:200]
         if isinstance(first, list):
             first = {
                 column: [row.get(column) for row in first] for column in dict.fromkeys(c for r in first for c in r)
             }
-        said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label, given=given))
+        try:
+            said |= dict.fromkeys(check_readable(first, name, needs_label=needs_label, given=given))
+        except ValueError as error:
+            if split == names[0]:
+                raise
+            raise ValueError(
+                f"The split {split!r} differs from {names[0]!r}: {str(error).removesuffix('.')}. All splits need the "
+                "same names of columns and the same labels."
+            ) from error
     if len(splits) > 1:
         truths = Truths(given.get("label", "label"))
         for split, rows in splits.items():
