@@ -126,8 +126,10 @@ def schedule_rate(optimizer: torch.optim.Optimizer, schedule: Any = None) -> flo
         0.04
     """
     group = optimizer.param_groups[0]
-    # OneCycleLR and CyclicLR begin below their peak, which they store here or there
-    peak = getattr(getattr(schedule, "scheduler", schedule), "max_lrs", [group.get("max_lr")])[0]
+    # OneCycleLR and CyclicLR begin below their peak, which they store here or there. Of others, such as GreedyLR,
+    # max_lrs is a bound that may be far above.
+    schedule = getattr(schedule, "scheduler", schedule)
+    peak = schedule.max_lrs[0] if isinstance(schedule, torch.optim.lr_scheduler.CyclicLR) else group.get("max_lr")
     if peak:
         return float(group["lr"] / peak)
     # torch's schedulers store the initial rate under this key, others do not. It is saved with the optimizer.

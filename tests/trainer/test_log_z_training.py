@@ -268,6 +268,26 @@ def test_the_learned_rate_follows_a_schedule_that_is_not_known_beforehand(tiny_g
     assert torch.equal(resumed.log_partition.weights, trainer.log_partition.weights)
 
 
+def test_the_learned_rate_follows_a_schedule_with_a_bound_that_is_no_peak(tiny_gpt2, tmp_path):
+    settings = SETTINGS | {"learning_rate": 1e-9, "lr_scheduler_type": "greedy", "max_steps": 3}
+    try:
+        trainer = make_trainer(
+            tiny_gpt2,
+            make_rows(12, label=[1.0, 1.0, 1.0, 0.0] * 3),
+            tmp_path,
+            pointwise=True,
+            log_z="learned_constant",
+            eval_dataset=make_rows(2),
+            eval_strategy="steps",
+            eval_steps=1,
+            **settings,
+        )
+    except ValueError as error:
+        pytest.skip(f"this version of transformers has no such schedule: {error}")
+    trainer.train()
+    assert trainer.log_partition.weights[0].item() == pytest.approx(0.01 * 3, rel=0.02)
+
+
 def test_a_prompts_log_z_is_read_off_states_of_the_output_embeddings_width(tiny_gpt2, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
     config = OPTConfig(
