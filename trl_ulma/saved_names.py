@@ -35,8 +35,17 @@ def warn_of_unsaved_weights(model: Any, *, is_base: bool = False, is_reference: 
     if not isinstance(model, torch.nn.Module):
         return
     adapters = getattr(model, "peft_config", {}).values()
-    if any(isinstance(getattr(config, "init_lora_weights", None), str) for config in adapters):
-        return  # such as "pissa", which moves a part of the weights into the adapter
+    starts = [str(getattr(config, "init_lora_weights", "")).lower() for config in adapters]
+    for start in starts:
+        if start.startswith("pissa_niter_") or start == "corda":
+            logger.warning(
+                f"init_lora_weights={start!r} has moved a part of the model's weights into the adapter. PEFT cannot "
+                "move the same part again when it loads the adapter that this training saves, so what is loaded would "
+                "be another model than the trained one. Use another start, such as 'pissa', or save the merged model "
+                "after training (trainer.model.merge_and_unload().save_pretrained)."
+            )
+    if any(start.startswith(("pissa", "olora", "corda", "loftq")) for start in starts):
+        return  # they move a part of the weights into the adapter, and do so again when it is loaded
     bare = bare_model(model)
     base = bare.get_base_model() if is_peft_model(bare) else bare
     name = get_config_model_id(base.config)

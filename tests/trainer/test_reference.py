@@ -657,6 +657,30 @@ def test_weights_that_are_saved_nowhere_are_told(tiny_llama, tmp_path, caplog, i
     assert not told or "q_proj.weight and 1 others" in told[0]
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2"])
+def test_a_start_that_peft_cannot_repeat_when_it_loads_the_adapter_is_told(tiny_llama, tmp_path, caplog, start):
+    model = get_peft_model(load(tiny_llama), lora(init_lora_weights=start))
+    trainer = make_trainer(model, make_rows(4), tmp_path / "out", **MOVING)
+    told = [message for message in caplog.messages if f"init_lora_weights='{start}' has moved a part" in message]
+    assert len(told) == (start != "pissa")
+    assert not told or "trainer.model.merge_and_unload().save_pretrained" in told[0]
+    trainer.train()
+    trainer.save_model()
+    ids = torch.arange(5, 25)[None]
+    trained = trainer.model.eval()(ids).logits
+    saved = PeftModel.from_pretrained(load(tiny_llama), tmp_path / "out")
+    assert torch.allclose(saved(ids).logits, trained, atol=1e-4) == (start == "pissa")
+    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert torch.allclose(load(str(tmp_path / "merged"))(ids).logits, trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_a_merged_base_below_an_adapter_that_begins_otherwise_is_told(tiny_llama, tmp_path, caplog, start):
+    base = get_peft_model(load(tiny_llama), lora(init_lora_weights=False)).merge_and_unload()
+    make_trainer(get_peft_model(base, lora(init_lora_weights=start)), make_rows(4), tmp_path / "out", **MOVING)
+    assert caplog.text.count("The model in memory has other weights than") == 1
+
+
 @has_own_adapters
 @pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
 @pytest.mark.parametrize("kind", ["model", "given", "new", "PeftModel"])
