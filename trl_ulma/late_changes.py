@@ -128,6 +128,12 @@ class LateChanges:
                 "callback that generates text, so the step would not train it. Undo this before the step: call "
                 "model.base_model.enable_adapter_layers() or model.unmerge_adapter()."
             )
+        if not any(p.requires_grad for p in self._trainer.model.parameters()):
+            raise ValueError(
+                "The model has no trainable parameters any more, so the step would not train it. Other code, such as a "
+                "callback that generates text, has frozen them, for example with model.set_adapter(..., "
+                "inference_mode=True). Set requires_grad=True again on the parameters to train before the step."
+            )
 
     def check_optimized(self) -> None:
         """Check that no parameters are trainable by now that the optimizer does not have."""

@@ -756,6 +756,16 @@ def test_an_adapter_that_a_callback_takes_out_of_the_model(tiny_llama, tmp_path,
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_that_a_callback_freezes(tiny_llama, tmp_path, checkpointing):
+    callback = Does(lambda model: model.requires_grad_(False))
+    settings = STEPS | {"gradient_checkpointing": checkpointing}
+    trainer = make_trainer(tiny_llama, make_rows(6), tmp_path, callbacks=[callback], peft_config=LORA, **settings)
+    with pytest.raises(ValueError, match="no trainable parameters any more"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_a_forward_without_gradients(tiny_llama, tmp_path):
     model = load(tiny_llama)
     model.lm_head.requires_grad_(False)
