@@ -522,6 +522,12 @@ class PointwiseDPOTrainer(DPOTrainer):
                 return self._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         is_stream = isinstance(dataset, IterableDataset)
         if is_training and self.args.log_z == "group":
+            if type(self)._get_train_sampler is not PointwiseDPOTrainer._get_train_sampler:
+                raise ValueError(
+                    "log_z='group' has its own order of rows, which keeps prompts together, so _get_train_sampler of "
+                    f"{type(self).__name__} would not be used. Leave it out, or override get_train_dataloader to "
+                    "decide which rows make a batch. Or set another log_z."
+                )
             size = batch_size if not self.accelerator.split_batches else batch_size // self.accelerator.num_processes
             self._train_sampler = GroupSampler(
                 np.where(self._plan.compared(dataset), np.asarray(dataset["group"][:]), -1).tolist(),

@@ -7,10 +7,12 @@ import oracle
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 from world import ANSWERS, PROMPTS, make_trainer, plain_logps, trains_with_trl, weights
 
+from trl_ulma import PointwiseDPOConfig, PointwiseDPOTrainer
 from trl_ulma.rows.collator import DataCollatorForPointwisePreference
 from trl_ulma.rows.sampler import GroupSampler
 from trl_ulma.scripts.cli import main
@@ -316,6 +318,20 @@ def test_an_evaluation_compares_rows_within_their_prompt_as_training_does(tiny_g
 def test_settings_that_contradict_groups_are_refused(tiny_gpt2, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tiny_gpt2, group_rows(), tmp_path, **SETTINGS | settings)
+
+
+def test_an_order_of_a_subclass_that_groups_would_not_follow_is_refused(tiny_gpt2, tmp_path):
+    class InOrder(PointwiseDPOTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return SequentialSampler(self.train_dataset)
+
+    def make(**settings):
+        args = PointwiseDPOConfig(str(tmp_path), bf16=False, report_to="none", max_steps=1, **settings)
+        return InOrder(model=tiny_gpt2, args=args, train_dataset=group_rows())
+
+    make().train()
+    with pytest.raises(ValueError, match=r"_get_train_sampler of InOrder would not be used.*get_train_dataloader"):
+        make(log_z="group").train()
 
 
 def test_all_settings_that_contradict_groups_are_named_at_once(tiny_gpt2, tmp_path):
