@@ -128,7 +128,8 @@ class LateChanges:
                 "callback that generates text, so the step would not train it. Undo this before the step: call "
                 "model.base_model.enable_adapter_layers() or model.unmerge_adapter()."
             )
-        if not any(p.requires_grad for p in self._trainer.model.parameters()):
+        is_sharded = self._trainer._is_sharded  # which puts other parameters in their place
+        if not (is_sharded or any(p.requires_grad for p in self._trainer.model.parameters())):
             raise ValueError(
                 "The model has no trainable parameters any more, so the step would not train it. Other code, such as a "
                 "callback that generates text, has frozen them, for example with model.set_adapter(..., "
