@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,11 @@ from trl_ulma.scripts.cli import main
 
 SETTINGS = {"beta": 0.5, "learning_rate": 1e-2, "log_z": "group", "pointwise": True, "optim": "sgd"}
 SETTINGS |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 8}
+
+
+@pytest.fixture(autouse=True)
+def state() -> None:
+    PartialState()  # loggers ask it which process is the main one; in use, a trainer has made it
 
 
 def group_rows(prompts=4, answers=4, **columns):
