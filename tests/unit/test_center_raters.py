@@ -177,6 +177,7 @@ def test_json_keeps_names_and_offsets_and_the_text_is_short():
         ("standardize,center_raters", "continuous", "reads labels as raters gave them, not after standardize. Put it"),
         ("threshold:3,center_raters", "continuous", "not after threshold. Put it first; only lower_is_better and vote"),
         ("center_raters,center_raters", "continuous", "has center_raters twice. Keep one"),
+        ("lower_is_better,standardize,lower_is_better", "continuous", "has lower_is_better twice. Keep one"),
         ("center_raters", "binary", r"center_raters makes labels outside \[0, 1\]. Set label_type='continuous'"),
     ],
 )

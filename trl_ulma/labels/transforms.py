@@ -447,17 +447,17 @@ def with_centered_raters(spec: str | None) -> str:
 
 
 def _check_order(names: list[str], label_type: str, spec: str) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"label_transform={spec!r} has {twice} twice. Keep one.")
     if "votes" in names[1:]:
         raise ValueError(f"label_transform={spec!r}: votes reads the vote counts of the rows. Put it first.")
     if "center_raters" in names:
-        before = names[: len(names) - names[::-1].index("center_raters") - 1]
-        others = [name for name in before if name not in _BEFORE_RATERS]
+        others = [name for name in names[: names.index("center_raters")] if name not in _BEFORE_RATERS]
         if others:
             raise ValueError(
                 f"label_transform={spec!r}: center_raters reads labels as raters gave them, not after {others[0]}. Put "
                 f"it first; only {' and '.join(_BEFORE_RATERS)} may be before it."
-                if others[0] != "center_raters"
-                else f"label_transform={spec!r} has center_raters twice. Keep one."
             )
     if "threshold" in names and "lower_is_better" in names[: names.index("threshold")]:
         raise ValueError(
