@@ -703,7 +703,8 @@ def test_the_rows_of_a_conclusion_are_those_of_its_figure(liked, ranked):
     held_out = HeldOut.of(rows, "test", LabelRules("continuous"))
     reading = SimpleNamespace(held_out=held_out, how=SimpleNamespace(rules=LabelRules("continuous")), center=3.0)
     likelihoods = Likelihoods(Namespace(seed=0), reading, print, Path)
-    assert likelihoods._of_rewards(np.arange(len(rows)) / 7, np.arange(len(rows)))["ranked_rows"] == ranked
+    found = likelihoods._of_rewards(np.arange(len(rows)) / 7, None, np.arange(len(rows)), None)
+    assert found["ranked_rows"] == ranked
 
 
 def test_a_judge_is_counted_by_what_it_has_judged():
