@@ -240,23 +240,31 @@ def test_the_learned_rate_is_that_of_the_peak_of_a_schedule_that_begins_below(ti
     assert trainer.log_partition.weights[0].item() == pytest.approx(0.01 * sum(rates), rel=0.05)
 
 
+def evaluated_each_step(model, folder, **settings):
+    return make_trainer(
+        model,
+        make_rows(12, label=[1.0, 1.0, 1.0, 0.0] * 3),
+        folder,
+        pointwise=True,
+        log_z="learned_constant",
+        eval_dataset=make_rows(2),
+        eval_strategy="steps",
+        eval_steps=1,
+        **SETTINGS | {"learning_rate": 1e-9} | settings,
+    )
+
+
 def test_the_learned_rate_follows_a_schedule_that_is_not_known_beforehand(tiny_gpt2, tmp_path):
     def run(resume=None):
-        trainer = make_trainer(
+        trainer = evaluated_each_step(
             tiny_gpt2,
-            make_rows(12, label=[1.0, 1.0, 1.0, 0.0] * 3),
             tmp_path,
-            pointwise=True,
-            log_z="learned_constant",
-            eval_dataset=make_rows(2),
-            eval_strategy="steps",
-            eval_steps=1,
             metric_for_best_model="loss",
             lr_scheduler_kwargs={"patience": 0, "factor": 0.1, "threshold": 10.0, "threshold_mode": "abs", "eps": 0.0},
             max_steps=4,
             save_strategy="steps",
             save_steps=2,
-            **SETTINGS | {"lr_scheduler_type": "reduce_lr_on_plateau", "learning_rate": 1e-9},
+            lr_scheduler_type="reduce_lr_on_plateau",
         )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -269,19 +277,8 @@ def test_the_learned_rate_follows_a_schedule_that_is_not_known_beforehand(tiny_g
 
 
 def test_the_learned_rate_follows_a_schedule_with_a_bound_that_is_no_peak(tiny_gpt2, tmp_path):
-    settings = SETTINGS | {"learning_rate": 1e-9, "lr_scheduler_type": "greedy", "max_steps": 3}
     try:
-        trainer = make_trainer(
-            tiny_gpt2,
-            make_rows(12, label=[1.0, 1.0, 1.0, 0.0] * 3),
-            tmp_path,
-            pointwise=True,
-            log_z="learned_constant",
-            eval_dataset=make_rows(2),
-            eval_strategy="steps",
-            eval_steps=1,
-            **settings,
-        )
+        trainer = evaluated_each_step(tiny_gpt2, tmp_path, lr_scheduler_type="greedy", max_steps=3)
     except ValueError as error:
         pytest.skip(f"this version of transformers has no such schedule: {error}")
     trainer.train()

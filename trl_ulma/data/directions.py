@@ -15,12 +15,16 @@ _GOOD_STARTS = re.compile(
     "valid|verif"
 )
 _BAD_STARTS = re.compile(
-    "abus|against$|aggress|annoy|attack|bad$|bias|boring|brier$|broken|bugs?$|buggy|cer$|complain|concern|confus|contradict|"
-    "crash|danger|decepti|deduct|defect|discriminati(?!v)|discriminatory|distances?$|divergence$|down$|downvot|error|evasi|fabricat|fail|fake|"
+    "abus|against$|aggress|annoy|attack|bad$|bias|boring|brier$|broken|bugs?$|buggy|cer$|complain|concern|confus|"
+    "contradict|"
+    "crash|danger|decepti|deduct|defect|discriminati(?!v)|discriminatory|distances?$|divergence$|down$|downvot|error|"
+    "evasi|fabricat|fail|fake|"
     "false|fault|flag|flaw|frustrat|garbage|gibberish|hallucinat|harm(?!on)|hate|hostil|illegal|insult|issues?$|"
-    "jailbr[eo]|latency$|leak(?!proof)|loss(es)?$|mae$|manipulati|misinform|mislead|mistake|mse$|negativ|nll$|nonsens|nsfw|"
+    "jailbr[eo]|latency$|leak(?!proof)|loss(es)?$|mae$|manipulati|misinform|mislead|mistake|mse$|negativ|nll$|nonsens|"
+    "nsfw|"
     "obscen|offens|offtopic|omission|penalt|perplex|plagiari|poor|ppl$|profan|racis|rank(ing)?$|redundan|refus|regret|"
-    "reject|repetit|risk|rmse$|rude|severity|sexis|sexual|spam|stereotyp|sycophan|terrible|threat|thumbs?down$|timeouts?$|"
+    "reject|repetit|risk|rmse$|rude|severity|sexis|sexual|spam|stereotyp|sycophan|terrible|threat|thumbs?down$|"
+    "timeouts?$|"
     "tox|typos?$|unanswered|unresolved|useless|violat|violen|vulgar|warning|wer$|wors|wrong|"
     "fehler|giftig|schlecht|schädlich|erreur|mauvais"
 )
@@ -30,15 +34,8 @@ _NOT = frozenset(("no", "not", "non", "never", "without", "lack", "less", "low")
 _TURNED = frozenset(("neg", "negative", "negated", "minus", "inverse", "inverted", "anti", "reverse", "reversed"))
 _TURNED |= {"reciprocal", "percentile"}
 _ENDED = frozenset(("free", "fixed", "resolved", "solved", "reduction", "avoidance", "resistance", "prevention"))
-_ENDED |= {
-    "absence",
-    "lack",
-    "detection",
-    "handling",
-    "recovery",
-    "inverted",
-    "reversed",
-}  # error_free, toxicity_reduction, absence_of_harm
+# error_free, toxicity_reduction, absence_of_harm
+_ENDED |= {"absence", "lack", "detection", "handling", "recovery", "inverted", "reversed"}
 # Words of scales from bad to good, such as thumbs_up_or_down
 _BEST = frozenset(("up", "yes", "good", "like", "likes", "positive", "safe", "correct", "right", "true", "helpful"))
 _BEST |= {"pass", "passed", "win", "wins", "better"}

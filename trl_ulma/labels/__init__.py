@@ -25,23 +25,32 @@ from trl_ulma.labels.rows import (
     DECIMAL_COMMA,
     LABEL_TYPES,
     OPTIONAL_COLUMNS,
-    WERE_RATINGS,
     LabelRules,
     check_columns,
     check_texts,
-    is_date,
     one_class,
     raw_labels,
     read_labels,
     transform_labels,
     worded_number,
 )
-from trl_ulma.labels.texts import is_empty, is_messages, shown, start_of
+from trl_ulma.labels.texts import (
+    BESIDE_CONTENT,
+    INSTEAD_OF_CONTENT,
+    WERE_RATINGS,
+    is_date,
+    is_empty,
+    is_messages,
+    shown,
+    start_of,
+)
 from trl_ulma.labels.transforms import TRANSFORMS, LabelTransform, parse_transform, with_centered_raters
 
 __all__ = [
     "ASKING_ROLES",
+    "BESIDE_CONTENT",
     "DECIMAL_COMMA",
+    "INSTEAD_OF_CONTENT",
     "LABEL_TYPES",
     "LISTED",
     "MOST_RATERS",

@@ -10,7 +10,15 @@ import numpy as np
 from trl_ulma.labels.invalid_rows import NOT_BINARY, InvalidRow, refuse_invalid
 from trl_ulma.labels.missing import is_missing
 from trl_ulma.labels.rater_offsets import rater_name
-from trl_ulma.labels.texts import is_empty, is_messages, shown
+from trl_ulma.labels.texts import (
+    BESIDE_CONTENT,
+    INSTEAD_OF_CONTENT,
+    WERE_RATINGS,
+    is_date,
+    is_empty,
+    is_messages,
+    shown,
+)
 from trl_ulma.labels.transforms import LabelTransform, reaches
 
 LABEL_TYPES = ("binary", "continuous")
@@ -18,8 +26,6 @@ OPTIONAL_COLUMNS = ("sft_mask", "label_type", "log_z", "weight")
 # Roles of the turns that a prompt may end with
 ASKING_ROLES = ("user", "system", "developer")
 
-# Keys of messages that have what an answer says, in formats that few chat templates know
-_ELSEWHERE = ("refusal", "function_call", "tool_call", "text", "value", "parts")
 # Batches hold labels, weights and log Z in float32
 _LARGEST = float(np.finfo(np.float32).max)
 _WANTED = {"binary": "a number, true or false", "continuous": "a number"}
@@ -30,20 +36,6 @@ _OTHER_FORM = re.compile(r"[+-]?(?!\d+(\.\d*)?$)\d[\d.,_' ]*\s?%?", re.ASCII)
 _UNIT = r"(stars?|points?|pts?\.?|sterne?|punkte?|étoiles?|estrellas?|stell[ae]|puntos?|punti|[★⭐]\ufe0f?)"
 _OF_UNITS = re.compile(rf"([+-]?\d+([.,]\d\d?)?)\s*{_UNIT}", re.IGNORECASE)
 _OUT_OF = re.compile(rf"(\d+([.,]\d+)?)\s*(/|of|out of|von|sur|de|su)\s*(\d+([.,]\d+)?)\s*{_UNIT}?", re.IGNORECASE)
-# What spreadsheets make of a rating such as 4/5 or 4.5: 05.04.2024, 2024-04-05 00:00:00, 5-Apr
-WERE_RATINGS = (
-    "Spreadsheets turn ratings such as 4/5 and 4.5 into dates. Format the column as text, and enter or import them "
-    "again."
-)
-_MONTH = (
-    r"(jan|feb|fév|fev|mar|mär|mrz|apr|avr|abr|ma[yijg]|jun|jui|giu|jul|lug|aug|ago|ao[uû]|sep|set|o[ckt]t|nov|de[czs]|"
-    r"déc|dic|gen|ene)"
-)
-_DATE = re.compile(
-    rf"\d{{1,2}}([./-])\d{{1,2}}\1(\d\d|\d{{4}})|\d{{4}}-\d\d-\d\d([ T]00:00(:00)?(\.0+)?)?|"
-    rf"\d{{1,2}}[.\s/-]{{1,2}}{_MONTH}[^\W\d]*\.?|{_MONTH}[^\W\d]*[.\s/-]{{1,2}}\d{{1,2}}",
-    re.IGNORECASE,
-)
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # A number with one decimal comma. The comma of 1,234 may separate thousands
 DECIMAL_COMMA = re.compile(r"(?![+-]?[1-9]\d{0,2},\d{3}$)[+-]?\d+,\d+", re.ASCII)
@@ -373,16 +365,6 @@ def worded_number(text: str) -> tuple[str, str] | None:
     return (found[1].replace(",", "."), found[3].lower()) if found else None
 
 
-def is_date(text: str) -> bool:
-    """Return whether a text is a date, as spreadsheets write it.
-
-    Example:
-        >>> is_date("05.04.2024"), is_date("5-Apr"), is_date("4/5"), is_date("4.5")
-        (True, True, False, False)
-    """
-    return _DATE.fullmatch(text.strip()) is not None
-
-
 def _hint(text: str) -> str:
     """Return what a text was probably meant as and how to write it, or "" if neither is known.
 
@@ -480,7 +462,7 @@ def check_texts(prompt: Any, completion: Any, *, takes_images: bool = False) -> 
         )
     if is_empty(completion):
         turns = () if isinstance(completion, str) else completion
-        elsewhere = [key for key in _ELSEWHERE if any(turn.get(key) for turn in turns)]
+        elsewhere = [key for key in (*BESIDE_CONTENT, *INSTEAD_OF_CONTENT) if any(turn.get(key) for turn in turns)]
         if elsewhere:
             raise InvalidRow(
                 f"has no content, only {', '.join(elsewhere)}, which chat templates do not read. Write a text into "

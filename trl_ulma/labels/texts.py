@@ -1,4 +1,4 @@
-"""Prompts and completions: what they are, and how errors show them."""
+"""Texts in rows: whether they are empty, messages or dates, and how errors show them."""
 
 import re
 from typing import Any
@@ -6,6 +6,23 @@ from typing import Any
 # Anything but whitespace and characters without a shape, such as zero-width spaces
 _VISIBLE = re.compile(r"[^\s\x00\u00ad\u200b-\u200f\u2060\ufeff]")
 _PROMPT_SHOWN = 60  # characters
+# Keys of messages that few chat templates know: for text beside the content, and for text in place of it
+BESIDE_CONTENT = ("refusal", "function_call", "tool_call")
+INSTEAD_OF_CONTENT = ("text", "value", "parts")
+# What spreadsheets make of a rating such as 4/5 or 4.5: 05.04.2024, 2024-04-05 00:00:00, 5-Apr
+WERE_RATINGS = (
+    "Spreadsheets turn ratings such as 4/5 and 4.5 into dates. Format the column as text, and enter or import them "
+    "again."
+)
+_MONTH = (
+    r"(jan|feb|fév|fev|mar|mär|mrz|apr|avr|abr|ma[yijg]|jun|jui|giu|jul|lug|aug|ago|ao[uû]|sep|set|o[ckt]t|nov|de[czs]|"
+    r"déc|dic|gen|ene)"
+)
+_DATE = re.compile(
+    rf"\d{{1,2}}([./-])\d{{1,2}}\1(\d\d|\d{{4}})|\d{{4}}-\d\d-\d\d([ T]00:00(:00)?(\.0+)?)?|"
+    rf"\d{{1,2}}[.\s/-]{{1,2}}{_MONTH}[^\W\d]*\.?|{_MONTH}[^\W\d]*[.\s/-]{{1,2}}\d{{1,2}}",
+    re.IGNORECASE,
+)
 
 
 def is_messages(value: Any) -> bool:
@@ -67,3 +84,13 @@ def shown(value: Any) -> str:
     except ValueError:  # an int of more than 4,300 digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a date, as spreadsheets write it.
+
+    Example:
+        >>> is_date("05.04.2024"), is_date("5-Apr"), is_date("4/5"), is_date("4.5")
+        (True, True, False, False)
+    """
+    return _DATE.fullmatch(text.strip()) is not None

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from trl_ulma.labels import BESIDE_CONTENT, INSTEAD_OF_CONTENT
+
 # Keys of messages for the reasoning before the answer
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _SYSTEM = ("system", "developer")
-# Keys of messages in formats that few chat templates know: for what is said besides the content, and in its place
-_BESIDES, _INSTEAD = ("function_call", "tool_call", "refusal"), ("text", "value", "parts")
 
 
 def without_nones(value: Any) -> Any:
@@ -183,7 +183,7 @@ def _texts(turn: Mapping[str, Any], is_scored: bool) -> Iterator[tuple[str, str]
     calls = turn.get("tool_calls")
     for text in _leaves(calls if isinstance(calls, str) else None):
         yield "tool calls in JSON text", text
-    for name in (*_BESIDES, *(() if content else _INSTEAD)):
+    for name in (*BESIDE_CONTENT, *(() if content else INSTEAD_OF_CONTENT)):
         for text in _leaves(turn.get(name)):
             yield f"key {name!r}", text
 

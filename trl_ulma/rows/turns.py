@@ -100,7 +100,7 @@ def end_of_turn(tokenizer: Any, ends: Iterable[int]) -> int | None:
     """The token with which a chat template ends the assistant's turn, if it is none of the known `ends`. None without
     one.
 
-    Of a base model with a chat template, the EOS token often ends documents, and another token ends turns.
+    Base models with a chat template often have an EOS token that ends documents, and another token that ends turns.
 
     Example:
         >>> from tokenizers import Tokenizer, models
