@@ -19,6 +19,7 @@ from transformers import (
 )
 from world import make_rows, make_trainer, several_answers, weights
 
+from trl_ulma.likelihood import parts, scorer
 from trl_ulma.likelihood.layouts import shared
 from trl_ulma.rows.sampler import PromptSampler
 
@@ -54,6 +55,29 @@ def test_a_run_is_the_padded_one(request, tmp_path, model, layout, peft, precomp
     for entry, entry_2 in zip(log[:-1], log_2[:-1], strict=True):
         for name in entry.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
             assert entry[name] == pytest.approx(entry_2[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("log_z", ["prior", "learned"])
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("shares", [False, True], ids=["padded", "share_prompts"])
+def test_a_run_with_divided_batches_is_that_with_whole_ones(monkeypatch, tiny_llama, tmp_path, shares, peft, log_z):
+    rows = several_answers().remove_columns("log_z")
+    kwargs = {"share_prompts": shares, "log_z": log_z}
+    if peft:
+        kwargs |= {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "learning_rate": 0.02}
+    before, after, log = train(tiny_llama, rows, tmp_path, **kwargs)
+    monkeypatch.setattr(parts, "_TOKENS", 0)
+    monkeypatch.setattr(parts, "_PARAMETERS", 0)
+    divided = []
+    divide = parts.parts
+    monkeypatch.setattr(scorer, "parts", lambda *args: divided.append(divide(*args)) or divided[-1])
+    _, after_2, log_2 = train(tiny_llama, rows, tmp_path, **kwargs)
+    assert max(map(len, divided)) > 2
+    assert (after - before).norm() > 1e-3
+    assert (after_2 - after).norm() <= 1e-6 * (after - before).norm()
+    for entry, entry_2 in zip(log[:-1], log_2[:-1], strict=True):
+        for name in entry.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+            assert entry[name] == pytest.approx(entry_2[name], rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

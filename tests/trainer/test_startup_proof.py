@@ -334,6 +334,22 @@ def test_output_embeddings_that_are_not_called_are_refused(tiny_llama, tmp_path)
         ).train()
 
 
+class MixesRows(LlamaForCausalLM):
+    """What it says of a row depends on the rows beside it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.register_forward_hook(lambda norm, args, output: output - 0.3 * output.mean(0, keepdim=True))
+
+
+def test_rows_that_change_each_other_are_refused(tiny_llama, tmp_path):
+    processing = AutoTokenizer.from_pretrained(tiny_llama)
+    with pytest.raises(ValueError, match="MixesRows differ by .* depends on the other rows of the batch"):
+        make_trainer(
+            load(tiny_llama, MixesRows), make_rows(6), tmp_path, processing_class=processing, **QUICK
+        ).train()
+
+
 # Noise
 
 

@@ -20,10 +20,12 @@ class Layout(NamedTuple):
         inputs: the inputs of the model: `input_ids` `(R, W)`, and the tensors that determine which tokens attend to
             which.
         positions: `(n,)` indices into the flattened `(R·W)` sequences, each right before a completion token.
+        lengths: `(R,)` tokens of the sequences without padding on the right. None if there is none to leave out.
     """
 
     inputs: dict[str, torch.Tensor]
     positions: torch.Tensor
+    lengths: torch.Tensor | None = None
 
 
 def completion_tokens(batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +38,7 @@ def padded(batch: Mapping[str, torch.Tensor]) -> Layout:
     """One padded sequence per row: the batch as it comes from the collator."""
     rows, columns = completion_tokens(batch)
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
-    return Layout(inputs, rows * batch["input_ids"].size(1) + columns)
+    return Layout(inputs, rows * batch["input_ids"].size(1) + columns, batch["attention_mask"].sum(1))
 
 
 def packed(batch: Mapping[str, torch.Tensor]) -> Layout:
@@ -101,7 +103,7 @@ def shared(batch: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) 
     if dtype is not None:
         sees = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill(~sees, torch.finfo(dtype).min)
     inputs = {"input_ids": table[..., 0], "position_ids": table[..., 1], "attention_mask": sees}
-    return Layout(inputs, index)
+    return Layout(inputs, index, torch.tensor([len(sequence) for sequence in sequences]))
 
 
 def shares_prompts(batch: Mapping[str, torch.Tensor]) -> bool:

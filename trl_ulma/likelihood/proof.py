@@ -162,7 +162,8 @@ class StartupProof:
 
     It runs a few short forward passes in evaluation mode. All processes run the same ones. The checks are:
 
-    1. The head's log-probabilities match the log softmax of the model's own logits, and no token sees later tokens.
+    1. The head's log-probabilities, with the batch in parts if it is divided, match the log softmax of the model's own
+       logits of the whole batch, and no token sees later tokens.
     2. The reference equals the policy before training, unless a `ref_model` was given.
     3. A second forward pass gives the same values. This is checked for the reference, and, if dropout is off, for the
        policy in training mode.
@@ -201,7 +202,8 @@ class StartupProof:
         mask = inputs.pop("completion_mask")
         place = padded(batch)
         with evaluation_mode(policy):
-            scored = self.scorer(policy, batch, layout=place).log_probs.double()
+            # In one part per length, as far as the model's batches are divided at all
+            scored = self.scorer(policy, batch, layout=place, pass_cost=0).log_probs.double()
             logits = logits_of(policy(**forward_arguments(without_adapter(policy), inputs)))
             # Adapters can prepend virtual tokens to the row
             logits = logits[:, -inputs["input_ids"].size(1) :][:, :-1].double()
@@ -318,8 +320,9 @@ class StartupProof:
             raise ValueError(
                 f"Log-probabilities of {_class_of(policy)} differ by {found:.2g} nats per token from the log softmax "
                 f"of its own logits (at most {self.tolerance:g} is allowed). Its forward pass uses its output "
-                "embeddings in a way that this package does not support. Use another model class, or report this. To "
-                "train anyway, set startup_checks=False."
+                "embeddings in a way that this package does not support, or what it says of a row depends on the other "
+                "rows of the batch. Use another model class, or report this. To train anyway, set "
+                "startup_checks=False."
             )
 
     def _check_causal(self, policy: Any, scored: torch.Tensor, changed: torch.Tensor, batch: Batch) -> None:

@@ -1,6 +1,7 @@
 """Per-token log-probabilities of a batch's completions under any causal language model, in a chosen layout."""
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from trl_ulma.likelihood.layouts import (
     why_not_packed,
     why_not_shared,
 )
+from trl_ulma.likelihood.parts import cost_of_a_pass, parts
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class Scorer:
         statistics: bool = False,
         prompt_states: bool = False,
         layout: Layout | None = None,
+        pass_cost: float | None = None,
         **kwargs: Any,
     ) -> Likelihood:
         """Score the completion tokens.
@@ -95,6 +98,8 @@ class Scorer:
             statistics: whether to compute entropy, mean logits and top-1 agreement.
             prompt_states: whether to return the prompt states.
             layout: the layout of the batch, instead of this scorer's own.
+            pass_cost: tokens that a forward pass costs, instead of an estimate. With 0, a batch that can be divided is
+                divided at every length, see `trl_ulma.likelihood.parts`.
             **kwargs: additional arguments of the forward.
         """
         bare = bare_model(model)
@@ -105,14 +110,24 @@ class Scorer:
         if prompt_states:
             first = torch.searchsorted(rows, torch.arange(len(batch["input_ids"]), device=rows.device))
             first = first.clamp(max=len(rows) - 1)
-        scores, states, aux_loss = self._head(model, bare)(
-            model,
-            {**layout.inputs, **kwargs},
-            layout.positions,
-            batch["input_ids"][rows, columns + 1],
-            first=first,
-            statistics=statistics,
-        )
+        targets = batch["input_ids"][rows, columns + 1]
+        # What else is asked for, such as an auxiliary loss, is of the whole batch
+        cost = math.inf if kwargs else cost_of_a_pass(model, bare)
+        if pass_cost is not None and cost < math.inf:
+            cost = pass_cost
+        divided = parts(layout, cost)
+        if len(divided) > 1:
+            found = [
+                self._head(model, bare)(
+                    model, part.inputs, part.positions, targets[own], first=_among(first, own), statistics=statistics
+                )
+                for part, own in divided
+            ]
+            scores, states, aux_loss = _joined(found, torch.cat([own for _, own in divided]), first)
+        else:
+            scores, states, aux_loss = self._head(model, bare)(
+                model, {**layout.inputs, **kwargs}, layout.positions, targets, first=first, statistics=statistics
+            )
         log_probs, entropy, mean_logits, is_top1 = _dense(scores, rows, columns, batch["input_ids"])
         # A device_map can put the head on another device than the batch
         states, aux_loss = (None if x is None else x.to(batch["input_ids"].device) for x in (states, aux_loss))
@@ -215,6 +230,28 @@ def rounds_float32(device: str) -> bool:
     if precision is None:  # torch before 2.9; later ones raise an error for the older question if the newer was used
         return backend is not None and torch.get_float32_matmul_precision() != "highest"
     return precision not in ("none", "ieee")
+
+
+def _among(first: torch.Tensor | None, own: torch.Tensor) -> torch.Tensor | None:
+    """Where the wanted positions of a part are among its own, in its order."""
+    return None if first is None else torch.isin(own, first).nonzero()[:, 0]
+
+
+def _joined(found: list[Any], order: torch.Tensor, first: torch.Tensor | None) -> Any:
+    """The scores of a batch, and its hidden states, from those of its parts.
+
+    Args:
+        order: `(n,)` of which position each score of the parts is, one part after the other.
+        first: `(B,)` the positions whose hidden states were asked for.
+    """
+    place = order.argsort()
+    columns: Any = zip(*(scores for scores, _, _ in found), strict=True)
+    scores: Any = [None if values[0] is None else torch.cat(values)[place] for values in columns]
+    states = None
+    if first is not None:
+        of_states = order[torch.isin(order, first)]
+        states = torch.cat([own for _, own, _ in found])[(of_states == first[:, None]).int().argmax(1)]
+    return TokenScores(*scores), states, None
 
 
 def mask_dtype(model: Any) -> torch.dtype | None:
