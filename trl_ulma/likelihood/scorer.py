@@ -210,7 +210,13 @@ def without_adapter(model: Any) -> Any:
 
 
 def is_exact(model: Any, mixed_precision: str | None) -> bool:
-    """Whether forward passes of a model compute in float32 or better. Products of quantized weights are rounded."""
+    """Whether forward passes of a model compute in float32 or better. Products of quantized weights are rounded.
+
+    Args:
+        mixed_precision: accelerate's own autocast. A caller's autocast is seen here.
+    """
+    if torch.is_autocast_enabled(model.device.type):
+        return False
     is_quantized = getattr(model.config, "quantization_config", None) is not None
     is_wide = model.dtype == torch.float64 or (model.dtype == torch.float32 and not rounds_float32(model.device.type))
     return mixed_precision in (None, "no") and is_wide and not is_quantized
