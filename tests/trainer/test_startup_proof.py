@@ -345,9 +345,7 @@ class MixesRows(LlamaForCausalLM):
 def test_rows_that_change_each_other_are_refused(tiny_llama, tmp_path):
     processing = AutoTokenizer.from_pretrained(tiny_llama)
     with pytest.raises(ValueError, match=r"MixesRows differ by .* depends on the other rows of the batch"):
-        make_trainer(
-            load(tiny_llama, MixesRows), make_rows(6), tmp_path, processing_class=processing, **QUICK
-        ).train()
+        make_trainer(load(tiny_llama, MixesRows), make_rows(6), tmp_path, processing_class=processing, **QUICK).train()
 
 
 # Noise

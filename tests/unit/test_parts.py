@@ -42,6 +42,7 @@ def make_llama(**changed):
 def cheap_passes(monkeypatch):
     """Every batch that can be divided is divided at each length."""
     monkeypatch.setattr(parts_module, "_TOKENS", 0)
+    monkeypatch.setattr(parts_module, "_TOKENS_IN_HALF_PRECISION", 0)
     monkeypatch.setattr(parts_module, "_PARAMETERS", 0)
 
 
@@ -134,6 +135,11 @@ def test_one_more_pass_costs_a_small_model_more_tokens():
     small = cost_of_a_pass(model, model)
     wide = make_llama(hidden_size=256)
     assert math.inf > small > cost_of_a_pass(wide, wide) > parts_module._TOKENS
+    # Tokens are faster in half precision, but a pass is not
+    half = make_llama().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cost_of_a_pass(half, half) == cost_of_a_pass(model, model) > small
+    assert cost_of_a_pass(half, half) > small
     # With lengths as of HH, a tiny model is not divided
     assert len(parts(padded(make_batch([200, 40, 90, 30])), small)) == 1
 
