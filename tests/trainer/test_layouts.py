@@ -80,6 +80,16 @@ def test_a_run_with_divided_batches_is_that_with_whole_ones(monkeypatch, tiny_ll
             assert entry[name] == pytest.approx(entry_2[name], rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_startup_proof_divides_its_batches_where_this_is_exact(monkeypatch, tiny_llama, tmp_path, bf16):
+    divided = []
+    divide = parts.parts
+    monkeypatch.setattr(scorer, "parts", lambda *args: divided.append(divide(*args)) or divided[-1])
+    train(tiny_llama, several_answers(), tmp_path, bf16=bf16, use_cpu=True, model_init_kwargs={"dtype": "float32"})
+    assert divided
+    assert (max(map(len, divided)) > 1) != bf16
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: next(iter(layout)))
 def test_eager_and_sdpa_attention_are_exact(tiny_llama, tmp_path, layout, attention):

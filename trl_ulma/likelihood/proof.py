@@ -1,6 +1,7 @@
 """The startup proof: it checks on the user's own model, before the first step, that the numbers are right."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -162,8 +163,8 @@ class StartupProof:
 
     It runs a few short forward passes in evaluation mode. All processes run the same ones. The checks are:
 
-    1. The head's log-probabilities, with the batch in parts if it is divided, match the log softmax of the model's own
-       logits of the whole batch, and no token sees later tokens.
+    1. The head's log-probabilities match the log softmax of the model's own logits, and no token sees later tokens. In
+       fp32, the head's are those of a batch in parts, see `trl_ulma.likelihood.parts`.
     2. The reference equals the policy before training, unless a `ref_model` was given.
     3. A second forward pass gives the same values. This is checked for the reference, and, if dropout is off, for the
        policy in training mode.
@@ -182,6 +183,9 @@ class StartupProof:
         self.is_exact = exact
         self.is_quiet = is_quiet
         self.tolerance = TOLERANCE if exact else COARSE_TOLERANCE
+        # If the model's batches are divided at all, into one part per length. In half precision, the parts would be
+        # rounded otherwise than the whole batch
+        self._pass_cost = 0.0 if exact else math.inf
 
     @torch.no_grad()
     def __call__(
@@ -202,15 +206,14 @@ class StartupProof:
         mask = inputs.pop("completion_mask")
         place = padded(batch)
         with evaluation_mode(policy):
-            # In one part per length, as far as the model's batches are divided at all
-            scored = self.scorer(policy, batch, layout=place, pass_cost=0).log_probs.double()
+            scored = self.scorer(policy, batch, layout=place, pass_cost=self._pass_cost).log_probs.double()
             logits = logits_of(policy(**forward_arguments(without_adapter(policy), inputs)))
             # Adapters can prepend virtual tokens to the row
             logits = logits[:, -inputs["input_ids"].size(1) :][:, :-1].double()
             own = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None].to(logits.device))[..., 0]
             own = torch.where(mask[:, 1:].to(scored.device) > 0, own.to(scored), 0.0)
             other = _with_other_ends(batch)
-            changed = self.scorer(policy, other, layout=padded(other)).log_probs.double()
+            changed = self.scorer(policy, other, layout=padded(other), pass_cost=self._pass_cost).log_probs.double()
         self._check_head(policy, scored, own)
         self._check_causal(policy, scored, changed, batch)
         if layout_batch is not None and self.scorer.layout != "padded":
@@ -228,8 +231,8 @@ class StartupProof:
             with _with_effect(policy):
                 if isinstance(bare_model(policy), PeftModel):
                     with evaluation_mode(policy):
-                        scored = self.scorer(policy, batch, layout=place).log_probs.double()
-                training = _in_training_mode(self.scorer, policy, batch, place)
+                        scored = self.scorer(policy, batch, layout=place, pass_cost=self._pass_cost).log_probs.double()
+                training = _in_training_mode(self.scorer, policy, batch, place, self._pass_cost)
             quiet = (
                 "dropout or noise that disable_dropout=True does not switch off. Set its rate to 0 in the config of "
                 "the model or the adapter, or set disable_dropout=False to train with it"
@@ -395,12 +398,12 @@ def _with_other_ends(batch: Batch) -> dict[str, torch.Tensor]:
     return {**batch, "input_ids": ids}
 
 
-def _in_training_mode(scorer: Scorer, policy: Any, batch: Batch, layout: Layout) -> torch.Tensor:
+def _in_training_mode(scorer: Scorer, policy: Any, batch: Batch, layout: Layout, pass_cost: float) -> torch.Tensor:
     """The scores in training mode. Afterwards every module is in its previous mode."""
     training = {module: module.training for module in policy.modules()}
     policy.train()
     try:
-        return scorer(policy, batch, layout=layout).log_probs
+        return scorer(policy, batch, layout=layout, pass_cost=pass_cost).log_probs
     finally:
         for module, was in training.items():
             module.training = was
