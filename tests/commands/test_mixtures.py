@@ -86,6 +86,21 @@ def test_what_a_part_lacks_is_filled_in_as_trainers_read_it(tmp_path):
             mixture(tmp_path, [{"path": marked}, {"path": plain}], ulma, log_z=log_z, **settings)
 
 
+@pytest.mark.parametrize("column", [{"weight": 5.0}, {"sft_mask": False}, {"tools": [{"name": "lamp"}]}])
+def test_a_column_that_the_first_row_of_a_stream_lacks_is_not_dropped(tmp_path, column):
+    late = write(tmp_path / "late.jsonl", [*rows("a", [1, 0]), *rows("b", [1], **column)])
+    other = write(tmp_path / "other.jsonl", rows("c", [1, 0], **column))
+    [name] = column
+    for parts in ([late, other], [late, write(tmp_path / "plain.jsonl", rows("d", [0]))]):
+        found = mixture(tmp_path, [{"path": part} for part in parts], streaming=True, max_steps=1)
+        with pytest.raises(ValueError, match=rf"part 1 .*: row 2 has the column {name}, but the first row does not\. "):
+            list(found)
+        assert mixture(tmp_path, [{"path": part} for part in parts])[2][name] == column[name]
+    named = [{"path": part, "columns": ["prompt", "completion", "label"]} for part in (late, other)]
+    assert len(list(mixture(tmp_path, named, streaming=True, max_steps=1))) == 5
+    assert len(list(mixture(tmp_path, named[:1], streaming=True, max_steps=1))[2]) == 3
+
+
 def test_pairs_among_rows_become_rows(tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": " yes", "rejected": " no", "note": 1}])
     stars = write(tmp_path / "stars.jsonl", rows("b", [4, 1]))

@@ -93,7 +93,8 @@ def load_mixture(
                 if absent:
                     shown = ", ".join(name for name in there if name != UNREAD)
                     raise ValueError(f"it has no column {', '.join(absent)}; its columns are {shown}")
-                rows = rows.remove_columns([name for name in there if name not in (*part.columns, UNREAD)])
+                all_names = dict.fromkeys([*there, *(() if rows.column_names else READ)])  # also of later rows
+                rows = rows.remove_columns([name for name in all_names if name not in (*part.columns, UNREAD)])
             renamed = None if isinstance(part.columns, list) else part.columns
             notes = check_splits({"": rows}, str(part.path), columns=renamed)
             transform = None if rules is None else rules.transform
@@ -257,7 +258,10 @@ def _mixed(
     reads_raters = rules.transform is not None and "raters" in rules.transform.reads
     if not reads_raters and {"image", "images"}.intersection(columns):  # whose parts must have columns of one type
         columns = [name for name in columns if name != "rater"]
-    rows_of = [(_Part(name, set(first[name]), columns, rules, log_z, name in made_chat), rows) for name, rows in loaded]
+    needed = [name for name in read if name != UNREAD and (name != "rater" or reads_raters)]
+    rows_of = [
+        (_Part(name, set(first[name]), needed, columns, rules, log_z, name in made_chat), rows) for name, rows in loaded
+    ]
     if isinstance(loaded[0][1], IterableDataset):
         # `concatenate_datasets` would assume that all rows have the types of the first rows
         given = {"rows_of": tuple(rows_of), "known": frozenset(found)}
@@ -302,6 +306,12 @@ def _chained_stream(rows_of: Sequence[tuple[Any, Any]], known: frozenset[str]) -
             for what in truths.found.keys() - known:
                 say_once(what, f"{part.name}, row {number}")
                 known |= {what}
+            if late := part.late(row):
+                raise ValueError(
+                    f"{part.name}: row {number} has the column{'s' * (len(late) > 1)} {', '.join(late)}, but the first "
+                    "row does not. All rows of a stream must have the same columns. Write null for a value that is "
+                    "missing."
+                )
             yield part(row)
     for what in truths.sources.keys() - known:
         say_once(what, "the mixture")
@@ -364,10 +374,17 @@ class _Part:
     """Converts a row of a part to the columns of the mixture."""
 
     def __init__(
-        self, name: str, own: set[str], columns: Sequence[str], rules: LabelRules, log_z: Any, is_made_chat: bool
+        self,
+        name: str,
+        own: set[str],
+        read: Sequence[str],
+        columns: Sequence[str],
+        rules: LabelRules,
+        log_z: Any,
+        is_made_chat: bool,
     ):
-        self.name, self.own, self.columns, self.rules, self.log_z = name, own, columns, rules, log_z
-        self.is_made_chat = is_made_chat
+        self.name, self.own, self.read, self.columns = name, own, read, columns
+        self.rules, self.log_z, self.is_made_chat = rules, log_z, is_made_chat
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         if row.get(UNREAD) is not None:
@@ -378,6 +395,10 @@ class _Part:
                 [prompt], [made[answer]] = as_chat([row.get("prompt")], [row.get(answer)])
                 made["prompt"] = prompt
         return made
+
+    def late(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns that the trainers read in this row, but not in the part, because its first row lacks them."""
+        return [name for name in self.read if name not in self.own and row.get(name) is not None]
 
     def _filled(self, column: str, row: Mapping[str, Any]) -> Any:
         if column == "weight":
