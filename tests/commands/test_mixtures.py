@@ -101,6 +101,13 @@ def test_a_column_that_the_first_row_of_a_stream_lacks_is_not_dropped(tmp_path, 
     assert len(list(mixture(tmp_path, named[:1], streaming=True, max_steps=1))[2]) == 3
 
 
+def test_an_unread_column_that_the_first_pair_of_a_stream_lacks_does_not_matter(tmp_path):
+    pair = {"prompt": "a", "chosen": " yes", "rejected": " no"}
+    parts = [write(tmp_path / "pairs.jsonl", [pair, {**pair, "note": 1}]), write(tmp_path / "b.jsonl", rows("b", [1]))]
+    found = list(mixture(tmp_path, [{"path": part} for part in parts], streaming=True, max_steps=1))
+    assert [row["completion"] for row in found] == [" yes", " no", " yes", " no", " answer 0"]
+
+
 def test_pairs_among_rows_become_rows(tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": " yes", "rejected": " no", "note": 1}])
     stars = write(tmp_path / "stars.jsonl", rows("b", [4, 1]))

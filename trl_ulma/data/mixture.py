@@ -351,7 +351,9 @@ def _single(name: str, rows: Any) -> Any:
         made["label_type"] = ["binary"] * len(made["label"])
         made["pair"] = [numbers[pair] for pair in made["pair"]]
         kept = [i for i, why in enumerate(made["left_out"]) if why is None]
-        return {name: [values[i] for i in kept] for name, values in made.items() if name != "left_out"}
+        # Columns that the first row of a stream lacks are not removed by `map`, so they must have the same length
+        late = dict.fromkeys(set(batch).difference(names), [None] * len(kept))
+        return late | {name: [values[i] for i in kept] for name, values in made.items() if name != "left_out"}
 
     made = rows.map(halves, batched=True, with_indices=True, remove_columns=names)
     if isinstance(made, Dataset):
