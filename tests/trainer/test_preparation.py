@@ -736,6 +736,20 @@ def test_tools_that_the_template_leaves_out_are_counted(caplog):
     assert "leaves out" not in caplog.text
 
 
+@pytest.mark.parametrize("column", [{"tools": json.dumps([{"name": "f"}])}, {"chat_template_kwargs": {"loud": True}}])
+def test_tools_of_plain_text_are_counted(column, caplog):
+    [name] = column
+    rows = [GOOD | column, GOOD | {"label": 0.0, name: None}]
+    prepared(make_tokenizer(), rows)
+    assert (
+        "1 of 2 rows of the train dataset has tools or chat_template_kwargs that are ignored, because the rows are "
+        "plain text: row 0. The model does not see them. Set chat=True"
+    ) in caplog.text
+    caplog.clear()
+    prepared(make_tokenizer("{{ tools }}" + CHAT_TEMPLATE), rows, chat="true")
+    assert "plain text" not in caplog.text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_empty_prompts_are_counted(streaming, caplog):
     logging.Logger.warning_once.cache_clear()

@@ -14,7 +14,7 @@ from trl_ulma.data.origins import located, with_origins
 from trl_ulma.labels import InvalidRow, InvalidRows, list_invalid, look_like_ratings, one_class, places, refuse_invalid
 from trl_ulma.rows.dataset_labels import SHOWN_BY, is_continuous
 from trl_ulma.rows.notes import note
-from trl_ulma.rows.rendering import ESCAPED, NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL
+from trl_ulma.rows.rendering import ESCAPED, NO_TOOLS, PROMPT_FILLS, REPEATED, SPECIAL, UNUSED
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +45,12 @@ _ODD = {
     NO_TOOLS: (
         "tools that the chat template leaves out",
         "The model does not see them. Set a tokenizer.chat_template that renders tools, or remove the column tools.",
+        0.0,
+    ),
+    UNUSED: (
+        "tools or chat_template_kwargs that are ignored, because the rows are plain text",
+        "The model does not see them. Set chat=True (--chat true) to convert the text to messages, or remove the "
+        "columns.",
         0.0,
     ),
 }

@@ -27,7 +27,7 @@ PROMPT_FILLS = "its prompt alone fills max_length"
 NO_TURNS = "its assistant turns cannot be found in the output of the chat template; see assistant_only_loss"
 CUT_OFF = "max_length cuts off all of its assistant tokens"
 # What can be odd about a row that is kept
-REPEATED, SPECIAL, NO_TOOLS, ESCAPED = "repeated", "special", "no_tools", "escaped"
+REPEATED, SPECIAL, NO_TOOLS, ESCAPED, UNUSED = "repeated", "special", "no_tools", "escaped", "unused"
 NOTHING_TO_SCORE = "it has no token to score: the prompt is empty and the completion is a single token"
 
 # Roles that chat templates know by convention. A template names any other one that it supports.
@@ -36,6 +36,8 @@ _USUAL = frozenset(("system", "developer", "user", "assistant", "tool", "functio
 _REPEATED = 20
 # A text in the quotes of JSON or Python, or bytes
 _PRINTED = re.compile(r"""b?(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')""")
+# Columns that only chat templates read
+_OF_TEMPLATES = ("tools", "chat_template_kwargs")
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -177,6 +179,8 @@ class Encoder:
         if not _is_unicode(whole):
             raise _no_unicode()
         odd = (*([REPEATED] if _repeats(prompt, completion) else []), *([ESCAPED] if _is_escaped(completion) else []))
+        if any(columns[name][i] for name in _OF_TEMPLATES if name in columns):
+            odd = (*odd, UNUSED)
         return Rendered(*(self._apart(prompt, whole) if self.has_images else (prompt, whole)), odd=odd)
 
     def _render_messages(self, columns: Mapping[str, list], i: int, images: int) -> Rendered:
