@@ -66,6 +66,18 @@ def typed(values):
 # Types
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tools_keep_the_order_of_their_keys_and_their_nulls(tmp_path, streaming):
+    def tool(**parameters):
+        return {"name": "find", "parameters": parameters}
+
+    tools = [[tool(what="text", most=5)], [tool(most=None, what="text"), tool(least=0.3)], [], None]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "Hi", "tools": each}) + "\n" for each in tools))
+    read = [row["tools"] for row in load_rows(file, streaming=streaming)["train"]]
+    assert read == [json.dumps(tools[0]), json.dumps(tools[1]), [], None]
+
+
 def test_each_split_has_the_types_of_its_own_rows(tmp_path):
     write(tmp_path / "train.jsonl", lines([row(True), row(False)]))
     write(tmp_path / "test.jsonl", lines([row(0.5), row(0.2)]))

@@ -169,6 +169,7 @@ class FileRows:
         truths = Truths(self.names.columns.get("label", "label"))
         for file in self.files:
             self.firsts.append(len(self.lines))
+            is_json = KINDS[suffix_of(file)] == "json"
             for line, row in self._rows(file):
                 self._at = file, line
                 own: Counter[str] = Counter()
@@ -182,6 +183,9 @@ class FileRows:
                     if self.invalid_rows == "drop":
                         continue
                     row |= {"label": None, UNREAD: fault.message}
+                if is_json and isinstance(row.get("tools"), list) and row["tools"]:
+                    # In a column of lists, tools get the keys of all others, in the order of the first, and lose nulls
+                    row["tools"] = json.dumps(row["tools"], ensure_ascii=False)
                 if self._delimiter is not None:
                     self._note_quotes(row)
                 truths.add(row, str(file))
