@@ -27,7 +27,8 @@ from trl_ulma.evaluation.judging import Judging
 from trl_ulma.evaluation.llm_judge import LLMJudge, Plan, read_verdict
 from trl_ulma.evaluation.server import Server, ServerError
 from trl_ulma.evaluation.turns import as_text
-from trl_ulma.labels import LabelRules
+from trl_ulma.labels import LabelRules, parse_transform
+from trl_ulma.rows.dataset_labels import transformed_labels
 
 WIN, TIE, LOSE = Verdict.WIN, Verdict.TIE, Verdict.LOSE
 UNPARSABLE, CUT, REFUSED = Verdict.UNPARSABLE, Verdict.CUT, Verdict.REFUSED
@@ -832,6 +833,30 @@ def test_questions_have_the_best_answer_and_the_worst():
         ("b", " fine", None),
     ]
     assert known_comparisons(found) == [Comparison("a", " best", " bad")]
+
+
+def test_the_same_question_with_other_tools_is_another_one():
+    lamp, heat = ('[{"name": "lamp"}]', '[{"name": "heat"}]')
+    rows = [
+        {"prompt": "a", "completion": f" {label} {tools}", "label": label, "tools": tools}
+        for tools in (lamp, heat, None)
+        for label in (1.0, 0.0)
+    ]
+    held_out = HeldOut.of(Dataset.from_list(rows), "test", LabelRules())
+    assert held_out.prompt.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [(each.chosen, each.rejected) for each in held_out.questions(None, seed=0)] == [
+        (f" 1.0 {tools}", f" 0.0 {tools}") for tools in (lamp, heat, None)
+    ]
+    kwargs = [{"loud": True}, {"loud": True}, {"loud": False}, None]
+    rows = [{**row, "tools": None, "chat_template_kwargs": each} for row, each in zip(rows, kwargs, strict=False)]
+    assert HeldOut.of(Dataset.from_list(rows), "test", LabelRules()).prompt.tolist() == [0, 0, 1, 2]
+
+
+def test_a_transform_within_prompts_tells_tools_apart():
+    rules = LabelRules("continuous", transform=parse_transform("prompt_quantile", "continuous"))
+    columns = {"prompt": ["a"] * 4, "completion": list("bcde"), "label": [1.0, 3.0, 4.0, 8.0]}
+    rows = Dataset.from_dict({**columns, "tools": ["[{}]", "[{}]", None, None]})
+    assert transformed_labels(rows, "train", rules) == [0.25, 0.75, 0.25, 0.75]
 
 
 def test_which_questions_are_drawn_does_not_depend_on_the_order_of_rows():

@@ -31,6 +31,7 @@ from trl_ulma.rows.batches import SAME_ANSWERS
 from trl_ulma.rows.dataset_labels import SHOWN_BY, check_pairs, own_labels, prompt_keys, raters_of, transformed_labels
 from trl_ulma.rows.dropped import in_short, reasons_in_words
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
+from trl_ulma.rows.rendering import OF_TEMPLATES
 
 logger = logging.get_logger(__name__)
 
@@ -117,7 +118,8 @@ class HeldOut:
         rows, raw_row, left_out = _one_answer_a_row(dataset, name, takes_images)
         images = image_column(rows.column_names, name)
         columns = {column: rows[column][:] for column in ("prompt", "completion", "label")}
-        columns |= {column: rows[column][:] for column in OPTIONAL_COLUMNS if column in rows.column_names}
+        optional = (*OPTIONAL_COLUMNS, *OF_TEMPLATES)
+        columns |= {column: rows[column][:] for column in optional if column in rows.column_names}
         if "chosen" in dataset.column_names:
             check_pairs(rules, name)
         invalid: dict[int, InvalidRow] = {}

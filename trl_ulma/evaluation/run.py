@@ -36,7 +36,7 @@ from trl_ulma.rows.dataset_labels import SHOWN_BY
 from trl_ulma.rows.images import has_images
 from trl_ulma.rows.notes import left_out_of
 from trl_ulma.rows.preparation import Preparation
-from trl_ulma.rows.rendering import tokenizer_of
+from trl_ulma.rows.rendering import OF_TEMPLATES, tokenizer_of
 from trl_ulma.saved import (
     adapter_base,
     as_reference,
@@ -367,7 +367,7 @@ class _Run:
     def _note_unsent(self, run: str) -> None:
         """Note what the rows have for the chat template that servers are not sent."""
         rows = self.reading.held_out.rows
-        for name in ("tools", "chat_template_kwargs"):
+        for name in OF_TEMPLATES:
             values = rows[name][:] if name in rows.column_names else []
             count = sum(bool(values[question.row]) for question in self.questions) if len(values) else 0
             if count:

@@ -43,6 +43,7 @@ from trl_ulma.losses import Terms, group_means, is_informative, route
 from trl_ulma.metrics import EVALUATED, NEEDED_ROWS, is_chosen, is_of_rewards, is_sided
 from trl_ulma.rows.images import as_images, image_column, image_key, undecoded_column
 from trl_ulma.rows.notes import left_out_of
+from trl_ulma.rows.rendering import OF_TEMPLATES
 
 # The file that is written to the output folder
 REPORT_FILE = "label_report.json"
@@ -229,7 +230,7 @@ def _read(dataset: Dataset, rules: LabelRules, where: str) -> dict[str, list]:
     """The columns that a transform reads, as plain values. Images are replaced by their key, one row at a time."""
     wanted = {"label", "label_type", "trials"}
     reads = frozenset() if rules.transform is None else rules.transform.reads
-    wanted |= {"prompt", "image", "images"} if "prompts" in reads else set()
+    wanted |= {"prompt", "image", "images", *OF_TEMPLATES} if "prompts" in reads else set()
     wanted |= {"rater"} if "raters" in reads else set()
     images = image_column([name for name in dataset[0] if name in wanted], where)
     if images is not None:
@@ -279,14 +280,21 @@ def _invalid_texts(dataset: Dataset, name: str) -> dict[int, InvalidRow]:
 
 
 def prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
-    """What is the same for rows of one prompt: its text or messages, and its images."""
+    """What is the same for rows of one prompt: its text or messages, its images, and what its chat template reads."""
     prompts = columns["prompt"]
     keys = [
         prompts[i] if isinstance(prompts[i], str) else json.dumps(prompts[i], sort_keys=True, default=str) for i in rows
     ]
     if "image_key" in columns:
         keys = [f"{columns['image_key'][i]} {key}" for i, key in zip(rows, keys, strict=True)]
+    for name in (name for name in OF_TEMPLATES if name in columns):
+        values = [columns[name][i] for i in rows]
+        keys = [f"{shown} {key}" if shown else key for shown, key in zip(map(_as_text, values), keys, strict=True)]
     return keys
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) if value else ""
 
 
 def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:

@@ -37,7 +37,7 @@ _REPEATED = 20
 # A text in the quotes of JSON or Python, or bytes
 _PRINTED = re.compile(r"""b?(?:"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')""")
 # Columns that only chat templates read
-_OF_TEMPLATES = ("tools", "chat_template_kwargs")
+OF_TEMPLATES = ("tools", "chat_template_kwargs")
 _OURS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -179,7 +179,7 @@ class Encoder:
         if not _is_unicode(whole):
             raise _no_unicode()
         odd = (*([REPEATED] if _repeats(prompt, completion) else []), *([ESCAPED] if _is_escaped(completion) else []))
-        if any(columns[name][i] for name in _OF_TEMPLATES if name in columns):
+        if any(columns[name][i] for name in OF_TEMPLATES if name in columns):
             odd = (*odd, UNUSED)
         return Rendered(*(self._apart(prompt, whole) if self.has_images else (prompt, whole)), odd=odd)
 
