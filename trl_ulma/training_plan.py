@@ -223,6 +223,12 @@ def make_plan(
             f"peft_config has task_type={str(getattr(task, 'value', task))!r}, with which PEFT would load the saved "
             "adapter as another kind of model. Set task_type='CAUSAL_LM'."
         )
+    if getattr(peft_config, "inference_mode", False):
+        raise ValueError(
+            "peft_config has inference_mode=True, as the config of a saved adapter does, so the new adapter would be "
+            "frozen. Set peft_config.inference_mode = False. To train a saved adapter further, load it with "
+            "PeftModel.from_pretrained(..., is_trainable=True) and pass it as the model."
+        )
     has_peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if args.sync_ref_model and has_peft:
         raise ValueError(

@@ -278,6 +278,13 @@ WITH_THE_DATA = {
         "sync_ref_model=True needs a separate reference model, but with PEFT the reference is the model without its "
         "adapter. Set it to False, or fine-tune the whole model.",
     ),
+    "an adapter for inference": (
+        make_rows(4),
+        {"peft_config": LoraConfig(target_modules=["c_attn"], inference_mode=True)},
+        "peft_config has inference_mode=True, as the config of a saved adapter does, so the new adapter would be "
+        "frozen. Set peft_config.inference_mode = False. To train a saved adapter further, load it with "
+        "PeftModel.from_pretrained(..., is_trainable=True) and pass it as the model.",
+    ),
     "class weights of unmarked ratings": (
         make_rows(4),
         {"pointwise": True, "label_type": "continuous", "desirable_weight": 2.0},
