@@ -251,6 +251,12 @@ def make_plan(
             f"{kind} adapters put their prefix into the cache of keys and values, which gradient checkpointing "
             "switches off. Set gradient_checkpointing=False, or train another adapter, such as LoRA."
         )
+    if getattr(peft_config, "alora_invocation_tokens", None) and args.gradient_checkpointing:
+        raise ValueError(
+            "With gradient checkpointing, aLoRA adapters (alora_invocation_tokens) allow one forward pass before each "
+            "backward pass, but the reference needs another. Set gradient_checkpointing=False, or train another "
+            "adapter, such as LoRA."
+        )
     positions, vocab_size = _sizes(model, args, peft_config)
     if ref_model is not None:
         other = _sizes(ref_model, args, getattr(ref_model, "active_peft_config", None))

@@ -494,6 +494,12 @@ def test_a_prefix_in_the_cache_and_gradient_checkpointing(tiny_gpt2, without_wei
         make_trainer(tiny_gpt2, make_rows(4), tmp_path, peft_config=prefix, gradient_checkpointing=True)
 
 
+def test_an_adapter_that_is_activated_by_tokens_and_gradient_checkpointing(without_weights, tmp_path):
+    activated = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], alora_invocation_tokens=[5])
+    with pytest.raises(ValueError, match=r"aLoRA adapters .*Set gradient_checkpointing=False"):
+        make_trainer(without_weights, make_rows(4), tmp_path, peft_config=activated, gradient_checkpointing=True)
+
+
 # The figure by which the best checkpoint is chosen
 
 
