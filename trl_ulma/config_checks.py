@@ -151,6 +151,12 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             "bf16=True or fp16=True, evaluations compute in this format anyway.",
         ),
         (
+            args.eval_strategy == "no" and (args.load_best_model_at_end or args.save_strategy == "best"),
+            "The best model is found by evaluations, but with eval_strategy='no' there are none, so no checkpoint "
+            "would be the best. Set eval_strategy to 'steps' or 'epoch', or leave out load_best_model_at_end=True and "
+            "save_strategy='best'.",
+        ),
+        (
             args.padding_free and args.share_prompts,
             "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
         ),

@@ -25,6 +25,10 @@ LOSSES = {
     "positive_loss": "positive_loss must be one of ('sft', 'pointwise_dpo', 'none'); got",
     "negative_loss": "negative_loss must be one of ('pointwise_dpo', 'unlearning', 'none'); got",
 }
+BEST_OF_NONE = (
+    "The best model is found by evaluations, but with eval_strategy='no' there are none, so no checkpoint would be the "
+    "best. Set eval_strategy to 'steps' or 'epoch', or leave out load_best_model_at_end=True and save_strategy='best'."
+)
 
 
 def config(cls: type = ULMAConfig, **changes: Any) -> Any:
@@ -151,6 +155,14 @@ CONTRADICTIONS = {
     "no class has a weight": (
         {"desirable_weight": 0, "undesirable_weight": 0.0},
         "desirable_weight and undesirable_weight are both 0, so the loss of every row would be 0. Raise one of them.",
+    ),
+    "a best checkpoint without evaluations": (
+        {"load_best_model_at_end": True, "save_strategy": "no"},
+        BEST_OF_NONE,
+    ),
+    "only the best checkpoint without evaluations": (
+        {"save_strategy": "best", "metric_for_best_model": "eval_loss"},
+        BEST_OF_NONE,
     ),
     "two layouts": (
         {"padding_free": True, "share_prompts": True},
