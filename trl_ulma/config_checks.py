@@ -157,6 +157,10 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             "save_strategy='best'.",
         ),
         (
+            args.max_grad_norm is None,
+            "max_grad_norm=None is not a number. Set it to 0.0 to train without clipping gradients.",
+        ),
+        (
             args.padding_free and args.share_prompts,
             "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
         ),

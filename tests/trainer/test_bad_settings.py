@@ -164,6 +164,10 @@ CONTRADICTIONS = {
         {"save_strategy": "best", "metric_for_best_model": "eval_loss"},
         BEST_OF_NONE,
     ),
+    "clipping at None": (
+        {"max_grad_norm": None},
+        "max_grad_norm=None is not a number. Set it to 0.0 to train without clipping gradients.",
+    ),
     "two layouts": (
         {"padding_free": True, "share_prompts": True},
         "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
