@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from trl_ulma.likelihood import parts as parts_module
 from trl_ulma.likelihood.layouts import packed, padded, shared
 from trl_ulma.likelihood.parts import cost_of_a_pass, parts
+from trl_ulma.likelihood.reference import Reference
 from trl_ulma.likelihood.scorer import Scorer
 
 VOCABULARY = 23
@@ -150,6 +151,27 @@ def test_wrapped_models_are_not_divided(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         assert cost_of_a_pass(DistributedDataParallel(model), model) == math.inf
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_reference_of_a_wrapped_policy_is_not_divided(cheap_passes, tmp_path):
+    # In bfloat16, narrower rows are rounded otherwise
+    policy, reference = make_llama().bfloat16(), make_llama().bfloat16()
+    batch, scorer = make_batch(), Scorer()
+    rows = []
+    reference.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    asked = Reference("copy", scorer, reference)
+    asked.logps(policy, batch)
+    assert rows[-1] < len(LENGTHS)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(policy)
+        logps = asked.logps(wrapped, batch)
+        assert rows[-1] == len(LENGTHS)
+        assert torch.equal(logps, scorer(wrapped, batch).logps)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from trl_ulma.likelihood.layouts import length_that_changes_positions
 from trl_ulma.likelihood.noise import evaluation_mode
+from trl_ulma.likelihood.parts import cost_of_a_pass
 from trl_ulma.likelihood.scorer import Batch, Scorer, bare_model
 
 # The adapter that training started from, beside the one that is trained. It is saved in a folder of this name.
@@ -123,8 +124,10 @@ class Reference:
         if not self.is_live:
             raise ValueError(f"The reference cannot run: its kind is {self.kind!r}, and it has no model.")
         model = policy if self.model is None else self.model
+        # In half precision, rows of other widths are rounded otherwise, so both models divide a batch or none does
+        cost = math.inf if cost_of_a_pass(policy, bare_model(policy)) == math.inf else None
         with evaluation_mode(model), self._adapter(policy), self._autocast():
-            return self.scorer(model, batch).logps
+            return self.scorer(model, batch, pass_cost=cost).logps
 
     def logps_of(self, policy: Any, batch: Batch, asked: tuple[Sequence[int], int] | None) -> torch.Tensor:
         """Like `logps`, but only for some rows. The other rows get NaN.
