@@ -6,7 +6,15 @@ import torch
 from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from world import make_rows, make_trainer, plain_logps, weights
 
@@ -604,4 +612,20 @@ class Resizes(TrainerCallback):
 def test_output_embeddings_that_are_replaced_in_training(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama, make_rows(8), tmp_path, callbacks=[Resizes()], **QUICK)
     with pytest.raises(ValueError, match=r"output embeddings of LlamaForCausalLM were replaced .*before you create"):
+        trainer.train()
+
+
+def test_layers_of_8_bits_that_compute_otherwise_in_evaluation_mode(tiny_llama, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU, they compute the same in both modes")
+    trainer = make_trainer(
+        tiny_llama,
+        make_rows(4),
+        tmp_path,
+        pointwise=True,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        peft_config=LORA,
+    )
+    with pytest.raises(ValueError, match=r"On a CPU .*layers of 8 bits .*evaluation mode only.*load_in_4bit"):
         trainer.train()

@@ -202,6 +202,13 @@ class StartupProof:
             ValueError: if a check fails. The message states what is wrong, by how much, and what to do.
             FloatingPointError: if the model's own logits are not finite.
         """
+        is_8_bits = any(type(module).__name__ == "Linear8bitLt" for module in policy.modules())
+        if is_8_bits and is_training and batch["input_ids"].device.type in ("cpu", "xpu"):
+            raise ValueError(
+                "On a CPU or XPU, layers of 8 bits (load_in_8bit=True) round their inputs in evaluation mode only, in "
+                "which the reference runs, so rewards would not start at 0. Train on a GPU, or load the model with "
+                "load_in_4bit=True. To train anyway, set startup_checks=False."
+            )
         inputs = dict(batch)
         mask = inputs.pop("completion_mask")
         place = padded(batch)
