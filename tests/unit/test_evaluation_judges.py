@@ -658,6 +658,21 @@ def test_a_classifier_judges_by_the_label_that_is_named(reward_models):
         RewardModelJudge(reward_models[1], "harmless", label="good")
 
 
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_labels_that_do_not_exclude_one_another_are_scored_by_themselves(reward_models, tmp_path, kind):
+    model = LlamaForSequenceClassification.from_pretrained(reward_models[2], problem_type=kind)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(reward_models[2]).save_pretrained(tmp_path)
+    judge = RewardModelJudge(str(tmp_path), "helpful", label="good")
+    ids = [*judge.tokenizer("The cat sat.")["input_ids"], judge.tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([ids])).logits
+    assert judge.scores(["The cat"], [" sat."]) == pytest.approx(logits[0, 1].item(), abs=1e-4)
+    with torch.no_grad():  # what the other label says does not matter
+        judge.model.score.weight[0] += 1
+    assert judge.scores(["The cat"], [" sat."]) == pytest.approx(logits[0, 1].item(), abs=1e-4)
+
+
 def with_labels(folder, labels, target):
     """A copy of a classifier, with these names of its labels by number, in this order."""
     shutil.copytree(folder, target)

@@ -100,7 +100,9 @@ class RewardModelJudge:
 
     Equal scores are a tie, and so are equal answers, whose scores can differ by rounding.
 
-    The score of a reward model is its only output. The score of a classifier is the log-probability of one label.
+    The score of a reward model is its only output. The score of a classifier is the log-probability of one label. If
+    its labels do not exclude one another, as its `problem_type` says, it is the output for that label, whatever the
+    others are.
 
     Args:
         checkpoint: a folder or a name on the Hub, for `AutoModelForSequenceClassification`.
@@ -170,6 +172,7 @@ class RewardModelJudge:
                 "its config.json."
             )
         self.label, self._label_name = None if label is None else labels.index(label), label
+        self._are_independent = model.config.problem_type in ("multi_label_classification", "regression")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if self.tokenizer.pad_token is None:
             raise ValueError(f"The tokenizer of {checkpoint} has neither a pad nor an EOS token. Set its pad_token.")
@@ -200,7 +203,8 @@ class RewardModelJudge:
                 batch = by_length[start : start + self.batch_size]
                 inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt")
                 logits = self.model(**inputs.to(self.model.device)).logits.float()
-                values = logits[:, 0] if self.label is None else logits.log_softmax(-1)[:, self.label]
+                scores = logits if self.label is None or self._are_independent else logits.log_softmax(-1)
+                values = scores[:, self.label or 0]
                 found[batch] = values.cpu().numpy()
                 bar.update(len(batch))
         broken = np.flatnonzero(~np.isfinite(found))
