@@ -296,3 +296,19 @@ def test_ratings_are_not_converted_into_demonstrations_of_the_worst(labels):
     with pytest.raises(ValueError, match=r"of 6 answers have labels outside \[0, 1\].*--label_type continuous"):
         convert("kto", Dataset.from_list(rows))
     assert convert("kto", Dataset.from_list(rows), label_type="continuous")[1].rows_out == 6
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate", "pointwise-dpo"])
+def test_nothing_is_written_into_the_folder_of_the_data(tiny_gpt2, tmp_path, capsys, monkeypatch, command):
+    # The next command would read it as rows: each row twice, and answers and rewards as rows
+    row = {"prompt": "a", "completion": "b", "label": 1}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path / "data")
+    for data, output in (("../data", "scored.jsonl"), (".", f"{tmp_path}/data/new/scored.jsonl")):
+        assert main([command, "--model", tiny_gpt2, "--dataset", data, "--output", output]) == 1
+        said = capsys.readouterr().err
+        assert f"--output {output} is in the folder of the data, {data}, so the next command would read it" in said
+    assert [file.name for file in (tmp_path / "data").rglob("*")] == ["rows.jsonl"]
+    data_options.check_output("scored.jsonl", "rows.jsonl")
+    data_options.check_output("../data2/scored.jsonl", ".")

@@ -20,6 +20,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def check_output(output: str | Path, dataset: str | None) -> None:
+    """Raise ValueError if a command would write into the folder of the data, all of whose files are read as rows."""
+    folder = Path(dataset or "").expanduser()
+    if dataset and folder.is_dir() and Path(output).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"--output {output} is in the folder of the data, {dataset}, so the next command would read it as more "
+            "rows. Name a place outside of that folder, or name the file of the data as --dataset."
+        )
+
+
 def save(folder: str, script_args: Any, training_args: Any, dataset_args: Any) -> None:
     """Write how the dataset of a training was read to the folder of its model. For a mixture, there is no such file."""
     (Path(folder) / FILE).unlink(missing_ok=True)  # of an earlier training

@@ -24,7 +24,7 @@ from trl_ulma.scripts.command_line import (
     is_verbose,
     terminal_width,
 )
-from trl_ulma.scripts.data_options import fill, is_as_in_training
+from trl_ulma.scripts.data_options import check_output, fill, is_as_in_training
 
 JUDGES = "llm:MODEL, reward:CHECKPOINT or profanity"
 # Options that read labels or sequences in another way than training
@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
 
     def evaluate() -> None:
+        check_output(args.output, args.dataset)
         from trl_ulma.evaluation.report import in_terminal
         from trl_ulma.evaluation.run import run
         from trl_ulma.rows.dataset_labels import shown_by

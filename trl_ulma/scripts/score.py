@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, is_verbose, terminal_width
-from trl_ulma.scripts.data_options import fill, is_as_in_training
+from trl_ulma.scripts.data_options import check_output, fill, is_as_in_training
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> str:
     from trl_ulma.judge import Judge, check_free, without_label
     from trl_ulma.rows.dataset_labels import shown_by
 
+    check_output(args.output, args.dataset)
     _make_folder(args.output)
     note = fill(args, [args.model])
     if note and is_as_in_training(args, [args.model]) and not is_verbose():

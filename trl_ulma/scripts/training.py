@@ -481,6 +481,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
 
+    data_options.check_output(training_args.output_dir, None if dataset_args.datasets else script_args.dataset_name)
     no_bars_in_files()
     train_dataset, eval_dataset, said = load_splits(script_args, training_args, dataset_args)
     if said:
