@@ -658,6 +658,15 @@ def test_a_classifier_judges_by_the_label_that_is_named(reward_models):
         RewardModelJudge(reward_models[1], "harmless", label="good")
 
 
+def test_white_space_around_an_answer_of_text_does_not_change_its_verdict(reward_models):
+    # Generated answers often lack the space that the data's answers begin with
+    judge = RewardModelJudge(reward_models[1], "helpful", batch_size=1)
+    answers = ["sat on the mat.", "is fine, thank you!", "Go away.", "Could you send someone this week?"]
+    pairs = [(one, other) for one in answers for other in answers if one != other]
+    spaced = judge([Comparison("The cat", f" {one}", f" {other}") for one, other in pairs], "helpful")
+    assert judge([Comparison("The cat", f"{one}\n", f" {other}") for one, other in pairs], "helpful") == spaced
+
+
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
 def test_labels_that_do_not_exclude_one_another_are_scored_by_themselves(reward_models, tmp_path, kind):
     model = LlamaForSequenceClassification.from_pretrained(reward_models[2], problem_type=kind)

@@ -260,7 +260,10 @@ class RewardModelJudge:
         most = self._positions()
         for i, each in enumerate(comparisons):
             try:
-                found.append([self._encode(each.prompt, answer) for answer in (each.first, each.second)])
+                # After text, both begin like the second: servers and some tokenizers strip generated answers
+                start = each.second[: len(each.second) - len(each.second.lstrip())]
+                texts = [f"{start}{answer.strip()}" for answer in (each.first, each.second)]
+                found.append([self._encode(each.prompt, text) for text in texts])
             except Exception as error:  # chat templates can raise any exception, such as for a system message
                 found.append([])
                 unread[i] = f"the chat template of {self.name} fails on it ({type(error).__name__}: {error})"
