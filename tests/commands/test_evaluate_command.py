@@ -730,6 +730,8 @@ def test_a_wrong_option_is_told_before_anything_is_loaded(capsys, options, messa
 def test_options_of_implicit_rewards_need_a_model_that_is_not_served(capsys):
     argv = ["--model", "served:m", *NEEDED[2:], "--beta", "0.2"]
     assert "--beta needs a model that is not served" in error_of(capsys, argv, code=2)
+    argv = ["--model", "served:m", *NEEDED[2:], "--dtype", "bfloat16"]
+    assert "--dtype needs a model that is not served, or a reward:CHECKPOINT judge" in error_of(capsys, argv, code=2)
 
 
 @pytest.mark.parametrize(

@@ -667,6 +667,19 @@ def test_white_space_around_an_answer_of_text_does_not_change_its_verdict(reward
     assert judge([Comparison("The cat", f"{one}\n", f" {other}") for one, other in pairs], "helpful") == spaced
 
 
+def test_a_reward_model_that_is_stored_in_half_precision_scores_in_float32(reward_models, tmp_path):
+    model = LlamaForSequenceClassification.from_pretrained(reward_models[1])
+    model.bfloat16().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(reward_models[1]).save_pretrained(tmp_path)
+    judge, stored = (RewardModelJudge(str(tmp_path), "helpful", **how) for how in ({}, {"dtype": "bfloat16"}))
+    ids = torch.tensor([[*judge.tokenizer("The cat sat.")["input_ids"], judge.tokenizer.eos_token_id]])
+    with torch.no_grad():
+        exact = model.float().eval()(ids).logits.item()
+    assert judge.scores(["The cat"], [" sat."]) == pytest.approx(exact, abs=1e-4)
+    assert stored.scores(["The cat"], [" sat."]) != pytest.approx(exact, abs=1e-4)
+    assert [each.facts()["dtype"] for each in (judge, stored)] == ["float32", "bfloat16"]
+
+
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
 def test_labels_that_do_not_exclude_one_another_are_scored_by_themselves(reward_models, tmp_path, kind):
     model = LlamaForSequenceClassification.from_pretrained(reward_models[2], problem_type=kind)

@@ -109,6 +109,7 @@ class RewardModelJudge:
         criterion: what the scores measure, according to the authors of the model.
         label: the label of good answers, for a classifier with several labels.
         batch_size: answers per forward.
+        dtype: the number format of the weights. In bfloat16, scores have two or three digits, so that many are equal.
 
     Raises:
         ValueError: if the model cannot be loaded, or lacks weights; if it has several labels and `label` is none of
@@ -127,12 +128,14 @@ class RewardModelJudge:
         *,
         label: str | None = None,
         batch_size: int = 8,
+        dtype: str = "float32",
         trust_remote_code: bool = False,
     ):
-        self.name, self.criteria, self.batch_size = checkpoint, (criterion,), batch_size
+        self.name, self.criteria, self.batch_size, self._dtype = checkpoint, (criterion,), batch_size, dtype
         loading: Any = {"trust_remote_code": trust_remote_code}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **loading)
+            loading["dtype"] = dtype
             told: dict[str, Any] = {}
             if find_adapter_config_file(checkpoint) is not None:
                 # Older versions of transformers (5.17, for example) leave out the adapter's own head without a word
@@ -239,8 +242,8 @@ class RewardModelJudge:
         return found[0] if found else ""
 
     def facts(self) -> dict[str, Any]:
-        """Return the checkpoint and the label of good answers."""
-        return {"kind": "reward model", "checkpoint": self.name, "label": self._label_name}
+        """Return the checkpoint, the label of good answers, and the number format."""
+        return {"kind": "reward model", "checkpoint": self.name, "label": self._label_name, "dtype": self._dtype}
 
     def _positions(self) -> int:
         """Return how many tokens the model can read: the limit of its positions or of its tokenizer."""

@@ -241,7 +241,12 @@ class _Run:
             return ProfanityJudge()
         if kind == "reward":
             return RewardModelJudge(
-                name, args.criterion[0], label=args.judge_label, batch_size=args.batch_size, **self.loading
+                name,
+                args.criterion[0],
+                label=args.judge_label,
+                batch_size=args.batch_size,
+                dtype="float32" if args.dtype == "auto" else args.dtype,
+                **self.loading,
             )
         cache = args.judge_cache or args.output / "verdicts.jsonl"
         server = self._server(name, args.judge_url, args.key_variable)

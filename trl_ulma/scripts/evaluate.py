@@ -118,7 +118,8 @@ def make_parser(prog: str = "trl-ulma evaluate") -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="number format of the weights (default: that of training; float32 if it is not known)",
+        help="number format of the weights, also of a reward:CHECKPOINT judge (default: that of training; float32 if "
+        "it is not known, and of judges)",
     )
     rows.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     rows.add_argument("--seed", type=int, default=0, help="random seed of prompts, answers and intervals (default: 0)")
@@ -247,7 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         (
             "a model that is not served",
             len(served) < len(sources),
-            ("ref_model", "beta", "log_z", "max_length", "truncation_mode", "dtype"),
+            ("ref_model", "beta", "log_z", "max_length", "truncation_mode"),
+        ),
+        (
+            "a model that is not served, or a reward:CHECKPOINT judge",
+            len(served) < len(sources) or "reward" in kinds,
+            ("dtype",),
         ),
     ):
         for option in options:
