@@ -1079,3 +1079,10 @@ def test_cells_and_quotes_cannot_break_out():
     page = to_html(parts, None)
     assert '<td data-label="a">x|y\n&lt;i&gt;<code>z</code></td>' in page
     assert "<code>&lt;ok&gt;</code> &amp; &lt;no&gt;" in page
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_cell_of_several_lines_is_one_line_of_a_markdown_table(end):
+    # Markdown ends a line, and with it the table, also at a carriage return, as in texts from Windows
+    written = to_markdown([Table(["row", "answer"], [["1", f"one{end}two"]], is_text=True)])
+    assert written.splitlines()[-1] == "| 1 | one two |"

@@ -248,7 +248,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool
         | a\|b | 0.9 |
     """
     rule = [":--", *[":--" if is_text else "--:"] * (len(header) - 1)]
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    cells = [[" ".join(cell.replace("|", "\\|").splitlines()) for cell in row] for row in (header, *rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (cells[0], rule, *cells[1:]))
 
 
