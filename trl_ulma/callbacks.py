@@ -238,5 +238,12 @@ class Calls(TrainerCallback):
             setattr(self, event, functools.partial(_call_with_state, function))
 
 
+class OnSave(Calls):
+    """Calls a function after a checkpoint was saved. transformers warns if a trainer has two callbacks of one class."""
+
+    def __init__(self, function: Callable[[Any], None]):
+        super().__init__(on_save=function)
+
+
 def _call_with_state(function: Callable[[Any], None], args: Any, state: Any, control: Any, **kwargs: Any) -> None:
     function(state)

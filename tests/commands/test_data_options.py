@@ -312,3 +312,18 @@ def test_nothing_is_written_into_the_folder_of_the_data(tiny_gpt2, tmp_path, cap
     assert [file.name for file in (tmp_path / "data").rglob("*")] == ["rows.jsonl"]
     data_options.check_output("scored.jsonl", "rows.jsonl")
     data_options.check_output("../data2/scored.jsonl", ".")
+
+
+def test_a_training_command_has_one_callback_of_a_class(tiny_gpt2, tmp_path, monkeypatch):
+    # transformers warns about two of them in every training
+    def train(trainer, **_):
+        kinds = [type(each) for each in trainer.callback_handler.callbacks]
+        assert len(set(kinds)) == len(kinds)
+        raise ValueError("as far as this")
+
+    monkeypatch.setattr("trl_ulma.trainer.PointwiseDPOTrainer.train", train)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "b", "label": i % 2}) + "\n" for i in range(4)))
+    words = ["--model", tiny_gpt2, "--dataset", str(file), "--output", str(tmp_path / "out"), "--bf16", "false"]
+    with pytest.raises(ValueError, match="as far as this"):
+        pointwise_dpo.main(*pointwise_dpo.make_parser().parse_settings([*words, "--report_to", "none"]))

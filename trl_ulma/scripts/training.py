@@ -476,7 +476,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
     from accelerate import PartialState
     from trl import get_peft_config, get_quantization_config
 
-    from trl_ulma.callbacks import Calls, TimeLeft, print_few_figures
+    from trl_ulma.callbacks import OnSave, TimeLeft, print_few_figures
     from trl_ulma.predictions import held_out_alike
     from trl_ulma.tracking import add_pictures
     from trl_ulma.trainer import PointwiseDPOTrainer
@@ -521,9 +521,7 @@ def _train(trainer_class: type, script_args: Any, training_args: Any, model_args
             data_options.save(str(place), script_args, training_args, dataset_args)
 
     # Checkpoints can be evaluated, too
-    trainer.add_callback(
-        Calls(on_save=lambda state: save_data_options(Path(folder) / f"checkpoint-{state.global_step}"))
-    )
+    trainer.add_callback(OnSave(lambda state: save_data_options(Path(folder) / f"checkpoint-{state.global_step}")))
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint_or(training_args.resume_from_checkpoint))
     except KeyboardInterrupt:  # the trainer has printed how to continue
