@@ -963,6 +963,26 @@ def test_files_of_a_folder_that_are_in_no_split_are_named(tmp_path, caplog):
     assert "more.csv is not in a split and is ignored" in caplog.text
 
 
+def test_links_in_a_folder_that_are_not_read_are_named(tmp_path, caplog):
+    write(tmp_path / "data" / "train.jsonl", lines([row(1)]))
+    write(tmp_path / "v2" / "rows.jsonl", lines([row(0)]))
+    for name, target in (("again", "."), ("up", ".."), ("latest", "v1"), ("lost.txt", "gone")):
+        (tmp_path / "data" / name).symlink_to(target)
+    (tmp_path / "data" / "test.jsonl").symlink_to(tmp_path / "v2" / "rows.jsonl")
+    assert set(load_rows(tmp_path / "data")) == {"train", "test"}
+    assert "link" not in caplog.text
+    lost, other = tmp_path / "data" / "train-2.jsonl", tmp_path / "data" / "validation"
+    lost.symlink_to(".git/annex/objects/a1")
+    other.symlink_to(tmp_path / "v2")
+    load_rows(tmp_path / "data")
+    assert f"{lost} is a link to .git/annex/objects/a1, which does not exist. Run git annex get" in caplog.text
+    assert f"{other} is a link to a folder, whose files are not read. Copy the folder itself." in caplog.text
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "train").symlink_to(tmp_path / "v2")
+    with pytest.raises(FileNotFoundError, match=r"contains no data file.*only/train is a link to a folder"):
+        load_rows(tmp_path / "only")
+
+
 def test_what_a_readme_says_of_files(tmp_path):
     about = "---\nconfigs:\n- config_name: {}\n  data_files: {}\n{}---\n"
     write(tmp_path / "README.md", about.format("one", "a.csv", "- config_name: two\n  data_files: b.jsonl\n"))

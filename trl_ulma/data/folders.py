@@ -20,7 +20,7 @@ from huggingface_hub.repocard import metadata_load
 
 from trl_ulma.data.columns import READ, say
 from trl_ulma.data.csv_rows import DELIMITERS
-from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, check_downloaded, suffix_of
+from trl_ulma.data.file_rows import ACCEPTED, KINDS, OTHER_FILES, check_downloaded, missing, suffix_of
 from trl_ulma.data.known_types import renamed_splits
 from trl_ulma.data.names import Names
 from trl_ulma.data.read_files import UNREADABLE, as_splits, read_files
@@ -55,6 +55,18 @@ def _look_like_data(folder: Path) -> list[Path]:
         if not _is_hidden(file, folder)
         and (suffix_of(file) in OTHER_FILES or set(map(str.lower, file.suffixes)) & set(KINDS))
     ]
+
+
+def _unread_links(folder: Path) -> list[str]:
+    """What to say about links that are not read: to data files that do not exist, and to folders of data files."""
+    found = []
+    for link in sorted(entry for entry in folder.rglob("*") if entry.is_symlink() and not _is_hidden(entry, folder)):
+        if not link.exists() and suffix_of(link) in KINDS:
+            found.append(missing(link).removesuffix("."))
+        is_outside = not link.resolve().is_relative_to(folder.resolve())
+        if is_outside and link.is_dir() and not folder.resolve().is_relative_to(link.resolve()) and data_files(link):
+            found.append(f"{link} is a link to a folder, whose files are not read. Copy the folder itself")
+    return found
 
 
 def _named(files: Sequence[Path]) -> str:
@@ -103,6 +115,7 @@ def load_folder(
         there = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith((".", "~"))]
         found = f" It contains {_named(there)}." if there else ""
         remedy = "".join(dict.fromkeys(OTHER_FILES.get(suffix_of(file), "") for file in there))
+        remedy += "".join(f" {each}." for each in _unread_links(path))
         raise FileNotFoundError(
             f"The folder {path} contains no data file.{found} Add at least one {ACCEPTED} file.{remedy}"
         )
@@ -134,8 +147,8 @@ def load_folder(
     others = [] if declared else [file for file in data_files(path) if file.resolve() not in read]
     if others:
         say({f"{_named(others)} is not in a split and is ignored": 1}, str(path))
-    for missing in [] if declared else _missing_shards(read):
-        say({missing: 1}, str(path))
+    for lost in [*([] if declared else _missing_shards(read)), *_unread_links(path)]:
+        say({lost: 1}, str(path))
     other_kinds = [] if declared else _look_like_data(path)
     if other_kinds:
         are = "1 file is" if len(other_kinds) == 1 else f"{len(other_kinds):,} files are"
