@@ -113,7 +113,7 @@ class _Scale:
         header += [f"{name}, {judge}" for judge in judges for name in ("win or tie", "win")]
         rows = []
         for group in chosen.values():
-            cells = [group.title, str(len(group.runs)), shown(group.over_seeds(_perplexity), ".2f")]
+            cells = [group.title, str(len(group.runs)), _shown_perplexity(group.over_seeds(_perplexity))]
             cells += [shown(group.over_seeds(functools.partial(_reward, name=name))) for name in figures_shown]
             cells += [shown(group.share(judge, name), ".1%") for judge in judges for name in ("win or tie", "win")]
             rows.append(cells)
@@ -236,6 +236,11 @@ def _seeds_said(at: Mapping[float, Mapping[str, Group]]) -> str:
         return f"Seeds of each: {next(iter(numbers.values()))[0]}."
     said = "; ".join(f"{title} {', '.join(map(str, each))}" for title, each in numbers.items())
     return f"Seeds, column by column: {said}."
+
+
+def _shown_perplexity(found: Estimate | None) -> str:
+    """A perplexity; what unlearning leaves is far beyond a vocabulary's size, and is shown by its order."""
+    return shown(found, ".2f" if found is None or found.value < 1e6 else ".0e")
 
 
 def _perplexity(run: Mapping[str, Any]) -> Estimate | None:
