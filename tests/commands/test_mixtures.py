@@ -95,7 +95,8 @@ def test_a_column_that_the_first_row_of_a_stream_lacks_is_not_dropped(tmp_path, 
         found = mixture(tmp_path, [{"path": part} for part in parts], streaming=True, max_steps=1)
         with pytest.raises(ValueError, match=rf"part 1 .*: row 2 has the column {name}, but the first row does not\. "):
             list(found)
-        assert mixture(tmp_path, [{"path": part} for part in parts])[2][name] == column[name]
+        value = mixture(tmp_path, [{"path": part} for part in parts])[2][name]
+        assert (json.loads(value) if name == "tools" else value) == column[name]  # tools are read as JSON text
     named = [{"path": part, "columns": ["prompt", "completion", "label"]} for part in (late, other)]
     assert len(list(mixture(tmp_path, named, streaming=True, max_steps=1))) == 5
     assert len(list(mixture(tmp_path, named[:1], streaming=True, max_steps=1))[2]) == 3

@@ -179,7 +179,8 @@ class Encoder:
         if not _is_unicode(whole):
             raise _no_unicode()
         odd = (*([REPEATED] if _repeats(prompt, completion) else []), *([ESCAPED] if _is_escaped(completion) else []))
-        if any(columns[name][i] for name in OF_TEMPLATES if name in columns):
+        unused = (columns[name][i] for name in OF_TEMPLATES if name in columns)
+        if any(isinstance(value, str | list | dict) and value for value in unused):  # an array has no truth value
             odd = (*odd, UNUSED)
         return Rendered(*(self._apart(prompt, whole) if self.has_images else (prompt, whole)), odd=odd)
 
