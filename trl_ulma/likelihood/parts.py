@@ -23,9 +23,9 @@ _TOKENS, _TOKENS_IN_HALF_PRECISION, _PARAMETERS = 32, 128, 2e9
 def cost_of_a_pass(model: Any, bare: Any) -> float:
     """The number of tokens that take as long as one more forward pass. Infinite where a batch must not be divided.
 
-    It is divided on a CPU only. Passes of a sharded or compiled model, or of DDP, must be the same on all processes or
-    alike; every pass of a quantized model unpacks its weights; and the rows of a batch belong together where an
-    auxiliary loss is of all of them, or where positions depend on the longest.
+    Batches are divided on a CPU only, and not in these cases. With DDP or a sharded model, all processes must run as
+    many passes. A compiled model would be compiled for more shapes. Each pass of a quantized model unpacks its weights.
+    The rows of a batch belong together if an auxiliary loss is of all of them, or if positions depend on the longest.
 
     Args:
         model: the model, with or without wrappers.

@@ -202,13 +202,8 @@ class StartupProof:
             ValueError: if a check fails. The message states what is wrong, by how much, and what to do.
             FloatingPointError: if the model's own logits are not finite.
         """
-        is_8_bits = any(type(module).__name__ == "Linear8bitLt" for module in policy.modules())
-        if is_8_bits and is_training and batch["input_ids"].device.type in ("cpu", "xpu"):
-            raise ValueError(
-                "On a CPU or XPU, layers of 8 bits (load_in_8bit=True) round their inputs in evaluation mode only, in "
-                "which the reference runs, so rewards would not start at 0. Train on a GPU, or load the model with "
-                "load_in_4bit=True. To train anyway, set startup_checks=False."
-            )
+        if is_training:
+            _check_8_bits(policy, batch["input_ids"].device.type)
         inputs = dict(batch)
         mask = inputs.pop("completion_mask")
         place = padded(batch)
@@ -368,6 +363,17 @@ class StartupProof:
                 prove_packed(scores, batch, exact=self.is_exact)
             else:
                 prove_shared(scores, batch, exact=self.is_exact, dtype=dtype)
+
+
+def _check_8_bits(policy: Any, device: str) -> None:
+    if device not in ("cpu", "xpu"):
+        return
+    if any(type(module).__name__ == "Linear8bitLt" for module in policy.modules()):
+        raise ValueError(
+            "On a CPU or XPU, layers of 8 bits (load_in_8bit=True) round their inputs in evaluation mode only, in "
+            "which the reference runs, so rewards would not start at 0. Train on a GPU, or load the model with "
+            "load_in_4bit=True. To train anyway, set startup_checks=False."
+        )
 
 
 def _with_effect(policy: Any) -> AbstractContextManager[None]:

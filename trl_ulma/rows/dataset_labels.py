@@ -282,19 +282,17 @@ def _invalid_texts(dataset: Dataset, name: str) -> dict[int, InvalidRow]:
 def prompt_keys(columns: Mapping[str, list], rows: Any) -> list[str]:
     """What is the same for rows of one prompt: its text or messages, its images, and what its chat template reads."""
     prompts = columns["prompt"]
-    keys = [
-        prompts[i] if isinstance(prompts[i], str) else json.dumps(prompts[i], sort_keys=True, default=str) for i in rows
-    ]
+    keys = [_as_text(prompts[i]) for i in rows]
     if "image_key" in columns:
         keys = [f"{columns['image_key'][i]} {key}" for i, key in zip(rows, keys, strict=True)]
     for name in (name for name in OF_TEMPLATES if name in columns):
         values = [columns[name][i] for i in rows]
-        keys = [f"{shown} {key}" if shown else key for shown, key in zip(map(_as_text, values), keys, strict=True)]
+        keys = [f"{_as_text(value)} {key}" if value else key for value, key in zip(values, keys, strict=True)]
     return keys
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str) if value else ""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 def is_continuous(rows: Dataset, label_type: str) -> np.ndarray:
