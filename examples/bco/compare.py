@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     if Version(version("trl")) >= Version("1.14"):
         raise SystemExit(f"TRL {version('trl')} has no BCOTrainer; put TRL 1.13 first on the path, as the head says.")
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # deprecations among the libraries, said anew by each trainer
     found = compare(**vars(args))
     gap = np.abs(found[0] - found[1]).max((0, 1))
     print(f"trl {version('trl')}, transformers {version('transformers')}, {vars(args)}\n")

@@ -239,8 +239,8 @@ def _seeds_said(at: Mapping[float, Mapping[str, Group]]) -> str:
 
 
 def _shown_perplexity(found: Estimate | None) -> str:
-    """A perplexity; what unlearning leaves is far beyond a vocabulary's size, and is shown by its order."""
-    return shown(found, ".2f" if found is None or found.value < 1e6 else ".0e")
+    """A perplexity. Far beyond the size of a vocabulary, as after unlearning, it says no more than that."""
+    return shown(found, ".2f") if found is None or found.value < 1e6 else "> 1,000,000"
 
 
 def _perplexity(run: Mapping[str, Any]) -> Estimate | None:
