@@ -24,12 +24,16 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from references import MOVING, ROUNDING, STILL, hold, in_memory, load, lora, losses, own_logps
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from world import has_own_adapters, make_rows, make_trainer, weights
 
 from trl_ulma.judge import Judge
+from trl_ulma.likelihood.reference import Reference, plain_batch
+from trl_ulma.likelihood.scorer import Scorer
 
 # Dropout
 
@@ -615,6 +619,32 @@ def test_a_trainer_whose_reference_another_one_has_replaced(tiny_llama, tmp_path
     with pytest.raises(ValueError, match=r"(?s)reference has changed since.*another trainer"):
         first.train()
     second.evaluate(rows)
+
+
+@pytest.mark.parametrize("off", [0, 1, None], ids=["on", "one-layer-off", "off"])
+def test_an_adapter_is_switched_as_by_peft(tiny_llama, off):
+    config = lora(modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)]
+    assert len(layers) > 2
+    next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)  # by the user
+    for layer in layers[:off]:
+        layer.enable_adapters(False)
+    trainable = [p.requires_grad for p in model.parameters()]
+    batch = plain_batch(torch.arange(8).reshape(2, 4))
+    with model.disable_adapter():
+        expected = Scorer()(model, batch).logps
+    is_off = [layer.disable_adapters for layer in layers]
+    assert is_off == [off is None] * len(layers)
+    for layer in layers[:off]:
+        layer.enable_adapters(False)
+    for p, required in zip(model.parameters(), trainable, strict=True):
+        p.requires_grad_(required)
+    assert torch.equal(Reference("adapter_off", Scorer()).logps(model, batch), expected.detach())
+    assert [layer.disable_adapters for layer in layers] == is_off
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert "get_model_status" not in vars(model)
+    assert model.get_model_status().available_adapters == ["default"]
 
 
 def test_an_adapter_that_was_merged_leaves_no_reference(tiny_llama, tmp_path):

@@ -1,5 +1,6 @@
 """The compact LM head: log-probabilities of selected tokens, in chunks, without the logits of all positions."""
 
+import functools
 import inspect
 import math
 import weakref
@@ -286,9 +287,11 @@ class CompactHead:
         """
         if self.logit_map is None:
             return
-        now = self._measure(wrapped, inputs)
-        pairs = [(a or 0.0, b or 0.0) for a, b in zip(now, self.logit_map, strict=True)]
-        if any(not math.isclose(a, b, rel_tol=_MAP_TOLERANCE) for a, b in pairs):
+        made = self._known_projections()
+        with torch.no_grad(), evaluation_mode(wrapped):
+            _, is_close = _compared(self._last_logits(wrapped, inputs, made), self.logit_map(made.double()))
+        if not is_close:
+            now = self._measure(wrapped, inputs)
             raise ValueError(
                 f"{type(self.model).__name__} computes its logits in another way than before training: {now}, before "
                 f"{self.logit_map}. A scale or cap after the output embeddings has changed, which the losses did not "
@@ -435,6 +438,10 @@ class CompactHead:
                 f"({type(error).__name__}: {error}). {remedy}"
             ) from error
 
+    def _last_logits(self, wrapped: Any, inputs: dict[str, Any], projections: torch.Tensor) -> torch.Tensor:
+        """`(V,)` logits that the forward makes of these projections `(V,)` at the last position, in float64."""
+        return self._logits(wrapped, _sample(inputs), projections)[0, -1].to("cpu", torch.float64)
+
     def _known_projections(self) -> torch.Tensor:
         """`(V,)` projections of all signs and sizes, in place of those of a hidden state."""
         dtype = torch.promote_types(self.model.dtype, torch.float32)
@@ -448,12 +455,9 @@ class CompactHead:
         Raises:
             ValueError: if the map is not a scale with an optional soft cap, or if the forward fails.
         """
-        sample, made = _sample(inputs), self._known_projections()
+        made = self._known_projections()
         dtype, size = made.dtype, len(made)
-
-        def logits(projections: torch.Tensor) -> torch.Tensor:
-            return self._logits(wrapped, sample, projections)[0, -1].to("cpu", torch.float64)
-
+        logits = functools.partial(self._last_logits, wrapped, inputs)
         with evaluation_mode(wrapped):
             highest = logits(torch.full((size,), 1e30, dtype=dtype))
             found = logits(made)
@@ -464,9 +468,8 @@ class CompactHead:
             scale = 1.0
         width = None if len(found) == size else len(found)
         logit_map = LogitMap(scale, cap, width)
-        expected = logit_map(made.double())
-        off = (found - expected).abs().max().item() if expected.shape == found.shape else math.inf
-        if not off <= _MAP_TOLERANCE * max(1.0, expected.abs().max().item()):  # also true for NaN
+        off, is_close = _compared(found, logit_map(made.double()))
+        if not is_close:
             raise ValueError(
                 f"{type(self.model).__name__} does not compute its logits from the output embeddings with a scale and "
                 f"a soft cap alone (off by {off:.2g}), so its log-probabilities cannot be computed. Use another model "
@@ -481,6 +484,12 @@ class _Wanted(NamedTuple):
     first: torch.Tensor | None
     statistics: bool
     width: int
+
+
+def _compared(logits: torch.Tensor, expected: torch.Tensor) -> tuple[float, bool]:
+    """How far logits are from what a map makes of the same projections, and whether the map is theirs."""
+    off = (logits - expected).abs().max().item() if expected.shape == logits.shape else math.inf
+    return off, off <= _MAP_TOLERANCE * max(1.0, expected.abs().max().item())  # False for NaN
 
 
 def _sample(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ whose time is that of the arithmetic, a few narrower forward passes take less. T
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -18,6 +19,8 @@ _BY_TOKEN = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 # to 39 in float32, and 68 to 210 with weights or autocast in bfloat16, where tokens are faster and weights are cast.
 # In smaller models the layers' own overhead is more than their arithmetic: that of so many parameters per token
 _TOKENS, _TOKENS_IN_HALF_PRECISION, _PARAMETERS = 32, 128, 2e9
+# Counting takes milliseconds, several times per step
+_counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def cost_of_a_pass(model: Any, bare: Any) -> float:
@@ -42,8 +45,9 @@ def cost_of_a_pass(model: Any, bare: Any) -> float:
     ):
         return math.inf
     in_half = bare.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
-    overhead = _PARAMETERS / max(sum(p.numel() for p in bare.parameters()), 1)
-    return (_TOKENS_IN_HALF_PRECISION if in_half else _TOKENS) + overhead
+    if bare not in _counted:
+        _counted[bare] = max(sum(p.numel() for p in bare.parameters()), 1)
+    return (_TOKENS_IN_HALF_PRECISION if in_half else _TOKENS) + _PARAMETERS / _counted[bare]
 
 
 def parts(layout: Layout, cost: float) -> list[tuple[Layout, torch.Tensor]]:
