@@ -42,9 +42,9 @@ step includes collation, metrics and logging. Ratios are taken round by round: t
 of its own: how far the peak is above what is in use before the first step. `floor` is the policy's bare forward and
 backward on the step's real tokens: each row alone, without padding, the head on scored positions only, no reference,
 metric, optimizer or log. `floor-shared` is the same with each prompt run once for all its completions. Except for
-`preparation`, the machine was not idle, so compare ratios, not times of different runs. `scaling` was measured before
-the package got its own LM head. llama-1b is a Llama of that shape with random weights. A remark above a table, of what
-the run could not know, was written by hand into its JSON file.
+`hh` and `preparation`, the machine was not idle, so compare ratios, not times of different runs. `scaling` was measured
+before the package got its own LM head. llama-1b is a Llama of that shape with random weights. A remark above a table,
+of what the run could not know, was written by hand into its JSON file.
 """
 PREPARATION = """\
 Why preparation misses its target: most of it is the tokenizer, which both trainers call. KTO's tokenizes two texts per
