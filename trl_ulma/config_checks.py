@@ -1,5 +1,6 @@
 """Checks of the settings: alone, on this machine, and against the data of a training."""
 
+import copy
 import difflib
 import math
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import Trainer
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
@@ -61,6 +63,15 @@ _NUMBERS: dict[str, dict[str, float]] = {
     "sft_weight": {"least": 0},
     "sft_threshold": {},
     "ref_model_mixup_alpha": {"above": 0, "most": 1},
+    # Trainer's own: out of these bounds, a training would do something else than it says, or fail at its first step
+    "learning_rate": {"least": 0},
+    "weight_decay": {"least": 0},
+    "max_grad_norm": {"least": 0},
+    "adam_beta1": {"least": 0, "below": 1},
+    "adam_beta2": {"least": 0, "below": 1},
+    "adam_epsilon": {"least": 0},
+    "num_train_epochs": {"least": 0},
+    "warmup_steps": {"least": 0},
 }
 _FLOAT32 = torch.finfo(torch.float32)
 # What Trainer adds to the figures of an evaluation
@@ -157,8 +168,9 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             "save_strategy='best'.",
         ),
         (
-            args.max_grad_norm is None,
-            "max_grad_norm=None is not a number. Set it to 0.0 to train without clipping gradients.",
+            args.num_train_epochs == 0 and args.max_steps <= 0,
+            f"num_train_epochs=0 with max_steps={args.max_steps} trains no step. Set either above 0. To evaluate, "
+            "leave them as they are and do not call train().",
         ),
         (
             args.padding_free and args.share_prompts,
@@ -225,12 +237,21 @@ def check_numbers(args: Any) -> None:
 
 
 def _check_number(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float = math.inf
+    name: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
 ) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    if not is_number or (above is not None and value <= above) or (least is not None and value < least) or value > most:
-        needed = f"above {above}" if above is not None else "a number" if least is None else f"{least} or above"
+    if name == "max_grad_norm" and value is None:
+        raise ValueError("max_grad_norm=None is not a number. Set it to 0.0 to train without clipping gradients.")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (above < value < below and least <= value <= most):  # also for NaN
+        needed = f"above {above}" if above > -math.inf else f"{least} or above" if least > -math.inf else "a number"
         needed += "" if most == math.inf else f", and at most {most}"
+        needed += "" if below == math.inf else f", and below {below}"
         raise ValueError(f"{name} must be {needed}; got {value!r}.")
     if value and not _FLOAT32.tiny <= abs(value) <= _FLOAT32.max:
         raise ValueError(f"{name} is {value!r}, which float32 rounds to 0 or to infinity. Choose another value.")
@@ -267,6 +288,39 @@ def check_batches(args: Any, rows: Any, size: int) -> None:
         raise ValueError(
             f"dataloader_drop_last=True leaves no rows of the train dataset: it has {len(rows)}, and a batch over all "
             f"processes has {size}. Set it to False, or lower the batch size."
+        )
+
+
+def check_optimizer_arguments(args: Any) -> None:
+    """Raise ValueError if the optimizer that Trainer creates does not read one of `optim_args`."""
+    text, optim = (args.optim_args or "").replace(" ", ""), str(getattr(args.optim, "value", args.optim))
+    # These are created with the model, which they may change
+    if not text or optim.split("_")[0] in ("galore", "apollo", "lomo", "adalomo"):
+        return
+    given = dict(pair.partition("=")[::2] for pair in text.split(","))
+
+    def made(arguments: Mapping[str, str]) -> Any:
+        changed = copy.copy(args)
+        vars(changed)["optim_args"] = ",".join(f"{name}={value}" for name, value in arguments.items())
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(changed)
+        except Exception as error:
+            return error
+
+    wanted = made(given)
+    if isinstance(wanted, Exception):  # which Trainer raises
+        return
+
+    def is_read(name: str) -> bool:
+        # Another value is another setting, or an error
+        others = {key: value for key, value in given.items() if key != name}
+        return any(made(arguments) != wanted for arguments in (others, {**given, name: "no-value"}))
+
+    unread = [name for name in given if not is_read(name)]
+    if unread:
+        raise ValueError(
+            f"optim={optim!r} does not read {', '.join(unread)} of optim_args={args.optim_args!r}, so the "
+            "training would ignore it. Leave it out, or pass an optimizer with `optimizers=(optimizer, None)`."
         )
 
 

@@ -47,7 +47,12 @@ from trl_ulma.checkpoints import (
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config_checks import check_batches, check_machine, check_parallelism
+from trl_ulma.config_checks import (
+    check_batches,
+    check_machine,
+    check_optimizer_arguments,
+    check_parallelism,
+)
 from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import with_origins
 from trl_ulma.held_rows import HeldRows
@@ -188,6 +193,8 @@ class PointwiseDPOTrainer(DPOTrainer):
                 mend_copied_forward(given)
         args = own_config(self._config_class, type(self).__name__, model, args)
         check_machine(args)
+        if optimizer is None:
+            check_optimizer_arguments(args)
         # Read all rows before loading a model, so that errors in them appear within seconds
         self._plan = plan = make_plan(
             model,

@@ -1,5 +1,6 @@
 """Bad settings: each ends, before a model is loaded, in an error that says which, what was found and what to do."""
 
+import re
 import shutil
 import warnings
 from dataclasses import fields
@@ -80,6 +81,20 @@ VALUES = {
     "log_z None": ({"log_z": None}, "log_z must be a number; got None."),
     "desirable_weight negative": ({"desirable_weight": -1}, "desirable_weight must be 0 or above; got -1."),
     "undesirable_weight NaN": ({"undesirable_weight": NAN}, "undesirable_weight must be 0 or above; got nan."),
+    "learning_rate negative": ({"learning_rate": -1e-4}, "learning_rate must be 0 or above; got -0.0001."),
+    "learning_rate text": ({"learning_rate": "fast"}, "learning_rate must be 0 or above; got 'fast'."),
+    "weight_decay negative": ({"weight_decay": -0.1}, "weight_decay must be 0 or above; got -0.1."),
+    "max_grad_norm negative": ({"max_grad_norm": -1.0}, "max_grad_norm must be 0 or above; got -1.0."),
+    "max_grad_norm NaN": ({"max_grad_norm": NAN}, "max_grad_norm must be 0 or above; got nan."),
+    "adam_beta1 1": ({"adam_beta1": 1.0}, "adam_beta1 must be 0 or above, and below 1; got 1.0."),
+    "adam_beta2 infinite": ({"adam_beta2": INFINITY}, "adam_beta2 must be 0 or above, and below 1; got inf."),
+    "adam_epsilon negative": ({"adam_epsilon": -1e-8}, "adam_epsilon must be 0 or above; got -1e-08."),
+    "num_train_epochs negative": ({"num_train_epochs": -1}, "num_train_epochs must be 0 or above; got -1."),
+    "num_train_epochs 0": (
+        {"num_train_epochs": 0},
+        "num_train_epochs=0 with max_steps=-1 trains no step. Set either above 0. To evaluate, leave them as they are "
+        "and do not call train().",
+    ),
     "label_type unknown": ({"label_type": "stars"}, f"{TYPES} 'stars'."),
     "label_type None": ({"label_type": None}, f"{TYPES} None."),
     "label_type a list": ({"label_type": ["binary"]}, f"{TYPES} ['binary']."),
@@ -234,6 +249,33 @@ def test_a_config_is_refused_when_it_is_made_and_when_it_is_changed(changes, mes
     with pytest.raises(ValueError) as error:
         changed.check()
     assert str(error.value) == message
+
+
+def test_steps_are_counted_without_epochs():
+    assert config(num_train_epochs=0, max_steps=3).max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("optim", "arguments", "unread"),
+    [
+        ("adafactor", "scale_parameter=True,relative_step=False", "scale_parameter, relative_step"),
+        ("adamw_torch", "amsgrad=True", "amsgrad"),
+        ("sgd", "momentum=0.9, nesterv=True", "nesterv"),
+        ("sgd", "momentum=0.9,nesterov=True", None),
+        ("sgd", "momentum=0", None),
+        ("rmsprop", "centered=False", None),
+    ],
+)
+def test_arguments_that_the_optimizer_does_not_read_are_refused(
+    tiny_gpt2, without_weights, tmp_path, optim, arguments, unread
+):
+    settings = {"max_steps": 1, "optim": optim, "optim_args": arguments}
+    if unread is None:
+        make_trainer(tiny_gpt2, make_rows(4), tmp_path, **settings).train()
+        return
+    message = f"optim={optim!r} does not read {unread} of optim_args={arguments!r}, so the training would ignore it."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_trainer(without_weights, make_rows(4), tmp_path, **settings)
 
 
 @pytest.mark.parametrize("option", ["betta", "group_by_length", "max_prompt_length", "rpo_alpha"])
