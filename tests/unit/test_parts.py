@@ -121,6 +121,20 @@ def test_a_row_without_a_completion_has_no_score(cheap_passes):
     assert torch.allclose(whole.prompt_states, divided.prompt_states, atol=1e-12)
 
 
+@pytest.mark.parametrize("make_model", [make_llama, make_gpt2], ids=["llama", "gpt2"])
+def test_rows_of_padding_alone_change_nothing(cheap_passes, make_model):
+    model, batch = make_model(), make_batch([9, 0, 4, 0])
+    found = []
+    for cost in (math.inf, None):
+        model.zero_grad()
+        found.append(Scorer()(model, batch, pass_cost=cost))
+        found[-1].logps.sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    whole, expected, divided, gradients = found
+    assert torch.allclose(whole.log_probs, divided.log_probs, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(expected, gradients, strict=True))
+
+
 def test_rows_that_are_padded_on_the_left_or_packed_stay_together():
     assert len(parts(padded(make_batch(left=True)), 0)) == 1
     assert len(parts(packed(make_batch()), 0)) == 1

@@ -77,7 +77,7 @@ def parts(layout: Layout, cost: float) -> list[tuple[Layout, torch.Tensor]]:
     mask = layout.inputs.get("attention_mask")
     if mask is not None and mask.dim() == 2 and (mask.diff(dim=1) > 0).any():  # padded on the left
         return whole
-    lengths, order = layout.lengths.sort(descending=True, stable=True)
+    lengths, order = layout.lengths.clamp(min=1).sort(descending=True, stable=True)
     found = []
     for begin, end in _ranges(lengths.tolist(), cost):
         chosen, longest = order[begin:end].sort().values, int(lengths[begin])
