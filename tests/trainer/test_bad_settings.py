@@ -12,7 +12,7 @@ from datasets import DatasetDict, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import DPOConfig, SFTConfig
 from world import make_rows, make_trainer
 
@@ -270,6 +270,9 @@ def test_arguments_that_the_optimizer_does_not_read_are_refused(
     tiny_gpt2, without_weights, tmp_path, optim, arguments, unread
 ):
     settings = {"max_steps": 1, "optim": optim, "optim_args": arguments}
+    _, of_sgd = Trainer.get_optimizer_cls_and_kwargs(TrainingArguments("out", optim="sgd", optim_args="momentum=0.9"))
+    if "momentum" not in of_sgd and optim in ("sgd", "rmsprop"):
+        pytest.skip("transformers 5.2 reads no arguments of these")
     if unread is None:
         make_trainer(tiny_gpt2, make_rows(4), tmp_path, **settings).train()
         return
