@@ -212,6 +212,8 @@ def test_helpsteer():
 
 def test_ultrafeedback():
     raw = SAMPLES["ultrafeedback"](2)
+    for answer in raw["completions"]:
+        assert answer.pop("custom_system_prompt")  # which would be told before each row
     assert outcomes("ultrafeedback", raw) == [
         (["Say 2."], "alpaca-7b says 2.", 7.5, False),
         (["Say 2."], "gpt-4 says 2.", 9.0, False),
@@ -279,6 +281,18 @@ def test_an_overall_score_of_10_that_was_a_1_in_ultrafeedback():
     assert read(10, 3.5) == (10.0, ["scores"])
     assert read(10, 4.75) == read(10, None) == read(10, None, "5", "4") == (10.0, [])
     assert read(9, 1.25) == (9.0, [])
+
+
+def test_answers_under_a_custom_system_prompt_are_told():
+    answers = [
+        {"response": text, "overall_score": 7.0, "annotations": {}, "custom_system_prompt": system}
+        for text, system in (("Hello!", "Be honest."), ("Yes?", ""), ("Hi!", None))
+    ]
+    rows, account = convert("ultrafeedback", Dataset.from_list([{"instruction": "Hi", "completions": answers}]))
+    assert rows["prompt"] == [[{"role": "user", "content": "Hi"}]] * 3
+    [(what, noted)] = account.noted.items()
+    assert "written under a custom_system_prompt" in what
+    assert noted.count == 1
 
 
 def test_a_missing_rating_of_a_parquet_file_is_no_rating_off_the_scale():

@@ -17,6 +17,11 @@ TEN_MAY_BE_ONE = (
     "UltraFeedback wrote as 10. It is kept; --aspect fine-grained avoids such scores"
 )
 
+SYSTEM_PROMPT = (
+    "its answer was written under a custom_system_prompt. The raters did not read it, and it is left out, as in the "
+    "dataset's own pairs"
+)
+
 
 def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall") -> Iterator[Outcome]:
     """One row per completion, with one of its scores as a continuous label.
@@ -50,6 +55,8 @@ def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall")
                 if mean is not None and mean < 4:
                     found.append(Noted(TEN_IS_ONE if mean <= 2 else TEN_MAY_BE_ONE))
                     rating = 1 if mean <= 2 else rating
+            if answer.get("custom_system_prompt"):
+                found.append(Noted(SYSTEM_PROMPT))
             scale = (1, 10 if aspect == "overall" else 5)
             text = answer.get("response")
             found.append(labeled(raw["instruction"], text, rating, label_type="continuous", scale=scale))
