@@ -214,6 +214,27 @@ def test_a_parameter_that_is_trained_after_the_head_is_refused_by_name(tiny_llam
     assert trainer.state.global_step == 0
 
 
+class PassesNoGradient(torch.nn.Linear):
+    """Computes as a layer of which the inputs are quantized, too, without a gradient for them."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.detach())
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["below-an-adapter", "beside-adapters"])
+def test_a_frozen_layer_that_passes_no_gradient_on_is_refused_by_name(tiny_llama, tmp_path, adapted):
+    model = load(tiny_llama)
+    layer = model.model.layers[1].mlp.down_proj
+    layer.__class__ = PassesNoGradient
+    targets = ["q_proj", "v_proj", *(["down_proj"] if adapted else [])]
+    settings = FAST | {"processing_class": AutoTokenizer.from_pretrained(tiny_llama)}
+    settings |= {"peft_config": LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")}
+    trainer = make_trainer(model, make_rows(6), tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj.* \(PassesNoGradient, 1 such layers in total\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("name", ["logit_scale", "softcap", "temperature.log_scale"])
 @pytest.mark.parametrize("peft", [False, True], ids=["frozen", "lora"])
 def test_a_parameter_after_the_head_that_is_not_trained_is_no_fault(tiny_llama, tmp_path, name, peft):

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -135,14 +135,14 @@ def check_optimizer(model: Any, optimizer: torch.optim.Optimizer) -> None:
 
     Args:
         model: the policy.
-        optimizer: the optimizer that was passed to the trainer.
+        optimizer: the one that trains it.
     """
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
-            "The optimizer that was passed in optimizers has none of the model's trainable parameters, so training "
-            "would not change the model. Create it from the parameters of the model that is trained. With a "
-            "peft_config, wrap the model with get_peft_model first, or set the config's optim instead."
+            "The optimizer has none of the model's trainable parameters, so training would not change the model. "
+            "Create it from the parameters of the model that is trained. With a peft_config, wrap the model with "
+            "get_peft_model first, or set the config's optim instead."
         )
 
 
@@ -244,6 +244,8 @@ class StartupProof:
     def check_gradients(self, policy: Any, batch: Batch) -> None:
         """Raise ValueError if log π_θ depends on no parameter that is trained, or if log π_ref depends on one.
 
+        A frozen layer that passes no gradient on to the layers below it, as some quantized ones do, is an error, too.
+
         Args:
             batch: the batch of the other checks.
         """
@@ -253,7 +255,7 @@ class StartupProof:
             isinstance(p, DTensor) or hasattr(p, "ds_id") for p in called.parameters()
         ):
             return  # a parameter that is sharded (FSDP, ZeRO-3) is not a leaf of the forward pass
-        with torch.enable_grad(), evaluation_mode(called):
+        with torch.enable_grad(), evaluation_mode(called), _gradients_watched(called) as stopped:
             found = _leaves(self.scorer(called, batch, layout=padded(batch)).logps)
         if found.isdisjoint(trained):
             raise ValueError(
@@ -261,6 +263,13 @@ class StartupProof:
                 "would not change the model. If it has an adapter, the adapter may be merged or switched off: call "
                 "model.unmerge_adapter() or model.base_model.enable_adapter_layers(). Otherwise its forward pass "
                 "computes without gradients. To train anyway, set startup_checks=False."
+            )
+        if stopped:
+            raise ValueError(
+                f"{stopped[0]} ({type(called.get_submodule(stopped[0])).__name__}, {len(stopped)} such layers in "
+                "total) passes no gradient on to the layers below it, so these would be trained on wrong gradients. "
+                "Layers that quantize their inputs do this, too: quantize the weights only, or not at all. To train "
+                "anyway, set startup_checks=False."
             )
         if self.reference.model is None:
             return
@@ -379,6 +388,28 @@ def _check_8_bits(policy: Any, device: str) -> None:
 def _with_effect(policy: Any) -> AbstractContextManager[None]:
     """A context in which the policy's adapter has an effect, if it has one."""
     return with_effect(bare_model(policy)) if isinstance(bare_model(policy), PeftModel) else nullcontext()
+
+
+@contextmanager
+def _gradients_watched(model: Any) -> Iterator[list[str]]:
+    """A context that collects the names of linear layers whose output has no gradient, although their input has one."""
+    stopped: list[str] = []
+
+    def watch(name: str, args: tuple[Any, ...], output: Any) -> None:
+        has_gradient = bool(args) and torch.is_tensor(args[0]) and args[0].requires_grad
+        if torch.is_grad_enabled() and has_gradient and torch.is_tensor(output) and not output.requires_grad:
+            stopped.append(name)
+
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, name=name: watch(name, args, output))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) or name.endswith(".base_layer")
+    ]
+    try:
+        yield stopped
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _leaves(output: torch.Tensor) -> set[int]:
