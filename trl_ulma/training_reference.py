@@ -129,7 +129,13 @@ def model_for_dpo_trainer(kind: str, model: Any, ref_model: Any, args: Any) -> A
         return ref_model
     # DPOTrainer would load a model in memory again, from where it came. Under ZeRO-3 each process holds a part of it.
     if not (isinstance(model, str) or args.precompute_ref_log_probs or is_deepspeed_zero3_enabled()):
-        copied = copy.deepcopy(model)
+        try:
+            copied = copy.deepcopy(model)
+        except (NotImplementedError, RuntimeError, TypeError) as error:  # of quantized weights, for example
+            raise ValueError(
+                f"The reference of a full training is a copy of the model, and this {type(model).__name__} cannot be "
+                f"copied ({type(error).__name__}: {error}). Train an adapter: pass a peft_config."
+            ) from error
         mend_copied_forward(copied)
         return copied
     return NoReferenceModel() if loads_needless_reference(args) else None
@@ -140,16 +146,19 @@ def ref_keeps_base_weights(model: Any) -> Iterator[None]:
     """A context in which `DPOTrainer` adds the reference's adapter to a model without changing other weights.
 
     Some values of `init_lora_weights`, such as "pissa", subtract what a new adapter begins with from the weights below
-    it. The adapter `ADAPTER` is a copy of another one, so this would change the policy.
+    it. `layer_replication` would repeat the layers once more. The adapter `ADAPTER` is a copy of another one, so this
+    would change the policy.
 
     Raises:
         ValueError: if PEFT cannot add an adapter like the model's.
     """
     config = model.peft_config["default"]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str):
-        config.init_lora_weights = True
+    found = {"init_lora_weights": True, "layer_replication": None}
+    before = {name: getattr(config, name, plain) for name, plain in found.items()}
+    changing = {name: value for name, value in before.items() if isinstance(value, str | list | tuple)}
+    for name in changing:
+        setattr(config, name, found[name])
     try:
         yield
     except (AttributeError, ValueError) as error:
@@ -166,10 +175,11 @@ def ref_keeps_base_weights(model: Any) -> Iterator[None]:
     finally:
         for parameter in trained:  # PEFT 0.18 freezes those outside the adapter
             parameter.requires_grad_(True)
-        if isinstance(start, str):
-            if ADAPTER in model.peft_config:  # its own config, because loading it must not change other weights either
-                model.peft_config[ADAPTER] = copy.copy(config)
-            config.init_lora_weights = start
+        if changing and ADAPTER in model.peft_config:
+            # Its own config, because loading it must not change other weights either
+            model.peft_config[ADAPTER] = copy.copy(config)
+        for name, value in changing.items():
+            setattr(config, name, value)
 
 
 def make_reference(

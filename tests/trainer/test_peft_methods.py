@@ -68,7 +68,6 @@ REFUSED_NEW: dict[str, str] = {
     "poly": "task_ids",
 }
 REFUSED_TRAINED: dict[str, str] = {
-    "lora-replicated-layers": r"reference \(adapter\) differs from the model by .*ref_model",
     "lily": r"LILY .*later tokens",
     "poly": "task_ids",
     "lora-bias-of-targets": r"one adapter with bias='lora_only' .*precompute_ref_log_probs=True.*ref_model",
