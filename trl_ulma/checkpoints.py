@@ -47,6 +47,8 @@ _STEPS = (
 )
 # Schedules that do not depend on the number of steps
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+# What wrappers add to the names of parameters
+_WRAPPER = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _EFFECTS = {
     "order": "The order of rows is another one now, so some rows of this epoch are skipped or repeated.",
     "loss": "The steps to come minimize another loss than those before.",
@@ -273,6 +275,35 @@ def conditions_of(args: Any, rows: Any, processes: int) -> dict[str, dict[str, A
     return found
 
 
+def trained_parameters(model: Any) -> dict[str, Any]:
+    """What identifies the trainable parameters of a model: how many tensors, the first name, and a digest of all names.
+
+    Example:
+        >>> from torch import nn
+        >>> trained_parameters(nn.Linear(1, 1))["count"]
+        2
+    """
+    names = [_WRAPPER.sub("", name) for name, p in model.named_parameters() if p.requires_grad]
+    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+    return {"count": len(names), "first": min(names, default=""), "digest": digest}
+
+
+def check_same_parameters(checkpoint: str, now: dict[str, Any]) -> None:
+    """Raise ValueError if a checkpoint has the optimizer's state of other parameters, which is kept by their order.
+
+    Args:
+        now: what `trained_parameters` returns for the model that resumes.
+    """
+    file = Path(checkpoint) / CONDITIONS
+    then = json.loads(file.read_text(encoding="utf-8")).get("parameters", now) if file.exists() else now
+    if then["digest"] != now["digest"] and any(Path(checkpoint).glob("optimizer*")):
+        raise ValueError(
+            f"The checkpoint {checkpoint} is of a training of other parameters: {then['count']} tensors, such as "
+            f"{then['first']}; here {now['count']}, such as {now['first']}. The optimizer's state would be that of "
+            "others. Resume with the same trainable parameters and, for an adapter, with its settings."
+        )
+
+
 def _digest(rows: Dataset, names: Sequence[str]) -> str:
     columns = [str(rows[name][:]) for name in names if name in rows.column_names]
     return hashlib.sha256("".join(columns).encode()).hexdigest()[:8]
@@ -296,7 +327,7 @@ def warn_of_other_conditions(checkpoint: str, now: dict[str, dict[str, Any]], *,
     before = json.loads(file.read_text(encoding="utf-8"))
     changes, effects = [], []
     for effect, values in now.items():
-        if effect == "order" and not skips:
+        if effect not in _EFFECTS or (effect == "order" and not skips):
             continue
         then = before.get(effect, {})
         # Checkpoints of earlier versions lack some names

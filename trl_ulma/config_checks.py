@@ -173,6 +173,12 @@ def _combinations(args: Any) -> list[tuple[bool, str]]:
             "leave them as they are and do not call train().",
         ),
         (
+            _name_of_optimizer(args) in ("lomo", "adalomo") and args.gradient_accumulation_steps > 1,
+            "LOMO changes the weights in each backward pass, so each of the gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} micro-batches would be a step of its own. Set it to 1, and a larger "
+            "per_device_train_batch_size, or another optim.",
+        ),
+        (
             args.padding_free and args.share_prompts,
             "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",
         ),
@@ -293,7 +299,7 @@ def check_batches(args: Any, rows: Any, size: int) -> None:
 
 def check_optimizer_arguments(args: Any) -> None:
     """Raise ValueError if the optimizer that Trainer creates does not read one of `optim_args`."""
-    text, optim = (args.optim_args or "").replace(" ", ""), str(getattr(args.optim, "value", args.optim))
+    text, optim = (args.optim_args or "").replace(" ", ""), _name_of_optimizer(args)
     # These are created with the model, which they may change
     if not text or optim.split("_")[0] in ("galore", "apollo", "lomo", "adalomo"):
         return
@@ -322,6 +328,10 @@ def check_optimizer_arguments(args: Any) -> None:
             f"optim={optim!r} does not read {', '.join(unread)} of optim_args={args.optim_args!r}, so the "
             "training would ignore it. Leave it out, or pass an optimizer with `optimizers=(optimizer, None)`."
         )
+
+
+def _name_of_optimizer(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def check_parallelism(parallelism: Any) -> None:

@@ -45,6 +45,7 @@ class LateChanges:
         self._of_optimizer: dict[str, Any] = {}
         self._of_training: dict[str, Any] = {}
         self._not_optimized: set[str] | None = None
+        self._stepping: dict[str, Any] = {}
 
     def check(self) -> None:
         """Check the settings and the active adapter, which any step or evaluation reads."""
@@ -111,6 +112,7 @@ class LateChanges:
         args = self._trainer.args
         self._of_optimizer = self._of_optimizer or {name: getattr(args, name) for name in _OF_OPTIMIZER}
         self._of_training = {name: getattr(args, name) for name in _OF_TRAINING}
+        self._stepping = {name: getattr(self._trainer, name) for name in ("optimizer", "lr_scheduler")}
 
     def check_step(self) -> None:
         """Check everything that a step of a training depends on."""
@@ -122,6 +124,13 @@ class LateChanges:
                 "training has read these settings at its start, so the steps would follow the new values only in "
                 "part, or not at all. Set them before the training."
             )
+        for name, first in self._stepping.items():
+            if getattr(self._trainer, name) is not first:
+                raise ValueError(
+                    f"trainer.{name} was replaced in the middle of a training, for example by a callback, so the "
+                    "learning rates that are logged would not be those of the steps. Pass both before the training, as "
+                    "optimizers=(optimizer, scheduler)."
+                )
         if is_without_adapter(self._trainer.model):
             raise ValueError(
                 "The adapter is switched off or merged into the model in the middle of a training, for example by a "
@@ -150,6 +159,16 @@ class LateChanges:
                 "gradients. Unfreeze them before the training; after an earlier training, also set trainer.optimizer = "
                 "None."
             )
+
+
+def check_schedule(optimizer: Any, scheduler: Any) -> None:
+    """Raise ValueError if a scheduler sets the learning rates of another optimizer. Accelerate may wrap both."""
+    theirs = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", optimizer)
+    if getattr(theirs, "optimizer", theirs) is not getattr(optimizer, "optimizer", optimizer):
+        raise ValueError(
+            "The scheduler of optimizers=(optimizer, scheduler) sets the learning rates of another optimizer than "
+            "the one that trains, so its rates would be logged and not used. Pass the scheduler's own optimizer."
+        )
 
 
 def _read_once(args: Any) -> dict[str, Any]:

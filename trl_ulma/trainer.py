@@ -22,9 +22,10 @@ from transformers import (
     DataCollator,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Trainer,
     TrainerCallback,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer, LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction, has_length
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import prepare_deepspeed
@@ -34,6 +35,7 @@ from trl_ulma.callbacks import Calls, Interruption, LooksForGradients
 from trl_ulma.checkpoints import (
     WHOLE,
     check_optimizer_state,
+    check_same_parameters,
     checkpoint_to_resume,
     conditions_of,
     copy_files,
@@ -41,6 +43,7 @@ from trl_ulma.checkpoints import (
     mark_whole,
     other_shapes_explained,
     stream_position,
+    trained_parameters,
     warn_of_other_conditions,
     warn_of_other_place,
     write_conditions,
@@ -57,7 +60,7 @@ from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import with_origins
 from trl_ulma.held_rows import HeldRows
 from trl_ulma.judge import Judge
-from trl_ulma.late_changes import LateChanges
+from trl_ulma.late_changes import LateChanges, check_schedule
 from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -181,11 +184,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         peft_config: Any = None,
     ):
         optimizer, scheduler = optimizers
-        if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
-            raise ValueError(
-                "The scheduler of optimizers=(optimizer, scheduler) sets the learning rates of another optimizer than "
-                "the one that trains, so its rates would be logged and not used. Pass the scheduler's own optimizer."
-            )
+        check_schedule(optimizer, scheduler)
         peft_config = copy.deepcopy(peft_config)  # PEFT writes the model's name and modules into it
         check_models(model, ref_model, peft_config)
         for given in (model, ref_model):
@@ -440,6 +439,14 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._check_trainable()  # other code may have changed what is trained
             warn_of_unsaved_parameters(self.model)
             self._late_changes.check_optimized()
+            bare = getattr(self.optimizer, "optimizer", self.optimizer)
+            if not (self.is_deepspeed_enabled or isinstance(bare, LayerWiseDummyOptimizer)):
+                check_optimizer(self.model, self.optimizer)
+                check_schedule(self.optimizer, self.lr_scheduler)
+        if 0 < state.max_steps <= state.global_step and not hasattr(Trainer, "_init_training_state"):
+            raise ValueError(  # transformers 5.2 would make another step
+                f"The checkpoint has made all {state.max_steps} steps of this training, so none is left to make."
+            )
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
@@ -960,6 +967,7 @@ class PointwiseDPOTrainer(DPOTrainer):
                     "sync_ref_model=False."
                 )
             self._resumed_identity, self._resumed_logps = identity_in(resume), policy_logps_in(resume)
+            check_same_parameters(resume, self._conditions["parameters"])
             warn_of_other_conditions(resume, self._conditions, skips=not self.args.ignore_data_skip)
             if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
                 self._stream_position = stream_position(resume, self.args.gradient_accumulation_steps)
@@ -988,11 +996,17 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _conditions(self) -> dict[str, dict[str, Any]]:
-        return conditions_of(self.args, self.train_dataset, self.accelerator.num_processes)
+        found = conditions_of(self.args, self.train_dataset, self.accelerator.num_processes)
+        return {**found, "parameters": trained_parameters(bare_model(self.model))}
 
     def _init_training_state(self, *args, **kwargs):
         # Trainer does not know the length of a stream, and would look for the position within its first pass
         position = super()._init_training_state(*args, **kwargs)
+        if 0 < self.state.max_steps <= self.state.global_step:
+            logger.warning(
+                f"The checkpoint has made all {self.state.max_steps} steps of this training, so none is left to make."
+            )
+            return self.state.num_train_epochs, 0  # Trainer would make another step, if an epoch has more
         return self._stream_position or position
 
     def _finalize_training(self, *args, **kwargs):

@@ -183,6 +183,11 @@ CONTRADICTIONS = {
         {"max_grad_norm": None},
         "max_grad_norm=None is not a number. Set it to 0.0 to train without clipping gradients.",
     ),
+    "LOMO with accumulation": (
+        {"optim": "lomo", "gradient_accumulation_steps": 2},
+        "LOMO changes the weights in each backward pass, so each of the gradient_accumulation_steps=2 micro-batches "
+        "would be a step of its own. Set it to 1, and a larger per_device_train_batch_size, or another optim.",
+    ),
     "two layouts": (
         {"padding_free": True, "share_prompts": True},
         "padding_free and share_prompts exclude each other: both lay out a batch. Set only one.",

@@ -309,6 +309,54 @@ def test_a_checkpoint_of_another_shape_is_named_with_what_to_do(tiny_gpt2, tmp_p
         trainer_of(4).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 2}, {"num_train_epochs": 1.5}], ids=["steps", "epochs"])
+def test_a_training_that_is_complete_makes_no_further_step(tiny_gpt2, tmp_path, caplog, length):
+    settings = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "learning_rate": 0.01}
+    first = make_trainer(tiny_gpt2, make_rows(12), tmp_path, **settings | length)  # an epoch has 3 steps or more
+    first.train()
+    again = make_trainer(tiny_gpt2, make_rows(12), tmp_path, **settings | length)
+    if not hasattr(Trainer, "_init_training_state"):
+        with pytest.raises(ValueError, match="has made all"):
+            again.train(resume_from_checkpoint=True)
+        return
+    assert again.train(resume_from_checkpoint=True).global_step == first.state.global_step
+    assert f"has made all {first.state.global_step} steps of this training" in caplog.text
+    assert torch.equal(weights(again.model), weights(first.model))
+
+
+def trains_only(folder: str, part: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for name, p in model.named_parameters():
+        p.requires_grad_(part in name)
+    return model
+
+
+def test_a_checkpoint_of_other_trained_weights_of_the_same_shapes_is_refused(tiny_llama, tmp_path):
+    settings = {
+        "processing_class": AutoTokenizer.from_pretrained(tiny_llama),
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    make_trainer(trains_only(tiny_llama, "q_proj"), make_rows(6), tmp_path, max_steps=1, **settings).train()
+    other = make_trainer(trains_only(tiny_llama, "o_proj"), make_rows(6), tmp_path, max_steps=2, **settings)
+    message = r"training of other parameters: 2 tensors, such as .*q_proj.*; here 2, such as .*o_proj"
+    with pytest.raises(ValueError, match=message):
+        other.train(resume_from_checkpoint=True)
+    assert other.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=["o_proj"]), LoraConfig(use_dora=True, target_modules=["q_proj"]), None]
+)
+def test_a_checkpoint_of_another_adapter_is_refused_in_one_line(tiny_llama, tmp_path, config):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    first = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    make_trainer(tiny_llama, make_rows(6), tmp_path, max_steps=1, peft_config=first, **settings).train()
+    other = make_trainer(tiny_llama, make_rows(6), tmp_path, max_steps=2, peft_config=config, **settings)
+    with pytest.raises(ValueError, match=r"training of other parameters: 4 tensors.*with its settings\.$"):
+        other.train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_without_states_is_told(tiny_gpt2, tmp_path, caplog):
     run(tiny_gpt2, tmp_path, save_only_model=True)
     assert "no states" not in caplog.text

@@ -845,6 +845,45 @@ def test_the_next_training_has_the_settings_of_its_optimizer(tiny_gpt2, tmp_path
     assert first_rate(trainer) == 1e-4
 
 
+def of_other_weights() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=7.0)
+
+
+@pytest.mark.parametrize("how", ["set", "create_optimizer"])
+def test_an_optimizer_of_other_weights_that_is_not_passed(tiny_gpt2, tmp_path, how, monkeypatch):
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS)
+    if how == "set":
+        trainer.optimizer = of_other_weights()
+    else:
+        monkeypatch.setattr(trainer, "create_optimizer", lambda *_: setattr(trainer, "optimizer", of_other_weights()))
+    with pytest.raises(ValueError, match=r"optimizer has none of the model's trainable parameters, .*get_peft_model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_schedule_of_another_optimizer_that_is_not_passed(tiny_gpt2, tmp_path):
+    trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(of_other_weights(), lambda step: 1.0)
+    with pytest.raises(ValueError, match="sets the learning rates of another optimizer"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("what", ["optimizer", "lr_scheduler"])
+def test_a_callback_that_replaces_the_optimizer_or_its_schedule(tiny_gpt2, tmp_path, what):
+    trainer = make_trainer(tiny_gpt2, make_rows(12), tmp_path, **STEPS | {"max_steps": 3})
+
+    class Replaces(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+            setattr(trainer, what, {"optimizer": optimizer, "lr_scheduler": schedule}[what])
+
+    trainer.add_callback(Replaces())
+    with pytest.raises(ValueError, match=rf"trainer\.{what} was replaced .*optimizers=\(optimizer, scheduler\)"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_raw_rows_in_the_place_of_the_training_set(tiny_gpt2, tmp_path):
     trainer = make_trainer(tiny_gpt2, make_rows(6), tmp_path, **STEPS)
     trainer.train_dataset = make_rows(8)
