@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -563,6 +564,25 @@ def test_a_report_shows_a_few_answers_before_and_after_training(adapters, rows, 
         else:
             assert "changed" not in facts["models"][0]
             assert not (tmp_path / str(number) / "answers").exists()
+
+
+def test_rewards_are_of_the_same_run_as_the_report_beside_them(adapters, rows, tmp_path, monkeypatch):
+    def evaluated(name, folder):
+        argv = ["--dataset", rows, "--split", "train", "--output", str(tmp_path), "--model", f"{name}={folder}"]
+        return main(["evaluate", *argv])
+
+    def files():
+        return {file.name: file.read_bytes() for file in (tmp_path / "rewards").iterdir()}
+
+    assert evaluated("a", adapters[0]) == 0
+    first = files()
+    assert list(first) == ["a.jsonl"]
+    with monkeypatch.context() as patched:
+        patched.setattr("trl_ulma.evaluation.run.over_runs", Mock(side_effect=ValueError("It fails at the end.")))
+        assert evaluated("a", adapters[1]) == 1
+    assert files() == first
+    assert evaluated("b", adapters[1]) == 0
+    assert list(files()) == ["b.jsonl"]
 
 
 def test_a_scale_that_is_not_known_is_said(tiny_llama, adapters, rows, tmp_path):

@@ -64,6 +64,7 @@ class Likelihoods:
     file: Callable[[str], Path]
     befores: dict[str, dict[str, Any]] = field(default_factory=dict)
     _ref_logps: dict[str, np.ndarray] = field(default_factory=dict)
+    _rewards: dict[Path, str] = field(default_factory=dict)
 
     def __call__(self, run: str, source: str, model: Any, processing_class: Any, rows: Dataset) -> dict[str, Any]:
         """Return the figures of a model, for the report.
@@ -113,7 +114,7 @@ class Likelihoods:
         per = tokens.clip(min=1) if scale.length_normalize else 1
         rewards = implicit_reward(logps / per, ref_logps / per, scale.beta, log_z)
         facts["reward"] = {"beta": scale.beta, "length_normalize": scale.length_normalize}
-        self._write(run, raw, held_out.own_label[raw], rewards)
+        self._keep(run, raw, held_out.own_label[raw], rewards)
         groups = None
         if saved is not None and saved.log_z == "group" and args.log_z is None and not has_log_z:
             groups = torch.from_numpy(2 * prompt + continuous)  # as in training
@@ -190,17 +191,24 @@ class Likelihoods:
             f"prompt, and no labels are predicted.{alone}"
         )
 
-    def _write(self, run: str, rows: np.ndarray, label: np.ndarray, rewards: np.ndarray) -> None:
-        """Write the reward of each row."""
-        path = self.file(run)
-        path.parent.mkdir(exist_ok=True)
+    def write(self) -> None:
+        """Write the reward of each row, in a file per model, and remove the files of an earlier report."""
+        for path, text in self._rewards.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        for folder in {path.parent for path in self._rewards}:
+            for path in set(folder.glob("*.jsonl")).difference(self._rewards):
+                path.unlink()
+
+    def _keep(self, run: str, rows: np.ndarray, label: np.ndarray, rewards: np.ndarray) -> None:
+        """Keep the reward of each row for `write`."""
         places = self.reading.held_out.places
         columns = sorted(zip(rows.tolist(), label.tolist(), rewards.tolist(), strict=True))
         found = [
             {"row": row, "file_line": places[row], "label": label, "reward": reward} for row, label, reward in columns
         ]
         lines = [json.dumps({name: value for name, value in each.items() if value is not None}) for each in found]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self._rewards[self.file(run)] = "".join(f"{line}\n" for line in lines)
 
     def _perplexity(
         self, logps: np.ndarray, tokens: np.ndarray, prompt: np.ndarray, mask: np.ndarray

@@ -180,6 +180,7 @@ class _Run:
             "how_read": self.how_read,
             "not_drawn": not_drawn,
         }
+        self.likelihoods.write()  # with the report, so that both are of the same run
         report.write(args.output, facts, drawings)
         return facts
 
