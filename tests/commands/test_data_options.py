@@ -243,7 +243,22 @@ def test_models_of_different_trainings_have_no_options_in_common(trained, tmp_pa
     note = data_options.fill(args, [str(tmp_path / "a"), str(tmp_path / "b")])
     assert note is not None
     assert "different options" in note
-    assert (args.columns, args.split_seed) == (None, 42)
+    assert (args.columns, args.split_seed) == (known["columns"], 42)
+
+
+def test_seeds_of_one_training_keep_its_other_options(tmp_path, monkeypatch):
+    file = tmp_path / "rows.csv"
+    file.write_text("question,answer,rating,label\n")
+    for seed in (1, 2):
+        known = {"dataset": "rows.csv", "columns": "label=rating", "label_map": None, "split_seed": seed}
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / data_options.FILE).write_text(json.dumps(known))
+    args = data_options.argparse.Namespace(dataset=str(file), columns=None, label_map=None, split_seed=None)
+    note = data_options.fill(args, [str(tmp_path / "1"), str(tmp_path / "2")])
+    assert (args.columns, args.label_map, args.split_seed) == ("label=rating", None, 42)
+    assert note is not None
+    assert "is read as in training: --columns label=rating. The models" in note
+    assert note.endswith("of which none is used here: --split_seed 1, 2.")
 
 
 def test_a_mixture_leaves_no_options_of_an_earlier_training(tmp_path):

@@ -67,15 +67,19 @@ def fill(args: argparse.Namespace, models: Sequence[str]) -> str | None:
         names = [{name: each.get(name) for name in ("columns", "label_map")} for each in saved]
         if names and all(each == names[0] for each in names) and _has_columns(args.dataset, names[0]["columns"]):
             known = [names[0]]
-    if known and all(each == known[0] for each in known):
-        missing = {name for name in options if getattr(args, name) is None}
-        trained = {name: known[0][name] for name in options if name in missing and known[0].get(name) is not None}
+    if known:
+        missing = [name for name in options if getattr(args, name) is None]
+        found = {name: [each.get(name) for each in known] for name in missing}
+        trained = {name: each[0] for name, each in found.items() if each[0] is not None and len({*each}) == 1}
         set_here = {name: value for name, value in trained.items() if value != options[name]}
         if set_here:
             words = shlex.join(word for name, value in set_here.items() for word in (f"--{name}", str(value)))
             note = f"{args.dataset} is read as in training: {words}"
-    elif known:
-        note = f"The models were trained on {args.dataset} with different options, so none of these are used here."
+        differ = [name for name, values in found.items() if len({*values}) > 1]
+        if differ:
+            note = f"{note}. " if note else ""
+            note += f"The models were trained on {args.dataset} with different options, of which none is used here: "
+            note += "; ".join(f"--{name} {', '.join(map(str, found[name]))}" for name in differ) + "."
     for name, default in options.items():
         if getattr(args, name) is None:
             setattr(args, name, trained.get(name, default))
