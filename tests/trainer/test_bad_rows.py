@@ -1202,3 +1202,18 @@ def test_any_transcripts(chosen, rejected):
 @given(TRANSCRIPTS, TRANSCRIPTS)
 def test_any_transcripts_at_length(chosen, rejected):
     check_any_transcripts(chosen, rejected)
+
+
+@pytest.mark.parametrize("fault", [{"completion": None}, {"completion": ""}, {"label": None}], ids=str)
+@pytest.mark.parametrize("chat", ["true", "auto"])
+def test_an_invalid_row_of_an_evaluation_is_dropped_whatever_is_wrong_with_it(tiny_gpt2, tmp_path, fault, chat):
+    rows = [{"prompt": f"{i}?", "completion": f" {i}", "label": float(i % 2)} for i in range(6)]
+    evaluated = Dataset.from_list([*rows[:3], rows[3] | fault])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    settings = {"invalid_rows": "drop", "chat": chat, "eval_strategy": "epoch", "processing_class": tokenizer}
+    trainer = make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, eval_dataset=evaluated, **settings)
+    assert len(trainer.eval_dataset) == 3
+    settings["invalid_rows"] = "error"
+    with pytest.raises(ValueError, match="Row 3 of the eval dataset"):
+        make_trainer(tiny_gpt2, Dataset.from_list(rows), tmp_path, eval_dataset=evaluated, **settings)

@@ -169,7 +169,12 @@ class RawBatches:
                 if not self.encoder.is_text and self.how.assistant_only_loss
                 else {}
             ),
-            **({"prompt": columns["prompt"]} if self.keeps_prompts else {}),
+            # Those of other rows can have another type
+            **(
+                {"prompt": [columns["prompt"][i] if i in texts else None for i in range(len(rows))]}
+                if self.keeps_prompts
+                else {}
+            ),
             **(
                 {
                     "prompt_text": [texts[i].prompt if i in texts else "" for i in range(len(rows))],
