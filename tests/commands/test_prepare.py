@@ -66,6 +66,17 @@ def error_of(capsys, *argv, code: int = 1) -> str:
     return line
 
 
+def test_a_label_that_is_better_if_it_is_low_is_told(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{i}?", "completion": "So.", "toxicity": i % 2} for i in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = "a low `toxicity` looks better, but a high one is read as better here. Add --liked"
+    assert prepare("kto", file, tmp_path / "a", "--columns", "label=toxicity") == 0
+    assert said in capsys.readouterr().err
+    assert prepare("kto", file, tmp_path / "b", "--columns", "label=toxicity", "--label_map", "0=1,1=0") == 0
+    assert said not in capsys.readouterr().err
+
+
 def prompts(rows) -> set[str]:
     return {json.dumps(prompt) for prompt in rows["prompt"]}
 

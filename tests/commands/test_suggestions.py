@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from datasets import Dataset, DatasetDict
+from family_samples import SAMPLES
 from transformers.utils import logging as transformers_logging
 
 from trl_ulma.scripts import check, pointwise_dpo
@@ -309,6 +310,40 @@ def test_a_text_beside_the_prompt_is_not_left_out(tiny_gpt2, tmp_path, capsys):
     assert suggest(["--dataset", str(file)]) == []
     assert check.main(["--model", tiny_gpt2, "--dataset", str(file)]) == 1
     assert "`rating` looks like the label of alpaca data: trl-ulma prepare alpaca" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"answer_a": ["x", "y"], "answer_b": ["z", "w"], "preference": [0, 1]},
+        {"response_a": ["x", "y"], "response_b": ["z", "w"], "label": [0, 1]},
+        {"response_1": ["x", "y"], "response_2": ["z", "w"], "preference_strength": [-3, 2]},
+        {"response_0": ["x", "y"], "response_1": ["z", "w"], "better": ["response_0", "tie"]},
+    ],
+    ids=lambda columns: list(columns)[-1],
+)
+def test_a_comparison_of_two_answers_is_not_taken_for_the_rating_of_one(tiny_gpt2, tmp_path, capsys, columns):
+    file = write(tmp_path, {"prompt": ["Why?", "How?"], **columns})
+    assert suggest(["--dataset", str(file)]) == []
+    assert check.main(["--model", tiny_gpt2, "--dataset", str(file)]) == 1
+    first, second, _ = columns
+    error = capsys.readouterr().err
+    assert f"`{first}` and `{second}` look like answers to one prompt" in error
+    assert "`chosen`" in error
+    assert "--columns completion" not in error
+
+
+@pytest.mark.parametrize("family", SAMPLES)
+def test_rows_of_a_known_dataset_are_looked_at_without_a_traceback(tmp_path, family):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(SAMPLES[family](i)) + "\n" for i in range(4)))
+    for each in suggest(["--dataset", str(file)]):
+        assert each.options
+
+
+@pytest.mark.parametrize("label", [[1, 0], {"value": 4}], ids=["list", "object"])
+def test_labels_that_are_no_values_suggest_no_scale(tmp_path, label):
+    assert options(write(tmp_path, answers([label] * 4))).get("--label_map") is None
 
 
 @pytest.mark.parametrize(

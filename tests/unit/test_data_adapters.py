@@ -16,6 +16,7 @@ from trl_ulma.data.convert import SAME_SPEAKER, convert
 from trl_ulma.data.demonstrations import demonstrations
 from trl_ulma.data.files import check_splits, load_rows
 from trl_ulma.data.hh import NAME_IN_TEXT, PREFIX, golden_hh, hh
+from trl_ulma.data.logged import logged
 from trl_ulma.data.mix import mix
 from trl_ulma.data.pairs import WORSE, pairs
 from trl_ulma.data.qa_feedback import (
@@ -607,8 +608,11 @@ def test_marks_of_turns_are_not_dropped(family, names):
     assert converted() == [("Go.", 1.0, True)]
     assert converted(label=0) == ["its turns have labels, so it is turns data and not demonstrations"]
     noted, row = converted(weight=0)
-    assert noted.startswith("a message of its answer has the weight 0")
+    assert noted.startswith("a message of its answer is marked as not to be learned")
     assert row == ("Go.", 1.0, True)
+    for mark in ("train", "training", "loss"):  # of Axolotl and others
+        assert converted(**{mark: False}) == [noted, row]
+        assert converted(**{mark: True}) == [row]
     [last] = find("turns").read([{"messages": [asked, {who: "assistant", what: "Go.", "label": 0}]}])
     assert (last["label"], last["completion"]) == (0.0, [{"role": "assistant", "content": "Go."}])
 
@@ -634,6 +638,24 @@ def test_an_empty_input_does_not_hide_a_context(given, prompt):
     assert shape(find("alpaca").read([both])) == ["it has both an input and a context"]
 
 
+def test_a_score_that_is_better_if_it_is_low_is_told():
+    def noted(name, **options):
+        answers = [(f"{i}?", "So.", {name: [i % 2]}) for i in range(4)]
+        return [found.what for found in logged(answers, **options) if isinstance(found, Noted)]
+
+    first, *others = noted("hallucination")
+    assert others == [first] * 3
+    assert "a low `hallucination` looks better" in first
+    assert "--liked" in first
+    assert noted("correctness") == noted("hallucination", label_map={"0": 1, "1": 0}) == []
+
+
+def test_a_map_of_labels_has_words_as_people_write_them():
+    raw = {"prompt": "Hi", "completions": ["a", "b"], "labels": ["Yes", "NO"]}
+    rows, _ = convert("stepwise", Dataset.from_list([raw]), label_map={"Yes": 1, "No": 0})
+    assert rows["label"][:] == [1.0, 0.0]
+
+
 # Messages with further keys
 
 
@@ -645,7 +667,7 @@ def test_further_keys_of_messages_are_kept():
     )
     assert (account.answers, account.rows_out) == (2, 2)
     [(noted, found)] = account.noted.items()
-    assert (noted.startswith("a message of its answer has the weight 0"), found.count) == (True, 1)
+    assert (noted.startswith("a message of its answer is marked as not to be learned"), found.count) == (True, 1)
     found = [
         {key: value for key, value in turn.items() if value is not None}
         for turn in rows[0]["prompt"] + rows[0]["completion"]

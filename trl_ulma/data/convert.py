@@ -100,6 +100,8 @@ def convert(
         (-3.0, 1, 1)
     """
     adapter, account = find(family), Account()
+    if options.get("label_map"):
+        options["label_map"] = dict(Names.of(None, options["label_map"]).label_map)
     stream = iter(without_classes(rows, Names(), "The dataset"))
     first = next(stream, None)
     if first is None:

@@ -54,6 +54,21 @@ def direction(name: str) -> str:
     return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}." if steps else ""
 
 
+def noted_direction(name: str) -> str:
+    """What `prepare` notes about a label for which lower looks better, and which it reads as better if it is high.
+
+    Example:
+        >>> noted_direction("hallucination").partition(",")[0], noted_direction("rating")
+        ('a low `hallucination` looks better', '')
+    """
+    if not is_lower_better(name):
+        return ""
+    return (
+        f"a low `{name}` looks better, but a high one is read as better here. Add --liked, so that no such answer "
+        f"becomes a demonstration, and train with --label_transform {reversing(name)}; or give --label_map"
+    )
+
+
 def reversing(name: str) -> str:
     """The label transform for a column that looks like a label for which lower is better. "" for another one.
 

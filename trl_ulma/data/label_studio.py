@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, compared, labeled, refuse_several
+from trl_ulma.data.directions import noted_direction
 from trl_ulma.data.pairs import split_messages
 from trl_ulma.data.payloads import messages_in
 
@@ -111,6 +112,9 @@ def label_studio(
                     [label] = chosen
                 if names and not answer_key:
                     yield Noted(f"its answer is the field {names[0]}")
+                read = {str(each.get("from_name")) for each in results if each.get("type") in _KINDS}
+                if not label_map and (said := noted_direction(control or " ".join(read))):
+                    yield Noted(said)
                 yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=label_map)
             except ValueError as error:
                 yield from [LeftOut(str(error))] * (2 if kind == "pairwise" else 1)

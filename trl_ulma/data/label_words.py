@@ -67,6 +67,8 @@ def scale_of(labels: Sequence[Any]) -> dict[str, int | float]:
         ({}, {}, {})
     """
     there = [label for label in labels if label is not None]
+    if any(isinstance(label, list | dict) for label in there):
+        return {}
     words = dict.fromkeys(label for label, is_none in zip(there, are_missing(there), strict=True) if not is_none)
     found: dict[str, int | float] = {}
     greatest = set()

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from trl_ulma.data.adapters import LABELED, LeftOut, Noted, Outcome, as_label, labeled, refuse_several
+from trl_ulma.data.directions import noted_direction
 from trl_ulma.data.names import Names
 from trl_ulma.data.payloads import REASONED, Unclear, is_json_object, messages_in, text_key, without_reasoning
 from trl_ulma.labels import ASKING_ROLES
@@ -64,7 +65,7 @@ def logged(
         there = {name: values for name, values in scores.items() if values}
         scored.update(there.keys())
         name = score or next(iter(there), None)
-        values = there.get(name or "")
+        values, name_of_score = there.get(name or ""), name or ""
         if not values:
             yield LeftOut(f"it has no score{f' {name}' if name else ''}")
             continue
@@ -98,6 +99,8 @@ def logged(
             label = fmean(read)
             yield Noted(AVERAGED)
         mapped = label_map if len(values) == 1 else None
+        if not label_map and (said := noted_direction(name_of_score)):
+            yield Noted(said)
         yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=mapped)
     if score is None:
         refuse_several(scored, "scores", "--score")

@@ -83,7 +83,27 @@ def proposed(columns: Mapping[str, Sequence[Any]]) -> dict[str, str]:
         like = None if name in columns else _like(name, free)
         if like is not None:
             found[name] = like
+    if compared_answers(columns, found):
+        del found["completion"]
+        found.pop("label", None)
     return found
+
+
+def compared_answers(columns: Mapping[str, Sequence[Any]], likely: Mapping[str, str]) -> list[str]:
+    """The columns of answers to one prompt, if there are several and one label, which then compares them. Else [].
+
+    Args:
+        columns: name → the values of a few rows.
+        likely: the columns that look like those that are missing.
+
+    Example:
+        >>> compared_answers({"answer_a": ["Yes"], "answer_b": ["No"], "better": [1]}, {"completion": "answer_a"})
+        ['answer_a', 'answer_b']
+    """
+    answers = _alike("completion", likely, columns)
+    if not answers or _alike("label", likely, columns):
+        return []
+    return [likely["completion"], *answers]
 
 
 def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:
@@ -147,6 +167,13 @@ def proposal(
     columns: Mapping[str, Sequence[Any]],
     missing: Sequence[str],
 ) -> str:
+    like = {name: found for name in missing if (found := _like(name, columns))}
+    if "completion" in like and (answers := compared_answers(columns, like)):
+        return (
+            f"{listed([f'`{name}`' for name in answers])} look like answers to one prompt, which are compared. Write "
+            "the better one as `chosen` and the other one as `rejected`, or see trl-ulma prepare --help for layouts "
+            "that it reads. If only one of them is rated, name it and its label with --columns"
+        )
     if not likely or (set(likely) == {"label"} and len(missing) > 1):  # a label alone is of no use
         return (
             "Rows need prompt, completion and label (one answer per row), or chosen and rejected (pairs). Name the "
@@ -265,15 +292,7 @@ def _others(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> 
         ' `rating_2` stays unread. To keep all ratings, write one row per rating.'
     """
 
-    def alike(name: str) -> list[str]:
-        return [
-            each
-            for each in columns
-            if name in likely and each != likely[name] and each not in READ and _may_be(name, columns[each])
-            if _without_number(each) == _without_number(likely[name])
-        ]
-
-    labels, answers = alike("label"), alike("completion")
+    labels, answers = _alike("label", likely, columns), _alike("completion", likely, columns)
     if not labels:
         return ""
     unread = ", ".join(f"`{name}`" for name in (*answers, *labels))
@@ -282,6 +301,16 @@ def _others(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> 
         f" {unread} stay{'s' * is_one} unread. To keep all {'answers' if answers else 'ratings'}, write one row per "
         f"{'answer' if answers else 'rating'}."
     )
+
+
+def _alike(name: str, likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The columns with the same name as the one that looks like `name`, but for a number or letter."""
+    return [
+        each
+        for each in columns
+        if name in likely and each != likely[name] and each not in READ and _may_be(name, columns[each])
+        if _without_number(each) == _without_number(likely[name])
+    ]
 
 
 def unread_labels(likely: Mapping[str, str], columns: Mapping[str, Sequence[Any]]) -> str:

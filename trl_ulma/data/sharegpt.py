@@ -20,9 +20,11 @@ ROLES = {
     "system": "system",
 }
 ZERO = (
-    "a message of its answer has the weight 0, as OpenAI's format marks what is not learned. The weight is not read, "
-    "so the answer is learned from"
+    "a message of its answer is marked as not to be learned (`weight` 0, or `train`, `training` or `loss` false). The "
+    "mark is not read, so the answer is learned from"
 )
+# OpenAI's mark, and those of Axolotl and others
+_MARKS = {"weight": 0, "train": False, "training": False, "loss": False}
 
 
 def sharegpt(
@@ -89,14 +91,14 @@ def as_turns(turns: Any) -> list[dict[str, Any]]:
             raise ValueError(f"one of its turns is from {said!r}, which is neither a user, an assistant nor a system")
         if not isinstance(turn.get("value"), str):
             raise ValueError("one of its turns is not text")
-        marks = {name: turn[name] for name in ("label", "weight") if turn.get(name) is not None}
+        marks = {name: turn[name] for name in ("label", *_MARKS) if turn.get(name) is not None}
         found.append({"role": role, "content": turn["value"], **marks})
     return found
 
 
 def has_weight_zero(answer: Iterable[Mapping[str, Any]]) -> bool:
     """Whether one of an answer's messages is marked as not to be learned."""
-    return any(turn.get("weight") == 0 for turn in answer)
+    return any(turn.get(name) == mark for turn in answer for name, mark in _MARKS.items())
 
 
 def check_unlabeled(turns: Iterable[Mapping[str, Any]]) -> None:

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_ulma.data.adapters import FAMILIES, find
+from trl_ulma.data.directions import noted_direction
+from trl_ulma.data.names import Names
 from trl_ulma.scripts.command_line import CommandParser, add_verbose, attempt, terminal_width
 
 if TYPE_CHECKING:
@@ -219,14 +221,15 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
                 for note in check_splits({split: raw}, args.input):
                     print(note, file=sys.stderr)
 
+        label = Names.of(args.columns, None).columns.get("label", "")
+        if not args.label_map and (said := noted_direction(label)):
+            print(f"{args.input}: {said}.", file=sys.stderr)
         # Imported late, as they bring `datasets` along
         from trl_ulma.data.convert import convert
         from trl_ulma.data.summary import summarize
 
         options = {flag.lstrip("-"): getattr(args, flag.lstrip("-")) for flag in find(family).options}
         if maps_labels:
-            from trl_ulma.data.names import Names
-
             options["label_map"] = dict(Names.of(None, args.label_map).label_map)
         rows, account = convert(family, raw, alternating=args.alternating, **options)
         splits = _split(rows, files, args)

@@ -201,6 +201,8 @@ def _has_prompts(rows: Mapping[str, Sequence[Any]]) -> bool:
     from trl_ulma.data.splits import count_prompts
 
     names = ["prompt"] if "prompt" in rows else ["chosen", "rejected"]
+    if not rows.keys() >= set(names):
+        return False
     try:
         return count_prompts(Dataset.from_dict({name: list(rows[name][:_FIRST_ROWS]) for name in names})) > 1
     except (TypeError, ValueError):  # the command that reads the rows says so
