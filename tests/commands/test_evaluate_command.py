@@ -579,7 +579,8 @@ def test_rewards_are_of_the_same_run_as_the_report_beside_them(adapters, rows, t
     assert list(first) == ["a.jsonl"]
     with monkeypatch.context() as patched:
         patched.setattr("trl_ulma.evaluation.run.over_runs", Mock(side_effect=ValueError("It fails at the end.")))
-        assert evaluated("a", adapters[1]) == 1
+        with pytest.raises(ValueError, match="It fails at the end"):
+            evaluated("a", adapters[1])
     assert files() == first
     assert evaluated("b", adapters[1]) == 0
     assert list(files()) == ["b.jsonl"]
