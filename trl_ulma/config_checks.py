@@ -299,11 +299,11 @@ def check_batches(args: Any, rows: Any, size: int) -> None:
 
 def check_optimizer_arguments(args: Any) -> None:
     """Raise ValueError if the optimizer that Trainer creates does not read one of `optim_args`."""
-    text, optim = (args.optim_args or "").replace(" ", ""), _name_of_optimizer(args)
+    text, optim = str(args.optim_args or "").replace(" ", ""), _name_of_optimizer(args)
     # These are created with the model, which they may change
     if not text or optim.split("_")[0] in ("galore", "apollo", "lomo", "adalomo"):
         return
-    given = dict(pair.partition("=")[::2] for pair in text.split(","))
+    given = {name: value for name, _, value in (pair.partition("=") for pair in text.split(","))}
 
     def made(arguments: Mapping[str, str]) -> Any:
         changed = copy.copy(args)
