@@ -268,7 +268,11 @@ def picture(records: Records, reward: str, regime: str, named: Sequence[str], pa
                 markersize=5,
                 linewidth=1.2,
             )
-    axes.set_xlabel("KL(π ‖ π_ref), nats per answer")
+    # The tables read rewards off straight lines over the root
+    axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    axes.set_xlim(0)
+    axes.set_xticks([tick for tick in (0, 0.1, 0.5, 1, 2, 3, 5, 10, 15, 20) if tick <= axes.get_xlim()[1]])
+    axes.set_xlabel("KL(π ‖ π_ref), nats per answer (root scale)")
     axes.set_ylabel(f"true reward ({reward})")
     axes.set_title(f"{regime}, {reward}")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
