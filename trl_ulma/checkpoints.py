@@ -144,13 +144,20 @@ def checkpoint_to_resume(resume_from_checkpoint: Any, output_dir: str, loading: 
 
 @contextmanager
 def other_shapes_explained(checkpoint: str | Path) -> Iterator[None]:
-    """A context for loading a checkpoint's weights. If their shapes are not those of the model, the error says so.
+    """A context for loading a checkpoint's weights. If they are not those of the model, the error says so.
 
     Raises:
-        ValueError: if the shapes differ. The message names a weight, and what to do.
+        ValueError: if names or shapes differ. The message names a weight, and what to do.
     """
     try:
         yield
+    except (KeyError, ValueError) as error:
+        if isinstance(error, ValueError) and "checkpoint index" not in str(error):
+            raise
+        raise ValueError(
+            f"The checkpoint {checkpoint} does not fit the model ({error}). Resume with the model of the checkpoint "
+            "and, for an adapter, with its settings."
+        ) from error
     except RuntimeError as error:
         weight = re.search(r"size mismatch for ([^:\n]+): .*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", str(error))
         if weight is None:
@@ -275,24 +282,26 @@ def conditions_of(args: Any, rows: Any, processes: int) -> dict[str, dict[str, A
     return found
 
 
-def trained_parameters(model: Any) -> dict[str, Any]:
-    """What identifies the trainable parameters of a model: how many tensors, the first name, and a digest of all names.
+def optimized_parameters(model: Any, optimizer: Any) -> dict[str, Any]:
+    """What identifies the parameters of an optimizer: how many tensors, the first name, and a digest of all names.
 
     Example:
-        >>> from torch import nn
-        >>> trained_parameters(nn.Linear(1, 1))["count"]
-        2
+        >>> import torch
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> optimized_parameters(layer, torch.optim.SGD([layer.bias]))["first"]
+        'bias'
     """
-    names = [_WRAPPER.sub("", name) for name, p in model.named_parameters() if p.requires_grad]
-    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+    name_of = {id(p): _WRAPPER.sub("", name) for name, p in model.named_parameters()}
+    names = [name_of.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     return {"count": len(names), "first": min(names, default=""), "digest": digest}
 
 
-def check_same_parameters(checkpoint: str, now: dict[str, Any]) -> None:
+def check_same_parameters(checkpoint: str | Path, now: dict[str, Any]) -> None:
     """Raise ValueError if a checkpoint has the optimizer's state of other parameters, which is kept by their order.
 
     Args:
-        now: what `trained_parameters` returns for the model that resumes.
+        now: what `optimized_parameters` returns for the training that resumes.
     """
     file = Path(checkpoint) / CONDITIONS
     then = json.loads(file.read_text(encoding="utf-8")).get("parameters", now) if file.exists() else now

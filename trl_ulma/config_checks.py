@@ -3,6 +3,7 @@
 import copy
 import difflib
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -73,6 +74,8 @@ _NUMBERS: dict[str, dict[str, float]] = {
     "num_train_epochs": {"least": 0},
     "warmup_steps": {"least": 0},
 }
+# Numbers that can be infinite: no clipping, and as many epochs as max_steps take
+_ENDLESS = ("max_grad_norm", "num_train_epochs")
 _FLOAT32 = torch.finfo(torch.float32)
 # What Trainer adds to the figures of an evaluation
 _TIMES = ("runtime", "samples_per_second", "steps_per_second")
@@ -253,13 +256,15 @@ def _check_number(
 ) -> None:
     if name == "max_grad_norm" and value is None:
         raise ValueError("max_grad_norm=None is not a number. Set it to 0.0 to train without clipping gradients.")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (above < value < below and least <= value <= most):  # also for NaN
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_endless = is_number and value == math.inf and name in _ENDLESS
+    size: Any = value
+    if not is_number or not (is_endless or (above < size < below and least <= size <= most)):  # also for NaN
         needed = f"above {above}" if above > -math.inf else f"{least} or above" if least > -math.inf else "a number"
         needed += "" if most == math.inf else f", and at most {most}"
         needed += "" if below == math.inf else f", and below {below}"
         raise ValueError(f"{name} must be {needed}; got {value!r}.")
-    if value and not _FLOAT32.tiny <= abs(value) <= _FLOAT32.max:
+    if size and not is_endless and not _FLOAT32.tiny <= abs(size) <= _FLOAT32.max:
         raise ValueError(f"{name} is {value!r}, which float32 rounds to 0 or to infinity. Choose another value.")
 
 
@@ -297,23 +302,26 @@ def check_batches(args: Any, rows: Any, size: int) -> None:
         )
 
 
-def check_optimizer_arguments(args: Any) -> None:
-    """Raise ValueError if the optimizer that Trainer creates does not read one of `optim_args`."""
+def check_optimizer_arguments(args: Any, trainer: type[Trainer]) -> None:
+    """Raise ValueError if the optimizer that a class of trainers creates does not read one of `optim_args`."""
     text, optim = str(args.optim_args or "").replace(" ", ""), _name_of_optimizer(args)
     # These are created with the model, which they may change
     if not text or optim.split("_")[0] in ("galore", "apollo", "lomo", "adalomo"):
         return
+    if trainer.create_optimizer is not Trainer.create_optimizer:  # which can read anything
+        return
     given = {name: value for name, _, value in (pair.partition("=") for pair in text.split(","))}
 
-    def made(arguments: Mapping[str, str]) -> Any:
+    def made(arguments: Mapping[str, str] | None = None) -> Any:
         changed = copy.copy(args)
-        vars(changed)["optim_args"] = ",".join(f"{name}={value}" for name, value in arguments.items())
+        if arguments is not None:
+            vars(changed)["optim_args"] = ",".join(f"{name}={value}" for name, value in arguments.items())
         try:
-            return Trainer.get_optimizer_cls_and_kwargs(changed)
+            return trainer.get_optimizer_cls_and_kwargs(changed)
         except Exception as error:
             return error
 
-    wanted = made(given)
+    wanted = made()
     if isinstance(wanted, Exception):  # which Trainer raises
         return
 

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
+
 from trl_ulma.config_checks import PAIRWISE, check_numbers
 from trl_ulma.likelihood.proof import not_optimized
 from trl_ulma.likelihood.reference import active_adapters, is_without_adapter
@@ -112,7 +114,7 @@ class LateChanges:
         args = self._trainer.args
         self._of_optimizer = self._of_optimizer or {name: getattr(args, name) for name in _OF_OPTIMIZER}
         self._of_training = {name: getattr(args, name) for name in _OF_TRAINING}
-        self._stepping = {name: getattr(self._trainer, name) for name in ("optimizer", "lr_scheduler")}
+        self._stepping = {}  # callbacks may still set it
 
     def check_step(self) -> None:
         """Check everything that a step of a training depends on."""
@@ -124,6 +126,8 @@ class LateChanges:
                 "training has read these settings at its start, so the steps would follow the new values only in "
                 "part, or not at all. Set them before the training."
             )
+        names = ("optimizer", "lr_scheduler")
+        self._stepping = self._stepping or {name: getattr(self._trainer, name) for name in names}
         for name, first in self._stepping.items():
             if getattr(self._trainer, name) is not first:
                 raise ValueError(
@@ -164,11 +168,15 @@ class LateChanges:
 def check_schedule(optimizer: Any, scheduler: Any) -> None:
     """Raise ValueError if a scheduler sets the learning rates of another optimizer. Accelerate may wrap both."""
     theirs = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", optimizer)
-    if getattr(theirs, "optimizer", theirs) is not getattr(optimizer, "optimizer", optimizer):
+    if _without_accelerate(theirs) is not _without_accelerate(optimizer):
         raise ValueError(
             "The scheduler of optimizers=(optimizer, scheduler) sets the learning rates of another optimizer than "
             "the one that trains, so its rates would be logged and not used. Pass the scheduler's own optimizer."
         )
+
+
+def _without_accelerate(optimizer: Any) -> Any:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def _read_once(args: Any) -> dict[str, Any]:

@@ -41,9 +41,9 @@ from trl_ulma.checkpoints import (
     copy_files,
     load_adapter_without_peft_model,
     mark_whole,
+    optimized_parameters,
     other_shapes_explained,
     stream_position,
-    trained_parameters,
     warn_of_other_conditions,
     warn_of_other_place,
     write_conditions,
@@ -193,7 +193,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         args = own_config(self._config_class, type(self).__name__, model, args)
         check_machine(args)
         if optimizer is None:
-            check_optimizer_arguments(args)
+            check_optimizer_arguments(args, type(self))
         # Read all rows before loading a model, so that errors in them appear within seconds
         self._plan = plan = make_plan(
             model,
@@ -967,7 +967,6 @@ class PointwiseDPOTrainer(DPOTrainer):
                     "sync_ref_model=False."
                 )
             self._resumed_identity, self._resumed_logps = identity_in(resume), policy_logps_in(resume)
-            check_same_parameters(resume, self._conditions["parameters"])
             warn_of_other_conditions(resume, self._conditions, skips=not self.args.ignore_data_skip)
             if isinstance(self.train_dataset, IterableDataset) and not self.args.ignore_data_skip:
                 self._stream_position = stream_position(resume, self.args.gradient_accumulation_steps)
@@ -996,8 +995,7 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     @functools.cached_property
     def _conditions(self) -> dict[str, dict[str, Any]]:
-        found = conditions_of(self.args, self.train_dataset, self.accelerator.num_processes)
-        return {**found, "parameters": trained_parameters(bare_model(self.model))}
+        return conditions_of(self.args, self.train_dataset, self.accelerator.num_processes)
 
     def _init_training_state(self, *args, **kwargs):
         # Trainer does not know the length of a stream, and would look for the position within its first pass
@@ -1020,7 +1018,8 @@ class PointwiseDPOTrainer(DPOTrainer):
         with written_whole(self.args, folder, lambda: self.state.best_model_checkpoint):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                write_conditions(folder, self._conditions)
+                own = {} if self._is_sharded else {"parameters": optimized_parameters(self.model, self.optimizer)}
+                write_conditions(folder, self._conditions | own)
                 # Instead of PEFT's empty form
                 copy_files(Path(self.args.output_dir), str(folder), ("README.md",))
 
@@ -1103,6 +1102,8 @@ class PointwiseDPOTrainer(DPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         own = set(self.optimizer.param_groups[0])
+        if checkpoint is not None and not self._is_sharded:
+            check_same_parameters(checkpoint, optimized_parameters(self.model, self.optimizer))
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             check_optimizer_state(checkpoint, str(self.args.optim.value), own, self.optimizer)

@@ -333,6 +333,11 @@ def test_a_comparison_of_two_answers_is_not_taken_for_the_rating_of_one(tiny_gpt
     assert "--columns completion" not in error
 
 
+def test_a_rated_response_can_have_another_column_with_a_number(tmp_path):
+    rows = {"prompt": ["Why?", "How?"], "response": ["x", "y"], "response_2": ["a", "b"], "rating": [1, 5]}
+    assert options(write(tmp_path, rows))["--columns"] == "completion=response,label=rating"
+
+
 @pytest.mark.parametrize("family", SAMPLES)
 def test_rows_of_a_known_dataset_are_looked_at_without_a_traceback(tmp_path, family):
     file = tmp_path / "rows.jsonl"

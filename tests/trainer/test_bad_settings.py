@@ -6,6 +6,7 @@ import warnings
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict, IterableDataset
@@ -254,6 +255,30 @@ def test_a_config_is_refused_when_it_is_made_and_when_it_is_changed(changes, mes
     with pytest.raises(ValueError) as error:
         changed.check()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_grad_norm": INFINITY},
+        {"num_train_epochs": INFINITY, "max_steps": 3},
+        {"learning_rate": np.float32(1e-4), "max_grad_norm": np.float64(1), "num_train_epochs": np.int64(2)},
+    ],
+    ids=["no clipping", "endless epochs", "numpy"],
+)
+def test_settings_that_other_scripts_have_are_read(changes):
+    made = config(**changes)
+    assert {name: getattr(made, name) for name in changes} == changes
+
+
+def test_a_trainer_that_makes_its_own_optimizer_reads_its_own_arguments(tiny_gpt2, tmp_path):
+    class Own(ULMATrainer):
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(args, model=None):
+            return torch.optim.AdamW, {"lr": args.learning_rate, "amsgrad": args.optim_args == "amsgrad=True"}
+
+    args = ULMAConfig(str(tmp_path), **QUIET, optim_args="amsgrad=True")
+    assert Own(model=tiny_gpt2, args=args, train_dataset=make_rows(4)).args.optim_args == "amsgrad=True"
 
 
 def test_steps_are_counted_without_epochs():

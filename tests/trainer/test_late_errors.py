@@ -868,6 +868,23 @@ def test_a_schedule_of_another_optimizer_that_is_not_passed(tiny_gpt2, tmp_path)
         trainer.train()
 
 
+def test_a_schedule_of_an_optimizer_that_wraps_another(tiny_gpt2, tmp_path):
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            super().__init__(optimizer.param_groups, {})
+            self.optimizer = optimizer
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    model = load(tiny_gpt2)
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    settings = STEPS | {"processing_class": AutoTokenizer.from_pretrained(tiny_gpt2)}
+    trainer = make_trainer(model, make_rows(6), tmp_path, optimizers=(optimizer, schedule), **settings)
+    assert trainer.train().global_step > 0
+
+
 @pytest.mark.parametrize("what", ["optimizer", "lr_scheduler"])
 def test_a_callback_that_replaces_the_optimizer_or_its_schedule(tiny_gpt2, tmp_path, what):
     trainer = make_trainer(tiny_gpt2, make_rows(12), tmp_path, **STEPS | {"max_steps": 3})

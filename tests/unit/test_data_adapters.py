@@ -647,6 +647,7 @@ def test_a_score_that_is_better_if_it_is_low_is_told():
     assert others == [first] * 3
     assert "a low `hallucination` looks better" in first
     assert "--liked" in first
+    assert "--liked" not in noted("hallucination", liked=True)[0]
     assert noted("correctness") == noted("hallucination", label_map={"0": 1, "1": 0}) == []
 
 

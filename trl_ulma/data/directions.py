@@ -54,8 +54,12 @@ def direction(name: str) -> str:
     return f" A low `{name}` looks better, so train with {ranks}--label_transform {steps}." if steps else ""
 
 
-def noted_direction(name: str) -> str:
+def noted_direction(name: str, *, imitates: bool = True) -> str:
     """What `prepare` notes about a label for which lower looks better, and which it reads as better if it is high.
+
+    Args:
+        name: of the column or the score.
+        imitates: whether answers with the label 1 become demonstrations.
 
     Example:
         >>> noted_direction("hallucination").partition(",")[0], noted_direction("rating")
@@ -63,9 +67,10 @@ def noted_direction(name: str) -> str:
     """
     if not is_lower_better(name):
         return ""
+    liked = "Add --liked, so that no such answer becomes a demonstration, and train" if imitates else "Train"
     return (
-        f"a low `{name}` looks better, but a high one is read as better here. Add --liked, so that no such answer "
-        f"becomes a demonstration, and train with --label_transform {reversing(name)}; or give --label_map"
+        f"a low `{name}` looks better, but a high one is read as better here. {liked} with --label_transform "
+        f"{reversing(name)}; or give --label_map"
     )
 
 

@@ -112,8 +112,9 @@ def label_studio(
                     [label] = chosen
                 if names and not answer_key:
                     yield Noted(f"its answer is the field {names[0]}")
-                read = {str(each.get("from_name")) for each in results if each.get("type") in _KINDS}
-                if not label_map and (said := noted_direction(control or " ".join(read))):
+                read = control or next(str(each.get("from_name")) for each in results if each.get("type") in _KINDS)
+                imitates = label_type == "binary" and not liked
+                if not label_map and (said := noted_direction(read, imitates=imitates)):
                     yield Noted(said)
                 yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=label_map)
             except ValueError as error:

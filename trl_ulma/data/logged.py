@@ -99,7 +99,7 @@ def logged(
             label = fmean(read)
             yield Noted(AVERAGED)
         mapped = label_map if len(values) == 1 else None
-        if not label_map and (said := noted_direction(name_of_score)):
+        if not label_map and (said := noted_direction(name_of_score, imitates=label_type == "binary" and not liked)):
             yield Noted(said)
         yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=mapped)
     if score is None:

@@ -100,10 +100,11 @@ def compared_answers(columns: Mapping[str, Sequence[Any]], likely: Mapping[str, 
         >>> compared_answers({"answer_a": ["Yes"], "answer_b": ["No"], "better": [1]}, {"completion": "answer_a"})
         ['answer_a', 'answer_b']
     """
-    answers = _alike("completion", likely, columns)
-    if not answers or _alike("label", likely, columns):
-        return []
-    return [likely["completion"], *answers]
+    answers = [likely["completion"], *_alike("completion", likely, columns)] if "completion" in likely else []
+    base = _without_number(answers[0]) if answers else []
+    # A rated `response` can have a context, a count or a version `response_2` beside it
+    is_one_rated = any(words_of(name) == base for name in answers)
+    return [] if len(answers) < 2 or is_one_rated or _alike("label", likely, columns) else answers
 
 
 def _like(name: str, columns: Mapping[str, Sequence[Any]]) -> str | None:

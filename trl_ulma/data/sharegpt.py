@@ -98,7 +98,11 @@ def as_turns(turns: Any) -> list[dict[str, Any]]:
 
 def has_weight_zero(answer: Iterable[Mapping[str, Any]]) -> bool:
     """Whether one of an answer's messages is marked as not to be learned."""
-    return any(turn.get(name) == mark for turn in answer for name, mark in _MARKS.items())
+    return any(
+        turn.get(name) is mark or (name == "weight" and turn.get(name) == mark)
+        for turn in answer
+        for name, mark in _MARKS.items()
+    )
 
 
 def check_unlabeled(turns: Iterable[Mapping[str, Any]]) -> None:

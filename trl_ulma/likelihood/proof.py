@@ -390,9 +390,15 @@ def _with_effect(policy: Any) -> AbstractContextManager[None]:
     return with_effect(bare_model(policy)) if isinstance(bare_model(policy), PeftModel) else nullcontext()
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
 @contextmanager
 def _gradients_watched(model: Any) -> Iterator[list[str]]:
-    """A context that collects the names of linear layers whose output has no gradient, although their input has one."""
+    """A context that collects the names of layers whose output has no gradient, although their input has one.
+
+    They are the layers below adapters, and those with quantized weights. Others may stop gradients by design.
+    """
     stopped: list[str] = []
 
     def watch(name: str, args: tuple[Any, ...], output: Any) -> None:
@@ -403,7 +409,7 @@ def _gradients_watched(model: Any) -> Iterator[list[str]]:
     hooks = [
         module.register_forward_hook(lambda module, args, output, name=name: watch(name, args, output))
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) or name.endswith(".base_layer")
+        if name.endswith(".base_layer") or type(vars(module)["_parameters"].get("weight")) not in _PLAIN
     ]
     try:
         yield stopped

@@ -222,7 +222,8 @@ def run(family: str, args: argparse.Namespace) -> dict[str, Any]:
                     print(note, file=sys.stderr)
 
         label = Names.of(args.columns, None).columns.get("label", "")
-        if not args.label_map and (said := noted_direction(label)):
+        imitates = getattr(args, "liked", True) is False and getattr(args, "label_type", "binary") == "binary"
+        if not args.label_map and (said := noted_direction(label, imitates=imitates)):
             print(f"{args.input}: {said}.", file=sys.stderr)
         # Imported late, as they bring `datasets` along
         from trl_ulma.data.convert import convert
