@@ -47,8 +47,6 @@ _STEPS = (
 )
 # Schedules that do not depend on the number of steps
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
-# What wrappers add to the names of parameters
-_WRAPPER = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 _EFFECTS = {
     "order": "The order of rows is another one now, so some rows of this epoch are skipped or repeated.",
     "loss": "The steps to come minimize another loss than those before.",
@@ -291,7 +289,8 @@ def optimized_parameters(model: Any, optimizer: Any) -> dict[str, Any]:
         >>> optimized_parameters(layer, torch.optim.SGD([layer.bias]))["first"]
         'bias'
     """
-    name_of = {id(p): _WRAPPER.sub("", name) for name, p in model.named_parameters()}
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    # Some optimizers step in hooks, and hold a placeholder
     names = [name_of.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     return {"count": len(names), "first": min(names, default=""), "digest": digest}
@@ -336,7 +335,7 @@ def warn_of_other_conditions(checkpoint: str, now: dict[str, dict[str, Any]], *,
     before = json.loads(file.read_text(encoding="utf-8"))
     changes, effects = [], []
     for effect, values in now.items():
-        if effect not in _EFFECTS or (effect == "order" and not skips):
+        if effect == "order" and not skips:
             continue
         then = before.get(effect, {})
         # Checkpoints of earlier versions lack some names

@@ -168,14 +168,15 @@ class LateChanges:
 def check_schedule(optimizer: Any, scheduler: Any) -> None:
     """Raise ValueError if a scheduler sets the learning rates of another optimizer. Accelerate may wrap both."""
     theirs = getattr(getattr(scheduler, "scheduler", scheduler), "optimizer", optimizer)
-    if _without_accelerate(theirs) is not _without_accelerate(optimizer):
+    if without_accelerate(theirs) is not without_accelerate(optimizer):
         raise ValueError(
             "The scheduler of optimizers=(optimizer, scheduler) sets the learning rates of another optimizer than "
             "the one that trains, so its rates would be logged and not used. Pass the scheduler's own optimizer."
         )
 
 
-def _without_accelerate(optimizer: Any) -> Any:
+def without_accelerate(optimizer: Any) -> Any:
+    """The optimizer within the wrapper of accelerate, if it has one."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 

@@ -210,7 +210,7 @@ def _differs(weight: Any, saved: Any, size: int, vocabulary: int) -> bool:
     more than a number format does, or whether it has another number of rows, which is `size`."""
     if not torch.is_tensor(weight) or isinstance(weight, DTensor) or weight.is_meta or not weight.is_floating_point():
         return False
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or type(weight.data) is not torch.Tensor:
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter):
         return False  # one that is quantized in memory
     shape = list(weight.shape)
     if saved.get_shape() != shape and shape[:1] == [size] and saved.get_shape()[1:] == shape[1:]:

@@ -50,17 +50,12 @@ from trl_ulma.checkpoints import (
     written_whole,
 )
 from trl_ulma.config import PointwiseDPOConfig, ULMAConfig
-from trl_ulma.config_checks import (
-    check_batches,
-    check_machine,
-    check_optimizer_arguments,
-    check_parallelism,
-)
+from trl_ulma.config_checks import check_batches, check_machine, check_optimizer_arguments, check_parallelism
 from trl_ulma.data import seen_prompts
 from trl_ulma.data.origins import with_origins
 from trl_ulma.held_rows import HeldRows
 from trl_ulma.judge import Judge
-from trl_ulma.late_changes import LateChanges, check_schedule
+from trl_ulma.late_changes import LateChanges, check_schedule, without_accelerate
 from trl_ulma.likelihood import number_formats
 from trl_ulma.likelihood.checks import TrainingChecks, probe_tokens
 from trl_ulma.likelihood.noise import switch_off_noise
@@ -124,6 +119,8 @@ from trl_ulma.versions import (
 )
 
 logger = get_logger(__name__)
+
+_COMPLETE = "The checkpoint has made all {} steps of this training, so none is left to make."
 
 
 class PointwiseDPOTrainer(DPOTrainer):
@@ -439,14 +436,12 @@ class PointwiseDPOTrainer(DPOTrainer):
             self._check_trainable()  # other code may have changed what is trained
             warn_of_unsaved_parameters(self.model)
             self._late_changes.check_optimized()
-            bare = getattr(self.optimizer, "optimizer", self.optimizer)
-            if not (self.is_deepspeed_enabled or isinstance(bare, LayerWiseDummyOptimizer)):
+            is_dummy = isinstance(without_accelerate(self.optimizer), LayerWiseDummyOptimizer)
+            if not (self.is_deepspeed_enabled or is_dummy):
                 check_optimizer(self.model, self.optimizer)
                 check_schedule(self.optimizer, self.lr_scheduler)
         if 0 < state.max_steps <= state.global_step and not hasattr(Trainer, "_init_training_state"):
-            raise ValueError(  # transformers 5.2 would make another step
-                f"The checkpoint has made all {state.max_steps} steps of this training, so none is left to make."
-            )
+            raise ValueError(_COMPLETE.format(state.max_steps))  # transformers 5.2 would make another step
         loader = self.callback_handler.train_dataloader
         if state.global_step > 0 and not self.args.ignore_data_skip and has_length(loader):
             warn_of_other_place(state, len(loader), self.args.gradient_accumulation_steps)
@@ -997,13 +992,15 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _conditions(self) -> dict[str, dict[str, Any]]:
         return conditions_of(self.args, self.train_dataset, self.accelerator.num_processes)
 
+    @property
+    def _optimized_parameters(self) -> dict[str, Any]:
+        return optimized_parameters(bare_model(self.model), self.optimizer)
+
     def _init_training_state(self, *args, **kwargs):
         # Trainer does not know the length of a stream, and would look for the position within its first pass
         position = super()._init_training_state(*args, **kwargs)
         if 0 < self.state.max_steps <= self.state.global_step:
-            logger.warning(
-                f"The checkpoint has made all {self.state.max_steps} steps of this training, so none is left to make."
-            )
+            logger.warning(_COMPLETE.format(self.state.max_steps))
             return self.state.num_train_epochs, 0  # Trainer would make another step, if an epoch has more
         return self._stream_position or position
 
@@ -1018,7 +1015,7 @@ class PointwiseDPOTrainer(DPOTrainer):
         with written_whole(self.args, folder, lambda: self.state.best_model_checkpoint):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                own = {} if self._is_sharded else {"parameters": optimized_parameters(self.model, self.optimizer)}
+                own = {} if self._is_sharded else {"parameters": self._optimized_parameters}
                 write_conditions(folder, self._conditions | own)
                 # Instead of PEFT's empty form
                 copy_files(Path(self.args.output_dir), str(folder), ("README.md",))
@@ -1103,7 +1100,7 @@ class PointwiseDPOTrainer(DPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         own = set(self.optimizer.param_groups[0])
         if checkpoint is not None and not self._is_sharded:
-            check_same_parameters(checkpoint, optimized_parameters(self.model, self.optimizer))
+            check_same_parameters(checkpoint, self._optimized_parameters)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             check_optimizer_state(checkpoint, str(self.args.optim.value), own, self.optimizer)

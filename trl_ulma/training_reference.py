@@ -154,11 +154,11 @@ def ref_keeps_base_weights(model: Any) -> Iterator[None]:
     """
     config = model.peft_config["default"]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = {"init_lora_weights": True, "layer_replication": None}
-    before = {name: getattr(config, name, plain) for name, plain in found.items()}
-    changing = {name: value for name, value in before.items() if isinstance(value, str | list | tuple)}
+    harmless = {"init_lora_weights": True, "layer_replication": None}
+    own = {name: getattr(config, name, value) for name, value in harmless.items()}
+    changing = {name: value for name, value in own.items() if isinstance(value, str | list | tuple)}
     for name in changing:
-        setattr(config, name, found[name])
+        setattr(config, name, harmless[name])
     try:
         yield
     except (AttributeError, ValueError) as error:

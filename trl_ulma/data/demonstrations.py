@@ -6,7 +6,7 @@ from typing import Any
 from trl_ulma.data.adapters import Adapter, LeftOut, Noted, Outcome, row
 from trl_ulma.data.conversations import as_messages, check_repeats, is_whole_transcript, split_turns
 from trl_ulma.data.pairs import split_messages
-from trl_ulma.data.sharegpt import ZERO, as_turns, check_unlabeled, has_weight_zero
+from trl_ulma.data.sharegpt import NOT_LEARNED, as_turns, check_unlabeled, is_not_learned
 
 
 def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
@@ -37,8 +37,8 @@ def demonstrations(rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
         except ValueError as error:
             yield LeftOut(str(error))
             continue
-        if has_weight_zero(completion):
-            yield Noted(ZERO)
+        if is_not_learned(completion):
+            yield Noted(NOT_LEARNED)
         yield row(prompt, completion, 1.0, demonstration=True)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl_ulma.data.adapters import LABELED, Adapter, LeftOut, Noted, Outcome, labeled
 from trl_ulma.data.pairs import split_messages
-from trl_ulma.data.sharegpt import ZERO, as_turns, has_weight_zero
+from trl_ulma.data.sharegpt import NOT_LEARNED, as_turns, is_not_learned
 
 NO_LABEL = "its turn has no label"
 
@@ -32,8 +32,8 @@ def messages(
         except ValueError as error:
             yield LeftOut(str(error))
             continue
-        if has_weight_zero(completion):
-            yield Noted(ZERO)
+        if is_not_learned(completion):
+            yield Noted(NOT_LEARNED)
         yield labeled(prompt, completion, raw["label"], label_type=label_type, liked=liked)
 
 

@@ -65,7 +65,7 @@ def logged(
         there = {name: values for name, values in scores.items() if values}
         scored.update(there.keys())
         name = score or next(iter(there), None)
-        values, name_of_score = there.get(name or ""), name or ""
+        values = there.get(name or "")
         if not values:
             yield LeftOut(f"it has no score{f' {name}' if name else ''}")
             continue
@@ -82,8 +82,8 @@ def logged(
             ("user", "prompt", given, prompt_key),
             ("assistant", "answer", reply, answer_key),
         ):
-            if key is None and (name := text_key(value, role)):
-                yield Noted(f"its {what} is the text of `{name}`")
+            if key is None and (field := text_key(value, role)):
+                yield Noted(f"its {what} is the text of `{field}`")
         if answer_key is None and answer[0]["content"] == reply and is_json_object(reply):
             yield Noted(JSON_ANSWER)
         (prompt, _), (answer, is_reasoned) = without_reasoning(prompt), without_reasoning(answer)
@@ -99,7 +99,8 @@ def logged(
             label = fmean(read)
             yield Noted(AVERAGED)
         mapped = label_map if len(values) == 1 else None
-        if not label_map and (said := noted_direction(name_of_score, imitates=label_type == "binary" and not liked)):
+        imitates = label_type == "binary" and not liked
+        if not label_map and (said := noted_direction(str(name), imitates=imitates)):
             yield Noted(said)
         yield labeled(prompt, answer, label, label_type=label_type, liked=liked, label_map=mapped)
     if score is None:

@@ -19,12 +19,12 @@ ROLES = {
     "ai": "assistant",
     "system": "system",
 }
-ZERO = (
+NOT_LEARNED = (
     "a message of its answer is marked as not to be learned (`weight` 0, or `train`, `training` or `loss` false). The "
     "mark is not read, so the answer is learned from"
 )
-# OpenAI's mark, and those of Axolotl and others
-_MARKS = {"weight": 0, "train": False, "training": False, "loss": False}
+# Marks of Axolotl and others, besides OpenAI's weight
+_MARKS = ("train", "training", "loss")
 
 
 def sharegpt(
@@ -56,8 +56,8 @@ def sharegpt(
             else:
                 check_unlabeled(turns)
                 prompt, answer = split_messages(turns)
-                if has_weight_zero(answer):
-                    yield Noted(ZERO)
+                if is_not_learned(answer):
+                    yield Noted(NOT_LEARNED)
                 label = next((raw[name] for name in ("label", "kto_tag") if name in raw), 1.0)
                 prompts, answers = [prompt], [(answer, label)]
         except ValueError as error:
@@ -91,18 +91,14 @@ def as_turns(turns: Any) -> list[dict[str, Any]]:
             raise ValueError(f"one of its turns is from {said!r}, which is neither a user, an assistant nor a system")
         if not isinstance(turn.get("value"), str):
             raise ValueError("one of its turns is not text")
-        marks = {name: turn[name] for name in ("label", *_MARKS) if turn.get(name) is not None}
+        marks = {name: turn[name] for name in ("label", "weight", *_MARKS) if turn.get(name) is not None}
         found.append({"role": role, "content": turn["value"], **marks})
     return found
 
 
-def has_weight_zero(answer: Iterable[Mapping[str, Any]]) -> bool:
+def is_not_learned(answer: Iterable[Mapping[str, Any]]) -> bool:
     """Whether one of an answer's messages is marked as not to be learned."""
-    return any(
-        turn.get(name) is mark or (name == "weight" and turn.get(name) == mark)
-        for turn in answer
-        for name, mark in _MARKS.items()
-    )
+    return any(turn.get("weight") == 0 or any(turn.get(name) is False for name in _MARKS) for turn in answer)
 
 
 def check_unlabeled(turns: Iterable[Mapping[str, Any]]) -> None:

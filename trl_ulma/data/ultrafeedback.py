@@ -17,10 +17,7 @@ TEN_MAY_BE_ONE = (
     "UltraFeedback wrote as 10. It is kept; --aspect fine-grained avoids such scores"
 )
 
-SYSTEM_PROMPT = (
-    "its answer was written under a custom_system_prompt. The raters did not read it, and it is left out, as in the "
-    "dataset's own pairs"
-)
+SYSTEM_PROMPT = "its answer was written under a custom_system_prompt, which is left out"
 
 
 def ultrafeedback(rows: Iterable[Mapping[str, Any]], *, aspect: str = "overall") -> Iterator[Outcome]:

@@ -39,6 +39,8 @@ CONTAMINATION_OF_NOISE = 0.1
 # are noisy estimates: with SmolLM2-135M in bf16, their ratio is sometimes above 2. It is above 100 for a contaminated
 # layout.
 NOISES = 4
+# Types of weights that are not quantized
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 # Maximum length of a probe row's prompt and of its completion, in tokens: for the layout check, and for all others
 LONGEST_OF_LAYOUT = 64
 LONGEST = 24
@@ -390,9 +392,6 @@ def _with_effect(policy: Any) -> AbstractContextManager[None]:
     return with_effect(bare_model(policy)) if isinstance(bare_model(policy), PeftModel) else nullcontext()
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
-
-
 @contextmanager
 def _gradients_watched(model: Any) -> Iterator[list[str]]:
     """A context that collects the names of layers whose output has no gradient, although their input has one.
@@ -409,7 +408,7 @@ def _gradients_watched(model: Any) -> Iterator[list[str]]:
     hooks = [
         module.register_forward_hook(lambda module, args, output, name=name: watch(name, args, output))
         for name, module in model.named_modules()
-        if name.endswith(".base_layer") or type(vars(module)["_parameters"].get("weight")) not in _PLAIN
+        if name.endswith(".base_layer") or type(module._parameters.get("weight")) not in _PLAIN
     ]
     try:
         yield stopped
